@@ -1,0 +1,42 @@
+# Two commands do everything: `make demo` and `make test`. Both make their own virtual environment in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# the release everything is measured with; pinned before the package, so that its open range never pulls another build
+TORCH := torch==2.13.0
+
+.PHONY: help demo test test-slow lint bench clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("MoE-DR needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.core  ## train `nano` on Python's own library, complete prompts, draw its experts (under 5 minutes)
+	$(BIN)/python examples/demo.py
+
+lint: $(VENV)/.test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint  ## lint, types and the tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(VENV)/.test  ## the proofs that take minutes
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.test  ## every figure of the README, measured here
+	$(BIN)/python benchmarks/train.py
+
+clean:  ## remove what the build made (not what you trained)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

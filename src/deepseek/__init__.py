@@ -1,0 +1,37 @@
+"""MoE-DR: an open implementation of the DeepSeek-V3 system. The public names, loaded when first used (PEP 562)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load_model as load_model
+    from .checkpoint import save_model as save_model
+    from .config import ModelConfig as ModelConfig
+    from .engine import LLM as LLM
+    from .engine import SamplingParams as SamplingParams
+    from .ids import ExpertId as ExpertId
+    from .tokenizer import Tokenizer as Tokenizer
+
+_WHERE = {
+    "ExpertId": "ids",
+    "LLM": "engine",
+    "ModelConfig": "config",
+    "SamplingParams": "engine",
+    "Tokenizer": "tokenizer",
+    "load_model": "checkpoint",
+    "save_model": "checkpoint",
+}
+__all__ = sorted(_WHERE)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,335 @@
+"""The one place that reads and writes weights.
+
+On disk: Hugging Face's layout for DeepseekV3ForCausalLM / DeepseekV2ForCausalLM, safetensors only (weights never
+execute code), one file or shards with an index, beside `config.json` and the tokenizer. In memory the names are the
+same, but for two rows of one table:
+
+    in memory                                       on disk
+    model.layers.L.mlp.experts.gate_up_proj [E,..]  model.layers.L.mlp.experts.e.gate_proj.weight, ….up_proj.weight
+    model.layers.L.mlp.experts.down_proj    [E,..]  model.layers.L.mlp.experts.e.down_proj.weight
+    model.mtp.d.…  (entrance.enorm, …)              model.layers.(num_hidden_layers + d).…  (enorm, …)
+
+MTP tensors are written to `mtp.safetensors`, outside the index, unless the model has V3's 61 layers: transformers
+skips `model.layers.61.*` by name and would report any other extra layer as unexpected.
+
+What we write carries `manifest.json` with the size and SHA-256 of every file; reading refuses, by name, a file that is
+truncated or altered. Official FP8 weights (`weight_scale_inv`) are dequantised on the way in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import PRESETS, ModelConfig
+from .errors import CheckpointError, ConfigError, NotFoundError
+from .files import replace_folder, sha256, write_json
+from .model import CausalLM
+from .quant import fp8
+
+HUB_NAMES = {"deepseek-v3": "deepseek-ai/DeepSeek-V3", "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 << 30
+
+Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
+
+
+# ---- names ------------------------------------------------------------------------------------------------------
+
+
+def resolve(name: str | Path) -> Path:
+    """A checkpoint folder for a path, a known name (`deepseek-v3`) or a hub id: local first, then cache, then hub.
+
+    Raises NotFoundError that says everything that was tried.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise NotFoundError(f"{path}: the folder has no config.json, so it is not a checkpoint")
+        return path
+    if path.is_file():
+        raise NotFoundError(f"{path}: a checkpoint is a folder, this is a file")
+    repo = HUB_NAMES.get(str(name).lower(), str(name))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or str(name).startswith((".", "/", "~")):
+        hint = " (it is a preset: `deepseek train` can start from it)" if str(name) in PRESETS else ""
+        raise NotFoundError(f"{name}: no such folder here, and not the form of a hub id (owner/name){hint}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise NotFoundError(f"{name}: no such folder here, hub id {repo} is not in the local cache, "
+                            f"and the hub gave no answer: {reason}") from None
+
+
+# ---- the one name map -------------------------------------------------------------------------------------------
+
+_ENTRANCE = {f"entrance.{part}": part for part in ("enorm", "hnorm", "eh_proj")}
+
+
+def disk_parts(name: str, config: ModelConfig) -> list[tuple[str, tuple[int, slice] | None]]:
+    """Where the tensor `name` of the model lives on disk: (name on disk, (expert, rows) or None for the whole)."""
+    if match := re.fullmatch(r"model\.mtp\.(\d+)\.(.+)", name):
+        rest = match[2]
+        for ours, theirs in _ENTRANCE.items():
+            rest = theirs + rest[len(ours):] if rest.startswith(ours) else rest
+        name = f"model.layers.{config.num_hidden_layers + int(match[1])}.{rest}"
+    if match := re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)", name):
+        inner, stem = config.moe_intermediate_size, match[1]
+        rows = {"gate_up_proj": {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner)},
+                "down_proj": {"down_proj": slice(None)}}[match[2]]
+        return [(f"{stem}.{e}.{part}.weight", (e, where)) for e in range(config.n_routed_experts)
+                for part, where in rows.items()]
+    return [(name, None)]
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+class TensorFiles:
+    """The tensors of a checkpoint folder, read one at a time; FP8 weights come out dequantised.
+
+    Raises CheckpointError naming the file for anything missing, truncated or altered.
+    """
+
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+        self.folder = folder
+        if verify:
+            check_manifest(folder)
+        self._where: dict[str, Any] = {}
+        for file in self._files():
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                self._where[key] = handle
+        if missing := sorted(set(self._indexed) - set(self._where)):
+            raise CheckpointError(f"{folder}: the index names {len(missing)} tensors that its files do not hold, "
+                                  f"first {missing[0]}")
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX
+        self._indexed: dict[str, str] = {}
+        if index.is_file():
+            try:
+                self._indexed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{index}: not a weight index: {error}") from None
+            names = sorted(set(self._indexed.values()))
+        else:
+            names = ["model.safetensors"]
+        if (self.folder / "mtp.safetensors").is_file():
+            names.append("mtp.safetensors")
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{index}: {name!r} leads out of the folder")
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{self.folder / name}: the file is missing")
+        return [self.folder / name for name in names]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """As safetensors spells it: F32, BF16, F8_E4M3, …"""
+        return self._where[name].get_slice(name).get_dtype()
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, dequantised where it is FP8, in `dtype` if given."""
+        tensor = self._where[name].get_tensor(name)
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = f"{name}_scale_inv"
+            if scale not in self:
+                raise CheckpointError(f"{self.folder}: {name} is FP8 but {scale} is missing")
+            try:
+                return fp8.dequantise(tensor, self.read(scale), dtype or torch.bfloat16)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.folder}: {name}: {error}") from None
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+def load_model(
+    path_or_name: str | Path, dtype: Dtype = "auto", device: torch.device | str = "cpu", *, verify: bool = True
+) -> CausalLM:
+    """Read a checkpoint into a CausalLM in evaluation mode.
+
+    dtype: of all parameters; "auto" takes the checkpoint's own (BF16 for official FP8). Gate biases stay FP32.
+    verify: compare every file with the manifest's hashes where there is a manifest.
+    Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
+    """
+    folder = resolve(path_or_name)
+    config = ModelConfig.from_file(folder)
+    method = (config.extra.get("quantization_config") or {}).get("quant_method", "fp8")
+    if method != "fp8":
+        raise ConfigError(f"{folder}: quantization_config.quant_method = {method!r}: only DeepSeek's fp8 is read here")
+    files = TensorFiles(folder, verify=verify)
+    if config.num_nextn_predict_layers and not any(f"layers.{config.num_hidden_layers}." in name for name in files):
+        config = config.with_(num_nextn_predict_layers=0)  # transformers writes the count but not the modules
+    with torch.device("meta"):
+        model = CausalLM(config)
+    target = _dtype_of(dtype, config, files)
+    model.to(target).to_empty(device=device)
+    _restore_buffers(model, config)
+    _fill(model, files, folder)
+    return model.eval()
+
+
+def _restore_buffers(model: CausalLM, config: ModelConfig) -> None:
+    """What `to_empty` wiped and the checkpoint does not hold; FP32 whatever the dtype of the weights."""
+    from .model.layers import rotary_frequencies
+
+    model.model.rotary.inv_P = rotary_frequencies(config).to(model.device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for block in model.moe_blocks().values():
+        if config.topk_method == "noaux_tc":
+            block.gate.e_score_correction_bias = torch.zeros(config.n_routed_experts, device=model.device)
+
+
+def _fill(model: CausalLM, files: TensorFiles, folder: Path) -> None:
+    used: set[str] = set()
+    missing: list[str] = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            used.add(name)
+            continue
+        for disk_name, part in disk_parts(name, model.config):
+            if disk_name not in files:
+                missing.append(disk_name)
+                continue
+            used.add(disk_name)
+            place = tensor.data if part is None else tensor.data[part[0]][part[1]]
+            if files.shape(disk_name) != tuple(place.shape):
+                raise CheckpointError(f"{folder}: {disk_name} has shape {files.shape(disk_name)}, "
+                                      f"config.json asks for {tuple(place.shape)}")
+            place.copy_(files.read(disk_name, place.dtype))
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    shared = re.compile(r".*(_scale_inv|rotary_emb\.inv_freq)$|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
+    extra = sorted(name for name in files if name not in used and not shared.match(name))
+    if extra:
+        raise CheckpointError(f"{folder}: {len(extra)} tensors have no place in the model, first {extra[0]}")
+
+
+def _dtype_of(dtype: Dtype, config: ModelConfig, files: TensorFiles) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        stored = files.dtype(next(n for n in files if n.endswith("embed_tokens.weight")))
+        dtype = {"F32": "float32", "F16": "float16"}.get(stored, "bfloat16")  # type: ignore[assignment]
+    try:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]  # type: ignore[index]
+    except KeyError:
+        raise ConfigError(f"dtype = {dtype!r}: must be auto, float32, bfloat16 or float16") from None
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare a folder with its manifest.json; one without a manifest (a download) passes with its sizes unchecked."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{manifest}: not a manifest: {error}") from None
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: the file is missing")
+        if (size := file.stat().st_size) != entry["bytes"]:
+            raise CheckpointError(f"{file}: truncated or altered: {size} bytes, the manifest says {entry['bytes']}")
+        if sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{file}: altered: its SHA-256 is not the manifest's")
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: CausalLM, path: str | Path, *, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES,
+    extra_files: Iterable[Path] = (), add: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint that transformers loads with no missing and no unexpected tensor; atomic as a folder.
+
+    tokenizer: a Tokenizer to save beside it. extra_files: copied in. add: called with the staging folder, for whatever
+    else should appear together with the weights (optimiser state). Returns the path.
+    """
+    with replace_folder(path) as folder:
+        config = model.config.with_(num_nextn_predict_layers=len(model.model.mtp))
+        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+        write_json(folder / "config.json", config.to_dict() | {"torch_dtype": dtype})
+        main, mtp = _disk_tensors(model)
+        _write_shards(folder, main, shard_bytes)
+        if mtp:
+            save_file(mtp, folder / "mtp.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        for file in extra_files:
+            (folder / file.name).write_bytes(file.read_bytes())
+        if add is not None:
+            add(folder)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        write_json(folder / MANIFEST, {"format": 1, "files": {
+            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}})
+    return Path(path)
+
+
+def _disk_tensors(model: CausalLM) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    main: dict[str, Tensor] = {}
+    mtp: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        inside = name.startswith("model.mtp.") and model.config.num_hidden_layers != 61
+        for disk_name, part in disk_parts(name, model.config):
+            piece = tensor if part is None else tensor[part[0]][part[1]]
+            (mtp if inside else main)[disk_name] = piece.detach().contiguous().cpu()
+    return main, mtp
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(t.nbytes for t in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+__all__ = ["TensorFiles", "check_manifest", "disk_parts", "load_model", "resolve", "save_model"]

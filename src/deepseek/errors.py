@@ -1,0 +1,37 @@
+"""What can go wrong, and who should act.
+
+    MoEDRError
+    ├── ConfigError      (ValueError)         a configuration is impossible: names key, rule and value
+    ├── CheckpointError  (ValueError)         a weight file is missing, truncated, altered or of another shape
+    ├── DataError        (ValueError)         an input text or record cannot be read: names the file
+    ├── NotFoundError    (FileNotFoundError)  a name is neither a preset, a path nor reachable on the hub
+    └── RequestError     (ValueError)         a prompt or a sampling parameter is out of range
+
+Users see one line of these; `assert` is kept for our own invariants.
+"""
+
+from __future__ import annotations
+
+
+class MoEDRError(Exception):
+    """Base of every error that is meant for the user."""
+
+
+class ConfigError(MoEDRError, ValueError):
+    """An impossible configuration value or an unknown key."""
+
+
+class CheckpointError(MoEDRError, ValueError):
+    """A checkpoint file is missing, truncated, altered, or does not fit the model."""
+
+
+class DataError(MoEDRError, ValueError):
+    """An input file or record cannot be used."""
+
+
+class NotFoundError(MoEDRError, FileNotFoundError):
+    """A model name or path leads nowhere."""
+
+
+class RequestError(MoEDRError, ValueError):
+    """A prompt or sampling parameter is out of range."""

@@ -1,0 +1,43 @@
+"""The sparse FFN of a layer: gate, routed experts, shared experts.
+
+Routed experts are two tensors, gate_up_proj [E, 2I, H] and down_proj [E, H, I], as transformers keeps them in memory;
+on disk every expert has its own names (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import ModelConfig
+from .gate import Gate, Route
+from .layers import MLP
+
+
+class RoutedExperts(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+
+    def forward(self, x_TH: Tensor, route: Route) -> Tensor:
+        return ops.expert_mlp(x_TH, route.index_TK, route.weight_TK, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = RoutedExperts(config)
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, x_BTH: Tensor) -> tuple[Tensor, Route]:
+        x_TH = x_BTH.flatten(0, -2)
+        route = self.gate(x_TH)
+        out = self.experts(x_TH, route)
+        if hasattr(self, "shared_experts"):
+            out = out + self.shared_experts(x_TH)
+        return out.view(x_BTH.shape), route

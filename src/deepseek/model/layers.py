@@ -1,0 +1,95 @@
+"""The small pieces: Linear, RMSNorm, SwiGLU MLP, rotary embedding.
+
+Shape letters: B batch, T tokens, H hidden, N heads, P = rotary width / 2 (pairs).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .. import ops
+from ..config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """nn.Linear through `ops.linear`: a half-precision product uses FP32 units where there are no others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """arXiv 1910.07467; statistics in FP32, output in the dtype of the input."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense layers' FFN and the shared experts (all of them as one wide MLP)."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate, bias=False)
+        self.up_proj = Linear(hidden, intermediate, bias=False)
+        self.down_proj = Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Angle per position of each rotary pair, [P] float32; under YaRN (arXiv 2309.00071, section 3.2) high frequencies
+    are kept, low ones divided by `factor`, with a linear ramp between the pairs that turn beta_fast and beta_slow
+    times over the original context."""
+    width, base = config.qk_rope_head_dim, config.rope_theta
+    inv_P = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    if (yarn := config.yarn) is None:
+        return inv_P
+
+    def pair_of(turns: float) -> float:
+        return width * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair_of(yarn.beta_fast), pair_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp_P = (torch.arange(width // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
+    stretch_P = ramp_P.clamp(0, 1)
+    return inv_P / yarn.factor * stretch_P + inv_P * (1 - stretch_P)
+
+
+class Rotary(nn.Module):
+    """cos and sin of the rotary angles at given positions, FP32 [B, T, P], scaled as YaRN asks."""
+
+    inv_P: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.register_buffer("inv_P", rotary_frequencies(config), persistent=False)
+        self.scale = config.yarn.rotary_scale if config.yarn else 1.0
+
+    def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        angle = positions_BT.unsqueeze(-1).float() * self.inv_P
+        return angle.cos() * self.scale, angle.sin() * self.scale
+
+
+def rotate(x_BTNP2: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, interleave: bool) -> Tensor:
+    """Rotate the last dimension of [B, T, N, 2P], pairs (0,1), (2,3), … or, not interleaved, (0,P), (1,P+1), ….
+
+    The result is laid out as two halves [cos part | sin part] in both cases: queries and keys agree, and that is all
+    that a dot product sees.
+    """
+    x = x_BTNP2.float()
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, -1)
+    cos, sin = cos_BTP.unsqueeze(2), sin_BTP.unsqueeze(2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BTNP2.dtype)

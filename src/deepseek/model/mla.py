@@ -1,0 +1,137 @@
+"""Multi-head latent attention (MLA), arXiv 2405.04434 section 2.1; DeepSeek-V3 keeps it unchanged.
+
+    c   = RMSNorm(x W_kv_a)[:R]      the latent: all that is cached, beside
+    k_r = rope(x W_kv_a)[R:]         one rotary key shared by all heads
+    k_n, v = c W_kv_b                per head, rebuilt from the latent
+    score(i, j) = (q_n(i) . k_n(j) + q_r(i) . k_r(j)) * scale
+
+Two orders of the same products:
+
+    naive      rebuild k_n and v of every position, then ordinary attention. Training and prefill: many queries share
+               the rebuilt keys.
+    absorbed   q_n W_kv_b^T first (R wide), score against the latent itself, sum latents, then W_kv_b once. Decoding:
+               reads R + rope numbers a position instead of N * (nope + value).
+
+Shape letters: B batch, T new tokens, S cached positions (T included), N heads, R latent rank, D = nope + rope.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..ops import causal_attention
+from ..ops.linear import mm
+from .layers import Linear, RMSNorm, rotate
+
+Order = Literal["auto", "naive", "absorbed"]
+
+
+class LatentCache:
+    """Latents and rotary keys of the positions seen so far, for all layers: [layers, B, capacity, R + rope].
+
+    Grows by doubling. `length` positions are filled; the model advances it once per forward pass. `valid_BS` marks the
+    positions that are not padding (None while there has been none).
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int = 256, *, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu") -> None:
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        self.data = torch.empty(layers, batch, capacity, config.latent_dim, dtype=dtype, device=device)
+        self.length = 0
+        self.valid_BS: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.data.shape[1]
+
+    def reserve(self, more: int) -> None:
+        """Make room for `more` positions after the current ones."""
+        need, capacity = self.length + more, self.data.shape[2]
+        if need > capacity:
+            grown = self.data.new_empty(*self.data.shape[:2], max(need, 2 * capacity), self.data.shape[3])
+            grown[:, :, : self.length] = self.data[:, :, : self.length]
+            self.data = grown
+
+    def extend(self, layer: int, latent_BTC: Tensor) -> Tensor:
+        """Write one layer's new positions; returns all of that layer's, [B, length + T, R + rope]."""
+        end = self.length + latent_BTC.shape[1]
+        self.data[layer, :, self.length : end] = latent_BTC
+        return self.data[layer, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (and reorder to) the batch rows given."""
+        self.data = self.data[:, rows]
+        if self.valid_BS is not None:
+            self.valid_BS = self.valid_BS[rows]
+
+
+class MLA(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.latent_dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = Linear(heads * config.v_head_dim, hidden, bias=bias)
+
+    def forward(
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LatentCache | None, layer: int,
+        order: Order = "auto",
+    ) -> Tensor:
+        """mask: None for causal over the tokens given, else boolean [B, 1, T, S], True where a query may look."""
+        config = self.config
+        batch, tokens, _ = x_BTH.shape
+        if config.q_lora_rank is None:
+            q = self.q_proj(x_BTH)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTH)))
+        q_BTND = q.view(batch, tokens, -1, config.qk_head_dim)
+        q_nope, q_rope = q_BTND.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+        q_rope = rotate(q_rope, cos, sin, config.rope_interleave)
+
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BTH).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
+        k_rope = rotate(k_rope.unsqueeze(2), cos, sin, config.rope_interleave).squeeze(2)
+        latent = self.kv_a_layernorm(latent)
+        if cache is not None:
+            latent, k_rope = cache.extend(layer, torch.cat((latent, k_rope), -1)).split(
+                (config.kv_lora_rank, config.qk_rope_head_dim), -1)
+        if order == "auto":
+            order = "naive" if cache is None or tokens > 1 else "absorbed"
+        attend = self._naive if order == "naive" else self._absorbed
+        out_BTNW = attend(q_nope, q_rope, latent.to(q.dtype), k_rope.to(q.dtype), mask)
+        return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
+
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        config = self.config
+        batch, length, _ = latent.shape
+        kv = self.kv_b_proj(latent).view(batch, length, config.num_attention_heads, -1)
+        k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), -1)
+        k_rope = k_rope.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
+        q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
+        k = torch.cat((k_nope, k_rope), -1).transpose(1, 2)
+        return causal_attention(q, k, v.transpose(1, 2), config.softmax_scale, mask).transpose(1, 2)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        config = self.config
+        w_NDR = self.kv_b_proj.weight.to(latent.dtype).view(config.num_attention_heads, -1, config.kv_lora_rank)
+        w_key, w_value = w_NDR.split((config.qk_nope_head_dim, config.v_head_dim), 1)
+        q_latent = mm(q_nope.transpose(1, 2), w_key)  # [B, N, T, R]
+        latent, k_rope = latent.unsqueeze(1), k_rope.unsqueeze(1)  # one head, shared by all
+        scores = mm(q_latent, latent.transpose(-1, -2)).float() + mm(q_rope.transpose(1, 2), k_rope.transpose(-1, -2)).float()
+        scores = scores * config.softmax_scale
+        tokens, length = scores.shape[-2:]
+        if mask is None:
+            mask = torch.ones(tokens, length, dtype=torch.bool, device=scores.device).tril_(length - tokens)
+        probs = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).to(latent.dtype)
+        return mm(mm(probs, latent), w_value.transpose(1, 2)).transpose(1, 2)  # [B, T, N, W]

@@ -1,0 +1,314 @@
+"""Token ids -> logits: the DeepSeek-V3 (and V2) language model.
+
+    embed -> [ x + mla(norm(x));  x + ffn(norm(x)) ] * layers -> norm -> lm_head
+                                   ffn: dense for the first layers, then gate + experts
+                                 ↳ MTP modules, each one layer more, predict further ahead
+
+Nothing here keeps state between calls: caches and routing records are objects that the caller owns, and auxiliary
+results (routes) are returned, so gradient checkpointing may recompute a layer without counting twice.
+
+Shape letters: B batch, T tokens, S positions in the cache, H hidden, V vocabulary, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..ops.loss import IGNORE
+from .experts import MoE
+from .gate import Route, expert_load, sequence_balance_loss
+from .layers import MLP, Linear, RMSNorm, Rotary
+from .mla import MLA, LatentCache, Order
+from .mtp import MTPInput, SharedHead
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LatentCache | None, order: Order
+    ) -> tuple[Tensor, Route | None]:
+        x = x_BTH + self.self_attn(self.input_layernorm(x_BTH), cos, sin, mask, cache, self.layer, order)
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, route = y if isinstance(y, tuple) else (y, None)
+        return x + y, route
+
+
+class MTPLayer(DecoderLayer):
+    """A decoder layer with the MTP module's entrance and exit around it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.entrance = MTPInput(config)
+        self.shared_head = SharedHead(config)
+
+
+class Decoder(nn.Module):
+    """Everything but the head; named `model` inside `CausalLM`, as the published weights are."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mtp = nn.ModuleList(
+            MTPLayer(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers))
+        self.rotary = Rotary(config)
+
+
+@dataclass
+class RoutingRecord:
+    """Pass one as `routing=` to keep what the gates decided: layer -> Route over the B*T tokens of the call."""
+
+    routes: dict[int, Route] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingLoss:
+    """Losses of one batch (scalars, FP32) and the load of each expert.
+
+    total = main + mtp_weight * mtp + balance_weight * balance; load_LE rows follow `moe_layers`, then the MTP layers.
+    """
+
+    total: Tensor
+    main: Tensor
+    mtp: Tensor | None
+    balance: Tensor | None
+    load_LE: Tensor
+
+
+class CausalLM(nn.Module):
+    """`model(ids_BT)` -> logits_BTV in FP32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.gradient_checkpointing = False
+        self.compute_dtype: torch.dtype | None = None  # of the activations; None: that of the weights
+        self.has_mtp = config.num_nextn_predict_layers > 0  # loading may find the modules absent on disk
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> CausalLM:
+        """Normal with initializer_range for every matrix, ones for norms, zeros for biases (V3, section 4.2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for name, buffer in self.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.zero_()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def moe_blocks(self) -> dict[int, MoE]:
+        """Layer index -> its MoE block, MTP layers last."""
+        layers = [*self.model.layers, *self.model.mtp]
+        return {block.layer: block.mlp for block in layers if isinstance(block.mlp, MoE)}
+
+    # ---- inference --------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        mask_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: LatentCache | None = None,
+        routing: RoutingRecord | None = None,
+        order: Order = "auto",
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits in FP32, [B, T, V], or [B, 1, V] with `last_only`.
+
+        mask_BT: True (or 1) for tokens, False for padding on either side. cache: a LatentCache to read and extend.
+        routing: filled with every gate's decision. order: the order of MLA's products (tests force it).
+        Raises RequestError for ids outside the vocabulary or shapes that do not fit.
+        """
+        h_BTH = self.hidden(ids_BT, mask_BT, positions_BT, cache, routing, order)
+        return self.lm_head(h_BTH[:, -1:] if last_only else h_BTH).float()
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: LatentCache | None = None,
+        routing: RoutingRecord | None = None,
+        order: Order = "auto",
+    ) -> Tensor:
+        """Hidden states after the final norm, [B, T, H]."""
+        self._check(ids_BT, mask_BT, cache)
+        tokens = ids_BT.shape[1]
+        if cache is not None:
+            cache.reserve(tokens)
+        mask_BT = _mask_over_cache(mask_BT, cache, ids_BT)
+        positions_BT = _positions(ids_BT, mask_BT, positions_BT, cache)
+        cos, sin = self.model.rotary(positions_BT)
+        mask = _attention_mask(mask_BT, tokens, cache)
+        x = self._embed(ids_BT)
+        for block in self.model.layers:
+            x, route = self._run(block, x, cos, sin, mask, cache, order)
+            if routing is not None and route is not None:
+                routing.routes[block.layer] = route
+        if cache is not None:
+            cache.length += tokens
+            cache.valid_BS = mask_BT
+        return self.model.norm(x)
+
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        x = self.model.embed_tokens(ids_BT)
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
+
+    def _run(self, block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+             cache: LatentCache | None, order: Order) -> tuple[Tensor, Route | None]:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, cos, sin, mask, cache, order, use_reentrant=False)
+        return block(x, cos, sin, mask, cache, order)
+
+    def _check(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: LatentCache | None) -> None:
+        if ids_BT.ndim != 2 or ids_BT.shape[1] == 0:
+            raise RequestError(f"ids must have shape [batch, tokens] with tokens >= 1, got {tuple(ids_BT.shape)}")
+        low, high = (int(v) for v in torch.aminmax(ids_BT))
+        if low < 0 or high >= self.config.vocab_size:
+            raise RequestError(f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}")
+        if mask_BT is not None and mask_BT.shape != ids_BT.shape:
+            raise RequestError(f"mask has shape {tuple(mask_BT.shape)}, ids have {tuple(ids_BT.shape)}")
+        if cache is not None and cache.batch != ids_BT.shape[0]:
+            raise RequestError(f"cache was made for batch {cache.batch}, ids have batch {ids_BT.shape[0]}")
+
+    # ---- multi-token prediction and training -------------------------------------------------------------------
+
+    def mtp_hidden(
+        self,
+        depth: int,
+        previous_BTH: Tensor,
+        next_ids_BT: Tensor,
+        *,
+        mask_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: LatentCache | None = None,
+        routing: RoutingRecord | None = None,
+    ) -> Tensor:
+        """Module `depth` (0 the first): hidden states ready for lm_head, [B, T, H].
+
+        previous_BTH: the final hidden states of the model before (after its norm); next_ids_BT: for each position the
+        token `depth + 1` places further on. `cache` is the main model's: the module has a layer of its own in it; the
+        caller must not advance its length in between.
+        """
+        block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
+        tokens = next_ids_BT.shape[1]
+        positions_BT = _positions(next_ids_BT, mask_BT, positions_BT, cache)
+        cos, sin = self.model.rotary(positions_BT)
+        x = block.entrance(self._embed(next_ids_BT), previous_BTH)
+        x, route = self._run(block, x, cos, sin, _attention_mask(mask_BT, tokens, cache), cache, "auto")
+        if routing is not None and route is not None:
+            routing.routes[block.layer] = route
+        return block.shared_head.norm(x)
+
+    def loss(
+        self, ids_BT: Tensor, labels_BT: Tensor, *, mask_BT: Tensor | None = None, mtp_weight: float = 0.0,
+        balance_weight: float = 0.0,
+    ) -> TrainingLoss:
+        """Training losses. labels_BT[b, t] is the token that position t should predict (already shifted), or -100.
+
+        The MTP modules (used where mtp_weight > 0) predict labels shifted further; the whole head runs fused with its
+        cross entropy, so no [B, T, V] tensor exists.
+        """
+        routing = RoutingRecord()
+        h_BTH = self.hidden(ids_BT, mask_BT, routing=routing)
+        main = self._head_loss(h_BTH, labels_BT)
+        total, mtp = main, None
+        if mtp_weight and self.has_mtp:
+            parts = []
+            for depth in range(len(self.model.mtp)):
+                h_BTH, ids_BT, labels_BT = h_BTH[:, :-1], ids_BT[:, 1:], labels_BT[:, 1:]
+                mask_BT = None if mask_BT is None else mask_BT[:, 1:]
+                h_BTH = self.mtp_hidden(depth, h_BTH, ids_BT, mask_BT=mask_BT, routing=routing)
+                parts.append(self._head_loss(h_BTH, labels_BT))
+            mtp = torch.stack(parts).mean()
+            total = total + mtp_weight * mtp
+        balance = None
+        if balance_weight:
+            sequences = labels_BT.shape[0]
+            balance = torch.stack([
+                sequence_balance_loss(route, sequences, _fit_mask(mask_BT, route)) for route in routing.routes.values()
+            ]).mean()
+            total = total + balance_weight * balance
+        loads = [expert_load(r.index_TK, self.config.n_routed_experts, _fit_mask(mask_BT, r)) for r in routing.routes.values()]
+        load_LE = torch.stack(loads) if loads else torch.zeros(0, self.config.n_routed_experts, dtype=torch.long)
+        return TrainingLoss(total, main, mtp, balance, load_LE)
+
+    def _head_loss(self, h_BTH: Tensor, labels_BT: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(h_BTH.reshape(-1, h_BTH.shape[-1]), self.lm_head.weight, labels_BT.reshape(-1))
+
+
+def _fit_mask(mask_BT: Tensor | None, route: Route) -> Tensor | None:
+    """Flatten the mask for a route; MTP modules see one token less per depth than the main model did."""
+    if mask_BT is None:
+        return None
+    length = route.index_TK.shape[0] // mask_BT.shape[0]
+    if length > mask_BT.shape[1]:  # `mask_BT` was cut for the deepest module: the main model's routes had more
+        mask_BT = torch.nn.functional.pad(mask_BT, (length - mask_BT.shape[1], 0), value=1)
+    return mask_BT.bool()[:, -length:].reshape(-1)
+
+
+def _mask_over_cache(mask_BT: Tensor | None, cache: LatentCache | None, ids_BT: Tensor) -> Tensor | None:
+    """The padding mask over cached positions and new ones, or None where nothing is padding."""
+    if mask_BT is not None:
+        mask_BT = None if bool(mask_BT.all()) else mask_BT.bool()
+    if cache is None or cache.length == 0:
+        return mask_BT
+    if mask_BT is None and cache.valid_BS is None:
+        return None
+    old = cache.valid_BS
+    if old is None:
+        old = torch.ones(ids_BT.shape[0], cache.length, dtype=torch.bool, device=ids_BT.device)
+    new = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT
+    return torch.cat((old, new), 1)
+
+
+def _positions(ids_BT: Tensor, mask_BS: Tensor | None, given: Tensor | None, cache: LatentCache | None) -> Tensor:
+    """Positions count tokens, not padding."""
+    if given is not None:
+        return given
+    if mask_BS is not None:
+        return (mask_BS.long().cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+    start = cache.length if cache is not None else 0
+    return torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
+
+
+def _attention_mask(mask_BS: Tensor | None, tokens: int, cache: LatentCache | None) -> Tensor | None:
+    """Boolean [B or 1, 1, T, S], True where a query may look; None for plain causal over the tokens themselves."""
+    past = cache.length if cache is not None else 0
+    if mask_BS is None and past == 0:
+        return None
+    device = mask_BS.device if mask_BS is not None else None
+    if mask_BS is None and tokens == 1:
+        return torch.ones(1, 1, 1, past + 1, dtype=torch.bool, device=cache.data.device if cache else device)
+    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device or (cache.data.device if cache else None))
+    mask = causal.tril_(past)[None, None]
+    return mask if mask_BS is None else mask & mask_BS[:, None, None, :]
+
+
+__all__ = ["IGNORE", "CausalLM", "LatentCache", "RoutingRecord", "TrainingLoss"]

@@ -1,0 +1,161 @@
+"""The routed experts of one layer: a single pass over (expert, token) pairs sorted by expert.
+
+    pairs    flatten the gate's choice [T, K] and sort it by expert: rows of one expert become contiguous
+    gate up  h = silu(x W_gate^T) * (x W_up^T)        one grouped product over the sorted rows
+    down     y = (weight * h) W_down^T                the gate's weight goes in where rows are narrow (I, not H)
+    combine  out[t] = sum over the K pairs of t       in a fixed order: deterministic
+
+Two forms of the grouped product. torch's `grouped_mm` runs all experts in one call and is what GPUs want. On a CPU it
+is a loop over experts inside torch; writing that loop here costs microseconds and keeps each expert's rows in the cache
+through gate, up, SiLU and down, which makes the layer 1.5-2x faster forward and backward (benchmarks/experts.py), so
+that is the CPU form. Both are tested against `expert_mlp_reference`.
+
+Shape letters: T tokens, K experts a token, P = T*K pairs, E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm, silu
+
+from .linear import widen
+
+
+class Pairs(NamedTuple):
+    """Pairs sorted by expert. token_P: token of each sorted pair; slot_TK: where pair (t, k) went; counts_E."""
+
+    token_P: Tensor
+    slot_TK: Tensor
+    counts_E: Tensor
+
+
+def sort_pairs(index_TK: Tensor, num_experts: int) -> Pairs:
+    """Sort (token, expert) pairs by expert, stable, so that equal inputs give equal orders."""
+    flat_P = index_TK.flatten()
+    order_P = torch.argsort(flat_P, stable=True)
+    slot_P = torch.empty_like(order_P)
+    slot_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
+    counts_E = torch.bincount(flat_P, minlength=num_experts)
+    return Pairs(order_P // index_TK.shape[1], slot_P.view_as(index_TK), counts_E)
+
+
+def expert_mlp_reference(
+    x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
+) -> Tensor:
+    """The slow twin: token by token, expert by expert, in FP32."""
+    out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+    for t in range(x_TH.shape[0]):
+        for e, w in zip(index_TK[t].tolist(), weight_TK[t], strict=True):
+            gate, up = (gate_up_E2IH[e].float() @ x_TH[t].float()).chunk(2)
+            out[t] = out[t] + w.float() * (down_EHI[e].float() @ (silu(gate) * up))
+    return out.to(x_TH.dtype)
+
+
+class _ExpertLoop(torch.autograd.Function):
+    """Forward and backward of all experts, expert by expert, every intermediate of an expert still in the cache.
+
+    Sums over a token's experts run in FP32 in the order of the experts' indices, whatever else is in the batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs, wants_grad: bool
+    ) -> Tensor:
+        w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
+        out_TH = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        both_P = x.new_empty(len(pairs.token_P), w_in.shape[1]) if wants_grad else None
+        for e, rows in _rows_by_expert(pairs.counts_E):
+            tokens = pairs.token_P[rows]
+            both = widen(x.index_select(0, tokens)) @ widen(w_in[e]).t()
+            if both_P is not None:
+                both_P[rows] = both
+            gate, up = both.chunk(2, 1)
+            h = silu(gate).mul_(up).mul_(weight_P[rows].unsqueeze(1))
+            out_TH.index_add_(0, tokens, (h @ widen(w_out[e]).t()).float())
+        if wants_grad:
+            ctx.save_for_backward(x, weight_P, w_in, w_out, both_P, pairs.token_P, pairs.counts_E)
+            ctx.w_dtype = gate_up.dtype
+        return out_TH.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_P, w_in, w_out, both_P, token_P, counts_E = ctx.saved_tensors
+        want_x, want_weight, want_in, want_out = ctx.needs_input_grad[:4]
+        idle_E = counts_E == 0
+        d_in, d_out = (
+            torch.empty_like(w, dtype=ctx.w_dtype).masked_fill_(idle_E.view(-1, 1, 1), 0) if want else None
+            for w, want in ((w_in, want_in), (w_out, want_out)))
+        d_weight = torch.empty_like(weight_P) if want_weight else None
+        dx_TH = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if want_x else None
+        for e, rows in _rows_by_expert(counts_E):
+            tokens = token_P[rows]
+            dout = widen(dout_TH.index_select(0, tokens))
+            gate, up = widen(both_P[rows]).chunk(2, 1)
+            weight = weight_P[rows].unsqueeze(1)
+            act = silu(gate)
+            h = act * up  # before the gate's weight
+            dh = dout @ widen(w_out[e])
+            if d_weight is not None:
+                d_weight[rows] = torch.linalg.vecdot(dh, h)
+            if d_out is not None:
+                _product_into(d_out[e], dout.t(), h.mul_(weight))
+            if d_in is None and dx_TH is None:
+                continue
+            dh.mul_(weight)
+            d_both = dh.new_empty(dh.shape[0], w_in.shape[1])
+            d_gate, d_up = d_both.chunk(2, 1)
+            torch.mul(dh, act, out=d_up)
+            d_gate.copy_(torch.ops.aten.silu_backward(dh.mul_(up), gate))
+            if d_in is not None:
+                _product_into(d_in[e], d_both.t(), widen(x.index_select(0, tokens)))
+            if dx_TH is not None:
+                dx_TH.index_add_(0, tokens, (d_both @ widen(w_in[e])).float())
+        return dx_TH.to(x.dtype) if dx_TH is not None else None, d_weight, d_in, d_out, None, None
+
+
+def _rows_by_expert(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows among the sorted pairs) for every expert that has any."""
+    start = 0
+    for e, n in enumerate(counts_E.tolist()):
+        if n:
+            yield e, slice(start, start + n)
+            start += n
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _grouped(x_TH: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs) -> Tensor:
+    """All experts at once through torch's grouped product (GPUs; also the CPU form's second twin)."""
+    dtype = x_TH.dtype
+    ends_E = pairs.counts_E.cumsum(0).to(torch.int32)
+    x_PH = x_TH.index_select(0, pairs.token_P)
+    gate, up = grouped_mm(x_PH, gate_up.to(dtype).transpose(1, 2), offs=ends_E).chunk(2, 1)
+    h = silu(gate) * up * weight_P.unsqueeze(1).to(dtype)
+    y_PH = grouped_mm(h, down.to(dtype).transpose(1, 2), offs=ends_E)
+    tokens, k = pairs.slot_TK.shape
+    return y_PH.index_select(0, pairs.slot_TK.flatten()).view(tokens, k, -1).sum(1)
+
+
+def expert_mlp(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Weighted sum over each token's K experts of down(silu(gate(x)) * up(x)), [T, H].
+
+    index_TK: int64 in 0..E-1, distinct within a row; weight_TK: FP32, differentiable.
+    """
+    pairs = sort_pairs(index_TK, gate_up_E2IH.shape[0])
+    weight_P = weight_TK.new_empty(weight_TK.numel()).scatter(0, pairs.slot_TK.flatten(), weight_TK.flatten())
+    if x_TH.device.type == "cpu":
+        tensors = (x_TH, weight_P, gate_up_E2IH, down_EHI)
+        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return _ExpertLoop.apply(*tensors, pairs, wants_grad)
+    return _grouped(x_TH, weight_P, gate_up_E2IH, down_EHI, pairs)

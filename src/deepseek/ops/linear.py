@@ -1,0 +1,76 @@
+"""Matrix products in the precision of the activations, on the units that the machine has.
+
+Every product takes the dtype of its activations; the weight is cast to it at the moment of use (mixed precision is then
+FP32 weights under BF16 activations, with no global switch to forget).
+
+BF16 on a CPU without BF16 instructions: torch sends a BF16 product to a oneDNN kernel that emulates the missing
+instructions, at about a quarter of the speed of the same product in FP32 (docs/log.md). A BF16 product is *defined* as
+"operands rounded to BF16, products summed in FP32, result rounded to BF16", and FP32 units can do exactly that:
+products of two BF16 numbers are exact in FP32. So `mm` widens the operands there and rounds the result. With BF16
+instructions (AVX512-BF16, AMX) or on a GPU the product goes to them directly.
+
+Shape letters: M rows, K inner, O outputs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@cache
+def fast_bf16(device_type: str) -> bool:
+    """Whether BF16 products run on BF16 units of this device (then they are faster than FP32)."""
+    if device_type != "cpu":
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` as the operand of a product: FP32 where half precision has no units of its own."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) and not fast_bf16(x.device.type) else x
+
+
+def mm(a_MK: Tensor, b_KO: Tensor) -> Tensor:
+    """a @ b; half-precision operands are summed in FP32 and the result is rounded back once."""
+    return (widen(a_MK) @ widen(b_KO)).to(a_MK.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T (+ b) with both gradients on the same units; weights and their gradient keep the weight's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, w_OK: Tensor, b_O: Tensor | None) -> Tensor:
+        w = w_OK.to(x_MK.dtype)
+        ctx.save_for_backward(x_MK, w)
+        ctx.has_bias, ctx.w_dtype = b_O is not None, w_OK.dtype
+        y = widen(x_MK) @ widen(w).t()
+        if b_O is not None:
+            y += b_O
+        return y.to(x_MK.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MO: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        dy = widen(dy_MO.to(x.dtype))
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ widen(w)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (dy.t() @ widen(x)).to(ctx.w_dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            db = dy.sum(0).to(ctx.w_dtype)
+        return dx, dw, db
+
+
+def linear(x: Tensor, w_OK: Tensor, b_O: Tensor | None = None) -> Tensor:
+    """x[..., K] -> [..., O] in the dtype of x: `torch.nn.functional.linear(x, w.to(x.dtype), b.to(x.dtype))`."""
+    if x.dtype == w_OK.dtype and (x.dtype == torch.float32 or fast_bf16(x.device.type)):
+        return torch.nn.functional.linear(x, w_OK, b_O)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), w_OK, b_O)
+    return y.view(*x.shape[:-1], w_OK.shape[0])

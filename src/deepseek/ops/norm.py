@@ -1,0 +1,48 @@
+"""RMSNorm with a gradient that makes as few passes over memory as torch allows.
+
+    y = w * x / rms(x),  rms(x) = sqrt(mean(x^2) + eps)                                   (arXiv 1910.07467)
+    dx = r * (w dy) - x * r^3 * mean(x * w dy),  r = 1 / rms(x);     dw = sum over rows of dy * x * r
+
+Statistics are FP32 whatever the dtype of x. torch's own `F.rms_norm` took 17 ms forward and backward on [4096, 384]
+where this takes 5 (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MH: Tensor, w_H: Tensor, eps: float) -> Tensor:
+        x = x_MH.float()
+        r_M1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_MH, w_H, r_M1)
+        return (x * r_M1).to(x_MH.dtype).mul_(w_H.to(x_MH.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:
+        x_MH, w_H, r_M1 = ctx.saved_tensors
+        x, dy = x_MH.float(), dy_MH.float()
+        xr = x * r_M1
+        dy_xr = dy * xr
+        dw = dy_xr.sum(0).to(w_H.dtype) if ctx.needs_input_grad[1] else None
+        w_H = w_H.float()
+        mean_M1 = torch.mv(dy_xr, w_H).div_(x.shape[-1]).unsqueeze(-1)
+        wdy = dy * w_H
+        dx = wdy.addcmul_(xr, mean_M1, value=-1).mul_(r_M1)
+        return dx.to(x_MH.dtype), dw, None
+
+
+def rms_norm(x: Tensor, w_H: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension of x[..., H]; the result has the dtype of x."""
+    if torch.is_grad_enabled() and (x.requires_grad or w_H.requires_grad):
+        return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), w_H, eps).view(x.shape)
+    h = x.float()
+    h = h * h.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return h.to(x.dtype) * w_H.to(x.dtype)

@@ -1,0 +1,1 @@
+"""Codecs: how weights are stored in fewer bits."""
