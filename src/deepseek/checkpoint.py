@@ -238,13 +238,13 @@ def _fill(model: CausalLM, files: TensorFiles, folder: Path) -> None:
 def _dtype_of(dtype: Dtype, config: ModelConfig, files: TensorFiles) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
-        stored = files.dtype(next(n for n in files if n.endswith("embed_tokens.weight")))
-        dtype = {"F32": "float32", "F16": "float16"}.get(stored, "bfloat16")  # type: ignore[assignment]
-    try:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]  # type: ignore[index]
-    except KeyError:
-        raise ConfigError(f"dtype = {dtype!r}: must be auto, float32, bfloat16 or float16") from None
+        stored = next((files.dtype(n) for n in files if n.endswith("embed_tokens.weight")), "BF16")
+        return {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
+    if dtype not in named:
+        raise ConfigError(f"dtype = {dtype!r}: must be auto, float32, bfloat16 or float16")
+    return named[dtype]
 
 
 def check_manifest(folder: Path) -> None:
@@ -323,7 +323,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) ->
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

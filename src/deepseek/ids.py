@@ -14,7 +14,7 @@ class ExpertId(NamedTuple):
     """One routed expert: `layer` counts from 0 over all layers (dense ones included), `index` within the layer."""
 
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index on purpose
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.index}"

@@ -167,10 +167,10 @@ class CausalLM(nn.Module):
         cos, sin = self.model.rotary(positions_BT)
         mask = _attention_mask(mask_BT, tokens, cache)
         x = self._embed(ids_BT)
-        for block in self.model.layers:
+        for layer, block in enumerate(self.model.layers):
             x, route = self._run(block, x, cos, sin, mask, cache, order)
             if routing is not None and route is not None:
-                routing.routes[block.layer] = route
+                routing.routes[layer] = route
         if cache is not None:
             cache.length += tokens
             cache.valid_BS = mask_BT
@@ -191,7 +191,8 @@ class CausalLM(nn.Module):
             raise RequestError(f"ids must have shape [batch, tokens] with tokens >= 1, got {tuple(ids_BT.shape)}")
         low, high = (int(v) for v in torch.aminmax(ids_BT))
         if low < 0 or high >= self.config.vocab_size:
-            raise RequestError(f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}")
+            bad, last = low if low < 0 else high, self.config.vocab_size - 1
+            raise RequestError(f"token id {bad} is outside the vocabulary 0..{last}")
         if mask_BT is not None and mask_BT.shape != ids_BT.shape:
             raise RequestError(f"mask has shape {tuple(mask_BT.shape)}, ids have {tuple(ids_BT.shape)}")
         if cache is not None and cache.batch != ids_BT.shape[0]:

@@ -21,7 +21,8 @@ def dequantise(stored_OI: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.
     rows, cols = stored_OI.shape
     want = (-(-rows // BLOCK), -(-cols // BLOCK))
     if tuple(scale_inv.shape) != want:
-        raise CheckpointError(f"weight_scale_inv must have shape {want} for a weight {(rows, cols)}, got {tuple(scale_inv.shape)}")
+        got = tuple(scale_inv.shape)
+        raise CheckpointError(f"weight_scale_inv must have shape {want} for a weight {(rows, cols)}, got {got}")
     scale = scale_inv.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
     return (stored_OI.float() * scale).to(dtype)
 

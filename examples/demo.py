@@ -1,0 +1,49 @@
+"""The whole pipeline on text that every machine has: Python's own library. `make demo` runs this.
+
+    sources and docstrings of the standard library -> tokenizer -> token shards -> train `nano` -> complete prompts
+    -> which expert saw what
+"""
+
+from __future__ import annotations
+
+import argparse
+import sysconfig
+from pathlib import Path
+
+from deepseek.cli import main as deepseek
+
+PROMPTS = ("def read_file(path):\n", "import os\nimport sys\n\nclass ", '    """Return the ')
+# packages of the standard library with much prose beside the code, about 6 MB in all
+PACKAGES = ("asyncio", "collections", "concurrent", "ctypes", "email", "encodings", "html", "http", "idlelib", "importlib",
+            "json", "logging", "multiprocessing", "re", "sqlite3", "tkinter", "unittest", "urllib", "wsgiref", "xml")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="demo", help="folder to leave everything in")
+    parser.add_argument("--steps", default="300", help="training steps")
+    args = parser.parse_args()
+    library = Path(sysconfig.get_path("stdlib"))
+    data = [str(p) for p in sorted(library.glob("*.py"))] + [str(library / p) for p in PACKAGES if (library / p).is_dir()]
+
+    def run(*words: str) -> None:
+        print(f"\n$ deepseek {' '.join(words if len(words) < 12 else (*words[:3], '…', *words[-8:]))}", flush=True)
+        if status := deepseek(words):
+            raise SystemExit(status)
+
+    run("info", "nano")
+    run("train", "nano", *data, "--out", args.out, "--steps", args.steps, "--lr", "3e-3", "--eval_every", "100")
+    model = f"{args.out}/model"
+    for prompt in PROMPTS:
+        run("infer", "--model", model, "--prompt", prompt, "--max_tokens", "60", "--seed", "1")
+    run("infer", "--model", model, "--prompt", (library / "textwrap.py").read_text()[:2000], "--max_tokens", "40",
+        "--seed", "1", "--expert_map", f"{args.out}/experts.png")
+    print(f"\nEverything is in {Path(args.out).resolve()}:\n"
+          f"  model/       a Hugging Face checkpoint: deepseek-infer --model {model} --prompt '…'\n"
+          "  loss.png     the curve of training and the balance of the experts\n"
+          "  experts.png  which expert of which layer saw how much of the last prompt\n"
+          "  log.jsonl    one line a step")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Which experts serve what."""
+
+from .usage import ExpertUsage
+
+__all__ = ["ExpertUsage"]

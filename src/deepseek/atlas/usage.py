@@ -1,0 +1,190 @@
+"""Which experts the tokens of a run visited: counts, shares, a table and a heat map.
+
+Definitions, per layer, over T counted tokens that visit K of E experts each:
+
+    share      tokens that visited the expert / T; under uniform routing K/E
+    weight     the sum of the gate's weights for the expert / T
+    MaxVio     (largest count - mean count) / mean count (arXiv 2408.15664); 0 is perfect balance
+    diversity  exp(H) / E with H the entropy (nats) of the counts as a distribution: 1 when all experts are used
+               equally, 1/E when a single one is
+    dead       experts that no token visited
+
+Shape letters: L layers with routed experts, E experts, K experts a token, T tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import ConfigError, DataError
+from ..files import write_atomically
+from ..model import RoutingRecord, expert_load, max_violation
+
+FORMAT = 1
+WIDTH = 100  # columns of the table
+DEEPEST = 4.0  # the heat map's colours end at this multiple of the uniform share
+
+
+class ExpertUsage:
+    """Counts routed (token, expert) pairs of the model that `config` describes.
+
+    `layers` are the model's own layer indices; row i of every tensor belongs to layers[i]. MTP layers are not counted.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._start(config.moe_layers, config.n_routed_experts, config.num_experts_per_tok)
+
+    def _start(self, layers: tuple[int, ...], experts: int, top_k: int) -> None:
+        self.layers, self.experts, self.top_k = layers, experts, top_k
+        self.tokens = 0
+        self.counts_LE = torch.zeros(len(layers), experts, dtype=torch.int64)
+        self.weights_LE = torch.zeros(len(layers), experts, dtype=torch.float64)
+
+    def add(self, routing: RoutingRecord, mask_T: Tensor | None = None) -> None:
+        """Count one call's routes. mask_T: False for tokens that are padding.
+
+        Raises ConfigError if the record comes from a model of another shape.
+        """
+        if set(routing.routes) != set(self.layers):
+            raise ConfigError(f"the routing record has layers {sorted(routing.routes)}: must be those counted here, "
+                              f"{list(self.layers)}")
+        tokens = 0
+        for row, layer in enumerate(self.layers):
+            route = routing.routes[layer]
+            if route.scores_TE.shape[1] != self.experts:
+                raise ConfigError(f"layer {layer} has {route.scores_TE.shape[1]} experts: must be {self.experts}")
+            index_TK, weight_TK = route.index_TK, route.weight_TK.detach()
+            if mask_T is not None:
+                index_TK, weight_TK = index_TK[mask_T.bool()], weight_TK[mask_T.bool()]
+            self.counts_LE[row] += expert_load(index_TK, self.experts).cpu()
+            self.weights_LE[row] += torch.bincount(
+                index_TK.flatten(), weight_TK.flatten().double(), minlength=self.experts).cpu()
+            tokens = index_TK.shape[0]
+        self.tokens += tokens
+
+    # ---- figures ----------------------------------------------------------------------------------------------
+
+    @property
+    def uniform_share(self) -> float:
+        """K/E, every expert's share if tokens were spread evenly."""
+        return self.top_k / self.experts
+
+    def share(self) -> Tensor:
+        """Share of the tokens that visited each expert, FP64 [L, E]; zeros before the first token."""
+        return self.counts_LE.double() / max(self.tokens, 1)
+
+    def weight(self) -> Tensor:
+        """Mean gate weight per token, FP64 [L, E]."""
+        return self.weights_LE / max(self.tokens, 1)
+
+    def max_vio(self) -> Tensor:
+        """MaxVio per layer, FP32 [L]."""
+        return max_violation(self.counts_LE)
+
+    def diversity(self) -> Tensor:
+        """exp(entropy) / E per layer, FP64 [L]; 0 before the first token."""
+        p_LE = self.counts_LE.double() / self.counts_LE.sum(1, keepdim=True).clamp(min=1)
+        entropy_L = -torch.special.xlogy(p_LE, p_LE).sum(1)
+        return torch.where(self.counts_LE.sum(1) > 0, entropy_L.exp() / self.experts, 0.0)
+
+    def dead(self) -> Tensor:
+        """Experts of each layer that no token visited, int64 [L]."""
+        return (self.counts_LE == 0).sum(1)
+
+    # ---- for people -------------------------------------------------------------------------------------------
+
+    def table(self) -> str:
+        """One line a layer, at most 100 columns: balance, and the busiest experts with their shares."""
+        title = (f"Expert usage: {self.tokens:,} tokens, {len(self.layers)} layers x {self.experts} experts, "
+                 f"{self.top_k} a token; uniform share {self.uniform_share:.1%}")
+        if not self.layers or not self.tokens:
+            return f"{title}\n(nothing counted)"
+        digits = len(str(self.experts - 1))
+        head = f"{'layer':>5}  {'MaxVio':>6}  {'diversity':>9}  {'dead':>4}  busiest experts, share of tokens"
+        fits = (WIDTH - head.index("busiest") + 2) // (digits + 9)
+        lines = [title, head]
+        shares_LE, order_LE = self.share().sort(dim=1, descending=True, stable=True)
+        rows = zip(self.layers, self.max_vio().tolist(), self.diversity().tolist(), self.dead().tolist(),
+                   order_LE.tolist(), shares_LE.tolist(), strict=True)
+        for layer, vio, diversity, dead, order, shares in rows:
+            cells = [f"{e:>{digits}} {share:>6.1%}" for e, share in zip(order, shares, strict=True) if share]
+            lines.append(f"{layer:>5}  {vio:>6.2f}  {diversity:>9.2f}  {dead:>4}  {'  '.join(cells[:fits])}")
+        if len(self.layers) > 1:
+            vio, diversity = float(self.max_vio().mean()), float(self.diversity().mean())
+            lines.append(f"{'mean':>5}  {vio:>6.2f}  {diversity:>9.2f}  {float(self.dead().double().mean()):>4.1f}")
+        return "\n".join(lines)
+
+    def save_heat_map(self, path: str | Path) -> None:
+        """Draw layers x experts as a PNG; the colour is share / uniform share, white at 1. The file appears whole.
+
+        Raises DataError if nothing was counted.
+        """
+        if not self.layers or not self.tokens:
+            raise DataError("no expert usage to draw: no token was counted")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import TwoSlopeNorm
+        from matplotlib.figure import Figure
+
+        rows, columns = len(self.layers), self.experts
+        ratio_LE = (self.share() / self.uniform_share).numpy()
+        deepest = min(max(2.0, float(ratio_LE.max())), DEEPEST)
+        cell = min(0.55, max(11.5 / columns, 0.04))  # inches; few experts get room for figures
+        height = min(0.45, max(cell, 0.12))
+        figure = Figure(figsize=(max(cell * columns + 2.2, 7.0), height * rows + 1.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        image = axis.imshow(ratio_LE, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, deepest), aspect="auto",
+                            interpolation="nearest")
+        axis.set_title(f"Share of tokens that visit each expert, against uniform routing\n{self.tokens:,} tokens, "
+                       f"{self.top_k} of {columns} experts a token", fontsize=11)
+        axis.set_xlabel("expert")
+        axis.set_ylabel("layer")
+        axis.set_xticks(range(0, columns, max(1, columns // 32)))
+        step = 1 if rows <= 32 else 4
+        axis.set_yticks(range(0, rows, step), [str(layer) for layer in self.layers[::step]])
+        if columns <= 32 and rows <= 16:
+            for row in range(rows):
+                for e in range(columns):
+                    value = ratio_LE[row, e]
+                    dark = value > 1 + 0.6 * (deepest - 1) or value < 0.25
+                    axis.text(e, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
+                              color="white" if dark else "black")
+        beyond = float(ratio_LE.max()) > deepest
+        bar = figure.colorbar(image, ax=axis, extend="max" if beyond else "neither", pad=0.01)
+        bar.set_label(f"share / uniform share ({self.uniform_share:.1%})")
+        bar.set_ticks([t for t in ((0, 0.5, 1, 1.5, 2) if deepest < 3 else (0, 0.5, 1, 2, 3, 4)) if t <= deepest])
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        write_atomically(path, buffer.getvalue())
+
+    # ---- for files --------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The counts as one JSON object; `from_json` reads it back."""
+        return json.dumps({
+            "format": FORMAT, "layers": list(self.layers), "experts": self.experts, "top_k": self.top_k,
+            "tokens": self.tokens, "counts": self.counts_LE.tolist(), "weights": self.weights_LE.tolist()})
+
+    @classmethod
+    def from_json(cls, text: str) -> ExpertUsage:
+        """Read `to_json`'s text. Raises DataError if it is not that."""
+        usage = cls.__new__(cls)
+        try:
+            keys: dict[str, Any] = json.loads(text)
+            if keys["format"] != FORMAT:
+                raise ValueError(f"format = {keys['format']!r}: must be {FORMAT}")
+            usage._start(tuple(keys["layers"]), keys["experts"], keys["top_k"])
+            shape = usage.counts_LE.shape
+            usage.tokens = keys["tokens"]
+            usage.counts_LE = torch.tensor(keys["counts"], dtype=torch.int64).view(shape)
+            usage.weights_LE = torch.tensor(keys["weights"], dtype=torch.float64).view(shape)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DataError(f"expert usage: not what to_json writes: {error!r}") from None
+        return usage

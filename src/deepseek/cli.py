@@ -1,0 +1,304 @@
+"""The command line: one thin function per verb; heavy imports happen inside them, so `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from .deepopt.settings import TrainConfig
+from .errors import ConfigError, MoEDRError, RequestError
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .engine import LLM, SamplingParams
+    from .tokenizer import Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    if not hasattr(args, "run"):
+        args.usage()
+        return 2
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except MoEDRError as error:
+        print(f"deepseek: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
+        sys.stdout = None
+        return 0
+
+
+def infer_main() -> int:
+    """`deepseek-infer …` is `deepseek infer …`."""
+    return main(["infer", *sys.argv[1:]])
+
+
+# ---- verbs ------------------------------------------------------------------------------------------------------
+
+
+def info(args: argparse.Namespace) -> None:
+    from . import info as accounting
+
+    described = accounting.describe(_config(args.model), name=args.model, context=args.context)
+    priced = args.price_per_hour is not None and args.tokens_per_second is None
+    machine = accounting.measure_machine() if args.machine or priced else None
+    fits = accounting.fit(described, machine, context=args.context) if machine else None
+    extra = {"fits": fits, "machine": machine, "price_per_hour": args.price_per_hour,
+             "tokens_per_second": args.tokens_per_second}
+    if args.json:
+        import json
+
+        print(json.dumps(accounting.to_json(described, **extra), indent=2))
+    else:
+        print(accounting.render(described, **extra))
+
+
+def data_tokenizer(args: argparse.Namespace) -> None:
+    from .data import ReadReport, read_documents
+    from .tokenizer import Tokenizer
+
+    report = ReadReport()
+    tokenizer = Tokenizer.train((document.text for document in read_documents(args.data, report)), args.vocab_size)
+    tokenizer.save(args.out)
+    print(report.summary())
+    print(f"{tokenizer.vocab_size:,} tokens written to {args.out}")
+
+
+def train(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    import torch
+
+    from .data import pack_cached
+    from .deepopt.trainer import Trainer
+    from .model import CausalLM
+
+    _threads(args)
+    config, out = _config(args.config), Path(args.out)
+    settings = TrainConfig(**{setting.name: getattr(args, setting.name) for setting in fields(TrainConfig)})
+    tokenizer = _training_tokenizer(args, config, out)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
+    config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None, pad_token_id=tokenizer.pad_id)
+    shards, report = pack_cached(args.data, tokenizer, out / "tokens", valid_fraction=args.valid_fraction)
+    if report is not None:
+        print(report.summary())
+    torch.manual_seed(settings.seed)
+    model = CausalLM(config).init_weights(torch.Generator().manual_seed(settings.seed)).to(args.device)
+    trainer = Trainer(model, shards, settings, out, tokenizer)
+    per_step = settings.batch_size * settings.accumulation * settings.seq_len
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {shards.train_tokens:,} tokens "
+          f"({settings.steps * per_step / shards.train_tokens:.2f} epochs), "
+          f"{str(model.compute_dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+          + (f"; continuing after step {trainer.step}" if trainer.step else ""))
+    trainer.run()
+    print(f"model: {out / 'model'}\nloss:  {out / 'loss.png'}\nlog:   {out / 'log.jsonl'}\n"
+          f"try:   deepseek-infer --model {out / 'model'} --prompt '…'")
+
+
+def infer(args: argparse.Namespace) -> None:
+    llm, params = _llm(args), _sampling(args)
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    if not prompt:
+        raise RequestError("prompt = '': must not be empty (give --prompt or text on standard input)")
+    usage = _usage(args, llm)
+    for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage):
+        print(piece, end="", flush=True)
+    print()
+    _show_usage(args, usage)
+
+
+def chat(args: argparse.Namespace) -> None:
+    llm, params = _llm(args), _sampling(args)
+    usage = _usage(args, llm)
+    messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
+    start = len(messages)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Type a message; /reset forgets the conversation, /exit (or Ctrl-D) ends it.")
+    while True:
+        if interactive:
+            print("\n> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            break
+        if line.strip() == "/reset":
+            del messages[start:]
+            continue
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        answer = ""
+        for piece in llm.stream(messages, params, usage=usage):
+            answer += piece
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+    _show_usage(args, usage)
+
+
+# ---- what verbs share ---------------------------------------------------------------------------------------------
+
+
+def _config(name: str) -> ModelConfig:
+    """A preset, a config.json, a checkpoint folder or hub id; local first."""
+    from pathlib import Path
+
+    from .config import PRESETS, ModelConfig
+
+    path = Path(name).expanduser()
+    if path.exists():
+        return ModelConfig.from_file(path, strict=True if path.is_file() else None)
+    if name in PRESETS:
+        return ModelConfig.preset(name)
+    from .checkpoint import resolve
+
+    return ModelConfig.from_file(resolve(name))
+
+
+def _training_tokenizer(args: argparse.Namespace, config: ModelConfig, out: Any) -> Tokenizer:
+    """The one given, the one of an earlier start of this run, or one trained on the data."""
+    from .data import ReadReport, read_documents
+    from .files import replace_folder
+    from .tokenizer import Tokenizer
+
+    folder = args.tokenizer or out / "tokenizer"
+    if not args.tokenizer and not (folder / "tokenizer.json").is_file():
+        print(f"training a tokenizer of {config.vocab_size:,} tokens on the data", flush=True)
+        trained = Tokenizer.train((d.text for d in read_documents(args.data, ReadReport())), config.vocab_size)
+        with replace_folder(folder) as staging:
+            trained.save(staging)
+    return Tokenizer.load(folder)
+
+
+def _llm(args: argparse.Namespace) -> LLM:
+    _threads(args)
+    from .engine import LLM
+
+    return LLM(args.model, dtype=args.dtype, device=args.device)
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    from .engine import SamplingParams
+
+    return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+                          min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed, stop=tuple(args.stop))
+
+
+def _usage(args: argparse.Namespace, llm: LLM) -> Any:
+    from .atlas import ExpertUsage
+
+    return ExpertUsage(llm.model.config) if args.show_experts or args.expert_map else None
+
+
+def _show_usage(args: argparse.Namespace, usage: Any) -> None:
+    if usage is None:
+        return
+    print(usage.table(), file=sys.stderr)
+    if args.expert_map:
+        usage.save_heat_map(args.expert_map)
+        print(f"heat map: {args.expert_map}", file=sys.stderr)
+
+
+def _threads(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ConfigError(f"threads = {args.threads}: must be an integer >= 1")
+        import torch
+
+        torch.set_num_threads(args.threads)
+
+
+# ---- the parser ---------------------------------------------------------------------------------------------------
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(prog="deepseek", formatter_class=_Formatter,
+                                     description="MoE-DR: an open implementation of the DeepSeek-V3 system")
+    parser.add_argument("--version", action="version", version=f"moe-dr {__version__}")
+    parser.set_defaults(usage=parser.print_help)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    verb = _verb(verbs, "info", info, "parameters, FLOPs, memory and cost of a model, and what fits this machine")
+    verb.add_argument("model", metavar="NAME|PATH", help="a preset, a config.json, a checkpoint folder or a hub id")
+    verb.add_argument("--context", type=int, default=4096, help="tokens of context for attention FLOPs and the cache")
+    verb.add_argument("--machine", action="store_true", help="measure this machine and say which formats fit")
+    verb.add_argument("--price_per_hour", type=float, help="price of the machine, for the cost of 10^8 tokens")
+    verb.add_argument("--tokens_per_second", type=float, help="throughput for the cost; else this machine's bound")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+    verb = _verb(verbs, "data", None, "prepare data")
+    steps = verb.add_subparsers(title="steps", metavar="STEP")
+    verb.set_defaults(usage=verb.print_help)
+    step = _verb(steps, "tokenizer", data_tokenizer, "train a byte-level BPE tokenizer on text")
+    step.add_argument("data", nargs="+", metavar="DATA", help="text, code, JSONL or folders of them")
+    step.add_argument("--vocab_size", type=int, default=16384, help="tokens in all, special ones included")
+    step.add_argument("--out", required=True, help="folder to write")
+
+    verb = _verb(verbs, "train", train, "train a model from scratch; the same command continues a stopped run")
+    verb.add_argument("config", metavar="CONFIG", help="a preset or a config.json")
+    verb.add_argument("data", nargs="+", metavar="DATA", help="text, code, JSONL or folders of them")
+    verb.add_argument("--out", required=True, help="folder of the run")
+    verb.add_argument("--tokenizer", help="folder of a tokenizer; else one is trained on the data")
+    verb.add_argument("--valid_fraction", type=float, default=0.01, help="share of the documents held out")
+    _device_flags(verb)
+    for setting in fields(TrainConfig):
+        kind: dict[str, Any] = {"action": "store_true"} if setting.default is False else {"type": type(setting.default)}
+        verb.add_argument(f"--{setting.name}", default=setting.default, help=setting.metadata["help"], **kind)
+
+    verb = _verb(verbs, "infer", infer, "complete a prompt, printing text as it comes")
+    _model_flags(verb)
+    verb.add_argument("--prompt", help="the prompt; else standard input")
+    verb.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+
+    verb = _verb(verbs, "chat", chat, "a conversation in the terminal")
+    _model_flags(verb)
+    verb.add_argument("--system", help="system message")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None] | None, text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text, formatter_class=_Formatter)
+    if run is not None:
+        verb.set_defaults(run=run)
+    return verb
+
+
+def _device_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--device", default="cpu", help="cpu or cuda")
+    verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+
+
+def _model_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--model", required=True, help="a checkpoint folder or a hub id")
+    _device_flags(verb)
+    verb.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    verb.add_argument("--max_tokens", type=int, default=256, help="tokens to generate at most")
+    verb.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
+    verb.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this probability mass")
+    verb.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0 keeps all")
+    verb.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one")
+    verb.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages what has been said")
+    verb.add_argument("--seed", type=int, help="makes sampling repeatable")
+    verb.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
+    verb.add_argument("--show_experts", action="store_true", help="print the share of tokens per expert and layer")
+    verb.add_argument("--expert_map", metavar="PNG", help="save that table as a heat map")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

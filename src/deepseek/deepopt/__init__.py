@@ -1,0 +1,1 @@
+"""DeepOpt: token shards -> checkpoint."""

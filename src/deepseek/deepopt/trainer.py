@@ -1,0 +1,272 @@
+"""The training loop, and why a killed run continues bit by bit.
+
+Everything that the next step depends on is either a pure function of the step number (which windows of the data come,
+the learning rate) or part of the checkpoint (weights, gate biases, AdamW's moments, the random state). A checkpoint is
+one folder that appears in one rename, so at any instant the newest `checkpoint-N` is whole; a run that was killed
+starts again from it and takes the same steps with the same numbers. The log is cut back to that step.
+
+    OUT/settings.json           what the run was started with; another setting in the same folder is refused
+    OUT/tokens/                 the packed data
+    OUT/checkpoint-000200/      a Hugging Face checkpoint, with optimizer.safetensors and trainer.json beside it
+    OUT/log.jsonl, loss.png     one line a step and one an evaluation; the curve
+    OUT/model/                  the finished model
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checkpoint import load_model, save_model
+from ..data import TokenShards
+from ..errors import CheckpointError, ConfigError
+from ..files import write_atomically, write_json
+from ..model import CausalLM, max_violation
+from ..ops import fast_bf16
+from ..tokenizer import Tokenizer
+from .plot import plot_run
+from .settings import TrainConfig
+
+CHECKPOINT = "checkpoint-{:06d}"
+
+
+class Trainer:
+    """Trains `model` in place on `data` and leaves everything under `out`.
+
+    Starts from the newest checkpoint in `out` if there is one. Raises ConfigError when `out` holds a run with other
+    settings.
+    """
+
+    def __init__(self, model: CausalLM, data: TokenShards, config: TrainConfig, out: str | Path,
+                 tokenizer: Tokenizer | None = None) -> None:
+        self.model, self.data, self.config, self.tokenizer = model, data, config, tokenizer
+        self.out = Path(out)
+        self.step = 0
+        self.model.compute_dtype = compute_dtype(config, model.device)
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.optimizer = make_optimizer(model, config)
+        self.gates = [block.gate for block in model.moe_blocks().values()]
+        self._claim_folder()
+        self._resume()
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> CausalLM:
+        """Take the remaining steps; returns the model, which is also saved in OUT/model.
+
+        On Ctrl-C a checkpoint is written before KeyboardInterrupt goes on.
+        """
+        config = self.config
+        tokens_a_step = config.batch_size * config.accumulation * config.seq_len
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True, desc="train")
+        log = RunLog(self.out, self.step, config.tensorboard)
+        try:
+            while self.step < config.steps:
+                began = time.perf_counter()
+                record = self.train_step()
+                record["tokens_per_second"] = round(tokens_a_step / (time.perf_counter() - began))
+                log.write(record)
+                bar.set_postfix_str(f"loss {record['loss']:.3f}  MaxVio {record['max_vio']:.2f}  "
+                                    f"{record['tokens_per_second']:,} tokens/s")
+                bar.update()
+                if on_step is not None:
+                    on_step(record)
+                last = self.step == config.steps
+                if last or self.step % config.eval_every == 0:
+                    log.write(evaluation := {"step": self.step, "eval_loss": self.evaluate()})
+                    bar.write(f"step {self.step}: held-out loss {evaluation['eval_loss']:.4f} "
+                              f"(perplexity {math.exp(min(evaluation['eval_loss'], 50)):.1f})")
+                    plot_run(self.out / "log.jsonl", self.out / "loss.png")
+                if last or self.step % config.save_every == 0:
+                    self.save()
+        except KeyboardInterrupt:
+            self.save()
+            bar.write(f"stopped after step {self.step}; the same command continues from there")
+            raise
+        finally:
+            bar.close()
+            log.close()
+        self.model.eval()
+        save_model(self.model, self.out / "model", tokenizer=self.tokenizer)
+        return self.model
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimiser step; returns its log record."""
+        config, model = self.config, self.model
+        model.train()
+        rate = config.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
+        load_LE: Tensor | None = None
+        for micro in range(config.accumulation):
+            ids_BT, labels_BT = self.data.batch(
+                self.step * config.accumulation + micro, config.batch_size, config.seq_len, seed=config.seed)
+            result = model.loss(ids_BT.to(model.device), labels_BT.to(model.device), mtp_weight=config.mtp_weight,
+                                balance_weight=config.balance_weight)
+            (result.total / config.accumulation).backward()
+            for key, value in (("loss", result.main), ("mtp_loss", result.mtp), ("balance_loss", result.balance)):
+                sums[key] += value.item() / config.accumulation if value is not None else 0.0
+            load_LE = result.load_LE if load_LE is None else load_LE + result.load_LE
+        if not math.isfinite(sums["loss"]):
+            raise ConfigError(f"the loss became {sums['loss']} at step {self.step}; a lower lr than {config.lr} may help")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        assert load_LE is not None
+        if config.bias_speed:
+            for gate, load_E in zip(self.gates, load_LE, strict=False):  # without MTP loss its gate saw nothing
+                if hasattr(gate, "e_score_correction_bias"):
+                    gate.update_bias(load_E, config.bias_speed)
+        self.step += 1
+        max_vio = float(max_violation(load_LE).mean()) if load_LE.numel() else 0.0
+        return {"step": self.step, **sums, "lr": rate, "grad_norm": float(norm), "max_vio": max_vio}
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss per token over the held-out windows."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for ids_BT, labels_BT in self.data.valid_batches(self.config.batch_size, self.config.seq_len, self.config.eval_batches):
+            labels = labels_BT.to(self.model.device)
+            n = int((labels != -100).sum())
+            total += float(self.model.loss(ids_BT.to(self.model.device), labels).main) * n
+            count += n
+        return total / max(count, 1)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write checkpoint-STEP and drop all but the newest `keep`."""
+        def add(folder: Path) -> None:
+            moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
+                       for key, value in state.items() if key in ("exp_avg", "exp_avg_sq")}
+            moments["rng"] = torch.get_rng_state()
+            save_file(moments, folder / "optimizer.safetensors")
+            write_json(folder / "trainer.json", {"step": self.step})
+
+        path = save_model(self.model, self.out / CHECKPOINT.format(self.step), tokenizer=self.tokenizer, add=add)
+        for old in checkpoints(self.out)[: -self.config.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def _optimizer_state(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter in self.optimizer.state:
+                yield name, self.optimizer.state[parameter]
+
+    def _resume(self) -> None:
+        found = checkpoints(self.out)
+        if not found:
+            return
+        folder = found[-1]
+        # the checkpoint was hashed when written; `load_model` checks the manifest, optimizer.safetensors included
+        restored = load_model(folder, dtype=torch.float32, device=self.model.device)
+        self.model.load_state_dict(restored.state_dict())
+        moments = load_file(folder / "optimizer.safetensors")
+        self.step = json.loads((folder / "trainer.json").read_text())["step"]
+        torch.set_rng_state(moments.pop("rng"))
+        for name, parameter in self.model.named_parameters():
+            if f"{name}.exp_avg" not in moments:
+                continue
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step)),
+                **{key: moments[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
+            }
+
+    def _claim_folder(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.out / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
+        except BlockingIOError:
+            raise ConfigError(f"{self.out}: another process is training in this folder") from None
+        for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")):  # of a killed write
+            shutil.rmtree(leftover)
+        settings = {"train": asdict(self.config), "model": self.model.config.to_dict()}
+        path = self.out / "settings.json"
+        if not path.exists():
+            write_json(path, settings)
+            return
+        old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+        for part in settings:
+            for key in sorted(set(old[part]) | set(new[part])):
+                if old[part].get(key) != new[part].get(key):
+                    raise ConfigError(f"{self.out} holds a run with {key} = {old[part].get(key)!r}, this one has "
+                                      f"{new[part].get(key)!r}; choose another --out or remove the folder")
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """BF16 where asked, or where `auto` finds BF16 units; else FP32. Weights and moments stay FP32."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device.type))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay, norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoint folders under `out`, oldest first."""
+    return sorted(path for path in out.glob("checkpoint-[0-9]*") if path.is_dir())
+
+
+class RunLog:
+    """log.jsonl: one line a record, flushed at once; TensorBoard events beside it if asked."""
+
+    def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
+        path = out / "log.jsonl"
+        write_atomically(path, "".join(line for record, line in read_log(path) if record["step"] <= step))
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError("tensorboard = True: needs the package tensorboard "
+                                  "(pip install 'moe-dr[tensorboard]')") from None
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """(record, line) of every whole line; a last line torn by a kill is dropped."""
+    if not path.exists():
+        return []
+    out = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        try:
+            out.append((json.loads(line), line))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path}: line {len(out) + 1} is not JSON: {error}") from None
+    return out

@@ -1,0 +1,321 @@
+"""Text <-> ids, for any Hugging Face tokenizer.json, and its chat template.
+
+Control tokens and user text. A model obeys `<|User|>` or `<|end_of_sentence|>` as commands, so text that merely
+contains those characters must not turn into them. There are two views of one tokenizer.json: in the full one control
+tokens are recognised (`special=True`, for what a chat template wrote), in the plain one they are spelt out as ordinary
+text (the default). Control tokens are the added tokens marked special and those in angle brackets: DeepSeek's files
+leave `<｜User｜>` and `</think>` unmarked. `encode_chat` uses both views, each for its part of a rendered conversation.
+
+Chat templates are rendered as transformers does it (utils/chat_template_utils.py, release 5.23): jinja2's immutable
+sandbox, blocks trimmed, `tojson` without escapes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from .errors import ConfigError, DataError, NotFoundError, RequestError
+from .files import write_atomically, write_json
+
+# The splits of DeepSeek-V3's tokenizer.json, in order: up to three digits, Chinese and kana, everything else.
+SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+BOS, EOS, PAD, USER, ASSISTANT = SPECIAL = (
+    "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>", "<|User|>", "<|Assistant|>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '" + USER + "' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '" + ASSISTANT + "' + message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('role must be system, user or assistant, got ' ~ message['role']) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
+# Spellings tried where no tokenizer_config.json names the token.
+_USUAL = {"bos_token": ("<｜begin▁of▁sentence｜>", BOS, "<s>"), "eos_token": ("<｜end▁of▁sentence｜>", EOS, "</s>"),
+          "pad_token": ("<｜▁pad▁｜>", PAD, "<pad>")}
+_THINKING = frozenset(("<think>", "</think>"))  # templates cut assistant turns at these
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text has them
+
+
+class Tokenizer:
+    """A tokenizer.json with what stands beside it. Make one with `load` or `train`."""
+
+    def __init__(self, definition: str, config: Mapping[str, Any] | None = None, template: str | None = None,
+                 generation: Mapping[str, Any] | None = None) -> None:
+        """definition: the text of tokenizer.json; config, generation: the keys of tokenizer_config.json and
+        generation_config.json; template: the chat template."""
+        self._definition, self._config, self._generation = definition, dict(config or {}), dict(generation or {})
+        self._full = tokenizers.Tokenizer.from_str(definition)
+        self._template = template
+        self._added: list[dict[str, Any]] = json.loads(definition).get("added_tokens") or []
+        self._skipped = frozenset(token["id"] for token in self._added if token["special"])
+        self._names: dict[str, str] = {}
+        present = {token["content"] for token in self._added}
+        for key in {**_USUAL, **self._config}:
+            named = self._config.get(key)
+            named = named.get("content") if isinstance(named, Mapping) else named
+            if named is None and key not in self._config:
+                named = next((usual for usual in _USUAL[key] if usual in present), None)
+            if key.endswith("_token") and isinstance(named, str):
+                self._names[key] = named
+        self.bos_id, self.eos_id, self.pad_id = (self._id_of(key) for key in _USUAL)
+        self.vocab_size = max(self._full.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a folder with tokenizer.json (or tokenizer.json.gz), or such a file and its neighbours.
+
+        Raises NotFoundError or DataError, naming the file.
+        """
+        path = Path(path).expanduser()
+        folder = path if path.is_dir() else path.parent
+        tried = [path / "tokenizer.json", path / "tokenizer.json.gz"] if path.is_dir() else [path]
+        file = next((file for file in tried if file.is_file()), None)
+        if file is None:
+            raise NotFoundError(f"{tried[0]}: no such file")
+        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        template = config.pop("chat_template", None)
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if (jinja := folder / "chat_template.jinja").is_file():
+            template = jinja.read_text(encoding="utf-8")
+        generation = _read_json(folder / "generation_config.json")
+        try:
+            raw = file.read_bytes()
+            text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
+            return cls(text, config, template, generation)
+        except Exception as error:  # the tokenizers library raises bare Exception for a bad definition
+            raise DataError(f"{file}: not a tokenizer: {error}") from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
+        """Learn a byte-level BPE with DeepSeek-V3's splits; equal texts give an equal tokenizer.
+
+        vocab_size: tokens at most, the 5 special ones (ids 0-4) and the 256 bytes included; few texts give fewer.
+        min_frequency: a pair must occur so often to be merged.
+        """
+        least = len(SPECIAL) + 256
+        if vocab_size < least:
+            raise ConfigError(f"vocab_size = {vocab_size}: must be at least {least} (256 bytes and {len(SPECIAL)} "
+                              "special tokens)")
+        learner = tokenizers.Tokenizer(models.BPE())
+        learner.pre_tokenizer = pre_tokenizers.Sequence([
+            *(pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        learner.decoder = decoders.ByteLevel()
+        learner.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False,
+            special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
+                  "clean_up_tokenization_spaces": False}
+        return cls(learner.to_str(pretty=True), config, CHAT_TEMPLATE)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json with its template, and generation_config.json if one was read."""
+        folder = Path(folder)
+        config = self._config | ({"chat_template": self._template} if self._template is not None else {})
+        write_atomically(folder / "tokenizer.json", self._definition)
+        write_json(folder / "tokenizer_config.json", config)
+        if self._generation:
+            write_json(folder / "generation_config.json", self._generation)
+
+    # ---- ids --------------------------------------------------------------------------------------------------
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text: the tokenizer's own, then generation_config.json's."""
+        more = self._generation.get("eos_token_id")
+        ids = [self.eos_id, *(more if isinstance(more, list) else [more])]
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides ids: tokenizer.json, the special tokens, the chat template."""
+        parts = [self._definition, self._names, self._template]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _control(self) -> frozenset[str]:
+        names = ((token["content"], token["special"]) for token in self._added)
+        return frozenset(name for name, special in names if special or (name.startswith("<") and name.endswith(">")))
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The view that spells control tokens out: all of them marked special, and special ones not recognised."""
+        definition = json.loads(self._definition)
+        for token in definition.get("added_tokens") or []:
+            token["special"] = token["content"] in self._control
+        plain = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        plain.encode_special_tokens = True
+        return plain
+
+    def _id_of(self, key: str) -> int | None:
+        return self._full.token_to_id(self._names[key]) if key in self._names else None
+
+    def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        """Ids of `text`. bos: put the bos id first. special: recognise control tokens; else they are ordinary text.
+
+        Raises DataError for a lone surrogate, which no UTF-8 text can hold.
+        """
+        return self._begin(bos) + self._batch([text], special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = False, special: bool = False) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return [self._begin(bos) + ids for ids in self._batch(texts, special)]
+
+    def _begin(self, bos: bool) -> list[int]:
+        return [self.bos_id] if bos and self.bos_id is not None else []
+
+    def _batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        view = self._full if special else self._plain
+        try:
+            return [encoding.ids for encoding in view.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            for text in texts:
+                if lone := re.search("[\ud800-\udfff]", text):
+                    raise DataError(f"character {lone.start()} of a text is the lone surrogate {lone[0]!r}, "
+                                    "which UTF-8 cannot hold") from None
+            raise
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids that the tokenizer does not have are left out."""
+        return self._full.decode(list(ids), skip_special_tokens=skip_special)
+
+    def stream(self, *, skip_special: bool = True) -> TokenStream:
+        """A decoder for ids that come one at a time."""
+        return TokenStream(self, self._skipped if skip_special else frozenset())
+
+    # ---- chat -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
+        """The conversation as the model was trained to see it. extra: further variables of the template (tools, …).
+
+        Raises RequestError when there is no template or it refuses the messages. To get ids use `encode_chat`.
+        """
+        if self._template is None:
+            raise RequestError("the tokenizer has no chat template, so it takes a prompt, not messages")
+        values = {"tools": None, "documents": None, **self._names, **extra}
+        try:
+            return _compile(self._template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **values)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:  # all that wrong messages can cause
+            raise RequestError(f"the chat template refuses the messages: {error}") from None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
+                    **extra: Any) -> list[int]:
+        """Ids of `chat(…)`. Control tokens count where the template wrote them, not where a message quotes them."""
+        everything, spoken = (re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+                              for names in (self._control, self._control - _THINKING))
+        marked = [_mark(message, spoken if message.get("role") == "assistant" else everything) for message in messages]
+        text = self.chat(marked, add_generation_prompt=add_generation_prompt, **_mark(extra, everything))
+        # between marks is quoted text; a template's own string methods may have parted a pair, so lone marks only cut
+        pieces = re.split(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]", text)
+        return [i for n, piece in enumerate(pieces) if piece for i in self.encode(piece, special=n % 2 == 0)]
+
+
+class TokenStream:
+    """Text of ids that come one at a time: what `push` and `flush` return adds up to `decode` of all ids.
+
+    A character's bytes may be spread over tokens, so text is held back while it ends in U+FFFD. The ids of the last
+    whole piece are kept as context, for tokenizers whose first token of a text decodes differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
+        self._tokenizer, self._skipped = tokenizer, skipped
+        self._ids: list[int] = []
+        self._context = 0  # ids that are context
+        self._said = 0  # characters of decode(ids) that are out
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more id; often empty in the middle of a character."""
+        if token in self._skipped:
+            return ""
+        self._ids.append(token)
+        text = self._text()
+        certain = text.rstrip("\ufffd")
+        out, self._said = certain[self._said:], max(self._said, len(certain))
+        if certain == text and out:
+            self._ids, self._context = self._ids[self._context:], len(self._ids) - self._context
+            self._said = len(self._text())
+        return out
+
+    def flush(self) -> str:
+        """What was held back, at the end of the ids."""
+        out = self._text()[self._said:]
+        self._said += len(out)
+        return out
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special=False)
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}` marks what the assistant says; for rendering it is transparent."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> Template:
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+               separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment.from_string(template)
+
+
+def _mark(value: Any, control: re.Pattern[str]) -> Any:
+    """`value` with every control token in its strings put between marks."""
+    if isinstance(value, str):
+        return control.sub(rf"{_OPEN}\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}]", "", value))
+    if isinstance(value, Mapping):
+        return {key: _mark(item, control) for key, item in value.items()}
+    return [_mark(item, control) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: must be a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,156 @@
+"""The trainer: settings, loop, log, plot, checkpoints, and that a killed run ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek.data import Document, TokenShards, pack
+from deepseek.deepopt.settings import TrainConfig
+from deepseek.deepopt.trainer import Trainer, checkpoints, read_log
+from deepseek.errors import CheckpointError, ConfigError
+from deepseek.files import sha256
+from deepseek.model import CausalLM
+from deepseek.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from killed_run import SETTINGS, TINY
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    sentences = [f"the {a} {b} the {c} ." for a in ("red", "old", "big") for b in ("fox sees", "cat eats", "dog likes")
+                 for c in ("moon", "river", "bread", "song")]
+    documents = [Document(" ".join(sentences[i % 36 : i % 36 + 9]) + f" {i}", f"story {i}") for i in range(60)]
+    tokenizer = Tokenizer.train((d.text for d in documents), TINY.vocab_size)
+    return pack(documents, tokenizer, tmp_path_factory.mktemp("data") / "tokens", valid_fraction=0.1)
+
+
+def new_model() -> CausalLM:
+    return CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+
+
+def weights(out: Path) -> tuple[str, str]:
+    return sha256(out / "model" / "model.safetensors"), sha256(out / "model" / "mtp.safetensors")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("steps", 0), ("steps", 1.5), ("batch_size", -1), ("lr", 0.0), ("lr", math.nan), ("clip", -1.0), ("beta2", 1.0),
+    ("warmup_steps", -1), ("precision", "fp8"), ("weight_decay", math.inf)])
+def test_impossible_setting_is_named(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = .*must"):
+        TrainConfig(**{key: value})
+
+
+def test_learning_rate_warms_up_and_ends_low() -> None:
+    config = TrainConfig(steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.1)
+    rates = [config.learning_rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[100] == pytest.approx(0.1)
+
+
+def test_run_learns_and_leaves_everything(data: TokenShards, tmp_path: Path) -> None:
+    seen: list[dict] = []
+    Trainer(new_model(), data, replace(SETTINGS, tensorboard=True), tmp_path).run(seen.append)
+    records = [record for record, _ in read_log(tmp_path / "log.jsonl")]
+    steps, held_out = [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 31)) and steps == seen
+    assert [r["step"] for r in held_out] == [10, 20, 30]
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"] and held_out[-1]["eval_loss"] < held_out[0]["eval_loss"]
+    assert all(r["max_vio"] >= 0 and r["mtp_loss"] > 0 and r["balance_loss"] >= 0.9 for r in steps)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000028", "checkpoint-000030"]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_losses_are_the_recorded_ones(data: TokenShards, tmp_path: Path) -> None:
+    """A refactor that changes a loss is not a refactor. Tolerance: another order of FP32 sums."""
+    seen: list[dict] = []
+    Trainer(new_model(), data, SETTINGS, tmp_path).run(seen.append)
+    golden = json.loads(GOLDEN.read_text())
+    for key, values in golden.items():
+        assert [r[key] for r in seen][: len(values)] == pytest.approx(values, rel=2e-3), key
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_interrupted_run_continues_bit_by_bit(data: TokenShards, tmp_path: Path, precision: str) -> None:
+    config = replace(SETTINGS, steps=12, precision=precision, accumulation=2, save_every=100)
+    Trainer(new_model(), data, config, tmp_path / "calm").run()
+
+    def interrupt(record: dict) -> None:
+        if record["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(new_model(), data, config, tmp_path / "stopped").run(interrupt)
+    second = Trainer(new_model(), data, config, tmp_path / "stopped")
+    assert second.step == 7
+    second.run()
+    assert weights(tmp_path / "calm") == weights(tmp_path / "stopped")
+    logs = [[{k: v for k, v in r.items() if k != "tokens_per_second"} for r, _ in read_log(tmp_path / run / "log.jsonl")]
+            for run in ("calm", "stopped")]
+    assert logs[0] == logs[1]
+
+
+def test_gradient_checkpointing_changes_nothing(data: TokenShards, tmp_path: Path) -> None:
+    for name, flag in (("plain", False), ("recomputed", True)):
+        Trainer(new_model(), data, replace(SETTINGS, steps=4, gradient_checkpointing=flag), tmp_path / name).run()
+    assert weights(tmp_path / "plain") == weights(tmp_path / "recomputed")
+
+
+def killed(folder: Path, kills: int) -> dict:
+    script = Path(__file__).parent / "killed_run.py"
+    done = subprocess.run([sys.executable, str(script), str(folder), str(kills), "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_killed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    result = killed(tmp_path, 12)
+    assert result["kills"] >= 12 and result["killed"] == result["calm"]
+
+
+@pytest.mark.slow
+def test_run_killed_often_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    result = killed(tmp_path, 150)
+    print(result)
+    assert result["kills"] >= 150 and result["during_writes"] >= 10 and result["killed"] == result["calm"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(data: TokenShards, tmp_path: Path) -> None:
+    config = replace(SETTINGS, steps=1)
+    Trainer(new_model(), data, config, tmp_path).run()
+    with pytest.raises(ConfigError, match=r"holds a run with lr = 0\.003, this one has 0\.1"):
+        Trainer(new_model(), data, replace(config, lr=0.1), tmp_path)
+
+
+def test_two_trainers_in_one_folder_are_refused(data: TokenShards, tmp_path: Path) -> None:
+    first = Trainer(new_model(), data, SETTINGS, tmp_path)
+    with pytest.raises(ConfigError, match="another process is training"):
+        Trainer(new_model(), data, SETTINGS, tmp_path)
+    assert first.step == 0
+
+
+def test_altered_checkpoint_is_refused_by_name(data: TokenShards, tmp_path: Path) -> None:
+    Trainer(new_model(), data, replace(SETTINGS, steps=2), tmp_path).run()
+    victim = checkpoints(tmp_path)[-1] / "optimizer.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: altered"):
+        Trainer(new_model(), data, replace(SETTINGS, steps=2), tmp_path)
+
+
+def test_torn_last_log_line_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert [r["step"] for r, _ in read_log(tmp_path / "log.jsonl")] == [1]

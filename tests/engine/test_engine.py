@@ -1,0 +1,282 @@
+"""Generation against hand-written loops: greedy, sampled, batched, streamed; stop strings; limits; errors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek.atlas import ExpertUsage
+from deepseek.checkpoint import save_model
+from deepseek.config import ModelConfig
+from deepseek.engine import LLM, RequestOutput, SamplingParams, engine
+from deepseek.engine.engine import StopText
+from deepseek.errors import ConfigError, NotFoundError, RequestError
+from deepseek.model import CausalLM, RoutingRecord
+from deepseek.tokenizer import Tokenizer
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+TEXT = "naïve café 世界 – 🙂! 한국어"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Five special tokens and the 256 bytes: every character beyond ASCII is spread over several tokens."""
+    return Tokenizer.train([], 261)
+
+
+@pytest.fixture
+def llm(tiny_config: Callable[..., ModelConfig], random_model: Callable[..., CausalLM], tokenizer: Tokenizer) -> LLM:
+    return LLM(random_model(tiny_config(vocab_size=261, bos_token_id=0, eos_token_id=1)), tokenizer=tokenizer)
+
+
+@pytest.fixture
+def says(llm: LLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`says(text)`: from here on the model's samples spell this text and then end it, prompt after prompt."""
+
+    def script(text: str, then: Sequence[int] = (1,)) -> None:
+        ids = [*tokenizer.encode(text), *then]
+        position: dict[torch.Generator, Iterator[int]] = {}
+
+        def scripted(logits_V: Any, params: Any, generator: torch.Generator, seen_V: Any) -> int:
+            return next(position.setdefault(generator, iter(ids)))
+
+        monkeypatch.setattr(engine, "sample", scripted)
+
+    return script
+
+
+def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(5, 261) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+@torch.no_grad()
+def greedy_loop(model: CausalLM, prompt: list[int], steps: int) -> tuple[int, ...]:
+    """The slow twin: the whole sequence anew for every token, no cache, no batch."""
+    ids = list(prompt)
+    for _ in range(steps):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return tuple(ids[len(prompt):])
+
+
+# ---- the same tokens as the slow twin -------------------------------------------------------------------------------
+
+
+def test_a_batch_of_mixed_lengths_equals_the_uncached_loop_and_each_prompt_alone(llm: LLM) -> None:
+    """Logits of a padded row differ from those of the row alone by rounding (next test); greedy tokens are equal
+    unless two logits lie within it, which among these 192 choices none do."""
+    prompts = random_prompts(16, longest=20)
+    outputs = llm.generate(prompts, GREEDY)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.token_ids == greedy_loop(llm.model, prompt, 12)
+        assert llm.generate([prompt], GREEDY) == [output]
+        assert output.usage == {"prompt_tokens": len(prompt), "completion_tokens": 12, "total_tokens": len(prompt) + 12}
+
+
+def test_logits_of_a_padded_row_are_those_of_the_row_alone_up_to_rounding(llm: LLM) -> None:
+    prompts = random_prompts(8, longest=20, seed=1)
+    ids_BT, mask_BT = engine._pad_left(prompts, torch.device("cpu"))
+    with torch.no_grad():
+        padded_BV = llm.model(ids_BT, mask_BT=mask_BT, last_only=True)[:, 0]
+        for row, prompt in enumerate(prompts):
+            alone_V = llm.model(torch.tensor([prompt]), last_only=True)[0, 0]
+            assert float((padded_BV[row] - alone_V).abs().max()) < 2e-5
+
+
+def test_results_do_not_depend_on_how_prompts_fall_into_batches(llm: LLM) -> None:
+    """Sampled rows have generators of their own; rows end at different times (eos and limits)."""
+    prompts = random_prompts(11, longest=9)
+    params = [SamplingParams(max_tokens=3 + 2 * i, temperature=1.5, top_p=0.95, repetition_penalty=1.2, seed=i)
+              for i in range(11)]
+    together = llm.generate(prompts, params)
+    assert len({len(output.token_ids) for output in together}) > 5
+    assert together == [llm.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
+    llm.batch_size = 4
+    assert together == llm.generate(prompts, params)
+
+
+def test_seeds(llm: LLM) -> None:
+    def run(seed: int | None) -> RequestOutput:
+        return llm.generate(["abc"], SamplingParams(max_tokens=20, temperature=2.0, seed=seed))[0]
+
+    assert run(3) == run(3) != run(4)
+    assert run(None) != run(None)
+
+
+def test_repetition_penalty_sees_prompt_and_output(llm: LLM) -> None:
+    """So strong a penalty forbids every token that was seen: all tokens are new."""
+    prompt = random_prompts(1, longest=20, seed=5)[0]
+    params = SamplingParams(max_tokens=40, temperature=0, repetition_penalty=1e6, ignore_eos=True)
+    out = llm.generate([prompt], params)[0].token_ids
+    assert len(set(out)) == 40 and not set(out) & set(prompt)
+
+
+# ---- where a text ends ----------------------------------------------------------------------------------------------
+
+
+def test_end_of_sequence_ends_the_text_and_is_not_in_it(llm: LLM, says: Callable[..., None]) -> None:
+    says(TEXT)
+    output = llm.generate(["x"], SamplingParams(max_tokens=99))[0]
+    assert (output.text, output.finish_reason, output.token_ids[-1]) == (TEXT, "stop", 1)
+    says(TEXT, then=(1, *b"...."))
+    output = llm.generate(["x"], SamplingParams(max_tokens=len(TEXT.encode()) + 3, ignore_eos=True))[0]
+    assert output.finish_reason == "length" and len(output.token_ids) == len(TEXT.encode()) + 3
+    assert output.text.startswith(TEXT) and len(output.text) == len(TEXT) + 2
+
+
+def test_max_tokens_in_the_middle_of_a_character(llm: LLM, says: Callable[..., None]) -> None:
+    says("a世")
+    output = llm.generate(["x"], SamplingParams(max_tokens=3))[0]
+    assert (output.text, output.finish_reason) == ("a\ufffd", "length")
+
+
+@pytest.mark.parametrize(("stop", "text"), [
+    (("世界",), "naïve café "), (("zebra", "é"), "naïve caf"), (("n",), ""), (("ïvé", "ïve"), "na"),
+    (("absent",), TEXT), (("어",), TEXT[:-1]), (("어 ",), TEXT), (("café 世界 – 🙂!", "fé"), "naïve ca")])
+def test_stop_strings(llm: LLM, says: Callable[..., None], stop: tuple[str, ...], text: str) -> None:
+    says(TEXT)
+    params = SamplingParams(max_tokens=99, stop=stop)
+    output = llm.generate(["x"], params)[0]
+    assert (output.text, output.finish_reason) == (text, "stop")
+    assert (output.token_ids[-1] == 1) == (text == TEXT)
+    assert "".join(llm.stream("x", params)) == text
+
+
+def test_stop_text_does_not_depend_on_the_pieces() -> None:
+    """Against a twin that looks at the whole text, over random texts, stops and cuts."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choices("ab", k=rng.randint(0, 12)))
+        stops = ["".join(rng.choices("ab", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))]
+        ends = [(end, -len(stop)) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
+        end, minus_length = min(ends, default=(len(text), 0))  # the first to be complete; of these the longest
+        expected = text[: end + minus_length]
+        gate, out = StopText(stops), ""
+        while text and not gate.stopped:
+            n = rng.randint(1, 4)
+            out += gate.push(text[:n])
+            assert expected.startswith(out)
+            text = text[n:]
+        assert gate.stopped == bool(ends)
+        assert out + gate.flush() == expected
+
+
+def test_the_end_of_the_context_is_a_length(llm: LLM) -> None:
+    prompt = random_prompts(1, longest=1)[0] * 250
+    output, other = llm.generate([prompt, prompt[:7]], SamplingParams(max_tokens=50, temperature=0, ignore_eos=True))
+    assert len(output.token_ids) == 6 and output.usage["total_tokens"] == 256 and output.finish_reason == "length"
+    assert len(other.token_ids) == 50
+
+
+# ---- streaming and chat ---------------------------------------------------------------------------------------------
+
+
+def test_a_stream_adds_up_to_the_text_and_comes_in_pieces(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=2)
+    for prompt in ("def f(", "世"):
+        pieces = list(llm.stream(prompt, params))
+        assert "".join(pieces) == llm.generate([prompt], params)[0].text
+        assert len(pieces) > 3 and all(pieces)
+
+
+def test_a_stream_never_cuts_a_character(llm: LLM, says: Callable[..., None]) -> None:
+    says(TEXT)
+    assert list(llm.stream("x", SamplingParams(max_tokens=99))) == list(TEXT)
+
+
+def test_a_stream_runs_only_as_far_as_it_is_read(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, says: Callable[..., None]
+) -> None:
+    says("abcdef")
+    calls = []
+    forward = llm.model.forward
+    monkeypatch.setattr(llm.model, "forward", lambda *args, **named: calls.append(1) or forward(*args, **named))
+    stream = llm.stream("x", SamplingParams(max_tokens=99))
+    assert next(stream) == "a" and next(stream) == "b" and len(calls) == 2
+
+
+def test_chat_goes_through_the_template(llm: LLM, tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hi <|User|>"}]
+    ids = tokenizer.encode_chat(messages)
+    assert llm.encode(messages) == ids and ids.count(tokenizer.encode("<|User|>", special=True)[0]) == 1
+    assert llm.chat(messages, GREEDY) == llm.generate([ids], GREEDY)[0]
+
+
+# ---- loading, routing, errors ---------------------------------------------------------------------------------------
+
+
+def test_from_a_checkpoint_folder(llm: LLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_model(llm.model, tmp_path / "model", tokenizer=tokenizer)
+    assert LLM(str(tmp_path / "model")).generate(["abc", ""], GREEDY) == llm.generate(["abc", ""], GREEDY)
+    with pytest.raises(NotFoundError):
+        LLM(tmp_path / "nowhere")
+
+
+def test_bf16_weights_generate(tiny_config: Callable[..., ModelConfig], random_model: Callable[..., CausalLM]) -> None:
+    """Batched and alone may part at near ties in BF16; here only that every number is one and lengths are right."""
+    model = random_model(tiny_config()).to(torch.bfloat16)
+    outputs = LLM(model).generate([[5, 6, 7], [8]], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+    assert [len(output.token_ids) for output in outputs] == [5, 5]
+
+
+def test_usage_counts_every_token_that_ran_and_no_padding(llm: LLM) -> None:
+    prompts = random_prompts(5, longest=9)
+    usage = ExpertUsage(llm.model.config)
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (1, 2, 3, 4, 9)]
+    outputs = llm.generate(prompts, params, usage=usage)
+    expected = ExpertUsage(llm.model.config)
+    for prompt, output in zip(prompts, outputs, strict=True):  # the last token is sampled but not run
+        routing = RoutingRecord()
+        with torch.no_grad():
+            llm.model(torch.tensor([[*prompt, *output.token_ids[:-1]]]), routing=routing)
+        expected.add(routing)
+    assert usage.tokens == expected.tokens == sum(map(len, prompts)) + 0 + 1 + 2 + 3 + 8
+    assert torch.equal(usage.counts_LE, expected.counts_LE)
+    assert torch.allclose(usage.weights_LE, expected.weights_LE, atol=1e-4)
+
+
+def test_an_empty_prompt_starts_from_the_begin_token(llm: LLM) -> None:
+    assert llm.encode("") == llm.encode([]) == [0]
+    assert llm.generate([""], GREEDY) == llm.generate([[0]], GREEDY)
+    assert llm.generate([], GREEDY) == []
+    llm.bos_id = None
+    with pytest.raises(RequestError, match="empty"):
+        llm.generate([[]], GREEDY)
+
+
+def test_without_a_tokenizer_ids_go_in_and_come_out(llm: LLM) -> None:
+    bare = LLM(llm.model)
+    output = bare.generate([[7, 8]], GREEDY)[0]
+    assert output.text == "" and output.token_ids == llm.generate([[7, 8]], GREEDY)[0].token_ids
+    conversation = [{"role": "user", "content": "x"}]
+    for prompt, params in (("text", GREEDY), (conversation, GREEDY), ([7], SamplingParams(stop=("x",)))):
+        with pytest.raises(RequestError, match="needs a tokenizer"):
+            bare.generate([prompt], params)
+
+
+@pytest.mark.parametrize(("prompt", "message"), [
+    (list(range(5, 261)), r"the prompt has 256 tokens: must leave room .*max_position_embeddings = 256"),
+    ([5, 261], r"token id 261: must lie in the vocabulary 0\.\.260"), ([-1], r"token id -1: must lie"),
+    (5, "5: must be a text, a list of token ids or a list of messages"), ([True], r"\[True\]: must be"),
+    ([5, "x"], "must be a text"), ("\ud800", "surrogate"), ([{"role": "judge", "content": ""}], "judge")])
+def test_bad_prompts_are_named_before_any_prompt_runs(llm: LLM, prompt: Any, message: str) -> None:
+    usage = ExpertUsage(llm.model.config)
+    with pytest.raises(RequestError, match=f"^prompt 1: .*{message}"):
+        llm.generate(["fine", prompt], GREEDY, usage=usage)
+    assert usage.tokens == 0
+    with pytest.raises(RequestError, match=message):
+        llm.stream(prompt, GREEDY)
+
+
+def test_bad_calls(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="list of prompts, not one text"):
+        llm.generate("abc", GREEDY)
+    with pytest.raises(RequestError, match="params has 1 entries: must be one for all or one for each of the 2"):
+        llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(ConfigError, match="batch_size = 0: must be an integer >= 1"):
+        LLM(llm.model, batch_size=0)

@@ -1,0 +1,186 @@
+"""Files are whole or absent: under an injected failure, and for a reader that watches while they are exchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from deepseek import files
+from deepseek.files import replace_folder, sha256, write_atomically, write_json
+
+
+class InjectedError(RuntimeError):
+    """The injected failure."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_write_atomically_makes_parents_and_encodes(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    write_atomically(path, "专家\n")
+    assert path.read_bytes() == "专家\n".encode()
+    write_atomically(str(path), b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff" and names(path.parent) == ["b.txt"]
+
+
+def test_permissions_follow_the_umask_not_mkstemp(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", b"")
+        with replace_folder(tmp_path / "folder"):
+            pass
+        assert os.umask(0o027) == 0o027  # reading the mask must not change it
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("at", ["fsync", "chmod", "replace"])
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise InjectedError
+
+    with monkeypatch.context() as patch, pytest.raises(InjectedError):
+        patch.setattr(files.os, at, fail)
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
+
+
+def test_write_json_is_readable_by_people(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"领域": [1]})
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"领域": [1]} and "领域" in text and text.endswith("}\n")
+
+
+def test_what_json_cannot_say_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", object())
+    assert (tmp_path / "x.json").read_text() == "1\n" and names(tmp_path) == ["x.json"]
+
+
+def test_sha256_is_sha256sum(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")  # the test vector of FIPS 180-2, appendix B.1
+    assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# ---- folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_folder_appears_whole(tmp_path: Path, existing: bool) -> None:
+    path = tmp_path / "parent" / "folder"
+    if existing:
+        path.mkdir(parents=True)
+        (path / "old").write_text("old")
+    with replace_folder(path) as staging:
+        assert staging.parent == path.parent and names(staging) == []
+        (staging / "sub").mkdir()
+        (staging / "sub" / "new").write_text("new")
+        assert path.exists() == existing
+    assert names(path) == ["sub"] and (path / "sub" / "new").read_text() == "new"
+    assert names(path.parent) == ["folder"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_exception_leaves_nothing_behind(tmp_path: Path, existing: bool) -> None:
+    path = tmp_path / "folder"
+    if existing:
+        path.mkdir()
+        (path / "old").write_text("old")
+    with pytest.raises(InjectedError), replace_folder(path) as staging:
+        (staging / "new").write_text("new")
+        raise InjectedError
+    assert names(tmp_path) == (["folder"] if existing else [])
+    assert not existing or (path / "old").read_text() == "old"
+
+
+def test_a_failing_exchange_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def fail(*_: object) -> None:
+        raise InjectedError
+
+    monkeypatch.setattr(files, "_exchange", fail)
+    with pytest.raises(InjectedError), replace_folder(path) as staging:
+        (staging / "new").write_text("new")
+    assert names(tmp_path) == ["folder"] and names(path) == ["old"]
+
+
+def test_without_the_kernel_call_the_exchange_takes_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    for content in ("first", "second"):
+        with replace_folder(tmp_path / "folder") as staging:
+            (staging / "x").write_text(content)
+    assert names(tmp_path) == ["folder"] and (tmp_path / "folder" / "x").read_text() == "second"
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="notes"), replace_folder(tmp_path / "notes"):
+        pass
+    assert names(tmp_path) == ["notes"] and (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with replace_folder(tmp_path / "link") as staging:
+        (staging / "new").write_text("new")
+    assert names(tmp_path) == ["link", "real"] and (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "real") == ["new"]
+
+
+READER = """
+    import os, sys
+    path = sys.argv[1]
+    print("ready", flush=True)
+    reads, versions = 0, set()
+    while not os.path.exists(path + ".stop"):
+        with open(os.path.join(path, "whole")) as file:  # raises where the folder is missing or still being filled
+            head, tail = file.read().split()
+        assert head == tail, (head, tail)
+        reads += 1
+        versions.add(head)
+    print(reads, len(versions))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges folders in one step")
+def test_a_reader_never_sees_a_missing_or_partial_folder(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+
+    def write(version: int) -> None:
+        with replace_folder(path) as staging:
+            (staging / "whole").write_text(f"{version} {version}")
+
+    write(0)
+    reader = subprocess.Popen([sys.executable, "-c", textwrap.dedent(READER), str(path)],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+    end, version = time.monotonic() + 1.0, 0
+    while time.monotonic() < end or version < 20:
+        version += 1
+        write(version)
+    (tmp_path / "folder.stop").touch()
+    out, err = reader.communicate(timeout=30)
+    assert reader.returncode == 0, err
+    reads, seen = map(int, out.split())
+    assert reads > 100 and seen > 5
+    assert names(tmp_path) == ["folder", "folder.stop"]
