@@ -17,13 +17,13 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from harness import alternate, arguments, gemm_gflops, machine, ratio, table, versions, write_result
 
 from deepseek.config import ModelConfig
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.deepopt.trainer import make_optimizer
 from deepseek.info import describe
 from deepseek.model import CausalLM
+from harness import alternate, arguments, gemm_gflops, machine, ratio, table, versions, write_result
 
 BATCH, LENGTH = 16, 256
 TOKENS = BATCH * LENGTH
@@ -84,16 +84,18 @@ def main() -> None:
                      f"{flops / median[name] / 1e9 / ceiling:.0%}"])
     ratios: dict[str, float] = {}
     for precision in ("bf16", "fp32"):
-        peer = min((n for n in seconds if n.startswith("transformers") and n.endswith(precision)), key=median.__getitem__)
+        peers = [n for n in seconds if n.startswith("transformers") and n.endswith(precision)]
+        peer = min(peers, key=median.__getitem__)
         ratios[f"{precision}: MoE-DR against {peer}"] = ratio(seconds[peer], seconds[f"MoE-DR {precision}"])
     best_peer = min((n for n in seconds if n.startswith("transformers")), key=median.__getitem__)
     best_own = min((n for n in seconds if n.startswith("MoE-DR")), key=median.__getitem__)
     ratios[f"best against best: {best_own} against {best_peer}"] = ratio(seconds[best_peer], seconds[best_own])
 
     where = machine(args.threads)
+    packages = ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
     lines = ["# Training throughput", "", f"{where['cpu']} ({', '.join(where['units'])}), {args.threads} threads; "
-             f"{', '.join(f'{k} {v}' for k, v in versions('torch', 'transformers').items())}; {args.rounds} rounds in turn; "
-             f"FP32 matrix product in the same run: {ceiling:.0f} GFLOP/s.", "", table(rows), "",
+             f"{packages}; {args.rounds} rounds in turn; FP32 matrix product in the same run: {ceiling:.0f} GFLOP/s.",
+             "", table(rows), "",
              table([["comparison", "times as fast (median of the rounds' ratios)"],
                     *([k, f"{v:.2f}"] for k, v in ratios.items())])]
     write_result("train", "\n".join(lines), {"machine": where, "versions": versions("torch", "transformers"),

@@ -14,8 +14,8 @@ from deepseek.cli import main as deepseek
 
 PROMPTS = ("def read_file(path):\n", "import os\nimport sys\n\nclass ", '    """Return the ')
 # packages of the standard library with much prose beside the code, about 6 MB in all
-PACKAGES = ("asyncio", "collections", "concurrent", "ctypes", "email", "encodings", "html", "http", "idlelib", "importlib",
-            "json", "logging", "multiprocessing", "re", "sqlite3", "tkinter", "unittest", "urllib", "wsgiref", "xml")
+PACKAGES = ("asyncio", "collections", "concurrent", "ctypes", "email", "encodings", "html", "http", "idlelib", "json",
+            "importlib", "logging", "multiprocessing", "re", "sqlite3", "tkinter", "unittest", "urllib", "xml")
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--steps", default="300", help="training steps")
     args = parser.parse_args()
     library = Path(sysconfig.get_path("stdlib"))
-    data = [str(p) for p in sorted(library.glob("*.py"))] + [str(library / p) for p in PACKAGES if (library / p).is_dir()]
+    data = [str(p) for p in (*sorted(library.glob("*.py")), *(library / name for name in PACKAGES)) if p.exists()]
 
     def run(*words: str) -> None:
         print(f"\n$ deepseek {' '.join(words if len(words) < 12 else (*words[:3], '…', *words[-8:]))}", flush=True)

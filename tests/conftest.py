@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,16 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of products too small to share: two threads that wait for each other by spinning take ten times
+    as long as one as soon as a neighbour wants a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def tiny_config() -> Callable[..., ModelConfig]:
     """`tiny_config(n_group=8, …)`: a V3 model of some ten thousand parameters, with changes."""
     return lambda **changes: ModelConfig(**(TINY | changes))
@@ -37,7 +47,7 @@ def tiny_config() -> Callable[..., ModelConfig]:
 
 @pytest.fixture
 def random_model() -> Callable[..., CausalLM]:
-    """`random_model(config, seed=0)`: nothing left at zero or one, logits of magnitude 1-5, routing far from uniform."""
+    """`random_model(config, seed=0)`: nothing left at zero or one, logits of magnitude 1-5, uneven routing."""
     return _random_model
 
 

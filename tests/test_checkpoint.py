@@ -391,44 +391,48 @@ RESOLVE = """
 import sys
 from deepseek.checkpoint import resolve
 from deepseek.errors import NotFoundError
-try:
-    print(resolve(sys.argv[1]))
-except NotFoundError as error:
-    print("refused:", error)
+for name in sys.argv[1:]:
+    try:
+        print(resolve(name))
+    except NotFoundError as error:
+        print("refused:", error)
 """
 
 
-def resolve_elsewhere(name: str, folder: Path, **env: str) -> str:
-    """`resolve` in a process of its own, because huggingface_hub reads its environment when it is imported."""
-    done = subprocess.run([sys.executable, "-c", RESOLVE, name], cwd=folder, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "HF_HOME": str(folder / "hf"), **env}, check=True)
-    return done.stdout.strip()
-
-
-UNREACHABLE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # port 9: nothing listens
-
-
-@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, UNREACHABLE], ids=["offline", "unreachable"])
-def test_offline_the_error_says_what_was_tried(tmp_path: Path, env: dict[str, str]) -> None:
-    said = resolve_elsewhere("deepseek-v3", tmp_path, **env)
-    assert said.startswith("refused: deepseek-v3: no such folder here, hub id deepseek-ai/DeepSeek-V3 is not in the "
-                           "local cache, and the hub gave no answer: ")
-    assert said.count("\n") == 0 and ("disabled" in said or "Connection refused" in said)
-
-
-@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, UNREACHABLE], ids=["offline", "unreachable"])
-def test_a_cached_copy_is_taken_only_when_it_is_whole(tmp_path: Path, env: dict[str, str]) -> None:
-    """Other programs leave copies with only config.json in the shared cache."""
+def cached(home: Path, repo: str, files: dict[str, str]) -> Path:
+    """A copy of the repository `repo` in huggingface_hub's cache, made by hand."""
     revision = "0" * 40
-    repo = tmp_path / "hf" / "hub" / "models--deepseek-ai--DeepSeek-V3"
-    snapshot = repo / "snapshots" / revision
+    folder = home / "hub" / f"models--{repo.replace('/', '--')}"
+    snapshot = folder / "snapshots" / revision
     snapshot.mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(revision)
-    (snapshot / "config.json").write_text("{}")
-    (snapshot / INDEX).write_text('{"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}')
-    (snapshot / "x-1.safetensors").write_bytes(b"")
-    said = resolve_elsewhere("deepseek-v3", tmp_path, **env)
-    assert said.startswith("refused: deepseek-v3: ") and "x-2.safetensors" in said
-    (snapshot / "x-2.safetensors").write_bytes(b"")
-    assert resolve_elsewhere("deepseek-v3", tmp_path, **env) == str(snapshot)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    for name, text in files.items():
+        (snapshot / name).write_text(text)
+    return snapshot
+
+
+@pytest.mark.parametrize("env", [
+    {"HF_HUB_OFFLINE": "1"},
+    {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},  # nothing listens on port 9
+], ids=["offline", "unreachable"])
+def test_offline_a_whole_copy_is_taken_and_the_error_says_what_was_tried(tmp_path: Path, env: dict[str, str]) -> None:
+    """In a process of its own, because huggingface_hub reads its environment when it is imported.
+
+    Other programs share the cache and leave copies there that are not whole: a lone config.json, half of the shards.
+    """
+    index = '{"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}'
+    half = {"config.json": "{}", INDEX: index, "x-1.safetensors": ""}
+    cached(tmp_path, "owner/config-only", {"config.json": "{}"})
+    cached(tmp_path, "owner/half", half)
+    whole = cached(tmp_path, "deepseek-ai/DeepSeek-V2-Lite", half | {"x-2.safetensors": ""})
+    names = ["deepseek-v3", "deepseek-v2-lite", "owner/config-only", "owner/half"]
+    done = subprocess.run([sys.executable, "-c", RESOLVE, *names], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60, env={**os.environ, "HF_HOME": str(tmp_path), **env}, check=True)
+    nowhere, found, lone, partial = done.stdout.splitlines()
+    assert nowhere.startswith("refused: deepseek-v3: no such folder here, hub id deepseek-ai/DeepSeek-V3 is not in the "
+                              "local cache, and the hub gave no answer: ")
+    assert "disabled" in nowhere or "Connection refused" in nowhere
+    assert found == str(whole)
+    assert lone.startswith("refused: owner/config-only: ") and "model.safetensors" in lone
+    assert partial.startswith("refused: owner/half: ") and "x-2.safetensors" in partial

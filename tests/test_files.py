@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -54,7 +55,7 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch
         raise InjectedError
 
     with monkeypatch.context() as patch, pytest.raises(InjectedError):
-        patch.setattr(files.os, at, fail)
+        patch.setattr(os, at, fail)
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
 
@@ -123,7 +124,7 @@ def test_a_failing_exchange_keeps_the_old_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_without_the_kernel_call_the_exchange_takes_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
     for content in ("first", "second"):
         with replace_folder(tmp_path / "folder") as staging:
             (staging / "x").write_text(content)

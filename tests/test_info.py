@@ -12,11 +12,22 @@ import pytest
 import torch
 
 from deepseek import info as accounts
-from deepseek.info import accounting
-from deepseek.info import machine as machine_module
 from deepseek.config import PRESETS, ModelConfig
 from deepseek.errors import RequestError
-from deepseek.info import Fit, Gpu, Machine, ModelInfo, cost, describe, fit, measure_machine, render, to_json
+from deepseek.info import (
+    Fit,
+    Gpu,
+    Machine,
+    ModelInfo,
+    accounting,
+    cost,
+    describe,
+    fit,
+    measure_machine,
+    render,
+    to_json,
+)
+from deepseek.info import machine as machine_module
 from deepseek.model import CausalLM
 
 NANO = ModelConfig.preset("nano")
@@ -215,7 +226,7 @@ def test_container_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     for name, text in {"memory.max": f"{2 * GIB}\n", "memory.current": f"{GIB}\n", "cpu.max": "150000 100000\n",
                        "memory.stat": f"anon 5\ninactive_file {GIB // 2}\n"}.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(machine_module, "_cgroups", lambda _, file: [tmp_path / file] if (tmp_path / file).exists() else [])
+    monkeypatch.setattr(machine_module, "_cgroups", lambda _, file: [p for p in [tmp_path / file] if p.exists()])
     total, available = machine_module._ram()
     assert total == 2 * GIB and available <= 2 * GIB - GIB + GIB // 2
     assert machine_module._cores() <= 2

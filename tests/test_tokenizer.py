@@ -82,8 +82,11 @@ def test_an_error_of_the_texts_comes_through() -> None:
 # ---- ids --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.text() | st.lists(st.sampled_from([*SPECIAL, "\t", "\r\n", "\x07", "👩‍👩‍👧", "é", " ", "中", "�"])).map("".join))
+AWKWARD = [*SPECIAL, "\t", "\r\n", "\x07", "👩‍👩‍👧", "é", " ", "中", "�"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text() | st.lists(st.sampled_from(AWKWARD)).map("".join))
 def test_any_text_comes_back(text: str) -> None:
     ids = small().encode(text)
     assert small().decode(ids) == text
@@ -214,6 +217,8 @@ def test_the_chat_template() -> None:
         small().chat([{"role": "tool", "content": "x"}])
     with pytest.raises(RequestError, match="the chat template refuses the messages"):
         small().chat([{"role": "user"}])
+    with pytest.raises(RequestError, match="must be an object with role and content, got 'hi'"):
+        small().encode_chat(["hi"])  # type: ignore[list-item]
 
 
 def test_templates_run_in_a_sandbox() -> None:
@@ -280,4 +285,5 @@ def test_the_published_tokenizer_in_transformers(tmp_path: Path) -> None:
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
     for messages in (CHAT, CHAT[1:2], CHAT[1:3]):
         assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == ours.chat(messages)
-        assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ours.encode_chat(messages)
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert ids == ours.encode_chat(messages)

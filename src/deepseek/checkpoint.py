@@ -36,7 +36,6 @@ from .model import CausalLM
 from .quant import fp8
 
 HUB_NAMES = {"deepseek-v3": "deepseek-ai/DeepSeek-V3", "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
@@ -210,6 +209,11 @@ def _restore_buffers(model: CausalLM, config: ModelConfig) -> None:
             block.gate.e_score_correction_bias = torch.zeros(config.n_routed_experts, device=model.device)
 
 
+# Scales were used up with their weights; the others are copies of what the model shares or computes.
+_DERIVED = re.compile(
+    r".*(_scale_inv|rotary_emb\.inv_freq)|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
+
+
 def _fill(model: CausalLM, files: TensorFiles, folder: Path) -> None:
     used: set[str] = set()
     missing: list[str] = []
@@ -229,8 +233,7 @@ def _fill(model: CausalLM, files: TensorFiles, folder: Path) -> None:
             place.copy_(files.read(disk_name, place.dtype))
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
-    shared = re.compile(r".*(_scale_inv|rotary_emb\.inv_freq)$|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
-    extra = sorted(name for name in files if name not in used and not shared.match(name))
+    extra = sorted(name for name in files if name not in used and not _DERIVED.fullmatch(name))
     if extra:
         raise CheckpointError(f"{folder}: {len(extra)} tensors have no place in the model, first {extra[0]}")
 

@@ -77,6 +77,7 @@ def train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     import torch
+    from tqdm import tqdm
 
     from .data import pack_cached
     from .deepopt.trainer import Trainer
@@ -84,12 +85,21 @@ def train(args: argparse.Namespace) -> None:
 
     _threads(args)
     config, out = _config(args.config), Path(args.out)
+    for source in args.data:
+        if out.resolve().is_relative_to(Path(source).resolve()):
+            raise ConfigError(f"out = {out}: must not lie inside DATA ({source}), or the run would read its own logs")
     settings = TrainConfig(**{setting.name: getattr(args, setting.name) for setting in fields(TrainConfig)})
     tokenizer = _training_tokenizer(args, config, out)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
-    config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None, pad_token_id=tokenizer.pad_id)
-    shards, report = pack_cached(args.data, tokenizer, out / "tokens", valid_fraction=args.valid_fraction)
+    config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None,
+                          pad_token_id=tokenizer.pad_id)
+    with tqdm(desc="pack", unit=" tokens", unit_scale=True) as bar:
+        def packed(_: int, tokens: int) -> None:
+            bar.update(tokens - bar.n)
+
+        shards, report = pack_cached(args.data, tokenizer, out / "tokens", valid_fraction=args.valid_fraction,
+                                     progress=packed)
     if report is not None:
         print(report.summary())
     torch.manual_seed(settings.seed)
@@ -191,7 +201,8 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     from .engine import SamplingParams
 
     return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-                          min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed, stop=tuple(args.stop))
+                          min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed,
+                          stop=tuple(args.stop))
 
 
 def _usage(args: argparse.Namespace, llm: LLM) -> Any:
@@ -272,7 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None] | None, text: str) -> argparse.ArgumentParser:
+Run = Callable[[argparse.Namespace], None]
+
+
+def _verb(verbs: Any, name: str, run: Run | None, text: str) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=text, description=text, formatter_class=_Formatter)
     if run is not None:
         verb.set_defaults(run=run)

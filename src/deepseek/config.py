@@ -68,6 +68,14 @@ class YarnScaling:
     attention_factor: float | None = None
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            _need(f"rope_scaling.{key}", getattr(self, key), "must be a positive number", _is_number(getattr(self, key)))
+        for key in ("mscale", "mscale_all_dim", "attention_factor"):
+            value = getattr(self, key)
+            _need(f"rope_scaling.{key}", value, "must be a number >= 0", value in (0, None) or _is_number(value))
+        _need("rope_scaling.truncate", self.truncate, "must be true or false", isinstance(self.truncate, bool))
+
     @property
     def rotary_scale(self) -> float:
         """Factor on cos and sin; 1.0 whenever mscale equals mscale_all_dim (all published DeepSeek models)."""
@@ -192,15 +200,20 @@ class ModelConfig:
         _need("num_experts_per_tok", top, f"must be at most the {pool} experts of the kept groups", top <= pool)
         _need("qk_rope_head_dim", self.qk_rope_head_dim, "must be even", self.qk_rope_head_dim % 2 == 0)
         _need("hidden_act", self.hidden_act, "must be 'silu'", self.hidden_act == "silu")
-        _need("model_type", self.model_type, f"must be one of {', '.join(ARCHITECTURES)}", self.model_type in ARCHITECTURES)
+        kind, score = self.model_type, self.scoring_func
+        _need("model_type", kind, f"must be one of {', '.join(ARCHITECTURES)}", kind in ARCHITECTURES)
         methods = ("noaux_tc", "greedy", "group_limited_greedy")
         _need("topk_method", self.topk_method, f"must be one of {', '.join(methods)}", self.topk_method in methods)
-        _need("scoring_func", self.scoring_func, "must be sigmoid or softmax", self.scoring_func in ("sigmoid", "softmax"))
+        _need("scoring_func", score, "must be sigmoid or softmax", score in ("sigmoid", "softmax"))
         if self.topk_method == "noaux_tc":
             _need("n_group", groups, f"needs two experts a group at least (n_routed_experts {experts}): "
                   "a group's score is the sum of its two best", groups == 1 or experts // groups >= 2)
+        last = self.vocab_size - 1
         for token in self.eos_token_ids:
-            _need("eos_token_id", token, f"must lie in 0..vocab_size-1 ({self.vocab_size - 1})", 0 <= token < self.vocab_size)
+            _need("eos_token_id", token, f"must lie in 0..vocab_size-1 ({last})", _is_int(token, 0) and token <= last)
+        for key in ("bos_token_id", "pad_token_id"):  # foreign files use values outside the vocabulary for "none"
+            token = getattr(self, key)
+            _need(key, token, "must be null or an integer", token is None or _is_int(token, -(2**31)))
 
     # ---- Hugging Face's config.json ---------------------------------------------------------------------------
 
@@ -213,10 +226,15 @@ class ModelConfig:
         """
         keys = dict(keys)
         if strict is None:
-            strict = "moe_dr" in keys and "transformers_version" not in keys  # transformers keeps our mark and adds keys
-        if isinstance(ours := keys.get("moe_dr"), Mapping) and ours.get("format", FORMAT) > FORMAT:
-            raise ConfigError(f"{origin}: moe_dr.format {ours['format']} is newer than this program reads ({FORMAT})")
+            # transformers keeps our mark when it writes, and adds keys of its own
+            strict = "moe_dr" in keys and "transformers_version" not in keys
+        if isinstance(ours := keys.get("moe_dr"), Mapping):
+            if not _is_int(version := ours.get("format"), 1) or version > FORMAT:
+                raise ConfigError(f"{origin}: moe_dr.format = {version!r} is newer than this program reads ({FORMAT})"
+                                  if _is_int(version, 1) else
+                                  f"{origin}: moe_dr.format = {version!r}: must be a positive integer")
         extra: dict[str, Any] = {}
+        kept = set(ours.get("kept", ())) if isinstance(ours, Mapping) else set()
         values = _read_generation(keys, strict, origin)
         if "rope_theta" in keys:
             values["rope_theta"] = keys.pop("rope_theta")
@@ -234,9 +252,10 @@ class ModelConfig:
                 extra[key] = value
             elif key in _FOREIGN:
                 extra[key] = value
-            elif strict:
+            elif strict and key not in kept:
                 close = difflib.get_close_matches(key, known, 1)
-                raise ConfigError(f"{origin}: unknown key {key} = {value!r}" + (f"; did you mean {close[0]}?" if close else ""))
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ConfigError(f"{origin}: unknown key {key} = {value!r}{hint}")
             else:
                 warnings.warn(f"{origin}: unknown key {key} = {value!r} is kept but has no effect", stacklevel=2)
                 extra[key] = value
@@ -273,17 +292,21 @@ class ModelConfig:
         """The keys of a config.json that transformers reads as the same model, marked as ours."""
         out: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self.model_type]],
-            **{k: v for k, v in self.extra.items() if k not in ("moe_dr", "architectures", "rope_parameters", "quantization_config")},
+            **{k: v for k, v in self.extra.items() if k not in ("moe_dr", "architectures", "quantization_config")},
             **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "yarn")},
             "num_key_value_heads": self.num_attention_heads,
             "moe_dr": {"format": FORMAT},
         }
+        if kept := sorted(key for key in self.extra if key not in _FOREIGN and key not in _DANGEROUS):
+            out["moe_dr"]["kept"] = kept  # unknown to us, but not typing errors of ours
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
         if self.yarn:
             scaling = {k: v for k, v in vars(self.yarn).items() if v is not None and v is not True}
-            # mscale 0 means "not given": transformers tests the keys for presence, so leave them out
-            out["rope_scaling"] = {"rope_type": "yarn", "type": "yarn"} | {k: v for k, v in scaling.items() if v != 0.0}
+            for key in ("mscale", "mscale_all_dim"):  # 0 means "not given": transformers tests them for presence
+                if not scaling[key]:
+                    del scaling[key]
+            out["rope_scaling"] = {"rope_type": "yarn", "type": "yarn"} | scaling
         return out
 
 
@@ -320,10 +343,11 @@ _NEWER_SPELLING = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_expe
 def _read_generation(keys: dict[str, Any], strict: bool, origin: str) -> dict[str, Any]:
     """Which generation of the architecture the keys describe, and that generation's defaults."""
     kind = keys.pop("model_type", None)
-    if kind not in ARCHITECTURES:  # other model types publish V3 weights under V3's architecture name
+    known = tuple(ARCHITECTURES)  # a tuple: compares, where a set would hash what may be a list
+    if kind not in known:  # other model types publish V3 weights under V3's architecture name
         names = keys.get("architectures") or []
         kind = next((k for k, name in ARCHITECTURES.items() if name in names), kind or "deepseek_v3")
-    if kind not in ARCHITECTURES:
+    if kind not in known:
         raise ConfigError(f"{origin}: model_type = {kind!r}: must be one of {', '.join(ARCHITECTURES)}")
     for new, old in _NEWER_SPELLING.items():
         if new in keys:
@@ -339,12 +363,13 @@ def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> Non
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"{origin}: rope_scaling = {scaling!r}: must be an object or null")
     scaling = dict(scaling)
-    kinds = {scaling.pop("type", None), scaling.pop("rope_type", None)} - {None}
-    kind = kinds.pop() if len(kinds) == 1 else "default" if not kinds else None
+    kinds = [k for k in (scaling.pop("type", None), scaling.pop("rope_type", None)) if k is not None] or ["default"]
+    kind = kinds[0] if kinds[0] == kinds[-1] else kinds
     if "rope_theta" in scaling:
         values["rope_theta"] = scaling.pop("rope_theta")
     if kind == "default":
-        scaling.pop("partial_rotary_factor", None)
+        if (part := scaling.pop("partial_rotary_factor", None)) not in _DANGEROUS["partial_rotary_factor"]:
+            raise ConfigError(f"{origin}: partial_rotary_factor = {part!r} changes the mathematics and is not supported")
         if scaling:
             raise ConfigError(f"{origin}: rope_scaling has {', '.join(scaling)} but no type")
         return
@@ -353,10 +378,11 @@ def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> Non
     known = {f.name for f in fields(YarnScaling)}
     if unknown := sorted(set(scaling) - known):
         raise ConfigError(f"{origin}: rope_scaling: unknown key {', '.join(unknown)}")
-    for key in ("factor", "original_max_position_embeddings"):
-        if not _is_number(scaling.get(key)):
-            raise ConfigError(f"{origin}: rope_scaling.{key} = {scaling.get(key)!r}: must be a positive number")
-    values["yarn"] = YarnScaling(**{k: v for k, v in scaling.items() if v is not None})
+    given = {k: v for k, v in scaling.items() if v is not None}
+    try:
+        values["yarn"] = YarnScaling(**{"factor": None, "original_max_position_embeddings": None} | given)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
 
 
 def _yarn(factor: float, mscale: float) -> dict[str, Any]:

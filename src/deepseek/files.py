@@ -45,9 +45,12 @@ def write_json(path: str | Path, value: Any) -> None:
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`; on success it takes the place of `path` in one step, else it vanishes.
 
-    A folder that is already there is exchanged atomically where the kernel can (Linux), and removed afterwards.
+    A folder that is already there is exchanged atomically where the kernel can (Linux), and removed afterwards; a link
+    stays, and what it leads to is replaced. Raises NotADirectoryError where `path` is a file.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a folder cannot take the place of a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -228,6 +228,8 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
                     **extra: Any) -> list[int]:
         """Ids of `chat(…)`. Control tokens count where the template wrote them, not where a message quotes them."""
+        if wrong := [message for message in messages if not isinstance(message, Mapping)]:
+            raise RequestError(f"a message must be an object with role and content, got {wrong[0]!r}")
         everything, spoken = (re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
                               for names in (self._control, self._control - _THINKING))
         marked = [_mark(message, spoken if message.get("role") == "assistant" else everything) for message in messages]

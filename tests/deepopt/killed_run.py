@@ -34,7 +34,8 @@ TINY = ModelConfig(
     vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
     moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, kv_lora_rank=16,
     qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, num_nextn_predict_layers=1, max_position_embeddings=128)
-SETTINGS = TrainConfig(steps=30, batch_size=2, seq_len=32, warmup_steps=5, eval_every=10, eval_batches=2, save_every=2, lr=3e-3)
+SETTINGS = TrainConfig(steps=30, batch_size=2, seq_len=32, warmup_steps=5, eval_every=10, eval_batches=2, save_every=2,
+                       lr=3e-3)
 
 
 def train(out: Path, data: TokenShards) -> None:

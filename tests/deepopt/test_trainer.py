@@ -97,9 +97,10 @@ def test_interrupted_run_continues_bit_by_bit(data: TokenShards, tmp_path: Path,
     assert second.step == 7
     second.run()
     assert weights(tmp_path / "calm") == weights(tmp_path / "stopped")
-    logs = [[{k: v for k, v in r.items() if k != "tokens_per_second"} for r, _ in read_log(tmp_path / run / "log.jsonl")]
-            for run in ("calm", "stopped")]
-    assert logs[0] == logs[1]
+    calm, stopped = ([record for record, _ in read_log(tmp_path / run / "log.jsonl")] for run in ("calm", "stopped"))
+    for record in (*calm, *stopped):
+        record.pop("tokens_per_second", None)
+    assert calm == stopped
 
 
 def test_gradient_checkpointing_changes_nothing(data: TokenShards, tmp_path: Path) -> None:
@@ -116,8 +117,8 @@ def killed(folder: Path, kills: int) -> dict:
 
 
 def test_killed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    result = killed(tmp_path, 12)
-    assert result["kills"] >= 12 and result["killed"] == result["calm"]
+    result = killed(tmp_path, 6)
+    assert result["kills"] >= 6 and result["killed"] == result["calm"]
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from deepseek.config import ModelConfig
 from deepseek.model import CausalLM
 
 transformers = pytest.importorskip("transformers", reason="needs the test extra (transformers)")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDE: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=128, moe_intermediate_size=64, kv_lora_rank=64, num_attention_heads=4,
@@ -44,7 +45,8 @@ def checkpoint(tiny_config: Callable, random_model: Callable, tmp_path: Path) ->
 
 def lora(targets: list[str]) -> Any:
     peft = pytest.importorskip("peft", reason="needs the test extra (peft)")
-    return peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.1, bias="none", task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.1, bias="none", task_type="CAUSAL_LM")
 
 
 def train(model: Any, ids_BT: torch.Tensor, steps: int = 12) -> list[float]:
@@ -124,8 +126,8 @@ def test_bitsandbytes_loads_one_in_four_bits(q_lora_rank: int | None, checkpoint
         rounded = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
         assert (rounded - weight).norm() < 0.12 * weight.norm(), name  # NF4 of normal numbers: about 9 %
         weight.copy_(rounded)
-    rounded_logits = ours(ids_BT)
-    torch.testing.assert_close(logits.float(), rounded_logits, atol=1e-4, rtol=0)  # the same function of the rounded weights
+    # ours with the rounded weights is the same function
+    torch.testing.assert_close(logits.float(), ours(ids_BT), atol=1e-4, rtol=0)
     similarity = torch.cosine_similarity(logits.float().flatten(), full.flatten(), 0)
     print(f"cosine between 4-bit and FP32 logits: {similarity:.3f}")
     assert similarity > 0.8  # random weights: experts change at near ties, and nothing was trained to forgive it

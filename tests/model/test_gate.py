@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def random_shape(rng: np.random.Generator) -> dict[str, Any]:
 def random_logits(rng: np.random.Generator, experts: int) -> Tensor:
     """Smooth, or of five levels only (ties everywhere), or all equal, or so large that the sigmoid saturates."""
     kind = rng.integers(8)
-    logits_TE = rng.normal(0, 2, (PER_CONFIG, experts))
+    logits_TE: Any = rng.normal(0, 2, (PER_CONFIG, experts))
     if kind in (0, 1, 2):
         logits_TE = rng.integers(-2, 3, logits_TE.shape) * 0.5
     elif kind == 3:
@@ -112,7 +113,7 @@ def test_v3_gate_is_the_formula(tiny_config: Callable) -> None:
         exact_TE = 1 / (1 + np.exp(-logits_TE.double().numpy()))
         np.testing.assert_allclose(route.scores_TE.numpy(), exact_TE, rtol=1e-6, atol=1e-37)  # FP32 ends there
         assert route.index_TK.dtype == torch.int64
-        agree(route, lambda s, c=config, b=bias_E.tolist(): v3_token(s, b, c))
+        agree(route, partial(v3_token, b=bias_E.tolist(), c=config))
 
         choice_TE = route.scores_TE + bias_E
         below_zero += int((choice_TE.gather(1, route.index_TK) < 0).any(1).sum())
@@ -130,8 +131,9 @@ def test_v2_gate_is_the_formula(tiny_config: Callable) -> None:
         logits_TE = random_logits(rng, config.n_routed_experts)
         route = choose(logits_TE, config, None)
         exact_TE = np.exp(logits_TE.double().numpy())
-        np.testing.assert_allclose(route.scores_TE.numpy(), exact_TE / exact_TE.sum(1, keepdims=True), rtol=2e-6, atol=1e-37)
-        agree(route, lambda s, c=config: v2_token(s, c))
+        exact_TE /= exact_TE.sum(1, keepdims=True)
+        np.testing.assert_allclose(route.scores_TE.numpy(), exact_TE, rtol=2e-6, atol=1e-37)
+        agree(route, partial(v2_token, c=config))
 
 
 def test_a_discarded_group_never_wins(tiny_config: Callable) -> None:
@@ -161,7 +163,7 @@ def test_the_bias_steers_but_does_not_weigh(tiny_config: Callable) -> None:
 
 
 def test_logits_and_gradients_of_the_module(tiny_config: Callable) -> None:
-    """FP32 whatever the input's precision; the gradient reaches the gate through the weights, never through the choice."""
+    """FP32 whatever the input's precision; the gradient comes through the weights, never through the choice."""
     gate = Gate(tiny_config())
     with torch.no_grad():
         gate.weight.normal_()
@@ -175,6 +177,7 @@ def test_logits_and_gradients_of_the_module(tiny_config: Callable) -> None:
     s = (x_TH.float() @ gate.weight.detach().t()).requires_grad_()
     w = s.sigmoid().gather(1, route.index_TK)
     (w / w.sum(1, keepdim=True)).square().sum().backward()
+    assert s.grad is not None
     torch.testing.assert_close(gate.weight.grad, s.grad.t() @ x_TH.float())
     assert "e_score_correction_bias" not in dict(gate.named_parameters())
 

@@ -18,6 +18,7 @@ from deepseek.config import ModelConfig, YarnScaling
 from deepseek.model import CausalLM, LatentCache, RoutingRecord
 
 transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-4  # on logits of magnitude 1-5
 SAME_SUMS = 5e-5  # between two orders of our own products; a routed_scaling_factor of 16 magnifies differences
@@ -28,13 +29,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "group-limited": dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0),
     "q_lora, bias, tied": dict(
         topk_method="group_limited_greedy", n_routed_experts=32, n_group=8, topk_group=3, num_experts_per_tok=6,
-        q_lora_rank=24, attention_bias=True, tie_word_embeddings=True, first_k_dense_replace=0, routed_scaling_factor=4.0),
+        routed_scaling_factor=4.0, q_lora_rank=24, attention_bias=True, tie_word_embeddings=True,
+        first_k_dense_replace=0),
     "as V2-Lite": dict(
-        topk_method="greedy", n_group=1, topk_group=1, num_experts_per_tok=6, rms_norm_eps=1e-6,
-        yarn=YarnScaling(factor=40.0, original_max_position_embeddings=16, mscale=0.707, mscale_all_dim=0.707)),
+        topk_method="greedy", n_group=1, topk_group=1, num_experts_per_tok=6, rope_theta=100.0, qk_rope_head_dim=16,
+        yarn=YarnScaling(factor=40.0, original_max_position_embeddings=256, mscale=0.707, mscale_all_dim=0.707)),
     "yarn, mscale unequal": dict(
         topk_method="greedy", n_group=1, topk_group=1, q_lora_rank=24,
-        yarn=YarnScaling(factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.5)),
+        yarn=YarnScaling(
+            factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.5)),
 }
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -20,13 +20,16 @@ from deepseek.config import ModelConfig, YarnScaling
 from deepseek.model import CausalLM, LatentCache, RoutingRecord
 
 transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-4  # on logits of magnitude 1-5; FP32 sums in another order differ by about 1e-5
 SAME_SUMS = 2e-5  # between two orders of our own products
 
 
-def yarn(**changes: Any) -> YarnScaling:
-    return YarnScaling(**({"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0} | changes))
+def yarn(**changes: Any) -> dict[str, Any]:
+    """YaRN whose ramp runs from inside the second rotary pair to inside the sixth, of eight."""
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0, "beta_slow": 0.5} | changes
+    return dict(yarn=YarnScaling(**scaling), rope_theta=100.0, qk_rope_head_dim=16)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,23 +42,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "2 dense layers": dict(first_k_dense_replace=2, q_lora_rank=24),
     "bias": dict(attention_bias=True),
     "bias, q_lora": dict(attention_bias=True, q_lora_rank=24),
-    "yarn, mscale equal": dict(yarn=yarn(mscale=1.0, mscale_all_dim=1.0), q_lora_rank=24),
-    "yarn, mscale unequal": dict(yarn=yarn(mscale=0.7, mscale_all_dim=1.3)),
-    "yarn, no mscale": dict(yarn=yarn(factor=8.0)),
-    "yarn, mscale alone": dict(yarn=yarn(mscale=0.8)),
-    "yarn, own factor, not truncated": dict(yarn=yarn(attention_factor=1.2, truncate=False, mscale_all_dim=0.5)),
+    "yarn, mscale equal": dict(yarn(mscale=1.0, mscale_all_dim=1.0), q_lora_rank=24),
+    "yarn, mscale unequal": yarn(mscale=0.7, mscale_all_dim=1.3),
+    "yarn, no mscale, ramp to the end": yarn(factor=8.0, beta_slow=0.1),
+    "yarn, mscale alone": yarn(mscale=0.8),
+    "yarn, own factor, not truncated": yarn(attention_factor=1.2, truncate=False, mscale_all_dim=0.5),
     "tied": dict(tie_word_embeddings=True),
     "weights not normalised": dict(norm_topk_prob=False, routed_scaling_factor=1.5),
     "one expert a token": dict(num_experts_per_tok=1, routed_scaling_factor=1.5),
     "halves rotated": dict(rope_interleave=False),
-    "halves rotated, yarn": dict(rope_interleave=False, yarn=yarn(mscale=0.7, mscale_all_dim=1.3), q_lora_rank=24),
+    "halves rotated, yarn": dict(yarn(mscale=0.7, mscale_all_dim=1.3), rope_interleave=False, q_lora_rank=24),
     "2 shared, wide values": dict(n_shared_experts=2, v_head_dim=28, rope_theta=500.0, rms_norm_eps=1e-5),
     "mtp": dict(num_nextn_predict_layers=1),
-    "2 mtp, bias, tied": dict(num_nextn_predict_layers=2, attention_bias=True, tie_word_embeddings=True, q_lora_rank=24),
+    "2 mtp, bias, tied": dict(
+        num_nextn_predict_layers=2, attention_bias=True, tie_word_embeddings=True, q_lora_rank=24),
     "everything": dict(
-        n_routed_experts=32, n_group=8, topk_group=3, num_experts_per_tok=5, routed_scaling_factor=2.5, q_lora_rank=24,
-        attention_bias=True, first_k_dense_replace=2, num_hidden_layers=4, n_shared_experts=2, num_nextn_predict_layers=1,
-        yarn=yarn(mscale=1.0, mscale_all_dim=0.5)),
+        yarn(mscale=1.0, mscale_all_dim=0.5), n_routed_experts=32, n_group=8, topk_group=3, num_experts_per_tok=5,
+        routed_scaling_factor=2.5, q_lora_rank=24, attention_bias=True, first_k_dense_replace=2, num_hidden_layers=4,
+        n_shared_experts=2, num_nextn_predict_layers=1),
 }
 SOME = ["1 group", "8 groups", "bias, q_lora", "yarn, mscale unequal", "tied", "halves rotated", "everything"]
 
@@ -68,8 +72,8 @@ def padded(kind: str, config: ModelConfig, tokens: int = 24) -> tuple[Tensor, Te
     ids_BT = torch.randint(0, config.vocab_size, (3, tokens))
     length_B1 = torch.tensor([[tokens], [tokens - 7], [1]])
     place_T = torch.arange(tokens)
-    mask_BT = {"none": place_T < length_B1 + tokens, "right": place_T < length_B1, "left": place_T >= tokens - length_B1}
-    return ids_BT, mask_BT[kind]
+    full_BT, right_BT, left_BT = place_T < length_B1 + tokens, place_T < length_B1, place_T >= tokens - length_B1
+    return ids_BT, {"none": full_BT, "right": right_BT, "left": left_BT}[kind]
 
 
 def worst(a: Tensor, b: Tensor, mask_BT: Tensor | None = None) -> float:
@@ -78,7 +82,9 @@ def worst(a: Tensor, b: Tensor, mask_BT: Tensor | None = None) -> float:
 
 
 @every_config
-def test_logits(changes: dict[str, Any], tiny_config: Callable, random_model: Callable, in_transformers: Callable) -> None:
+def test_logits(
+    changes: dict[str, Any], tiny_config: Callable, random_model: Callable, in_transformers: Callable
+) -> None:
     model: CausalLM = random_model(tiny_config(**changes))
     twin = in_transformers(model)
     for padding in ("none", "left", "right"):
@@ -92,15 +98,16 @@ def test_logits(changes: dict[str, Any], tiny_config: Callable, random_model: Ca
         assert ours.dtype == torch.float32
         assert 1 < theirs[mask_BT].std() < 5
         errors = worst(ours, theirs, mask_BT), worst(ours_inferred, theirs, mask_BT)
-        print(f"padding {padding}: largest logit {theirs[mask_BT].abs().max():.1f}, largest difference {max(errors):.1e}")
+        print(f"padding {padding}: logits to {theirs[mask_BT].abs().max():.1f}, largest difference {max(errors):.1e}")
         assert max(errors) <= TOLERANCE
         for route in routing.routes.values():  # a test of routing needs routing
-            used_E = torch.bincount(route.index_TK[mask_BT.flatten()].flatten(), minlength=model.config.n_routed_experts)
-            assert (used_E > 0).sum() > model.config.n_routed_experts // 3
+            assert len(route.index_TK[mask_BT.flatten()].unique()) > model.config.n_routed_experts // 3
 
 
 @some_configs
-def test_gradients(changes: dict[str, Any], tiny_config: Callable, random_model: Callable, in_transformers: Callable) -> None:
+def test_gradients(
+    changes: dict[str, Any], tiny_config: Callable, random_model: Callable, in_transformers: Callable
+) -> None:
     """Every gradient of the hand-written backward passes, relative to the largest of its tensor."""
     model: CausalLM = random_model(tiny_config(**changes))
     twin = in_transformers(model)
@@ -132,8 +139,8 @@ def greedy(model: CausalLM, ids_BT: Tensor, mask_BT: Tensor | None, count: int, 
 
 
 @pytest.mark.parametrize(("name", "padding"), [
-    ("1 group", "none"), ("8 groups", "left"), ("bias, q_lora", "left"), ("yarn, mscale unequal", "left"), ("tied", "left"),
-    ("halves rotated", "none"), ("everything", "left")])
+    ("8 groups", "left"), ("yarn, mscale unequal", "left"), ("tied", "left"), ("halves rotated", "none"),
+    ("everything", "left")])
 def test_64_greedy_tokens(
     name: str, padding: str, tiny_config: Callable, random_model: Callable, in_transformers: Callable
 ) -> None:
@@ -141,7 +148,8 @@ def test_64_greedy_tokens(
     twin = in_transformers(model)
     ids_BT, mask_BT = padded(padding, model.config, tokens=12)
     twin.generation_config.eos_token_id = None  # neither side stops early
-    theirs = twin.generate(ids_BT, attention_mask=mask_BT.long(), do_sample=False, max_new_tokens=64, pad_token_id=0)[:, 12:]
+    theirs = twin.generate(
+        ids_BT, attention_mask=mask_BT.long(), do_sample=False, max_new_tokens=64, pad_token_id=0)[:, 12:]
     assert theirs.shape == (3, 64)
     assert len(theirs.unique()) > 8  # not one token repeated
     assert torch.equal(greedy(model, ids_BT, mask_BT, 64), theirs)
@@ -227,8 +235,9 @@ def test_a_checkpoint_that_transformers_made(tmp_path: Path) -> None:
     """Their configuration class and initialisation, nothing of ours before the loading; default file names."""
     config = transformers.DeepseekV3Config(
         vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4,
-        first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=12,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=16, n_group=4, topk_group=2,
+        num_experts_per_tok=4, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8,
+        qk_nope_head_dim=12, v_head_dim=12,
         rope_parameters={"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0,
                          "original_max_position_embeddings": 16}, initializer_range=0.2)
     theirs = transformers.DeepseekV3ForCausalLM(config).eval()
@@ -238,7 +247,8 @@ def test_a_checkpoint_that_transformers_made(tmp_path: Path) -> None:
     ours = load_model(tmp_path)
     assert ours.config.rope_theta == 1000.0
     ids_BT, mask_BT = padded("right", ours.config)
-    assert worst(ours(ids_BT, mask_BT=mask_BT), theirs(ids_BT, attention_mask=mask_BT.long()).logits, mask_BT) <= TOLERANCE
+    expected = theirs(ids_BT, attention_mask=mask_BT.long()).logits
+    assert worst(ours(ids_BT, mask_BT=mask_BT), expected, mask_BT) <= TOLERANCE
 
 
 # ---- multi-token prediction -------------------------------------------------------------------------------------
@@ -249,7 +259,7 @@ def test_mtp_module(tiny_config: Callable, random_model: Callable, in_transforme
     """Two modules in a row against transformers' MtpModel, weights copied by hand."""
     modeling_layers = pytest.importorskip("transformers.modeling_layers")
     model: CausalLM = random_model(tiny_config(
-        num_nextn_predict_layers=2, q_lora_rank=24, attention_bias=True, yarn=yarn(mscale=1.0, mscale_all_dim=0.5)))
+        num_nextn_predict_layers=2, q_lora_rank=24, attention_bias=True, **yarn(mscale=1.0, mscale_all_dim=0.5)))
     twin = in_transformers(model)
     theirs = modeling_layers.MtpModel(twin, 2).eval()
     for ours, layer in zip(model.model.mtp, theirs.layers, strict=True):
@@ -279,7 +289,8 @@ def test_mtp_through_a_checkpoint_of_61_layers(
     """With V3's depth transformers finds `model.layers.61.*` itself: its own loader and its own generation with MTP."""
     modeling_layers = pytest.importorskip("transformers.modeling_layers")
     model: CausalLM = random_model(tiny_config(
-        num_hidden_layers=61, first_k_dense_replace=58, hidden_size=16, intermediate_size=16, num_nextn_predict_layers=1))
+        num_hidden_layers=61, first_k_dense_replace=58, hidden_size=16, intermediate_size=16,
+        num_nextn_predict_layers=1))
     twin = in_transformers(model, shard_bytes=60_000)
     theirs = modeling_layers.MtpModel.from_pretrained(twin).eval()
     ids_BT = torch.randint(0, model.config.vocab_size, (1, 12))

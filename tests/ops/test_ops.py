@@ -172,6 +172,12 @@ def test_nothing_labelled_costs_nothing() -> None:
     assert value == 0 and bool((dx == 0).all()) and bool((dw == 0).all())
 
 
+@pytest.mark.parametrize("label", [-1, 11, -101])
+def test_a_label_that_is_no_word_is_an_error_not_a_lesson(label: int) -> None:
+    with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
+        ops.linear_cross_entropy(randn(3, 8), randn(11, 8, seed=1), torch.tensor([1, label, -100]))
+
+
 def test_cross_entropy_of_huge_logits_is_finite() -> None:
     x, w = randn(6, 8) * 1e3, randn(11, 8, seed=1) * 1e3
     labels = torch.arange(6)

@@ -224,8 +224,8 @@ def _record(record: Any) -> list[tuple[str, Turns]]:
     keys = {str(key).lower(): value for key, value in record.items()}
     if isinstance(keys.get("text"), str):
         parts = [keys["text"], _part(keys.get("code"))]  # MBPP has the task under `text` and its solution under `code`
-    elif turns := next((keys[key] for key in CONVERSATIONS if isinstance(keys.get(key), list)), None):
-        return [_conversation(turns)]
+    elif said := [keys[key] for key in CONVERSATIONS if isinstance(keys.get(key), list)]:
+        return [_conversation(said[0])]
     elif isinstance(keys.get("instances"), list):  # self-instruct: one instruction, several inputs and outputs
         rest = {key: value for key, value in keys.items() if key != "instances"}
         return [pair for instance in keys["instances"] if isinstance(instance, Mapping)
@@ -234,7 +234,7 @@ def _record(record: Any) -> list[tuple[str, Turns]]:
         asked, answered = ([_part(keys.get(key)) for key in names] for names in (ASKING, ANSWERING))
         if not (any(asked) and any(answered)):
             names = ", ".join(sorted(keys)[:12]) + (", …" if len(keys) > 12 else "")
-            raise DataError(f"no text, and no filled question and answer, under a known key; it has {names or 'no keys'}")
+            raise DataError(f"no text, and no filled question and answer, under a known key; it has {names or 'none'}")
         parts = asked + answered
     text = ""
     for part in filter(None, parts):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, NotFoundError, RequestError
-from ..files import replace_folder, write_json
+from ..files import replace_folder, sha256, write_json
 from ..tokenizer import Tokenizer
 from .reader import Document, ReadReport, list_files, read_documents
 
@@ -67,6 +67,11 @@ class TokenShards:
         if (size := path.stat().st_size) != count * dtype.itemsize:
             raise DataError(f"{path}: truncated or altered: {size} bytes, shards.json says {count * dtype.itemsize}")
         return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the training tokens: equal data, equal fingerprint, wherever it lies."""
+        return sha256(self.folder / "train.bin")
 
     @property
     def train_tokens(self) -> int:

@@ -42,11 +42,11 @@ class TrainConfig:
     tensorboard: bool = _setting(False, "write TensorBoard events")
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "seq_len", "accumulation", "eval_every", "eval_batches", "save_every", "keep"):
+        for key in "steps batch_size seq_len accumulation eval_every eval_batches save_every keep".split():
             self._need(key, "must be an integer >= 1", lambda v: isinstance(v, int) and v >= 1)
         for key in ("lr", "clip"):
             self._need(key, "must be a positive number", lambda v: math.isfinite(v) and v > 0)
-        for key in ("min_lr_ratio", "warmup_steps", "weight_decay", "mtp_weight", "balance_weight", "bias_speed", "seed"):
+        for key in "min_lr_ratio warmup_steps weight_decay mtp_weight balance_weight bias_speed seed".split():
             self._need(key, "must be a number >= 0", lambda v: math.isfinite(v) and v >= 0)
         for key in ("beta1", "beta2"):
             self._need(key, "must lie in [0, 1)", lambda v: 0 <= v < 1)

@@ -35,6 +35,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import write_atomically, write_json
 from ..model import CausalLM, max_violation
 from ..ops import fast_bf16
+from ..ops.loss import IGNORE
 from ..tokenizer import Tokenizer
 from .plot import plot_run
 from .settings import TrainConfig
@@ -121,7 +122,8 @@ class Trainer:
                 sums[key] += value.item() / config.accumulation if value is not None else 0.0
             load_LE = result.load_LE if load_LE is None else load_LE + result.load_LE
         if not math.isfinite(sums["loss"]):
-            raise ConfigError(f"the loss became {sums['loss']} at step {self.step}; a lower lr than {config.lr} may help")
+            raise ConfigError(f"lr = {config.lr}: the loss became {sums['loss']} at step {self.step + 1}; a lower one "
+                              f"may help (the last checkpoint is whole)")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -139,10 +141,10 @@ class Trainer:
         """Mean loss per token over the held-out windows."""
         self.model.eval()
         total, count = 0.0, 0
-        for ids_BT, labels_BT in self.data.valid_batches(self.config.batch_size, self.config.seq_len, self.config.eval_batches):
-            labels = labels_BT.to(self.model.device)
-            n = int((labels != -100).sum())
-            total += float(self.model.loss(ids_BT.to(self.model.device), labels).main) * n
+        config, device = self.config, self.model.device
+        for ids_BT, labels_BT in self.data.valid_batches(config.batch_size, config.seq_len, config.eval_batches):
+            n = int((labels_BT != IGNORE).sum())
+            total += self.model.loss(ids_BT.to(device), labels_BT.to(device)).main.item() * n
             count += n
         return total / max(count, 1)
 
@@ -195,7 +197,8 @@ class Trainer:
             raise ConfigError(f"{self.out}: another process is training in this folder") from None
         for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")):  # of a killed write
             shutil.rmtree(leftover)
-        settings = {"train": asdict(self.config), "model": self.model.config.to_dict()}
+        settings = {"train": asdict(self.config), "model": self.model.config.to_dict(),
+                    "data": {"fingerprint": self.data.fingerprint}}
         path = self.out / "settings.json"
         if not path.exists():
             write_json(path, settings)

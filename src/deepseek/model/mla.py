@@ -128,8 +128,8 @@ class MLA(nn.Module):
         w_key, w_value = w_NDR.split((config.qk_nope_head_dim, config.v_head_dim), 1)
         q_latent = mm(q_nope.transpose(1, 2), w_key)  # [B, N, T, R]
         latent, k_rope = latent.unsqueeze(1), k_rope.unsqueeze(1)  # one head, shared by all
-        scores = mm(q_latent, latent.transpose(-1, -2)).float() + mm(q_rope.transpose(1, 2), k_rope.transpose(-1, -2)).float()
-        scores = scores * config.softmax_scale
+        scores = mm(q_latent, latent.transpose(-1, -2)).float()
+        scores = (scores + mm(q_rope.transpose(1, 2), k_rope.transpose(-1, -2)).float()) * config.softmax_scale
         tokens, length = scores.shape[-2:]
         if mask is None:
             mask = torch.ones(tokens, length, dtype=torch.bool, device=scores.device).tril_(length - tokens)

@@ -165,7 +165,7 @@ class CausalLM(nn.Module):
         mask_BT = _mask_over_cache(mask_BT, cache, ids_BT)
         positions_BT = _positions(ids_BT, mask_BT, positions_BT, cache)
         cos, sin = self.model.rotary(positions_BT)
-        mask = _attention_mask(mask_BT, tokens, cache)
+        mask = _attention_mask(mask_BT, tokens, cache.length if cache is not None else 0, ids_BT.device)
         x = self._embed(ids_BT)
         for layer, block in enumerate(self.model.layers):
             x, route = self._run(block, x, cos, sin, mask, cache, order)
@@ -222,7 +222,8 @@ class CausalLM(nn.Module):
         positions_BT = _positions(next_ids_BT, mask_BT, positions_BT, cache)
         cos, sin = self.model.rotary(positions_BT)
         x = block.entrance(self._embed(next_ids_BT), previous_BTH)
-        x, route = self._run(block, x, cos, sin, _attention_mask(mask_BT, tokens, cache), cache, "auto")
+        mask = _attention_mask(mask_BT, tokens, cache.length if cache is not None else 0, x.device)
+        x, route = self._run(block, x, cos, sin, mask, cache, "auto")
         if routing is not None and route is not None:
             routing.routes[block.layer] = route
         return block.shared_head.norm(x)
@@ -239,6 +240,7 @@ class CausalLM(nn.Module):
         routing = RoutingRecord()
         h_BTH = self.hidden(ids_BT, mask_BT, routing=routing)
         main = self._head_loss(h_BTH, labels_BT)
+        masks: dict[int, Tensor | None] = dict.fromkeys(routing.routes, mask_BT)
         total, mtp = main, None
         if mtp_weight and self.has_mtp:
             parts = []
@@ -246,32 +248,24 @@ class CausalLM(nn.Module):
                 h_BTH, ids_BT, labels_BT = h_BTH[:, :-1], ids_BT[:, 1:], labels_BT[:, 1:]
                 mask_BT = None if mask_BT is None else mask_BT[:, 1:]
                 h_BTH = self.mtp_hidden(depth, h_BTH, ids_BT, mask_BT=mask_BT, routing=routing)
+                masks[self.config.num_hidden_layers + depth] = mask_BT
                 parts.append(self._head_loss(h_BTH, labels_BT))
             mtp = torch.stack(parts).mean()
             total = total + mtp_weight * mtp
+        routes = [(route, None if (mask := masks[layer]) is None else mask.bool().reshape(-1))
+                  for layer, route in routing.routes.items()]
         balance = None
-        if balance_weight:
-            sequences = labels_BT.shape[0]
-            balance = torch.stack([
-                sequence_balance_loss(route, sequences, _fit_mask(mask_BT, route)) for route in routing.routes.values()
-            ]).mean()
+        if balance_weight and routes:
+            parts = [sequence_balance_loss(route, len(labels_BT), mask_T) for route, mask_T in routes]
+            balance = torch.stack(parts).mean()
             total = total + balance_weight * balance
-        loads = [expert_load(r.index_TK, self.config.n_routed_experts, _fit_mask(mask_BT, r)) for r in routing.routes.values()]
-        load_LE = torch.stack(loads) if loads else torch.zeros(0, self.config.n_routed_experts, dtype=torch.long)
+        experts = self.config.n_routed_experts
+        loads = [expert_load(route.index_TK, experts, mask_T) for route, mask_T in routes]
+        load_LE = torch.stack(loads) if loads else torch.zeros(0, experts, dtype=torch.long)
         return TrainingLoss(total, main, mtp, balance, load_LE)
 
     def _head_loss(self, h_BTH: Tensor, labels_BT: Tensor) -> Tensor:
         return ops.linear_cross_entropy(h_BTH.reshape(-1, h_BTH.shape[-1]), self.lm_head.weight, labels_BT.reshape(-1))
-
-
-def _fit_mask(mask_BT: Tensor | None, route: Route) -> Tensor | None:
-    """Flatten the mask for a route; MTP modules see one token less per depth than the main model did."""
-    if mask_BT is None:
-        return None
-    length = route.index_TK.shape[0] // mask_BT.shape[0]
-    if length > mask_BT.shape[1]:  # `mask_BT` was cut for the deepest module: the main model's routes had more
-        mask_BT = torch.nn.functional.pad(mask_BT, (length - mask_BT.shape[1], 0), value=1)
-    return mask_BT.bool()[:, -length:].reshape(-1)
 
 
 def _mask_over_cache(mask_BT: Tensor | None, cache: LatentCache | None, ids_BT: Tensor) -> Tensor | None:
@@ -299,17 +293,12 @@ def _positions(ids_BT: Tensor, mask_BS: Tensor | None, given: Tensor | None, cac
     return torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
 
 
-def _attention_mask(mask_BS: Tensor | None, tokens: int, cache: LatentCache | None) -> Tensor | None:
+def _attention_mask(mask_BS: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor | None:
     """Boolean [B or 1, 1, T, S], True where a query may look; None for plain causal over the tokens themselves."""
-    past = cache.length if cache is not None else 0
     if mask_BS is None and past == 0:
         return None
-    device = mask_BS.device if mask_BS is not None else None
-    if mask_BS is None and tokens == 1:
-        return torch.ones(1, 1, 1, past + 1, dtype=torch.bool, device=cache.data.device if cache else device)
-    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device or (cache.data.device if cache else None))
-    mask = causal.tril_(past)[None, None]
-    return mask if mask_BS is None else mask & mask_BS[:, None, None, :]
+    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril_(past)[None, None]
+    return causal if mask_BS is None else causal & mask_BS[:, None, None, :]
 
 
 __all__ = ["IGNORE", "CausalLM", "LatentCache", "RoutingRecord", "TrainingLoss"]
