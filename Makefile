@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# threads that wait by spinning stall for whole time slices when a neighbour takes a core (docs/log.md)
+export OMP_WAIT_POLICY ?= PASSIVE
 # the release everything is measured with; pinned before the package, so that its open range never pulls another build
 TORCH := torch==2.13.0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import time
@@ -64,7 +65,8 @@ def machine(threads: int) -> dict[str, Any]:
                 flags = set(line.split(":", 1)[1].split())
     units = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f in flags]
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {"cpu": cpu, "units": units, "threads": threads, "gpu": gpu, "python": platform.python_version()}
+    return {"cpu": cpu, "units": units, "threads": threads, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+            "gpu": gpu, "python": platform.python_version()}
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""What every test may use: two threads, a fixed seed, tiny configurations, models whose every number matters."""
+"""What every test may use: one thread, a fixed seed, tiny configurations, models whose every number matters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,12 @@ TINY: dict[str, Any] = dict(
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # thousands of products too small to share
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For thousands of products too small to share: two threads that wait for each other by spinning take ten times
-    as long as one as soon as a neighbour wants a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -63,19 +63,49 @@ def resolve(name: str | Path) -> Path:
         hint = " (it is a preset: `deepseek train` can start from it)" if str(name) in PRESETS else ""
         raise NotFoundError(f"{name}: no such folder here, and not the form of a hub id (owner/name){hint}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.jinja"]
+    cached = "is not in the local cache"
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
+        if not (absent := _absent(folder)):
+            return folder
+        cached = f"is in the local cache without {absent}"
+    except HFValidationError as error:
+        raise NotFoundError(f"{name}: no such folder here, and not a hub id: {error}") from None
     except LocalEntryNotFoundError:
         pass
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted))
+        folder = Path(snapshot_download(repo, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotFoundError(f"{name}: no such folder here, hub id {repo} is not in the local cache, "
+        raise NotFoundError(f"{name}: no such folder here, hub id {repo} {cached}, "
                             f"and the hub gave no answer: {reason}") from None
+    if absent := _absent(folder):  # the hub was out of reach, or the repository holds no safetensors
+        raise NotFoundError(f"{name}: no such folder here, and hub id {repo} came without {absent}")
+    return folder
+
+
+def _absent(folder: Path) -> str | None:
+    """The first file that a whole checkpoint would have and `folder` has not. Caches are shared between programs."""
+    names = ["config.json"]
+    if (index := folder / INDEX).is_file():
+        names += sorted(set(_weight_map(index).values()))
+    else:
+        names.append("model.safetensors")
+    return next((name for name in names if not (folder / name).is_file()), None)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name. Raises CheckpointError naming the index."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError("a file name is not a string")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a weight index: {error}") from None
+    return weight_map
 
 
 # ---- the one name map -------------------------------------------------------------------------------------------
@@ -128,10 +158,7 @@ class TensorFiles:
         index = self.folder / INDEX
         self._indexed: dict[str, str] = {}
         if index.is_file():
-            try:
-                self._indexed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{index}: not a weight index: {error}") from None
+            self._indexed = _weight_map(index)
             names = sorted(set(self._indexed.values()))
         else:
             names = ["model.safetensors"]
@@ -257,15 +284,15 @@ def check_manifest(folder: Path) -> None:
         return
     try:
         entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError) as error:
+        expected = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest}: not a manifest: {error}") from None
-    for name, entry in entries.items():
-        file = folder / name
+    for file, size_then, digest in expected:
         if not file.is_file():
             raise CheckpointError(f"{file}: the file is missing")
-        if (size := file.stat().st_size) != entry["bytes"]:
-            raise CheckpointError(f"{file}: truncated or altered: {size} bytes, the manifest says {entry['bytes']}")
-        if sha256(file) != entry["sha256"]:
+        if (size := file.stat().st_size) != size_then:
+            raise CheckpointError(f"{file}: truncated or altered: {size} bytes, the manifest says {size_then}")
+        if sha256(file) != digest:
             raise CheckpointError(f"{file}: altered: its SHA-256 is not the manifest's")
 
 
@@ -284,7 +311,8 @@ def save_model(
     with replace_folder(path) as folder:
         config = model.config.with_(num_nextn_predict_layers=len(model.model.mtp))
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-        write_json(folder / "config.json", config.to_dict() | {"torch_dtype": dtype})
+        keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
+        write_json(folder / "config.json", keys | {"torch_dtype": dtype})
         main, mtp = _disk_tensors(model)
         _write_shards(folder, main, shard_bytes)
         if mtp:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    # Threads that wait for each other by spinning stall for whole time slices when a neighbour takes a core: training
+    # on two busy cores ran 3-7 times slower than with waiting in the kernel (docs/log.md). Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = _parser().parse_args(argv)
     if not hasattr(args, "run"):
         args.usage()

@@ -70,7 +70,8 @@ class YarnScaling:
 
     def __post_init__(self) -> None:
         for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
-            _need(f"rope_scaling.{key}", getattr(self, key), "must be a positive number", _is_number(getattr(self, key)))
+            value = getattr(self, key)
+            _need(f"rope_scaling.{key}", value, "must be a positive number", _is_number(value))
         for key in ("mscale", "mscale_all_dim", "attention_factor"):
             value = getattr(self, key)
             _need(f"rope_scaling.{key}", value, "must be a number >= 0", value in (0, None) or _is_number(value))
@@ -229,10 +230,11 @@ class ModelConfig:
             # transformers keeps our mark when it writes, and adds keys of its own
             strict = "moe_dr" in keys and "transformers_version" not in keys
         if isinstance(ours := keys.get("moe_dr"), Mapping):
-            if not _is_int(version := ours.get("format"), 1) or version > FORMAT:
-                raise ConfigError(f"{origin}: moe_dr.format = {version!r} is newer than this program reads ({FORMAT})"
-                                  if _is_int(version, 1) else
-                                  f"{origin}: moe_dr.format = {version!r}: must be a positive integer")
+            version = ours.get("format")
+            if not isinstance(version, int):
+                raise ConfigError(f"{origin}: moe_dr.format = {version!r}: must be a positive integer")
+            if version > FORMAT:
+                raise ConfigError(f"{origin}: moe_dr.format = {version} is newer than this program reads ({FORMAT})")
         extra: dict[str, Any] = {}
         kept = set(ours.get("kept", ())) if isinstance(ours, Mapping) else set()
         values = _read_generation(keys, strict, origin)
@@ -363,13 +365,14 @@ def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> Non
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"{origin}: rope_scaling = {scaling!r}: must be an object or null")
     scaling = dict(scaling)
-    kinds = [k for k in (scaling.pop("type", None), scaling.pop("rope_type", None)) if k is not None] or ["default"]
+    named = (scaling.pop("type", None), scaling.pop("rope_type", None))
+    kinds = [kind for kind in named if kind is not None] or ["default"]
     kind = kinds[0] if kinds[0] == kinds[-1] else kinds
     if "rope_theta" in scaling:
         values["rope_theta"] = scaling.pop("rope_theta")
     if kind == "default":
         if (part := scaling.pop("partial_rotary_factor", None)) not in _DANGEROUS["partial_rotary_factor"]:
-            raise ConfigError(f"{origin}: partial_rotary_factor = {part!r} changes the mathematics and is not supported")
+            raise ConfigError(f"{origin}: partial_rotary_factor = {part!r} changes the mathematics and is unsupported")
         if scaling:
             raise ConfigError(f"{origin}: rope_scaling has {', '.join(scaling)} but no type")
         return
@@ -419,7 +422,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # for a demonstration of minutes
     "nano": dict(
         vocab_size=4096, hidden_size=192, num_hidden_layers=5, num_attention_heads=4, intermediate_size=512,
-        moe_intermediate_size=96, n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=1, n_group=4,
+        moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=1, n_group=4,
         topk_group=2, routed_scaling_factor=1.0, first_k_dense_replace=1, num_nextn_predict_layers=1, q_lora_rank=None,
         kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, max_position_embeddings=1024),
 }

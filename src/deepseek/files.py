@@ -8,8 +8,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = _beside(path)
     try:
-        with os.fdopen(fd, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -52,10 +51,10 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a folder cannot take the place of a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    staging = _beside(path)
+    staging.mkdir()
     try:
         yield staging
-        os.chmod(staging, 0o777 & ~_umask())
         for file in staging.rglob("*"):
             if file.is_file():
                 _fsync(file)
@@ -96,7 +95,6 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path) -> Path:
+    """A fresh hidden name next to `path`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

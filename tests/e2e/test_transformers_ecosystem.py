@@ -26,7 +26,6 @@ from deepseek.config import ModelConfig
 from deepseek.model import CausalLM
 
 transformers = pytest.importorskip("transformers", reason="needs the test extra (transformers)")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDE: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=128, moe_intermediate_size=64, kv_lora_rank=64, num_attention_heads=4,

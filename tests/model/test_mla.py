@@ -185,8 +185,7 @@ def test_a_dot_product_sees_only_the_distance(interleave: bool) -> None:
 def test_the_cache_is_as_small_as_mla_promises() -> None:
     config = ModelConfig.preset("nano")
     cache = LatentCache(config, 2, capacity=4, dtype=torch.bfloat16)
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    assert cache.data.shape == (layers, 2, 4, config.kv_lora_rank + config.qk_rope_head_dim)
+    assert cache.data.shape == (config.num_hidden_layers, 2, 4, config.kv_lora_rank + config.qk_rope_head_dim)
     assert cache.data.dtype == torch.bfloat16 and cache.batch == 2 and cache.length == 0 and cache.valid_BS is None
 
 

@@ -18,7 +18,6 @@ from deepseek.config import ModelConfig, YarnScaling
 from deepseek.model import CausalLM, LatentCache, RoutingRecord
 
 transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-4  # on logits of magnitude 1-5
 SAME_SUMS = 5e-5  # between two orders of our own products; a routed_scaling_factor of 16 magnifies differences

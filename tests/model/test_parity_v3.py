@@ -20,7 +20,6 @@ from deepseek.config import ModelConfig, YarnScaling
 from deepseek.model import CausalLM, LatentCache, RoutingRecord
 
 transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-4  # on logits of magnitude 1-5; FP32 sums in another order differ by about 1e-5
 SAME_SUMS = 2e-5  # between two orders of our own products

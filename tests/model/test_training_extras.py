@@ -16,8 +16,6 @@ from deepseek.model.experts import MoE
 from deepseek.model.gate import Gate, Route, choose, sequence_balance_loss
 from deepseek.ops import linear_cross_entropy, loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # ---- balance ----------------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,7 @@ def choose(logits_TE: Tensor, config: ModelConfig, bias_E: Tensor | None) -> Rou
         choice_TE = choice_TE.unflatten(-1, (groups, -1)).masked_fill(~keep_TG.unsqueeze(-1), -torch.inf).flatten(-2)
     index_TK = top_k(choice_TE, top)
     weight_TK = scores_TE.gather(1, index_TK)
-    if config.norm_topk_prob and top > 1:
+    if config.norm_topk_prob and (sigmoid or top > 1):
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
         if not sigmoid:  # V2 normalises *or* scales (DeepSeek's modeling_deepseek.py)
             return Route(index_TK, weight_TK, scores_TE)

@@ -39,8 +39,8 @@ class LatentCache:
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int = 256, *, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> None:
-        layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        self.data = torch.empty(layers, batch, capacity, config.latent_dim, dtype=dtype, device=device)
+        shape = (config.num_hidden_layers, batch, capacity, config.latent_dim)
+        self.data = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
         self.valid_BS: Tensor | None = None
 
@@ -57,9 +57,12 @@ class LatentCache:
             self.data = grown
 
     def extend(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        """Write one layer's new positions; returns all of that layer's, [B, length + T, R + rope]."""
+        """Write one layer's new positions; returns all of that layer's, [B, length + T, R + rope].
+
+        A cache is for inference: no gradient flows through it, so it never holds on to a graph.
+        """
         end = self.length + latent_BTC.shape[1]
-        self.data[layer, :, self.length : end] = latent_BTC
+        self.data[layer, :, self.length : end] = latent_BTC.detach()
         return self.data[layer, :, :end]
 
     def select(self, rows: Tensor) -> None:

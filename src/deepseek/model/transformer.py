@@ -158,7 +158,7 @@ class CausalLM(nn.Module):
         order: Order = "auto",
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, H]."""
-        self._check(ids_BT, mask_BT, cache)
+        self._check(ids_BT, mask_BT, positions_BT, cache)
         tokens = ids_BT.shape[1]
         if cache is not None:
             cache.reserve(tokens)
@@ -186,15 +186,21 @@ class CausalLM(nn.Module):
             return checkpoint(block, x, cos, sin, mask, cache, order, use_reentrant=False)
         return block(x, cos, sin, mask, cache, order)
 
-    def _check(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: LatentCache | None) -> None:
-        if ids_BT.ndim != 2 or ids_BT.shape[1] == 0:
-            raise RequestError(f"ids must have shape [batch, tokens] with tokens >= 1, got {tuple(ids_BT.shape)}")
+    def _check(
+        self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, cache: LatentCache | None
+    ) -> None:
+        if ids_BT.ndim != 2 or ids_BT.numel() == 0:
+            raise RequestError(f"ids must have shape [batch, tokens], both >= 1, got {tuple(ids_BT.shape)}")
+        if ids_BT.dtype not in (torch.int64, torch.int32):
+            raise RequestError(f"ids must be int64 or int32, got {ids_BT.dtype}")
         low, high = (int(v) for v in torch.aminmax(ids_BT))
         if low < 0 or high >= self.config.vocab_size:
             bad, last = low if low < 0 else high, self.config.vocab_size - 1
             raise RequestError(f"token id {bad} is outside the vocabulary 0..{last}")
         if mask_BT is not None and mask_BT.shape != ids_BT.shape:
             raise RequestError(f"mask has shape {tuple(mask_BT.shape)}, ids have {tuple(ids_BT.shape)}")
+        if positions_BT is not None and positions_BT.shape not in (ids_BT.shape, (1, ids_BT.shape[1])):
+            raise RequestError(f"positions have shape {tuple(positions_BT.shape)}, ids have {tuple(ids_BT.shape)}")
         if cache is not None and cache.batch != ids_BT.shape[0]:
             raise RequestError(f"cache was made for batch {cache.batch}, ids have batch {ids_BT.shape[0]}")
 
@@ -207,23 +213,18 @@ class CausalLM(nn.Module):
         next_ids_BT: Tensor,
         *,
         mask_BT: Tensor | None = None,
-        positions_BT: Tensor | None = None,
-        cache: LatentCache | None = None,
         routing: RoutingRecord | None = None,
     ) -> Tensor:
         """Module `depth` (0 the first): hidden states ready for lm_head, [B, T, H].
 
         previous_BTH: the final hidden states of the model before (after its norm); next_ids_BT: for each position the
-        token `depth + 1` places further on. `cache` is the main model's: the module has a layer of its own in it; the
-        caller must not advance its length in between.
+        token `depth + 1` places further on.
         """
         block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
-        tokens = next_ids_BT.shape[1]
-        positions_BT = _positions(next_ids_BT, mask_BT, positions_BT, cache)
-        cos, sin = self.model.rotary(positions_BT)
+        cos, sin = self.model.rotary(_positions(next_ids_BT, mask_BT, None, None))
         x = block.entrance(self._embed(next_ids_BT), previous_BTH)
-        mask = _attention_mask(mask_BT, tokens, cache.length if cache is not None else 0, x.device)
-        x, route = self._run(block, x, cos, sin, mask, cache, "auto")
+        mask = _attention_mask(mask_BT, next_ids_BT.shape[1], 0, x.device)
+        x, route = self._run(block, x, cos, sin, mask, None, "auto")
         if routing is not None and route is not None:
             routing.routes[block.layer] = route
         return block.shared_head.norm(x)
@@ -238,21 +239,24 @@ class CausalLM(nn.Module):
         cross entropy, so no [B, T, V] tensor exists.
         """
         routing = RoutingRecord()
+        mask_BT = None if mask_BT is None else mask_BT.bool()
         h_BTH = self.hidden(ids_BT, mask_BT, routing=routing)
         main = self._head_loss(h_BTH, labels_BT)
         masks: dict[int, Tensor | None] = dict.fromkeys(routing.routes, mask_BT)
         total, mtp = main, None
-        if mtp_weight and self.has_mtp:
-            parts = []
-            for depth in range(len(self.model.mtp)):
+        if mtp_weight and self.has_mtp and ids_BT.shape[1] > 1:
+            parts, here_BT = [], mask_BT
+            for depth in range(min(len(self.model.mtp), ids_BT.shape[1] - 1)):
                 h_BTH, ids_BT, labels_BT = h_BTH[:, :-1], ids_BT[:, 1:], labels_BT[:, 1:]
-                mask_BT = None if mask_BT is None else mask_BT[:, 1:]
-                h_BTH = self.mtp_hidden(depth, h_BTH, ids_BT, mask_BT=mask_BT, routing=routing)
-                masks[self.config.num_hidden_layers + depth] = mask_BT
+                if mask_BT is not None and here_BT is not None:  # a position and the token it is given are both real
+                    here_BT = here_BT[:, :-1] & mask_BT[:, depth + 1 :]
+                    labels_BT = labels_BT.masked_fill(~here_BT, IGNORE)
+                h_BTH = self.mtp_hidden(depth, h_BTH, ids_BT, mask_BT=here_BT, routing=routing)
+                masks[self.config.num_hidden_layers + depth] = here_BT
                 parts.append(self._head_loss(h_BTH, labels_BT))
             mtp = torch.stack(parts).mean()
             total = total + mtp_weight * mtp
-        routes = [(route, None if (mask := masks[layer]) is None else mask.bool().reshape(-1))
+        routes = [(route, None if (mask := masks[layer]) is None else mask.reshape(-1))
                   for layer, route in routing.routes.items()]
         balance = None
         if balance_weight and routes:

@@ -40,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
             logits = (x[part] @ wide.t()).float()
-            target = labels_M[part].clamp(min=0).unsqueeze(1)
+            target = labels_M[part].masked_fill(~keep[part], 0).unsqueeze(1)  # any other bad label fails in gather
             picked = logits.gather(1, target).squeeze(1)
             top = logits.amax(1, keepdim=True)
             p = logits.sub_(top).exp_()

@@ -18,6 +18,8 @@ _LARGEST = 448.0  # of e4m3fn
 
 def dequantise(stored_OI: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """FP8 blocks -> [O, I] in `dtype` (products in FP32). Raises CheckpointError where the scales do not fit."""
+    if stored_OI.ndim != 2:
+        raise CheckpointError(f"an FP8 weight must be a matrix, got shape {tuple(stored_OI.shape)}")
     rows, cols = stored_OI.shape
     want = (-(-rows // BLOCK), -(-cols // BLOCK))
     if tuple(scale_inv.shape) != want:
