@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .linear import widen
 
-CHUNK_BYTES = 8 << 20  # logits held at a time: FP32 chunks of this size stay in a shared cache
+CHUNK_BYTES = 32 << 20  # logits held at a time: enough rows for the products, little enough for a shared cache
 IGNORE = -100
 
 
@@ -36,10 +36,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if want_x else None
         dw = torch.zeros_like(wide) if want_w else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        rows = _chunk_rows(w_VH.shape[0])
+        rows = min(_chunk_rows(w_VH.shape[0]), max(1, len(x)))
+        buffer = x.new_empty(rows, w_VH.shape[0])
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
-            logits = (x[part] @ wide.t()).float()
+            logits = torch.mm(x[part], wide.t(), out=buffer[: len(x[part])]).float()
             target = labels_M[part].masked_fill(~keep[part], 0).unsqueeze(1)  # any other bad label fails in gather
             picked = logits.gather(1, target).squeeze(1)
             top = logits.amax(1, keepdim=True)
