@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,39 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(contenders: dict[str, Callable[[], None]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every contender in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+Build = Callable[[str, int], Callable[[], object]]  # (name of the contender, threads) -> one unit of its work
+
+
+def _serve(build: Build, name: str, threads: int, calls: Connection) -> None:
+    torch.set_num_threads(threads)
+    work = build(name, threads)
+    while calls.recv():
+        began = time.perf_counter()
+        work()
+        calls.send(time.perf_counter() - began)
+
+
+def alternate(build: Build, names: Sequence[str], threads: int, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every contender in every round. Each lives in a process of its own, so that none inherits another's
+    heap or thread pool; one works at a time."""
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    pipes, processes = {}, []
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=_serve, args=(build, name, threads, theirs), daemon=True))
+        processes[-1].start()
     for turn in range(-warmup, rounds):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            took = time.perf_counter() - began
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            took = pipe.recv()
             if turn >= 0:
                 seconds[name].append(took)
             print(f"  {'warm-up' if turn < 0 else f'round {turn + 1}'}  {name:<34}{took:8.2f} s", flush=True)
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join()
     return seconds
 
 
@@ -42,7 +66,7 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def gemm_gflops(threads: int, size: int = 2048, tries: int = 5) -> float:
+def gemm_gflops(size: int = 2048, tries: int = 5) -> float:
     """FP32 matrix product of this minute, GFLOP/s: the ceiling that shares are stated against."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     best = 0.0

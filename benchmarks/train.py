@@ -27,69 +27,65 @@ from harness import alternate, arguments, gemm_gflops, machine, ratio, table, ve
 
 BATCH, LENGTH = 16, 256
 TOKENS = BATCH * LENGTH
-IMPLEMENTATIONS = ("grouped_mm", "eager")
+CONFIG = ModelConfig.preset("mini").with_(num_nextn_predict_layers=0)
+NAMES = ("MoE-DR bf16", "transformers grouped_mm bf16", "transformers eager bf16",
+         "MoE-DR fp32", "transformers grouped_mm fp32", "transformers eager fp32")
 
 
-def ours(config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[], None]]:
-    model = CausalLM(config).init_weights(torch.Generator().manual_seed(0)).train()
-    optimizer = make_optimizer(model, TrainConfig())
+def build(name: str, threads: int) -> Callable[[], None]:
+    """One training step of the contender `name`."""
+    text = torch.randint(0, CONFIG.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    system, *implementation, precision = name.split()
+    bf16 = precision == "bf16"
+    model: torch.nn.Module
+    if system == "MoE-DR":
+        own = model = CausalLM(CONFIG).init_weights(torch.Generator().manual_seed(0)).train()
+        own.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        optimizer = make_optimizer(own, TrainConfig())
 
-    def step(dtype: torch.dtype) -> None:
-        model.compute_dtype = dtype
-        model.loss(ids, labels).total.backward()
+        def loss() -> torch.Tensor:
+            return own.loss(ids, labels).total
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        keys = CONFIG.to_dict()
+        peer = model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys)).train()
+        assert sum(p.numel() for p in peer.parameters()) == describe(CONFIG).total, "the two shapes differ"
+        peer.set_experts_implementation(*implementation)
+        optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+        def loss() -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return peer(input_ids=ids, labels=ids, use_cache=False).loss  # it shifts the labels itself
+
+    def step() -> None:
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return {"MoE-DR bf16": lambda: step(torch.bfloat16), "MoE-DR fp32": lambda: step(torch.float32)}
-
-
-def theirs(config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[], None]]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    keys = config.to_dict()
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys)).train()
-    assert sum(p.numel() for p in model.parameters()) == describe(config).total, "the two shapes differ"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def step(implementation: str, bf16: bool) -> None:
-        model.set_experts_implementation(implementation)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return {f"transformers {name} {'bf16' if bf16 else 'fp32'}": (lambda n=name, b=bf16: step(n, b))
-            for bf16 in (True, False) for name in IMPLEMENTATIONS}
+    return step
 
 
 def main() -> None:
     args = arguments(__doc__, rounds=5).parse_args()
     torch.set_num_threads(args.threads)
-    config = ModelConfig.preset("mini").with_(num_nextn_predict_layers=0)
-    text = torch.randint(0, config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-    ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    ceiling = gemm_gflops(args.threads)
-    # transformers shifts the labels itself: it gets the ids
-    seconds = alternate(ours(config, ids, labels) | theirs(config, ids, ids), args.rounds)
-    ceiling = max(ceiling, gemm_gflops(args.threads))
+    ceiling = gemm_gflops()
+    seconds = alternate(build, NAMES, args.threads, args.rounds)
+    ceiling = max(ceiling, gemm_gflops())
 
-    flops = 3 * describe(config, context=LENGTH // 2).flops * TOKENS
+    flops = 3 * describe(CONFIG, context=LENGTH // 2).flops * TOKENS
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    rows = [["contender", "tokens/s (median)", "seconds a step, min to max", "share of the measured FP32 GEMM rate"]]
+    rows = [["contender", "tokens/s (median)", "seconds a step, min to max", "share of the measured FP32 product rate"]]
     for name, times in seconds.items():
         rows.append([name, f"{TOKENS / median[name]:,.0f}", f"{min(times):.2f} to {max(times):.2f}",
                      f"{flops / median[name] / 1e9 / ceiling:.0%}"])
     ratios: dict[str, float] = {}
-    for precision in ("bf16", "fp32"):
-        peers = [n for n in seconds if n.startswith("transformers") and n.endswith(precision)]
-        peer = min(peers, key=median.__getitem__)
-        ratios[f"{precision}: MoE-DR against {peer}"] = ratio(seconds[peer], seconds[f"MoE-DR {precision}"])
-    best_peer = min((n for n in seconds if n.startswith("transformers")), key=median.__getitem__)
-    best_own = min((n for n in seconds if n.startswith("MoE-DR")), key=median.__getitem__)
-    ratios[f"best against best: {best_own} against {best_peer}"] = ratio(seconds[best_peer], seconds[best_own])
+    for wanted in ("bf16", "fp32", ""):
+        own, peer = (min((n for n in NAMES if n.startswith(system) and n.endswith(wanted)), key=median.__getitem__)
+                     for system in ("MoE-DR", "transformers"))
+        ratios[f"{wanted or 'best against best'}: {own} against {peer}"] = ratio(seconds[peer], seconds[own])
 
     where = machine(args.threads)
     packages = ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
