@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# threads that wait by spinning stall for whole time slices when a neighbour takes a core (docs/log.md)
-export OMP_WAIT_POLICY ?= PASSIVE
+# threads that spin for long while waiting stall for whole time slices when a neighbour takes a core (docs/log.md)
+export GOMP_SPINCOUNT ?= 1000
 # the release everything is measured with; pinned before the package, so that its open range never pulls another build
 TORCH := torch==2.13.0
 
@@ -39,6 +39,7 @@ test-slow: $(VENV)/.test  ## the proofs that take minutes
 
 bench: $(VENV)/.test  ## every figure of the README, measured here
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/balance.py
 
 clean:  ## remove what the build made (not what you trained)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

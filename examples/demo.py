@@ -21,18 +21,20 @@ PACKAGES = ("asyncio", "collections", "concurrent", "ctypes", "email", "encoding
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="demo", help="folder to leave everything in")
-    parser.add_argument("--steps", default="300", help="training steps")
+    parser.add_argument("--steps", default="200", help="training steps")
     args = parser.parse_args()
     library = Path(sysconfig.get_path("stdlib"))
     data = [str(p) for p in (*sorted(library.glob("*.py")), *(library / name for name in PACKAGES)) if p.exists()]
 
     def run(*words: str) -> None:
-        print(f"\n$ deepseek {' '.join(words if len(words) < 12 else (*words[:3], '…', *words[-8:]))}", flush=True)
+        shown = [w if len(w) < 60 else f"{w[:40]}…" for w in words if w not in data or w == data[0]]
+        print(f"\n$ deepseek {' '.join(shown)}".replace("\n", "\\n").replace("\\n", "\n", 1), flush=True)
         if status := deepseek(words):
             raise SystemExit(status)
 
     run("info", "nano")
-    run("train", "nano", *data, "--out", args.out, "--steps", args.steps, "--lr", "3e-3", "--eval_every", "100")
+    run("train", "nano", *data, "--out", args.out, "--steps", args.steps, "--batch_size", "8", "--lr", "3e-3",
+        "--eval_every", "50")
     model = f"{args.out}/model"
     for prompt in PROMPTS:
         run("infer", "--model", model, "--prompt", prompt, "--max_tokens", "60", "--seed", "1")

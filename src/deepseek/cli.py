@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     # Threads that wait for each other by spinning stall for whole time slices when a neighbour takes a core: training
-    # on two busy cores ran 3-7 times slower than with waiting in the kernel (docs/log.md). Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # ran 4 times slower than with short spins, which cost 3 % alone (docs/log.md). Read when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = _parser().parse_args(argv)
     if not hasattr(args, "run"):
         args.usage()

@@ -1,0 +1,110 @@
+"""The commands as a user types them, in processes of their own; and the example, kept true."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def deepseek(*words: str, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "deepseek.cli", *words], input=stdin, capture_output=True, text=True,
+                          cwd=cwd, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny trained model: the folder of its run."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "data").mkdir()
+    for i in range(30):
+        (folder / "data" / f"note{i}.txt").write_text(f"On Monday the cat number {i} sat on the mat. " * 40)
+    (folder / "tiny.json").write_text(json.dumps({
+        "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}))
+    done = deepseek("train", str(folder / "tiny.json"), str(folder / "data"), "--out", str(folder / "out"), "--steps",
+                    "12", "--batch_size", "4", "--seq_len", "32", "--eval_every", "6", "--lr", "1e-2")
+    assert done.returncode == 0, done.stderr
+    assert "model:" in done.stdout and (folder / "out" / "loss.png").is_file()
+    return folder
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = deepseek("--help")
+        times.append(time.perf_counter() - began)
+        assert done.returncode == 0 and "train" in done.stdout
+    code = "import sys, deepseek.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    print(f"deepseek --help: {min(times):.2f} s")
+
+
+def test_infer_prints_text_and_experts(run: Path) -> None:
+    model = str(run / "out" / "model")
+    picture = run / "experts.png"
+    done = deepseek("infer", "--model", model, "--prompt", "On Monday", "--max_tokens", "8", "--temperature", "0",
+                    "--show_experts", "--expert_map", str(picture))
+    assert done.returncode == 0 and done.stdout.strip()
+    assert "MaxVio" in done.stderr and picture.read_bytes().startswith(b"\x89PNG")
+    again = deepseek("infer", "--model", model, "--max_tokens", "8", "--temperature", "0", stdin="On Monday")
+    assert again.stdout == done.stdout
+
+
+def test_chat_answers_and_ends(run: Path) -> None:
+    done = deepseek("chat", "--model", str(run / "out" / "model"), "--max_tokens", "4", "--seed", "1",
+                    stdin="hello\n/reset\nhello\n/exit\n")
+    assert done.returncode == 0, done.stderr
+
+
+def test_tokenizer_command(run: Path) -> None:
+    done = deepseek("data", "tokenizer", str(run / "data"), "--vocab_size", "300", "--out", str(run / "tokenizer"))
+    assert done.returncode == 0 and (run / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_info_of_a_path_as_json(run: Path) -> None:
+    done = deepseek("info", str(run / "out" / "model"), "--json", "--price_per_hour", "2", "--tokens_per_second", "10")
+    assert json.loads(done.stdout)["cost"]["per_1e8_tokens"] == pytest.approx(2 / 3600 * 1e8 / 10)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("infer", "--model", "nowhere", "--prompt", "x"), "nowhere: no such folder"),
+    (("infer", "--model", "{model}", "--prompt", "x", "--temperature", "-1"), "temperature = -1.0: must"),
+    (("infer", "--model", "{model}", "--prompt", ""), "prompt = '': must not be empty"),
+    (("train", "nano", "nowhere", "--out", "{out}"), "nowhere"),
+    (("train", "nano", "{data}", "--out", "{data}/run"), "must not lie inside DATA"),
+    (("train", "nano", "{data}", "--out", "{out}", "--lr", "0"), "lr = 0.0: must be a positive number"),
+    (("train", "tiny", "{data}", "--out", "{out}"), "tiny: no such folder"),
+    (("info", "v3-67b", "--price_per_hour", "-1", "--tokens_per_second", "1"), "price_per_hour = -1.0: must"),
+])
+def test_what_a_user_gets_wrong_is_one_clear_line(run: Path, words: tuple[str, ...], message: str) -> None:
+    places = {"model": run / "out" / "model", "data": run / "data", "out": run / "other"}
+    done = deepseek(*(word.format(**places) for word in words))
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_utf8_and_empty_files_are_reported_by_name(run: Path) -> None:
+    (run / "mixed").mkdir()
+    (run / "mixed" / "good.txt").write_text("a text that is fine " * 200)
+    (run / "mixed" / "bad.txt").write_bytes(b"caf\xe9 " * 10)
+    (run / "mixed" / "empty.txt").write_text("")
+    done = deepseek("data", "tokenizer", str(run / "mixed"), "--vocab_size", "280", "--out", str(run / "t2"))
+    assert done.returncode == 0 and "bad.txt" in done.stdout and "empty.txt" in done.stdout
+
+
+def test_demo_runs(tmp_path: Path) -> None:
+    """`make demo` with one step: the script itself, whole."""
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "demo.py"), "--out", str(tmp_path / "demo"),
+                           "--steps", "1"], capture_output=True, text=True, timeout=280, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all((tmp_path / "demo" / name).is_file() for name in ("loss.png", "experts.png", "model/config.json"))
