@@ -88,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
     from .deepopt.trainer import Trainer
     from .model import CausalLM
 
-    _threads(args)
+    _machine(args)
     config, out = _config(args.config), Path(args.out)
     for source in args.data:
         if out.resolve().is_relative_to(Path(source).resolve()):
@@ -196,7 +196,7 @@ def _training_tokenizer(args: argparse.Namespace, config: ModelConfig, out: Any)
 
 
 def _llm(args: argparse.Namespace) -> LLM:
-    _threads(args)
+    _machine(args)
     from .engine import LLM
 
     return LLM(args.model, dtype=args.dtype, device=args.device)
@@ -225,12 +225,17 @@ def _show_usage(args: argparse.Namespace, usage: Any) -> None:
         print(f"heat map: {args.expert_map}", file=sys.stderr)
 
 
-def _threads(args: argparse.Namespace) -> None:
+def _machine(args: argparse.Namespace) -> None:
+    """Check --device and apply --threads, before anything else is loaded."""
+    import torch
+
+    if args.device not in ("cpu", "cuda"):
+        raise ConfigError(f"device = {args.device!r}: must be cpu or cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': this torch finds no GPU")
     if args.threads is not None:
         if args.threads < 1:
             raise ConfigError(f"threads = {args.threads}: must be an integer >= 1")
-        import torch
-
         torch.set_num_threads(args.threads)
 
 

@@ -80,6 +80,7 @@ def test_info_of_a_path_as_json(run: Path) -> None:
     (("infer", "--model", "nowhere", "--prompt", "x"), "nowhere: no such folder"),
     (("infer", "--model", "{model}", "--prompt", "x", "--temperature", "-1"), "temperature = -1.0: must"),
     (("infer", "--model", "{model}", "--prompt", ""), "prompt = '': must not be empty"),
+    (("infer", "--model", "{model}", "--prompt", "x", "--device", "tpu"), "device = 'tpu': must be cpu or cuda"),
     (("train", "nano", "nowhere", "--out", "{out}"), "nowhere"),
     (("train", "nano", "{data}", "--out", "{data}/run"), "must not lie inside DATA"),
     (("train", "nano", "{data}", "--out", "{out}", "--lr", "0"), "lr = 0.0: must be a positive number"),

@@ -6,9 +6,9 @@
     combine  out[t] = sum over the K pairs of t       in a fixed order: deterministic
 
 Two forms of the grouped product. torch's `grouped_mm` runs all experts in one call and is what GPUs want. On a CPU it
-is a loop over experts inside torch; writing that loop here costs microseconds and keeps each expert's rows in the cache
-through gate, up, SiLU and down, which makes the layer 1.5-2x faster forward and backward (benchmarks/experts.py), so
-that is the CPU form. Both are tested against `expert_mlp_reference`.
+is a loop over experts inside torch, as fast forward but not backward (docs/log.md); writing that loop here costs
+microseconds and keeps each expert's rows in the cache through gate, up, SiLU and down, forward and backward, so that is
+the CPU form. Both are tested against `expert_mlp_reference`.
 
 Shape letters: T tokens, K experts a token, P = T*K pairs, E experts, H hidden, I intermediate.
 """
@@ -59,7 +59,7 @@ def expert_mlp_reference(
 class _ExpertLoop(torch.autograd.Function):
     """Forward and backward of all experts, expert by expert, every intermediate of an expert still in the cache.
 
-    Sums over a token's experts run in FP32 in the order of the experts' indices, whatever else is in the batch.
+    Sums over a token's experts run in FP32, in the order of the experts' indices.
     """
 
     @staticmethod
