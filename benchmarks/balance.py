@@ -66,7 +66,7 @@ def picture(curves: dict[str, list[float]]) -> bytes:
 
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=150)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = TrainConfig(steps=args.steps, batch_size=8, seq_len=128, lr=3e-3, balance_weight=0.0, eval_every=50,

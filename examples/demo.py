@@ -28,7 +28,7 @@ def main() -> None:
 
     def run(*words: str) -> None:
         shown = [w if len(w) < 60 else f"{w[:40]}…" for w in words if w not in data or w == data[0]]
-        print(f"\n$ deepseek {' '.join(shown)}".replace("\n", "\\n").replace("\\n", "\n", 1), flush=True)
+        print("\n$ deepseek " + " ".join(shown).replace("\n", "\\n"), flush=True)
         if status := deepseek(words):
             raise SystemExit(status)
 

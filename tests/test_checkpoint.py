@@ -273,7 +273,7 @@ def test_mtp_announced_but_absent_is_left_out(saved: Path) -> None:
     (saved / "mtp.safetensors").unlink()
     (saved / MANIFEST).unlink()
     model = load_model(saved)
-    assert model.config.num_nextn_predict_layers == 0 and len(model.model.mtp) == 0 and not model.has_mtp
+    assert model.config.num_nextn_predict_layers == 0 and len(model.model.mtp) == 0
 
 
 @pytest.mark.parametrize(("index", "message"), [

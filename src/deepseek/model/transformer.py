@@ -102,7 +102,6 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.gradient_checkpointing = False
         self.compute_dtype: torch.dtype | None = None  # of the activations; None: that of the weights
-        self.has_mtp = config.num_nextn_predict_layers > 0  # loading may find the modules absent on disk
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> CausalLM:
@@ -235,8 +234,8 @@ class CausalLM(nn.Module):
     ) -> TrainingLoss:
         """Training losses. labels_BT[b, t] is the token that position t should predict (already shifted), or -100.
 
-        The MTP modules (used where mtp_weight > 0) predict labels shifted further; the whole head runs fused with its
-        cross entropy, so no [B, T, V] tensor exists.
+        The MTP modules (where there are any and mtp_weight > 0) predict labels shifted further; the whole head runs
+        fused with its cross entropy, so no [B, T, V] tensor exists.
         """
         routing = RoutingRecord()
         mask_BT = None if mask_BT is None else mask_BT.bool()
@@ -244,7 +243,7 @@ class CausalLM(nn.Module):
         main = self._head_loss(h_BTH, labels_BT)
         masks: dict[int, Tensor | None] = dict.fromkeys(routing.routes, mask_BT)
         total, mtp = main, None
-        if mtp_weight and self.has_mtp and ids_BT.shape[1] > 1:
+        if mtp_weight and len(self.model.mtp) and ids_BT.shape[1] > 1:
             parts, here_BT = [], mask_BT
             for depth in range(min(len(self.model.mtp), ids_BT.shape[1] - 1)):
                 h_BTH, ids_BT, labels_BT = h_BTH[:, :-1], ids_BT[:, 1:], labels_BT[:, 1:]
