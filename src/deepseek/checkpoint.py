@@ -12,6 +12,9 @@ same, but for two rows of one table:
 MTP tensors are written to `mtp.safetensors`, outside the index, unless the model has V3's 61 layers: transformers
 skips `model.layers.61.*` by name and would report any other extra layer as unexpected.
 
+A quantised checkpoint (docs/formats.md, written by convert.py) has packed tensors in the places of its weights. They
+are not read but mapped: a module's weights are views of the file.
+
 What we write carries `manifest.json` with the size and SHA-256 of every file; reading refuses, by name, a file that is
 truncated or altered. Official FP8 weights (`weight_scale_inv`) are dequantised on the way in.
 """
@@ -19,10 +22,12 @@ truncated or altered. Official FP8 weights (`weight_scale_inv`) are dequantised 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,12 +38,16 @@ from .config import PRESETS, ModelConfig
 from .errors import CheckpointError, ConfigError, NotFoundError
 from .files import replace_folder, sha256, write_json
 from .model import CausalLM
+from .model.layers import rotary_frequencies
+from .ops import panels
 from .quant import fp8
+from .quant.linear import Place, Recipe, is_quantised, places, put
 
 HUB_NAMES = {"deepseek-v3": "deepseek-ai/DeepSeek-V3", "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite"}
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+PAGE = 4096  # a packed MLP begins at a multiple of it, and is padded to one
 
 Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -129,6 +138,40 @@ def disk_parts(name: str, config: ModelConfig) -> list[tuple[str, tuple[int, sli
     return [(name, None)]
 
 
+class Unit(NamedTuple):
+    """What is quantised as one: the stem of its names on disk and the plain weights there that it is made of (one, or
+    gate, up and down of a gated MLP)."""
+
+    stem: str
+    weights: tuple[str, ...]
+
+
+def units(place: Place, config: ModelConfig) -> list[Unit]:
+    """The unit of a place, or those of its experts in their order."""
+    gated = place.kind in ("mlp", "experts")
+    name = {"mlp": "gate_proj.weight", "experts": "down_proj"}.get(place.kind, "weight")
+    suffix = {"mlp": ".gate_proj.weight", "experts": ".down_proj.weight"}.get(place.kind, ".weight")
+    stems = [on_disk.removesuffix(suffix) for on_disk, _ in disk_parts(f"{place.module}.{name}", config)]
+    parts = ("gate_proj.weight", "up_proj.weight", "down_proj.weight") if gated else ("weight",)
+    return [Unit(stem, tuple(f"{stem}.{part}" for part in parts)) for stem in stems]
+
+
+def quantised_places(model: CausalLM, recipe: Recipe) -> list[Place]:
+    """Those that the recipe does not keep. One kept weight keeps its whole MLP, or all the routed experts of a layer."""
+    def kept(place: Place) -> bool:
+        names = (name for unit in units(place, model.config) for name in unit.weights)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in recipe.keep)
+
+    return [place for place in places(model) if not kept(place)]
+
+
+def packed_bytes(place: Place, bits: panels.Bits) -> int:
+    """Of one unit of a matrix, an MLP or experts, with the padding that an MLP ends with."""
+    if place.kind == "matrix":
+        return panels.matrix_bytes(place.rows, place.columns, bits)
+    return -(-panels.mlp_bytes(place.columns, place.rows, bits) // PAGE) * PAGE
+
+
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
@@ -138,18 +181,20 @@ class TensorFiles:
     Raises CheckpointError naming the file for anything missing, truncated or altered.
     """
 
-    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+    def __init__(self, folder: Path, *, verify: bool | Literal["small"] = True) -> None:
         self.folder = folder
         if verify:
-            check_manifest(folder)
+            check_manifest(folder, weights=verify is True)
         self._where: dict[str, Any] = {}
+        self._file: dict[str, Path] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         for file in self._files():
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                self._where[key] = handle
+                self._where[key], self._file[key] = handle, file
         if missing := sorted(set(self._indexed) - set(self._where)):
             raise CheckpointError(f"{folder}: the index names {len(missing)} tensors that its files do not hold, "
                                   f"first {missing[0]}")
@@ -184,50 +229,108 @@ class TensorFiles:
         """As safetensors spells it: F32, BF16, F8_E4M3, …"""
         return self._where[name].get_slice(name).get_dtype()
 
+    def file(self, name: str) -> Path:
+        return self._file[name]
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, dequantised where it is FP8, in `dtype` if given."""
-        tensor = self._where[name].get_tensor(name)
+        """One tensor, dequantised where it is FP8, in `dtype` if given.
+
+        A view of the mapped file where nothing is to be converted: it costs no memory, and must not be written to.
+        """
+        return self._plain(name, self._where[name].get_tensor(name), 0, dtype)
+
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The same for rows start..stop alone, copied from the file and not mapped, so that a walk over a large
+        checkpoint never has more than these in memory. Of an FP8 matrix `start` must be a multiple of 128."""
+        _, *rest = shape = self.shape(name)
+        kind = _TORCH[self.dtype(name)]
+        row = math.prod(rest) * kind.itemsize
+        stop = min(stop, shape[0])
+        data = self.read_bytes(name, start * row, stop * row)
+        return self._plain(name, data.view(kind).view(stop - start, *rest), start, dtype)
+
+    def read_bytes(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes start..stop of a tensor as uint8, copied from the file."""
+        file = self._file[name]
+        if file not in self._headers:  # safe_open has checked it
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                self._headers[file] = 8 + length, json.loads(stream.read(length))
+        begin, header = self._headers[file]
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        with file.open("rb", buffering=0) as raw:
+            raw.seek(begin + header[name]["data_offsets"][0] + start)
+            view, done = memoryview(data.numpy()), 0
+            while done < len(view):
+                if not (got := raw.readinto(view[done:])):
+                    raise CheckpointError(f"{file}: {name} ends {len(view) - done} bytes early: the file has shrunk")
+                done += got
+        return data
+
+    def _plain(self, name: str, tensor: Tensor, start: int, dtype: torch.dtype | None) -> Tensor:
         if tensor.dtype == torch.float8_e4m3fn:
             scale = f"{name}_scale_inv"
             if scale not in self:
                 raise CheckpointError(f"{self.folder}: {name} is FP8 but {scale} is missing")
+            if start % fp8.BLOCK:
+                raise ValueError(f"start = {start}: must be a multiple of {fp8.BLOCK} in an FP8 matrix")
+            scales = self.read(scale)
+            if self.shape(name)[0] != len(tensor):
+                first = start // fp8.BLOCK
+                scales = scales[first : first - (-len(tensor) // fp8.BLOCK)]
             try:
-                return fp8.dequantise(tensor, self.read(scale), dtype or torch.bfloat16)
+                return fp8.dequantise(tensor, scales, dtype or torch.bfloat16)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {name}: {error}") from None
         return tensor if dtype is None else tensor.to(dtype)
 
 
-def load_model(
-    path_or_name: str | Path, dtype: Dtype = "auto", device: torch.device | str = "cpu", *, verify: bool = True
-) -> CausalLM:
-    """Read a checkpoint into a CausalLM in evaluation mode.
+# As safetensors spells the dtypes that weights have.
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}
 
-    dtype: of all parameters; "auto" takes the checkpoint's own (BF16 for official FP8). Gate biases stay FP32.
-    verify: compare every file with the manifest's hashes where there is a manifest.
-    Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
+
+def open_checkpoint(
+    path_or_name: str | Path, *, verify: bool | None = None
+) -> tuple[ModelConfig, Recipe | None, TensorFiles]:
+    """The configuration of a checkpoint, how it is quantised if it is, and its tensors; MTP modules that the
+    configuration announces and the files lack are taken out of it (transformers writes the count alone).
+
+    verify: as in `load_model`.
     """
     folder = resolve(path_or_name)
     config = ModelConfig.from_file(folder)
-    method = (config.extra.get("quantization_config") or {}).get("quant_method", "fp8")
-    if method != "fp8":
-        raise ConfigError(f"{folder}: quantization_config.quant_method = {method!r}: only DeepSeek's fp8 is read here")
-    files = TensorFiles(folder, verify=verify)
+    recipe = Recipe.of(config, str(folder))
+    files = TensorFiles(folder, verify=verify if verify is not None else True if recipe is None else "small")
     if config.num_nextn_predict_layers and not any(f"layers.{config.num_hidden_layers}." in name for name in files):
-        config = config.with_(num_nextn_predict_layers=0)  # transformers writes the count but not the modules
+        config = config.with_(num_nextn_predict_layers=0)
+    return config, recipe, files
+
+
+def load_model(
+    path_or_name: str | Path, dtype: Dtype = "auto", device: torch.device | str = "cpu", *, verify: bool | None = None
+) -> CausalLM:
+    """Read a checkpoint into a CausalLM in evaluation mode.
+
+    dtype: of all parameters; "auto" takes the checkpoint's own (BF16 for official FP8). Gate biases stay FP32. Of a
+    quantised checkpoint: of the activations, float32 for "auto"; its files are mapped and not read.
+    verify: compare every file with the manifest's sizes and hashes where there is a manifest, or (False) not at all;
+    None leaves out the hashes of a quantised checkpoint's weights, which would be the only reason to read them all.
+    Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
+    """
+    config, recipe, files = open_checkpoint(path_or_name, verify=verify)
     with torch.device("meta"):
         model = CausalLM(config)
-    target = _dtype_of(dtype, config, files)
-    model.to(target).to_empty(device=device)
+    if recipe is not None:
+        return _fill_quantised(model, recipe, files, _dtype_of("float32" if dtype == "auto" else dtype, files), device)
+    model.to(_dtype_of(dtype, files)).to_empty(device=device)
     _restore_buffers(model, config)
-    _fill(model, files, folder)
+    _fill(model, files, files.folder)
     return model.eval()
 
 
 def _restore_buffers(model: CausalLM, config: ModelConfig) -> None:
     """What `to_empty` wiped and the checkpoint does not hold; FP32 whatever the dtype of the weights."""
-    from .model.layers import rotary_frequencies
-
     model.model.rotary.inv_P = rotary_frequencies(config).to(model.device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -258,14 +361,70 @@ def _fill(model: CausalLM, files: TensorFiles, folder: Path) -> None:
                 raise CheckpointError(f"{folder}: {disk_name} has shape {files.shape(disk_name)}, "
                                       f"config.json asks for {tuple(place.shape)}")
             place.copy_(files.read(disk_name, place.dtype))
+    check_names(files, used, missing)
+
+
+def check_names(files: TensorFiles, used: set[str], missing: list[str]) -> None:
+    """Raises CheckpointError for tensors that are missing, or that are there and have no place in the model."""
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+        raise CheckpointError(f"{files.folder}: {len(missing)} tensors are missing, first {missing[0]}")
     extra = sorted(name for name in files if name not in used and not _DERIVED.fullmatch(name))
     if extra:
-        raise CheckpointError(f"{folder}: {len(extra)} tensors have no place in the model, first {extra[0]}")
+        raise CheckpointError(f"{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]}")
 
 
-def _dtype_of(dtype: Dtype, config: ModelConfig, files: TensorFiles) -> torch.dtype:
+def _fill_quantised(
+    model: CausalLM, recipe: Recipe, files: TensorFiles, dtype: torch.dtype, device: torch.device | str
+) -> CausalLM:
+    """Quantised modules for those of a model on the meta device; what is plain keeps its dtype, but vectors are FP32."""
+    config = model.config
+    used: set[str] = set()
+    missing: list[str] = []
+
+    def stored(name: str, kind: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
+        used.add(name)
+        if name not in files:
+            missing.append(name)
+            return torch.empty(0, dtype=kind)
+        tensor = files.read(name)
+        if tensor.shape != shape or kind not in (None, tensor.dtype):
+            want = f"{list(shape)}" + (f" of {str(kind).removeprefix('torch.')}" if kind else "")
+            raise CheckpointError(f"{files.file(name)}: {name} is {list(tensor.shape)} of {files.dtype(name)}, must be "
+                                  f"{want}")
+        if kind == torch.uint8 and tensor.data_ptr() % 64:
+            raise CheckpointError(f"{files.file(name)}: {name} does not begin at a multiple of 64 bytes")
+        return tensor.to(device)
+
+    tied = config.tie_word_embeddings
+    for place in quantised_places(model, recipe):
+        stems = [unit.stem for unit in units(place, config)]
+        if place.kind == "table":
+            parts = [stored(f"{stems[0]}.codes", torch.int8, (place.rows, place.columns)),
+                     stored(f"{stems[0]}.step", torch.float32, (place.rows,))]
+        else:
+            size = packed_bytes(place, recipe.bits)
+            parts = [stored(f"{stem}.packed", torch.uint8, (size,)) for stem in stems]
+        tied = tied and place.module not in ("lm_head", "model.embed_tokens")
+        put(model, place, parts, recipe.bits)
+    plain: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_meta or (name == "lm_head.weight" and tied):
+            continue
+        pieces = [stored(on_disk, None, tuple(tensor.shape) if part is None else tuple(tensor[part[0]][part[1]].shape))
+                  for on_disk, part in disk_parts(name, config)]
+        if not missing:
+            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(tensor.shape)
+            plain[name] = whole.float() if whole.ndim == 1 else whole
+    check_names(files, used, missing)
+    model.load_state_dict(plain, strict=False, assign=True)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary.inv_P = rotary_frequencies(config).to(device)
+    model.compute_dtype = dtype
+    return model.requires_grad_(False).eval()
+
+
+def _dtype_of(dtype: Dtype, files: TensorFiles) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -277,8 +436,11 @@ def _dtype_of(dtype: Dtype, config: ModelConfig, files: TensorFiles) -> torch.dt
     return named[dtype]
 
 
-def check_manifest(folder: Path) -> None:
-    """Compare a folder with its manifest.json; one without a manifest (a download) passes with its sizes unchecked."""
+def check_manifest(folder: Path, *, weights: bool = True) -> None:
+    """Compare a folder with its manifest.json; one without a manifest (a download) passes with its sizes unchecked.
+
+    weights: False leaves out the hashes of safetensors files, which would read them all, and compares their sizes.
+    """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return
@@ -292,7 +454,7 @@ def check_manifest(folder: Path) -> None:
             raise CheckpointError(f"{file}: the file is missing")
         if (size := file.stat().st_size) != size_then:
             raise CheckpointError(f"{file}: truncated or altered: {size} bytes, the manifest says {size_then}")
-        if sha256(file) != digest:
+        if (weights or file.suffix != ".safetensors") and sha256(file) != digest:
             raise CheckpointError(f"{file}: altered: its SHA-256 is not the manifest's")
 
 
@@ -308,6 +470,9 @@ def save_model(
     tokenizer: a Tokenizer to save beside it. extra_files: copied in. add: called with the staging folder, for whatever
     else should appear together with the weights (optimiser state). Returns the path.
     """
+    if is_quantised(model):
+        raise CheckpointError(f"{path}: a quantised model is not written again: its checkpoint is what it is, and "
+                              "`deepseek quantize IN OUT --format bf16` makes a plain one of it")
     with replace_folder(path) as folder:
         config = model.config.with_(num_nextn_predict_layers=len(model.model.mtp))
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")

@@ -1,0 +1,209 @@
+"""llama.cpp as a contender: built here from source, given our weights, measured by its own tools.
+
+    build(cache)                    llama-cpp-python's source package -> the llama.cpp tree inside -> its tools
+    gguf(cache, checkpoint)         our checkpoint -> BF16 GGUF (llama.cpp's converter) -> Q4_0 (llama-quantize)
+    LlamaCpp.prefill(), .decode()   one run of llama-bench or llama-batched-bench each -> tokens/s
+
+Everything is kept in the cache folder and reused. What was chosen on llama.cpp's behalf, each for its speed:
+
+- The compiler sees this machine (GGML_NATIVE), OpenMP is on and weights are repacked at load: its own defaults.
+  Repacked Q4_0 is its fastest 4-bit format on CPUs with AVX2 or AVX512-VNNI.
+- AMX is left out, because the AMX build aborts on models with MLA: its weight buffer refuses the split kv_b.
+- Flash attention is off and the wait of its threads is OpenMP's own: see FLASH_ATTENTION and _environment.
+
+    python benchmarks/peers.py [--cache FOLDER]     build, convert and measure it alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shape import CACHE, write_model
+
+RELEASE = "0.3.36"  # of llama-cpp-python; results are compared between days, so it moves by hand
+TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize")
+_OFF = "LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_SERVER LLAMA_BUILD_APP LLAMA_OPENSSL".split()
+# The converter knows tokenizers by a hash and ours is not among them. The answer only names a rule for splitting text.
+_CONVERT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
+import convert_hf_to_gguf
+convert_hf_to_gguf.main()
+"""
+
+
+class PeerError(RuntimeError):
+    """A peer could not be fetched, built or run; the message says which step and shows the end of its output."""
+
+
+def build(cache: Path = CACHE) -> Path:
+    """The folder of llama.cpp's tools, fetched and compiled where it is not there yet (about ten minutes on 2 cores).
+
+    Raises PeerError when a compiler or CMake is missing, or a step fails.
+    """
+    home = _home(cache)
+    binaries = home / "build" / "bin"
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *(f"-D{name}=OFF" for name in _OFF)]
+    if platform.machine() in ("x86_64", "AMD64"):
+        no_amx = "-mno-amx-int8 -mno-amx-bf16 -mno-amx-tile"
+        options += [f"-DCMAKE_C_FLAGS={no_amx}", f"-DCMAKE_CXX_FLAGS={no_amx}"]
+    made = home / "built.json"  # written last
+    recipe = json.dumps({"options": options, "cpu": _cpu_flags()})
+    if made.is_file() and made.read_text(encoding="utf-8") == recipe:
+        return binaries
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    if missing := [tool for tool in ("cmake", compiler) if not shutil.which(tool)]:
+        raise PeerError(f"llama.cpp is built from source, which needs CMake and a C++ compiler; "
+                        f"not found: {', '.join(missing)}")
+    tree = _fetch(home)
+    shutil.rmtree(home / "build", ignore_errors=True)
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    print(f"building llama.cpp in {home} (about ten minutes on two cores)", flush=True)
+    _run(["cmake", *generator, "-S", str(tree), "-B", str(home / "build"), *options], "configuring llama.cpp")
+    _run(["cmake", "--build", str(home / "build"), "--parallel", str(os.cpu_count() or 1), "--target", *TOOLS],
+         "building llama.cpp")
+    made.write_text(recipe, encoding="utf-8")
+    return binaries
+
+
+def gguf(cache: Path, checkpoint: Path) -> Path:
+    """`checkpoint` as a Q4_0 GGUF file: what `llama-quantize … Q4_0` makes of the same BF16 weights.
+
+    A file that is newer than the checkpoint is reused. Raises PeerError when a step fails.
+    """
+    home = _home(cache)
+    target = home / f"{checkpoint.name}-q4_0.gguf"
+    if target.is_file() and target.stat().st_mtime > (checkpoint / "config.json").stat().st_mtime:
+        return target
+    binaries, tree = build(cache), _fetch(home)
+    print(f"converting {checkpoint} to {target}", flush=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix="convert-") as name:  # the BF16 file (5 GB) goes with it
+        wide, narrow = Path(name) / "bf16.gguf", Path(name) / "q4_0.gguf"
+        _run([sys.executable, "-c", _CONVERT, str(tree), str(checkpoint), "--outtype", "bf16", "--outfile", str(wide)],
+             "converting to GGUF")
+        _run([str(binaries / "llama-quantize"), str(wide), str(narrow), "Q4_0", str(os.cpu_count() or 1)],
+             "quantising to Q4_0")
+        narrow.replace(target)
+    return target
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp on a Q4_0 file. Each method starts a tool, which loads, warms up, measures once, and ends."""
+
+    binaries: Path
+    model: Path
+    threads: int = 2
+    flash_attention: bool = False
+
+    @classmethod
+    def install(cls, cache: Path = CACHE, checkpoint: Path | None = None, threads: int = 2) -> LlamaCpp:
+        """Build it and convert `checkpoint` (the benchmark model by default), each where that is not done yet."""
+        return cls(build(cache), gguf(cache, checkpoint or write_model(cache / "model")), threads)
+
+    def prefill(self, tokens: int = 512) -> float:
+        """Tokens/s of reading one prompt of `tokens` random tokens in one batch."""
+        return self._bench("-p", str(tokens), "-n", "0", "-b", str(tokens), "-ub", str(tokens))
+
+    def decode(self, batch: int = 1, steps: int = 48, prompt: int = 16) -> float:
+        """Tokens/s, over all sequences, of `batch` sequences that grow by `steps` tokens after a prompt of `prompt`."""
+        if batch == 1:
+            return self._bench("-p", "0", "-n", str(steps), "-d", str(prompt))
+        output = self._tool(
+            "llama-batched-bench", "-npp", str(prompt), "-ntg", str(steps), "-npl", str(batch),
+            "-c", str(-(-batch * (prompt + steps) // 256) * 256), "-b", "2048", "-ub", "512",
+            "--output-format", "jsonl", "-fa", "on" if self.flash_attention else "off")
+        rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        return float(self._only(rows, output)["speed_tg"])
+
+    def _bench(self, *options: str) -> float:
+        output = self._tool("llama-bench", *options, "-r", "1", "-o", "json", "-fa", str(int(self.flash_attention)))
+        return float(self._only(json.loads(output[output.index("["):output.rindex("]") + 1]), output)["avg_ts"])
+
+    def _tool(self, tool: str, *options: str) -> str:
+        command = [str(self.binaries / tool), "-m", str(self.model), "-t", str(self.threads), *options]
+        return _run(command, f"running {tool}", _environment())
+
+    @staticmethod
+    def _only(rows: Sequence[dict[str, Any]], output: str) -> dict[str, Any]:
+        if len(rows) != 1:
+            raise PeerError(f"llama.cpp reported {len(rows)} measurements where one was asked for:\n{_tail(output)}")
+        return rows[0]
+
+
+def _home(cache: Path) -> Path:
+    return cache.resolve() / f"llama-cpp-python-{RELEASE}"
+
+
+def _cpu_flags() -> str:
+    """What a native build depends on: a cache that moved to another machine is built again."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _fetch(home: Path) -> Path:
+    """The llama.cpp tree inside llama-cpp-python's source package."""
+    tree = home / "source" / f"llama_cpp_python-{RELEASE}" / "vendor" / "llama.cpp"
+    if tree.is_dir():
+        return tree
+    home.mkdir(parents=True, exist_ok=True)
+    print(f"fetching the source package of llama-cpp-python {RELEASE}", flush=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix="fetch-") as name:
+        _run([sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "--dest", name,
+              f"llama-cpp-python=={RELEASE}"], "fetching llama-cpp-python's source package")
+        with tarfile.open(next(Path(name).glob("*.tar.gz"))) as archive:
+            archive.extractall(Path(name) / "source", filter="data")
+        (Path(name) / "source").replace(home / "source")
+    return tree
+
+
+def _environment() -> Mapping[str, str]:
+    """Ours without the settings of our own OpenMP: llama.cpp's threads wait as its authors left it."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
+
+
+def _run(command: Sequence[str], purpose: str, environment: Mapping[str, str] | None = None) -> str:
+    """Standard output of `command`. Raises PeerError with the end of everything it said when it fails."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise PeerError(f"{purpose} failed (exit status {done.returncode}):\n{_tail(done.stdout + done.stderr)}")
+    return done.stdout
+
+
+def _tail(text: str, lines: int = 25) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build llama.cpp, convert the benchmark model, measure it alone.")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    try:
+        peer = LlamaCpp.install(args.cache, threads=args.threads)
+        for _ in range(args.rounds):
+            print(f"prefill 512: {peer.prefill():.1f} tokens/s", flush=True)
+            for batch in (1, 8, 32):
+                print(f"decode, batch {batch}: {peer.decode(batch):.1f} tokens/s", flush=True)
+    except PeerError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+// AVX-512 with VNNI. One instruction multiplies sixteen rows by four columns: unsigned bytes (level + 128) by the signed
+// bytes of the activations; the surplus, 128 times the block's sum of activations, is where the sums start.
+//
+// One to seven tokens: codes go from memory through a byte shuffle into the product; memory is the limit. From eight
+// on: codes of four blocks are unpacked once into the first cache and met by six tokens at a time.
+#include "lanes.h"
+
+#if defined(__AVX512VNNI__)
+namespace deepseek {
+namespace {
+
+constexpr int kFew = 8;     // below: straight from the codes
+constexpr int kTile = 6;    // tokens at a time from the cache: 2 panels x 6 tokens x 2 sums = 24 registers
+constexpr int kChunk = 4;   // blocks unpacked at a time: 2 panels x 4 x 1024 bytes
+constexpr int kAhead = 2048;  // bytes that the prefetch runs ahead
+
+inline __m512i level_table() {
+  alignas(16) uint8_t bytes[16];
+  for (int i = 0; i < 16; ++i) bytes[i] = (uint8_t)(kLevels[i] + 128);
+  return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)bytes));
+}
+
+inline __m512i four(const int8_t* q) {
+  int32_t v;
+  std::memcpy(&v, q, 4);
+  return _mm512_set1_epi32(v);
+}
+
+inline __m512 scales(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
+template <int T>
+struct Pointers {
+  const int8_t* q[T];
+  const int32_t* sums[T];
+  float scale[T];
+  Pointers(const Rows& x, const int32_t* row, int64_t t) {
+    for (int i = 0; i < T; ++i) {
+      int64_t r = row ? row[t + i] : t + i;
+      q[i] = x.q + r * x.blocks * kBlock, sums[i] = x.sums + r * x.blocks, scale[i] = x.scale[r];
+    }
+  }
+};
+
+// One panel, T tokens, straight from the codes.
+template <int BITS, int T>
+inline void few(const uint8_t* panel, const Panel& shape, const Pointers<T>& x, __m512i table, __m512* y) {
+  const uint8_t* code = panel + shape.codes;
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512 acc[T];
+  __m512i even[T], odd[T];
+  for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps(), even[t] = _mm512_setzero_si512();
+  for (int64_t b = 0; b < shape.blocks; ++b) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      __m512i start = _mm512_set1_epi32(-128 * x.sums[t][b]);
+      even[t] = BITS == 4 ? start : _mm512_add_epi32(even[t], start);
+      odd[t] = _mm512_setzero_si512();
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
+      __m512i w0, w1;
+      if (BITS == 4) {
+        __m512i both = _mm512_load_si512(code + 64 * g);
+        _mm_prefetch((const char*)code + 64 * g + kAhead, _MM_HINT_T0);
+        w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
+        w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+      } else {
+        const __m512i flip = _mm512_set1_epi8((char)128);
+        w0 = _mm512_xor_si512(_mm512_load_si512(code + 128 * g), flip);
+        w1 = _mm512_xor_si512(_mm512_load_si512(code + 128 * g + 64), flip);
+        _mm_prefetch((const char*)code + 128 * g + kAhead, _MM_HINT_T0);
+        _mm_prefetch((const char*)code + 128 * g + 64 + kAhead, _MM_HINT_T0);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        even[t] = _mm512_dpbusd_epi32(even[t], w0, four(x.q[t] + kBlock * b + 8 * g));
+        odd[t] = _mm512_dpbusd_epi32(odd[t], w1, four(x.q[t] + kBlock * b + 8 * g + 4));
+      }
+    }
+    code += BITS == 4 ? 512 : 1024;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      even[t] = _mm512_add_epi32(even[t], odd[t]);
+      if (BITS == 4) acc[t] = _mm512_fmadd_ps(scales(panel + 64 + 16 * b), _mm512_cvtepi32_ps(even[t]), acc[t]);
+    }
+  }
+  __m512 step = _mm512_load_ps(panel);
+  for (int t = 0; t < T; ++t)
+    y[t] = _mm512_mul_ps(BITS == 4 ? acc[t] : _mm512_cvtepi32_ps(even[t]),
+                         _mm512_mul_ps(step, _mm512_set1_ps(x.scale[t])));
+}
+
+template <int BITS, int T>
+void few_tokens(const uint8_t* w, int64_t count, bool gated, const Rows& x, const int32_t* row, int64_t t, float* out,
+                int64_t ld) {
+  const Panel shape(x.blocks * kBlock, BITS);
+  const Pointers<T> rows(x, row, t);
+  const __m512i table = level_table();
+  __m512 y[T], up[T];
+  for (int64_t p = 0; p < count; p += gated ? 2 : 1) {
+    few<BITS, T>(w + p * shape.bytes, shape, rows, table, y);
+    if (gated) few<BITS, T>(w + (p + 1) * shape.bytes, shape, rows, table, up);
+    for (int i = 0; i < T; ++i)
+      store(out + (t + i) * ld + (gated ? 8 : 16) * p, gated ? silu((f16)y[i]) * (f16)up[i] : (f16)y[i]);
+  }
+}
+
+template <int BITS>
+void unpack(const uint8_t* code, int64_t blocks, __m512i table, __m512i* to) {
+  const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)128);
+  if (BITS == 4)
+    for (int64_t i = 0; i < 8 * blocks; ++i) {
+      __m512i both = _mm512_load_si512(code + 64 * i);
+      _mm_prefetch((const char*)code + 64 * i + kAhead, _MM_HINT_T0);
+      to[2 * i] = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
+      to[2 * i + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+    }
+  else
+    for (int64_t i = 0; i < 16 * blocks; ++i) to[i] = _mm512_xor_si512(_mm512_load_si512(code + 64 * i), flip);
+}
+
+// R panels x T tokens x `blocks` blocks from the unpacked chunk; acc holds fp32 sums (4 bits) or int32 sums (8 bits).
+template <int BITS, int R, int T>
+inline void tile(const __m512i* w, const uint8_t* const* scale, const Pointers<T>& x, int64_t first, int64_t blocks,
+                 float* acc, int64_t ld) {
+  __m512i sum[R][T];
+  __m512 f[R][T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      f[r][t] = _mm512_load_ps(acc + t * ld + 16 * r);
+      if (BITS == 8) sum[r][t] = _mm512_castps_si512(f[r][t]);
+    }
+  for (int64_t b = 0; b < blocks; ++b) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      __m512i start = _mm512_set1_epi32(-128 * x.sums[t][first + b]);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) sum[r][t] = BITS == 4 ? start : _mm512_add_epi32(sum[r][t], start);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < 16; ++g) {
+      __m512i v[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) v[r] = w[(r * kChunk + b) * 16 + g];
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        __m512i a = four(x.q[t] + kBlock * (first + b) + 4 * g);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], v[r], a);
+      }
+    }
+    if (BITS == 4)
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        __m512 s = scales(scale[r] + 16 * (first + b));
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) f[r][t] = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(sum[r][t]), f[r][t]);
+      }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+      _mm512_store_ps(acc + t * ld + 16 * r, BITS == 4 ? f[r][t] : _mm512_castsi512_ps(sum[r][t]));
+}
+
+template <int BITS, int R>
+inline void tiles(const __m512i* w, const uint8_t* const* scale, const Rows& x, const int32_t* row, int64_t tokens,
+                  int64_t first, int64_t blocks, float* acc) {
+  int64_t t = 0;
+  for (; t + kTile <= tokens; t += kTile)
+    tile<BITS, R, kTile>(w, scale, Pointers<kTile>(x, row, t), first, blocks, acc + t * 16 * R, 16 * R);
+  for (; t + 2 <= tokens; t += 2)
+    tile<BITS, R, 2>(w, scale, Pointers<2>(x, row, t), first, blocks, acc + t * 16 * R, 16 * R);
+  if (t < tokens) tile<BITS, R, 1>(w, scale, Pointers<1>(x, row, t), first, blocks, acc + t * 16 * R, 16 * R);
+}
+
+constexpr int64_t kMany = 96;  // tokens whose sums (12 KB) stay in the cache
+
+template <int BITS, int R>
+void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const Rows& x, const int32_t* row, int64_t tokens,
+                 float* out, int64_t ld, __m512i table) {
+  alignas(64) __m512i chunk[R * kChunk * 16];
+  alignas(64) float acc[kMany * 16 * R];
+  const uint8_t* scale[R];
+  for (int r = 0; r < R; ++r) scale[r] = w + r * shape.bytes + 64;
+  for (int64_t t0 = 0; t0 < tokens; t0 += kMany) {
+    int64_t n = tokens - t0 < kMany ? tokens - t0 : kMany;
+    const int32_t* rows = row ? row + t0 : nullptr;
+    Rows part = x;
+    if (!row) part.q += t0 * x.blocks * kBlock, part.sums += t0 * x.blocks, part.scale += t0;
+    std::memset(acc, 0, sizeof(float) * n * 16 * R);
+    for (int64_t b = 0; b < shape.blocks; b += kChunk) {
+      int64_t blocks = shape.blocks - b < kChunk ? shape.blocks - b : kChunk;
+      for (int r = 0; r < R; ++r)
+        unpack<BITS>(w + r * shape.bytes + shape.codes + (BITS == 4 ? 512 : 1024) * b, blocks, table,
+                     chunk + r * kChunk * 16);
+      tiles<BITS, R>(chunk, scale, part, rows, n, b, blocks, acc);
+    }
+    for (int64_t t = 0; t < n; ++t) {
+      f16 y[R];
+      for (int r = 0; r < R; ++r) {
+        f16 s = load(acc + (t * R + r) * 16);
+        if (BITS == 8) s = to_float((i16)s);
+        y[r] = s * (load((const float*)(w + r * shape.bytes)) * part.scale[rows ? rows[t] : t]);
+      }
+      float* to = out + (t0 + t) * ld;
+      if (gated)
+        store(to, silu(y[0]) * y[R - 1]);
+      else
+        for (int r = 0; r < R; ++r) store(to + 16 * r, y[r]);
+    }
+  }
+}
+
+template <int BITS>
+void any_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, const int32_t* row, int64_t tokens,
+                float* out, int64_t ld) {
+  if (tokens >= kFew) {
+    const Panel shape(x.blocks * kBlock, BITS);
+    const __m512i table = level_table();
+    int64_t p = 0;
+    for (; p + 2 <= count; p += 2)
+      many_tokens<BITS, 2>(w + p * shape.bytes, gated, shape, x, row, tokens, out + (gated ? 8 : 16) * p, ld, table);
+    if (p < count) many_tokens<BITS, 1>(w + p * shape.bytes, false, shape, x, row, tokens, out + 16 * p, ld, table);
+    return;
+  }
+  switch (tokens) {
+    case 1: return few_tokens<BITS, 1>(w, count, gated, x, row, 0, out, ld);
+    case 2: return few_tokens<BITS, 2>(w, count, gated, x, row, 0, out, ld);
+    case 3: return few_tokens<BITS, 3>(w, count, gated, x, row, 0, out, ld);
+    case 4: return few_tokens<BITS, 4>(w, count, gated, x, row, 0, out, ld);
+    case 5: return few_tokens<BITS, 5>(w, count, gated, x, row, 0, out, ld);
+    case 6: return few_tokens<BITS, 6>(w, count, gated, x, row, 0, out, ld);
+    case 7: return few_tokens<BITS, 7>(w, count, gated, x, row, 0, out, ld);
+  }
+}
+
+void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x, const int32_t* row, int64_t tokens,
+            float* out, int64_t ld) {
+  if (bits == 4)
+    any_panels<4>(w, count, gated, x, row, tokens, out, ld);
+  else
+    any_panels<8>(w, count, gated, x, row, tokens, out, ld);
+}
+
+const Kernels table = {"avx512_vnni", quantise,     panels,   bf16_panels,
+                       rms_norm, weighted_sum, mla_block, mla_join};
+
+}  // namespace
+const Kernels* const avx512_kernels = &table;
+}  // namespace deepseek
+#else
+namespace deepseek {
+const Kernels* const avx512_kernels = nullptr;
+}
+#endif

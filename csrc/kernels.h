@@ -1,0 +1,83 @@
+// What an instruction set provides. One table each; dispatch.cpp picks one at run time.
+//
+// Shared arithmetic, the same bits from every table (scalar.cpp is its plainest reading):
+//   activations   per row: scale = absmax / 127, q = round to nearest even of x * (127 / absmax)
+//   block sums    int32, exact: LEVEL[code] * q over 64 columns
+//   a row         acc = fma(scale[b], blocksum[b], acc), b ascending, fp32; times (step * activation scale) at the end
+//   8-bit weights one int32 sum over all columns, converted once
+// So a token's result does not depend on the tokens beside it, on the thread count or on the machine.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace deepseek {
+
+constexpr int kRows = 16;    // output rows of a panel
+constexpr int kBlock = 64;   // columns that share a scale
+
+// Levels of the NF4 codebook in units of 1/127 (arXiv 2305.14314, appendix E).
+constexpr int8_t kLevels[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
+inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
+inline int64_t panels_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
+// Where the parts of a panel lie (docs/formats.md).
+struct Panel {
+  int64_t blocks, codes, bytes;
+  Panel(int64_t columns, int bits)
+      : blocks(blocks_of(columns)),
+        codes(64 + (bits == 4 ? (16 * blocks + 63) / 64 * 64 : 0)),
+        bytes(codes + (bits == 4 ? 512 : 1024) * blocks) {}
+};
+
+// Activations quantised by row.
+struct Rows {
+  const int8_t* q;       // [rows][blocks * 64]
+  const int32_t* sums;   // [rows][blocks]: the sum of q over the block
+  const float* scale;    // [rows]
+  int64_t blocks;
+};
+
+struct Kernels {
+  const char* name;
+
+  // One row of activations: x [columns] -> q (padded with zeros to whole blocks), sums, scale.
+  void (*quantise)(const float* x, int64_t columns, int8_t* q, int32_t* sums, float* scale);
+
+  // `count` panels, one after the other at w, times the `tokens` rows row[0], row[1], … of x (null: 0, 1, …).
+  // plain: out[t * ld + 16 * panel + r]. gated: panels come in pairs (gate, up) and
+  // out[t * ld + 16 * pair + r] = silu(gate) * up.
+  void (*panels)(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x, const int32_t* row,
+                 int64_t tokens, float* out, int64_t ld);
+
+  // BF16 weights, 16 rows a panel, [panel][columns][16]: out[t * ld + 16 * panel + r] in FP32, summed in four
+  // strands (column mod 4). `columns` is a multiple of 4.
+  void (*bf16_panels)(const uint16_t* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
+                      float* out, int64_t ld);
+
+  // out = x / sqrt(mean(x^2) + eps) * w
+  void (*rms_norm)(const float* x, const float* w, int64_t width, float eps, float* out);
+
+  // out = (add ? add : 0) + sum over i of weight[i] * y[i][…], i ascending
+  void (*weighted_sum)(const float* const* y, const float* weight, int64_t count, const float* add, int64_t width,
+                       float* out);
+
+  // One block of keys of absorbed MLA for 16 heads: q [rank + rope][16], keys [count] rows of rank + rope numbers
+  // `stride` apart. Writes top[16] (largest score), norm[16] (sum of exp(score - top)), sum [rank][16].
+  void (*mla_block)(const float* q, const float* keys, int64_t stride, int64_t count, int64_t rank, int64_t rope,
+                    float scale, float* top, float* norm, float* sum);
+
+  // Joins block results in their order into out [16][ld]: sum over blocks of exp(top_i - max) sum_i / norm.
+  void (*mla_join)(const float* const* top, const float* const* norm, const float* const* sum, int64_t count,
+                   int64_t rank, int64_t heads, float* out, int64_t ld);
+};
+
+// Null where the compiler could not build the table.
+extern const Kernels* const scalar_kernels;
+extern const Kernels* const avx2_kernels;
+extern const Kernels* const avx512_kernels;
+
+// The best table of this machine, or the one named by DEEPSEEK_ISA. Throws std::runtime_error where that cannot be.
+const Kernels& kernels();
+
+}  // namespace deepseek

@@ -1,0 +1,252 @@
+// Sixteen floats at a time, the same bits on every instruction set: included by each of them, in its own unnamed
+// namespace, so that no inline function compiled for one machine can be linked into the code for another.
+//
+// Arithmetic is written with the compiler's vectors; only fused multiply-add is spelled out, because a plain machine
+// has none and contraction is switched off (-ffp-contract=off).
+#pragma once
+#include <type_traits>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace deepseek {
+namespace {
+
+typedef float f16 __attribute__((vector_size(64), aligned(64)));
+typedef float f16u __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(64)));
+
+inline f16 load(const float* p) { return *reinterpret_cast<const f16u*>(p); }
+inline void store(float* p, f16 v) { *reinterpret_cast<f16u*>(p) = v; }
+inline f16 all(float x) { return f16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+inline f16 fma(f16 a, f16 b, f16 c) {
+#if defined(__AVX512F__)
+  return (f16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  __m256 a2[2], b2[2], c2[2];
+  std::memcpy(a2, &a, 64), std::memcpy(b2, &b, 64), std::memcpy(c2, &c, 64);
+  for (int i = 0; i < 2; ++i) a2[i] = _mm256_fmadd_ps(a2[i], b2[i], c2[i]);
+  std::memcpy(&a, a2, 64);
+  return a;
+#else
+  for (int i = 0; i < 16; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return a;
+#endif
+}
+
+inline f16 larger(f16 a, f16 b) { return a > b ? a : b; }
+inline f16 absolute(f16 a) { return (f16)((i16)a & 0x7fffffff); }
+inline f16 to_float(i16 a) { return __builtin_convertvector(a, f16); }
+
+// To the nearest integer, ties to even, |x| < 2^22.
+inline f16 nearest(f16 x) { return (x + 12582912.0f) - 12582912.0f; }
+
+inline float largest(f16 v) {
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+  return v[0];
+}
+
+// In a fixed tree: lanes 8 apart, 4 apart, 2, 1.
+inline float total(f16 v) {
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
+  return v[0];
+}
+
+// The last `count` < 16 numbers, zeros after them.
+inline f16 load_some(const float* p, int64_t count) {
+  float tail[16] = {};
+  std::memcpy(tail, p, sizeof(float) * count);
+  return load(tail);
+}
+
+// e^x: x = n ln 2 + r, a polynomial of degree 7 in r, exponent bits added. Relative error below 2e-7; 0 below -87.
+inline f16 exponential(f16 x) {
+  x = x > 88.0f ? all(88.0f) : x;
+  i16 live = x > -87.0f;
+  x = x > -87.0f ? x : all(-87.0f);
+  f16 n = nearest(x * 1.44269504f);
+  f16 r = fma(n, all(-0.693145752f), x);
+  r = fma(n, all(-1.42860677e-6f), r);
+  f16 p = all(1.98412698e-4f);
+  p = fma(p, r, all(1.38888889e-3f));
+  p = fma(p, r, all(8.33333333e-3f));
+  p = fma(p, r, all(4.16666667e-2f));
+  p = fma(p, r, all(1.66666667e-1f));
+  p = fma(p, r, all(0.5f));
+  p = fma(p, r, all(1.0f));
+  p = fma(p, r, all(1.0f));
+  i16 bits = (__builtin_convertvector(n, i16) << 23) + (i16)p;
+  return (f16)(bits & live);
+}
+
+inline f16 silu(f16 x) { return x / (1.0f + exponential(-x)); }
+
+inline f16 from_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (f16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  i16 wide;
+  for (int i = 0; i < 16; ++i) wide[i] = (int32_t)((uint32_t)p[i] << 16);
+  return (f16)wide;
+#endif
+}
+
+void quantise(const float* x, int64_t columns, int8_t* q, int32_t* sums, float* scale) {
+  f16 top = all(0.0f);
+  int64_t whole = columns / 16 * 16;
+  for (int64_t k = 0; k < whole; k += 16) top = larger(top, absolute(load(x + k)));
+  if (whole < columns) top = larger(top, absolute(load_some(x + whole, columns - whole)));
+  float peak = largest(top);
+  *scale = peak / 127.0f;
+  float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+  if (!(inverse < 3e38f)) inverse = 0.0f;  // a row of denormals is a row of zeros
+  for (int64_t b = 0; b * kBlock < columns; ++b) {
+    i16 sum = {};
+    for (int64_t k = b * kBlock; k < (b + 1) * kBlock; k += 16) {
+      f16 v = k + 16 <= columns ? load(x + k) : k < columns ? load_some(x + k, columns - k) : all(0.0f);
+      i16 wide = __builtin_convertvector(nearest(v * inverse), i16);
+      sum += wide;
+#if defined(__AVX512F__)
+      _mm_storeu_si128((__m128i*)(q + k), _mm512_cvtepi32_epi8((__m512i)wide));
+#else
+      for (int i = 0; i < 16; ++i) q[k + i] = (int8_t)wide[i];
+#endif
+    }
+    int32_t s = 0;
+    for (int i = 0; i < 16; ++i) s += sum[i];
+    sums[b] = s;
+  }
+}
+
+template <int T>
+inline void bf16_panel(const uint16_t* w, int64_t columns, const float* x, int64_t ldx, float* out, int64_t ld) {
+  f16 acc[T][4];
+  for (int t = 0; t < T; ++t)
+    for (int s = 0; s < 4; ++s) acc[t][s] = all(0.0f);
+  for (int64_t k = 0; k < columns; k += 4)
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+      f16 v = from_bf16(w + 16 * (k + s));
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) acc[t][s] = fma(v, all(x[t * ldx + k + s]), acc[t][s]);
+    }
+  for (int t = 0; t < T; ++t) store(out + t * ld, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
+}
+
+void bf16_panels(const uint16_t* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
+                 float* out, int64_t ld) {
+  for (int64_t p = 0; p < count; ++p, w += 16 * columns) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) bf16_panel<4>(w, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
+    for (; t < tokens; ++t) bf16_panel<1>(w, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
+  }
+}
+
+void rms_norm(const float* x, const float* w, int64_t width, float eps, float* out) {
+  f16 squares = all(0.0f);
+  int64_t whole = width / 16 * 16;
+  for (int64_t k = 0; k < whole; k += 16) squares = fma(load(x + k), load(x + k), squares);
+  if (whole < width) {
+    f16 tail = load_some(x + whole, width - whole);
+    squares = fma(tail, tail, squares);
+  }
+  float r = 1.0f / __builtin_sqrtf(total(squares) / (float)width + eps);
+  for (int64_t k = 0; k < whole; k += 16) store(out + k, load(x + k) * r * load(w + k));
+  for (int64_t k = whole; k < width; ++k) out[k] = x[k] * r * w[k];
+}
+
+void weighted_sum(const float* const* y, const float* weight, int64_t count, const float* add, int64_t width,
+                  float* out) {
+  int64_t whole = width / 16 * 16;
+  for (int64_t k = 0; k < width; k += 16) {
+    int64_t some = k < whole ? 16 : width - k;
+    f16 acc = add ? (some == 16 ? load(add + k) : load_some(add + k, some)) : all(0.0f);
+    for (int64_t i = 0; i < count; ++i)
+      acc = fma(all(weight[i]), some == 16 ? load(y[i] + k) : load_some(y[i] + k, some), acc);
+    if (some == 16)
+      store(out + k, acc);
+    else
+      for (int64_t i = 0; i < some; ++i) out[k + i] = acc[i];
+  }
+}
+
+constexpr int64_t kKeys = 128;  // keys of a block of attention: part of the arithmetic, not a tuning knob
+
+void mla_block(const float* q, const float* keys, int64_t stride, int64_t count, int64_t rank, int64_t rope,
+               float scale, float* top, float* norm, float* sum) {
+  alignas(64) float p[kKeys * 16];
+  int64_t width = rank + rope, j = 0;
+  f16 best = all(-__builtin_inff());
+  auto scores = [&](auto n_keys) {
+    constexpr int N = decltype(n_keys)::value;
+    for (; j + N <= count; j += N) {
+      f16 s[N];
+      for (int n = 0; n < N; ++n) s[n] = all(0.0f);
+      const float* key = keys + j * stride;
+      for (int64_t d = 0; d < width; ++d) {
+        f16 v = load(q + 16 * d);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) s[n] = fma(v, all(key[n * stride + d]), s[n]);
+      }
+      for (int n = 0; n < N; ++n) {
+        s[n] = s[n] * scale;
+        best = larger(best, s[n]);
+        store(p + 16 * (j + n), s[n]);
+      }
+    }
+  };
+  scores(std::integral_constant<int, 8>{});
+  scores(std::integral_constant<int, 1>{});
+  f16 z = all(0.0f);
+  for (j = 0; j < count; ++j) {
+    f16 e = exponential(load(p + 16 * j) - best);
+    store(p + 16 * j, e);
+    z = z + e;
+  }
+  store(top, best);
+  store(norm, z);
+  constexpr int D = 8;  // dimensions at a time: their sums stay in registers over all keys
+  for (int64_t d = 0; d < rank; d += D) {
+    f16 acc[D];
+    for (int n = 0; n < D; ++n) acc[n] = all(0.0f);
+    const float* key = keys + d;
+    for (j = 0; j < count; ++j, key += stride) {
+      f16 e = load(p + 16 * j);
+#pragma GCC unroll 8
+      for (int n = 0; n < D; ++n) acc[n] = fma(e, all(key[n]), acc[n]);
+    }
+    for (int n = 0; n < D; ++n) store(sum + 16 * (d + n), acc[n]);
+  }
+}
+
+void mla_join(const float* const* top, const float* const* norm, const float* const* sum, int64_t count, int64_t rank,
+              int64_t heads, float* out, int64_t ld) {
+  f16 best = load(top[0]);
+  for (int64_t i = 1; i < count; ++i) best = larger(best, load(top[i]));
+  f16 z = all(0.0f);
+  for (int64_t i = 0; i < count; ++i) z = fma(exponential(load(top[i]) - best), load(norm[i]), z);
+  constexpr int D = 16;  // dimensions at a time
+  for (int64_t d = 0; d < rank; d += D) {
+    f16 acc[D];
+    for (int n = 0; n < D; ++n) acc[n] = all(0.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      f16 w = exponential(load(top[i]) - best);
+      for (int n = 0; n < D; ++n) acc[n] = fma(w, load(sum[i] + 16 * (d + n)), acc[n]);
+    }
+    for (int n = 0; n < D; ++n) acc[n] = acc[n] / z;
+    for (int64_t h = 0; h < heads; ++h) {
+      f16 row;
+      for (int n = 0; n < D; ++n) row[n] = acc[n][h];
+      store(out + h * ld + d, row);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace deepseek

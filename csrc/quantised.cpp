@@ -1,0 +1,306 @@
+#include "quantised.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace deepseek {
+namespace {
+
+// Memory for one call's intermediates, kept between calls by each calling thread.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  // Starts over with room for `bytes`.
+  void reserve(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = nullptr, size_ = 0;
+      data_ = static_cast<char*>(std::aligned_alloc(64, bytes));
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    used_ = 0;
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(data_ + used_);
+    used_ += room<T>(count);
+    return p;
+  }
+  template <typename T>
+  static size_t room(int64_t count) {
+    return (sizeof(T) * count + 63) / 64 * 64;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+thread_local Scratch scratch;
+
+size_t rows_room(int64_t rows, int64_t columns) {
+  int64_t blocks = blocks_of(columns);
+  return Scratch::room<int8_t>(rows * blocks * kBlock) + Scratch::room<int32_t>(rows * blocks) +
+         Scratch::room<float>(rows);
+}
+
+// Activations of `rows` rows, to be filled by `fill`.
+struct Quantised {
+  int8_t* q;
+  int32_t* sums;
+  float* scale;
+  int64_t blocks;
+  Quantised(int64_t rows, int64_t columns) : blocks(blocks_of(columns)) {
+    q = scratch.take<int8_t>(rows * blocks * kBlock), sums = scratch.take<int32_t>(rows * blocks);
+    scale = scratch.take<float>(rows);
+  }
+  void fill(int64_t row, const float* x, int64_t columns) const {
+    kernels().quantise(x, columns, q + row * blocks * kBlock, sums + row * blocks, scale + row);
+  }
+  Rows rows(int64_t first = 0) const {
+    return {q + first * blocks * kBlock, sums + first * blocks, scale + first, blocks};
+  }
+};
+
+// Runs work(i) for i < count, a few at a time: for items too small to be tasks of their own.
+template <typename Work>
+void in_pieces(int64_t count, int64_t at_least, int threads, const Work& work) {
+  int64_t piece = std::max(at_least, (count + 4 * threads - 1) / (4 * threads));
+  parallel((count + piece - 1) / piece, threads, [&](int64_t i) {
+    for (int64_t j = i * piece; j < std::min(count, (i + 1) * piece); ++j) work(j);
+  });
+}
+
+// How many panels (an even number) one task takes, so that there are about `wanted` tasks.
+int64_t panels_a_task(int64_t panels, int64_t wanted) {
+  int64_t n = (panels + wanted - 1) / std::max<int64_t>(wanted, 1);
+  return std::max<int64_t>(2, (n + 1) / 2 * 2);
+}
+
+// Panels write whole sixteens; a matrix whose rows are no multiple of 16 gets its last panel from a buffer.
+struct Target {
+  float* out;
+  int64_t ld, rows;
+};
+
+void panels_into(const uint8_t* w, const Panel& shape, int64_t from, int64_t count, int bits, const Rows& x,
+                 const int32_t* row, int64_t tokens, const Target& to) {
+  const Kernels& k = kernels();
+  bool cut = (from + count) * kRows > to.rows;
+  int64_t whole = cut ? count - 1 : count;
+  if (whole) k.panels(w + from * shape.bytes, whole, bits, false, x, row, tokens, to.out + from * kRows, to.ld);
+  if (!cut) return;
+  constexpr int64_t kSome = 64;
+  alignas(64) float last[kSome * kRows];
+  int64_t start = (from + whole) * kRows;
+  for (int64_t t = 0; t < tokens; t += kSome) {
+    int64_t n = std::min(kSome, tokens - t);
+    Rows part = x;
+    if (!row) part.q += t * x.blocks * kBlock, part.sums += t * x.blocks, part.scale += t;
+    k.panels(w + (from + whole) * shape.bytes, 1, bits, false, part, row ? row + t : nullptr, n, last, kRows);
+    for (int64_t i = 0; i < n; ++i)
+      std::memcpy(to.out + (t + i) * to.ld + start, last + i * kRows, sizeof(float) * (to.rows - start));
+  }
+}
+
+}  // namespace
+
+void quantised_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, const uint8_t* w, int64_t stride,
+                      int64_t rows, int bits, float* out, int threads) {
+  const Panel shape(columns, bits);
+  const int64_t panels = panels_of(rows);
+  scratch.reserve(rows_room(tokens * groups, columns));
+  const Quantised a(tokens * groups, columns);  // [group][token]
+  in_pieces(tokens * groups, 4, threads, [&](int64_t i) {
+    a.fill(i, x + ((i % tokens) * groups + i / tokens) * columns, columns);
+  });
+  int64_t piece = panels_a_task(panels, groups > 1 ? 1 : 8 * threads), pieces = (panels + piece - 1) / piece;
+  parallel(pieces * groups, threads, [&](int64_t task) {
+    int64_t g = task / pieces, from = task % pieces * piece, n = std::min(piece, panels - from);
+    panels_into(w + g * stride, shape, from, n, bits, a.rows(g * tokens), nullptr, tokens,
+                {out + g * rows, groups * rows, rows});
+  });
+}
+
+void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
+                       int64_t top, const uint8_t* const* experts, int64_t num_experts, int64_t inner,
+                       const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads) {
+  struct Mlp {
+    const uint8_t* w;
+    int64_t inner, first, count;  // its rows among the sorted pairs
+    int64_t h;                    // where its intermediate rows begin, in numbers
+  };
+  const Kernels& k = kernels();
+  const int64_t pairs = tokens * top, all = pairs + (shared ? tokens : 0);
+  const Panel in(hidden, bits);
+  auto padded = [](int64_t n) { return blocks_of(n) * kBlock; };
+
+  // sort pairs by expert, stable
+  std::vector<int32_t> token(all), slot(pairs);
+  std::vector<int64_t> start(num_experts + 1, 0);
+  for (int64_t i = 0; i < pairs; ++i) ++start[index[i] + 1];
+  for (int64_t e = 0; e < num_experts; ++e) start[e + 1] += start[e];
+  std::vector<int64_t> next(start.begin(), start.end() - 1);
+  for (int64_t i = 0; i < pairs; ++i) {
+    int64_t at = next[index[i]]++;
+    token[at] = (int32_t)(i / top), slot[i] = (int32_t)at;
+  }
+  std::vector<Mlp> mlps;
+  int64_t h_numbers = 0;
+  auto add = [&](const uint8_t* w, int64_t i, int64_t first, int64_t count) {
+    mlps.push_back({w, i, first, count, h_numbers});
+    h_numbers += count * padded(i);
+  };
+  if (shared) {
+    for (int64_t t = 0; t < tokens; ++t) token[pairs + t] = (int32_t)t;
+    add(shared, shared_inner, pairs, tokens);
+  }
+  for (int64_t e = 0; e < num_experts; ++e)
+    if (start[e + 1] > start[e]) add(experts[e], inner, start[e], start[e + 1] - start[e]);
+
+  const int64_t hp = panels_of(hidden) * kRows;
+  scratch.reserve(rows_room(tokens, hidden) + Scratch::room<float>(h_numbers) + Scratch::room<float>(all * hp) +
+                  rows_room(pairs, inner) + rows_room(shared ? tokens : 0, std::max<int64_t>(shared_inner, 1)) + 1024);
+  const Quantised a(tokens, hidden);
+  float* h = scratch.take<float>(h_numbers);
+  float* y = scratch.take<float>(all * hp);
+  const Quantised routed(pairs, inner), own(shared ? tokens : 0, std::max<int64_t>(shared_inner, 1));
+
+  in_pieces(tokens, 4, threads, [&](int64_t t) { a.fill(t, x + t * hidden, hidden); });
+
+  // Tasks: runs of panels of one MLP. Few tokens: pieces small enough to share out evenly; many: one piece suffices.
+  struct Task {
+    const Mlp* mlp;
+    int64_t from, count;
+  };
+  auto cut = [&](auto panels_of_mlp) {
+    int64_t panels = 0;
+    for (const Mlp& m : mlps) panels += panels_of_mlp(m);
+    int64_t piece = panels_a_task(panels, 16 * threads);
+    std::vector<Task> tasks;
+    for (const Mlp& m : mlps)
+      for (int64_t p = 0, n = panels_of_mlp(m); p < n; p += piece) tasks.push_back({&m, p, std::min(piece, n - p)});
+    return tasks;
+  };
+
+  auto tasks = cut([](const Mlp& m) { return 2 * panels_of(m.inner); });
+  parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
+    const Task& task = tasks[i];
+    const Mlp& m = *task.mlp;
+    k.panels(m.w + task.from * in.bytes, task.count, bits, true, a.rows(), token.data() + m.first, m.count,
+             h + m.h + task.from / 2 * kRows, padded(m.inner));
+  });
+
+  in_pieces(all, 4, threads, [&](int64_t i) {  // rows of h are padded to whole blocks; what lies beyond `inner` is ignored
+    bool is_routed = i < pairs;
+    const Mlp& m = is_routed ? *(std::upper_bound(mlps.begin() + (shared ? 1 : 0), mlps.end(), i,
+                                                  [](int64_t v, const Mlp& e) { return v < e.first; }) - 1)
+                             : mlps.front();
+    (is_routed ? routed : own).fill(is_routed ? i : i - pairs, h + m.h + (i - m.first) * padded(m.inner), m.inner);
+  });
+
+  tasks = cut([&](const Mlp&) { return panels_of(hidden); });
+  parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
+    const Task& task = tasks[i];
+    const Mlp& m = *task.mlp;
+    const Panel shape(m.inner, bits);
+    const uint8_t* down = m.w + 2 * panels_of(m.inner) * in.bytes;
+    bool is_routed = m.first < pairs;
+    k.panels(down + task.from * shape.bytes, task.count, bits, false,
+             is_routed ? routed.rows(m.first) : own.rows(), nullptr, m.count, y + m.first * hp + task.from * kRows, hp);
+  });
+
+  in_pieces(tokens, 4, threads, [&](int64_t t) {
+    std::vector<const float*> rows(top);
+    for (int64_t i = 0; i < top; ++i) rows[i] = y + slot[t * top + i] * hp;
+    k.weighted_sum(rows.data(), weight + t * top, top, shared ? y + (pairs + t) * hp : nullptr, hidden,
+                   out + t * hidden);
+  });
+}
+
+void bf16_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, const uint16_t* w, int64_t rows,
+                 float* out, int threads) {
+  const int64_t panels = rows / kRows, piece = std::max<int64_t>(1, panels * groups / (8 * threads));
+  parallel((panels * groups + piece - 1) / piece, threads, [&](int64_t task) {
+    for (int64_t i = task * piece; i < std::min(panels * groups, (task + 1) * piece); ++i) {
+      int64_t g = i / panels, p = i % panels;
+      kernels().bf16_panels(w + i * kRows * columns, 1, columns, x + g * columns, groups * columns, tokens,
+                            out + g * rows + p * kRows, groups * rows);
+    }
+  });
+}
+
+void rms_norm(const float* x, int64_t tokens, int64_t width, int64_t stride, const float* w, float eps, float* out,
+              int threads) {
+  in_pieces(tokens, std::max<int64_t>(1, 16384 / width), threads,
+            [&](int64_t t) { kernels().rms_norm(x + t * stride, w, width, eps, out + t * width); });
+}
+
+void mla_attention(const float* q_latent, const float* q_rope, const float* cache, int64_t stride, const int64_t* first,
+                   const int64_t* past, int64_t batch, int64_t tokens, int64_t heads, int64_t rank, int64_t rope,
+                   float scale, float* out, int threads) {
+  constexpr int64_t kKeys = 128;  // as in lanes.h; blocks count from the first visible position
+  const int64_t width = rank + rope, lanes = (heads + 15) / 16;
+  // One unit: 16 heads of one query. Its blocks of keys are independent; where units are few, blocks are shared out.
+  const int64_t units = batch * tokens * lanes;
+  auto blocks = [&](int64_t unit) {
+    int64_t b = unit / lanes / tokens, t = unit / lanes % tokens;
+    return (past[b] + t + 1 - first[b] + kKeys - 1) / kKeys;
+  };
+  auto transpose = [&](int64_t unit, float* q) {  // -> [rank + rope][16]
+    int64_t query = unit / lanes, h0 = unit % lanes * 16, n = std::min<int64_t>(16, heads - h0);
+    for (int64_t d = 0; d < width; ++d)
+      for (int64_t h = 0; h < 16; ++h)
+        q[16 * d + h] = h >= n ? 0.0f
+                        : d < rank ? q_latent[(query * heads + h0 + h) * rank + d]
+                                   : q_rope[(query * heads + h0 + h) * rope + d - rank];
+  };
+  auto block = [&](int64_t unit, int64_t i, const float* q, float* part) {
+    int64_t b = unit / lanes / tokens, t = unit / lanes % tokens, j = first[b] + i * kKeys;
+    kernels().mla_block(q, cache + b * stride + j * width, width, std::min(kKeys, past[b] + t + 1 - j), rank, rope, scale,
+                        part, part + 16, part + 32);
+  };
+  auto join = [&](int64_t unit, const float* parts, int64_t count) {
+    std::vector<const float*> top(count), norm(count), sum(count);
+    for (int64_t i = 0; i < count; ++i) {
+      top[i] = parts + i * (32 + 16 * rank), norm[i] = top[i] + 16, sum[i] = top[i] + 32;
+    }
+    int64_t query = unit / lanes, h0 = unit % lanes * 16;
+    kernels().mla_join(top.data(), norm.data(), sum.data(), count, rank, std::min<int64_t>(16, heads - h0),
+                       out + (query * heads + h0) * rank, rank);
+  };
+
+  if (units >= 4 * threads) {  // a unit is a task
+    parallel(units, threads, [&](int64_t unit) {
+      int64_t count = blocks(unit);
+      scratch.reserve(Scratch::room<float>(16 * width) + Scratch::room<float>(count * (32 + 16 * rank)));
+      float* q = scratch.take<float>(16 * width);
+      float* parts = scratch.take<float>(count * (32 + 16 * rank));
+      transpose(unit, q);
+      for (int64_t i = 0; i < count; ++i) block(unit, i, q, parts + i * (32 + 16 * rank));
+      join(unit, parts, count);
+    });
+    return;
+  }
+  std::vector<int64_t> begin(units + 1, 0);
+  for (int64_t u = 0; u < units; ++u) begin[u + 1] = begin[u] + blocks(u);
+  scratch.reserve(Scratch::room<float>(units * 16 * width) + Scratch::room<float>(begin[units] * (32 + 16 * rank)));
+  float* q = scratch.take<float>(units * 16 * width);
+  float* parts = scratch.take<float>(begin[units] * (32 + 16 * rank));
+  for (int64_t u = 0; u < units; ++u) transpose(u, q + u * 16 * width);
+  parallel(begin[units], threads, [&](int64_t task) {
+    int64_t u = std::upper_bound(begin.begin(), begin.end(), task) - begin.begin() - 1;
+    block(u, task - begin[u], q + u * 16 * width, parts + task * (32 + 16 * rank));
+  });
+  for (int64_t u = 0; u < units; ++u) join(u, parts + begin[u] * (32 + 16 * rank), begin[u + 1] - begin[u]);
+}
+
+}  // namespace deepseek

@@ -1,0 +1,219 @@
+"""Quantised modules in the places of the model's own. The model is built as ever and does not know.
+
+A `Place` is a module that can be quantised, found by its class in a model that may be on the meta device:
+
+    matrix   Linear          packed: a matrix [rows, columns] (ops/panels.py)
+    mlp      MLP             packed: gate and up [rows, columns], down [columns, rows]
+    experts  RoutedExperts   packed: one such MLP for every expert, each a tensor of its own
+    table    nn.Embedding    codes int8 [rows, columns], step float32 [rows]
+
+The gate, norms and biases are none of these and stay as they are. The packed bytes are buffers, usually views of a
+mapped file. They carry no gradient: a quantised model computes, and is not trained.
+
+Shape letters: T tokens, H hidden, K experts a token, O rows of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import ModelConfig
+from ..errors import ConfigError
+from ..model import CausalLM, Route
+from ..model.experts import MoE, RoutedExperts
+from ..model.layers import MLP, Linear
+from ..ops.panels import Bits, unpack
+
+
+METHOD, VERSION = "moe_dr", 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint is quantised: `quantization_config` of its config.json. keep: patterns (fnmatch) of the names of
+    weights that stay as they were. Raises ConfigError for a format that there is not."""
+
+    format: str = "nf4"
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format not in ("nf4", "int8"):
+            raise ConfigError(f"format = {self.format!r}: must be nf4 or int8")
+
+    @property
+    def bits(self) -> Bits:
+        return 4 if self.format == "nf4" else 8
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "format": self.format, "version": VERSION, "keep": list(self.keep)}
+
+    @classmethod
+    def of(cls, config: ModelConfig, origin: str) -> Recipe | None:
+        """That of a checkpoint's config, None where the weights are plain or DeepSeek's FP8.
+
+        Raises ConfigError naming `origin` for a method, version or format that is not read here.
+        """
+        keys = config.extra.get("quantization_config") or {}
+        method = keys.get("quant_method", "fp8")
+        if method == "fp8":
+            return None
+        if method != METHOD:
+            raise ConfigError(f"{origin}: quantization_config.quant_method = {method!r}: must be {METHOD} or "
+                              "DeepSeek's fp8, others are not read here")
+        if (version := keys.get("version")) != VERSION:
+            raise ConfigError(f"{origin}: quantization_config.version = {version!r}: this program reads {VERSION}")
+        try:
+            return cls(str(keys.get("format")), tuple(map(str, keys.get("keep", ()))))
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: quantization_config.{error}") from None
+
+
+class Place(NamedTuple):
+    """A module to quantise: its name in the model, and the shape described at the top of this file."""
+
+    kind: Literal["matrix", "mlp", "experts", "table"]
+    module: str
+    rows: int
+    columns: int
+
+
+def places(model: CausalLM) -> Iterator[Place]:
+    """Everything in the model that can be quantised, in the model's order."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, RoutedExperts):
+            yield Place("experts", name, module.down_proj.shape[2], module.down_proj.shape[1])
+        elif isinstance(module, MLP):
+            inside = (f"{name}.",)
+            yield Place("mlp", name, module.gate_proj.out_features, module.gate_proj.in_features)
+        elif isinstance(module, Linear):
+            yield Place("matrix", name, module.out_features, module.in_features)
+        elif isinstance(module, nn.Embedding):
+            yield Place("table", name, module.num_embeddings, module.embedding_dim)
+
+
+def put(model: CausalLM, place: Place, stored: Sequence[Tensor], bits: Bits) -> None:
+    """Replace the module at `place` by one that computes from `stored`: (packed,), a packed MLP for every expert, or
+    (codes, step). Shared experts join the routed ones where those are quantised: one call runs both."""
+    old = model.get_submodule(place.module)
+    new: nn.Module
+    if place.kind == "matrix":
+        new = QuantisedLinear(stored[0], place.rows, place.columns, old.bias, bits)  # type: ignore[arg-type]
+    elif place.kind == "experts":
+        new = QuantisedExperts(stored, place.rows, bits)
+    elif place.kind == "table":
+        new = QuantisedEmbedding(stored[0], stored[1])
+    else:
+        above = model.get_submodule(place.module.rpartition(".")[0])
+        if isinstance(above, MoE) and isinstance(above.experts, QuantisedExperts):
+            above.experts.shared, above.experts.shared_inner = stored[0], place.rows
+            del above.shared_experts
+            return
+        new = QuantisedMLP(stored[0], place.rows, bits)
+    model.set_submodule(place.module, new)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    return any(isinstance(module, _Quantised) for module in model.modules())
+
+
+class _Quantised(nn.Module):
+    def train(self, mode: bool = True) -> _Quantised:
+        if mode:
+            raise ConfigError("a quantised model has no gradients and cannot be trained: train the checkpoint it was "
+                              "made from, or write a plain one (`deepseek quantize IN OUT --format bf16`)")
+        return super().train(False)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
+
+class QuantisedLinear(_Quantised):
+    """x W^T + b; W is packed [rows, columns]."""
+
+    packed: Tensor
+
+    def __init__(self, packed: Tensor, rows: int, columns: int, bias: nn.Parameter | None, bits: Bits) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.bias = bias
+        self.out_features, self.in_features, self.bits = rows, columns, bits
+        self._dense: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """W in BF16, made when first asked for and kept: for products that need the matrix itself, such as MLA's
+        absorbed order. No part of the state."""
+        if self._dense is None:
+            self._dense = unpack(self.packed, self.out_features, self.in_features, self.bits).dequantise().bfloat16()
+        return self._dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.quantised_linear(x, self.packed, self.out_features, self.bias, bits=self.bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+        self._dense = None
+        return super()._apply(fn, recurse)
+
+
+class QuantisedMLP(_Quantised):
+    """down(silu(gate(x)) * up(x)) from one packed range."""
+
+    packed: Tensor
+
+    def __init__(self, packed: Tensor, inner: int, bits: Bits) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.inner, self.bits = inner, bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.quantised_mlp(x.flatten(0, -2), self.packed, self.inner, bits=self.bits).view(x.shape)
+
+
+class QuantisedExperts(_Quantised):
+    """The routed experts of a layer, each a packed MLP, and its shared experts where `put` has brought them here.
+
+    The experts' tensors are a list and no state: a layer has hundreds, mapped from a file.
+    """
+
+    shared: Tensor | None
+
+    def __init__(self, packed: Sequence[Tensor], inner: int, bits: Bits) -> None:
+        super().__init__()
+        self.packed = list(packed)
+        self.inner, self.bits = inner, bits
+        self.register_buffer("shared", None)
+        self.shared_inner = 0
+
+    def forward(self, x_TH: Tensor, route: Route) -> Tensor:
+        return ops.quantised_experts(
+            x_TH, route.index_TK, route.weight_TK, self.packed, self.inner, shared=self.shared,
+            shared_inner=self.shared_inner, bits=self.bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedExperts:
+        self.packed = [fn(tensor) for tensor in self.packed]
+        return super()._apply(fn, recurse)
+
+
+class QuantisedEmbedding(_Quantised):
+    """Rows of int8 with one step each; a lookup gives float32."""
+
+    codes: Tensor
+    step: Tensor
+
+    def __init__(self, codes: Tensor, step: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("step", step)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.codes[ids].float() * self.step[ids].unsqueeze(-1)
