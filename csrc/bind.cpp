@@ -41,9 +41,10 @@ NB_MODULE(_native, m) {
         release());
 
   m.def("bf16_linear",
-        [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, uintptr_t w, int64_t rows, uintptr_t out,
-           int threads) {
-          bf16_linear(at<float>(x), tokens, groups, columns, at<uint16_t>(w), rows, at<float>(out), threads);
+        [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride, int64_t group_stride,
+           uintptr_t w, int64_t rows, uintptr_t out, int threads) {
+          bf16_linear(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint16_t>(w), rows,
+                      at<float>(out), threads);
         },
         release());
 

@@ -226,13 +226,13 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
   });
 }
 
-void bf16_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, const uint16_t* w, int64_t rows,
-                 float* out, int threads) {
+void bf16_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
+                 int64_t group_stride, const uint16_t* w, int64_t rows, float* out, int threads) {
   const int64_t panels = rows / kRows, piece = std::max<int64_t>(1, panels * groups / (8 * threads));
   parallel((panels * groups + piece - 1) / piece, threads, [&](int64_t task) {
     for (int64_t i = task * piece; i < std::min(panels * groups, (task + 1) * piece); ++i) {
       int64_t g = i / panels, p = i % panels;
-      kernels().bf16_panels(w + i * kRows * columns, 1, columns, x + g * columns, groups * columns, tokens,
+      kernels().bf16_panels(w + i * kRows * columns, 1, columns, x + g * group_stride, token_stride, tokens,
                             out + g * rows + p * kRows, groups * rows);
     }
   });

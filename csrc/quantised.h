@@ -15,9 +15,10 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
                        int64_t top, const uint8_t* const* experts, int64_t num_experts, int64_t inner,
                        const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads);
 
-// out[t, g, :] = W_g x[t, g, :] with BF16 weights in panels (kernels.h), `rows` a multiple of 16.
-void bf16_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, const uint16_t* w, int64_t rows,
-                 float* out, int threads);
+// out[t, g, :] = W_g x[t, g, :] with BF16 weights in panels (kernels.h), `rows` a multiple of 16; x[t, g] begins at
+// t * token_stride + g * group_stride.
+void bf16_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
+                 int64_t group_stride, const uint16_t* w, int64_t rows, float* out, int threads);
 
 void rms_norm(const float* x, int64_t tokens, int64_t width, int64_t stride, const float* w, float eps, float* out,
               int threads);

@@ -1,0 +1,257 @@
+"""Products with quantised weights, and the small operations around them at inference.
+
+The arithmetic is one for all kernels and for the references here (csrc/kernels.h): activations become int8 with one
+scale a row, products are summed exactly over blocks of 64 columns, blocks are added in FP32 in their order by fused
+multiply-add. A token's result therefore does not depend on the tokens it is computed with, bit by bit; SiLU,
+exponentials and normalisations differ between torch and csrc/ by FP32 rounding only.
+
+Results are float32. None of these operations has a gradient.
+
+Shape letters: T tokens, G groups (heads), K columns, O rows, H hidden, I intermediate, E experts, B batch, N heads,
+R latent rank, P rotary width, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, silu
+
+from .native import fits, native, threads
+from .panels import BLOCK, LEVELS, Bits, Quantised, matrix_bytes, mlp_bytes, unpack, unpack_mlp
+
+
+class ExpertTable:
+    """The packed MLPs of one layer's experts, checked once. Raises ValueError naming the expert that does not fit."""
+
+    def __init__(self, experts: Sequence[Tensor], hidden: int, inner: int, bits: Bits = 4) -> None:
+        self.experts, self.hidden, self.inner, self.bits = tuple(experts), hidden, inner, bits
+        for e, packed in enumerate(self.experts):
+            _check_packed(f"expert {e}", packed, mlp_bytes(hidden, inner, bits))
+
+    @cached_property
+    def addresses_E(self) -> Tensor:
+        return torch.tensor([packed.data_ptr() for packed in self.experts], dtype=torch.int64)
+
+
+# ---- references -------------------------------------------------------------------------------------------------
+
+
+def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 values as float32 [T, K padded to 64], scale [T]): scale = absmax / 127, round to nearest even."""
+    x = pad(x_TK.float(), (0, -x_TK.shape[-1] % BLOCK))
+    peak_T = x.abs().amax(-1)
+    inverse_T = torch.where(peak_T > 0, 127.0 / peak_T, 0.0)
+    inverse_T = torch.where(inverse_T < 3e38, inverse_T, 0.0)
+    return (x * inverse_T.unsqueeze(-1)).round(), peak_T / 127.0
+
+
+def linear_reference(x_TK: Tensor, w: Quantised) -> Tensor:
+    """x W^T in the arithmetic above, [T, O]; the slow twin, equal to the kernels bit by bit."""
+    q_TK, scale_T = quantise_rows(x_TK)
+    rows, columns = w.code_OK.shape
+    if w.scale_Ob is None:
+        acc_TO = (q_TK[:, :columns].double() @ w.code_OK.double().t()).float()
+    else:
+        levels = torch.tensor(LEVELS, dtype=torch.float32)[w.code_OK.long()]
+        levels_ObK = pad(levels, (0, -columns % BLOCK)).view(rows, -1, BLOCK)
+        sums_bTO = torch.bmm(q_TK.view(len(q_TK), -1, BLOCK).transpose(0, 1), levels_ObK.permute(1, 2, 0))
+        acc_TO = sums_bTO.new_zeros(sums_bTO.shape[1:])
+        for b, sums_TO in enumerate(sums_bTO):  # all integers: float64 holds product and sum, one rounding is an fma
+            acc_TO = (acc_TO.double() + sums_TO.double() * w.scale_Ob[:, b].double()).float()
+    return acc_TO * (w.step_O * scale_T.unsqueeze(1))
+
+
+def mlp_reference(x_TH: Tensor, packed: Tensor, inner: int, bits: Bits) -> Tensor:
+    gate, up, down = unpack_mlp(packed, x_TH.shape[1], inner, bits)
+    return linear_reference(silu(linear_reference(x_TH, gate)) * linear_reference(x_TH, up), down)
+
+
+def experts_reference(
+    x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, table: ExpertTable, shared: Tensor | None, shared_inner: int
+) -> Tensor:
+    y_TKH = x_TH.new_zeros(*index_TK.shape, x_TH.shape[1])
+    for e in index_TK.unique().tolist():
+        token, slot = (index_TK == e).nonzero(as_tuple=True)
+        y_TKH[token, slot] = mlp_reference(x_TH[token], table.experts[e], table.inner, table.bits)
+    out_TH = torch.zeros_like(x_TH) if shared is None else mlp_reference(x_TH, shared, shared_inner, table.bits)
+    for k in range(index_TK.shape[1]):
+        out_TH = torch.addcmul(out_TH, weight_TK[:, k : k + 1], y_TKH[:, k])
+    return out_TH
+
+
+def latent_attention_reference(
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, first_B: Tensor, past_B: Tensor, scale: float
+) -> Tensor:
+    rank, tokens, length = q_latent.shape[-1], q_latent.shape[1], cache.shape[1]
+    q_BTNC = torch.cat((q_latent, q_rope), -1)
+    scores_BNTS = torch.einsum("btnc,bsc->bnts", q_BTNC, cache) * scale
+    position_S = torch.arange(length)
+    last_BT = past_B.unsqueeze(1) + torch.arange(tokens)
+    seen_BTS = (position_S >= first_B.view(-1, 1, 1)) & (position_S <= last_BT.unsqueeze(-1))
+    probs = scores_BNTS.masked_fill(~seen_BTS.unsqueeze(1), -torch.inf).softmax(-1)
+    return torch.einsum("bnts,bsr->btnr", probs, cache[..., :rank])
+
+
+# ---- operations -------------------------------------------------------------------------------------------------
+
+
+def quantised_linear(
+    x: Tensor, packed: Tensor, rows: int, bias: Tensor | None = None, *, bits: Bits = 4
+) -> Tensor:
+    """x[..., K] -> [..., rows]: x W^T + bias; packed: W in panels (ops/panels.py)."""
+    x_TK = _check_activations("x", x).reshape(-1, x.shape[-1])
+    tokens, columns = x_TK.shape
+    _check_packed("packed", packed, matrix_bytes(rows, columns, bits))
+    if fits(x_TK, packed):
+        out = x_TK.new_empty(tokens, rows)
+        native.quantised_linear(x_TK.data_ptr(), tokens, 1, columns, packed.data_ptr(), 0, rows, bits, out.data_ptr(),
+                                threads())
+    else:
+        out = linear_reference(x_TK, unpack(packed, rows, columns, bits))
+    if bias is not None:
+        out += bias
+    return out.view(*x.shape[:-1], rows)
+
+
+def quantised_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: Bits = 4) -> Tensor:
+    """down(silu(gate x) * up x) from one packed range, [T, H]."""
+    _check_activations("x", x_TH)
+    tokens, hidden = x_TH.shape
+    _check_packed("packed", packed, mlp_bytes(hidden, inner, bits))
+    if not fits(x_TH, packed):
+        return mlp_reference(x_TH, packed, inner, bits)
+    out = torch.empty_like(x_TH)
+    native.quantised_experts(x_TH.data_ptr(), tokens, hidden, 0, 0, 0, 0, 0, inner, packed.data_ptr(), inner, bits,
+                             out.data_ptr(), threads())
+    return out
+
+
+def quantised_experts(
+    x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: Sequence[Tensor] | ExpertTable, inner: int, *,
+    shared: Tensor | None = None, shared_inner: int = 0, bits: Bits = 4
+) -> Tensor:
+    """Weighted sum over each token's experts, plus the shared experts where given, [T, H].
+
+    index_TK: int64, 0..E-1. experts: one packed MLP each, or a table of them, which saves checking them again.
+    """
+    _check_activations("x", x_TH)
+    tokens, hidden = x_TH.shape
+    table = experts if isinstance(experts, ExpertTable) else ExpertTable(experts, hidden, inner, bits)
+    if (table.hidden, table.inner, table.bits) != (hidden, inner, bits):
+        raise ValueError(f"experts are for hidden, intermediate, bits {(table.hidden, table.inner, table.bits)}, "
+                         f"asked for {(hidden, inner, bits)}")
+    if index_TK.dtype != torch.int64 or index_TK.shape != weight_TK.shape or len(index_TK) != tokens:
+        raise ValueError(f"index must be int64 [{tokens}, K] beside weight of the same shape, got "
+                         f"{index_TK.dtype} {list(index_TK.shape)} and {list(weight_TK.shape)}")
+    if index_TK.numel():
+        low, high = (int(v) for v in index_TK.aminmax())
+        if low < 0 or high >= len(table.experts):
+            raise ValueError(f"index holds {low if low < 0 else high}: must lie in 0..{len(table.experts) - 1}")
+    weight_TK = weight_TK.float()
+    if shared is not None:
+        _check_packed("shared", shared, mlp_bytes(hidden, shared_inner, bits))
+    index_TK, weight_TK = index_TK.contiguous(), weight_TK.contiguous()
+    if not fits(x_TH, *table.experts[:1]):
+        return experts_reference(x_TH, index_TK, weight_TK, table, shared, shared_inner)
+    out = torch.empty_like(x_TH)
+    native.quantised_experts(
+        x_TH.data_ptr(), tokens, hidden, index_TK.data_ptr(), weight_TK.data_ptr(), index_TK.shape[1],
+        table.addresses_E.data_ptr(), len(table.experts), inner, 0 if shared is None else shared.data_ptr(),
+        shared_inner, bits, out.data_ptr(), threads())
+    return out
+
+
+def grouped_quantised_linear(
+    x_TGK: Tensor, packed: Tensor, offset: int, stride: int, rows: int, *, bits: Bits = 4
+) -> Tensor:
+    """[T, G, rows]: group g of x times the `rows` rows whose panels begin `offset + g * stride` bytes into packed.
+
+    MLA's value half of kv_b_proj, head by head, without copying it out.
+    """
+    _check_activations("x", x_TGK)
+    tokens, groups, columns = x_TGK.shape
+    end = offset + (groups - 1) * stride + matrix_bytes(rows, columns, bits)
+    if end > packed.numel():
+        raise ValueError(f"groups end at byte {end}, packed has {packed.numel()}")
+    if not fits(x_TGK, packed):
+        parts = (packed[offset + g * stride :][: matrix_bytes(rows, columns, bits)] for g in range(groups))
+        return torch.stack([linear_reference(x_TGK[:, g], unpack(part, rows, columns, bits))
+                            for g, part in enumerate(parts)], 1)
+    out = x_TGK.new_empty(tokens, groups, rows)
+    native.quantised_linear(x_TGK.data_ptr(), tokens, groups, columns, packed.data_ptr() + offset, stride, rows, bits,
+                            out.data_ptr(), threads())
+    return out
+
+
+def pack_bf16(w_GOK: Tensor) -> Tensor:
+    """BF16 matrices [G, O, K] as panels of 16 rows, [G, O / 16, K, 16]. O must divide by 16, K by 4."""
+    groups, rows, columns = w_GOK.shape
+    if rows % 16 or columns % 4:
+        raise ValueError(f"w is {list(w_GOK.shape)}: rows must be a multiple of 16, columns of 4")
+    return w_GOK.bfloat16().view(groups, rows // 16, 16, columns).transpose(2, 3).contiguous()
+
+
+def bf16_linear(x_TGK: Tensor, packed_GPK16: Tensor) -> Tensor:
+    """[T, G, O] in float32: group g of x times matrix g of `pack_bf16`, products and sums in FP32."""
+    _check_activations("x", x_TGK, dense=False)
+    tokens, groups, columns = x_TGK.shape
+    if packed_GPK16.dtype != torch.bfloat16 or (packed_GPK16.shape[0], packed_GPK16.shape[2]) != (groups, columns):
+        raise ValueError(f"weights must be bfloat16 [{groups}, O/16, {columns}, 16], got {packed_GPK16.dtype} "
+                         f"{list(packed_GPK16.shape)}")
+    rows = packed_GPK16.shape[1] * 16
+    if not fits(packed_GPK16) or x_TGK.stride(2) != 1:
+        w_GOK = packed_GPK16.float().transpose(2, 3).reshape(groups, rows, columns)
+        return torch.einsum("tgk,gok->tgo", x_TGK, w_GOK)
+    out = x_TGK.new_empty(tokens, groups, rows)
+    native.bf16_linear(x_TGK.data_ptr(), tokens, groups, columns, x_TGK.stride(0), x_TGK.stride(1),
+                       packed_GPK16.data_ptr(), rows, out.data_ptr(), threads())
+    return out
+
+
+def latent_attention(
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, first_B: Tensor, past_B: Tensor, scale: float
+) -> Tensor:
+    """Absorbed MLA over the latent cache, [B, T, N, R] float32.
+
+    q_latent [B, T, N, R], q_rope [B, T, N, P], cache [B, >= S, R + P] (rows of a sequence contiguous; the rotary keys in
+    the last P). Query t of sequence b sees positions first_B[b] … past_B[b] + t; int64 tensors.
+    """
+    batch, tokens, heads, rank = q_latent.shape
+    rope = q_rope.shape[-1]
+    if q_rope.shape[:3] != q_latent.shape[:3] or cache.shape[0] != batch or cache.shape[2] != rank + rope:
+        raise ValueError(f"shapes do not fit: q_latent {list(q_latent.shape)}, q_rope {list(q_rope.shape)}, "
+                         f"cache {list(cache.shape)}")
+    if first_B.dtype != torch.int64 or past_B.dtype != torch.int64 or not len(first_B) == len(past_B) == batch:
+        raise ValueError(f"first and past must be int64 [{batch}]")
+    if batch and (int(past_B.amax()) + tokens > cache.shape[1] or bool((first_B > past_B).any()) or int(first_B.amin()) < 0):
+        raise ValueError(f"positions must satisfy 0 <= first <= past and past + {tokens} <= {cache.shape[1]}, got "
+                         f"first {first_B.tolist()}, past {past_B.tolist()}")
+    rows_lie_together = cache.stride(2) == 1 and cache.stride(1) == rank + rope
+    if not fits(q_latent, q_rope, first_B, past_B) or not rows_lie_together or cache.dtype != torch.float32 or rank % 16:
+        return latent_attention_reference(q_latent, q_rope, cache.float(), first_B, past_B, scale)
+    out = torch.empty_like(q_latent)
+    native.mla_attention(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), cache.stride(0), first_B.data_ptr(),
+                         past_B.data_ptr(), batch, tokens, heads, rank, rope, scale, out.data_ptr(), threads())
+    return out
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------
+
+
+def _check_activations(name: str, x: Tensor, *, dense: bool = True) -> Tensor:
+    if x.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32, got {x.dtype}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient and quantised products have none: use torch.no_grad()")
+    return x.contiguous() if dense else x
+
+
+def _check_packed(name: str, packed: Tensor, need: int) -> None:
+    if packed.dtype != torch.uint8 or packed.numel() < need or not packed.is_contiguous():
+        raise ValueError(f"{name} must be {need} contiguous bytes (uint8), got {packed.numel()} of {packed.dtype}")
+    if packed.device.type == "cpu" and packed.data_ptr() % 64:
+        raise ValueError(f"{name} must begin at a multiple of 64 bytes, begins {packed.data_ptr() % 64} after one")
