@@ -103,12 +103,16 @@ def gguf(cache: Path, checkpoint: Path) -> Path:
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """llama.cpp on a Q4_0 file. Each method starts a tool, which loads, warms up, measures once, and ends."""
+    """llama.cpp on a Q4_0 file. Each method starts a tool, which loads, warms up, measures once, and ends.
+
+    spin_count: how often an OpenMP thread looks before it sleeps at a barrier (GOMP_SPINCOUNT); None is libgomp's own.
+    """
 
     binaries: Path
     model: Path
     threads: int = 2
     flash_attention: bool = False
+    spin_count: int | None = None
 
     @classmethod
     def install(cls, cache: Path = CACHE, checkpoint: Path | None = None, threads: int = 2) -> LlamaCpp:
@@ -119,7 +123,7 @@ class LlamaCpp:
         """Tokens/s of reading one prompt of `tokens` random tokens in one batch."""
         return self._bench("-p", str(tokens), "-n", "0", "-b", str(tokens), "-ub", str(tokens))
 
-    def decode(self, batch: int = 1, steps: int = 48, prompt: int = 16) -> float:
+    def decode(self, batch: int = 1, steps: int = 32, prompt: int = 16) -> float:
         """Tokens/s, over all sequences, of `batch` sequences that grow by `steps` tokens after a prompt of `prompt`."""
         if batch == 1:
             return self._bench("-p", "0", "-n", str(steps), "-d", str(prompt))
@@ -136,7 +140,12 @@ class LlamaCpp:
 
     def _tool(self, tool: str, *options: str) -> str:
         command = [str(self.binaries / tool), "-m", str(self.model), "-t", str(self.threads), *options]
-        return _run(command, f"running {tool}", _environment())
+        return _run(command, f"running {tool}", self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        """Without our own OpenMP settings: `make` exports one."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
+        return kept if self.spin_count is None else kept | {"GOMP_SPINCOUNT": str(self.spin_count)}
 
     @staticmethod
     def _only(rows: Sequence[dict[str, Any]], output: str) -> dict[str, Any]:
@@ -170,11 +179,6 @@ def _fetch(home: Path) -> Path:
             archive.extractall(Path(name) / "source", filter="data")
         (Path(name) / "source").replace(home / "source")
     return tree
-
-
-def _environment() -> Mapping[str, str]:
-    """Ours without the settings of our own OpenMP: llama.cpp's threads wait as its authors left it."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
 
 
 def _run(command: Sequence[str], purpose: str, environment: Mapping[str, str] | None = None) -> str:

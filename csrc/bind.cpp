@@ -40,11 +40,31 @@ NB_MODULE(_native, m) {
         },
         release());
 
-  m.def("bf16_linear",
+  m.def("panel_linear",
         [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride, int64_t group_stride,
-           uintptr_t w, int64_t rows, uintptr_t out, int threads) {
-          bf16_linear(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint16_t>(w), rows,
-                      at<float>(out), threads);
+           uintptr_t w, bool bf16, int64_t rows, uintptr_t out, int threads) {
+          panel_linear(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<void>(w), bf16, rows,
+                       at<float>(out), threads);
+        },
+        release());
+
+  m.def("choose_experts",
+        [](uintptr_t logits, int64_t tokens, int64_t experts, int64_t groups, int64_t kept_groups, int64_t top,
+           int group_best, bool sigmoid, bool normalise, bool scale_anyway, float scale, uintptr_t bias,
+           uintptr_t scores, uintptr_t index, uintptr_t weight, int threads) {
+          choose_experts(at<float>(logits), tokens,
+                         {experts, groups, kept_groups, top, group_best, sigmoid, normalise, scale_anyway, scale},
+                         at<float>(bias), at<float>(scores), at<int64_t>(index), at<float>(weight), threads);
+        },
+        release());
+
+  m.def("mla_prepare",
+        [](uintptr_t q, uintptr_t kv, uintptr_t norm, float eps, uintptr_t cos, uintptr_t sin, bool per_sequence,
+           bool interleaved, int64_t batch, int64_t tokens, int64_t heads, int64_t nope, int64_t rope, int64_t rank,
+           uintptr_t q_rope, uintptr_t cache, int64_t stride, int64_t past, int threads) {
+          mla_prepare(at<float>(q), at<float>(kv), at<float>(norm), eps,
+                      {at<float>(cos), at<float>(sin), per_sequence, interleaved}, batch, tokens, heads, nope, rope, rank,
+                      at<float>(q_rope), at<float>(cache), stride, past, threads);
         },
         release());
 

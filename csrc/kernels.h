@@ -33,7 +33,7 @@ struct Panel {
 // Activations quantised by row.
 struct Rows {
   const int8_t* q;       // [rows][blocks * 64]
-  const int32_t* sums;   // [rows][blocks]: the sum of q over the block
+  const int32_t* surplus;  // [rows][blocks]: -128 times the sum of q over the block, for unsigned weights
   const float* scale;    // [rows]
   int64_t blocks;
 };
@@ -42,7 +42,7 @@ struct Kernels {
   const char* name;
 
   // One row of activations: x [columns] -> q (padded with zeros to whole blocks), sums, scale.
-  void (*quantise)(const float* x, int64_t columns, int8_t* q, int32_t* sums, float* scale);
+  void (*quantise)(const float* x, int64_t columns, int8_t* q, int32_t* surplus, float* scale);
 
   // `count` panels, one after the other at w, times the `tokens` rows row[0], row[1], … of x (null: 0, 1, …).
   // plain: out[t * ld + 16 * panel + r]. gated: panels come in pairs (gate, up) and
@@ -50,9 +50,11 @@ struct Kernels {
   void (*panels)(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x, const int32_t* row,
                  int64_t tokens, float* out, int64_t ld);
 
-  // BF16 weights, 16 rows a panel, [panel][columns][16]: out[t * ld + 16 * panel + r] in FP32, summed in four
-  // strands (column mod 4). `columns` is a multiple of 4.
+  // Weights that are not quantised, BF16 or FP32, 16 rows a panel, [panel][columns][16]: out[t * ld + 16 * panel + r]
+  // in FP32, summed in four strands (column mod 4). `columns` is a multiple of 4.
   void (*bf16_panels)(const uint16_t* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
+                      float* out, int64_t ld);
+  void (*fp32_panels)(const float* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
                       float* out, int64_t ld);
 
   // out = x / sqrt(mean(x^2) + eps) * w

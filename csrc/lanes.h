@@ -40,6 +40,7 @@ inline f16 fma(f16 a, f16 b, f16 c) {
 
 inline f16 larger(f16 a, f16 b) { return a > b ? a : b; }
 inline f16 absolute(f16 a) { return (f16)((i16)a & 0x7fffffff); }
+inline i16 to_int(f16 a) { return __builtin_convertvector(a, i16); }
 inline f16 to_float(i16 a) { return __builtin_convertvector(a, f16); }
 
 // To the nearest integer, ties to even, |x| < 2^22.
@@ -56,6 +57,16 @@ inline float total(f16 v) {
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
   return v[0];
+}
+
+inline int32_t total(i16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += v[i];
+  return sum;
+#endif
 }
 
 // The last `count` < 16 numbers, zeros after them.
@@ -81,7 +92,7 @@ inline f16 exponential(f16 x) {
   p = fma(p, r, all(0.5f));
   p = fma(p, r, all(1.0f));
   p = fma(p, r, all(1.0f));
-  i16 bits = (__builtin_convertvector(n, i16) << 23) + (i16)p;
+  i16 bits = (to_int(n) << 23) + (i16)p;
   return (f16)(bits & live);
 }
 
@@ -97,7 +108,7 @@ inline f16 from_bf16(const uint16_t* p) {
 #endif
 }
 
-void quantise(const float* x, int64_t columns, int8_t* q, int32_t* sums, float* scale) {
+void quantise(const float* x, int64_t columns, int8_t* q, int32_t* surplus, float* scale) {
   f16 top = all(0.0f);
   int64_t whole = columns / 16 * 16;
   for (int64_t k = 0; k < whole; k += 16) top = larger(top, absolute(load(x + k)));
@@ -106,45 +117,52 @@ void quantise(const float* x, int64_t columns, int8_t* q, int32_t* sums, float* 
   *scale = peak / 127.0f;
   float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
   if (!(inverse < 3e38f)) inverse = 0.0f;  // a row of denormals is a row of zeros
-  for (int64_t b = 0; b * kBlock < columns; ++b) {
-    i16 sum = {};
-    for (int64_t k = b * kBlock; k < (b + 1) * kBlock; k += 16) {
-      f16 v = k + 16 <= columns ? load(x + k) : k < columns ? load_some(x + k, columns - k) : all(0.0f);
-      i16 wide = __builtin_convertvector(nearest(v * inverse), i16);
-      sum += wide;
+  auto sixteen = [&](int64_t k, f16 v) __attribute__((always_inline)) {
+    i16 wide = to_int(nearest(v * inverse));
 #if defined(__AVX512F__)
-      _mm_storeu_si128((__m128i*)(q + k), _mm512_cvtepi32_epi8((__m512i)wide));
+    _mm_storeu_si128((__m128i*)(q + k), _mm512_cvtepi32_epi8((__m512i)wide));
 #else
-      for (int i = 0; i < 16; ++i) q[k + i] = (int8_t)wide[i];
+    for (int i = 0; i < 16; ++i) q[k + i] = (int8_t)wide[i];
 #endif
-    }
-    int32_t s = 0;
-    for (int i = 0; i < 16; ++i) s += sum[i];
-    sums[b] = s;
+    return wide;
+  };
+  int64_t b = 0, k = 0;
+  for (; k + kBlock <= columns; ++b, k += kBlock)
+    surplus[b] = -128 * total((sixteen(k, load(x + k)) + sixteen(k + 16, load(x + k + 16))) +
+                              (sixteen(k + 32, load(x + k + 32)) + sixteen(k + 48, load(x + k + 48))));
+  if (k < columns) {
+    i16 sum = {};
+    for (int64_t end = k + kBlock; k < end; k += 16)
+      sum += sixteen(k, k < columns ? load_some(x + k, columns - k < 16 ? columns - k : 16) : all(0.0f));
+    surplus[b] = -128 * total(sum);
   }
 }
 
-template <int T>
-inline void bf16_panel(const uint16_t* w, int64_t columns, const float* x, int64_t ldx, float* out, int64_t ld) {
+inline f16 widened(const uint16_t* p) { return from_bf16(p); }
+inline f16 widened(const float* p) { return load(p); }
+
+template <int T, typename W>
+inline void dense_panel(const W* w, int64_t columns, const float* x, int64_t ldx, float* out, int64_t ld) {
   f16 acc[T][4];
   for (int t = 0; t < T; ++t)
     for (int s = 0; s < 4; ++s) acc[t][s] = all(0.0f);
   for (int64_t k = 0; k < columns; k += 4)
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
-      f16 v = from_bf16(w + 16 * (k + s));
+      f16 v = widened(w + 16 * (k + s));
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) acc[t][s] = fma(v, all(x[t * ldx + k + s]), acc[t][s]);
     }
   for (int t = 0; t < T; ++t) store(out + t * ld, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
 }
 
-void bf16_panels(const uint16_t* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
-                 float* out, int64_t ld) {
+template <typename W>
+void dense_panels(const W* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens, float* out,
+                  int64_t ld) {
   for (int64_t p = 0; p < count; ++p, w += 16 * columns) {
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) bf16_panel<4>(w, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
-    for (; t < tokens; ++t) bf16_panel<1>(w, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
+    for (; t + 4 <= tokens; t += 4) dense_panel<4>(w, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
+    for (; t < tokens; ++t) dense_panel<1>(w, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
   }
 }
 

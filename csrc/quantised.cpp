@@ -1,8 +1,10 @@
 #include "quantised.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -55,18 +57,18 @@ size_t rows_room(int64_t rows, int64_t columns) {
 // Activations of `rows` rows, to be filled by `fill`.
 struct Quantised {
   int8_t* q;
-  int32_t* sums;
+  int32_t* surplus;
   float* scale;
   int64_t blocks;
   Quantised(int64_t rows, int64_t columns) : blocks(blocks_of(columns)) {
-    q = scratch.take<int8_t>(rows * blocks * kBlock), sums = scratch.take<int32_t>(rows * blocks);
+    q = scratch.take<int8_t>(rows * blocks * kBlock), surplus = scratch.take<int32_t>(rows * blocks);
     scale = scratch.take<float>(rows);
   }
   void fill(int64_t row, const float* x, int64_t columns) const {
-    kernels().quantise(x, columns, q + row * blocks * kBlock, sums + row * blocks, scale + row);
+    kernels().quantise(x, columns, q + row * blocks * kBlock, surplus + row * blocks, scale + row);
   }
   Rows rows(int64_t first = 0) const {
-    return {q + first * blocks * kBlock, sums + first * blocks, scale + first, blocks};
+    return {q + first * blocks * kBlock, surplus + first * blocks, scale + first, blocks};
   }
 };
 
@@ -104,7 +106,7 @@ void panels_into(const uint8_t* w, const Panel& shape, int64_t from, int64_t cou
   for (int64_t t = 0; t < tokens; t += kSome) {
     int64_t n = std::min(kSome, tokens - t);
     Rows part = x;
-    if (!row) part.q += t * x.blocks * kBlock, part.sums += t * x.blocks, part.scale += t;
+    if (!row) part.q += t * x.blocks * kBlock, part.surplus += t * x.blocks, part.scale += t;
     k.panels(w + (from + whole) * shape.bytes, 1, bits, false, part, row ? row + t : nullptr, n, last, kRows);
     for (int64_t i = 0; i < n; ++i)
       std::memcpy(to.out + (t + i) * to.ld + start, last + i * kRows, sizeof(float) * (to.rows - start));
@@ -226,15 +228,96 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
   });
 }
 
-void bf16_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
-                 int64_t group_stride, const uint16_t* w, int64_t rows, float* out, int threads) {
+void panel_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
+                  int64_t group_stride, const void* w, bool bf16, int64_t rows, float* out, int threads) {
   const int64_t panels = rows / kRows, piece = std::max<int64_t>(1, panels * groups / (8 * threads));
+  const Kernels& k = kernels();
   parallel((panels * groups + piece - 1) / piece, threads, [&](int64_t task) {
     for (int64_t i = task * piece; i < std::min(panels * groups, (task + 1) * piece); ++i) {
-      int64_t g = i / panels, p = i % panels;
-      kernels().bf16_panels(w + i * kRows * columns, 1, columns, x + g * group_stride, token_stride, tokens,
-                            out + g * rows + p * kRows, groups * rows);
+      int64_t g = i / panels, first = i * kRows * columns;
+      float* to = out + g * rows + i % panels * kRows;
+      if (bf16)
+        k.bf16_panels(static_cast<const uint16_t*>(w) + first, 1, columns, x + g * group_stride, token_stride, tokens, to,
+                      groups * rows);
+      else
+        k.fp32_panels(static_cast<const float*>(w) + first, 1, columns, x + g * group_stride, token_stride, tokens, to,
+                      groups * rows);
     }
+  });
+}
+
+namespace {
+
+// The `count` largest of v, descending, equal values by index; `taken` marks them.
+void largest(const float* v, int64_t n, int64_t count, int64_t* index, std::vector<char>& taken) {
+  taken.assign(n, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < n; ++e)
+      if (!taken[e] && (best < 0 || v[e] > v[best])) best = e;
+    taken[best] = 1;
+    index[i] = best;
+  }
+}
+
+}  // namespace
+
+void choose_experts(const float* logits, int64_t tokens, const Gate& gate, const float* bias, float* scores,
+                    int64_t* index, float* weight, int threads) {
+  const int64_t experts = gate.experts, per_group = experts / gate.groups;
+  in_pieces(tokens, 8, threads, [&](int64_t t) {
+    const float* x = logits + t * experts;
+    float* s = scores + t * experts;
+    int64_t* picked = index + t * gate.top;
+    float* w = weight + t * gate.top;
+    float top = *std::max_element(x, x + experts), sum = 0.0f;
+    for (int64_t e = 0; e < experts; ++e) {
+      s[e] = gate.sigmoid ? 1.0f / (1.0f + std::exp(-x[e])) : std::exp(x[e] - top);
+      sum += s[e];
+    }
+    if (!gate.sigmoid)
+      for (int64_t e = 0; e < experts; ++e) s[e] /= sum;
+    std::vector<float> choice(s, s + experts);
+    if (bias)
+      for (int64_t e = 0; e < experts; ++e) choice[e] += bias[e];
+    std::vector<char> taken;
+    if (gate.group_best) {
+      std::vector<float> group(gate.groups, 0.0f);
+      std::vector<int64_t> best(std::max<int64_t>(gate.group_best, gate.kept_groups));
+      for (int64_t g = 0; g < gate.groups; ++g) {
+        largest(choice.data() + g * per_group, per_group, gate.group_best, best.data(), taken);
+        for (int i = 0; i < gate.group_best; ++i) group[g] += choice[g * per_group + best[i]];
+      }
+      largest(group.data(), gate.groups, gate.kept_groups, best.data(), taken);
+      for (int64_t e = 0; e < experts; ++e)
+        if (!taken[e / per_group]) choice[e] = -std::numeric_limits<float>::infinity();
+    }
+    largest(choice.data(), experts, gate.top, picked, taken);
+    sum = 0.0f;
+    for (int64_t i = 0; i < gate.top; ++i) sum += w[i] = s[picked[i]];
+    const float scale = !gate.normalise || gate.scale_anyway ? gate.scale : 1.0f;
+    for (int64_t i = 0; i < gate.top; ++i) w[i] = (gate.normalise ? w[i] / (sum + 1e-20f) : w[i]) * scale;
+  });
+}
+
+void mla_prepare(const float* q, const float* kv, const float* norm, float eps, const Rotary& rotary, int64_t batch,
+                 int64_t tokens, int64_t heads, int64_t nope, int64_t rope, int64_t rank, float* q_rope, float* cache,
+                 int64_t stride, int64_t past, int threads) {
+  const int64_t half = rope / 2;
+  in_pieces(batch * tokens, 4, threads, [&](int64_t i) {
+    const int64_t b = i / tokens, t = i % tokens, angle = (rotary.per_sequence ? i : t) * half;
+    auto rotate = [&](const float* x, float* out) {
+      for (int64_t p = 0; p < half; ++p) {
+        float u = rotary.interleaved ? x[2 * p] : x[p], v = rotary.interleaved ? x[2 * p + 1] : x[p + half];
+        float c = rotary.cos[angle + p], s = rotary.sin[angle + p];
+        out[p] = u * c - v * s, out[p + half] = v * c + u * s;
+      }
+    };
+    for (int64_t h = 0; h < heads; ++h)
+      rotate(q + ((i * heads + h) * (nope + rope) + nope), q_rope + (i * heads + h) * rope);
+    float* row = cache + b * stride + (past + t) * (rank + rope);
+    kernels().rms_norm(kv + i * (rank + rope), norm, rank, eps, row);
+    rotate(kv + i * (rank + rope) + rank, row + rank);
   });
 }
 
@@ -251,10 +334,14 @@ void mla_attention(const float* q_latent, const float* q_rope, const float* cach
   const int64_t width = rank + rope, lanes = (heads + 15) / 16;
   // One unit: 16 heads of one query. Its blocks of keys are independent; where units are few, blocks are shared out.
   const int64_t units = batch * tokens * lanes;
-  auto blocks = [&](int64_t unit) {
-    int64_t b = unit / lanes / tokens, t = unit / lanes % tokens;
-    return (past[b] + t + 1 - first[b] + kKeys - 1) / kKeys;
+  struct Span {
+    int64_t first, last;
   };
+  auto span = [&](int64_t unit) {  // a query of padding, which sees nothing, sees itself: rubbish, but finite
+    int64_t b = unit / lanes / tokens, last = past[b] + unit / lanes % tokens;
+    return Span{std::min(first[b], last), last};
+  };
+  auto blocks = [&](int64_t unit) { return (span(unit).last - span(unit).first) / kKeys + 1; };
   auto transpose = [&](int64_t unit, float* q) {  // -> [rank + rope][16]
     int64_t query = unit / lanes, h0 = unit % lanes * 16, n = std::min<int64_t>(16, heads - h0);
     for (int64_t d = 0; d < width; ++d)
@@ -264,9 +351,9 @@ void mla_attention(const float* q_latent, const float* q_rope, const float* cach
                                    : q_rope[(query * heads + h0 + h) * rope + d - rank];
   };
   auto block = [&](int64_t unit, int64_t i, const float* q, float* part) {
-    int64_t b = unit / lanes / tokens, t = unit / lanes % tokens, j = first[b] + i * kKeys;
-    kernels().mla_block(q, cache + b * stride + j * width, width, std::min(kKeys, past[b] + t + 1 - j), rank, rope, scale,
-                        part, part + 16, part + 32);
+    int64_t b = unit / lanes / tokens, j = span(unit).first + i * kKeys;
+    kernels().mla_block(q, cache + b * stride + j * width, width, std::min(kKeys, span(unit).last + 1 - j), rank, rope,
+                        scale, part, part + 16, part + 32);
   };
   auto join = [&](int64_t unit, const float* parts, int64_t count) {
     std::vector<const float*> top(count), norm(count), sum(count);

@@ -15,16 +15,40 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
                        int64_t top, const uint8_t* const* experts, int64_t num_experts, int64_t inner,
                        const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads);
 
-// out[t, g, :] = W_g x[t, g, :] with BF16 weights in panels (kernels.h), `rows` a multiple of 16; x[t, g] begins at
-// t * token_stride + g * group_stride.
-void bf16_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
-                 int64_t group_stride, const uint16_t* w, int64_t rows, float* out, int threads);
+// out[t, g, :] = W_g x[t, g, :] with BF16 or FP32 weights in panels (kernels.h), `rows` a multiple of 16; x[t, g] begins
+// at t * token_stride + g * group_stride.
+void panel_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
+                  int64_t group_stride, const void* w, bool bf16, int64_t rows, float* out, int threads);
+
+// What a gate decides from its logits [tokens, experts] (model/gate.py has the formulas).
+struct Gate {
+  int64_t experts, groups, kept_groups, top;
+  int group_best;       // how many choices make a group's score; 0: groups play no part
+  bool sigmoid;         // else softmax
+  bool normalise;       // weights sum to one before `scale`
+  bool scale_anyway;    // V3 scales normalised weights, V2 does not
+  float scale;
+};
+void choose_experts(const float* logits, int64_t tokens, const Gate& gate, const float* bias, float* scores,
+                    int64_t* index, float* weight, int threads);
 
 void rms_norm(const float* x, int64_t tokens, int64_t width, int64_t stride, const float* w, float eps, float* out,
               int threads);
 
+// Before attention: rotates the rotary part of q [B, T, N, nope + rope] into q_rope [B, T, N, rope], and writes the latents,
+// normalised, and the rotated keys of kv [B, T, rank + rope] to cache rows past … past + T - 1 (`stride` numbers from one
+// sequence to the next). cos, sin: [B or 1, T, rope / 2]. Rotated pairs lie as two halves, as in model/layers.py.
+struct Rotary {
+  const float *cos, *sin;
+  bool per_sequence, interleaved;
+};
+void mla_prepare(const float* q, const float* kv, const float* norm, float eps, const Rotary& rotary, int64_t batch,
+                 int64_t tokens, int64_t heads, int64_t nope, int64_t rope, int64_t rank, float* q_rope, float* cache,
+                 int64_t stride, int64_t past, int threads);
+
 // Absorbed MLA. q_latent [B, T, N, R], q_rope [B, T, N, P], cache [B, ., R + P] with `stride` numbers from one sequence to
-// the next; query t of sequence b sees positions first[b] … past[b] + t. out [B, T, N, R].
+// the next; query t of sequence b sees positions first[b] … past[b] + t (at least
+// its own). out [B, T, N, R].
 void mla_attention(const float* q_latent, const float* q_rope, const float* cache, int64_t stride, const int64_t* first,
                    const int64_t* past, int64_t batch, int64_t tokens, int64_t heads, int64_t rank, int64_t rope,
                    float scale, float* out, int threads);

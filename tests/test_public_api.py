@@ -10,7 +10,7 @@ import pytest
 
 import deepseek
 
-PUBLIC = ["ExpertId", "LLM", "ModelConfig", "SamplingParams", "Tokenizer", "load_model", "save_model"]
+PUBLIC = ["ExpertId", "LLM", "ModelConfig", "SamplingParams", "Tokenizer", "load_model", "quantize", "save_model"]
 
 
 def test_the_public_names_are_this_sorted_list() -> None:

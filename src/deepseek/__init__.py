@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_model as load_model
     from .checkpoint import save_model as save_model
     from .config import ModelConfig as ModelConfig
+    from .convert import quantize as quantize
     from .engine import LLM as LLM
     from .engine import SamplingParams as SamplingParams
     from .ids import ExpertId as ExpertId
@@ -21,6 +22,7 @@ _WHERE = {
     "SamplingParams": "engine",
     "Tokenizer": "tokenizer",
     "load_model": "checkpoint",
+    "quantize": "convert",
     "save_model": "checkpoint",
 }
 __all__ = sorted(_WHERE)

@@ -41,12 +41,16 @@ from .model import CausalLM
 from .model.layers import rotary_frequencies
 from .ops import panels
 from .quant import fp8
+from .quant.fused import fuse
 from .quant.linear import Place, Recipe, is_quantised, places, put
 
 HUB_NAMES = {"deepseek-v3": "deepseek-ai/DeepSeek-V3", "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite"}
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+# as safetensors spells the dtypes that weights have
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}
 PAGE = 4096  # a packed MLP begins at a multiple of it, and is padded to one
 
 Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
@@ -138,6 +142,11 @@ def disk_parts(name: str, config: ModelConfig) -> list[tuple[str, tuple[int, sli
     return [(name, None)]
 
 
+def outside_index(name: str, config: ModelConfig) -> bool:
+    """Whether the tensor `name` of the model is written to mtp.safetensors (see the top of this file)."""
+    return name.startswith("model.mtp.") and config.num_hidden_layers != 61
+
+
 class Unit(NamedTuple):
     """What is quantised as one: the stem of its names on disk and the plain weights there that it is made of (one, or
     gate, up and down of a gated MLP)."""
@@ -157,7 +166,7 @@ def units(place: Place, config: ModelConfig) -> list[Unit]:
 
 
 def quantised_places(model: CausalLM, recipe: Recipe) -> list[Place]:
-    """Those that the recipe does not keep. One kept weight keeps its whole MLP, or all the routed experts of a layer."""
+    """Those that the recipe does not keep. One kept weight keeps its whole MLP, or all routed experts of its layer."""
     def kept(place: Place) -> bool:
         names = (name for unit in units(place, model.config) for name in unit.weights)
         return any(fnmatchcase(name, pattern) for name in names for pattern in recipe.keep)
@@ -243,7 +252,7 @@ class TensorFiles:
         """The same for rows start..stop alone, copied from the file and not mapped, so that a walk over a large
         checkpoint never has more than these in memory. Of an FP8 matrix `start` must be a multiple of 128."""
         _, *rest = shape = self.shape(name)
-        kind = _TORCH[self.dtype(name)]
+        kind = TORCH_DTYPES[self.dtype(name)]
         row = math.prod(rest) * kind.itemsize
         stop = min(stop, shape[0])
         data = self.read_bytes(name, start * row, stop * row)
@@ -258,13 +267,10 @@ class TensorFiles:
                 self._headers[file] = 8 + length, json.loads(stream.read(length))
         begin, header = self._headers[file]
         data = torch.empty(stop - start, dtype=torch.uint8)
-        with file.open("rb", buffering=0) as raw:
-            raw.seek(begin + header[name]["data_offsets"][0] + start)
-            view, done = memoryview(data.numpy()), 0
-            while done < len(view):
-                if not (got := raw.readinto(view[done:])):
-                    raise CheckpointError(f"{file}: {name} ends {len(view) - done} bytes early: the file has shrunk")
-                done += got
+        with file.open("rb") as stream:
+            stream.seek(begin + header[name]["data_offsets"][0] + start)
+            if (got := stream.readinto(data.numpy().data)) != len(data):
+                raise CheckpointError(f"{file}: {name} ends {len(data) - got} bytes early: the file has shrunk")
         return data
 
     def _plain(self, name: str, tensor: Tensor, start: int, dtype: torch.dtype | None) -> Tensor:
@@ -283,11 +289,6 @@ class TensorFiles:
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {name}: {error}") from None
         return tensor if dtype is None else tensor.to(dtype)
-
-
-# As safetensors spells the dtypes that weights have.
-_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}
 
 
 def open_checkpoint(
@@ -313,7 +314,7 @@ def load_model(
     """Read a checkpoint into a CausalLM in evaluation mode.
 
     dtype: of all parameters; "auto" takes the checkpoint's own (BF16 for official FP8). Gate biases stay FP32. Of a
-    quantised checkpoint: of the activations, float32 for "auto"; its files are mapped and not read.
+    quantised checkpoint: of the activations, always float32; its files are mapped and not read.
     verify: compare every file with the manifest's sizes and hashes where there is a manifest, or (False) not at all;
     None leaves out the hashes of a quantised checkpoint's weights, which would be the only reason to read them all.
     Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
@@ -322,7 +323,9 @@ def load_model(
     with torch.device("meta"):
         model = CausalLM(config)
     if recipe is not None:
-        return _fill_quantised(model, recipe, files, _dtype_of("float32" if dtype == "auto" else dtype, files), device)
+        if dtype not in ("auto", "float32", torch.float32):
+            raise ConfigError(f"dtype = {dtype}: a quantised checkpoint computes in float32 (auto)")
+        return _fill_quantised(model, recipe, files, device)
     model.to(_dtype_of(dtype, files)).to_empty(device=device)
     _restore_buffers(model, config)
     _fill(model, files, files.folder)
@@ -374,9 +377,9 @@ def check_names(files: TensorFiles, used: set[str], missing: list[str]) -> None:
 
 
 def _fill_quantised(
-    model: CausalLM, recipe: Recipe, files: TensorFiles, dtype: torch.dtype, device: torch.device | str
+    model: CausalLM, recipe: Recipe, files: TensorFiles, device: torch.device | str
 ) -> CausalLM:
-    """Quantised modules for those of a model on the meta device; what is plain keeps its dtype, but vectors are FP32."""
+    """Put quantised modules into a model on the meta device; plain matrices keep their dtype, vectors become FP32."""
     config = model.config
     used: set[str] = set()
     missing: list[str] = []
@@ -404,6 +407,8 @@ def _fill_quantised(
         else:
             size = packed_bytes(place, recipe.bits)
             parts = [stored(f"{stem}.packed", torch.uint8, (size,)) for stem in stems]
+        if missing:
+            check_names(files, used, missing)
         tied = tied and place.module not in ("lm_head", "model.embed_tokens")
         put(model, place, parts, recipe.bits)
     plain: dict[str, Tensor] = {}
@@ -420,7 +425,8 @@ def _fill_quantised(
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary.inv_P = rotary_frequencies(config).to(device)
-    model.compute_dtype = dtype
+    model.compute_dtype = torch.float32
+    fuse(model)
     return model.requires_grad_(False).eval()
 
 
@@ -500,7 +506,7 @@ def _disk_tensors(model: CausalLM) -> tuple[dict[str, Tensor], dict[str, Tensor]
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        inside = name.startswith("model.mtp.") and model.config.num_hidden_layers != 61
+        inside = outside_index(name, model.config)
         for disk_name, part in disk_parts(name, model.config):
             piece = tensor if part is None else tensor[part[0]][part[1]]
             (mtp if inside else main)[disk_name] = piece.detach().contiguous().cpu()

@@ -161,6 +161,19 @@ def chat(args: argparse.Namespace) -> None:
     _show_usage(args, usage)
 
 
+def quantize(args: argparse.Namespace) -> None:
+    from . import convert
+
+    if args.format == "bf16":
+        if args.keep:
+            raise ConfigError(f"keep = {args.keep!r}: has a meaning only with nf4 and int8")
+        convert.dequantize(args.source, args.out, overwrite=args.overwrite)
+    else:
+        report = convert.quantize(args.source, args.out, args.format, keep=args.keep, overwrite=args.overwrite)
+        print(report.table())
+    print(f"model: {args.out}")
+
+
 # ---- what verbs share ---------------------------------------------------------------------------------------------
 
 
@@ -281,6 +294,15 @@ def _parser() -> argparse.ArgumentParser:
     for setting in fields(TrainConfig):
         kind: dict[str, Any] = {"action": "store_true"} if setting.default is False else {"type": type(setting.default)}
         verb.add_argument(f"--{setting.name}", default=setting.default, help=setting.metadata["help"], **kind)
+
+    verb = _verb(verbs, "quantize", quantize, "write a checkpoint in fewer bits; the same command goes on after a stop")
+    verb.add_argument("source", metavar="IN", help="a checkpoint folder or a hub id (BF16, FP32 or FP8)")
+    verb.add_argument("out", metavar="OUT", help="folder to write")
+    verb.add_argument("--format", choices=("nf4", "int8", "bf16"), default="nf4",
+                      help="bits of a weight; bf16 writes a plain checkpoint of a quantised one")
+    verb.add_argument("--keep", nargs="+", action="extend", default=[], metavar="PATTERN",
+                      help="weights that stay as they are, such as 'lm_head.*' or 'model.layers.0.*'")
+    verb.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
 
     verb = _verb(verbs, "infer", infer, "complete a prompt, printing text as it comes")
     _model_flags(verb)

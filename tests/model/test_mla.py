@@ -16,7 +16,7 @@ from torch import Tensor
 from deepseek.config import ModelConfig, YarnScaling
 from deepseek.model import LatentCache
 from deepseek.model.layers import Rotary, rotate
-from deepseek.model.mla import MLA
+from deepseek.model.mla import MLA, Visible
 
 CONFIG = ModelConfig(
     vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24,
@@ -46,10 +46,6 @@ def hidden(batch: int, tokens: int, seed: int = 1) -> Tensor:
 
 def positions(start: int, tokens: int) -> Tensor:
     return torch.arange(start, start + tokens).unsqueeze(0)
-
-
-def causal(tokens: int, length: int) -> Tensor:
-    return torch.ones(tokens, length, dtype=torch.bool).tril(length - tokens)[None, None]
 
 
 def by_hand(mla: MLA, rotary: Rotary, x_TH: Tensor) -> Tensor:
@@ -126,7 +122,8 @@ def test_the_cache_changes_nothing(changes: dict[str, Any], order: Any, steps: t
     for tokens in steps:
         cache.reserve(tokens)
         start, end = cache.length, cache.length + tokens
-        parts.append(mla(x[:, start:end], *rotary(positions(start, tokens)), causal(tokens, end), cache, 1, order))
+        visible = Visible(None, 2, tokens, start, x.device)
+        parts.append(mla(x[:, start:end], *rotary(positions(start, tokens)), visible, cache, 1, order))
         cache.length = end
     torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)
 
@@ -134,10 +131,11 @@ def test_the_cache_changes_nothing(changes: dict[str, Any], order: Any, steps: t
 def test_both_orders_agree_under_a_padding_mask() -> None:
     mla, rotary = make(CONFIG)
     x, angles = hidden(2, 6), rotary(positions(0, 6))
-    mask = causal(6, 6).repeat(2, 1, 1, 1)
-    mask[0, :, :, :2] = False  # the first two rows of sequence 0 may look nowhere
-    naive, absorbed = (mla(x, *angles, mask, None, 0, order) for order in ("naive", "absorbed"))
-    seen = mask.any(-1)[:, 0]
+    real = torch.ones(2, 6, dtype=torch.bool)
+    real[0, :2] = False  # the first two rows of sequence 0 may look nowhere
+    visible = Visible(real, 2, 6, 0, x.device)
+    naive, absorbed = (mla(x, *angles, visible, None, 0, order) for order in ("naive", "absorbed"))
+    seen = visible.dense.any(-1)[:, 0]
     torch.testing.assert_close(naive[seen], absorbed[seen], rtol=1e-4, atol=1e-5)
     assert bool(naive.isfinite().all()) and bool(absorbed.isfinite().all())
 

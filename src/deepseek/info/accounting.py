@@ -16,8 +16,10 @@ copies, copies that one token uses). Nothing is allocated and torch is not impor
                  FP32  4 n
                  BF16  2 n
                  FP8   n + 4 per block of 128 x 128, the official layout; embedding, head, gate and norms stay BF16
-                 NF4   4.127 bits: 4 + 8/64 (a byte of scale per 64 numbers) + 32/(64 * 256) (scales of scales);
-                       gate, norms and biases stay BF16, the embedding is int8 with one FP32 scale per row
+                 NF4   what `deepseek quantize` writes (docs/formats.md): 4 + 8/64 + 32/columns bits (a byte of scale a
+                       block, a float a row), rows padded to 16, columns to 64, a gated MLP to 4096 bytes; gate, norms
+                       and biases stay BF16, the embedding is int8 with one FP32 scale per row, a tied head is stored
+                       in NF4 beside it
                and FP32 for the gate's bias in all of them.
     cache      MLA: (kv_lora_rank + qk_rope) numbers a layer; plain multi-head attention of the same heads:
                heads * (qk_nope + v), which is the 2 n_h d_h of arXiv 2405.04434, table 1. BF16.
@@ -36,33 +38,42 @@ from ..config import ModelConfig
 from ..errors import RequestError
 
 FORMATS = ("FP32", "BF16", "FP8", "NF4")
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 _PARTS = ("embedding", "attention", "dense FFN", "gate", "routed experts", "shared experts", "norms", "head")
 
 
 class _Weight(NamedTuple):
     part: str
-    role: Literal["linear", "gate", "vector", "table", "head", "state"]
-    rows: int
+    role: Literal["linear", "mlp", "gate", "vector", "table", "head", "state"]
+    rows: int  # of an mlp: its inner width; it is gate and up [rows, columns] and down [columns, rows]
     columns: int = 1
     copies: int = 1
     active: int = 1
 
     @property
     def numbers(self) -> int:
-        return self.rows * self.columns
+        return self.rows * self.columns * (3 if self.role == "mlp" else 1)
 
-    def bytes(self, format: str) -> float:
+    def bytes(self, format: str) -> int:
         """Of one copy, by the recipes at the top of this file."""
         if self.role == "state" or format == "FP32":
             return 4 * self.numbers
-        if format == "FP8" and self.role == "linear":
-            return self.numbers + 4 * math.ceil(self.rows / 128) * math.ceil(self.columns / 128)
+        if format == "FP8" and self.role in ("linear", "mlp"):
+            blocks = math.ceil(self.rows / 128) * math.ceil(self.columns / 128)
+            return self.numbers + 4 * blocks * (3 if self.role == "mlp" else 1)
         if format == "NF4" and self.role in ("linear", "head"):
-            return self.numbers * NF4_BITS / 8
+            return _nf4_bytes(self.rows, self.columns)
+        if format == "NF4" and self.role == "mlp":
+            both = 2 * _nf4_bytes(self.rows, self.columns) + _nf4_bytes(self.columns, self.rows)
+            return 4096 * math.ceil(both / 4096)
         if format == "NF4" and self.role == "table":
             return self.numbers + 4 * self.rows
         return 2 * self.numbers
+
+
+def _nf4_bytes(rows: int, columns: int) -> int:
+    """As ops/panels.py, which would load torch."""
+    blocks = math.ceil(columns / 64)
+    return math.ceil(rows / 16) * (64 + 64 * math.ceil(blocks / 4) + 512 * blocks)
 
 
 def _main(config: ModelConfig) -> Iterator[_Weight]:
@@ -97,20 +108,15 @@ def _layer(config: ModelConfig, moe: bool) -> Iterator[_Weight]:
     yield _Weight("norms", "vector", rank)
     yield _Weight("norms", "vector", hidden, copies=2, active=2)
     if not moe:
-        yield from _mlp("dense FFN", hidden, config.intermediate_size)
+        yield _Weight("dense FFN", "mlp", config.intermediate_size, hidden)
         return
     experts, inner = config.n_routed_experts, config.moe_intermediate_size
     yield _Weight("gate", "gate", experts, hidden)
     if config.topk_method == "noaux_tc":
         yield _Weight("gate", "state", experts)
-    yield from _mlp("routed experts", hidden, inner, experts, config.num_experts_per_tok)
+    yield _Weight("routed experts", "mlp", inner, hidden, experts, config.num_experts_per_tok)
     if config.n_shared_experts:
-        yield from _mlp("shared experts", hidden, inner * config.n_shared_experts)
-
-
-def _mlp(part: str, hidden: int, inner: int, copies: int = 1, active: int = 1) -> Iterator[_Weight]:
-    yield _Weight(part, "linear", inner, hidden, 2 * copies, 2 * active)
-    yield _Weight(part, "linear", hidden, inner, copies, active)
+        yield _Weight("shared experts", "mlp", inner * config.n_shared_experts, hidden)
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ def describe(config: ModelConfig, *, name: str = "", context: int = 4096) -> Mod
     context = min(context, config.max_position_embeddings)
     weights = list(_main(config))
     # a tied embedding is the head, too: multiplied with, and read as a whole
-    multiplied = {"linear", "gate", "head"} | ({"table"} if config.tie_word_embeddings else set())
+    multiplied = {"linear", "mlp", "gate", "head"} | ({"table"} if config.tie_word_embeddings else set())
     attention = (
         2 * config.num_hidden_layers * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * context
     )
@@ -221,7 +227,7 @@ def describe(config: ModelConfig, *, name: str = "", context: int = 4096) -> Mod
         gate_bias=sum(w.numbers for w in weights if w.role == "state"),
         flops=2 * sum(w.numbers * w.active for w in matrices) + attention,
         dense_flops=2 * sum(w.numbers * w.copies for w in matrices) + attention,
-        memory=tuple(_memory(format, weights, config.tie_word_embeddings) for format in FORMATS),
+        memory=tuple(_memory(format, weights, config) for format in FORMATS),
     )
 
 
@@ -230,8 +236,11 @@ def _sum(name: str, weights: Iterable[_Weight]) -> Part:
     return Part(name, sum(w.numbers * w.copies for w in parameters), sum(w.numbers * w.active for w in parameters))
 
 
-def _memory(format: str, weights: list[_Weight], tied: bool) -> Memory:
+def _memory(format: str, weights: list[_Weight], config: ModelConfig) -> Memory:
+    tied = config.tie_word_embeddings
+    if tied and format == "NF4":
+        weights, tied = [*weights, _Weight("head", "head", config.vocab_size, config.hidden_size)], False
     total = sum(w.bytes(format) * w.copies for w in weights)
     resident = sum(w.bytes(format) * w.active for w in weights)
     lookup = 0.0 if tied else sum(w.bytes(format) * (1 - 1 / w.rows) for w in weights if w.role == "table")
-    return Memory(format, round(total), round(resident), round(resident - lookup), round(total - lookup))
+    return Memory(format, total, resident, round(resident - lookup), round(total - lookup))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..config import ARCHITECTURES
-from .accounting import NF4_BITS, ModelInfo
+from .accounting import ModelInfo
 from .fit import WORKING_SHARE, Fit, price_of_tokens
 from .machine import Machine
 from .units import in_bytes, in_count, in_speed, scaled
@@ -110,7 +110,7 @@ def render(
 _FLOPS = "FLOP kFLOP MFLOP GFLOP TFLOP"
 _RECIPES = {
     "FP8": "   official blocks; embedding, head, gate, norms BF16",
-    "NF4": f"   {NF4_BITS:.3f} bits; embedding int8, gate and norms BF16",
+    "NF4": "   blocks of 64; embedding int8, gate and norms BF16",
 }
 
 

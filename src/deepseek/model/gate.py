@@ -50,8 +50,11 @@ class Gate(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x_TH: Tensor) -> Route:
-        logits_TE = x_TH.float() @ self.weight.float().t()
-        return choose(logits_TE, self.config, getattr(self, "e_score_correction_bias", None))
+        return choose(x_TH.float() @ self.weight.float().t(), self.config, self.bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self, "e_score_correction_bias", None)
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor, speed: float) -> None:

@@ -17,6 +17,7 @@ Shape letters: B batch, T new tokens, S cached positions (T included), N heads, 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -28,6 +29,35 @@ from ..ops.linear import mm
 from .layers import Linear, RMSNorm, rotate
 
 Order = Literal["auto", "naive", "absorbed"]
+
+
+class Visible:
+    """Which positions each query of a call may look at.
+
+    mask_BS: True for real tokens of the cache and of the call together, None where there is no padding. Query t, at
+    position past + t, sees the real tokens up to its own position.
+    """
+
+    def __init__(self, mask_BS: Tensor | None, batch: int, tokens: int, past: int, device: torch.device) -> None:
+        self.mask_BS, self.batch, self.tokens, self.past, self.device = mask_BS, batch, tokens, past, device
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """Boolean [B or 1, 1, T, S], True where a query may look."""
+        causal = torch.ones(self.tokens, self.past + self.tokens, dtype=torch.bool, device=self.device)
+        causal = causal.tril_(self.past)[None, None]
+        return causal if self.mask_BS is None else causal & self.mask_BS[:, None, None, :]
+
+    @cached_property
+    def span(self) -> tuple[Tensor, Tensor] | None:
+        """(first_B, past_B), where every query of sequence b sees first_B[b] … past_B[b] + t, as it does with padding
+        on one or both sides (queries of padding aside); None where real tokens have padding between them."""
+        past_B = torch.full((self.batch,), self.past, device=self.device)
+        if self.mask_BS is None:
+            return torch.zeros_like(past_B), past_B
+        mask = self.mask_BS.int()
+        gaps = (mask[:, 1:] - mask[:, :-1] == 1).sum(1) + mask[:, 0]
+        return None if bool((gaps > 1).any()) else (mask.argmax(1), past_B)
 
 
 class LatentCache:
@@ -55,6 +85,10 @@ class LatentCache:
             grown = self.data.new_empty(*self.data.shape[:2], max(need, 2 * capacity), self.data.shape[3])
             grown[:, :, : self.length] = self.data[:, :, : self.length]
             self.data = grown
+
+    def slot(self, layer: int, tokens: int) -> Tensor:
+        """One layer's rows with room for `tokens` more, [B, length + tokens, R + rope], to be written in place."""
+        return self.data[layer, :, : self.length + tokens]
 
     def extend(self, layer: int, latent_BTC: Tensor) -> Tensor:
         """Write one layer's new positions; returns all of that layer's, [B, length + T, R + rope].
@@ -89,11 +123,12 @@ class MLA(nn.Module):
         self.o_proj = Linear(heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LatentCache | None, layer: int,
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, layer: int,
         order: Order = "auto",
     ) -> Tensor:
-        """mask: None for causal over the tokens given, else boolean [B, 1, T, S], True where a query may look."""
+        """visible: None for causal over the tokens given, without padding and without a past."""
         config = self.config
+        mask = None if visible is None else visible.dense
         batch, tokens, _ = x_BTH.shape
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)

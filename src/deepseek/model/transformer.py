@@ -25,7 +25,7 @@ from ..ops.loss import IGNORE
 from .experts import MoE
 from .gate import Route, expert_load, sequence_balance_loss
 from .layers import MLP, Linear, RMSNorm, Rotary
-from .mla import MLA, LatentCache, Order
+from .mla import MLA, LatentCache, Order, Visible
 from .mtp import MTPInput, SharedHead
 
 
@@ -39,9 +39,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LatentCache | None, order: Order
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, order: Order
     ) -> tuple[Tensor, Route | None]:
-        x = x_BTH + self.self_attn(self.input_layernorm(x_BTH), cos, sin, mask, cache, self.layer, order)
+        x = x_BTH + self.self_attn(self.input_layernorm(x_BTH), cos, sin, visible, cache, self.layer, order)
         y = self.mlp(self.post_attention_layernorm(x))
         y, route = y if isinstance(y, tuple) else (y, None)
         return x + y, route
@@ -118,7 +118,7 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.norm.weight.device
 
     def moe_blocks(self) -> dict[int, MoE]:
         """Layer index -> its MoE block, MTP layers last."""
@@ -164,10 +164,10 @@ class CausalLM(nn.Module):
         mask_BT = _mask_over_cache(mask_BT, cache, ids_BT)
         positions_BT = _positions(ids_BT, mask_BT, positions_BT, cache)
         cos, sin = self.model.rotary(positions_BT)
-        mask = _attention_mask(mask_BT, tokens, cache.length if cache is not None else 0, ids_BT.device)
+        visible = _visible(mask_BT, ids_BT, cache.length if cache is not None else 0)
         x = self._embed(ids_BT)
         for layer, block in enumerate(self.model.layers):
-            x, route = self._run(block, x, cos, sin, mask, cache, order)
+            x, route = self._run(block, x, cos, sin, visible, cache, order)
             if routing is not None and route is not None:
                 routing.routes[layer] = route
         if cache is not None:
@@ -179,11 +179,11 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(ids_BT)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def _run(self, block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+    def _run(self, block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None,
              cache: LatentCache | None, order: Order) -> tuple[Tensor, Route | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, cos, sin, mask, cache, order, use_reentrant=False)
-        return block(x, cos, sin, mask, cache, order)
+            return checkpoint(block, x, cos, sin, visible, cache, order, use_reentrant=False)
+        return block(x, cos, sin, visible, cache, order)
 
     def _check(
         self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, cache: LatentCache | None
@@ -222,8 +222,7 @@ class CausalLM(nn.Module):
         block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
         cos, sin = self.model.rotary(_positions(next_ids_BT, mask_BT, None, None))
         x = block.entrance(self._embed(next_ids_BT), previous_BTH)
-        mask = _attention_mask(mask_BT, next_ids_BT.shape[1], 0, x.device)
-        x, route = self._run(block, x, cos, sin, mask, None, "auto")
+        x, route = self._run(block, x, cos, sin, _visible(mask_BT, next_ids_BT, 0), None, "auto")
         if routing is not None and route is not None:
             routing.routes[block.layer] = route
         return block.shared_head.norm(x)
@@ -296,12 +295,10 @@ def _positions(ids_BT: Tensor, mask_BS: Tensor | None, given: Tensor | None, cac
     return torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
 
 
-def _attention_mask(mask_BS: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor | None:
-    """Boolean [B or 1, 1, T, S], True where a query may look; None for plain causal over the tokens themselves."""
-    if mask_BS is None and past == 0:
-        return None
-    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril_(past)[None, None]
-    return causal if mask_BS is None else causal & mask_BS[:, None, None, :]
+def _visible(mask_BS: Tensor | None, ids_BT: Tensor, past: int) -> Visible | None:
+    """None for plain causal over the tokens themselves."""
+    batch, tokens = ids_BT.shape
+    return None if mask_BS is None and past == 0 else Visible(mask_BS, batch, tokens, past, ids_BT.device)
 
 
 __all__ = ["IGNORE", "CausalLM", "LatentCache", "RoutingRecord", "TrainingLoss"]

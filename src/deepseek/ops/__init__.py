@@ -4,20 +4,23 @@ from .attention import causal_attention
 from .experts import expert_mlp
 from .linear import fast_bf16, linear
 from .loss import linear_cross_entropy
+from .native import fits
 from .norm import rms_norm
 from .quantised import (
     ExpertTable,
-    bf16_linear,
+    choose_experts,
     grouped_quantised_linear,
     latent_attention,
-    pack_bf16,
+    pack_panels,
+    panel_linear,
+    prepare_latents,
     quantised_experts,
     quantised_linear,
     quantised_mlp,
 )
 
 __all__ = [
-    "ExpertTable", "bf16_linear", "causal_attention", "expert_mlp", "fast_bf16", "grouped_quantised_linear",
-    "latent_attention", "linear", "linear_cross_entropy", "pack_bf16", "quantised_experts", "quantised_linear",
-    "quantised_mlp", "rms_norm",
+    "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "fits", "grouped_quantised_linear",
+    "latent_attention", "linear", "linear_cross_entropy", "pack_panels", "panel_linear", "prepare_latents",
+    "quantised_experts", "quantised_linear", "quantised_mlp", "rms_norm",
 ]

@@ -55,7 +55,8 @@ class Quantised(NamedTuple):
         """[O, K] float32, by the formula at the top of this file."""
         if self.scale_Ob is None:
             return self.code_OK.float() * self.step_O.unsqueeze(1)
-        levels = torch.tensor(LEVELS, dtype=torch.float32, device=self.code_OK.device)[self.code_OK.long()]
+        table = torch.tensor(LEVELS, dtype=torch.float32, device=self.code_OK.device)
+        levels = table.index_select(0, self.code_OK.int().flatten()).view_as(self.code_OK)  # faster than table[code]
         scale = (self.scale_Ob.float() * self.step_O.unsqueeze(1)).repeat_interleave(BLOCK, 1)
         return levels * scale[:, : levels.shape[1]]
 
@@ -96,7 +97,8 @@ def _panels(q: Quantised) -> Tensor:
     out = torch.zeros(panels, panel_bytes(columns, q.bits), dtype=torch.uint8, device=code.device)
     out[:, :64] = step.view(panels, ROWS).view(torch.uint8)
     if q.scale_Ob is None:
-        out[:, 64:] = code.view(panels, ROWS, blocks, 16, 4).permute(0, 2, 3, 1, 4).reshape(panels, -1).view(torch.uint8)
+        tiles = code.view(panels, ROWS, blocks, 16, 4).permute(0, 2, 3, 1, 4)
+        out[:, 64:] = tiles.reshape(panels, -1).view(torch.uint8)
         return out
     scale = q.scale_Ob.new_zeros(panels * ROWS, blocks)
     scale[:rows] = q.scale_Ob

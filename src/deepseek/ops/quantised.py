@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from .native import fits, native, threads
+from .norm import rms_norm
 from .panels import BLOCK, LEVELS, Bits, Quantised, matrix_bytes, mlp_bytes, unpack, unpack_mlp
 
 
@@ -33,7 +34,7 @@ class ExpertTable:
             _check_packed(f"expert {e}", packed, mlp_bytes(hidden, inner, bits))
 
     @cached_property
-    def addresses_E(self) -> Tensor:
+    def addresses(self) -> Tensor:
         return torch.tensor([packed.data_ptr() for packed in self.experts], dtype=torch.int64)
 
 
@@ -91,7 +92,8 @@ def latent_attention_reference(
     scores_BNTS = torch.einsum("btnc,bsc->bnts", q_BTNC, cache) * scale
     position_S = torch.arange(length)
     last_BT = past_B.unsqueeze(1) + torch.arange(tokens)
-    seen_BTS = (position_S >= first_B.view(-1, 1, 1)) & (position_S <= last_BT.unsqueeze(-1))
+    first_BT = torch.minimum(first_B.unsqueeze(1), last_BT)  # a query of padding sees itself
+    seen_BTS = (position_S >= first_BT.unsqueeze(-1)) & (position_S <= last_BT.unsqueeze(-1))
     probs = scores_BNTS.masked_fill(~seen_BTS.unsqueeze(1), -torch.inf).softmax(-1)
     return torch.einsum("bnts,bsr->btnr", probs, cache[..., :rank])
 
@@ -160,7 +162,7 @@ def quantised_experts(
     out = torch.empty_like(x_TH)
     native.quantised_experts(
         x_TH.data_ptr(), tokens, hidden, index_TK.data_ptr(), weight_TK.data_ptr(), index_TK.shape[1],
-        table.addresses_E.data_ptr(), len(table.experts), inner, 0 if shared is None else shared.data_ptr(),
+        table.addresses.data_ptr(), len(table.experts), inner, 0 if shared is None else shared.data_ptr(),
         shared_inner, bits, out.data_ptr(), threads())
     return out
 
@@ -187,28 +189,32 @@ def grouped_quantised_linear(
     return out
 
 
-def pack_bf16(w_GOK: Tensor) -> Tensor:
-    """BF16 matrices [G, O, K] as panels of 16 rows, [G, O / 16, K, 16]. O must divide by 16, K by 4."""
+def pack_panels(w_GOK: Tensor) -> Tensor:
+    """BF16 or FP32 matrices [G, O, K] as panels of 16 rows, [G, ceil(O / 16), K, 16]; rows are padded with zeros.
+
+    K must divide by 4.
+    """
     groups, rows, columns = w_GOK.shape
-    if rows % 16 or columns % 4:
-        raise ValueError(f"w is {list(w_GOK.shape)}: rows must be a multiple of 16, columns of 4")
-    return w_GOK.bfloat16().view(groups, rows // 16, 16, columns).transpose(2, 3).contiguous()
+    if columns % 4 or w_GOK.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"weights are {w_GOK.dtype} {list(w_GOK.shape)}: must be bfloat16 or float32, columns a "
+                         "multiple of 4")
+    padded = pad(w_GOK, (0, 0, 0, -rows % 16))
+    return padded.view(groups, -1, 16, columns).transpose(2, 3).contiguous()
 
 
-def bf16_linear(x_TGK: Tensor, packed_GPK16: Tensor) -> Tensor:
-    """[T, G, O] in float32: group g of x times matrix g of `pack_bf16`, products and sums in FP32."""
+def panel_linear(x_TGK: Tensor, packed_GPK16: Tensor) -> Tensor:
+    """[T, G, 16 P] in float32: group g of x times matrix g of `pack_panels`; products and sums in FP32."""
     _check_activations("x", x_TGK, dense=False)
     tokens, groups, columns = x_TGK.shape
-    if packed_GPK16.dtype != torch.bfloat16 or (packed_GPK16.shape[0], packed_GPK16.shape[2]) != (groups, columns):
-        raise ValueError(f"weights must be bfloat16 [{groups}, O/16, {columns}, 16], got {packed_GPK16.dtype} "
-                         f"{list(packed_GPK16.shape)}")
+    if (packed_GPK16.shape[0], packed_GPK16.shape[2]) != (groups, columns):
+        raise ValueError(f"weights must be [{groups}, P, {columns}, 16], got {list(packed_GPK16.shape)}")
     rows = packed_GPK16.shape[1] * 16
     if not fits(packed_GPK16) or x_TGK.stride(2) != 1:
         w_GOK = packed_GPK16.float().transpose(2, 3).reshape(groups, rows, columns)
         return torch.einsum("tgk,gok->tgo", x_TGK, w_GOK)
     out = x_TGK.new_empty(tokens, groups, rows)
-    native.bf16_linear(x_TGK.data_ptr(), tokens, groups, columns, x_TGK.stride(0), x_TGK.stride(1),
-                       packed_GPK16.data_ptr(), rows, out.data_ptr(), threads())
+    native.panel_linear(x_TGK.data_ptr(), tokens, groups, columns, x_TGK.stride(0), x_TGK.stride(1),
+                        packed_GPK16.data_ptr(), packed_GPK16.dtype == torch.bfloat16, rows, out.data_ptr(), threads())
     return out
 
 
@@ -217,8 +223,8 @@ def latent_attention(
 ) -> Tensor:
     """Absorbed MLA over the latent cache, [B, T, N, R] float32.
 
-    q_latent [B, T, N, R], q_rope [B, T, N, P], cache [B, >= S, R + P] (rows of a sequence contiguous; the rotary keys in
-    the last P). Query t of sequence b sees positions first_B[b] … past_B[b] + t; int64 tensors.
+    q_latent [B, T, N, R], q_rope [B, T, N, P], cache [B, >= S, R + P] (rows of a sequence contiguous; rotary keys
+    last). Query t of sequence b sees positions first_B[b] … past_B[b] + t, and at least its own; int64 tensors.
     """
     batch, tokens, heads, rank = q_latent.shape
     rope = q_rope.shape[-1]
@@ -227,16 +233,74 @@ def latent_attention(
                          f"cache {list(cache.shape)}")
     if first_B.dtype != torch.int64 or past_B.dtype != torch.int64 or not len(first_B) == len(past_B) == batch:
         raise ValueError(f"first and past must be int64 [{batch}]")
-    if batch and (int(past_B.amax()) + tokens > cache.shape[1] or bool((first_B > past_B).any()) or int(first_B.amin()) < 0):
-        raise ValueError(f"positions must satisfy 0 <= first <= past and past + {tokens} <= {cache.shape[1]}, got "
-                         f"first {first_B.tolist()}, past {past_B.tolist()}")
-    rows_lie_together = cache.stride(2) == 1 and cache.stride(1) == rank + rope
-    if not fits(q_latent, q_rope, first_B, past_B) or not rows_lie_together or cache.dtype != torch.float32 or rank % 16:
+    past, first = past_B.tolist(), first_B.tolist()
+    if batch and (max(past) + tokens > cache.shape[1] or min(first) < 0 or min(past) < 0):
+        raise ValueError(f"positions must satisfy first >= 0, past >= 0 and past + {tokens} <= {cache.shape[1]}, got "
+                         f"first {first}, past {past}")
+    suits = cache.stride()[1:] == (rank + rope, 1) and cache.dtype == torch.float32 and rank % 16 == 0
+    if not suits or not fits(q_latent, q_rope, first_B, past_B):
         return latent_attention_reference(q_latent, q_rope, cache.float(), first_B, past_B, scale)
     out = torch.empty_like(q_latent)
     native.mla_attention(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), cache.stride(0), first_B.data_ptr(),
                          past_B.data_ptr(), batch, tokens, heads, rank, rope, scale, out.data_ptr(), threads())
     return out
+
+
+def prepare_latents(
+    q_BTND: Tensor, kv_BTC: Tensor, norm_R: Tensor, eps: float, cos_BTP: Tensor, sin_BTP: Tensor, interleave: bool,
+    rows_BSC: Tensor, past: int
+) -> Tensor:
+    """The rotated rotary part of q, [B, T, N, rope]; writes [RMSNorm(latent) | rotated key] to rows_BSC[:, past:].
+
+    q_BTND: [..., nope + rope]; kv_BTC: latent and rotary key, R + rope wide; cos, sin: [B or 1, T, rope / 2]; rows_BSC:
+    float32, at least past + T rows. Rotated pairs lie as two halves (model/layers.py, `rotate`).
+    """
+    _check_activations("q", q_BTND, dense=False), _check_activations("kv", kv_BTC, dense=False)
+    batch, tokens, heads, width = q_BTND.shape
+    rank, rope = len(norm_R), 2 * cos_BTP.shape[-1]
+    if kv_BTC.shape != (batch, tokens, rank + rope) or rows_BSC.shape[::2] != (batch, rank + rope):
+        raise ValueError(f"shapes do not fit: q {list(q_BTND.shape)}, kv {list(kv_BTC.shape)}, rank {rank}, rotary "
+                         f"width {rope}, rows {list(rows_BSC.shape)}")
+    if rows_BSC.dtype != torch.float32 or past + tokens > rows_BSC.shape[1]:
+        raise ValueError(f"rows must be float32 and hold {past + tokens}, got {rows_BSC.dtype} {list(rows_BSC.shape)}")
+    norm_R = norm_R.detach().float()
+    rows_lie_together = rows_BSC.stride()[1:] == (rank + rope, 1)
+    if fits(q_BTND, kv_BTC, norm_R, cos_BTP, sin_BTP) and rows_lie_together and cos_BTP.dtype == torch.float32:
+        q_rope = q_BTND.new_empty(batch, tokens, heads, rope)
+        native.mla_prepare(
+            q_BTND.data_ptr(), kv_BTC.data_ptr(), norm_R.data_ptr(), eps, cos_BTP.data_ptr(), sin_BTP.data_ptr(),
+            cos_BTP.shape[0] > 1, interleave, batch, tokens, heads, width - rope, rope, rank, q_rope.data_ptr(),
+            rows_BSC.data_ptr(), rows_BSC.stride(0), past, threads())
+        return q_rope
+    new = rows_BSC[:, past : past + tokens]
+    new[..., :rank] = rms_norm(kv_BTC[..., :rank], norm_R, eps)
+    new[..., rank:] = _rotated(kv_BTC[..., rank:].unsqueeze(2), cos_BTP, sin_BTP, interleave).squeeze(2)
+    return _rotated(q_BTND[..., width - rope :], cos_BTP, sin_BTP, interleave)
+
+
+def choose_experts(
+    logits_TE: Tensor, bias_E: Tensor | None, *, groups: int, kept_groups: int, top: int, group_best: int,
+    sigmoid: bool, normalise: bool, scale_anyway: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(index [T, top] int64, weight [T, top], scores [T, E]) of a gate, natively; its slow twin is model/gate.py.
+
+    group_best: how many choices make a group's score, 0 where groups play no part. Needs `fits(logits, bias)`.
+    """
+    tokens, experts = logits_TE.shape
+    scores_TE = torch.empty_like(logits_TE)
+    index_TK = torch.empty(tokens, top, dtype=torch.int64)
+    weight_TK = logits_TE.new_empty(tokens, top)
+    native.choose_experts(
+        logits_TE.data_ptr(), tokens, experts, groups, kept_groups, top, group_best, sigmoid, normalise, scale_anyway,
+        scale, 0 if bias_E is None else bias_E.data_ptr(), scores_TE.data_ptr(), index_TK.data_ptr(),
+        weight_TK.data_ptr(), threads())
+    return index_TK, weight_TK, scores_TE
+
+
+def _rotated(x: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, interleave: bool) -> Tensor:
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, -1)
+    cos, sin = cos_BTP.unsqueeze(2), sin_BTP.unsqueeze(2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------

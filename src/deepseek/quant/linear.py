@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -29,7 +28,6 @@ from ..model import CausalLM, Route
 from ..model.experts import MoE, RoutedExperts
 from ..model.layers import MLP, Linear
 from ..ops.panels import Bits, unpack
-
 
 METHOD, VERSION = "moe_dr", 1
 
@@ -108,7 +106,7 @@ def put(model: CausalLM, place: Place, stored: Sequence[Tensor], bits: Bits) -> 
     if place.kind == "matrix":
         new = QuantisedLinear(stored[0], place.rows, place.columns, old.bias, bits)  # type: ignore[arg-type]
     elif place.kind == "experts":
-        new = QuantisedExperts(stored, place.rows, bits)
+        new = QuantisedExperts(stored, place.columns, place.rows, bits)
     elif place.kind == "table":
         new = QuantisedEmbedding(stored[0], stored[1])
     else:
@@ -182,25 +180,25 @@ class QuantisedMLP(_Quantised):
 class QuantisedExperts(_Quantised):
     """The routed experts of a layer, each a packed MLP, and its shared experts where `put` has brought them here.
 
-    The experts' tensors are a list and no state: a layer has hundreds, mapped from a file.
+    The experts' tensors are in a table and no state: a layer has hundreds, mapped from a file.
     """
 
     shared: Tensor | None
 
-    def __init__(self, packed: Sequence[Tensor], inner: int, bits: Bits) -> None:
+    def __init__(self, packed: Sequence[Tensor], hidden: int, inner: int, bits: Bits) -> None:
         super().__init__()
-        self.packed = list(packed)
-        self.inner, self.bits = inner, bits
+        self.table = ops.ExpertTable(packed, hidden, inner, bits)
         self.register_buffer("shared", None)
         self.shared_inner = 0
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         return ops.quantised_experts(
-            x_TH, route.index_TK, route.weight_TK, self.packed, self.inner, shared=self.shared,
-            shared_inner=self.shared_inner, bits=self.bits)
+            x_TH, route.index_TK, route.weight_TK, self.table, self.table.inner, shared=self.shared,
+            shared_inner=self.shared_inner, bits=self.table.bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedExperts:
-        self.packed = [fn(tensor) for tensor in self.packed]
+        table = self.table
+        self.table = ops.ExpertTable([fn(packed) for packed in table.experts], table.hidden, table.inner, table.bits)
         return super()._apply(fn, recurse)
 
 

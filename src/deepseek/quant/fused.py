@@ -1,0 +1,118 @@
+"""Inference forms of MLA and the gate for a quantised model: fewer, larger steps, the same results.
+
+    attention   absorbed order for every query, over the latent cache: the query is folded into latent space by W_key
+                (the key half of kv_b_proj, kept as BF16 panels), latents are summed, and the value half of kv_b_proj is
+                read where it lies. Rotation, the latent's norm and the write to the cache are one step.
+    gate        its matrix as panels; sigmoid, groups and top-k are one step.
+
+All of it gives a token the same bits in any company: that is what the operations promise.
+
+Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, G heads as groups, K columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..model import CausalLM
+from ..model.experts import MoE
+from ..model.gate import Gate, Route, choose
+from ..model.mla import MLA, LatentCache, Order, Visible
+from ..ops.panels import ROWS, panel_bytes, unpack
+from .linear import QuantisedLinear
+
+
+class FusedMLA(MLA):
+    """MLA whose kv_b_proj is quantised. Falls back to MLA's own forms for the naive order and for masks with holes."""
+
+    key_NPK16: Tensor
+    value_NPK16: Tensor | None
+
+    def fuse(self) -> None:
+        config, kv_b = self.config, self.kv_b_proj
+        heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+        assert isinstance(kv_b, QuantisedLinear)
+        w = unpack(kv_b.packed, kv_b.out_features, kv_b.in_features, kv_b.bits).dequantise()
+        key_NDR, value_NWR = w.view(heads, nope + value, -1).split((nope, value), 1)
+        key = ops.pack_panels(key_NDR.transpose(1, 2).bfloat16())
+        self.register_buffer("key_NPK16", key, persistent=False)
+        # a head whose rows are no whole panels cannot be read where it lies
+        apart = None if nope % ROWS == 0 and value % ROWS == 0 else ops.pack_panels(value_NWR.bfloat16())
+        self.register_buffer("value_NPK16", apart, persistent=False)
+
+    def forward(
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, layer: int,
+        order: Order = "auto",
+    ) -> Tensor:
+        batch, tokens, _ = x_BTH.shape
+        if visible is None:
+            visible = Visible(None, batch, tokens, 0, x_BTH.device)
+        if order == "naive" or (cache is not None and cache.data.dtype != torch.float32) or visible.span is None:
+            return super().forward(x_BTH, cos, sin, visible, cache, layer, order)
+        config = self.config
+        if config.q_lora_rank is None:
+            q = self.q_proj(x_BTH)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTH)))
+        kv = self.kv_a_proj_with_mqa(x_BTH)
+        rows = cache.slot(layer, tokens) if cache is not None else kv.new_empty(kv.shape)
+        past = rows.shape[1] - tokens
+        q_BTND = q.view(batch, tokens, config.num_attention_heads, config.qk_head_dim)
+        q_rope = ops.prepare_latents(q_BTND, kv, self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos, sin,
+                                     config.rope_interleave, rows, past)
+        q_TND = q_BTND.flatten(0, 1)
+        q_latent = ops.panel_linear(q_TND[..., : config.qk_nope_head_dim], self.key_NPK16)
+        latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:])[..., : config.kv_lora_rank],
+                                      q_rope, rows, *visible.span, config.softmax_scale)
+        return self.o_proj(self._values(latent.flatten(0, 1)).view(batch, tokens, -1))
+
+    def _values(self, latent_TNR: Tensor) -> Tensor:
+        """Each head's summed latent through the value half of kv_b_proj, [T, N, W]."""
+        config, kv_b = self.config, self.kv_b_proj
+        if self.value_NPK16 is not None:
+            return ops.panel_linear(latent_TNR, self.value_NPK16)[..., : config.v_head_dim].contiguous()
+        assert isinstance(kv_b, QuantisedLinear)
+        panel = panel_bytes(config.kv_lora_rank, kv_b.bits)
+        head = (config.qk_nope_head_dim + config.v_head_dim) // ROWS * panel
+        return ops.grouped_quantised_linear(latent_TNR, kv_b.packed, config.qk_nope_head_dim // ROWS * panel, head,
+                                            config.v_head_dim, bits=kv_b.bits)
+
+
+class FusedGate(Gate):
+    weight_1PH16: Tensor
+
+    def fuse(self) -> None:
+        weight = self.weight.detach()
+        if weight.dtype not in (torch.bfloat16, torch.float32):
+            weight = weight.float()
+        self.register_buffer("weight_1PH16", ops.pack_panels(weight.unsqueeze(0)), persistent=False)
+
+    def forward(self, x_TH: Tensor) -> Route:
+        logits_TE = ops.panel_linear(x_TH.unsqueeze(1), self.weight_1PH16).squeeze(1)[:, : self.config.n_routed_experts]
+        config, bias_E = self.config, self.bias
+        if not ops.fits(logits_TE, *(() if bias_E is None else (bias_E,))):
+            return choose(logits_TE, config, bias_E)
+        limited = config.n_group > 1 and config.topk_group < config.n_group and config.topk_method != "greedy"
+        sigmoid = config.scoring_func == "sigmoid"
+        return Route(*ops.choose_experts(
+            logits_TE, bias_E, groups=config.n_group, kept_groups=config.topk_group, top=config.num_experts_per_tok,
+            group_best=(2 if config.topk_method == "noaux_tc" else 1) if limited else 0, sigmoid=sigmoid,
+            normalise=config.norm_topk_prob and (sigmoid or config.num_experts_per_tok > 1), scale_anyway=sigmoid,
+            scale=config.routed_scaling_factor))
+
+
+def fuse(model: CausalLM) -> None:
+    """Give a quantised model in memory its inference forms; parameters, names and state stay what they were."""
+    for block in (*model.model.layers, *model.model.mtp):
+        attention, config = block.self_attn, model.config
+        if isinstance(attention.kv_b_proj, QuantisedLinear) and config.qk_nope_head_dim % 4 == 0:
+            attention.__class__ = FusedMLA
+            assert isinstance(attention, FusedMLA)
+            attention.fuse()
+        if isinstance(block.mlp, MoE) and config.hidden_size % 4 == 0:
+            gate = block.mlp.gate
+            gate.__class__ = FusedGate
+            assert isinstance(gate, FusedGate)
+            gate.fuse()
