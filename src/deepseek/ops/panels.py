@@ -24,14 +24,14 @@ Shape letters: O output rows, K columns, b blocks of 64 columns, P panels.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 
-Bits = Literal[4, 8]
+Bits = int  # 4 or 8
 
 ROWS = 16  # of a panel
 BLOCK = 64  # columns that share a scale

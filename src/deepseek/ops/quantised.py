@@ -23,19 +23,26 @@ from torch.nn.functional import pad, silu
 from .native import fits, native, threads
 from .norm import rms_norm
 from .panels import BLOCK, LEVELS, Bits, Quantised, matrix_bytes, mlp_bytes, unpack, unpack_mlp
+from .registry import operation
 
 
-class ExpertTable:
+class ExpertTable(tuple[Tensor, ...]):
     """The packed MLPs of one layer's experts, checked once. Raises ValueError naming the expert that does not fit."""
 
-    def __init__(self, experts: Sequence[Tensor], hidden: int, inner: int, bits: Bits = 4) -> None:
-        self.experts, self.hidden, self.inner, self.bits = tuple(experts), hidden, inner, bits
-        for e, packed in enumerate(self.experts):
+    hidden: int
+    inner: int
+    bits: Bits
+
+    def __new__(cls, experts: Sequence[Tensor], hidden: int, inner: int, bits: Bits = 4) -> ExpertTable:
+        table = super().__new__(cls, experts)
+        table.hidden, table.inner, table.bits = hidden, inner, bits
+        for e, packed in enumerate(table):
             _check_packed(f"expert {e}", packed, mlp_bytes(hidden, inner, bits))
+        return table
 
     @cached_property
     def addresses(self) -> Tensor:
-        return torch.tensor([packed.data_ptr() for packed in self.experts], dtype=torch.int64)
+        return torch.tensor([packed.data_ptr() for packed in self], dtype=torch.int64)
 
 
 # ---- references -------------------------------------------------------------------------------------------------
@@ -77,7 +84,7 @@ def experts_reference(
     y_TKH = x_TH.new_zeros(*index_TK.shape, x_TH.shape[1])
     for e in index_TK.unique().tolist():
         token, slot = (index_TK == e).nonzero(as_tuple=True)
-        y_TKH[token, slot] = mlp_reference(x_TH[token], table.experts[e], table.inner, table.bits)
+        y_TKH[token, slot] = mlp_reference(x_TH[token], table[e], table.inner, table.bits)
     out_TH = torch.zeros_like(x_TH) if shared is None else mlp_reference(x_TH, shared, shared_inner, table.bits)
     for k in range(index_TK.shape[1]):
         out_TH = torch.addcmul(out_TH, weight_TK[:, k : k + 1], y_TKH[:, k])
@@ -101,8 +108,9 @@ def latent_attention_reference(
 # ---- operations -------------------------------------------------------------------------------------------------
 
 
+@operation(lambda x, packed, rows, bias=None, *, bits=4: x.new_empty(*x.shape[:-1], rows))
 def quantised_linear(
-    x: Tensor, packed: Tensor, rows: int, bias: Tensor | None = None, *, bits: Bits = 4
+    x: Tensor, packed: Tensor, rows: int, bias: Tensor | None = None, *, bits: int = 4
 ) -> Tensor:
     """x[..., K] -> [..., rows]: x W^T + bias; packed: W in panels (ops/panels.py)."""
     x_TK = _check_activations("x", x).reshape(-1, x.shape[-1])
@@ -119,7 +127,8 @@ def quantised_linear(
     return out.view(*x.shape[:-1], rows)
 
 
-def quantised_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: Bits = 4) -> Tensor:
+@operation(lambda x_TH, packed, inner, *, bits=4: torch.empty_like(x_TH))
+def quantised_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) -> Tensor:
     """down(silu(gate x) * up x) from one packed range, [T, H]."""
     _check_activations("x", x_TH)
     tokens, hidden = x_TH.shape
@@ -132,13 +141,15 @@ def quantised_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: Bits = 4) -
     return out
 
 
+@operation(lambda x_TH, index_TK, weight_TK, experts, inner, shared=None, shared_inner=0, *, bits=4: (
+    torch.empty_like(x_TH)))
 def quantised_experts(
-    x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: Sequence[Tensor] | ExpertTable, inner: int, *,
-    shared: Tensor | None = None, shared_inner: int = 0, bits: Bits = 4
+    x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: Sequence[Tensor], inner: int,
+    shared: Tensor | None = None, shared_inner: int = 0, *, bits: int = 4
 ) -> Tensor:
     """Weighted sum over each token's experts, plus the shared experts where given, [T, H].
 
-    index_TK: int64, 0..E-1. experts: one packed MLP each, or a table of them, which saves checking them again.
+    index_TK: int64, 0..E-1. experts: one packed MLP each; an ExpertTable of them saves checking them every time.
     """
     _check_activations("x", x_TH)
     tokens, hidden = x_TH.shape
@@ -151,24 +162,25 @@ def quantised_experts(
                          f"{index_TK.dtype} {list(index_TK.shape)} and {list(weight_TK.shape)}")
     if index_TK.numel():
         low, high = (int(v) for v in index_TK.aminmax())
-        if low < 0 or high >= len(table.experts):
-            raise ValueError(f"index holds {low if low < 0 else high}: must lie in 0..{len(table.experts) - 1}")
+        if low < 0 or high >= len(table):
+            raise ValueError(f"index holds {low if low < 0 else high}: must lie in 0..{len(table) - 1}")
     weight_TK = weight_TK.float()
     if shared is not None:
         _check_packed("shared", shared, mlp_bytes(hidden, shared_inner, bits))
     index_TK, weight_TK = index_TK.contiguous(), weight_TK.contiguous()
-    if not fits(x_TH, *table.experts[:1]):
+    if not fits(x_TH, *table[:1]):
         return experts_reference(x_TH, index_TK, weight_TK, table, shared, shared_inner)
     out = torch.empty_like(x_TH)
     native.quantised_experts(
         x_TH.data_ptr(), tokens, hidden, index_TK.data_ptr(), weight_TK.data_ptr(), index_TK.shape[1],
-        table.addresses.data_ptr(), len(table.experts), inner, 0 if shared is None else shared.data_ptr(),
+        table.addresses.data_ptr(), len(table), inner, 0 if shared is None else shared.data_ptr(),
         shared_inner, bits, out.data_ptr(), threads())
     return out
 
 
+@operation(lambda x_TGK, packed, offset, stride, rows, *, bits=4: x_TGK.new_empty(*x_TGK.shape[:2], rows))
 def grouped_quantised_linear(
-    x_TGK: Tensor, packed: Tensor, offset: int, stride: int, rows: int, *, bits: Bits = 4
+    x_TGK: Tensor, packed: Tensor, offset: int, stride: int, rows: int, *, bits: int = 4
 ) -> Tensor:
     """[T, G, rows]: group g of x times the `rows` rows whose panels begin `offset + g * stride` bytes into packed.
 
@@ -202,6 +214,7 @@ def pack_panels(w_GOK: Tensor) -> Tensor:
     return padded.view(groups, -1, 16, columns).transpose(2, 3).contiguous()
 
 
+@operation(lambda x_TGK, packed_GPK16: x_TGK.new_empty(*x_TGK.shape[:2], 16 * packed_GPK16.shape[1]))
 def panel_linear(x_TGK: Tensor, packed_GPK16: Tensor) -> Tensor:
     """[T, G, 16 P] in float32: group g of x times matrix g of `pack_panels`; products and sums in FP32."""
     _check_activations("x", x_TGK, dense=False)
@@ -218,6 +231,7 @@ def panel_linear(x_TGK: Tensor, packed_GPK16: Tensor) -> Tensor:
     return out
 
 
+@operation(lambda q_latent, q_rope, cache, first_B, past_B, scale: torch.empty_like(q_latent))
 def latent_attention(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, first_B: Tensor, past_B: Tensor, scale: float
 ) -> Tensor:
@@ -240,12 +254,14 @@ def latent_attention(
     suits = cache.stride()[1:] == (rank + rope, 1) and cache.dtype == torch.float32 and rank % 16 == 0
     if not suits or not fits(q_latent, q_rope, first_B, past_B):
         return latent_attention_reference(q_latent, q_rope, cache.float(), first_B, past_B, scale)
-    out = torch.empty_like(q_latent)
+    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     native.mla_attention(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), cache.stride(0), first_B.data_ptr(),
                          past_B.data_ptr(), batch, tokens, heads, rank, rope, scale, out.data_ptr(), threads())
     return out
 
 
+@operation(lambda q_BTND, kv_BTC, norm_R, eps, cos_BTP, sin_BTP, interleave, rows_BSC, past: (
+    q_BTND.new_empty(*q_BTND.shape[:3], 2 * cos_BTP.shape[-1])), mutates=["rows_BSC"])
 def prepare_latents(
     q_BTND: Tensor, kv_BTC: Tensor, norm_R: Tensor, eps: float, cos_BTP: Tensor, sin_BTP: Tensor, interleave: bool,
     rows_BSC: Tensor, past: int

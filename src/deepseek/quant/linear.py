@@ -198,7 +198,7 @@ class QuantisedExperts(_Quantised):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedExperts:
         table = self.table
-        self.table = ops.ExpertTable([fn(packed) for packed in table.experts], table.hidden, table.inner, table.bits)
+        self.table = ops.ExpertTable([fn(packed) for packed in table], table.hidden, table.inner, table.bits)
         return super()._apply(fn, recurse)
 
 

@@ -55,5 +55,5 @@ def _codes(w_ObC: Tensor) -> Tensor:
     """
     largest_Ob1 = w_ObC.abs().amax(-1, keepdim=True).clamp(min=1e-38)
     q = (w_ObC * (1 / largest_Ob1)).clamp_(-1, 1).flatten()
-    below = _BELOW.index_select(0, ((q + 1) * (_CELLS / 2)).nan_to_num_(0).int())
+    below = _BELOW.index_select(0, ((q + 1) * (_CELLS / 2)).int())
     return below.add_(q > _MIDDLE.index_select(0, below)).view_as(w_ObC)
