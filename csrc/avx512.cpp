@@ -259,8 +259,8 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
     any_panels<8>(w, count, gated, x, row, tokens, out, ld);
 }
 
-const Kernels table = {"avx512_vnni", quantise, panels, dense_panels<uint16_t>, dense_panels<float>,
-                       rms_norm, weighted_sum, mla_block, mla_join};
+const Kernels table = {"avx512_vnni", quantise_weights, quantise, panels, dense_panels<uint16_t>,
+                       dense_panels<float>, rms_norm, weighted_sum, mla_block, mla_join};
 
 }  // namespace
 const Kernels* const avx512_kernels = &table;

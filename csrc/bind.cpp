@@ -22,6 +22,12 @@ NB_MODULE(_native, m) {
   m.doc() = "Kernels of MoE-DR (csrc/).";
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
 
+  m.def("quantise_panels",
+        [](uintptr_t w, int64_t rows, int64_t columns, int bits, uintptr_t out, int threads) {
+          return quantise_panels(at<float>(w), rows, columns, bits, at<uint8_t>(out), threads);
+        },
+        release());
+
   m.def("quantised_linear",
         [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, uintptr_t w, int64_t stride, int64_t rows,
            int bits, uintptr_t out, int threads) {

@@ -38,7 +38,10 @@ inline f16 fma(f16 a, f16 b, f16 c) {
 #endif
 }
 
-inline f16 larger(f16 a, f16 b) { return a > b ? a : b; }
+template <typename V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
 inline f16 absolute(f16 a) { return (f16)((i16)a & 0x7fffffff); }
 inline i16 to_int(f16 a) { return __builtin_convertvector(a, i16); }
 inline f16 to_float(i16 a) { return __builtin_convertvector(a, f16); }
@@ -46,7 +49,8 @@ inline f16 to_float(i16 a) { return __builtin_convertvector(a, f16); }
 // To the nearest integer, ties to even, |x| < 2^22.
 inline f16 nearest(f16 x) { return (x + 12582912.0f) - 12582912.0f; }
 
-inline float largest(f16 v) {
+template <typename V>
+inline auto largest(V v) {
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
   return v[0];
@@ -109,11 +113,19 @@ inline f16 from_bf16(const uint16_t* p) {
 }
 
 void quantise(const float* x, int64_t columns, int8_t* q, int32_t* surplus, float* scale) {
-  f16 top = all(0.0f);
+  i16 top = {};  // magnitudes in the order of their bits, which is the same, and in which NaN is the largest
   int64_t whole = columns / 16 * 16;
-  for (int64_t k = 0; k < whole; k += 16) top = larger(top, absolute(load(x + k)));
-  if (whole < columns) top = larger(top, absolute(load_some(x + whole, columns - whole)));
-  float peak = largest(top);
+  for (int64_t k = 0; k < whole; k += 16) top = larger(top, (i16)absolute(load(x + k)));
+  if (whole < columns) top = larger(top, (i16)absolute(load_some(x + whole, columns - whole)));
+  int32_t bits = largest(top);
+  float peak;
+  std::memcpy(&peak, &bits, 4);
+  if (!(peak < __builtin_inff())) {  // a number that is not finite makes every result of its row NaN
+    std::memset(q, 0, blocks_of(columns) * kBlock);
+    std::memset(surplus, 0, sizeof(int32_t) * blocks_of(columns));
+    *scale = __builtin_nanf("");
+    return;
+  }
   *scale = peak / 127.0f;
   float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
   if (!(inverse < 3e38f)) inverse = 0.0f;  // a row of denormals is a row of zeros
@@ -136,6 +148,78 @@ void quantise(const float* x, int64_t columns, int8_t* q, int32_t* surplus, floa
       sum += sixteen(k, k < columns ? load_some(x + k, columns - k < 16 ? columns - k : 16) : all(0.0f));
     surplus[b] = -128 * total(sum);
   }
+}
+
+// Midpoints of the NF4 codebook in FP32, as bitsandbytes compares with them.
+constexpr float kCodebook[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// Codes of one block of 64 into code, levels into level; returns the scale that fits best.
+inline float nf4_block(const float* w, uint8_t* code, float* level) {
+  f16 v[4], top = all(0.0f);
+  for (int i = 0; i < 4; ++i) v[i] = load(w + 16 * i), top = larger(top, absolute(v[i]));
+  float peak = largest(top), inverse = 1.0f / (peak > 1e-38f ? peak : 1e-38f);
+  f16 product = all(0.0f), square = all(0.0f);
+  for (int i = 0; i < 4; ++i) {
+    f16 q = v[i] * inverse, l = all((float)kLevels[0]);
+    i16 c = {};
+    for (int m = 0; m < 15; ++m) {
+      i16 above = q > (kCodebook[m] + kCodebook[m + 1]) / 2.0f;
+      c -= above;
+      l = l + (f16)((i16)all((float)(kLevels[m + 1] - kLevels[m])) & above);
+    }
+    for (int n = 0; n < 16; ++n) code[16 * i + n] = (uint8_t)c[n];
+    store(level + 16 * i, l);
+    product = fma(v[i], l, product), square = fma(l, l, square);
+  }
+  float norm = total(square);
+  return total(product) / (norm > 1.0f ? norm : 1.0f);
+}
+
+double quantise_weights(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room) {
+  const Panel shape(columns, bits);
+  const int64_t padded = shape.blocks * kBlock;
+  float* x = room;                // the row, with zeros after it
+  float* level = room + padded;
+  float* fits = room + 2 * padded;
+  std::memcpy(x, w, sizeof(float) * columns);
+  std::memset(x + columns, 0, sizeof(float) * (padded - columns));
+  uint8_t* to = panel + shape.codes + 4 * r;
+  float step;
+  f16 error = all(0.0f);
+  if (bits == 8) {
+    f16 top = all(0.0f);
+    for (int64_t k = 0; k < padded; k += 16) top = larger(top, absolute(load(x + k)));
+    step = largest(top) / 127.0f;
+    for (int64_t k = 0; k < padded; k += 16) {
+      f16 q = step > 0.0f ? nearest(load(x + k) / step) : all(0.0f), e = load(x + k) - q * step;
+      error = fma(e, e, error);
+      for (int n = 0; n < 16; ++n) to[64 * ((k + n) / 4) + n % 4] = (uint8_t)(int8_t)q[n];
+    }
+  } else {
+    uint8_t code[kBlock];
+    float best = 0.0f;
+    for (int64_t b = 0; b < shape.blocks; ++b) {
+      float fit = nf4_block(x + kBlock * b, code, level + kBlock * b);
+      best = best > fit ? best : fit;
+      for (int64_t g = 0; g < 8; ++g)
+        for (int64_t j = 0; j < 4; ++j) to[512 * b + 64 * g + j] = (uint8_t)(code[8 * g + j] | code[8 * g + 4 + j] << 4);
+      fits[b] = fit;
+    }
+    step = best / 255.0f;
+    for (int64_t b = 0; b < shape.blocks; ++b) {
+      f16 scale = nearest(all(fits[b] / (step > 1.17549435e-38f ? step : 1.17549435e-38f)));
+      panel[64 + 16 * b + r] = (uint8_t)scale[0];
+      for (int64_t k = kBlock * b; k < kBlock * (b + 1); k += 16) {
+        f16 e = load(x + k) - load(level + k) * (scale * step);
+        error = fma(e, e, error);
+      }
+    }
+  }
+  std::memcpy(panel + 4 * r, &step, 4);
+  return total(error);
 }
 
 inline f16 widened(const uint16_t* p) { return from_bf16(p); }

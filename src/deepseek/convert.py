@@ -410,7 +410,6 @@ class _Writer:
         self.squares: dict[str, list[float]] = {}
         if not resume and self.folder.exists():
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / JOURNAL).is_file():
             self._continue(self.folder / JOURNAL)
 
@@ -432,9 +431,11 @@ class _Writer:
         squares.update({name: (error, weight) for name, (error, weight) in self.squares.items()})
         total = sum(part.bytes for parts in contents.values() for part in parts)
         ready = sum(part.bytes for name in self.done for part in contents[name])
-        if (free := shutil.disk_usage(self.folder).free) < (need := round(1.01 * (total - ready)) + (1 << 20)):
+        disk = next(folder for folder in self.folder.parents if folder.exists())
+        if (free := shutil.disk_usage(disk).free) < (need := round(1.01 * (total - ready)) + (1 << 20)):
             raise CheckpointError(f"{self.out}: {need / 2**30:.2f} GiB are to be written and the disk has "
                                   f"{free / 2**30:.2f} GiB free")
+        self.folder.mkdir(parents=True, exist_ok=True)
         weight_map: dict[str, str] = {}
         with tqdm(total=total, initial=ready, unit="B", unit_scale=True, unit_divisor=1024, desc=self.out.name,
                   disable=not progress) as bar:

@@ -58,13 +58,13 @@ def measure_machine(folder: str | Path = ".") -> Machine:
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
-        bandwidth = _read_bandwidth(f"cuda:{index}", min(4 << 30, free // 4))
+        bandwidth = read_bandwidth(f"cuda:{index}", min(4 << 30, free // 4))
         properties = torch.cuda.get_device_properties(index)
         gpus.append(Gpu(properties.name, total, free, bandwidth, properties.L2_cache_size))
     threads = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
-        bandwidth = _read_bandwidth("cpu", size)
+        bandwidth = read_bandwidth("cpu", size)
     finally:
         torch.set_num_threads(threads)
     return Machine(
@@ -72,7 +72,7 @@ def measure_machine(folder: str | Path = ".") -> Machine:
         tuple(gpus), shutil.disk_usage(folder).free)
 
 
-def _read_bandwidth(device: str, size: int, seconds: float = 0.4) -> float:
+def read_bandwidth(device: str, size: int, seconds: float = 0.4) -> float:
     """Bytes a second: the fastest of at least three sums over `size` bytes (neighbours can only slow a pass down)."""
     import torch
 

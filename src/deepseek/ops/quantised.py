@@ -49,10 +49,11 @@ class ExpertTable(tuple[Tensor, ...]):
 
 
 def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 values as float32 [T, K padded to 64], scale [T]): scale = absmax / 127, round to nearest even."""
+    """(int8 values as float32 [T, K padded to 64], scale [T]): scale = absmax / 127, round to nearest even. A row with
+    a number that is not finite makes all its results NaN."""
     x = pad(x_TK.float(), (0, -x_TK.shape[-1] % BLOCK))
     peak_T = x.abs().amax(-1)
-    inverse_T = torch.where(peak_T > 0, 127.0 / peak_T, 0.0)
+    inverse_T = torch.where(peak_T > 0, torch.tensor(127.0) / peak_T, 0.0)  # a number / a tensor rounds twice
     inverse_T = torch.where(inverse_T < 3e38, inverse_T, 0.0)
     return (x * inverse_T.unsqueeze(-1)).round(), peak_T / 127.0
 
@@ -102,7 +103,7 @@ def latent_attention_reference(
     first_BT = torch.minimum(first_B.unsqueeze(1), last_BT)  # a query of padding sees itself
     seen_BTS = (position_S >= first_BT.unsqueeze(-1)) & (position_S <= last_BT.unsqueeze(-1))
     probs = scores_BNTS.masked_fill(~seen_BTS.unsqueeze(1), -torch.inf).softmax(-1)
-    return torch.einsum("bnts,bsr->btnr", probs, cache[..., :rank])
+    return torch.einsum("bnts,bsr->btnr", probs, cache[..., :rank]).contiguous()
 
 
 # ---- operations -------------------------------------------------------------------------------------------------
@@ -127,10 +128,10 @@ def quantised_linear(
     return out.view(*x.shape[:-1], rows)
 
 
-@operation(lambda x_TH, packed, inner, *, bits=4: torch.empty_like(x_TH))
+@operation(lambda x_TH, packed, inner, *, bits=4: x_TH.new_empty(x_TH.shape))
 def quantised_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) -> Tensor:
     """down(silu(gate x) * up x) from one packed range, [T, H]."""
-    _check_activations("x", x_TH)
+    x_TH = _check_activations("x", x_TH)
     tokens, hidden = x_TH.shape
     _check_packed("packed", packed, mlp_bytes(hidden, inner, bits))
     if not fits(x_TH, packed):
@@ -142,7 +143,7 @@ def quantised_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) ->
 
 
 @operation(lambda x_TH, index_TK, weight_TK, experts, inner, shared=None, shared_inner=0, *, bits=4: (
-    torch.empty_like(x_TH)))
+    x_TH.new_empty(x_TH.shape)))
 def quantised_experts(
     x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: Sequence[Tensor], inner: int,
     shared: Tensor | None = None, shared_inner: int = 0, *, bits: int = 4
@@ -151,7 +152,7 @@ def quantised_experts(
 
     index_TK: int64, 0..E-1. experts: one packed MLP each; an ExpertTable of them saves checking them every time.
     """
-    _check_activations("x", x_TH)
+    x_TH = _check_activations("x", x_TH)
     tokens, hidden = x_TH.shape
     table = experts if isinstance(experts, ExpertTable) else ExpertTable(experts, hidden, inner, bits)
     if (table.hidden, table.inner, table.bits) != (hidden, inner, bits):
@@ -186,11 +187,11 @@ def grouped_quantised_linear(
 
     MLA's value half of kv_b_proj, head by head, without copying it out.
     """
-    _check_activations("x", x_TGK)
+    x_TGK = _check_activations("x", x_TGK)
     tokens, groups, columns = x_TGK.shape
-    end = offset + (groups - 1) * stride + matrix_bytes(rows, columns, bits)
-    if end > packed.numel():
-        raise ValueError(f"groups end at byte {end}, packed has {packed.numel()}")
+    if offset < 0 or stride < 0 or offset % 64 or stride % 64:
+        raise ValueError(f"offset and stride must be multiples of 64 bytes, got {offset} and {stride}")
+    _check_packed("packed", packed, offset + (groups - 1) * stride + matrix_bytes(rows, columns, bits))
     if not fits(x_TGK, packed):
         parts = (packed[offset + g * stride :][: matrix_bytes(rows, columns, bits)] for g in range(groups))
         return torch.stack([linear_reference(x_TGK[:, g], unpack(part, rows, columns, bits))
@@ -219,19 +220,21 @@ def panel_linear(x_TGK: Tensor, packed_GPK16: Tensor) -> Tensor:
     """[T, G, 16 P] in float32: group g of x times matrix g of `pack_panels`; products and sums in FP32."""
     _check_activations("x", x_TGK, dense=False)
     tokens, groups, columns = x_TGK.shape
-    if (packed_GPK16.shape[0], packed_GPK16.shape[2]) != (groups, columns):
-        raise ValueError(f"weights must be [{groups}, P, {columns}, 16], got {list(packed_GPK16.shape)}")
+    if packed_GPK16.shape != (groups, packed_GPK16.shape[1], columns, 16) or columns % 4 or packed_GPK16.dtype not in (
+            torch.bfloat16, torch.float32):
+        raise ValueError(f"weights must be [{groups}, P, {columns}, 16], bfloat16 or float32, columns a multiple of 4, "
+                         f"got {packed_GPK16.dtype} {list(packed_GPK16.shape)}")
     rows = packed_GPK16.shape[1] * 16
     if not fits(packed_GPK16) or x_TGK.stride(2) != 1:
         w_GOK = packed_GPK16.float().transpose(2, 3).reshape(groups, rows, columns)
-        return torch.einsum("tgk,gok->tgo", x_TGK, w_GOK)
+        return torch.einsum("tgk,gok->tgo", x_TGK, w_GOK).contiguous()
     out = x_TGK.new_empty(tokens, groups, rows)
     native.panel_linear(x_TGK.data_ptr(), tokens, groups, columns, x_TGK.stride(0), x_TGK.stride(1),
                         packed_GPK16.data_ptr(), packed_GPK16.dtype == torch.bfloat16, rows, out.data_ptr(), threads())
     return out
 
 
-@operation(lambda q_latent, q_rope, cache, first_B, past_B, scale: torch.empty_like(q_latent))
+@operation(lambda q_latent, q_rope, cache, first_B, past_B, scale: q_latent.new_empty(q_latent.shape))
 def latent_attention(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, first_B: Tensor, past_B: Tensor, scale: float
 ) -> Tensor:
@@ -240,6 +243,7 @@ def latent_attention(
     q_latent [B, T, N, R], q_rope [B, T, N, P], cache [B, >= S, R + P] (rows of a sequence contiguous; rotary keys
     last). Query t of sequence b sees positions first_B[b] … past_B[b] + t, and at least its own; int64 tensors.
     """
+    _check_activations("q_latent", q_latent, dense=False), _check_activations("q_rope", q_rope, dense=False)
     batch, tokens, heads, rank = q_latent.shape
     rope = q_rope.shape[-1]
     if q_rope.shape[:3] != q_latent.shape[:3] or cache.shape[0] != batch or cache.shape[2] != rank + rope:
@@ -254,7 +258,7 @@ def latent_attention(
     suits = cache.stride()[1:] == (rank + rope, 1) and cache.dtype == torch.float32 and rank % 16 == 0
     if not suits or not fits(q_latent, q_rope, first_B, past_B):
         return latent_attention_reference(q_latent, q_rope, cache.float(), first_B, past_B, scale)
-    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q_latent)
     native.mla_attention(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), cache.stride(0), first_B.data_ptr(),
                          past_B.data_ptr(), batch, tokens, heads, rank, rope, scale, out.data_ptr(), threads())
     return out
@@ -277,11 +281,16 @@ def prepare_latents(
     if kv_BTC.shape != (batch, tokens, rank + rope) or rows_BSC.shape[::2] != (batch, rank + rope):
         raise ValueError(f"shapes do not fit: q {list(q_BTND.shape)}, kv {list(kv_BTC.shape)}, rank {rank}, rotary "
                          f"width {rope}, rows {list(rows_BSC.shape)}")
-    if rows_BSC.dtype != torch.float32 or past + tokens > rows_BSC.shape[1]:
-        raise ValueError(f"rows must be float32 and hold {past + tokens}, got {rows_BSC.dtype} {list(rows_BSC.shape)}")
+    if rows_BSC.dtype != torch.float32 or past < 0 or past + tokens > rows_BSC.shape[1]:
+        raise ValueError(f"rows must be float32 and hold {past} + {tokens}, got {rows_BSC.dtype} "
+                         f"{list(rows_BSC.shape)}")
+    if cos_BTP.shape != sin_BTP.shape or cos_BTP.shape[:2] not in ((1, tokens), (batch, tokens)) or width < rope:
+        raise ValueError(f"cos and sin must be [{batch} or 1, {tokens}, at most {width // 2}], got "
+                         f"{list(cos_BTP.shape)} and {list(sin_BTP.shape)}")
     norm_R = norm_R.detach().float()
     rows_lie_together = rows_BSC.stride()[1:] == (rank + rope, 1)
-    if fits(q_BTND, kv_BTC, norm_R, cos_BTP, sin_BTP) and rows_lie_together and cos_BTP.dtype == torch.float32:
+    if fits(q_BTND, kv_BTC, norm_R, cos_BTP, sin_BTP) and rows_lie_together and (
+            cos_BTP.dtype == sin_BTP.dtype == torch.float32):
         q_rope = q_BTND.new_empty(batch, tokens, heads, rope)
         native.mla_prepare(
             q_BTND.data_ptr(), kv_BTC.data_ptr(), norm_R.data_ptr(), eps, cos_BTP.data_ptr(), sin_BTP.data_ptr(),
@@ -303,6 +312,15 @@ def choose_experts(
     group_best: how many choices make a group's score, 0 where groups play no part. Needs `fits(logits, bias)`.
     """
     tokens, experts = logits_TE.shape
+    if logits_TE.dtype != torch.float32 or (
+            bias_E is not None and (bias_E.dtype != torch.float32 or bias_E.shape != (experts,))):
+        got = None if bias_E is None else (bias_E.dtype, list(bias_E.shape))
+        raise ValueError(f"logits and bias must be float32, one bias an expert ({experts}), got {logits_TE.dtype} and "
+                         f"{got}")
+    if experts % groups or not 1 <= top <= kept_groups * experts // groups or not (
+            kept_groups <= groups and group_best <= experts // groups):
+        raise ValueError(f"{top} of {experts} experts in {kept_groups} of {groups} groups, each scored by its best "
+                         f"{group_best}: does not come out")
     scores_TE = torch.empty_like(logits_TE)
     index_TK = torch.empty(tokens, top, dtype=torch.int64)
     weight_TK = logits_TE.new_empty(tokens, top)

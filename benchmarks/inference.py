@@ -1,0 +1,189 @@
+"""Four bits beside llama.cpp and transformers: prefill and decoding of the same weights, in turn, in one run.
+
+Model: layer shapes of `v3-16b-a3b`, 5 layers, 2.5 B parameters, 0.47 B of them active (shape.py). MoE-DR runs the NF4
+checkpoint that `deepseek quantize` makes of it, llama.cpp its own Q4_0 of it (peers.py), transformers the BF16 weights.
+
+    prefill     one prompt of 512 tokens
+    decode B    B sequences grow by 32 tokens after 16 of prompt; tokens/s over all of them
+
+The bound of decoding is memory: bytes of the weights that a step reads, over the bandwidth measured in the same minute.
+
+    python benchmarks/inference.py [--rounds 5] [--only prefill,decode1] [--cache FOLDER]
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek.checkpoint import load_model
+from deepseek.convert import quantize
+from deepseek.info import describe
+from deepseek.info.machine import read_bandwidth
+from deepseek.model import LatentCache
+from deepseek.ops.native import isa
+from harness import arguments, machine, ratio, table, versions, write_result
+from peers import RELEASE, LlamaCpp
+from shape import CACHE, CONFIG, write_model
+
+PROMPT, STEPS = 16, 32
+WORK = {"prefill": 0, "decode1": 1, "decode8": 8, "decode32": 32}  # name -> batch; 0: prefill of 512 tokens
+Step = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]  # (ids, cache) -> (logits of the last token, cache)
+
+
+def own_step(checkpoint: str) -> Step:
+    model = load_model(checkpoint)
+
+    def step(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        cache = cache or LatentCache(model.config, len(ids), 1024)
+        return model(ids, cache=cache, last_only=True)[:, -1], cache
+
+    return step
+
+
+def transformers_step(checkpoint: str) -> Step:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+
+    def step(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+    return step
+
+
+def serve(build: Callable[[str], Step], checkpoint: str, threads: int, calls: Connection) -> None:
+    """Answers (batch, steps) with tokens/s; one measurement each, after a shorter one of the same kind."""
+    torch.set_num_threads(threads)
+    step = build(checkpoint)
+    ids = torch.randint(0, CONFIG.vocab_size, (64, 512), generator=torch.Generator().manual_seed(0))
+
+    def prefill(tokens: int) -> float:
+        began = time.perf_counter()
+        step(ids[:1, :tokens], None)
+        return tokens / (time.perf_counter() - began)
+
+    def decode(batch: int, steps: int) -> float:
+        logits, cache = step(ids[:batch, :PROMPT], None)
+        began = time.perf_counter()
+        for _ in range(steps):
+            logits, cache = step(logits.argmax(-1, keepdim=True), cache)
+        return batch * steps / (time.perf_counter() - began)
+
+    with torch.inference_mode():
+        while call := calls.recv():
+            batch, steps = call
+            if batch:
+                decode(batch, 2)
+                calls.send(decode(batch, steps))
+            else:
+                prefill(64)
+                calls.send(prefill(512))
+
+
+class Worker:
+    """A contender in a process of its own."""
+
+    def __init__(self, build: Callable[[str], Step], checkpoint: Path, threads: int, steps: int = STEPS) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.steps = steps
+        self.process = context.Process(target=serve, args=(build, str(checkpoint), threads, theirs), daemon=True)
+        self.process.start()
+
+    def run(self, batch: int) -> float:
+        self.pipe.send((batch, self.steps))
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def bytes_a_step(batch: int) -> float:
+    """Bytes of weights that one decoding step reads in NF4; experts by the expectation for uniform routing."""
+    info = describe(CONFIG)
+    memory = next(m for m in info.memory if m.format == "NF4")
+    experts, top = CONFIG.n_routed_experts, CONFIG.num_experts_per_tok
+    routed = next(p for p in info.parts if p.name == "routed experts")
+    one = memory.read * routed.active / info.active_beyond_lookup  # near enough: everything but norms has 4 bits
+    return memory.read - one + one * experts / top * (1 - (1 - top / experts) ** batch)
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(WORK))
+    parser.add_argument("--without-transformers", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    plain = write_model(args.cache / "model")
+    packed = args.cache / "model-nf4"
+    if not packed.is_dir():
+        quantize(plain, packed)
+    llama = LlamaCpp.install(args.cache, plain, args.threads)
+    own = Worker(own_step, packed, args.threads)
+    contenders: dict[str, Callable[[int], float]] = {
+        "MoE-DR NF4": own.run, "llama.cpp Q4_0": lambda batch: llama.decode(batch, STEPS, PROMPT) if batch
+        else llama.prefill(512)}
+    workers = [own]
+    if not args.without_transformers:
+        workers.append(Worker(transformers_step, plain, args.threads, steps=8))
+        contenders["transformers BF16"] = workers[-1].run
+
+    speed: dict[str, dict[str, list[float]]] = {}
+    bandwidth: dict[str, list[float]] = {}
+    for work in args.only:
+        batch = WORK[work]
+        speed[work], bandwidth[work] = {name: [] for name in contenders}, []
+        for turn in range(args.rounds):
+            bandwidth[work].append(read_bandwidth("cpu", 1 << 30))
+            for name, run in contenders.items():
+                if name.startswith("transformers") and (batch > 8 or turn >= 3):
+                    continue  # slow, and far from the others
+                speed[work][name].append(run(batch))
+                print(f"  {work:<9} round {turn + 1}  {name:<20}{speed[work][name][-1]:9.1f} tokens/s   "
+                      f"(read {bandwidth[work][-1] / 1e9:.1f} GB/s)", flush=True)
+    for worker in workers:
+        worker.stop()
+    report(args.threads, args.rounds, speed, bandwidth)
+
+
+def report(threads: int, rounds: int, speed: dict[str, dict[str, list[float]]], bandwidth: dict[str, list[float]]) -> None:
+    rows = [["work", "contender", "tokens/s (median)", "min to max", "MoE-DR is faster by", "share of the bandwidth bound"]]
+    ratios: dict[str, float] = {}
+    for work, by_name in speed.items():
+        own = by_name["MoE-DR NF4"]
+        for name, values in by_name.items():
+            if not values:
+                continue
+            share = ""
+            if name == "MoE-DR NF4" and (batch := WORK[work]):
+                bound = [read / bytes_a_step(batch) * batch for read in bandwidth[work]]
+                share = f"{ratio(own, bound):.0%} of {statistics.median(bound):.0f}"
+            if name != "MoE-DR NF4":
+                ratios[f"{work}: {name}"] = ratio(own[: len(values)], values)
+            rows.append([work, name, f"{statistics.median(values):.1f}", f"{min(values):.1f} to {max(values):.1f}",
+                         f"{ratios[f'{work}: {name}']:.2f}" if name != "MoE-DR NF4" else "", share])
+    where = machine(threads)
+    read = [value for values in bandwidth.values() for value in values]
+    lines = ["# Four bits: inference", "",
+             f"{where['cpu']} ({', '.join(where['units'])}; kernels {isa()}), {threads} threads; llama-cpp-python {RELEASE}, "
+             + ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
+             + f"; {rounds} rounds in turn; memory read in between {min(read) / 1e9:.1f} to {max(read) / 1e9:.1f} GB/s. "
+             "2.5 B parameters, 0.47 B active.", "", table(rows)]
+    write_result("inference", "\n".join(lines), {
+        "machine": where, "isa": isa(), "versions": versions("torch", "transformers") | {"llama-cpp-python": RELEASE},
+        "tokens_per_second": speed, "bandwidth": bandwidth, "ratios": ratios})
+
+
+if __name__ == "__main__":
+    main()
