@@ -1,0 +1,143 @@
+"""Random and awkward inputs for the operations on quantised weights. Run as a program, it prints a digest of the bits of
+every native operation's results, one a line, and the instruction set first."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek import ops
+from deepseek.ops.native import isa
+from deepseek.ops.panels import Bits, Quantised, pack, pack_mlp
+
+SHAPES = ((16, 64), (48, 130), (5, 70), (100, 256), (33, 192), (1, 1), (17, 63), (64, 65), (30, 448))
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 50, 130)
+HIDDEN, INNER, SHARED, EXPERTS, TOP = 100, 40, 90, 8, 3
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_matrix(rows: int, columns: int, bits: Bits, seed: int = 0) -> Quantised:
+    generator = torch.Generator().manual_seed(seed)
+    step_O = torch.rand(rows, generator=generator) / columns
+    if bits == 8:
+        return Quantised(torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8), None, step_O)
+    code_OK = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    scale_Ob = torch.randint(0, 256, (rows, -(-columns // 64)), generator=generator, dtype=torch.uint8)
+    return Quantised(code_OK, scale_Ob, step_O / 128)
+
+
+def random_mlp(hidden: int, inner: int, bits: Bits, seed: int = 0) -> Tensor:
+    return pack_mlp(random_matrix(inner, hidden, bits, seed), random_matrix(inner, hidden, bits, seed + 1),
+                    random_matrix(hidden, inner, bits, seed + 2))
+
+
+def awkward_rows(columns: int) -> Tensor:
+    """Activations of every kind: zeros, one peak, denormals (alone and beside ordinary numbers), huge, tiny, halves
+    that a rounding has to decide, and rows whose peak has an inexact reciprocal."""
+    x = randn(columns, seed=7)
+    peak = torch.zeros(columns)
+    peak[-1] = -3.0
+    halves = torch.arange(columns).remainder(127) + 0.5
+    halves[0] = 127.0
+    rows = [x * 0, peak, x * 1e-42, torch.where(x > 0, x, x * 1e-42), x * 1e37, x * 1e-37, x.sign() * 1e-39, halves,
+            x * 3e38 / x.abs().max(), -halves]
+    return torch.stack(rows + [randn(columns, seed=s) * 10.0 ** (s % 9 - 4) for s in range(20)])
+
+
+class Experts(NamedTuple):
+    """Arguments of one call of the experts of a layer."""
+
+    x_TH: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    experts: ops.ExpertTable
+    shared: Tensor
+
+    def run(self, rows: slice | Tensor = slice(None), *, shared: bool = True) -> Tensor:
+        return ops.quantised_experts(
+            self.x_TH[rows], self.index_TK[rows], self.weight_TK[rows], self.experts, INNER,
+            shared=self.shared if shared else None, shared_inner=SHARED if shared else 0, bits=self.experts.bits)
+
+
+def random_experts(tokens: int, bits: Bits, *, top: int = TOP, only: int | None = None, seed: int = 0) -> Experts:
+    """only: the one expert that all tokens visit; by default they visit any but the last, which is left empty."""
+    generator = torch.Generator().manual_seed(seed)
+    table = ops.ExpertTable([random_mlp(HIDDEN, INNER, bits, 10 * e) for e in range(EXPERTS)], HIDDEN, INNER, bits)
+    index_TK = torch.rand(tokens, EXPERTS - 1, generator=generator).argsort(-1)[:, :top]
+    if only is not None:
+        index_TK = torch.full((tokens, 1), only)
+    return Experts(randn(tokens, HIDDEN, seed=seed) * 3, index_TK, torch.rand(index_TK.shape, generator=generator), table,
+                   random_mlp(HIDDEN, SHARED, bits, 500))
+
+
+class Attention(NamedTuple):
+    """Arguments of one call of latent attention."""
+
+    q_latent: Tensor
+    q_rope: Tensor
+    cache: Tensor
+    first_B: Tensor
+    past_B: Tensor
+
+    def run(self) -> Tensor:
+        return ops.latent_attention(*self, 0.2)
+
+
+def random_attention(heads: int, rank: int, tokens: int, *, batch: int = 3, length: int = 300, rope: int = 8) -> Attention:
+    """Different beginnings and ends; the last sequence's first queries are padding."""
+    first_B = torch.tensor([0, 7, 131, 299])[:batch]
+    past_B = torch.tensor([length - tokens, 140, 130, 0])[:batch]
+    return Attention(randn(batch, tokens, heads, rank), randn(batch, tokens, heads, rope, seed=1),
+                     randn(batch, length, rank + rope, seed=2), first_B, past_B)
+
+
+def results() -> Iterator[tuple[str, Tensor]]:
+    for bits in (4, 8):
+        for rows, columns in SHAPES:
+            packed = pack(random_matrix(rows, columns, bits))
+            for tokens in TOKENS:
+                yield f"linear {bits} {rows} {columns} {tokens}", ops.quantised_linear(
+                    randn(tokens, columns), packed, rows, bits=bits)
+            yield f"awkward {bits} {rows} {columns}", ops.quantised_linear(
+                awkward_rows(columns), packed, rows, bits=bits)
+        packed = torch.cat([pack(random_matrix(20, 70, bits, seed)) for seed in range(3)])
+        for tokens in (1, 9):
+            yield f"grouped {bits} {tokens}", ops.grouped_quantised_linear(
+                randn(tokens, 3, 70), packed, 0, len(packed) // 3, 20, bits=bits)
+        for tokens in (1, 2, 7, 40, 111):
+            case = random_experts(tokens, bits)
+            yield f"experts {bits} {tokens}", case.run()
+            yield f"routed {bits} {tokens}", case.run(shared=False)
+            yield f"mlp {bits} {tokens}", ops.quantised_mlp(case.x_TH, case.shared, SHARED, bits=bits)
+        yield f"crowd {bits}", random_experts(60, bits, only=5).run()
+    for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 3, 4, 9)):
+        packed = ops.pack_panels(randn(3, 50, 36).to(dtype))
+        yield f"panels {dtype} {tokens}", ops.panel_linear(randn(tokens, 3, 36), packed)
+    for heads, rank, tokens in itertools.product((1, 5, 16, 20), (16, 48), (1, 3, 40)):
+        yield f"attention {heads} {rank} {tokens}", random_attention(heads, rank, tokens, batch=4).run()
+    for interleave in (False, True):
+        rows = torch.zeros(2, 9, 36)
+        yield f"rotated {interleave}", ops.prepare_latents(
+            randn(2, 5, 3, 20), randn(2, 5, 36), randn(28), 1e-6, randn(2, 5, 4), randn(2, 5, 4), interleave, rows, 3)
+        yield f"latents {interleave}", rows
+    for sigmoid in (False, True):
+        for name, part in zip(("index", "weight", "scores"), ops.choose_experts(
+                randn(300, 32) * 3, randn(32), groups=8, kept_groups=3, top=5, group_best=2, sigmoid=sigmoid,
+                normalise=True, scale_anyway=True, scale=2.5), strict=True):
+            yield f"gate {sigmoid} {name}", part
+    for width in (1, 16, 33, 100):
+        yield f"norm {width}", ops.rms_norm(randn(70, width), randn(width), 1e-6)
+
+
+if __name__ == "__main__":
+    print(isa())
+    for name, result in results():
+        print(name, hashlib.sha256(result.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(), sep="\t")
