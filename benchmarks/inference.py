@@ -157,8 +157,11 @@ def main() -> None:
     report(args.threads, args.rounds, speed, bandwidth)
 
 
-def report(threads: int, rounds: int, speed: dict[str, dict[str, list[float]]], bandwidth: dict[str, list[float]]) -> None:
-    rows = [["work", "contender", "tokens/s (median)", "min to max", "MoE-DR is faster by", "share of the bandwidth bound"]]
+def report(
+    threads: int, rounds: int, speed: dict[str, dict[str, list[float]]], bandwidth: dict[str, list[float]]
+) -> None:
+    rows = [["work", "contender", "tokens/s (median)", "min to max", "MoE-DR is faster by",
+             "share of the bandwidth bound"]]
     ratios: dict[str, float] = {}
     for work, by_name in speed.items():
         own = by_name["MoE-DR NF4"]
@@ -176,10 +179,10 @@ def report(threads: int, rounds: int, speed: dict[str, dict[str, list[float]]], 
     where = machine(threads)
     read = [value for values in bandwidth.values() for value in values]
     lines = ["# Four bits: inference", "",
-             f"{where['cpu']} ({', '.join(where['units'])}; kernels {isa()}), {threads} threads; llama-cpp-python {RELEASE}, "
-             + ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
-             + f"; {rounds} rounds in turn; memory read in between {min(read) / 1e9:.1f} to {max(read) / 1e9:.1f} GB/s. "
-             "2.5 B parameters, 0.47 B active.", "", table(rows)]
+             f"{where['cpu']} ({', '.join(where['units'])}; kernels {isa()}), {threads} threads; llama-cpp-python "
+             f"{RELEASE}, " + ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
+             + f"; {rounds} rounds in turn; memory read in between: {min(read) / 1e9:.1f} to {max(read) / 1e9:.1f} "
+             "GB/s. 2.5 B parameters, 0.47 B active.", "", table(rows)]
     write_result("inference", "\n".join(lines), {
         "machine": where, "isa": isa(), "versions": versions("torch", "transformers") | {"llama-cpp-python": RELEASE},
         "tokens_per_second": speed, "bandwidth": bandwidth, "ratios": ratios})

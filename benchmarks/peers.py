@@ -10,9 +10,9 @@ Everything is kept in the cache folder and reused. What was chosen on llama.cpp'
   Repacked Q4_0 is its fastest 4-bit format on CPUs with AVX2 or AVX512-VNNI.
 - AMX is left out, because the AMX build aborts on models with MLA: its weight buffer refuses the split kv_b.
 - Flash attention and the patience of waiting threads are measured, not chosen: `LlamaCpp.variants` has every
-  combination, the fastest counts. On a Cascade Lake core flash attention gives one sequence 1.15 times the tokens and
-  prefill 0.65 times. On two free cores libgomp's own long spinning gives 1.1 times what 1000 looks give; once
-  neighbours take a core, it gives a tenth to a quarter.
+  combination, the fastest counts. Which attention wins has not been settled: runs on a busy machine disagree. On two
+  free cores libgomp's own long spinning decodes 1.1 times as fast as GOMP_SPINCOUNT=1000; once neighbours take a
+  core, a sixth to a half as fast.
 
     python benchmarks/peers.py [--cache FOLDER]     build, convert and measure it alone
 """

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from deepseek.checkpoint import load_model
+from deepseek.config import ModelConfig
 from deepseek.convert import quantize
 from deepseek.data import TokenShards
+from deepseek.info import describe
 from deepseek.model import CausalLM
 from deepseek.ops.native import isa
 from harness import machine, table, versions, write_result
@@ -90,12 +92,13 @@ def main() -> None:
     rows = [["model", "perplexity", "rise", "loss rise a token, 1e-3", "its standard error"]]
     for name, values in loss.items():
         rise = values - plain
-        rows.append([name, f"{math.exp(values.mean()):.4f}", f"{math.exp(values.mean()) / math.exp(plain.mean()) - 1:+.3%}",
+        rows.append([name, f"{math.exp(values.mean()):.4f}", f"{math.expm1(rise.mean()):+.3%}",
                      f"{1e3 * rise.mean():+.3f}", f"{1e3 * rise.std() / len(rise) ** 0.5:.3f}"])
     where = machine(torch.get_num_threads())
-    text = "\n".join(["# Quality of four bits", "", f"{args.model.name} of {load_model(args.model).config.num_hidden_layers} "
-                      f"layers, {len(plain):,} held-out tokens; kernels {isa()}; bitsandbytes "
-                      f"{versions('bitsandbytes')['bitsandbytes']}.", "", table(rows)])
+    text = "\n".join(["# Quality of four bits", "",
+                      f"{describe(ModelConfig.from_file(args.model)).total / 1e6:.1f} M parameters, {len(plain):,} "
+                      f"held-out tokens; kernels {isa()}; bitsandbytes {versions('bitsandbytes')['bitsandbytes']}.", "",
+                      table(rows)])
     write_result("quality", text, {"machine": where, "versions": versions("torch", "bitsandbytes"),
                                    "loss": {name: float(values.mean()) for name, values in loss.items()}})
 

@@ -2,8 +2,8 @@
 
 Speed does not depend on what the weights say, but it does depend on which experts the tokens choose. These spread
 their choice nearly evenly over random tokens (512 of them load the experts of a layer with a coefficient of variation
-of 0.14 to 0.18; chance alone gives 0.14). That takes embeddings of deviation 1 where matrices have 0.02: with small ones
-attention's average over the context outweighs the token itself, all tokens look alike to the gate, and the fullest
+of 0.14 to 0.18; chance alone gives 0.14). That takes embeddings of deviation 1 where matrices have 0.02: with small
+ones attention's average over the context outweighs the token itself, all tokens look alike to the gate, and the fullest
 expert gets four times its share.
 
     python benchmarks/shape.py [FOLDER]     writes the checkpoint (about 5 GB) unless it is there already

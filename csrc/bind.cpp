@@ -24,9 +24,13 @@ NB_MODULE(_native, m) {
 
   m.def("quantise_panels",
         [](uintptr_t w, int64_t rows, int64_t columns, int bits, uintptr_t out, int threads) {
-          return quantise_panels(at<float>(w), rows, columns, bits, at<uint8_t>(out), threads);
-        },
-        release());
+          double squares[2];
+          {
+            nb::gil_scoped_release release;
+            quantise_panels(at<float>(w), rows, columns, bits, at<uint8_t>(out), squares, threads);
+          }
+          return nb::make_tuple(squares[0], squares[1]);
+        });
 
   m.def("quantised_linear",
         [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, uintptr_t w, int64_t stride, int64_t rows,

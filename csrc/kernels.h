@@ -41,9 +41,10 @@ struct Rows {
 struct Kernels {
   const char* name;
 
-  // One row of weights -> its place r in a panel (which holds zeros), as quant/nf4.py and quant/int8.py say. Returns the
-  // squared error. room: 3 * (columns + 64) floats.
-  double (*quantise_weights)(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room);
+  // One row of weights -> its place r in a panel (which holds zeros), as quant/nf4.py and quant/int8.py say. Adds the
+  // squared error and the squared weights to `squares`. room: 3 * (columns + 64) floats.
+  void (*quantise_weights)(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room,
+                           double* squares);
 
   // One row of activations: x [columns] -> q (padded with zeros to whole blocks), sums, scale.
   void (*quantise)(const float* x, int64_t columns, int8_t* q, int32_t* surplus, float* scale);

@@ -178,7 +178,8 @@ inline float nf4_block(const float* w, uint8_t* code, float* level) {
   return total(product) / (norm > 1.0f ? norm : 1.0f);
 }
 
-double quantise_weights(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room) {
+void quantise_weights(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room,
+                      double* squares) {
   const Panel shape(columns, bits);
   const int64_t padded = shape.blocks * kBlock;
   float* x = room;                // the row, with zeros after it
@@ -188,7 +189,8 @@ double quantise_weights(const float* w, int64_t columns, int bits, int64_t r, ui
   std::memset(x + columns, 0, sizeof(float) * (padded - columns));
   uint8_t* to = panel + shape.codes + 4 * r;
   float step;
-  f16 error = all(0.0f);
+  f16 error = all(0.0f), weight = all(0.0f);
+  for (int64_t k = 0; k < padded; k += 16) weight = fma(load(x + k), load(x + k), weight);
   if (bits == 8) {
     f16 top = all(0.0f);
     for (int64_t k = 0; k < padded; k += 16) top = larger(top, absolute(load(x + k)));
@@ -219,7 +221,7 @@ double quantise_weights(const float* w, int64_t columns, int bits, int64_t r, ui
     }
   }
   std::memcpy(panel + 4 * r, &step, 4);
-  return total(error);
+  squares[0] += total(error), squares[1] += total(weight);
 }
 
 inline f16 widened(const uint16_t* p) { return from_bf16(p); }

@@ -115,19 +115,19 @@ void panels_into(const uint8_t* w, const Panel& shape, int64_t from, int64_t cou
 
 }  // namespace
 
-double quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, int threads) {
+void quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, double* squares,
+                     int threads) {
   const Panel shape(columns, bits);
-  std::vector<double> error(panels_of(rows), 0.0);
+  std::vector<double> part(2 * panels_of(rows), 0.0);
   in_pieces(panels_of(rows), 1, threads, [&](int64_t p) {
     std::vector<float> room(3 * (columns + kBlock)), none(columns);
     for (int64_t r = 0; r < kRows; ++r) {
       const float* row = p * kRows + r < rows ? w + (p * kRows + r) * columns : none.data();
-      error[p] += kernels().quantise_weights(row, columns, bits, r, out + p * shape.bytes, room.data());
+      kernels().quantise_weights(row, columns, bits, r, out + p * shape.bytes, room.data(), &part[2 * p]);
     }
   });
-  double sum = 0.0;
-  for (double e : error) sum += e;
-  return sum;
+  squares[0] = squares[1] = 0.0;
+  for (size_t i = 0; i < part.size(); ++i) squares[i % 2] += part[i];
 }
 
 void quantised_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, const uint8_t* w, int64_t stride,

@@ -5,8 +5,9 @@
 
 namespace deepseek {
 
-// A matrix [rows, columns] -> panels, which must hold zeros; returns the squared error.
-double quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, int threads);
+// A matrix [rows, columns] -> panels, which must hold zeros; squares: the squared error and the squared weights.
+void quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, double* squares,
+                     int threads);
 
 // out[t, g, :] = W_g x[t, g, :] for `groups` matrices of `rows` x `columns` that begin `stride` bytes apart.
 void quantised_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, const uint8_t* w, int64_t stride,

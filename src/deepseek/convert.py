@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,8 +54,11 @@ from .errors import CheckpointError, ConfigError
 from .files import replace_folder, sha256, write_json
 from .model import CausalLM
 from .ops import panels
-from .quant import int8, nf4
+from .quant import int8
 from .quant.linear import Place, Recipe, places
+from .quant.panels import quantise_panels, squared
+
+_T = TypeVar("_T")
 
 SHARD_BYTES = 1 << 30  # what a crash can cost
 REPORT = "quantisation.json"
@@ -248,16 +252,17 @@ def _plan_quantised(
         shapes = [wide, wide, narrow] if place.kind in ("mlp", "experts") else [wide]
         for unit in units(place, config):
             sources = [source_of(name, shape) for name, shape in zip(unit.weights, shapes, strict=True)]
-            matrices = [partial(_quantise, files, source, name, recipe, squares)
+            encode = partial(quantise_panels, bits=recipe.bits)
+            matrices = [partial(_blocks, files, source, name, squares, encode)
                         for source, name in zip(sources, unit.weights, strict=True)]
             if place.kind == "table":
-                table = partial(_quantise, files, sources[0], unit.weights[0], Recipe("int8"), squares)
+                table = partial(_blocks, files, sources[0], unit.weights[0], squares, _table)
                 parts += [_Part(f"{unit.stem}.codes", "I8", wide, partial(_codes, table)),
                           _Part(f"{unit.stem}.step", "F32", wide[:1], partial(_steps, table))]
             else:
-                pack = _pack if place.kind == "matrix" else _pack_mlp
                 size = packed_bytes(place, recipe.bits)
-                parts.append(_Part(f"{unit.stem}.packed", "U8", (size,), partial(pack, matrices, size)))
+                write = matrices[0] if place.kind == "matrix" else partial(_mlp, matrices, size)
+                parts.append(_Part(f"{unit.stem}.packed", "U8", (size,), write))
     inside = tuple(f"{place.module}." for place in chosen)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if (name.startswith(inside) and not name.endswith(".bias")) or (tied and both and name == "lm_head.weight"):
@@ -276,48 +281,44 @@ def _plan_quantised(
     return sorted(parts, key=lambda part: part.rank), kept, numbers
 
 
-def _quantise(
-    files: TensorFiles, source: str, name: str, recipe: Recipe, squares: dict[str, tuple[float, float]]
-) -> Iterator[panels.Quantised]:
-    """Row blocks of one matrix; its squares are entered when it has been walked through."""
-    codec = nf4.quantise if recipe.format == "nf4" else int8.quantise
+_Squares = dict[str, tuple[float, float]]  # name of a weight -> (squared error, squared weight)
+
+
+def _blocks(
+    files: TensorFiles, source: str, name: str, squares: _Squares, encode: Callable[[Tensor], tuple[_T, float, float]]
+) -> Iterator[_T]:
+    """Row blocks of one matrix, encoded; its squares are entered when it has been walked through."""
     error = weight = 0.0
     for start, stop in _rows(files.shape(source)):
         w = files.read_rows(source, start, stop, torch.float32)
-        weight += float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
-        if not math.isfinite(weight):
+        encoded, lost, square = encode(w)
+        if not math.isfinite(square) and not bool(w.isfinite().all()):
             raise CheckpointError(f"{files.file(source)}: {source} holds values that are not finite")
-        yield (q := codec(w))
-        error += float(torch.linalg.vector_norm(w - q.dequantise(), dtype=torch.float64)) ** 2
+        error, weight = error + lost, weight + square
+        yield encoded
     squares[name] = error, weight
 
 
-_Blocks = Callable[[], Iterator[panels.Quantised]]
+def _table(w: Tensor) -> tuple[panels.Quantised, float, float]:
+    q = int8.quantise(w)
+    return q, squared(w - q.dequantise()), squared(w)
 
 
-def _pack(matrices: Sequence[_Blocks], size: int) -> Iterator[Tensor]:
-    return (panels.pack(q) for q in matrices[0]())
-
-
-def _pack_mlp(matrices: Sequence[_Blocks], size: int) -> Iterator[Tensor]:
-    gate, up, down = (matrix() for matrix in matrices)
-    written = 0
-    for g, u in zip(gate, up, strict=True):
-        width = panels.panel_bytes(g.code_OK.shape[1], g.bits)
-        written += (both := torch.stack((panels.pack(g).view(-1, width), panels.pack(u).view(-1, width)), 1)).numel()
-        yield both
-    for d in down:
-        written += (packed := panels.pack(d)).numel()
-        yield packed
-    yield torch.zeros(size - written, dtype=torch.uint8)
-
-
-def _codes(table: _Blocks) -> Iterator[Tensor]:
+def _codes(table: Callable[[], Iterator[panels.Quantised]]) -> Iterator[Tensor]:
     return (q.code_OK for q in table())
 
 
-def _steps(table: _Blocks) -> Iterator[Tensor]:
+def _steps(table: Callable[[], Iterator[panels.Quantised]]) -> Iterator[Tensor]:
     return (q.step_O for q in table())
+
+
+def _mlp(matrices: Sequence[Callable[[], Iterator[Tensor]]], size: int) -> Iterator[Tensor]:
+    gate, up, down = (matrix() for matrix in matrices)
+    written = 0
+    for part in chain((torch.stack(pair, 1) for pair in zip(gate, up, strict=True)), down):
+        written += part.numel()
+        yield part
+    yield torch.zeros(size - written, dtype=torch.uint8)
 
 
 def _copy(files: TensorFiles, name: str, kind: str) -> Iterator[Tensor]:

@@ -1,5 +1,7 @@
-"""Random and awkward inputs for the operations on quantised weights. Run as a program, it prints a digest of the bits of
-every native operation's results, one a line, and the instruction set first."""
+"""Random and awkward inputs for the operations on quantised weights.
+
+Run as a program, it prints the instruction set and then, one a line, a digest of the bits of every native result.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def awkward_rows(columns: int) -> Tensor:
     halves = torch.arange(columns).remainder(127) + 0.5
     halves[0] = 127.0
     rows = [x * 0, peak, x * 1e-42, torch.where(x > 0, x, x * 1e-42), x * 1e37, x * 1e-37, x.sign() * 1e-39, halves,
-            x * 3e38 / x.abs().max(), -halves]
+            x * (3e38 / x.abs().max()), -halves]
     return torch.stack(rows + [randn(columns, seed=s) * 10.0 ** (s % 9 - 4) for s in range(20)])
 
 
@@ -74,7 +76,8 @@ def random_experts(tokens: int, bits: Bits, *, top: int = TOP, only: int | None 
     index_TK = torch.rand(tokens, EXPERTS - 1, generator=generator).argsort(-1)[:, :top]
     if only is not None:
         index_TK = torch.full((tokens, 1), only)
-    return Experts(randn(tokens, HIDDEN, seed=seed) * 3, index_TK, torch.rand(index_TK.shape, generator=generator), table,
+    weight_TK = torch.rand(index_TK.shape, generator=generator)
+    return Experts(randn(tokens, HIDDEN, seed=seed) * 3, index_TK, weight_TK, table,
                    random_mlp(HIDDEN, SHARED, bits, 500))
 
 
@@ -91,8 +94,9 @@ class Attention(NamedTuple):
         return ops.latent_attention(*self, 0.2)
 
 
-def random_attention(heads: int, rank: int, tokens: int, *, batch: int = 3, length: int = 300, rope: int = 8) -> Attention:
+def random_attention(heads: int, rank: int, tokens: int, *, batch: int = 3) -> Attention:
     """Different beginnings and ends; the last sequence's first queries are padding."""
+    length, rope = 300, 8
     first_B = torch.tensor([0, 7, 131, 299])[:batch]
     past_B = torch.tensor([length - tokens, 140, 130, 0])[:batch]
     return Attention(randn(batch, tokens, heads, rank), randn(batch, tokens, heads, rope, seed=1),

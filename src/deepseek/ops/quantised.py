@@ -40,6 +40,9 @@ class ExpertTable(tuple[Tensor, ...]):
             _check_packed(f"expert {e}", packed, mlp_bytes(hidden, inner, bits))
         return table
 
+    def __reduce__(self) -> tuple[type[ExpertTable], tuple[tuple[Tensor, ...], int, int, Bits]]:
+        return ExpertTable, (tuple(self), self.hidden, self.inner, self.bits)
+
     @cached_property
     def addresses(self) -> Tensor:
         return torch.tensor([packed.data_ptr() for packed in self], dtype=torch.int64)

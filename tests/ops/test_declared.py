@@ -1,0 +1,100 @@
+"""What torch is told about the operations: schemas, shapes without computing, what is written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import HIDDEN, INNER, SHARED, randn, random_attention, random_experts, random_matrix, random_mlp
+
+from deepseek import ops
+from deepseek.ops.panels import Bits, matrix_bytes, pack
+from deepseek.ops.registry import OPERATIONS
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def linear(bits: Bits, *shape: int, bias: bool = False) -> Call:
+    packed = pack(random_matrix(20, shape[-1], bits))
+    return (randn(*shape), packed, 20, randn(20) if bias else None), {"bits": bits}
+
+
+def mlp(tokens: int, bits: Bits) -> Call:
+    return (randn(tokens, HIDDEN), random_mlp(HIDDEN, INNER, bits), INNER), {"bits": bits}
+
+
+def experts(tokens: int, bits: Bits, *, shared: bool) -> Call:
+    case = random_experts(tokens, bits)
+    args = case.x_TH, case.index_TK, case.weight_TK, list(case.experts), INNER
+    return (*args, case.shared, SHARED) if shared else args, {"bits": bits}
+
+
+def grouped(tokens: int, bits: Bits) -> Call:
+    packed = torch.cat([pack(random_matrix(20, 70, bits, seed)) for seed in range(3)])
+    return (randn(tokens, 3, 70), packed, 0, matrix_bytes(20, 70, bits), 20), {"bits": bits}
+
+
+def panels(dtype: torch.dtype, *, columns_apart: bool = False) -> Call:
+    x_TGK = randn(5, 36, 3).transpose(1, 2) if columns_apart else randn(5, 3, 36)
+    return (x_TGK, ops.pack_panels(randn(3, 50, 36).to(dtype))), {}
+
+
+def attention(heads: int, rank: int, tokens: int) -> Call:
+    return (*random_attention(heads, rank, tokens), 0.2), {}
+
+
+def latents(*, interleave: bool, together: bool) -> Call:
+    rows = torch.zeros(2, 9, 36) if together else torch.zeros(9, 2, 36).transpose(0, 1)
+    return (randn(2, 5, 3, 20), randn(2, 5, 36), randn(28), 1e-6, randn(1, 5, 4), randn(1, 5, 4), interleave, rows, 3), {}
+
+
+def apart(call: Call) -> Call:
+    """The same with the first tensor's dimensions in another order in memory."""
+    (x, *rest), options = call
+    return (x.transpose(0, -1).contiguous().transpose(0, -1), *rest), options
+
+
+CALLS: dict[str, list[Call]] = {
+    "quantised_linear": [linear(4, 5, 130), linear(8, 2, 3, 64, bias=True), linear(4, 0, 64), apart(linear(4, 2, 3, 64))],
+    "quantised_mlp": [mlp(3, 4), mlp(9, 8), apart(mlp(3, 4))],
+    "quantised_experts": [experts(3, 4, shared=True), experts(9, 8, shared=False), apart(experts(3, 4, shared=True))],
+    "grouped_quantised_linear": [grouped(3, 4), grouped(9, 8), apart(grouped(3, 4))],
+    "panel_linear": [panels(torch.float32), panels(torch.bfloat16), panels(torch.float32, columns_apart=True)],
+    "latent_attention": [attention(3, 16, 2), attention(3, 12, 2), apart(attention(3, 16, 2))],
+    "prepare_latents": [latents(interleave=True, together=True), latents(interleave=False, together=False)],
+}
+
+
+def test_every_operation_has_its_calls() -> None:
+    assert set(CALLS) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(("name", "call"), [(name, call) for name, calls in CALLS.items() for call in calls],
+                         ids=[f"{name}-{i}" for name, calls in CALLS.items() for i in range(len(calls))])
+def test_opcheck(name: str, call: Call) -> None:
+    torch.library.opcheck(OPERATIONS[name], *call)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_node_under_compile_and_none_without(name: str) -> None:
+    """Called from Python the function runs at once; in a compiled graph it is one node. The results are the same."""
+    args, options = CALLS[name][0]
+    function: Callable[..., torch.Tensor] = getattr(ops, name)
+    nodes: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(lambda *given: function(*given, **options) + 1, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(*args), function(*args, **options) + 1)
+    assert [node for node in nodes if node.startswith("deepseek.")] == [f"deepseek.{name}.default"]
+
+
+def test_a_compiled_function_through_torchs_own_backend() -> None:
+    (x_TK, packed, rows, bias_O), _ = linear(4, 5, 130, bias=True)
+    compiled = torch.compile(lambda x: ops.quantised_linear(x.relu(), packed, rows, bias_O).sum(-1), fullgraph=True,
+                             backend="eager")
+    assert torch.equal(compiled(x_TK), ops.quantised_linear(x_TK.relu(), packed, rows, bias_O).sum(-1))
