@@ -14,10 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import native
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MH: Tensor, w_H: Tensor, eps: float) -> Tensor:
+        if native.trains(x_MH, w_H) and x_MH.is_contiguous() and w_H.dtype == torch.float32:
+            y, r_M1 = torch.empty_like(x_MH), x_MH.new_empty(len(x_MH), 1, dtype=torch.float32)
+            ctx.save_for_backward(x_MH, w_H, r_M1)
+            native.native.norm_forward(x_MH.data_ptr(), native.kind(x_MH), w_H.data_ptr(), *x_MH.shape, eps,
+                                       y.data_ptr(), r_M1.data_ptr(), native.threads())
+            return y
         x = x_MH.float()
         r_M1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_MH, w_H, r_M1)
@@ -27,6 +35,13 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:
         x_MH, w_H, r_M1 = ctx.saved_tensors
+        if native.trains(x_MH, w_H) and x_MH.is_contiguous() and w_H.dtype == torch.float32:
+            dy, dx, dw = dy_MH.contiguous(), torch.empty_like(x_MH), torch.empty_like(w_H)
+            parts = dw.new_empty(-(-len(x_MH) // 64), len(w_H))
+            native.native.norm_backward(x_MH.data_ptr(), dy.data_ptr(), native.kind(x_MH), w_H.data_ptr(),
+                                        r_M1.data_ptr(), *x_MH.shape, dx.data_ptr(), parts.data_ptr(), dw.data_ptr(),
+                                        native.threads())
+            return dx, dw, None
         x, dy = x_MH.float(), dy_MH.float()
         xr = x * r_M1
         dy_xr = dy * xr
