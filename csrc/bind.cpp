@@ -82,20 +82,17 @@ NB_MODULE(_native, m) {
   };
   m.def("experts_forward",
         [](const Shape& shape, uintptr_t token, uintptr_t ends, uintptr_t slot, uintptr_t weight, uintptr_t x,
-           uintptr_t w_in, uintptr_t w_out, int kind, int w_kind, uintptr_t y, uintptr_t both, uintptr_t out,
-           int threads) {
-          experts_forward(experts(shape, token, ends, slot, weight, x, w_in, w_out, kind, w_kind), at<float>(y),
-                          at<void>(both), at<void>(out), threads);
+           uintptr_t w_in, uintptr_t w_out, int kind, int w_kind, uintptr_t both, uintptr_t out, int threads) {
+          experts_forward(experts(shape, token, ends, slot, weight, x, w_in, w_out, kind, w_kind), at<void>(both),
+                          at<void>(out), threads);
         },
         release());
   m.def("experts_backward",
         [](const Shape& shape, uintptr_t token, uintptr_t ends, uintptr_t slot, uintptr_t weight, uintptr_t x,
-           uintptr_t w_in, uintptr_t w_out, int kind, int w_kind, uintptr_t both, uintptr_t dout, uintptr_t y,
-           uintptr_t hw, uintptr_t d_both, uintptr_t dx, uintptr_t d_weight, uintptr_t d_in, uintptr_t d_out,
-           int threads) {
+           uintptr_t w_in, uintptr_t w_out, int kind, int w_kind, uintptr_t both, uintptr_t dout, uintptr_t dx,
+           uintptr_t d_weight, uintptr_t d_in, uintptr_t d_out, int threads) {
           experts_backward(experts(shape, token, ends, slot, weight, x, w_in, w_out, kind, w_kind), at<void>(both),
-                           at<void>(dout), at<float>(y), at<float>(hw), at<float>(d_both), at<void>(dx),
-                           at<float>(d_weight), at<void>(d_in), at<void>(d_out), threads);
+                           at<void>(dout), at<void>(dx), at<float>(d_weight), at<void>(d_in), at<void>(d_out), threads);
         },
         release());
 
@@ -119,9 +116,9 @@ NB_MODULE(_native, m) {
 
   m.def("head_loss",
         [](uintptr_t x, int kind, uintptr_t w, int w_kind, uintptr_t label, int64_t rows, int64_t hidden, int64_t vocab,
-           float scale, uintptr_t logits, int64_t chunk, uintptr_t loss, uintptr_t dx, uintptr_t dw, int threads) {
+           float scale, int64_t chunk, uintptr_t loss, uintptr_t dx, uintptr_t dw, int threads) {
           head_loss(at<void>(x), (Kind)kind, at<void>(w), (Kind)w_kind, at<int64_t>(label), rows, hidden, vocab, scale,
-                    at<float>(logits), chunk, at<float>(loss), at<float>(dx), at<float>(dw), threads);
+                    chunk, at<float>(loss), at<float>(dx), at<float>(dw), threads);
         },
         release());
 

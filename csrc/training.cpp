@@ -125,7 +125,7 @@ void product_of(const Matrix& a, bool transposed, const Factor& b, int64_t rows,
   });
 }
 
-thread_local Buffer right_buffer;  // of the calling thread
+thread_local Buffer right_buffer, call_buffer;  // of the calling thread: a packed factor; one operation's intermediates
 
 int64_t begin_of(const Experts& e, int64_t i) { return i ? e.ends[i - 1] : 0; }
 
@@ -180,10 +180,11 @@ void product(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transpo
   product_of(a, a_transposed, f, rows, out, ld, out_kind, add, threads);
 }
 
-void experts_forward(const Experts& e, float* y, void* both, void* out, int threads) {
+void experts_forward(const Experts& e, void* both, void* out, int threads) {
   const TrainingKernels& t = table();
   int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
   std::vector<Piece> pieces = pieces_of(e, threads);
+  float* y = call_buffer.take(e.pairs * e.hidden);
   parallel(pieces.size(), threads, [&](int64_t i) {
     static thread_local Buffer weights, between;
     const Piece& p = pieces[i];
@@ -206,11 +207,14 @@ void experts_forward(const Experts& e, float* y, void* both, void* out, int thre
   combine(e, y, out, threads);
 }
 
-void experts_backward(const Experts& e, const void* both, const void* dout, float* y, float* hw, float* d_both, void* dx,
-                      float* d_weight, void* d_in, void* d_out, int threads) {
+void experts_backward(const Experts& e, const void* both, const void* dout, void* dx, float* d_weight, void* d_in,
+                      void* d_out, int threads) {
   const TrainingKernels& t = table();
   int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
   std::vector<Piece> pieces = pieces_of(e, threads);
+  float* y = call_buffer.take(e.pairs * (e.hidden + e.inner + wide));  // an expert's rows of dx
+  float* hw = y + e.pairs * e.hidden;                                   // its activations times the gate's weight
+  float* d_both = hw + e.pairs * e.inner;
   parallel(pieces.size(), threads, [&](int64_t i) {
     static thread_local Buffer weights, between;
     const Piece& p = pieces[i];
@@ -329,8 +333,9 @@ void attention_backward(const Heads& q, const Heads& k, const Heads& v, const He
 }
 
 void head_loss(const void* x, Kind kind, const void* w, Kind w_kind, const int64_t* label, int64_t rows, int64_t hidden,
-               int64_t vocab, float scale, float* logits, int64_t chunk, float* loss, float* dx, float* dw, int threads) {
+               int64_t vocab, float scale, int64_t chunk, float* loss, float* dx, float* dw, int threads) {
   static thread_local Buffer forward, backward;
+  float* logits = call_buffer.take(chunk * vocab);
   Matrix weights{w, hidden, w_kind};
   Factor up(forward.take(Factor::room(hidden, vocab)), hidden, vocab), down(nullptr, vocab, hidden);
   pack_all(up, weights, true, threads);

@@ -89,11 +89,11 @@ struct Experts {
   const void *x, *w_in, *w_out;  // [tokens][hidden]; [experts][2 inner][hidden]; [experts][hidden][inner]
   Kind kind, w_kind;             // of x and the results; of the weights as factors
 };
-// y: FP32 [pairs][hidden], scratch. both: [pairs][2 inner] of `kind`, or null. out: [tokens][hidden].
-void experts_forward(const Experts& e, float* y, void* both, void* out, int threads);
-// y as above, hw [pairs][inner] and d_both [pairs][2 inner]: FP32 scratch. Null results are not wanted.
-void experts_backward(const Experts& e, const void* both, const void* dout, float* y, float* hw, float* d_both, void* dx,
-                      float* d_weight, void* d_in, void* d_out, int threads);
+// both: [pairs][2 inner] of `kind`, kept for the gradient, or null. out: [tokens][hidden].
+void experts_forward(const Experts& e, void* both, void* out, int threads);
+// Null results are not wanted.
+void experts_backward(const Experts& e, const void* both, const void* dout, void* dx, float* d_weight, void* d_in,
+                      void* d_out, int threads);
 
 // [batch][heads][rows][width] with the widths side by side and any other steps (in elements).
 struct Heads {
@@ -108,9 +108,9 @@ void attention_backward(const Heads& q, const Heads& k, const Heads& v, const He
                         float scale, const void* probs, int threads);
 
 // loss [rows] of a linear head, 0 where the label is negative; dx [rows][hidden] and dw [vocab][hidden], FP32, of the sum
-// times `scale`, where not null. logits: [chunk][vocab], scratch.
+// times `scale`, where not null. `chunk` rows of logits are held at a time.
 void head_loss(const void* x, Kind kind, const void* w, Kind w_kind, const int64_t* label, int64_t rows, int64_t hidden,
-               int64_t vocab, float scale, float* logits, int64_t chunk, float* loss, float* dx, float* dw, int threads);
+               int64_t vocab, float scale, int64_t chunk, float* loss, float* dx, float* dw, int threads);
 
 void norm_forward(const void* x, Kind kind, const float* w, int64_t rows, int64_t width, float eps, void* y, float* r,
                   int threads);

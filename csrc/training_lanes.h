@@ -28,6 +28,15 @@ inline f16 rounded(f16 v) {
 
 template <Kind K>
 inline f16 get(const void* p, int64_t i, int64_t count = 16) {
+#if defined(__AVX512F__)
+  if (count < 16) {
+    __mmask16 some = (__mmask16)((1u << count) - 1);
+    if (K == kBf16)
+      return (f16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const uint16_t*)p + i)), 16);
+    f16 v = (f16)_mm512_maskz_loadu_ps(some, (const float*)p + i);
+    return K == kRounded ? rounded(v) : v;
+  }
+#endif
   if (K == kBf16) {
     if (count >= 16) return from_bf16((const uint16_t*)p + i);
     uint16_t tail[16] = {};

@@ -130,11 +130,10 @@ class _NativeExperts(torch.autograd.Function):
     ) -> Tensor:
         ends_E = pairs.counts_E.cumsum(0)
         both_P = x.new_empty(len(weight_P), gate_up.shape[1]) if wants_grad else None
-        y_PH = x.new_empty(len(weight_P), x.shape[1], dtype=torch.float32)
         out = torch.empty_like(x)
         native.native.experts_forward(
             *_NativeExperts.described(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK),
-            y_PH.data_ptr(), native.address(both_P), out.data_ptr(), native.threads())
+            native.address(both_P), out.data_ptr(), native.threads())
         if wants_grad:
             ctx.save_for_backward(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK, both_P)
         return out
@@ -145,13 +144,10 @@ class _NativeExperts(torch.autograd.Function):
         *inputs, both_P = ctx.saved_tensors
         dx, d_weight, d_in, d_out = (torch.empty_like(t) if want else None
                                      for t, want in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True))
-        x, weight_P, _, down = inputs[:4]
-        y_PH, hw_PI, d_both_P = (x.new_empty(len(weight_P), width, dtype=torch.float32)
-                                 for width in (x.shape[1], down.shape[2], both_P.shape[1]))
-        dout = dout_TH.to(x.dtype).contiguous()
+        dout = dout_TH.to(both_P.dtype).contiguous()
         native.native.experts_backward(
-            *_NativeExperts.described(*inputs), both_P.data_ptr(), dout.data_ptr(), y_PH.data_ptr(), hw_PI.data_ptr(),
-            d_both_P.data_ptr(), *map(native.address, (dx, d_weight, d_in, d_out)), native.threads())
+            *_NativeExperts.described(*inputs), both_P.data_ptr(), dout.data_ptr(),
+            *map(native.address, (dx, d_weight, d_in, d_out)), native.threads())
         return dx, d_weight, d_in, d_out, None, None
 
     @staticmethod

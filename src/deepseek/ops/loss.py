@@ -81,13 +81,12 @@ def _native_loss(x_MH: Tensor, w_VH: Tensor, labels_M: Tensor, scale: Tensor, wa
     if bad.any():
         raise IndexError(f"label {labels_M[bad][0].item()} is out of range 0..{vocab - 1}")
     labels = labels_M.long().contiguous()
-    chunk = min(_chunk_rows(vocab), max(1, rows))
-    buffer, loss = (x_MH.new_empty(shape, dtype=torch.float32) for shape in ((chunk, vocab), (rows,)))
+    loss = x_MH.new_empty(rows, dtype=torch.float32)
     dx = torch.empty_like(x_MH, dtype=torch.float32) if want_x else None
     dw = torch.empty_like(w_VH, dtype=torch.float32) if want_w else None
     native.native.head_loss(
         x_MH.data_ptr(), native.kind(x_MH), w_VH.data_ptr(), native.kind(w_VH, x_MH), labels.data_ptr(), rows,
-        hidden, vocab, scale.item(), buffer.data_ptr(), chunk, loss.data_ptr(), native.address(dx), native.address(dw),
+        hidden, vocab, scale.item(), min(_chunk_rows(vocab), max(1, rows)), loss.data_ptr(), native.address(dx), native.address(dw),
         native.threads())
     return loss.sum() * scale, dx, dw
 
