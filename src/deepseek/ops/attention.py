@@ -93,8 +93,9 @@ class _NativeAttention(torch.autograd.Function):
         q, k, v, p_BNTT = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = (t.new_empty(batch, length, heads, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
-        native.native.attention_backward(*map(_steps, (q, k, v, native.dense(dout_BNTW), dq, dk, dv)), native.kind(q),
-                                         batch, heads, length, ctx.scale, p_BNTT.data_ptr(), native.threads())
+        dout = native.dense(dout_BNTW.to(q.dtype))  # held until the kernel has read it
+        native.native.attention_backward(*map(_steps, (q, k, v, dout, dq, dk, dv)), native.kind(q), batch, heads,
+                                         length, ctx.scale, p_BNTT.data_ptr(), native.threads())
         return dq, dk, dv, None
 
 

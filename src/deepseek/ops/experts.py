@@ -197,6 +197,7 @@ def expert_mlp(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: 
     if x_TH.device.type == "cpu":
         tensors = (x_TH, weight_P, gate_up_E2IH, down_EHI)
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        fast = native.trains(*tensors) and native.fits(*tensors) and gate_up_E2IH.dtype == down_EHI.dtype
+        fast = native.trains(*tensors) and native.fits(*tensors) and (
+            gate_up_E2IH.dtype == down_EHI.dtype and weight_P.dtype == torch.float32)
         return (_NativeExperts if fast else _ExpertLoop).apply(*tensors, pairs, wants_grad)
     return _grouped(x_TH, weight_P, gate_up_E2IH, down_EHI, pairs)

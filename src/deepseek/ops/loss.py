@@ -86,8 +86,8 @@ def _native_loss(x_MH: Tensor, w_VH: Tensor, labels_M: Tensor, scale: Tensor, wa
     dw = torch.empty_like(w_VH, dtype=torch.float32) if want_w else None
     native.native.head_loss(
         x_MH.data_ptr(), native.kind(x_MH), w_VH.data_ptr(), native.kind(w_VH, x_MH), labels.data_ptr(), rows,
-        hidden, vocab, scale.item(), min(_chunk_rows(vocab), max(1, rows)), loss.data_ptr(), native.address(dx), native.address(dw),
-        native.threads())
+        hidden, vocab, scale.item(), min(_chunk_rows(vocab), max(1, rows)), loss.data_ptr(), native.address(dx),
+        native.address(dw), native.threads())
     return loss.sum() * scale, dx, dw
 
 

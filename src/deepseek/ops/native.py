@@ -58,7 +58,7 @@ def trains(*tensors: Tensor) -> bool:
 
 
 def kind(t: Tensor, like: Tensor | None = None) -> int:
-    """How a kernel reads `t` (csrc/training.h): as it is, or FP32 that is rounded on the way in to match BF16 `like`."""
+    """How a kernel reads `t` (csrc/training.h): as it is, or FP32 rounded on the way in to match BF16 `like`."""
     if t.dtype == torch.bfloat16:
         return 1
     return 2 if like is not None and like.dtype == torch.bfloat16 else 0
