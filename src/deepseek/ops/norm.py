@@ -36,12 +36,12 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:
         x_MH, w_H, r_M1 = ctx.saved_tensors
         if native.trains(x_MH, w_H) and x_MH.is_contiguous() and w_H.dtype == torch.float32:
-            dy, dx, dw = dy_MH.contiguous(), torch.empty_like(x_MH), torch.empty_like(w_H)
-            parts = dw.new_empty(-(-len(x_MH) // 64), len(w_H))
+            dy, dx, grad_w = dy_MH.contiguous(), torch.empty_like(x_MH), torch.empty_like(w_H)
+            parts = grad_w.new_empty(-(-len(x_MH) // 64), len(w_H))
             native.native.norm_backward(x_MH.data_ptr(), dy.data_ptr(), native.kind(x_MH), w_H.data_ptr(),
-                                        r_M1.data_ptr(), *x_MH.shape, dx.data_ptr(), parts.data_ptr(), dw.data_ptr(),
-                                        native.threads())
-            return dx, dw, None
+                                        r_M1.data_ptr(), *x_MH.shape, dx.data_ptr(), parts.data_ptr(),
+                                        grad_w.data_ptr(), native.threads())
+            return dx, grad_w, None
         x, dy = x_MH.float(), dy_MH.float()
         xr = x * r_M1
         dy_xr = dy * xr
