@@ -1,8 +1,10 @@
 // The only file that knows Python. Pointers come as integers from ops/, which has checked shapes, types and layout.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 
 #include "kernels.h"
 #include "quantised.h"
+#include "training.h"
 
 namespace nb = nanobind;
 using namespace deepseek;
@@ -89,6 +91,91 @@ NB_MODULE(_native, m) {
            int threads) {
           mla_attention(at<float>(q_latent), at<float>(q_rope), at<float>(cache), stride, at<int64_t>(first),
                         at<int64_t>(past), batch, tokens, heads, rank, rope, scale, at<float>(out), threads);
+        },
+        release());
+
+  // ---- training: a Heads comes as (address, batch step, head step, row step, width) ---------------------------------
+  m.def("trains", [] { return training_kernels() != nullptr; });
+
+  m.def("product",
+        [](uintptr_t a, int64_t a_stride, int a_kind, bool a_transposed, uintptr_t b, int64_t b_stride, int b_kind,
+           bool b_transposed, int64_t rows, int64_t columns, int64_t inner, uintptr_t out, int out_kind, int threads) {
+          product({at<void>(a), a_stride, (Kind)a_kind}, a_transposed, {at<void>(b), b_stride, (Kind)b_kind},
+                  b_transposed, rows, columns, inner, at<void>(out), columns, (Kind)out_kind, false, threads);
+        },
+        release());
+
+  using Shape = std::array<int64_t, 6>;  // tokens, hidden, top, pairs, experts, inner
+  static const auto experts = [](const Shape& s, uintptr_t token, uintptr_t ends, uintptr_t slot, uintptr_t weight,
+                                 uintptr_t x, uintptr_t w_in, uintptr_t w_out, int kind, int w_kind) {
+    return Experts{s[0], s[1], s[2], s[3], s[4], s[5], at<int64_t>(token), at<int64_t>(ends), at<int64_t>(slot),
+                   at<float>(weight), at<void>(x), at<void>(w_in), at<void>(w_out), (Kind)kind, (Kind)w_kind};
+  };
+  m.def("experts_forward",
+        [](const Shape& shape, uintptr_t token, uintptr_t ends, uintptr_t slot, uintptr_t weight, uintptr_t x,
+           uintptr_t w_in, uintptr_t w_out, int kind, int w_kind, uintptr_t both, uintptr_t out, int threads) {
+          experts_forward(experts(shape, token, ends, slot, weight, x, w_in, w_out, kind, w_kind), at<void>(both),
+                          at<void>(out), threads);
+        },
+        release());
+  m.def("experts_backward",
+        [](const Shape& shape, uintptr_t token, uintptr_t ends, uintptr_t slot, uintptr_t weight, uintptr_t x,
+           uintptr_t w_in, uintptr_t w_out, int kind, int w_kind, uintptr_t both, uintptr_t dout, uintptr_t dx,
+           uintptr_t d_weight, uintptr_t d_in, uintptr_t d_out, int threads) {
+          experts_backward(experts(shape, token, ends, slot, weight, x, w_in, w_out, kind, w_kind), at<void>(both),
+                           at<void>(dout), at<void>(dx), at<float>(d_weight), at<void>(d_in), at<void>(d_out), threads);
+        },
+        release());
+
+  using Steps = std::array<int64_t, 5>;
+  static const auto heads = [](const Steps& s) { return Heads{at<void>((uintptr_t)s[0]), s[1], s[2], s[3], s[4]}; };
+  m.def("attention_forward",
+        [](const Steps& q, const Steps& k, const Steps& v, const Steps& out, int kind, int64_t batch, int64_t count,
+           int64_t length, float scale, uintptr_t probs, int threads) {
+          attention_forward(heads(q), heads(k), heads(v), heads(out), (Kind)kind, batch, count, length, scale,
+                            at<void>(probs), threads);
+        },
+        release());
+  m.def("attention_backward",
+        [](const Steps& q, const Steps& k, const Steps& v, const Steps& dout, const Steps& dq, const Steps& dk,
+           const Steps& dv, int kind, int64_t batch, int64_t count, int64_t length, float scale, uintptr_t probs,
+           int threads) {
+          attention_backward(heads(q), heads(k), heads(v), heads(dout), heads(dq), heads(dk), heads(dv), (Kind)kind,
+                             batch, count, length, scale, at<void>(probs), threads);
+        },
+        release());
+
+  m.def("head_loss",
+        [](uintptr_t x, int kind, uintptr_t w, int w_kind, uintptr_t label, int64_t rows, int64_t hidden, int64_t vocab,
+           float scale, int64_t chunk, uintptr_t loss, uintptr_t dx, uintptr_t dw, int threads) {
+          head_loss(at<void>(x), (Kind)kind, at<void>(w), (Kind)w_kind, at<int64_t>(label), rows, hidden, vocab, scale,
+                    chunk, at<float>(loss), at<float>(dx), at<float>(dw), threads);
+        },
+        release());
+
+  m.def("norm_forward",
+        [](uintptr_t x, int kind, uintptr_t w, int64_t rows, int64_t width, float eps, uintptr_t y, uintptr_t r,
+           int threads) {
+          norm_forward(at<void>(x), (Kind)kind, at<float>(w), rows, width, eps, at<void>(y), at<float>(r), threads);
+        },
+        release());
+  m.def("norm_backward",
+        [](uintptr_t x, uintptr_t dy, int kind, uintptr_t w, uintptr_t r, int64_t rows, int64_t width, uintptr_t dx,
+           uintptr_t parts, uintptr_t dw, int threads) {
+          norm_backward(at<void>(x), at<void>(dy), (Kind)kind, at<float>(w), at<float>(r), rows, width, at<void>(dx),
+                        at<float>(parts), at<float>(dw), threads);
+        },
+        release());
+  m.def("swiglu_forward",
+        [](uintptr_t gate, uintptr_t up, int kind, int64_t count, uintptr_t h, int threads) {
+          swiglu_forward(at<void>(gate), at<void>(up), (Kind)kind, count, at<void>(h), threads);
+        },
+        release());
+  m.def("swiglu_backward",
+        [](uintptr_t dh, uintptr_t gate, uintptr_t up, int kind, int64_t count, uintptr_t d_gate, uintptr_t d_up,
+           int threads) {
+          swiglu_backward(at<void>(dh), at<void>(gate), at<void>(up), (Kind)kind, count, at<void>(d_gate),
+                          at<void>(d_up), threads);
         },
         release());
 }

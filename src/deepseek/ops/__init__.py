@@ -5,6 +5,7 @@ from .experts import expert_mlp
 from .linear import fast_bf16, linear
 from .loss import linear_cross_entropy
 from .native import fits
+from .mlp import swiglu
 from .norm import rms_norm
 from .quantised import (
     ExpertTable,
@@ -23,4 +24,5 @@ __all__ = [
     "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "fits", "grouped_quantised_linear",
     "latent_attention", "linear", "linear_cross_entropy", "pack_panels", "panel_linear", "prepare_latents",
     "quantised_experts", "quantised_linear", "quantised_mlp", "rms_norm",
+    "swiglu",
 ]

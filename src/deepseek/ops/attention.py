@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from . import native
 from .linear import widen
 
 BLOCK = 128  # queries a block: one head's [128, 256] scores are 128 KB
@@ -72,6 +73,36 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
+class _NativeAttention(torch.autograd.Function):
+    """The same arithmetic in one call (csrc/training.cpp): a head of a sequence is a task, nothing is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BNTD: Tensor, k_BNTD: Tensor, v_BNTW: Tensor, scale: float) -> Tensor:
+        batch, heads, length, _ = q_BNTD.shape
+        out = q_BNTD.new_empty(batch, length, heads, v_BNTW.shape[-1]).transpose(1, 2)
+        p_BNTT = q_BNTD.new_empty(batch, heads, length, length)
+        native.native.attention_forward(*map(_steps, (q_BNTD, k_BNTD, v_BNTW, out)), native.kind(out), batch, heads,
+                                        length, scale, p_BNTT.data_ptr(), native.threads())
+        ctx.save_for_backward(q_BNTD, k_BNTD, v_BNTW, p_BNTT)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_BNTW: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, p_BNTT = ctx.saved_tensors
+        batch, heads, length, _ = q.shape
+        dq, dk, dv = (t.new_empty(batch, length, heads, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+        dout = native.dense(dout_BNTW.to(q.dtype))  # held until the kernel has read it
+        native.native.attention_backward(*map(_steps, (q, k, v, dout, dq, dk, dv)), native.kind(q), batch, heads,
+                                         length, ctx.scale, p_BNTT.data_ptr(), native.threads())
+        return dq, dk, dv, None
+
+
+def _steps(t_BNTD: Tensor) -> tuple[int, ...]:
+    return t_BNTD.data_ptr(), *t_BNTD.stride()[:3], t_BNTD.shape[-1]
+
+
 def attention_reference(q_BNTD: Tensor, k_BNSD: Tensor, v_BNSW: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """The slow twin: softmax(q k^T * scale) v with FP32 scores; mask [.., T, S] True where a query may look."""
     s = (q_BNTD.float() @ k_BNSD.float().transpose(-1, -2)) * scale
@@ -91,7 +122,8 @@ def causal_attention(
     """
     needs_grad = torch.is_grad_enabled() and (q_BNTD.requires_grad or k_BNSD.requires_grad or v_BNSW.requires_grad)
     if mask is None and needs_grad and q_BNTD.device.type == "cpu" and q_BNTD.shape[2] <= LONGEST_SAVED:
-        return _CausalAttention.apply(q_BNTD, k_BNSD, v_BNSW, scale)
+        fast = scale > 0 and native.trains(q_BNTD, k_BNSD, v_BNSW)
+        return (_NativeAttention if fast else _CausalAttention).apply(q_BNTD, k_BNSD, v_BNSW, scale)
     width = v_BNSW.shape[-1]
     v = pad(v_BNSW, (0, k_BNSD.shape[-1] - width)) if width < k_BNSD.shape[-1] else v_BNSW
     if mask is not None:  # SDPA gives NaN for a row without any key: let such a row look everywhere

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import native
+
 
 @cache
 def fast_bf16(device_type: str) -> bool:
@@ -40,14 +42,30 @@ def mm(a_MK: Tensor, b_KO: Tensor) -> Tensor:
     return (widen(a_MK) @ widen(b_KO)).to(a_MK.dtype)
 
 
+def product(a: Tensor, b: Tensor, x: Tensor, dtype: torch.dtype, *, a_transposed: bool = False,
+            b_transposed: bool = False) -> Tensor:
+    """a @ b through the native kernels, either one transposed, as operands of the dtype of the activations `x`."""
+    a, b = native.dense(a), native.dense(b)
+    rows, inner = a.shape[::-1] if a_transposed else a.shape
+    columns = b.shape[0] if b_transposed else b.shape[1]
+    out = a.new_empty(rows, columns, dtype=dtype)
+    native.native.product(a.data_ptr(), a.stride(0), native.kind(a, x), a_transposed, b.data_ptr(), b.stride(0),
+                          native.kind(b, x), b_transposed, rows, columns, inner, out.data_ptr(), native.kind(out),
+                          native.threads())
+    return out
+
+
 class _Linear(torch.autograd.Function):
     """y = x W^T (+ b) with both gradients on the same units; weights and their gradient keep the weight's dtype."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, w_OK: Tensor, b_O: Tensor | None) -> Tensor:
+        ctx.has_bias, ctx.w_dtype = b_O is not None, w_OK.dtype
+        if b_O is None and native.trains(x_MK, w_OK):
+            ctx.save_for_backward(x_MK, w_OK)
+            return product(x_MK, w_OK, x_MK, x_MK.dtype, b_transposed=True)
         w = w_OK.to(x_MK.dtype)
         ctx.save_for_backward(x_MK, w)
-        ctx.has_bias, ctx.w_dtype = b_O is not None, w_OK.dtype
         y = widen(x_MK) @ widen(w).t()
         if b_O is not None:
             y += b_O
@@ -57,8 +75,15 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_MO: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        dy = widen(dy_MO.to(x.dtype))
         dx = dw = db = None
+        if not ctx.has_bias and native.trains(x, w):
+            dy = dy_MO.to(x.dtype)
+            if ctx.needs_input_grad[0]:
+                dx = product(dy, w, x, x.dtype)
+            if ctx.needs_input_grad[1]:
+                dw = product(dy, x, x, ctx.w_dtype, a_transposed=True)
+            return dx, dw, None
+        dy = widen(dy_MO.to(x.dtype))
         if ctx.needs_input_grad[0]:
             dx = (dy @ widen(w)).to(x.dtype)
         if ctx.needs_input_grad[1]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import native
 from .linear import widen
 
 CHUNK_BYTES = 32 << 20  # logits held at a time: enough rows for the products, little enough for a shared cache
@@ -30,9 +31,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x_MH: Tensor, w_VH: Tensor, labels_M: Tensor, wants_grad: bool) -> Tensor:
         keep = labels_M != IGNORE
         count = keep.sum().clamp(min=1)
+        want_x, want_w = (wants_grad and want for want in ctx.needs_input_grad[:2])
+        ctx.want, ctx.dtypes = (want_x, want_w), (x_MH.dtype, w_VH.dtype)
+        if native.trains(x_MH, w_VH) and native.fits(x_MH, w_VH):
+            total, dx, dw = _native_loss(x_MH, w_VH, labels_M, 1 / count, want_x, want_w)
+            ctx.save_for_backward(*(g for g in (dx, dw) if g is not None))
+            return total
         wide = widen(w_VH.to(x_MH.dtype))
         x = widen(x_MH)
-        want_x, want_w = (wants_grad and want for want in ctx.needs_input_grad[:2])
         dx = torch.empty_like(x) if want_x else None
         dw = torch.zeros_like(wide) if want_w else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -57,7 +63,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dw is not None:
                 dw.addmm_(p.t(), x[part])
         ctx.save_for_backward(*(g for g in (dx, dw) if g is not None))
-        ctx.want, ctx.dtypes = (want_x, want_w), (x_MH.dtype, w_VH.dtype)
         return total / count
 
     @staticmethod
@@ -66,6 +71,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads = iter(ctx.saved_tensors)
         dx, dw = ((next(grads) * scale).to(dt) if want else None for want, dt in zip(ctx.want, ctx.dtypes, strict=True))
         return dx, dw, None, None
+
+
+def _native_loss(x_MH: Tensor, w_VH: Tensor, labels_M: Tensor, scale: Tensor, want_x: bool,
+                 want_w: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loop above in one call: (mean loss, gradient of x, gradient of w), both FP32."""
+    (rows, hidden), vocab = x_MH.shape, w_VH.shape[0]
+    bad = (labels_M != IGNORE) & ((labels_M < 0) | (labels_M >= vocab))
+    if bad.any():
+        raise IndexError(f"label {labels_M[bad][0].item()} is out of range 0..{vocab - 1}")
+    labels = labels_M.long().contiguous()
+    loss = x_MH.new_empty(rows, dtype=torch.float32)
+    dx = torch.empty_like(x_MH, dtype=torch.float32) if want_x else None
+    dw = torch.empty_like(w_VH, dtype=torch.float32) if want_w else None
+    native.native.head_loss(
+        x_MH.data_ptr(), native.kind(x_MH), w_VH.data_ptr(), native.kind(w_VH, x_MH), labels.data_ptr(), rows,
+        hidden, vocab, scale.item(), min(_chunk_rows(vocab), max(1, rows)), loss.data_ptr(), native.address(dx),
+        native.address(dw), native.threads())
+    return loss.sum() * scale, dx, dw
 
 
 def linear_cross_entropy(x_MH: Tensor, w_VH: Tensor, labels_M: Tensor) -> Tensor:

@@ -44,3 +44,30 @@ def fits(*tensors: Tensor) -> bool:
 
 def threads() -> int:
     return torch.get_num_threads()
+
+
+def trains(*tensors: Tensor) -> bool:
+    """Whether the training kernels (csrc/training.h) can take these: FP32, or BF16 where it has no units of its own,
+    in this machine's memory, the last dimension dense."""
+    from .linear import fast_bf16
+
+    return (native is not None and native.trains()
+            and all(t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+            and {t.dtype for t in tensors} <= {torch.float32, torch.bfloat16}
+            and not (any(t.dtype == torch.bfloat16 for t in tensors) and fast_bf16("cpu")))
+
+
+def kind(t: Tensor, like: Tensor | None = None) -> int:
+    """How a kernel reads `t` (csrc/training.h): as it is, or FP32 rounded on the way in to match BF16 `like`."""
+    if t.dtype == torch.bfloat16:
+        return 1
+    return 2 if like is not None and like.dtype == torch.bfloat16 else 0
+
+
+def dense(t: Tensor) -> Tensor:
+    """`t`, or a copy of it, with rows whose elements lie side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

@@ -1,0 +1,405 @@
+#include "training.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace deepseek {
+namespace {
+
+constexpr int64_t kBlockStrips = 8;  // strips of the left factor that meet one block of the right factor in the cache
+
+// Aligned memory of one thread, kept between calls.
+class Buffer {
+ public:
+  ~Buffer() { std::free(data_); }
+  float* take(int64_t floats) {
+    if (floats > size_) {
+      std::free(data_);
+      data_ = static_cast<float*>(std::aligned_alloc(64, (4 * floats + 8192) / 64 * 64));  // prefetches run over the end
+      size_ = data_ ? floats : 0;
+      if (!data_) std::abort();  // as the kernel's killer would: no task may throw
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+const TrainingKernels& table() { return *training_kernels(); }
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void* at(const void* p, int64_t element, Kind kind) {
+  return const_cast<char*>(static_cast<const char*>(p)) + element * bytes_of(kind);
+}
+
+// A right factor [inner][columns] in memory for its panels: by blocks of kDepth, in each by blocks of kColumns.
+struct Factor {
+  float* data;
+  int64_t inner, columns, wide;
+  Factor(float* data, int64_t inner, int64_t columns)
+      : data(data), inner(inner), columns(columns), wide(divide_up(columns, table().columns) * table().columns) {}
+  static int64_t room(int64_t inner, int64_t columns) {
+    return divide_up(columns, table().columns) * table().columns * inner;
+  }
+  int64_t depth(int64_t k) const { return std::min(kDepth, inner - k / kDepth * kDepth); }
+  // Panels of the block that k lies in, from column n on (a multiple of the tile's).
+  float* panels(int64_t k, int64_t n) const { return data + k / kDepth * kDepth * wide + n * depth(k); }
+  void pack(const Matrix& b, bool transposed, int64_t k, int64_t n) const {
+    table().pack_right(b, transposed, k, depth(k), n, std::min(kColumns, columns - n), panels(k, n));
+  }
+  void pack(const Matrix& b, bool transposed) const {
+    for (int64_t k = 0; k < inner; k += kDepth)
+      for (int64_t n = 0; n < columns; n += kColumns) pack(b, transposed, k, n);
+  }
+};
+
+// out [rows][ld] FP32 (+)= rows first_row … of a, inner columns from_k to to_k, times columns n … of b. One thread.
+void block(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, int64_t from_k, int64_t to_k,
+           const Factor& b, int64_t n, int64_t columns, float* out, int64_t ld, bool add) {
+  static thread_local Buffer buffer;
+  const TrainingKernels& t = table();
+  for (int64_t done = 0; done < rows; done += kBlockStrips * t.rows) {
+    int64_t some = std::min(kBlockStrips * t.rows, rows - done);
+    bool more = add;
+    for (int64_t k = from_k; k < to_k; more = true) {
+      int64_t start = k / kDepth * kDepth, end = std::min(to_k, start + b.depth(k));
+      float* packed = buffer.take(divide_up(some, t.rows) * t.strip);
+      t.pack_left(a, transposed, first_row + done, some, k, end - k, packed);
+      for (int64_t c = 0; c < columns; c += kColumns) {
+        const float* panels = b.panels(k, n + c) + (k - start) * t.columns;
+        for (int64_t r = 0; r < some; r += t.rows)
+          t.multiply(packed + r / t.rows * t.strip, transposed, std::min(t.rows, some - r), panels,
+                     b.depth(k) * t.columns, end - k, std::min(kColumns, columns - c), out + (done + r) * ld + c, ld, more);
+      }
+      k = end;
+    }
+  }
+}
+
+// The same in any kind; BF16 goes through a block of FP32.
+void block_into(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, const Factor& b, int64_t n,
+                int64_t columns, void* out, int64_t ld, Kind kind, bool add) {
+  if (kind == kFloat)
+    return block(a, transposed, first_row, rows, 0, b.inner, b, n, columns, static_cast<float*>(out), ld, add);
+  static thread_local Buffer buffer;
+  int64_t step = kBlockStrips * table().rows;
+  float* wide = buffer.take(std::min(rows, step) * columns);
+  for (int64_t done = 0; done < rows; done += step) {
+    int64_t some = std::min(step, rows - done);
+    block(a, transposed, first_row + done, some, 0, b.inner, b, n, columns, wide, columns, false);
+    for (int64_t r = 0; r < some; ++r)
+      table().scaled(wide + r * columns, columns, 1.0f, at(out, (done + r) * ld, kind), kind);
+  }
+}
+
+void zero_rows(void* out, int64_t rows, int64_t columns, int64_t ld, Kind kind) {
+  for (int64_t r = 0; r < rows; ++r) std::memset(at(out, r * ld, kind), 0, columns * bytes_of(kind));
+}
+
+void pack_all(const Factor& f, const Matrix& b, bool transposed, int threads) {
+  int64_t across = divide_up(f.columns, kColumns);
+  parallel(divide_up(f.inner, kDepth) * across, threads,
+           [&](int64_t i) { f.pack(b, transposed, i / across * kDepth, i % across * kColumns); });
+}
+
+// As `product`, with the right factor packed.
+void product_of(const Matrix& a, bool transposed, const Factor& b, int64_t rows, void* out, int64_t ld, Kind kind,
+                bool add, int threads) {
+  int64_t strips = divide_up(rows, table().rows), pieces = divide_up(strips, kBlockStrips);
+  pieces = std::min(strips, divide_up(pieces, threads) * threads);
+  parallel(pieces * divide_up(b.columns, kColumns), threads, [&](int64_t i) {
+    int64_t n = i / pieces * kColumns, piece = i % pieces;
+    int64_t first = strips * piece / pieces * table().rows;
+    int64_t last = std::min(rows, strips * (piece + 1) / pieces * table().rows);
+    block_into(a, transposed, first, last - first, b, n, std::min(kColumns, b.columns - n), at(out, first * ld + n, kind),
+               ld, kind, add);
+  });
+}
+
+thread_local Buffer right_buffer, call_buffer;  // of the calling thread: a packed factor; one operation's intermediates
+
+int64_t begin_of(const Experts& e, int64_t i) { return i ? e.ends[i - 1] : 0; }
+
+// Pieces of rows that belong to one expert: enough of them to share, few enough to pack its weights seldom.
+struct Piece {
+  int64_t expert, first, rows;
+};
+std::vector<Piece> pieces_of(const Experts& e, int threads) {
+  int64_t unit = kBlockStrips * table().rows;
+  int64_t most = std::clamp(e.pairs / (4 * threads) / unit, int64_t{1}, int64_t{5}) * unit;
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < e.experts; ++i)
+    for (int64_t r = begin_of(e, i); r < e.ends[i]; r += most)
+      pieces.push_back({i, r, std::min(most, e.ends[i] - r)});
+  return pieces;
+}
+
+// out[t] = sum of the token's rows of y, in the order of the experts.
+void combine(const Experts& e, const float* y, void* out, int threads) {
+  constexpr int64_t kTokens = 32;
+  parallel(divide_up(e.tokens, kTokens), threads, [&](int64_t i) {
+    static thread_local std::vector<const float*> rows;
+    rows.resize(e.top);
+    for (int64_t t = i * kTokens; t < std::min(e.tokens, (i + 1) * kTokens); ++t) {
+      for (int64_t k = 0; k < e.top; ++k) rows[k] = y + e.slot[t * e.top + k] * e.hidden;
+      std::sort(rows.begin(), rows.end());
+      table().sum_rows(rows.data(), e.top, e.hidden, at(out, t * e.hidden, e.kind), e.kind);
+    }
+  });
+}
+
+Matrix head_of(const Heads& h, int64_t b, int64_t n, Kind kind) {
+  return {at(h.data, b * h.batch_step + n * h.head_step, kind), h.row_step, kind};
+}
+
+}  // namespace
+
+const TrainingKernels* training_kernels() {
+  if (&kernels() == avx512_kernels) return avx512_training;
+  if (&kernels() == avx2_kernels) return avx2_training;
+  return nullptr;
+}
+
+void product(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, int64_t rows, int64_t columns,
+             int64_t inner, void* out, int64_t ld, Kind out_kind, bool add, int threads) {
+  if (inner == 0) {
+    if (!add) zero_rows(out, rows, columns, ld, out_kind);
+    return;
+  }
+  Factor f(right_buffer.take(Factor::room(inner, columns)), inner, columns);
+  pack_all(f, b, b_transposed, threads);
+  product_of(a, a_transposed, f, rows, out, ld, out_kind, add, threads);
+}
+
+void experts_forward(const Experts& e, void* both, void* out, int threads) {
+  const TrainingKernels& t = table();
+  int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
+  std::vector<Piece> pieces = pieces_of(e, threads);
+  float* y = call_buffer.take(e.pairs * e.hidden);
+  parallel(pieces.size(), threads, [&](int64_t i) {
+    static thread_local Buffer weights, between;
+    const Piece& p = pieces[i];
+    float* packed = weights.take(std::max(Factor::room(e.hidden, wide), Factor::room(e.inner, e.hidden)));
+    float* gate_up = between.take(unit * wide + p.rows * e.inner);
+    float* h = gate_up + unit * wide;
+    Factor in(packed, e.hidden, wide), down(packed, e.inner, e.hidden);
+    in.pack({at(e.w_in, p.expert * wide * e.hidden, e.w_kind), e.hidden, e.w_kind}, true);
+    for (int64_t done = 0; done < p.rows; done += unit) {
+      int64_t first = p.first + done, some = std::min(unit, p.rows - done);
+      block({e.x, e.hidden, e.kind, e.token + first}, false, 0, some, 0, e.hidden, in, 0, wide, gate_up, wide, false);
+      if (both) t.scaled(gate_up, some * wide, 1.0f, at(both, first * wide, e.kind), e.kind);
+      for (int64_t r = 0; r < some; ++r)
+        t.gated(gate_up + r * wide, gate_up + r * wide + e.inner, kFloat, e.weight[first + r], e.inner,
+                h + (done + r) * e.inner, kFloat);
+    }
+    down.pack({at(e.w_out, p.expert * e.hidden * e.inner, e.w_kind), e.inner, e.w_kind}, true);
+    block({h, e.inner, kFloat}, false, 0, p.rows, 0, e.inner, down, 0, e.hidden, y + p.first * e.hidden, e.hidden, false);
+  });
+  combine(e, y, out, threads);
+}
+
+void experts_backward(const Experts& e, const void* both, const void* dout, void* dx, float* d_weight, void* d_in,
+                      void* d_out, int threads) {
+  const TrainingKernels& t = table();
+  int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
+  std::vector<Piece> pieces = pieces_of(e, threads);
+  float* y = call_buffer.take(e.pairs * (e.hidden + e.inner + wide));  // an expert's rows of dx
+  float* hw = y + e.pairs * e.hidden;                                   // its activations times the gate's weight
+  float* d_both = hw + e.pairs * e.inner;
+  parallel(pieces.size(), threads, [&](int64_t i) {
+    static thread_local Buffer weights, between;
+    const Piece& p = pieces[i];
+    float* packed = weights.take(std::max(Factor::room(e.hidden, e.inner), Factor::room(wide, e.hidden)));
+    float* dh = between.take(unit * e.inner);
+    Factor up(packed, e.hidden, e.inner), in(packed, wide, e.hidden);
+    up.pack({at(e.w_out, p.expert * e.hidden * e.inner, e.w_kind), e.inner, e.w_kind}, false);
+    for (int64_t done = 0; done < p.rows; done += unit) {
+      int64_t first = p.first + done, some = std::min(unit, p.rows - done);
+      block({dout, e.hidden, e.kind, e.token + first}, false, 0, some, 0, e.hidden, up, 0, e.inner, dh, e.inner, false);
+      for (int64_t r = 0; r < some; ++r) {
+        int64_t pair = first + r;
+        float* d = d_both + pair * wide;
+        float dot = t.gated_back(dh + r * e.inner, at(both, pair * wide, e.kind), at(both, pair * wide + e.inner, e.kind),
+                                 e.kind, kFloat, e.weight[pair], e.inner, d, d + e.inner, kFloat, hw + pair * e.inner);
+        if (d_weight) d_weight[pair] = dot;
+      }
+    }
+    if (!dx) return;
+    in.pack({at(e.w_in, p.expert * wide * e.hidden, e.w_kind), e.hidden, e.w_kind}, false);
+    block({d_both + p.first * wide, wide, kFloat}, false, 0, p.rows, 0, wide, in, 0, e.hidden, y + p.first * e.hidden,
+          e.hidden, false);
+  });
+  if (dx) combine(e, y, dx, threads);
+  Kind w_out_kind = e.w_kind == kBf16 ? kBf16 : kFloat;
+  parallel(2 * e.experts, threads, [&](int64_t i) {
+    static thread_local Buffer factor;
+    int64_t expert = i / 2, first = begin_of(e, expert), count = e.ends[expert] - first;
+    int64_t rows = i % 2 ? wide : e.hidden, columns = i % 2 ? e.hidden : e.inner;
+    void* out = i % 2 ? d_in : d_out;
+    if (!out) return;
+    out = at(out, expert * rows * columns, w_out_kind);
+    if (count == 0) return zero_rows(out, rows, columns, columns, w_out_kind);
+    Factor f(factor.take(Factor::room(count, columns)), count, columns);
+    if (i % 2) {
+      f.pack({e.x, e.hidden, e.kind, e.token + first}, false);
+      block_into({d_both + first * wide, wide, kFloat}, true, 0, rows, f, 0, columns, out, columns, w_out_kind, false);
+    } else {
+      f.pack({hw + first * e.inner, e.inner, kFloat}, false);
+      block_into({dout, e.hidden, e.kind, e.token + first}, true, 0, rows, f, 0, columns, out, columns, w_out_kind, false);
+    }
+  });
+}
+
+void attention_forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, Kind kind, int64_t batch,
+                       int64_t heads, int64_t length, float scale, void* probs, int threads) {
+  const TrainingKernels& t = table();
+  int64_t unit = kBlockStrips * t.rows;
+  parallel(batch * heads, threads, [&](int64_t i) {
+    static thread_local Buffer buffer;
+    int64_t b = i / heads, n = i % heads, k_room = Factor::room(k.width, length), v_room = Factor::room(length, v.width);
+    float* keys = buffer.take(k_room + v_room + unit * (length + v.width));
+    float* scores = keys + k_room + v_room;
+    float* sums = scores + unit * length;
+    Factor key(keys, k.width, length), value(keys + k_room, length, v.width);
+    key.pack(head_of(k, b, n, kind), true);
+    value.pack(head_of(v, b, n, kind), false);
+    void* saved = at(probs, i * length * length, kind);
+    for (int64_t lo = 0; lo < length; lo += unit) {
+      int64_t some = std::min(unit, length - lo), hi = lo + some;
+      block(head_of(q, b, n, kind), false, lo, some, 0, q.width, key, 0, hi, scores, length, false);
+      for (int64_t r = 0; r < some; ++r)
+        t.softmax(scores + r * length, scale, lo + r + 1, length, at(saved, (lo + r) * length, kind), kind);
+      block({scores, length, kFloat}, false, 0, some, 0, hi, value, 0, v.width, sums, v.width, false);
+      for (int64_t r = 0; r < some; ++r)
+        t.scaled(sums + r * v.width, v.width, 1.0f,
+                 at(out.data, b * out.batch_step + n * out.head_step + (lo + r) * out.row_step, kind), kind);
+    }
+  });
+}
+
+void attention_backward(const Heads& q, const Heads& k, const Heads& v, const Heads& dout, const Heads& dq,
+                        const Heads& dk, const Heads& dv, Kind kind, int64_t batch, int64_t heads, int64_t length,
+                        float scale, const void* probs, int threads) {
+  const TrainingKernels& t = table();
+  int64_t unit = kBlockStrips * t.rows;
+  parallel(batch * heads, threads, [&](int64_t i) {
+    static thread_local Buffer buffer;
+    int64_t b = i / heads, n = i % heads;
+    int64_t room = std::max(Factor::room(v.width, length), Factor::room(length, std::max(k.width, v.width)));
+    float* ds = buffer.take(length * length + unit * std::max(k.width, v.width) + room);
+    float* sums = ds + length * length;
+    float* packed = sums + unit * std::max(k.width, v.width);
+    Matrix p{at(probs, i * length * length, kind), length, kind}, scores{ds, length, kFloat};
+    Factor value(packed, v.width, length), key(packed, length, k.width), up(packed, length, v.width);
+    auto deliver = [&](const Heads& to, int64_t lo, int64_t some, float by) {
+      for (int64_t r = 0; r < some; ++r)
+        t.scaled(sums + r * to.width, to.width, by,
+                 at(to.data, b * to.batch_step + n * to.head_step + (lo + r) * to.row_step, kind), kind);
+    };
+    auto blocks = [&](const auto& work) {
+      for (int64_t lo = 0; lo < length; lo += unit) work(lo, std::min(unit, length - lo));
+    };
+    value.pack(head_of(v, b, n, kind), true);
+    blocks([&](int64_t lo, int64_t some) {
+      block(head_of(dout, b, n, kind), false, lo, some, 0, v.width, value, 0, lo + some, ds + lo * length, length, false);
+      for (int64_t r = lo; r < lo + some; ++r)
+        t.softmax_back(at(p.data, r * length, kind), kind, ds + r * length, r + 1, length);
+    });
+    key.pack(head_of(k, b, n, kind), false);
+    blocks([&](int64_t lo, int64_t some) {
+      block(scores, false, lo, some, 0, lo + some, key, 0, k.width, sums, k.width, false);
+      deliver(dq, lo, some, scale);
+    });
+    key.pack(head_of(q, b, n, kind), false);
+    blocks([&](int64_t lo, int64_t some) {
+      block(scores, true, lo, some, lo, length, key, 0, k.width, sums, k.width, false);
+      deliver(dk, lo, some, scale);
+    });
+    up.pack(head_of(dout, b, n, kind), false);
+    blocks([&](int64_t lo, int64_t some) {
+      block(p, true, lo, some, lo, length, up, 0, v.width, sums, v.width, false);
+      deliver(dv, lo, some, 1.0f);
+    });
+  });
+}
+
+void head_loss(const void* x, Kind kind, const void* w, Kind w_kind, const int64_t* label, int64_t rows, int64_t hidden,
+               int64_t vocab, float scale, int64_t chunk, float* loss, float* dx, float* dw, int threads) {
+  static thread_local Buffer forward, backward;
+  float* logits = call_buffer.take(chunk * vocab);
+  Matrix weights{w, hidden, w_kind};
+  Factor up(forward.take(Factor::room(hidden, vocab)), hidden, vocab), down(nullptr, vocab, hidden);
+  pack_all(up, weights, true, threads);
+  if (dx) {
+    down.data = backward.take(Factor::room(vocab, hidden));
+    pack_all(down, weights, false, threads);
+  }
+  for (int64_t done = 0; done < rows; done += chunk) {
+    int64_t some = std::min(chunk, rows - done);
+    Matrix part{at(x, done * hidden, kind), hidden, kind}, gradient{logits, vocab, kFloat};
+    product_of(part, false, up, some, logits, vocab, kFloat, false, threads);
+    parallel(some, threads, [&](int64_t r) {
+      int64_t to = label[done + r];
+      float each = table().cross_entropy(logits + r * vocab, vocab, std::max<int64_t>(to, 0), to < 0 ? 0.0f : scale,
+                                         dx || dw);
+      loss[done + r] = to < 0 ? 0.0f : each;
+    });
+    if (dx) product_of(gradient, false, down, some, dx + done * hidden, hidden, kFloat, false, threads);
+    if (dw) product(gradient, true, part, false, vocab, hidden, some, dw, hidden, kFloat, done > 0, threads);
+  }
+}
+
+void norm_forward(const void* x, Kind kind, const float* w, int64_t rows, int64_t width, float eps, void* y, float* r,
+                  int threads) {
+  constexpr int64_t kSome = 64;
+  parallel(divide_up(rows, kSome), threads, [&](int64_t i) {
+    for (int64_t m = i * kSome; m < std::min(rows, (i + 1) * kSome); ++m)
+      r[m] = table().norm(at(x, m * width, kind), kind, w, width, eps, at(y, m * width, kind));
+  });
+}
+
+void norm_backward(const void* x, const void* dy, Kind kind, const float* w, const float* r, int64_t rows, int64_t width,
+                   void* dx, float* parts, float* dw, int threads) {
+  constexpr int64_t kSome = 64;
+  int64_t count = divide_up(rows, kSome);
+  parallel(count, threads, [&](int64_t i) {
+    float* part = parts + i * width;
+    std::memset(part, 0, 4 * width);
+    for (int64_t m = i * kSome; m < std::min(rows, (i + 1) * kSome); ++m)
+      table().norm_back(at(x, m * width, kind), at(dy, m * width, kind), kind, w, r[m], width, at(dx, m * width, kind), part);
+  });
+  std::vector<const float*> each(count);
+  for (int64_t i = 0; i < count; ++i) each[i] = parts + i * width;
+  table().sum_rows(each.data(), count, width, dw, kFloat);
+}
+
+namespace {
+constexpr int64_t kPiece = 16384;  // numbers a task of an element-wise pass
+}
+
+void swiglu_forward(const void* gate, const void* up, Kind kind, int64_t count, void* h, int threads) {
+  parallel(divide_up(count, kPiece), threads, [&](int64_t i) {
+    int64_t from = i * kPiece, n = std::min(kPiece, count - from);
+    table().gated(at(gate, from, kind), at(up, from, kind), kind, 1.0f, n, at(h, from, kind), kind);
+  });
+}
+
+void swiglu_backward(const void* dh, const void* gate, const void* up, Kind kind, int64_t count, void* d_gate,
+                     void* d_up, int threads) {
+  parallel(divide_up(count, kPiece), threads, [&](int64_t i) {
+    int64_t from = i * kPiece, n = std::min(kPiece, count - from);
+    table().gated_back(at(dh, from, kind), at(gate, from, kind), at(up, from, kind), kind, kind, 1.0f, n,
+                       at(d_gate, from, kind), at(d_up, from, kind), kind, nullptr);
+  });
+}
+
+}  // namespace deepseek

@@ -1,0 +1,377 @@
+// The kernels of training.h in sixteen-float vectors: included once for each instruction set.
+#pragma once
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "lanes.h"
+#include "training.h"
+
+namespace deepseek {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14, kVectors = 2;  // 28 sums, 2 columns and a broadcast: 31 of 32 registers
+constexpr int kStep = 16;                    // of a transposed strip
+#else
+constexpr int kTileRows = 6, kVectors = 1;
+constexpr int kStep = 8;
+#endif
+constexpr int kTileColumns = 16 * kVectors;
+constexpr int kAheadRows = 16;                  // of a panel, prefetched into the first cache
+constexpr int64_t kRowStride = kDepth + 16;     // of a strip that is not transposed: an odd number of cache lines
+constexpr int64_t kStripFloats = kTileRows * kRowStride > kDepth * kStep ? kTileRows * kRowStride : kDepth * kStep + 16;
+
+// To BF16: nearest, ties to even; NaN stays NaN.
+inline f16 rounded(f16 v) {
+  i16 u = (i16)v;
+  i16 r = v == v ? u + 0x7fff + ((u >> 16) & 1) : (u | 0x400000);
+  return (f16)(r & (int32_t)0xffff0000);
+}
+
+template <Kind K>
+inline f16 get(const void* p, int64_t i, int64_t count = 16) {
+#if defined(__AVX512F__)
+  if (count < 16) {
+    __mmask16 some = (__mmask16)((1u << count) - 1);
+    if (K == kBf16)
+      return (f16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const uint16_t*)p + i)), 16);
+    f16 v = (f16)_mm512_maskz_loadu_ps(some, (const float*)p + i);
+    return K == kRounded ? rounded(v) : v;
+  }
+#endif
+  if (K == kBf16) {
+    if (count >= 16) return from_bf16((const uint16_t*)p + i);
+    uint16_t tail[16] = {};
+    std::memcpy(tail, (const uint16_t*)p + i, 2 * count);
+    return from_bf16(tail);
+  }
+  f16 v = count >= 16 ? load((const float*)p + i) : load_some((const float*)p + i, count);
+  return K == kRounded ? rounded(v) : v;
+}
+
+template <Kind K>
+inline void put(void* p, int64_t i, f16 v, int64_t count = 16) {
+  if (K == kBf16) {
+    i16 u = (i16)rounded(v) >> 16;
+    uint16_t some[16];
+    uint16_t* to = count >= 16 ? (uint16_t*)p + i : some;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)u));
+#else
+    for (int j = 0; j < 16; ++j) to[j] = (uint16_t)u[j];
+#endif
+    if (count < 16) std::memcpy((uint16_t*)p + i, some, 2 * count);
+  } else if (count >= 16) {
+    store((float*)p + i, v);
+  } else {
+    std::memcpy((float*)p + i, &v, 4 * count);
+  }
+}
+
+template <typename Work>
+inline auto with_kind(Kind kind, const Work& work) {
+  switch (kind) {
+    case kBf16: return work(std::integral_constant<Kind, kBf16>{});
+    case kRounded: return work(std::integral_constant<Kind, kRounded>{});
+    default: return work(std::integral_constant<Kind, kFloat>{});
+  }
+}
+
+template <typename Work>
+inline void sweep(int64_t count, const Work& work) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) work(i, 16);
+  if (i < count) work(i, count - i);
+}
+
+// The first `count` lanes of v, zeros elsewhere.
+inline f16 first(f16 v, int64_t count) {
+  if (count >= 16) return v;
+  float some[16] = {};
+  std::memcpy(some, &v, 4 * count);
+  return load(some);
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------
+
+template <Kind K>
+inline const void* row_of(const Matrix& m, int64_t r) {
+  return (const char*)m.data + (m.index ? m.index[r] : r) * m.stride * bytes_of(K);
+}
+
+void pack_left(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, int64_t first_k, int64_t depth,
+               float* out) {
+  with_kind(a.kind, [&](auto kind) {
+    constexpr Kind K = decltype(kind)::value;
+    if (transposed)
+      for (int64_t k = 0; k < depth; ++k) {
+        const void* row = row_of<K>(a, first_k + k);
+        float* to = out + k * kStep;
+        for (int64_t r = 0; r < rows; r += kTileRows, to += kStripFloats) store(to, get<K>(row, first_row + r, rows - r));
+      }
+    else
+      for (int64_t r = 0; r < rows; ++r) {
+        const void* row = row_of<K>(a, first_row + r);
+        float* to = out + r / kTileRows * kStripFloats + r % kTileRows * kRowStride;
+        sweep(depth, [&](int64_t k, int64_t n) { store(to + k, get<K>(row, first_k + k, n)); });
+      }
+  });
+}
+
+inline void transpose(f16* v) {
+  static const i16 low[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                             {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+                             {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                             {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}};
+#pragma GCC unroll 4
+  for (int s = 0; s < 4; ++s) {
+    const int apart = 8 >> s;
+    const i16 high = low[s] + apart;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (!(i & apart)) {
+        f16 a = v[i], b = v[i + apart];
+        v[i] = __builtin_shuffle(a, b, low[s]), v[i + apart] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+void pack_right(const Matrix& b, bool transposed, int64_t first_k, int64_t depth, int64_t first_n, int64_t columns,
+                float* out) {
+  with_kind(b.kind, [&](auto kind) {
+    constexpr Kind K = decltype(kind)::value;
+    auto panel = [&](int64_t n) { return out + n / kTileColumns * kTileColumns * depth + n % kTileColumns; };
+    if (!transposed) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const void* row = row_of<K>(b, first_k + k);
+        sweep(columns, [&](int64_t n, int64_t some) {
+          store(panel(n) + k * kTileColumns, get<K>(row, first_n + n, some));
+        });
+      }
+      return;
+    }
+    for (int64_t n = 0; n < columns; n += 16) {
+      int64_t wide = columns - n < 16 ? columns - n : 16;
+      const void* row[16];
+      for (int64_t i = 0; i < 16; ++i) row[i] = row_of<K>(b, first_n + n + (i < wide ? i : 0));
+      sweep(depth, [&](int64_t k, int64_t some) {
+        f16 v[16];
+        for (int i = 0; i < 16; ++i) v[i] = get<K>(row[i], first_k + k, some);
+        transpose(v);
+        for (int64_t i = 0; i < some; ++i) store(panel(n) + (k + i) * kTileColumns, v[i]);
+      });
+    }
+  });
+}
+
+// tile [R][kTileColumns] = a strip times a panel
+template <int R, bool TRANSPOSED>
+void tile_product(const float* a, const float* b, int64_t depth, float* tile) {
+  f16 acc[R][kVectors];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kVectors; ++c) acc[r][c] = all(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    f16 v[kVectors];
+    for (int c = 0; c < kVectors; ++c) v[c] = load(b + k * kTileColumns + 16 * c);
+    for (int c = 0; c < kVectors; ++c) __builtin_prefetch(b + (k + kAheadRows) * kTileColumns + 16 * c);
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      f16 x = all(TRANSPOSED ? a[kStep * k + r] : a[kRowStride * r + k]);
+#pragma GCC unroll 2
+      for (int c = 0; c < kVectors; ++c) acc[r][c] = fma(x, v[c], acc[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kVectors; ++c) store(tile + r * kTileColumns + 16 * c, acc[r][c]);
+}
+
+template <bool TRANSPOSED>
+inline void some_rows(int64_t rows, const float* a, const float* b, int64_t depth, float* tile) {
+  switch ((rows + 1) / 2) {
+    case 1: return tile_product<2, TRANSPOSED>(a, b, depth, tile);
+    case 2: return tile_product<4, TRANSPOSED>(a, b, depth, tile);
+    case 3: return tile_product<6, TRANSPOSED>(a, b, depth, tile);
+#if defined(__AVX512F__)
+    case 4: return tile_product<8, TRANSPOSED>(a, b, depth, tile);
+    case 5: return tile_product<10, TRANSPOSED>(a, b, depth, tile);
+    case 6: return tile_product<12, TRANSPOSED>(a, b, depth, tile);
+    case 7: return tile_product<14, TRANSPOSED>(a, b, depth, tile);
+#endif
+  }
+}
+
+void multiply(const float* a, bool transposed, int64_t rows, const float* b, int64_t panel, int64_t depth,
+              int64_t columns, float* out, int64_t ld, bool add) {
+  alignas(64) float tile[kTileRows * kTileColumns];
+  for (int64_t n = 0; n < columns; n += kTileColumns, b += panel) {
+    transposed ? some_rows<true>(rows, a, b, depth, tile) : some_rows<false>(rows, a, b, depth, tile);
+    int64_t wide = columns - n < kTileColumns ? columns - n : kTileColumns;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = out + r * ld + n;
+      const float* from = tile + r * kTileColumns;
+      sweep(wide, [&](int64_t c, int64_t some) {
+        f16 v = load(from + c);
+        put<kFloat>(to, c, add ? get<kFloat>(to, c, some) + v : v, some);
+      });
+    }
+  }
+}
+
+// ---- passes -------------------------------------------------------------------------------------------------------
+
+void scaled(const float* x, int64_t count, float scale, void* out, Kind kind) {
+  with_kind(kind, [&](auto k) {
+    sweep(count, [&](int64_t i, int64_t n) { put<decltype(k)::value>(out, i, get<kFloat>(x, i, n) * scale, n); });
+  });
+}
+
+void sum_rows(const float* const* rows, int64_t count, int64_t width, void* out, Kind kind) {
+  with_kind(kind, [&](auto k) {
+    sweep(width, [&](int64_t i, int64_t n) {
+      f16 sum = all(0.0f);
+      for (int64_t r = 0; r < count; ++r) sum = sum + get<kFloat>(rows[r], i, n);
+      put<decltype(k)::value>(out, i, sum, n);
+    });
+  });
+}
+
+void gated(const void* gate, const void* up, Kind kind, float weight, int64_t width, void* h, Kind h_kind) {
+  with_kind(kind, [&](auto k) {
+    with_kind(h_kind, [&](auto to) {
+      constexpr Kind K = decltype(k)::value;
+      sweep(width, [&](int64_t i, int64_t n) {
+        put<decltype(to)::value>(h, i, silu(get<K>(gate, i, n)) * get<K>(up, i, n) * weight, n);
+      });
+    });
+  });
+}
+
+float gated_back(const void* dh, const void* gate, const void* up, Kind kind, Kind dh_kind, float weight, int64_t width,
+                 void* d_gate, void* d_up, Kind out_kind, float* hw) {
+  f16 dot = all(0.0f);
+  with_kind(kind, [&](auto k) {
+    with_kind(dh_kind, [&](auto k_dh) {
+      with_kind(out_kind, [&](auto to) {
+        constexpr Kind K = decltype(k)::value, OUT = decltype(to)::value;
+        sweep(width, [&](int64_t i, int64_t n) {
+          f16 g = get<K>(gate, i, n), u = get<K>(up, i, n), d = get<decltype(k_dh)::value>(dh, i, n);
+          f16 s = 1.0f / (1.0f + exponential(-g));
+          f16 act = g * s, h = act * u;
+          if (hw) {
+            dot = fma(d, h, dot);  // lanes past the end hold zeros
+            put<kFloat>(hw, i, h * weight, n);
+          }
+          d = d * weight;
+          put<OUT>(d_up, i, d * act, n);
+          put<OUT>(d_gate, i, d * u * (s * (1.0f + g * (1.0f - s))), n);
+        });
+      });
+    });
+  });
+  return total(dot);
+}
+
+inline float logarithm(float x) { return __builtin_logf(x); }
+
+float cross_entropy(float* logits, int64_t width, int64_t label, float scale, bool gradient) {
+  f16 top = all(-__builtin_inff());
+  float best;
+  int64_t whole = width / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) top = larger(top, load(logits + i));
+  best = largest(top);
+  for (int64_t i = whole; i < width; ++i) best = logits[i] > best ? logits[i] : best;
+  float picked = logits[label];
+  f16 sum = all(0.0f);
+  sweep(width, [&](int64_t i, int64_t n) {
+    f16 e = exponential(get<kFloat>(logits, i, n) - best);
+    if (gradient) put<kFloat>(logits, i, e, n);
+    sum = sum + first(e, n);
+  });
+  float norm = total(sum);
+  if (gradient) {
+    float by = scale / norm;
+    sweep(width, [&](int64_t i, int64_t n) { put<kFloat>(logits, i, get<kFloat>(logits, i, n) * by, n); });
+    logits[label] -= scale;
+  }
+  return logarithm(norm) + best - picked;
+}
+
+void softmax(float* scores, float scale, int64_t live, int64_t width, void* saved, Kind kind) {
+  f16 top = all(-__builtin_inff());
+  sweep(live, [&](int64_t i, int64_t n) {
+    f16 v = get<kFloat>(scores, i, n);
+    if (n < 16)
+      for (int64_t j = n; j < 16; ++j) v[j] = scores[i];
+    top = larger(top, v);
+  });
+  float best = largest(top);
+  f16 sum = all(0.0f);
+  sweep(live, [&](int64_t i, int64_t n) {
+    f16 e = exponential((get<kFloat>(scores, i, n) - best) * scale);
+    put<kFloat>(scores, i, e, n);
+    sum = sum + first(e, n);
+  });
+  float by = 1.0f / total(sum);
+  with_kind(kind, [&](auto k) {
+    constexpr Kind K = decltype(k)::value;
+    sweep(width, [&](int64_t i, int64_t n) {
+      int64_t some = live - i < n ? live - i : n;
+      f16 p = some > 0 ? first(get<kFloat>(scores, i, some) * by, some) : all(0.0f);
+      if (K == kBf16) p = rounded(p);
+      put<kFloat>(scores, i, p, n);
+      put<K>(saved, i, p, n);
+    });
+  });
+}
+
+void softmax_back(const void* p, Kind kind, float* dp, int64_t live, int64_t width) {
+  with_kind(kind, [&](auto k) {
+    constexpr Kind K = decltype(k)::value;
+    f16 dot = all(0.0f);
+    sweep(live, [&](int64_t i, int64_t n) { dot = fma(get<K>(p, i, n), get<kFloat>(dp, i, n), dot); });
+    float mean = total(dot);
+    sweep(width, [&](int64_t i, int64_t n) {  // probabilities past `live` are zeros
+      put<kFloat>(dp, i, i < live ? get<K>(p, i, n) * (get<kFloat>(dp, i, n) - mean) : all(0.0f), n);
+    });
+  });
+}
+
+float norm(const void* x, Kind kind, const float* w, int64_t width, float eps, void* y) {
+  float r = 0.0f;
+  with_kind(kind, [&](auto k) {
+    constexpr Kind K = decltype(k)::value;
+    f16 squares = all(0.0f);
+    sweep(width, [&](int64_t i, int64_t n) {
+      f16 v = get<K>(x, i, n);
+      squares = fma(v, v, squares);
+    });
+    r = 1.0f / __builtin_sqrtf(total(squares) / (float)width + eps);
+    sweep(width, [&](int64_t i, int64_t n) {
+      f16 v = get<K>(x, i, n) * r, by = get<kFloat>(w, i, n);
+      if (K == kBf16) v = rounded(v), by = rounded(by);
+      put<K>(y, i, v * by, n);
+    });
+  });
+  return r;
+}
+
+void norm_back(const void* x, const void* dy, Kind kind, const float* w, float r, int64_t width, void* dx, float* dw) {
+  with_kind(kind, [&](auto k) {
+    constexpr Kind K = decltype(k)::value;
+    f16 dot = all(0.0f);
+    sweep(width, [&](int64_t i, int64_t n) {
+      f16 t = get<K>(dy, i, n) * (get<K>(x, i, n) * r);
+      put<kFloat>(dw, i, get<kFloat>(dw, i, n) + t, n);
+      dot = fma(t, get<kFloat>(w, i, n), dot);
+    });
+    float mean = total(dot) / (float)width;
+    sweep(width, [&](int64_t i, int64_t n) {
+      f16 v = get<K>(dy, i, n) * get<kFloat>(w, i, n) - get<K>(x, i, n) * r * mean;
+      put<K>(dx, i, v * r, n);
+    });
+  });
+}
+
+const TrainingKernels training = {kTileRows, kTileColumns, kStripFloats, pack_left, pack_right, multiply, scaled, sum_rows,
+                                  gated, gated_back, cross_entropy, softmax, softmax_back, norm, norm_back};
+
+}  // namespace
+}  // namespace deepseek

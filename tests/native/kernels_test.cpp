@@ -1,0 +1,378 @@
+// Every table of kernels against the scalar one, and the operations against themselves on other numbers of threads. Built
+// with sanitizers (`make sanitize`); every buffer ends where its data ends, so that a read too far is seen.
+//
+// With the argument "pool" only the thread pool is worked, for the thread sanitizer.
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+#include "../../csrc/pool.h"
+#include "../../csrc/quantised.h"
+
+using namespace deepseek;
+
+namespace {
+
+std::mt19937 generator(1);
+int64_t compared = 0;
+
+int64_t below(int64_t n) { return (int64_t)(generator() % n); }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+// Exactly `count` numbers, beginning `offset` numbers after a multiple of 64 bytes.
+template <typename T>
+class Exact {
+ public:
+  explicit Exact(int64_t count, int64_t offset = 0) : count_(count), offset_(offset) {
+    if (posix_memalign(&memory_, 64, sizeof(T) * (count + offset))) std::abort();
+    std::memset(memory_, 0, sizeof(T) * (count + offset));
+  }
+  Exact(const Exact&) = delete;
+  ~Exact() { std::free(memory_); }
+  T* get() { return static_cast<T*>(memory_) + offset_; }
+  T& operator[](int64_t i) { return get()[i]; }
+  int64_t size() const { return count_; }
+  template <typename Make>
+  Exact& fill(Make make) {
+    for (int64_t i = 0; i < count_; ++i) get()[i] = make();
+    return *this;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t count_, offset_;
+};
+
+template <typename T>
+void same(Exact<T>& a, Exact<T>& b, const char* what, const std::string& where) {
+  ++compared;
+  if (a.size() == b.size() && !std::memcmp(a.get(), b.get(), sizeof(T) * a.size())) return;
+  std::printf("%s: %s differs\n", where.c_str(), what);
+  std::exit(1);
+}
+
+std::string at(const Kernels& table, std::initializer_list<int64_t> numbers) {
+  std::string text = table.name;
+  for (int64_t n : numbers) text += " " + std::to_string(n);
+  return text;
+}
+
+// A matrix of panels with any codes and scales, and steps of ordinary size.
+void random_panels(uint8_t* w, int64_t count, const Panel& shape, int bits) {
+  for (int64_t i = 0; i < count * shape.bytes; ++i) {
+    w[i] = (uint8_t)generator();
+    if (bits == 8 && w[i] == 128) w[i] = 129;  // no codec writes -128
+  }
+  for (int64_t p = 0; p < count; ++p)
+    for (int r = 0; r < kRows; ++r) {
+      float step = (float)(1 + below(100)) / 1e5f;
+      std::memcpy(w + p * shape.bytes + 4 * r, &step, 4);
+    }
+}
+
+// An activation row of one of the kinds that exist.
+void random_row(float* x, int64_t columns) {
+  const float sizes[] = {1.0f, 1e-42f, 1e37f, 1e-37f, 0.0f, 300.0f};
+  const float size = sizes[below(6)];
+  for (int64_t k = 0; k < columns; ++k) x[k] = normal() * size;
+  if (!below(8)) x[below(columns)] = below(2) ? NAN : -INFINITY;
+}
+
+// ---- tables --------------------------------------------------------------------------------------------------------
+
+void test_quantise(const Kernels& table) {
+  for (int64_t columns : {1, 15, 16, 17, 63, 64, 65, 100, 128, 130, 200})
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      const int64_t blocks = blocks_of(columns);
+      Exact<float> x(columns, below(2)), scale(1), want_scale(1);
+      Exact<int8_t> q(blocks * kBlock, below(3)), want_q(blocks * kBlock);
+      Exact<int32_t> surplus(blocks), want_surplus(blocks);
+      random_row(x.get(), columns);
+      table.quantise(x.get(), columns, q.get(), surplus.get(), scale.get());
+      scalar_kernels->quantise(x.get(), columns, want_q.get(), want_surplus.get(), want_scale.get());
+      const std::string where = at(table, {columns});
+      same(q, want_q, "quantise: q", where), same(surplus, want_surplus, "quantise: surplus", where);
+      same(scale, want_scale, "quantise: scale", where);
+    }
+}
+
+void test_quantise_weights(const Kernels& table) {
+  for (int bits : {4, 8})
+    for (int64_t columns : {1, 16, 63, 64, 70, 200}) {
+      const Panel shape(columns, bits);
+      Exact<uint8_t> panel(shape.bytes), want(shape.bytes);
+      Exact<double> squares(2), want_squares(2);
+      Exact<float> w(columns, 1), room(3 * (columns + kBlock));
+      for (int64_t r = 0; r < kRows; ++r) {
+        w.fill(normal);
+        if (r == 3) w.fill([] { return 0.0f; });
+        table.quantise_weights(w.get(), columns, bits, r, panel.get(), room.get(), squares.get());
+        scalar_kernels->quantise_weights(w.get(), columns, bits, r, want.get(), room.get(), want_squares.get());
+      }
+      same(panel, want, "quantise_weights", at(table, {bits, columns}));
+      same(squares, want_squares, "quantise_weights: squares", at(table, {bits, columns}));
+    }
+}
+
+void test_panels(const Kernels& table) {
+  for (int bits : {4, 8})
+    for (int64_t columns : {64, 128, 320, 448})
+      for (int64_t count : {1, 2, 3, 6})
+        for (int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33, 96, 97, 130}) {
+          if (count * tokens > 300 || columns * tokens > 20000) continue;
+          const Panel shape(columns, bits);
+          Exact<uint8_t> w(count * shape.bytes);
+          random_panels(w.get(), count, shape, bits);
+          const int64_t known = tokens + below(3);
+          Exact<float> x(columns), scale(known);
+          Exact<int8_t> q(known * columns, below(4));
+          Exact<int32_t> surplus(known * shape.blocks), row(tokens);
+          for (int64_t t = 0; t < known; ++t) {
+            random_row(x.get(), columns);
+            scalar_kernels->quantise(x.get(), columns, &q[t * columns], &surplus[t * shape.blocks], &scale[t]);
+          }
+          row.fill([&] { return (int32_t)below(known); });
+          const Rows rows{q.get(), surplus.get(), scale.get(), shape.blocks};
+          for (bool gated : {false, true})
+            for (bool chosen : {false, true}) {
+              if (gated && count % 2) continue;
+              const int64_t width = count * kRows / (gated ? 2 : 1), ld = width + below(2) * 5;
+              Exact<float> out((tokens - 1) * ld + width, below(2)), want((tokens - 1) * ld + width);
+              table.panels(w.get(), count, bits, gated, rows, chosen ? row.get() : nullptr, tokens, out.get(), ld);
+              scalar_kernels->panels(w.get(), count, bits, gated, rows, chosen ? row.get() : nullptr, tokens, want.get(), ld);
+              same(out, want, "panels", at(table, {bits, columns, count, tokens, gated, chosen}));
+            }
+        }
+}
+
+void test_dense_panels(const Kernels& table) {
+  for (int64_t columns : {4, 36, 64})
+    for (int64_t count : {1, 3})
+      for (int64_t tokens : {1, 3, 4, 9}) {
+        const int64_t ldx = columns + below(5), ld = count * kRows + below(3);
+        Exact<float> x((tokens - 1) * ldx + columns, 1), w32(count * kRows * columns);
+        Exact<uint16_t> w16(count * kRows * columns);
+        x.fill(normal), w32.fill(normal), w16.fill([] { return (uint16_t)(0x3f00 + below(256)); });
+        Exact<float> out((tokens - 1) * ld + count * kRows, 1), want((tokens - 1) * ld + count * kRows);
+        table.bf16_panels(w16.get(), count, columns, x.get(), ldx, tokens, out.get(), ld);
+        scalar_kernels->bf16_panels(w16.get(), count, columns, x.get(), ldx, tokens, want.get(), ld);
+        same(out, want, "bf16_panels", at(table, {columns, count, tokens}));
+        table.fp32_panels(w32.get(), count, columns, x.get(), ldx, tokens, out.get(), ld);
+        scalar_kernels->fp32_panels(w32.get(), count, columns, x.get(), ldx, tokens, want.get(), ld);
+        same(out, want, "fp32_panels", at(table, {columns, count, tokens}));
+      }
+}
+
+void test_rows(const Kernels& table) {
+  for (int64_t width : {1, 7, 16, 31, 64, 100}) {
+    Exact<float> x(width, 1), w(width, 3), out(width, 1), want(width);
+    x.fill(normal), w.fill(normal);
+    table.rms_norm(x.get(), w.get(), width, 1e-6f, out.get());
+    scalar_kernels->rms_norm(x.get(), w.get(), width, 1e-6f, want.get());
+    same(out, want, "rms_norm", at(table, {width}));
+    for (int64_t count : {0, 1, 5})
+      for (bool add : {false, true}) {
+        Exact<float> y(count * width), weight(count);
+        Exact<const float*> rows(count);
+        y.fill(normal), weight.fill(normal);
+        for (int64_t i = 0; i < count; ++i) rows[i] = y.get() + i * width;
+        table.weighted_sum(rows.get(), weight.get(), count, add ? x.get() : nullptr, width, out.get());
+        scalar_kernels->weighted_sum(rows.get(), weight.get(), count, add ? x.get() : nullptr, width, want.get());
+        same(out, want, "weighted_sum", at(table, {width, count, add}));
+      }
+  }
+}
+
+void test_attention(const Kernels& table) {
+  for (int64_t rank : {16, 48})
+    for (int64_t rope : {2, 8})
+      for (int64_t keys : {1, 7, 8, 9, 127, 128}) {
+        const int64_t width = rank + rope, stride = width + below(3);
+        Exact<float> q(16 * width), key((keys - 1) * stride + width, 1);
+        q.fill(normal), key.fill(normal);
+        Exact<float> top(16), norm(16), sum(16 * rank), want_top(16), want_norm(16), want_sum(16 * rank);
+        table.mla_block(q.get(), key.get(), stride, keys, rank, rope, 0.3f, top.get(), norm.get(), sum.get());
+        scalar_kernels->mla_block(q.get(), key.get(), stride, keys, rank, rope, 0.3f, want_top.get(), want_norm.get(),
+                                  want_sum.get());
+        const std::string where = at(table, {rank, rope, keys});
+        same(top, want_top, "mla_block: top", where), same(norm, want_norm, "mla_block: norm", where);
+        same(sum, want_sum, "mla_block: sum", where);
+        for (int64_t heads : {1, 5, 16}) {
+          Exact<float> other(16), out(heads * rank), want(heads * rank);
+          other.fill(normal);
+          Exact<const float*> tops(3), norms(3), sums(3);
+          for (int64_t i = 0; i < 3; ++i) {
+            tops[i] = i == 1 ? other.get() : top.get(), norms[i] = norm.get(), sums[i] = sum.get();
+          }
+          table.mla_join(tops.get(), norms.get(), sums.get(), 3, rank, heads, out.get(), rank);
+          scalar_kernels->mla_join(tops.get(), norms.get(), sums.get(), 3, rank, heads, want.get(), rank);
+          same(out, want, "mla_join", at(table, {rank, heads}));
+        }
+      }
+}
+
+// ---- operations ----------------------------------------------------------------------------------------------------
+
+// run(out, threads) on one, two and five threads.
+template <typename Run>
+void on_threads(const char* what, int64_t size, const Run& run) {
+  Exact<float> one(size, 1);
+  run(one.get(), 1);
+  for (int threads : {2, 5}) {
+    Exact<float> out(size, 1);
+    run(out.get(), threads);
+    same(out, one, what, at(kernels(), {size, threads}));
+  }
+}
+
+void test_operations() {
+  for (int bits : {4, 8})
+    for (int64_t tokens : {0, 1, 5, 8, 65}) {
+      for (int64_t rows : {1, 16, 50})
+        for (int64_t columns : {30, 64, 130}) {
+          const Panel shape(columns, bits);
+          const int64_t groups = 1 + below(3), stride = panels_of(rows) * shape.bytes;
+          Exact<uint8_t> w(groups * stride);
+          random_panels(w.get(), groups * panels_of(rows), shape, bits);
+          Exact<float> x(tokens * groups * columns, 1);
+          x.fill(normal);
+          on_threads("quantised_linear", tokens * groups * rows, [&](float* out, int threads) {
+            quantised_linear(x.get(), tokens, groups, columns, w.get(), stride, rows, bits, out, threads);
+          });
+        }
+      const int64_t hidden = 72, inner = 40, shared_inner = 70, experts = 6;
+      const Panel in(hidden, bits);
+      auto mlp_bytes = [&](int64_t n) {
+        return 2 * panels_of(n) * in.bytes + panels_of(hidden) * Panel(n, bits).bytes;
+      };
+      auto random_mlp = [&](Exact<uint8_t>& w, int64_t n) {
+        random_panels(w.get(), 2 * panels_of(n), in, bits);
+        random_panels(w.get() + 2 * panels_of(n) * in.bytes, panels_of(hidden), Panel(n, bits), bits);
+      };
+      std::vector<std::unique_ptr<Exact<uint8_t>>> packed;
+      Exact<const uint8_t*> table(experts);
+      for (int64_t e = 0; e < experts; ++e) {
+        packed.push_back(std::make_unique<Exact<uint8_t>>(mlp_bytes(inner)));
+        random_mlp(*packed.back(), inner), table[e] = packed.back()->get();
+      }
+      Exact<uint8_t> shared(mlp_bytes(shared_inner));
+      random_mlp(shared, shared_inner);
+      for (int64_t top : {0, 1, 3})
+        for (bool with_shared : {false, true})
+          for (int64_t visited : {int64_t(1), experts}) {
+            Exact<float> x(tokens * hidden, 1), weight(tokens * top);
+            Exact<int64_t> index(tokens * top);
+            x.fill(normal), weight.fill(normal), index.fill([&] { return experts - 1 - below(visited); });
+            on_threads("quantised_experts", tokens * hidden, [&](float* out, int threads) {
+              quantised_experts(x.get(), tokens, hidden, index.get(), weight.get(), top, table.get(), experts, inner,
+                                with_shared ? shared.get() : nullptr, with_shared ? shared_inner : 0, bits, out, threads);
+            });
+          }
+    }
+  for (int64_t tokens : {0, 1, 9}) {
+    const int64_t groups = 3, columns = 36, wide = 44, rows = 64;
+    Exact<float> x(tokens ? (tokens * groups - 1) * wide + columns : 0), w(groups * rows * columns);
+    x.fill(normal), w.fill(normal);
+    on_threads("panel_linear", tokens * groups * rows, [&](float* out, int threads) {
+      panel_linear(x.get(), tokens, groups, columns, groups * wide, wide, w.get(), false, rows, out, threads);
+    });
+  }
+  for (int64_t heads : {1, 5, 20})
+    for (int64_t tokens : {1, 3, 40}) {
+      const int64_t batch = 2, rank = 32, rope = 6, length = 290, width = rank + rope, stride = (length + 3) * width;
+      Exact<float> q(batch * tokens * heads * rank), r(batch * tokens * heads * rope), cache(stride + length * width);
+      q.fill(normal), r.fill(normal), cache.fill(normal);
+      Exact<int64_t> first(batch), past(batch);
+      first[0] = 131, first[1] = 20, past[0] = length - tokens, past[1] = 10;
+      on_threads("mla_attention", batch * tokens * heads * rank, [&](float* out, int threads) {
+        mla_attention(q.get(), r.get(), cache.get(), stride, first.get(), past.get(), batch, tokens, heads, rank, rope,
+                      0.2f, out, threads);
+      });
+    }
+  for (bool interleaved : {false, true})
+    for (bool per_sequence : {false, true}) {
+      const int64_t batch = 2, tokens = 5, heads = 3, nope = 7, rope = 6, rank = 20, past = 4, width = rank + rope;
+      const int64_t angles = (per_sequence ? batch : 1) * tokens * rope / 2, stride = (past + tokens) * width;
+      Exact<float> q(batch * tokens * heads * (nope + rope)), kv(batch * tokens * width), norm(rank), cos(angles),
+          sin(angles), cache(batch * stride);
+      q.fill(normal), kv.fill(normal), norm.fill(normal), cos.fill(normal), sin.fill(normal);
+      on_threads("mla_prepare", batch * tokens * heads * rope, [&](float* out, int threads) {
+        mla_prepare(q.get(), kv.get(), norm.get(), 1e-6f, {cos.get(), sin.get(), per_sequence, interleaved}, batch, tokens,
+                    heads, nope, rope, rank, out, cache.get(), stride, past, threads);
+      });
+    }
+  for (const Gate& gate : {Gate{16, 4, 2, 8, 2, true, true, true, 2.5f}, Gate{16, 1, 1, 16, 0, false, false, true, 1.0f},
+                           Gate{16, 4, 1, 4, 4, true, false, true, 1.0f}})
+    for (int64_t tokens : {0, 1, 40}) {
+      Exact<float> logits(tokens * gate.experts), bias(gate.experts), scores(tokens * gate.experts);
+      Exact<int64_t> index(tokens * gate.top);
+      logits.fill([] { return below(50) ? normal() : NAN; }), bias.fill(normal);
+      on_threads("choose_experts", tokens * gate.top, [&](float* weight, int threads) {
+        choose_experts(logits.get(), tokens, gate, bias.get(), scores.get(), index.get(), weight, threads);
+        for (int64_t i = 0; i < index.size(); ++i)
+          if (index[i] < 0 || index[i] >= gate.experts) std::abort();
+      });
+    }
+  Exact<float> x(70 * 33), w(33);
+  x.fill(normal), w.fill(normal);
+  on_threads("rms_norm", 70 * 33, [&](float* out, int threads) {
+    rms_norm(x.get(), 70, 33, 33, w.get(), 1e-6f, out, threads);
+  });
+  for (int bits : {4, 8}) {
+    Exact<float> weights(50 * 70);
+    weights.fill(normal);
+    Exact<uint8_t> one(panels_of(50) * Panel(70, bits).bytes), many(one.size());
+    Exact<double> squares(2);
+    quantise_panels(weights.get(), 50, 70, bits, one.get(), squares.get(), 1);
+    quantise_panels(weights.get(), 50, 70, bits, many.get(), squares.get(), 3);
+    same(one, many, "quantise_panels", at(kernels(), {bits}));
+  }
+}
+
+// ---- the pool ------------------------------------------------------------------------------------------------------
+
+// Calls of all sizes on changing numbers of threads, from several threads at once, some after helpers fell asleep.
+void test_pool() {
+  auto caller = [](unsigned seed) {
+    std::mt19937 random(seed);
+    for (int call = 0; call < 1500; ++call) {
+      const int64_t tasks = random() % 40;
+      std::vector<int64_t> done(tasks, 0);
+      std::atomic<int64_t> sum{0};
+      parallel(tasks, 1 + (int)(random() % 4), [&](int64_t i) {
+        ++done[i];
+        sum.fetch_add(i, std::memory_order_relaxed);
+      });
+      for (int64_t n : done)
+        if (n != 1) std::abort();
+      if (sum != tasks * (tasks - 1) / 2) std::abort();
+      if (call % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  };
+  std::vector<std::thread> callers;
+  for (unsigned seed = 0; seed < 3; ++seed) callers.emplace_back(caller, seed);
+  for (auto& thread : callers) thread.join();
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  test_pool();
+  if (count > 1 && !std::strcmp(arguments[1], "pool")) return std::puts("pool: fine"), 0;
+  for (const Kernels* table : {scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels}) {
+    if (!table || !runs_here(table)) continue;
+    const int64_t before = compared;
+    test_quantise(*table), test_quantise_weights(*table), test_panels(*table), test_dense_panels(*table);
+    test_rows(*table), test_attention(*table);
+    std::printf("%s: %lld results as the scalar kernels have them\n", table->name, (long long)(compared - before));
+  }
+  test_operations();
+  std::printf("operations (%s): the same on every number of threads\n", kernels().name);
+}
