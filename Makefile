@@ -8,21 +8,28 @@ export GOMP_SPINCOUNT ?= 1000
 # the release everything is measured with; pinned before the package, so that its open range never pulls another build
 TORCH := torch==2.13.0
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow sanitize lint bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.core: pyproject.toml
+# what the native kernels are built from: a change builds them again
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
+
+define install
 	$(PYTHON) -c 'import sys; sys.exit("MoE-DR needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '$(1)'
+endef
+
+$(VENV)/.core: pyproject.toml $(NATIVE)
+	$(call install,.)
 	touch $@
 
-$(VENV)/.test: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[test]'
-	touch $@
+$(VENV)/.test: pyproject.toml $(NATIVE)
+	$(call install,.[test])
+	touch $(VENV)/.core $@
 
 demo: $(VENV)/.core  ## train `nano` on Python's own library, complete prompts, draw its experts (under 5 minutes)
 	$(BIN)/python examples/demo.py
@@ -37,9 +44,16 @@ test: lint  ## lint, types and the tests
 test-slow: $(VENV)/.test  ## the proofs that take minutes
 	$(BIN)/python -m pytest -m slow
 
+sanitize:  ## the native kernels under the address, undefined-behaviour and thread sanitizers (needs cmake)
+	cmake -S . -B build/sanitize -DDEEPSEEK_SANITIZE=ON
+	cmake --build build/sanitize --parallel
+	build/sanitize/kernels_test
+	build/sanitize/pool_test
+
 bench: $(VENV)/.test  ## every figure of the README, measured here
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/balance.py
+	$(BIN)/python benchmarks/inference.py
 
 clean:  ## remove what the build made (not what you trained)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

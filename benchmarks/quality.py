@@ -8,7 +8,7 @@ The model is the demo's (or --model, with --data for the folder of its token sha
     bitsandbytes    every matrix that MoE-DR gives 4 bits put through bitsandbytes' NF4 (blocks of 64; with and without
                     nested scales) and back, run in FP32: its arithmetic, with the embedding left alone
 
-    python benchmarks/quality.py [--model demo/model --data demo/data]
+    python benchmarks/quality.py [--model demo/model --data demo/tokens]
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def bitsandbytes_twin(path: Path, nested: bool) -> CausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("demo/model"))
-    parser.add_argument("--data", type=Path, default=Path("demo/data"))
+    parser.add_argument("--data", type=Path, default=Path("demo/tokens"))
     parser.add_argument("--batches", type=int, default=40, help="of 8 x 256 held-out tokens")
     args = parser.parse_args()
     if not args.model.is_dir():

@@ -1,19 +1,16 @@
 // Every table of kernels against the scalar one, and the operations against themselves on other numbers of threads. Built
 // with sanitizers (`make sanitize`); every buffer ends where its data ends, so that a read too far is seen.
-//
-// With the argument "pool" only the thread pool is worked, for the thread sanitizer.
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../../csrc/kernels.h"
-#include "../../csrc/pool.h"
 #include "../../csrc/quantised.h"
 
 using namespace deepseek;
@@ -83,6 +80,19 @@ void random_row(float* x, int64_t columns) {
   const float size = sizes[below(6)];
   for (int64_t k = 0; k < columns; ++k) x[k] = normal() * size;
   if (!below(8)) x[below(columns)] = below(2) ? NAN : -INFINITY;
+}
+
+// Tiles are emulated here, so AMX asks for no more than AVX-512.
+bool runs_here(const Kernels* table) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  if (table == avx512_kernels || table == amx_kernels)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+  if (table == avx2_kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return true;
 }
 
 // ---- tables --------------------------------------------------------------------------------------------------------
@@ -336,36 +346,9 @@ void test_operations() {
   }
 }
 
-// ---- the pool ------------------------------------------------------------------------------------------------------
-
-// Calls of all sizes on changing numbers of threads, from several threads at once, some after helpers fell asleep.
-void test_pool() {
-  auto caller = [](unsigned seed) {
-    std::mt19937 random(seed);
-    for (int call = 0; call < 1500; ++call) {
-      const int64_t tasks = random() % 40;
-      std::vector<int64_t> done(tasks, 0);
-      std::atomic<int64_t> sum{0};
-      parallel(tasks, 1 + (int)(random() % 4), [&](int64_t i) {
-        ++done[i];
-        sum.fetch_add(i, std::memory_order_relaxed);
-      });
-      for (int64_t n : done)
-        if (n != 1) std::abort();
-      if (sum != tasks * (tasks - 1) / 2) std::abort();
-      if (call % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
-    }
-  };
-  std::vector<std::thread> callers;
-  for (unsigned seed = 0; seed < 3; ++seed) callers.emplace_back(caller, seed);
-  for (auto& thread : callers) thread.join();
-}
-
 }  // namespace
 
-int main(int count, char** arguments) {
-  test_pool();
-  if (count > 1 && !std::strcmp(arguments[1], "pool")) return std::puts("pool: fine"), 0;
+int main() {
   for (const Kernels* table : {scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels}) {
     if (!table || !runs_here(table)) continue;
     const int64_t before = compared;

@@ -4,8 +4,8 @@ from .attention import causal_attention
 from .experts import expert_mlp
 from .linear import fast_bf16, linear
 from .loss import linear_cross_entropy
-from .native import fits
 from .mlp import swiglu
+from .native import fits
 from .norm import rms_norm
 from .quantised import (
     ExpertTable,
