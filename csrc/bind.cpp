@@ -24,6 +24,43 @@ NB_MODULE(_native, m) {
   m.doc() = "Kernels of MoE-DR (csrc/).";
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
 
+  nb::class_<Mla>(m, "Mla").def(
+      "__init__", [](Mla* self, nb::tuple sizes, int bits, nb::tuple weights, nb::tuple vectors, float q_eps,
+                     float kv_eps, float scale, uintptr_t key, bool interleaved) {
+        auto size = [&](int i) { return nb::cast<int64_t>(sizes[i]); };
+        auto bytes = [&](int i) { return at<uint8_t>(nb::cast<uintptr_t>(weights[i])); };
+        auto vector = [&](int i) { return at<float>(nb::cast<uintptr_t>(vectors[i])); };
+        new (self) Mla{size(0), size(1), size(2), size(3), size(4), size(5), size(6), bits, bytes(0), bytes(1), bytes(2),
+                       bytes(3), bytes(4), vector(0), vector(1), vector(2), vector(3), vector(4), q_eps, kv_eps, scale,
+                       at<uint16_t>(key), interleaved};
+      });
+  m.def("mla_forward",
+        [](const Mla& mla, uintptr_t x, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, bool per_sequence,
+           uintptr_t cache, int64_t stride, uintptr_t first, int64_t past, uintptr_t out, int threads) {
+          mla_forward(mla, at<float>(x), batch, tokens, at<float>(cos), at<float>(sin), per_sequence, at<float>(cache),
+                      stride, at<int64_t>(first), past, at<float>(out), threads);
+        },
+        release());
+
+  nb::class_<Moe>(m, "Moe").def(
+      "__init__", [](Moe* self, int64_t hidden, int64_t inner, int64_t shared_inner, int bits, nb::tuple gate,
+                     uintptr_t gate_weight, bool gate_bf16, uintptr_t gate_bias, uintptr_t experts, uintptr_t shared) {
+        auto size = [&](int i) { return nb::cast<int64_t>(gate[i]); };
+        auto flag = [&](int i) { return nb::cast<bool>(gate[i]); };
+        new (self) Moe{hidden, inner, shared_inner, bits,
+                       {size(0), size(1), size(2), size(3), (int)size(4), flag(5), flag(6), flag(7),
+                        nb::cast<float>(gate[8])},
+                       at<void>(gate_weight), gate_bf16, at<float>(gate_bias), at<const uint8_t*>(experts),
+                       at<uint8_t>(shared)};
+      });
+  m.def("moe_forward",
+        [](const Moe& moe, uintptr_t x, int64_t tokens, uintptr_t scores, uintptr_t index, uintptr_t weight,
+           uintptr_t out, int threads) {
+          moe_forward(moe, at<float>(x), tokens, at<float>(scores), at<int64_t>(index), at<float>(weight),
+                      at<float>(out), threads);
+        },
+        release());
+
   m.def("quantise_panels",
         [](uintptr_t w, int64_t rows, int64_t columns, int bits, uintptr_t out, int threads) {
           double squares[2];

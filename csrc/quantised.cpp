@@ -46,7 +46,8 @@ class Scratch {
   size_t size_ = 0, used_ = 0;
 };
 
-thread_local Scratch scratch;
+thread_local Scratch scratch;  // of one operation
+thread_local Scratch whole;    // of a block made of operations
 
 size_t rows_room(int64_t rows, int64_t columns) {
   int64_t blocks = blocks_of(columns);
@@ -403,6 +404,69 @@ void mla_attention(const float* q_latent, const float* q_rope, const float* cach
     block(u, task - begin[u], q + u * 16 * width, parts + task * (32 + 16 * rank));
   });
   for (int64_t u = 0; u < units; ++u) join(u, parts + begin[u] * (32 + 16 * rank), begin[u + 1] - begin[u]);
+}
+
+namespace {
+
+void add_bias(float* y, int64_t tokens, int64_t width, const float* bias) {
+  if (!bias) return;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < width; ++i) y[t * width + i] += bias[i];
+}
+
+}  // namespace
+
+void mla_forward(const Mla& m, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
+                 bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, float* out,
+                 int threads) {
+  const int64_t n = batch * tokens, width = m.heads * (m.nope + m.rope), latent = m.rank + m.rope;
+  whole.reserve(Scratch::room<float>(n * m.q_rank) * 2 + Scratch::room<float>(n * width) +
+                Scratch::room<float>(n * latent) + Scratch::room<float>(n * m.heads * m.rope) +
+                Scratch::room<float>(n * m.heads * m.rank) * 2 + Scratch::room<float>(n * m.heads * m.value) +
+                Scratch::room<int64_t>(batch));
+  float* q = whole.take<float>(n * width);
+  if (m.q_rank) {
+    float* a = whole.take<float>(n * m.q_rank);
+    float* normed = whole.take<float>(n * m.q_rank);
+    quantised_linear(x, n, 1, m.hidden, m.q_a, 0, m.q_rank, m.bits, a, threads);
+    add_bias(a, n, m.q_rank, m.q_a_bias);
+    rms_norm(a, n, m.q_rank, m.q_rank, m.q_norm, m.q_eps, normed, threads);
+    quantised_linear(normed, n, 1, m.q_rank, m.q_b, 0, width, m.bits, q, threads);
+  } else {
+    quantised_linear(x, n, 1, m.hidden, m.q_b, 0, width, m.bits, q, threads);
+  }
+  float* kv = whole.take<float>(n * latent);
+  quantised_linear(x, n, 1, m.hidden, m.kv_a, 0, latent, m.bits, kv, threads);
+  add_bias(kv, n, latent, m.kv_a_bias);
+  float* q_rope = whole.take<float>(n * m.heads * m.rope);
+  mla_prepare(q, kv, m.kv_norm, m.kv_eps, {cos, sin, per_sequence, m.interleaved}, batch, tokens, m.heads, m.nope,
+              m.rope, m.rank, q_rope, cache, stride, past, threads);
+  float* q_latent = whole.take<float>(n * m.heads * m.rank);
+  panel_linear(q, n, m.heads, m.nope, width, m.nope + m.rope, m.key, true, m.rank, q_latent, threads);
+  float* summed = whole.take<float>(n * m.heads * m.rank);
+  int64_t* pasts = whole.take<int64_t>(batch);
+  std::fill(pasts, pasts + batch, past);
+  mla_attention(q_latent, q_rope, cache, stride, first, pasts, batch, tokens, m.heads, m.rank, m.rope, m.scale, summed,
+                threads);
+  float* values = whole.take<float>(n * m.heads * m.value);
+  const int64_t panel = Panel(m.rank, m.bits).bytes;
+  quantised_linear(summed, n, m.heads, m.rank, m.kv_b + m.nope / kRows * panel, (m.nope + m.value) / kRows * panel,
+                   m.value, m.bits, values, threads);
+  quantised_linear(values, n, 1, m.heads * m.value, m.o, 0, m.hidden, m.bits, out, threads);
+  add_bias(out, n, m.hidden, m.o_bias);
+}
+
+void moe_forward(const Moe& m, const float* x, int64_t tokens, float* scores, int64_t* index, float* weight,
+                 float* out, int threads) {
+  const int64_t rows = panels_of(m.gate.experts) * kRows;
+  std::vector<float> logits(tokens * rows);
+  panel_linear(x, tokens, 1, m.hidden, m.hidden, m.hidden, m.gate_weight, m.gate_bf16, rows, logits.data(), threads);
+  if (rows != m.gate.experts)
+    for (int64_t t = 1; t < tokens; ++t)
+      std::copy_n(&logits[t * rows], m.gate.experts, &logits[t * m.gate.experts]);
+  choose_experts(logits.data(), tokens, m.gate, m.gate_bias, scores, index, weight, threads);
+  quantised_experts(x, tokens, m.hidden, index, weight, m.gate.top, m.experts, m.gate.experts, m.inner, m.shared,
+                    m.shared_inner, m.bits, out, threads);
 }
 
 }  // namespace deepseek

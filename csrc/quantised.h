@@ -57,4 +57,34 @@ void mla_attention(const float* q_latent, const float* q_rope, const float* cach
                    const int64_t* past, int64_t batch, int64_t tokens, int64_t heads, int64_t rank, int64_t rope,
                    float scale, float* out, int threads);
 
+// A whole attention block: what FusedMLA (quant/fused.py) does step by step, in one call. Pointers to what a model lacks
+// are null. Biases are added to their products.
+struct Mla {
+  int64_t hidden, heads, nope, rope, rank, value, q_rank;  // q_rank 0: `q_b` is q_proj
+  int bits;
+  const uint8_t *q_a, *q_b, *kv_a, *kv_b, *o;
+  const float *q_norm, *kv_norm, *q_a_bias, *kv_a_bias, *o_bias;
+  float q_eps, kv_eps, scale;
+  const uint16_t* key;  // BF16 panels of the key half of kv_b, [heads][rank / 16][nope][16]
+  bool interleaved;
+};
+// x [B, T, hidden] -> out [B, T, hidden]; `cache` as in mla_prepare, `first` as in mla_attention.
+void mla_forward(const Mla& mla, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
+                 bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, float* out,
+                 int threads);
+
+// Gate, routed and shared experts in one call. Also gives what the gate decided.
+struct Moe {
+  int64_t hidden, inner, shared_inner;
+  int bits;
+  Gate gate;
+  const void* gate_weight;  // panels, [ceil(experts / 16)][hidden][16]
+  bool gate_bf16;
+  const float* gate_bias;
+  const uint8_t* const* experts;
+  const uint8_t* shared;
+};
+void moe_forward(const Moe& moe, const float* x, int64_t tokens, float* scores, int64_t* index, float* weight,
+                 float* out, int threads);
+
 }  // namespace deepseek

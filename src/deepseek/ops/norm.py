@@ -55,9 +55,11 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, w_H: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension of x[..., H]; the result has the dtype of x."""
+    if w_H.shape != x.shape[-1:]:
+        raise ValueError(f"weights must be [{x.shape[-1]}], got {list(w_H.shape)}")
     if torch.is_grad_enabled() and (x.requires_grad or w_H.requires_grad):
         return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), w_H, eps).view(x.shape)
-    if x.dtype == w_H.dtype == torch.float32 and x.shape[-1:] == w_H.shape and native.fits(x, w_H):
+    if x.dtype == w_H.dtype == torch.float32 and native.fits(x, w_H):
         out = torch.empty_like(x)
         width = x.shape[-1]
         native.native.rms_norm(x.data_ptr(), x.numel() // width, width, width, w_H.data_ptr(), eps, out.data_ptr(),

@@ -70,7 +70,7 @@ def linear_reference(x_TK: Tensor, w: Quantised) -> Tensor:
     else:
         levels = torch.tensor(LEVELS, dtype=torch.float32)[w.code_OK.long()]
         levels_ObK = pad(levels, (0, -columns % BLOCK)).view(rows, -1, BLOCK)
-        sums_bTO = torch.bmm(q_TK.view(len(q_TK), -1, BLOCK).transpose(0, 1), levels_ObK.permute(1, 2, 0))
+        sums_bTO = torch.bmm(q_TK.unflatten(1, (-1, BLOCK)).transpose(0, 1), levels_ObK.permute(1, 2, 0))
         acc_TO = sums_bTO.new_zeros(sums_bTO.shape[1:])
         for b, sums_TO in enumerate(sums_bTO):  # all integers: float64 holds product and sum, one rounding is an fma
             acc_TO = (acc_TO.double() + sums_TO.double() * w.scale_Ob[:, b].double()).float()
@@ -307,8 +307,8 @@ def prepare_latents(
 
 
 def choose_experts(
-    logits_TE: Tensor, bias_E: Tensor | None, *, groups: int, kept_groups: int, top: int, group_best: int,
-    sigmoid: bool, normalise: bool, scale_anyway: bool, scale: float
+    logits_TE: Tensor, bias_E: Tensor | None, groups: int, kept_groups: int, top: int, group_best: int, sigmoid: bool,
+    normalise: bool, scale_anyway: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(index [T, top] int64, weight [T, top], scores [T, E]) of a gate, natively; its slow twin is model/gate.py.
 

@@ -5,6 +5,8 @@
                 read where it lies. Rotation, the latent's norm and the write to the cache are one step.
     gate        its matrix as panels; sigmoid, groups and top-k are one step.
 
+Where the native kernels can, attention is one call and gate with experts another (ops/blocks.py).
+
 All of it gives a token the same bits in any company: that is what the operations promise.
 
 Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, G heads as groups, K columns.
@@ -12,19 +14,41 @@ Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, G
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..model import CausalLM
 from ..model.experts import MoE
 from ..model.gate import Gate, Route, choose
 from ..model.mla import MLA, LatentCache, Order, Visible
+from ..ops.blocks import Block, mla_block, moe_block, run_mla, run_moe
 from ..ops.panels import ROWS, panel_bytes, unpack
-from .linear import QuantisedLinear
+from .linear import QuantisedExperts, QuantisedLinear
 
 
-class FusedMLA(MLA):
+class _Blocked(nn.Module):
+    """A module with a native description of itself. `_make` is asked again after its tensors have moved."""
+
+    block: Block | None = None
+
+    def native_block(self) -> Block | None:
+        if self.block is None:
+            self.block = self._make() or Block()
+        return self.block if self.block.native is not None and not torch.compiler.is_compiling() else None
+
+    def _make(self) -> Block | None:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.block = None
+        return super()._apply(fn, recurse)
+
+
+class FusedMLA(_Blocked, MLA):
     """MLA whose kv_b_proj is quantised. Falls back to MLA's own forms for the naive order and for masks with holes."""
 
     key_NPK16: Tensor
@@ -42,6 +66,22 @@ class FusedMLA(MLA):
         apart = None if nope % ROWS == 0 and value % ROWS == 0 else ops.pack_panels(value_NWR.bfloat16())
         self.register_buffer("value_NPK16", apart, persistent=False)
 
+    def _make(self) -> Block | None:
+        config = self.config
+        q_a = self.q_a_proj if config.q_lora_rank is not None else None
+        q_b = self.q_proj if config.q_lora_rank is None else self.q_b_proj
+        projections = (q_a, q_b, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)
+        if not all(p is None or isinstance(p, QuantisedLinear) for p in projections) or q_b.bias is not None:
+            return None
+        return mla_block(
+            (config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
+             config.kv_lora_rank, config.v_head_dim, config.q_lora_rank or 0), self.kv_b_proj.bits,
+            tuple(None if p is None else p.packed for p in projections),
+            (None if q_a is None else self.q_a_layernorm.weight, self.kv_a_layernorm.weight,
+             None if q_a is None else q_a.bias, self.kv_a_proj_with_mqa.bias, self.o_proj.bias),
+            0.0 if q_a is None else self.q_a_layernorm.eps, self.kv_a_layernorm.eps, config.softmax_scale,
+            self.key_NPK16, config.rope_interleave)
+
     def forward(
         self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, layer: int,
         order: Order = "auto",
@@ -51,21 +91,31 @@ class FusedMLA(MLA):
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
         if order == "naive" or (cache is not None and cache.data.dtype != torch.float32) or visible.span is None:
             return super().forward(x_BTH, cos, sin, visible, cache, layer, order)
+        width = self.config.latent_dim
+        rows = cache.slot(layer, tokens) if cache is not None else x_BTH.new_empty(batch, tokens, width)
+        past = rows.shape[1] - tokens
+        block = self.native_block()
+        if block is not None and x_BTH.dtype == cos.dtype == torch.float32:
+            return run_mla(block, x_BTH, cos, sin, rows, visible.span[0], past)
+        return self._by_operations(x_BTH, cos, sin, visible.span, rows, past)
+
+    def _by_operations(
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, span: tuple[Tensor, Tensor], rows: Tensor, past: int
+    ) -> Tensor:
         config = self.config
+        batch, tokens, _ = x_BTH.shape
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTH)))
         kv = self.kv_a_proj_with_mqa(x_BTH)
-        rows = cache.slot(layer, tokens) if cache is not None else kv.new_empty(kv.shape)
-        past = rows.shape[1] - tokens
         q_BTND = q.view(batch, tokens, config.num_attention_heads, config.qk_head_dim)
         q_rope = ops.prepare_latents(q_BTND, kv, self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos, sin,
                                      config.rope_interleave, rows, past)
         q_TND = q_BTND.flatten(0, 1)
         q_latent = ops.panel_linear(q_TND[..., : config.qk_nope_head_dim], self.key_NPK16)
         latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:])[..., : config.kv_lora_rank],
-                                      q_rope, rows, *visible.span, config.softmax_scale)
+                                      q_rope, rows, *span, config.softmax_scale)
         return self.o_proj(self._values(latent.flatten(0, 1)).view(batch, tokens, -1))
 
     def _values(self, latent_TNR: Tensor) -> Tensor:
@@ -89,18 +139,42 @@ class FusedGate(Gate):
             weight = weight.float()
         self.register_buffer("weight_1PH16", ops.pack_panels(weight.unsqueeze(0)), persistent=False)
 
-    def forward(self, x_TH: Tensor) -> Route:
-        logits_TE = ops.panel_linear(x_TH.unsqueeze(1), self.weight_1PH16).squeeze(1)[:, : self.config.n_routed_experts]
-        config, bias_E = self.config, self.bias
-        if not ops.fits(logits_TE, *(() if bias_E is None else (bias_E,))):
-            return choose(logits_TE, config, bias_E)
+    def rule(self) -> tuple[Any, ...]:
+        """The configuration as `choose_experts` wants it, after `groups`, in order."""
+        config = self.config
         limited = config.n_group > 1 and config.topk_group < config.n_group and config.topk_method != "greedy"
         sigmoid = config.scoring_func == "sigmoid"
-        return Route(*ops.choose_experts(
-            logits_TE, bias_E, groups=config.n_group, kept_groups=config.topk_group, top=config.num_experts_per_tok,
-            group_best=(2 if config.topk_method == "noaux_tc" else 1) if limited else 0, sigmoid=sigmoid,
-            normalise=config.norm_topk_prob and (sigmoid or config.num_experts_per_tok > 1), scale_anyway=sigmoid,
-            scale=config.routed_scaling_factor))
+        return (config.n_group, config.topk_group, config.num_experts_per_tok,
+                (2 if config.topk_method == "noaux_tc" else 1) if limited else 0, sigmoid,
+                config.norm_topk_prob and (sigmoid or config.num_experts_per_tok > 1), sigmoid,
+                config.routed_scaling_factor)
+
+    def forward(self, x_TH: Tensor) -> Route:
+        logits_TE = ops.panel_linear(x_TH.unsqueeze(1), self.weight_1PH16).squeeze(1)[:, : self.config.n_routed_experts]
+        logits_TE, bias_E = logits_TE.contiguous(), self.bias
+        if not ops.fits(logits_TE, *(() if bias_E is None else (bias_E,))):
+            return choose(logits_TE, self.config, bias_E)
+        return Route(*ops.choose_experts(logits_TE, bias_E, *self.rule()))
+
+
+class FusedMoE(_Blocked, MoE):
+    """Gate and experts, routed and shared, in one call."""
+
+    def _make(self) -> Block | None:
+        gate, experts = self.gate, self.experts
+        if not isinstance(experts, QuantisedExperts) or hasattr(self, "shared_experts"):
+            return None
+        assert isinstance(gate, FusedGate)
+        return moe_block((gate.config.n_routed_experts, *gate.rule()), gate.weight_1PH16, gate.bias, experts.table,
+                         experts.shared, experts.shared_inner)
+
+    def forward(self, x_BTH: Tensor) -> tuple[Tensor, Route]:
+        block = self.native_block()
+        if block is None or x_BTH.dtype != torch.float32:
+            return super().forward(x_BTH)
+        config = self.gate.config
+        out, *route = run_moe(block, x_BTH.flatten(0, -2), config.n_routed_experts, config.num_experts_per_tok)
+        return out.view(x_BTH.shape), Route(*route)
 
 
 def fuse(model: CausalLM) -> None:
@@ -116,3 +190,4 @@ def fuse(model: CausalLM) -> None:
             gate.__class__ = FusedGate
             assert isinstance(gate, FusedGate)
             gate.fuse()
+            block.mlp.__class__ = FusedMoE
