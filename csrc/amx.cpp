@@ -129,7 +129,7 @@ void all_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
     const int64_t n = tokens - t0 < kMany ? tokens - t0 : kMany, whole = (n + kTokens - 1) / kTokens * kTokens;
     for (int64_t t = 0; t < n; ++t) {
       const int64_t r = row ? row[t0 + t] : t0 + t;
-      std::memcpy(q + t * width, x.q + r * width, width);
+      std::memcpy(q + t * width, x.q + r * pitch_of(x.blocks), width);
       scale[t] = x.scale[r];
     }
     std::memset(q + n * width, 0, (whole - n) * width);

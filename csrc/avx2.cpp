@@ -77,7 +77,7 @@ void some_tokens(const uint8_t* w, int64_t count, bool gated, const Rows& x, con
   float scale[T];
   for (int i = 0; i < T; ++i) {
     int64_t r = row ? row[t + i] : t + i;
-    q[i] = x.q + r * x.blocks * kBlock, scale[i] = x.scale[r];
+    q[i] = x.q + r * pitch_of(x.blocks), scale[i] = x.scale[r];
   }
   f16 y[T], up[T];
   for (int64_t p = 0; p < count; p += gated ? 2 : 1) {

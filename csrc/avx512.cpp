@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kFew = 8;     // below: straight from the codes
 constexpr int kTile = 6;    // tokens at a time from the cache: 2 panels x 6 tokens x 2 sums = 24 registers
-constexpr int kChunk = 4;   // blocks unpacked at a time: 2 panels x 4 x 1024 bytes
+constexpr int kChunk = 8;   // blocks unpacked at a time: 2 panels x 8 x 1024 bytes
+constexpr int64_t kMany = 96;  // tokens whose sums (12 KB) stay in the cache
 constexpr int kAhead = 2048;  // bytes that the prefetch runs ahead
 
 inline __m512i level_table() {
@@ -39,7 +40,7 @@ struct Pointers {
   Pointers(const Rows& x, const int32_t* row, int64_t t) {
     for (int i = 0; i < T; ++i) {
       int64_t r = row ? row[t + i] : t + i;
-      q[i] = x.q + r * x.blocks * kBlock, surplus[i] = x.surplus + r * x.blocks, scale[i] = x.scale[r];
+      q[i] = x.q + r * pitch_of(x.blocks), surplus[i] = x.surplus + r * x.blocks, scale[i] = x.scale[r];
     }
   }
 };
@@ -108,24 +109,44 @@ void few_tokens(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
   }
 }
 
+// Codes -> bytes; asks for what comes `next` while it is at it.
 template <int BITS>
-void unpack(const uint8_t* code, int64_t blocks, __m512i table, __m512i* to) {
+void unpack(const uint8_t* code, const uint8_t* next, int64_t blocks, __m512i table, __m512i* to) {
   const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)128);
   if (BITS == 4)
     for (int64_t i = 0; i < 8 * blocks; ++i) {
       __m512i both = _mm512_load_si512(code + 64 * i);
-      _mm_prefetch((const char*)code + 64 * i + kAhead, _MM_HINT_T0);
+      _mm_prefetch((const char*)next + 64 * i, _MM_HINT_T1);
       to[2 * i] = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
       to[2 * i + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
     }
   else
-    for (int64_t i = 0; i < 16 * blocks; ++i) to[i] = _mm512_xor_si512(_mm512_load_si512(code + 64 * i), flip);
+    for (int64_t i = 0; i < 16 * blocks; ++i) {
+      to[i] = _mm512_xor_si512(_mm512_load_si512(code + 64 * i), flip);
+      _mm_prefetch((const char*)next + 64 * i, _MM_HINT_T1);
+    }
 }
+
+// Where up to kMany rows of activations lie, found once for all panels.
+struct RowPointers {
+  const int8_t* q[kMany];
+  const int32_t* surplus[kMany];
+  float scale[kMany];
+  RowPointers(const Rows& x, const int32_t* row, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t r = row ? row[first + i] : first + i;
+      q[i] = x.q + r * pitch_of(x.blocks), surplus[i] = x.surplus + r * x.blocks, scale[i] = x.scale[r];
+    }
+  }
+};
 
 // R panels x T tokens x `blocks` blocks from the unpacked chunk; acc holds fp32 sums (4 bits) or int32 sums (8 bits).
 template <int BITS, int R, int T>
-inline void tile(const __m512i* w, const uint8_t* const* scale, const Pointers<T>& x, int64_t first, int64_t blocks,
-                 float* acc, int64_t ld) {
+inline void tile(const __m512i* w, const uint8_t* const* scale, const RowPointers& x, int64_t t0, int64_t first,
+                 int64_t blocks, float* acc, int64_t ld) {
+  const int8_t* q[T];
+  const int32_t* surplus[T];
+  for (int t = 0; t < T; ++t) q[t] = x.q[t0 + t] + kBlock * first, surplus[t] = x.surplus[t0 + t] + first;
   __m512i sum[R][T];
   __m512 f[R][T];
 #pragma GCC unroll 8
@@ -141,16 +162,16 @@ inline void tile(const __m512i* w, const uint8_t* const* scale, const Pointers<T
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r)
         if (BITS == 4)  // from memory each time: a copy between registers would take a slot of the products
-          asm volatile("vpbroadcastd %1, %0" : "=v"(sum[r][t]) : "m"(x.surplus[t][first + b]));
+          asm volatile("vpbroadcastd %1, %0" : "=v"(sum[r][t]) : "m"(surplus[t][b]));
         else
-          sum[r][t] = _mm512_add_epi32(sum[r][t], _mm512_set1_epi32(x.surplus[t][first + b]));
+          sum[r][t] = _mm512_add_epi32(sum[r][t], _mm512_set1_epi32(surplus[t][b]));
     auto step = [&](int g) __attribute__((always_inline)) {
       __m512i v[R];
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) v[r] = w[(r * kChunk + b) * 16 + g];
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        __m512i a = four(x.q[t] + kBlock * (first + b) + 4 * g);
+        __m512i a = four(q[t] + kBlock * b + 4 * g);
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) add_product(sum[r][t], v[r], a);
       }
@@ -172,59 +193,54 @@ inline void tile(const __m512i* w, const uint8_t* const* scale, const Pointers<T
 }
 
 template <int BITS, int R>
-inline void tiles(const __m512i* w, const uint8_t* const* scale, const Rows& x, const int32_t* row, int64_t tokens,
-                  int64_t first, int64_t blocks, float* acc) {
+inline void tiles(const __m512i* w, const uint8_t* const* scale, const RowPointers& x, int64_t tokens, int64_t first,
+                  int64_t blocks, float* acc) {
   int64_t t = 0;
-  for (; t + kTile <= tokens; t += kTile)
-    tile<BITS, R, kTile>(w, scale, Pointers<kTile>(x, row, t), first, blocks, acc + t * 16 * R, 16 * R);
-  auto rest = [&](auto n) {
+  auto some = [&](auto n) {
     constexpr int T = decltype(n)::value;
-    tile<BITS, R, T>(w, scale, Pointers<T>(x, row, t), first, blocks, acc + t * 16 * R, 16 * R);
+    tile<BITS, R, T>(w, scale, x, t, first, blocks, acc + t * 16 * R, 16 * R);
   };
+  for (; t + kTile <= tokens; t += kTile) some(std::integral_constant<int, kTile>{});
   switch (tokens - t) {
-    case 1: return rest(std::integral_constant<int, 1>{});
-    case 2: return rest(std::integral_constant<int, 2>{});
-    case 3: return rest(std::integral_constant<int, 3>{});
-    case 4: return rest(std::integral_constant<int, 4>{});
-    case 5: return rest(std::integral_constant<int, 5>{});
+    case 1: return some(std::integral_constant<int, 1>{});
+    case 2: return some(std::integral_constant<int, 2>{});
+    case 3: return some(std::integral_constant<int, 3>{});
+    case 4: return some(std::integral_constant<int, 4>{});
+    case 5: return some(std::integral_constant<int, 5>{});
   }
 }
 
-constexpr int64_t kMany = 96;  // tokens whose sums (12 KB) stay in the cache
-
+// R panels times up to kMany tokens.
 template <int BITS, int R>
-void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const Rows& x, const int32_t* row, int64_t tokens,
-                 float* out, int64_t ld, __m512i table) {
+void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const RowPointers& x, int64_t tokens, float* out,
+                 int64_t ld, __m512i table) {
   alignas(64) __m512i chunk[R * kChunk * 16];
   alignas(64) float acc[kMany * 16 * R];
   const uint8_t* scale[R];
   for (int r = 0; r < R; ++r) scale[r] = w + r * shape.bytes + 64;
-  for (int64_t t0 = 0; t0 < tokens; t0 += kMany) {
-    int64_t n = tokens - t0 < kMany ? tokens - t0 : kMany;
-    const int32_t* rows = row ? row + t0 : nullptr;
-    Rows part = x;
-    if (!row) part.q += t0 * x.blocks * kBlock, part.surplus += t0 * x.blocks, part.scale += t0;
-    std::memset(acc, 0, sizeof(float) * n * 16 * R);
-    for (int64_t b = 0; b < shape.blocks; b += kChunk) {
-      int64_t blocks = shape.blocks - b < kChunk ? shape.blocks - b : kChunk;
-      for (int r = 0; r < R; ++r)
-        unpack<BITS>(w + r * shape.bytes + shape.codes + (BITS == 4 ? 512 : 1024) * b, blocks, table,
-                     chunk + r * kChunk * 16);
-      tiles<BITS, R>(chunk, scale, part, rows, n, b, blocks, acc);
+  std::memset(acc, 0, sizeof(float) * tokens * 16 * R);
+  constexpr int64_t kBytes = BITS == 4 ? 512 : 1024;  // of a block
+  const int64_t step = tokens < 32 ? 4 : kChunk;      // few tokens leave no room in time for long reads
+  for (int64_t b = 0; b < shape.blocks; b += step) {
+    int64_t blocks = shape.blocks - b < step ? shape.blocks - b : step;
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* code = w + r * shape.bytes + shape.codes + kBytes * b;
+      const uint8_t* next = b + step < shape.blocks ? code + kBytes * step : w + (R + r) * shape.bytes + 64;
+      unpack<BITS>(code, next, blocks, table, chunk + r * kChunk * 16);
     }
-    for (int64_t t = 0; t < n; ++t) {
-      f16 y[R];
-      for (int r = 0; r < R; ++r) {
-        f16 s = load(acc + (t * R + r) * 16);
-        if (BITS == 8) s = to_float((i16)s);
-        y[r] = s * (load((const float*)(w + r * shape.bytes)) * part.scale[rows ? rows[t] : t]);
-      }
-      float* to = out + (t0 + t) * ld;
-      if (gated)
-        store(to, silu(y[0]) * y[R - 1]);
-      else
-        for (int r = 0; r < R; ++r) store(to + 16 * r, y[r]);
+    tiles<BITS, R>(chunk, scale, x, tokens, b, blocks, acc);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    f16 y[R];
+    for (int r = 0; r < R; ++r) {
+      f16 s = load(acc + (t * R + r) * 16);
+      if (BITS == 8) s = to_float((i16)s);
+      y[r] = s * (load((const float*)(w + r * shape.bytes)) * x.scale[t]);
     }
+    if (gated)
+      store(out + t * ld, silu(y[0]) * y[R - 1]);
+    else
+      for (int r = 0; r < R; ++r) store(out + t * ld + 16 * r, y[r]);
   }
 }
 
@@ -234,10 +250,14 @@ void any_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
   if (tokens >= kFew) {
     const Panel shape(x.blocks * kBlock, BITS);
     const __m512i table = level_table();
-    int64_t p = 0;
-    for (; p + 2 <= count; p += 2)
-      many_tokens<BITS, 2>(w + p * shape.bytes, gated, shape, x, row, tokens, out + (gated ? 8 : 16) * p, ld, table);
-    if (p < count) many_tokens<BITS, 1>(w + p * shape.bytes, false, shape, x, row, tokens, out + 16 * p, ld, table);
+    for (int64_t t = 0; t < tokens; t += kMany, out += kMany * ld) {
+      const int64_t n = tokens - t < kMany ? tokens - t : kMany;
+      const RowPointers rows(x, row, t, n);
+      int64_t p = 0;
+      for (; p + 2 <= count; p += 2)
+        many_tokens<BITS, 2>(w + p * shape.bytes, gated, shape, rows, n, out + (gated ? 8 : 16) * p, ld, table);
+      if (p < count) many_tokens<BITS, 1>(w + p * shape.bytes, false, shape, rows, n, out + 16 * p, ld, table);
+    }
     return;
   }
   switch (tokens) {

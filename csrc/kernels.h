@@ -19,6 +19,8 @@ constexpr int kBlock = 64;   // columns that share a scale
 constexpr int8_t kLevels[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
 
 inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
+// Bytes from one row of activations to the next: an odd number of cache lines, so that rows do not share their sets.
+inline int64_t pitch_of(int64_t blocks) { return (blocks | 1) * kBlock; }
 inline int64_t panels_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
 // Where the parts of a panel lie (docs/formats.md).
@@ -32,7 +34,7 @@ struct Panel {
 
 // Activations quantised by row.
 struct Rows {
-  const int8_t* q;       // [rows][blocks * 64]
+  const int8_t* q;         // [rows][pitch_of(blocks)]
   const int32_t* surplus;  // [rows][blocks]: -128 times the sum of q over the block, for unsigned weights
   const float* scale;    // [rows]
   int64_t blocks;
@@ -56,7 +58,7 @@ struct Kernels {
                  int64_t tokens, float* out, int64_t ld);
 
   // Weights that are not quantised, BF16 or FP32, 16 rows a panel, [panel][columns][16]: out[t * ld + 16 * panel + r]
-  // in FP32, summed in four strands (column mod 4). `columns` is a multiple of 4.
+  // in FP32, even and odd columns summed apart. `columns` is even.
   void (*bf16_panels)(const uint16_t* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
                       float* out, int64_t ld);
   void (*fp32_panels)(const float* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
@@ -69,10 +71,11 @@ struct Kernels {
   void (*weighted_sum)(const float* const* y, const float* weight, int64_t count, const float* add, int64_t width,
                        float* out);
 
-  // One block of keys of absorbed MLA for 16 heads: q [rank + rope][16], keys [count] rows of rank + rope numbers
-  // `stride` apart. Writes top[16] (largest score), norm[16] (sum of exp(score - top)), sum [rank][16].
-  void (*mla_block)(const float* q, const float* keys, int64_t stride, int64_t count, int64_t rank, int64_t rope,
-                    float scale, float* top, float* norm, float* sum);
+  // One block of keys of absorbed MLA for 16 heads of `queries` queries. q[i]: [rank + rope][16]; keys: rows of rank +
+  // rope numbers `stride` apart, of which query i sees the first count[i] (1 … 128, never fewer than the query before).
+  // part[i] gets the largest score [16], the sum of exp(score - largest) [16], and the same sum of latents [rank][16].
+  void (*mla_block)(const float* const* q, int64_t queries, const float* keys, int64_t stride, const int64_t* count,
+                    int64_t rank, int64_t rope, float scale, float* const* part);
 
   // Joins block results in their order into out [16][ld]: sum over blocks of exp(top_i - max) sum_i / norm.
   void (*mla_join)(const float* const* top, const float* const* norm, const float* const* sum, int64_t count,

@@ -229,27 +229,32 @@ inline f16 widened(const float* p) { return load(p); }
 
 template <int T, typename W>
 inline void dense_panel(const W* w, int64_t columns, const float* x, int64_t ldx, float* out, int64_t ld) {
-  f16 acc[T][4];
-  for (int t = 0; t < T; ++t)
-    for (int s = 0; s < 4; ++s) acc[t][s] = all(0.0f);
-  for (int64_t k = 0; k < columns; k += 4)
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
-      f16 v = widened(w + 16 * (k + s));
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) acc[t][s] = fma(v, all(x[t * ldx + k + s]), acc[t][s]);
+  f16 even[T], odd[T];
+  for (int t = 0; t < T; ++t) even[t] = odd[t] = all(0.0f);
+  for (int64_t k = 0; k < columns; k += 2) {
+    f16 v0 = widened(w + 16 * k), v1 = widened(w + 16 * (k + 1));
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t) {
+      even[t] = fma(v0, all(x[t * ldx + k]), even[t]);
+      odd[t] = fma(v1, all(x[t * ldx + k + 1]), odd[t]);
     }
-  for (int t = 0; t < T; ++t) store(out + t * ld, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
+  }
+  for (int t = 0; t < T; ++t) store(out + t * ld, even[t] + odd[t]);
 }
 
 template <typename W>
 void dense_panels(const W* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens, float* out,
                   int64_t ld) {
-  for (int64_t p = 0; p < count; ++p, w += 16 * columns) {
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) dense_panel<4>(w, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
-    for (; t < tokens; ++t) dense_panel<1>(w, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
-  }
+  int64_t t = 0;
+  auto tile = [&](auto n) {  // tokens that stay in the cache while the panels pass
+    constexpr int T = decltype(n)::value;
+    for (; t + T <= tokens; t += T)
+      for (int64_t p = 0; p < count; ++p)
+        dense_panel<T>(w + p * 16 * columns, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
+  };
+  tile(std::integral_constant<int, 12>{});
+  tile(std::integral_constant<int, 4>{});
+  tile(std::integral_constant<int, 1>{});
 }
 
 void rms_norm(const float* x, const float* w, int64_t width, float eps, float* out) {
@@ -281,52 +286,75 @@ void weighted_sum(const float* const* y, const float* weight, int64_t count, con
 }
 
 constexpr int64_t kKeys = 128;  // keys of a block of attention: part of the arithmetic, not a tuning knob
+constexpr int kQueries = 2;     // that share the keys they load
 
-void mla_block(const float* q, const float* keys, int64_t stride, int64_t count, int64_t rank, int64_t rope,
-               float scale, float* top, float* norm, float* sum) {
-  alignas(64) float p[kKeys * 16];
-  int64_t width = rank + rope, j = 0;
-  f16 best = all(-__builtin_inff());
-  auto scores = [&](auto n_keys) {
-    constexpr int N = decltype(n_keys)::value;
-    for (; j + N <= count; j += N) {
-      f16 s[N];
-      for (int n = 0; n < N; ++n) s[n] = all(0.0f);
-      const float* key = keys + j * stride;
-      for (int64_t d = 0; d < width; ++d) {
-        f16 v = load(q + 16 * d);
+// Q queries, the earlier ones seeing no more keys than the later ones. What a query does not see is left out, not
+// multiplied by zero: nothing of a later position reaches an earlier one, not even a NaN.
+template <int Q>
+void mla_queries(const float* const* q, const float* keys, int64_t stride, const int64_t* count, int64_t rank,
+                 int64_t rope, float scale, float* const* part) {
+  constexpr int N = 8;  // keys, then dimensions, at a time: N x Q sums stay in registers
+  alignas(64) float p[Q][kKeys * 16];
+  const int64_t width = rank + rope, most = count[Q - 1], least = count[0];
+  for (int64_t j = 0; j < most; j += N) {
+    const float* key[N];
+    for (int n = 0; n < N; ++n) key[n] = keys + (j + n < most ? j + n : most - 1) * stride;
+    f16 s[Q][N];
+    for (int i = 0; i < Q; ++i)
+      for (int n = 0; n < N; ++n) s[i][n] = all(0.0f);
+    for (int64_t d = 0; d < width; ++d) {
+      f16 v[Q];
+      for (int i = 0; i < Q; ++i) v[i] = load(q[i] + 16 * d);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) s[n] = fma(v, all(key[n * stride + d]), s[n]);
-      }
       for (int n = 0; n < N; ++n) {
-        s[n] = s[n] * scale;
-        best = larger(best, s[n]);
-        store(p + 16 * (j + n), s[n]);
+        f16 k = all(key[n][d]);
+#pragma GCC unroll 2
+        for (int i = 0; i < Q; ++i) s[i][n] = fma(v[i], k, s[i][n]);
       }
     }
-  };
-  scores(std::integral_constant<int, 8>{});
-  scores(std::integral_constant<int, 1>{});
-  f16 z = all(0.0f);
-  for (j = 0; j < count; ++j) {
-    f16 e = exponential(load(p + 16 * j) - best);
-    store(p + 16 * j, e);
-    z = z + e;
+    for (int i = 0; i < Q; ++i)
+      for (int n = 0; n < N && j + n < most; ++n) store(p[i] + 16 * (j + n), s[i][n] * scale);
   }
-  store(top, best);
-  store(norm, z);
-  constexpr int D = 8;  // dimensions at a time: their sums stay in registers over all keys
-  for (int64_t d = 0; d < rank; d += D) {
-    f16 acc[D];
-    for (int n = 0; n < D; ++n) acc[n] = all(0.0f);
-    const float* key = keys + d;
-    for (j = 0; j < count; ++j, key += stride) {
-      f16 e = load(p + 16 * j);
-#pragma GCC unroll 8
-      for (int n = 0; n < D; ++n) acc[n] = fma(e, all(key[n]), acc[n]);
+  for (int i = 0; i < Q; ++i) {
+    f16 best = all(-__builtin_inff()), z = all(0.0f);
+    for (int64_t j = 0; j < count[i]; ++j) best = larger(best, load(p[i] + 16 * j));
+    for (int64_t j = 0; j < count[i]; ++j) {
+      f16 e = exponential(load(p[i] + 16 * j) - best);
+      store(p[i] + 16 * j, e);
+      z = z + e;
     }
-    for (int n = 0; n < D; ++n) store(sum + 16 * (d + n), acc[n]);
+    store(part[i], best);
+    store(part[i] + 16, z);
   }
+  for (int64_t d = 0; d < rank; d += N) {
+    f16 acc[Q][N];
+    for (int i = 0; i < Q; ++i)
+      for (int n = 0; n < N; ++n) acc[i][n] = all(0.0f);
+    const float* key = keys + d;
+    for (int64_t j = 0; j < least; ++j, key += stride) {
+      f16 e[Q];
+      for (int i = 0; i < Q; ++i) e[i] = load(p[i] + 16 * j);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        f16 k = all(key[n]);
+#pragma GCC unroll 2
+        for (int i = 0; i < Q; ++i) acc[i][n] = fma(e[i], k, acc[i][n]);
+      }
+    }
+    for (int i = 1; i < Q; ++i)
+      for (int64_t j = least; j < count[i]; ++j)
+        for (int n = 0; n < N; ++n) acc[i][n] = fma(load(p[i] + 16 * j), all(keys[j * stride + d + n]), acc[i][n]);
+    for (int i = 0; i < Q; ++i)
+      for (int n = 0; n < N; ++n) store(part[i] + 32 + 16 * (d + n), acc[i][n]);
+  }
+}
+
+void mla_block(const float* const* q, int64_t queries, const float* keys, int64_t stride, const int64_t* count,
+               int64_t rank, int64_t rope, float scale, float* const* part) {
+  int64_t i = 0;
+  for (; i + kQueries <= queries; i += kQueries)
+    mla_queries<kQueries>(q + i, keys, stride, count + i, rank, rope, scale, part + i);
+  for (; i < queries; ++i) mla_queries<1>(q + i, keys, stride, count + i, rank, rope, scale, part + i);
 }
 
 void mla_join(const float* const* top, const float* const* norm, const float* const* sum, int64_t count, int64_t rank,

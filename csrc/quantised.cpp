@@ -51,7 +51,7 @@ thread_local Scratch whole;    // of a block made of operations
 
 size_t rows_room(int64_t rows, int64_t columns) {
   int64_t blocks = blocks_of(columns);
-  return Scratch::room<int8_t>(rows * blocks * kBlock) + Scratch::room<int32_t>(rows * blocks) +
+  return Scratch::room<int8_t>(rows * pitch_of(blocks)) + Scratch::room<int32_t>(rows * blocks) +
          Scratch::room<float>(rows);
 }
 
@@ -62,14 +62,14 @@ struct Quantised {
   float* scale;
   int64_t blocks;
   Quantised(int64_t rows, int64_t columns) : blocks(blocks_of(columns)) {
-    q = scratch.take<int8_t>(rows * blocks * kBlock), surplus = scratch.take<int32_t>(rows * blocks);
+    q = scratch.take<int8_t>(rows * pitch_of(blocks)), surplus = scratch.take<int32_t>(rows * blocks);
     scale = scratch.take<float>(rows);
   }
   void fill(int64_t row, const float* x, int64_t columns) const {
-    kernels().quantise(x, columns, q + row * blocks * kBlock, surplus + row * blocks, scale + row);
+    kernels().quantise(x, columns, q + row * pitch_of(blocks), surplus + row * blocks, scale + row);
   }
   Rows rows(int64_t first = 0) const {
-    return {q + first * blocks * kBlock, surplus + first * blocks, scale + first, blocks};
+    return {q + first * pitch_of(blocks), surplus + first * blocks, scale + first, blocks};
   }
 };
 
@@ -107,7 +107,7 @@ void panels_into(const uint8_t* w, const Panel& shape, int64_t from, int64_t cou
   for (int64_t t = 0; t < tokens; t += kSome) {
     int64_t n = std::min(kSome, tokens - t);
     Rows part = x;
-    if (!row) part.q += t * x.blocks * kBlock, part.surplus += t * x.blocks, part.scale += t;
+    if (!row) part.q += t * pitch_of(x.blocks), part.surplus += t * x.blocks, part.scale += t;
     k.panels(w + (from + whole) * shape.bytes, 1, bits, false, part, row ? row + t : nullptr, n, last, kRows);
     for (int64_t i = 0; i < n; ++i)
       std::memcpy(to.out + (t + i) * to.ld + start, last + i * kRows, sizeof(float) * (to.rows - start));
@@ -246,19 +246,29 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
 
 void panel_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
                   int64_t group_stride, const void* w, bool bf16, int64_t rows, float* out, int threads) {
-  const int64_t panels = rows / kRows, piece = std::max<int64_t>(1, panels * groups / (8 * threads));
+  const int64_t panels = rows / kRows;
   const Kernels& k = kernels();
+  auto run = [&](int64_t g, int64_t p, int64_t count, int64_t t, int64_t n) {
+    const int64_t at = (g * panels + p) * kRows * columns;
+    const float* from = x + t * token_stride + g * group_stride;
+    float* to = out + (t * groups + g) * rows + p * kRows;
+    if (bf16)
+      k.bf16_panels(static_cast<const uint16_t*>(w) + at, count, columns, from, token_stride, n, to, groups * rows);
+    else
+      k.fp32_panels(static_cast<const float*>(w) + at, count, columns, from, token_stride, n, to, groups * rows);
+  };
+  if (tokens >= 48) {  // many tokens: share them out, and a group's matrix stays in the cache
+    const int64_t piece = 48, pieces = (tokens + piece - 1) / piece;
+    parallel(groups * pieces, threads, [&](int64_t task) {
+      const int64_t t = task % pieces * piece;
+      run(task / pieces, 0, panels, t, std::min(piece, tokens - t));
+    });
+    return;
+  }
+  const int64_t piece = std::max<int64_t>(1, panels * groups / (8 * threads));
   parallel((panels * groups + piece - 1) / piece, threads, [&](int64_t task) {
-    for (int64_t i = task * piece; i < std::min(panels * groups, (task + 1) * piece); ++i) {
-      int64_t g = i / panels, first = i * kRows * columns;
-      float* to = out + g * rows + i % panels * kRows;
-      if (bf16)
-        k.bf16_panels(static_cast<const uint16_t*>(w) + first, 1, columns, x + g * group_stride, token_stride, tokens, to,
-                      groups * rows);
-      else
-        k.fp32_panels(static_cast<const float*>(w) + first, 1, columns, x + g * group_stride, token_stride, tokens, to,
-                      groups * rows);
-    }
+    for (int64_t i = task * piece; i < std::min(panels * groups, (task + 1) * piece); ++i)
+      run(i / panels, i % panels, 1, 0, tokens);
   });
 }
 
@@ -343,67 +353,95 @@ void rms_norm(const float* x, int64_t tokens, int64_t width, int64_t stride, con
             [&](int64_t t) { kernels().rms_norm(x + t * stride, w, width, eps, out + t * width); });
 }
 
+namespace {
+
+constexpr int64_t kKeys = 128;  // as in lanes.h; blocks count from the first visible position
+constexpr int64_t kRun = 8;     // queries of one task: they meet a block of keys while it is in the cache
+
+// Positions that a query sees: first … last.
+struct Span {
+  int64_t first, last;
+  int64_t blocks() const { return (last - first) / kKeys + 1; }
+  int64_t keys(int64_t block) const { return std::min(kKeys, last + 1 - first - block * kKeys); }
+};
+
+}  // namespace
+
 void mla_attention(const float* q_latent, const float* q_rope, const float* cache, int64_t stride, const int64_t* first,
                    const int64_t* past, int64_t batch, int64_t tokens, int64_t heads, int64_t rank, int64_t rope,
                    float scale, float* out, int threads) {
-  constexpr int64_t kKeys = 128;  // as in lanes.h; blocks count from the first visible position
-  const int64_t width = rank + rope, lanes = (heads + 15) / 16;
-  // One unit: 16 heads of one query. Its blocks of keys are independent; where units are few, blocks are shared out.
-  const int64_t units = batch * tokens * lanes;
-  struct Span {
-    int64_t first, last;
+  const int64_t width = rank + rope, lanes = (heads + 15) / 16, part_size = 32 + 16 * rank;
+  // A unit is 16 heads of one query; its blocks of keys are independent of each other.
+  auto span = [&](int64_t b, int64_t t) {  // a query of padding, which sees nothing, sees itself: rubbish, but finite
+    return Span{std::min(first[b], past[b] + t), past[b] + t};
   };
-  auto span = [&](int64_t unit) {  // a query of padding, which sees nothing, sees itself: rubbish, but finite
-    int64_t b = unit / lanes / tokens, last = past[b] + unit / lanes % tokens;
-    return Span{std::min(first[b], last), last};
-  };
-  auto blocks = [&](int64_t unit) { return (span(unit).last - span(unit).first) / kKeys + 1; };
-  auto transpose = [&](int64_t unit, float* q) {  // -> [rank + rope][16]
-    int64_t query = unit / lanes, h0 = unit % lanes * 16, n = std::min<int64_t>(16, heads - h0);
-    for (int64_t d = 0; d < width; ++d)
-      for (int64_t h = 0; h < 16; ++h)
-        q[16 * d + h] = h >= n ? 0.0f
-                        : d < rank ? q_latent[(query * heads + h0 + h) * rank + d]
-                                   : q_rope[(query * heads + h0 + h) * rope + d - rank];
-  };
-  auto block = [&](int64_t unit, int64_t i, const float* q, float* part) {
-    int64_t b = unit / lanes / tokens, j = span(unit).first + i * kKeys;
-    kernels().mla_block(q, cache + b * stride + j * width, width, std::min(kKeys, span(unit).last + 1 - j), rank, rope,
-                        scale, part, part + 16, part + 32);
-  };
-  auto join = [&](int64_t unit, const float* parts, int64_t count) {
-    std::vector<const float*> top(count), norm(count), sum(count);
-    for (int64_t i = 0; i < count; ++i) {
-      top[i] = parts + i * (32 + 16 * rank), norm[i] = top[i] + 16, sum[i] = top[i] + 32;
+  auto transpose = [&](int64_t query, int64_t lane, float* q) {  // -> [rank + rope][16]
+    const int64_t h0 = lane * 16, n = std::min<int64_t>(16, heads - h0);
+    if (n < 16) std::memset(q, 0, sizeof(float) * 16 * width);
+    for (int64_t h = 0; h < n; ++h) {
+      const float* latent = q_latent + (query * heads + h0 + h) * rank;
+      for (int64_t d = 0; d < rank; ++d) q[16 * d + h] = latent[d];
+      const float* turned = q_rope + (query * heads + h0 + h) * rope;
+      for (int64_t d = 0; d < rope; ++d) q[16 * (rank + d) + h] = turned[d];
     }
-    int64_t query = unit / lanes, h0 = unit % lanes * 16;
-    kernels().mla_join(top.data(), norm.data(), sum.data(), count, rank, std::min<int64_t>(16, heads - h0),
-                       out + (query * heads + h0) * rank, rank);
   };
+  auto join = [&](int64_t query, int64_t lane, const float* parts, int64_t count, int64_t step) {
+    std::vector<const float*> top(count), norm(count), sum(count);
+    for (int64_t i = 0; i < count; ++i) top[i] = parts + i * step, norm[i] = top[i] + 16, sum[i] = top[i] + 32;
+    kernels().mla_join(top.data(), norm.data(), sum.data(), count, rank, std::min<int64_t>(16, heads - lane * 16),
+                       out + (query * heads + lane * 16) * rank, rank);
+  };
+  auto keys = [&](int64_t b, int64_t position) { return cache + b * stride + position * width; };
 
-  if (units >= 4 * threads) {  // a unit is a task
-    parallel(units, threads, [&](int64_t unit) {
-      int64_t count = blocks(unit);
-      scratch.reserve(Scratch::room<float>(16 * width) + Scratch::room<float>(count * (32 + 16 * rank)));
-      float* q = scratch.take<float>(16 * width);
-      float* parts = scratch.take<float>(count * (32 + 16 * rank));
-      transpose(unit, q);
-      for (int64_t i = 0; i < count; ++i) block(unit, i, q, parts + i * (32 + 16 * rank));
-      join(unit, parts, count);
+  const int64_t runs = (tokens + kRun - 1) / kRun;
+  if (tokens > 1 && batch * runs * lanes >= 2 * threads) {  // a run of queries is a task, the longest first
+    parallel(batch * runs * lanes, threads, [&](int64_t task) {
+      const int64_t lane = task % lanes, b = task / lanes % batch, t0 = (runs - 1 - task / lanes / batch) * kRun;
+      const int64_t n = std::min(kRun, tokens - t0), most = span(b, t0 + n - 1).blocks();
+      scratch.reserve(Scratch::room<float>(n * 16 * width) + Scratch::room<float>(n * most * part_size));
+      float* q = scratch.take<float>(n * 16 * width);
+      float* parts = scratch.take<float>(n * most * part_size);  // [block][query]
+      for (int64_t i = 0; i < n; ++i) transpose(b * tokens + t0 + i, lane, q + i * 16 * width);
+      for (int64_t k = 0; k < most; ++k) {
+        const float* at[kRun];
+        float* to[kRun];
+        int64_t count[kRun], some = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          const Span s = span(b, t0 + i);
+          at[some] = q + i * 16 * width, to[some] = parts + (k * n + i) * part_size;
+          if (s.first < first[b]) {  // padding: a block of its own
+            const int64_t one = 1;
+            if (k == 0) kernels().mla_block(at + some, 1, keys(b, s.first), width, &one, rank, rope, scale, to + some);
+          } else if (k < s.blocks()) {
+            count[some++] = s.keys(k);
+          }
+        }
+        if (some)
+          kernels().mla_block(at, some, keys(b, first[b] + k * kKeys), width, count, rank, rope, scale, to);
+      }
+      for (int64_t i = 0; i < n; ++i)
+        join(b * tokens + t0 + i, lane, parts + i * part_size, span(b, t0 + i).blocks(), n * part_size);
     });
     return;
   }
+  // Few queries: their blocks are shared out.
+  const int64_t units = batch * tokens * lanes;
   std::vector<int64_t> begin(units + 1, 0);
-  for (int64_t u = 0; u < units; ++u) begin[u + 1] = begin[u] + blocks(u);
-  scratch.reserve(Scratch::room<float>(units * 16 * width) + Scratch::room<float>(begin[units] * (32 + 16 * rank)));
+  for (int64_t u = 0; u < units; ++u) begin[u + 1] = begin[u] + span(u / lanes / tokens, u / lanes % tokens).blocks();
+  scratch.reserve(Scratch::room<float>(units * 16 * width) + Scratch::room<float>(begin[units] * part_size));
   float* q = scratch.take<float>(units * 16 * width);
-  float* parts = scratch.take<float>(begin[units] * (32 + 16 * rank));
-  for (int64_t u = 0; u < units; ++u) transpose(u, q + u * 16 * width);
+  float* parts = scratch.take<float>(begin[units] * part_size);
+  for (int64_t u = 0; u < units; ++u) transpose(u / lanes, u % lanes, q + u * 16 * width);
   parallel(begin[units], threads, [&](int64_t task) {
-    int64_t u = std::upper_bound(begin.begin(), begin.end(), task) - begin.begin() - 1;
-    block(u, task - begin[u], q + u * 16 * width, parts + task * (32 + 16 * rank));
+    const int64_t u = std::upper_bound(begin.begin(), begin.end(), task) - begin.begin() - 1, b = u / lanes / tokens;
+    const Span s = span(b, u / lanes % tokens);
+    const int64_t block = task - begin[u], count = s.keys(block);
+    const float* at = q + u * 16 * width;
+    float* to = parts + task * part_size;
+    kernels().mla_block(&at, 1, keys(b, s.first + block * kKeys), width, &count, rank, rope, scale, &to);
   });
-  for (int64_t u = 0; u < units; ++u) join(u, parts + begin[u] * (32 + 16 * rank), begin[u + 1] - begin[u]);
+  for (int64_t u = 0; u < units; ++u)
+    join(u / lanes, u % lanes, parts + begin[u] * part_size, begin[u + 1] - begin[u], part_size);
 }
 
 namespace {

@@ -13,7 +13,7 @@ int weight(const uint8_t* codes, int bits, int64_t row, int64_t column) {
 }
 
 float product(const uint8_t* panel, const Panel& shape, int bits, int64_t r, const Rows& x, int64_t row) {
-  const int8_t* q = x.q + row * shape.blocks * kBlock;
+  const int8_t* q = x.q + row * pitch_of(shape.blocks);
   const uint8_t* codes = panel + shape.codes;
   float acc = 0.0f;
   int32_t sum = 0;
