@@ -34,30 +34,27 @@ NB_MODULE(_native, m) {
                        bytes(3), bytes(4), vector(0), vector(1), vector(2), vector(3), vector(4), q_eps, kv_eps, scale,
                        at<uint16_t>(key), interleaved};
       });
-  m.def("mla_forward",
-        [](const Mla& mla, uintptr_t x, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, bool per_sequence,
-           uintptr_t cache, int64_t stride, uintptr_t first, int64_t past, uintptr_t out, int threads) {
-          mla_forward(mla, at<float>(x), batch, tokens, at<float>(cos), at<float>(sin), per_sequence, at<float>(cache),
-                      stride, at<int64_t>(first), past, at<float>(out), threads);
-        },
-        release());
-
-  nb::class_<Moe>(m, "Moe").def(
-      "__init__", [](Moe* self, int64_t hidden, int64_t inner, int64_t shared_inner, int bits, nb::tuple gate,
-                     uintptr_t gate_weight, bool gate_bf16, uintptr_t gate_bias, uintptr_t experts, uintptr_t shared) {
+  nb::class_<Ffn>(m, "Ffn").def(
+      "__init__", [](Ffn* self, int64_t inner, int64_t shared_inner, int bits, nb::tuple gate, uintptr_t gate_weight,
+                     bool gate_bf16, uintptr_t gate_bias, uintptr_t experts, uintptr_t shared) {
         auto size = [&](int i) { return nb::cast<int64_t>(gate[i]); };
         auto flag = [&](int i) { return nb::cast<bool>(gate[i]); };
-        new (self) Moe{hidden, inner, shared_inner, bits,
+        new (self) Ffn{inner, shared_inner, bits,
                        {size(0), size(1), size(2), size(3), (int)size(4), flag(5), flag(6), flag(7),
                         nb::cast<float>(gate[8])},
                        at<void>(gate_weight), gate_bf16, at<float>(gate_bias), at<const uint8_t*>(experts),
                        at<uint8_t>(shared)};
       });
-  m.def("moe_forward",
-        [](const Moe& moe, uintptr_t x, int64_t tokens, uintptr_t scores, uintptr_t index, uintptr_t weight,
-           uintptr_t out, int threads) {
-          moe_forward(moe, at<float>(x), tokens, at<float>(scores), at<int64_t>(index), at<float>(weight),
-                      at<float>(out), threads);
+  nb::class_<Layer>(m, "Layer").def(
+      "__init__", [](Layer* self, const Mla& mla, const Ffn& ffn, uintptr_t attention_norm, uintptr_t ffn_norm,
+                     float eps) { new (self) Layer{mla, ffn, at<float>(attention_norm), at<float>(ffn_norm), eps}; });
+  m.def("layer_forward",
+        [](const Layer& layer, uintptr_t x, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin,
+           bool per_sequence, uintptr_t cache, int64_t stride, uintptr_t first, int64_t past, uintptr_t scores,
+           uintptr_t index, uintptr_t weight, uintptr_t out, int threads) {
+          layer_forward(layer, at<float>(x), batch, tokens, at<float>(cos), at<float>(sin), per_sequence,
+                        at<float>(cache), stride, at<int64_t>(first), past, at<float>(scores), at<int64_t>(index),
+                        at<float>(weight), at<float>(out), threads);
         },
         release());
 

@@ -47,7 +47,8 @@ class Scratch {
 };
 
 thread_local Scratch scratch;  // of one operation
-thread_local Scratch whole;    // of a block made of operations
+thread_local Scratch block;    // of a block made of operations
+thread_local Scratch whole;    // of a layer made of blocks
 
 size_t rows_room(int64_t rows, int64_t columns) {
   int64_t blocks = blocks_of(columns);
@@ -81,6 +82,10 @@ void in_pieces(int64_t count, int64_t at_least, int threads, const Work& work) {
     for (int64_t j = i * piece; j < std::min(count, (i + 1) * piece); ++j) work(j);
   });
 }
+
+// Into how many pieces a thread's share of the work is cut. Few tokens: small ones, because the last piece is waited for;
+// many: large ones, because activations are looked up once a piece.
+int64_t pieces_of(int64_t tokens) { return tokens < 8 ? 64 : 16; }
 
 // How many panels (an even number) one task takes, so that there are about `wanted` tasks.
 int64_t panels_a_task(int64_t panels, int64_t wanted) {
@@ -140,7 +145,7 @@ void quantised_linear(const float* x, int64_t tokens, int64_t groups, int64_t co
   in_pieces(tokens * groups, 4, threads, [&](int64_t i) {
     a.fill(i, x + ((i % tokens) * groups + i / tokens) * columns, columns);
   });
-  int64_t piece = panels_a_task(panels, groups > 1 ? 1 : 8 * threads), pieces = (panels + piece - 1) / piece;
+  int64_t piece = panels_a_task(panels, groups > 1 ? 1 : pieces_of(tokens) * threads), pieces = (panels + piece - 1) / piece;
   parallel(pieces * groups, threads, [&](int64_t task) {
     int64_t g = task / pieces, from = task % pieces * piece, n = std::min(piece, panels - from);
     panels_into(w + g * stride, shape, from, n, bits, a.rows(g * tokens), nullptr, tokens,
@@ -202,7 +207,7 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
   auto cut = [&](auto panels_of_mlp) {
     int64_t panels = 0;
     for (const Mlp& m : mlps) panels += panels_of_mlp(m);
-    int64_t piece = panels_a_task(panels, 16 * threads);
+    int64_t piece = panels_a_task(panels, pieces_of(tokens) * threads);
     std::vector<Task> tasks;
     for (const Mlp& m : mlps)
       for (int64_t p = 0, n = panels_of_mlp(m); p < n; p += piece) tasks.push_back({&m, p, std::min(piece, n - p)});
@@ -452,20 +457,18 @@ void add_bias(float* y, int64_t tokens, int64_t width, const float* bias) {
     for (int64_t i = 0; i < width; ++i) y[t * width + i] += bias[i];
 }
 
-}  // namespace
-
 void mla_forward(const Mla& m, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
                  bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, float* out,
                  int threads) {
   const int64_t n = batch * tokens, width = m.heads * (m.nope + m.rope), latent = m.rank + m.rope;
-  whole.reserve(Scratch::room<float>(n * m.q_rank) * 2 + Scratch::room<float>(n * width) +
+  block.reserve(Scratch::room<float>(n * m.q_rank) * 2 + Scratch::room<float>(n * width) +
                 Scratch::room<float>(n * latent) + Scratch::room<float>(n * m.heads * m.rope) +
                 Scratch::room<float>(n * m.heads * m.rank) * 2 + Scratch::room<float>(n * m.heads * m.value) +
                 Scratch::room<int64_t>(batch));
-  float* q = whole.take<float>(n * width);
+  float* q = block.take<float>(n * width);
   if (m.q_rank) {
-    float* a = whole.take<float>(n * m.q_rank);
-    float* normed = whole.take<float>(n * m.q_rank);
+    float* a = block.take<float>(n * m.q_rank);
+    float* normed = block.take<float>(n * m.q_rank);
     quantised_linear(x, n, 1, m.hidden, m.q_a, 0, m.q_rank, m.bits, a, threads);
     add_bias(a, n, m.q_rank, m.q_a_bias);
     rms_norm(a, n, m.q_rank, m.q_rank, m.q_norm, m.q_eps, normed, threads);
@@ -473,20 +476,20 @@ void mla_forward(const Mla& m, const float* x, int64_t batch, int64_t tokens, co
   } else {
     quantised_linear(x, n, 1, m.hidden, m.q_b, 0, width, m.bits, q, threads);
   }
-  float* kv = whole.take<float>(n * latent);
+  float* kv = block.take<float>(n * latent);
   quantised_linear(x, n, 1, m.hidden, m.kv_a, 0, latent, m.bits, kv, threads);
   add_bias(kv, n, latent, m.kv_a_bias);
-  float* q_rope = whole.take<float>(n * m.heads * m.rope);
+  float* q_rope = block.take<float>(n * m.heads * m.rope);
   mla_prepare(q, kv, m.kv_norm, m.kv_eps, {cos, sin, per_sequence, m.interleaved}, batch, tokens, m.heads, m.nope,
               m.rope, m.rank, q_rope, cache, stride, past, threads);
-  float* q_latent = whole.take<float>(n * m.heads * m.rank);
+  float* q_latent = block.take<float>(n * m.heads * m.rank);
   panel_linear(q, n, m.heads, m.nope, width, m.nope + m.rope, m.key, true, m.rank, q_latent, threads);
-  float* summed = whole.take<float>(n * m.heads * m.rank);
-  int64_t* pasts = whole.take<int64_t>(batch);
+  float* summed = block.take<float>(n * m.heads * m.rank);
+  int64_t* pasts = block.take<int64_t>(batch);
   std::fill(pasts, pasts + batch, past);
   mla_attention(q_latent, q_rope, cache, stride, first, pasts, batch, tokens, m.heads, m.rank, m.rope, m.scale, summed,
                 threads);
-  float* values = whole.take<float>(n * m.heads * m.value);
+  float* values = block.take<float>(n * m.heads * m.value);
   const int64_t panel = Panel(m.rank, m.bits).bytes;
   quantised_linear(summed, n, m.heads, m.rank, m.kv_b + m.nope / kRows * panel, (m.nope + m.value) / kRows * panel,
                    m.value, m.bits, values, threads);
@@ -494,17 +497,42 @@ void mla_forward(const Mla& m, const float* x, int64_t batch, int64_t tokens, co
   add_bias(out, n, m.hidden, m.o_bias);
 }
 
-void moe_forward(const Moe& m, const float* x, int64_t tokens, float* scores, int64_t* index, float* weight,
-                 float* out, int threads) {
-  const int64_t rows = panels_of(m.gate.experts) * kRows;
-  std::vector<float> logits(tokens * rows);
-  panel_linear(x, tokens, 1, m.hidden, m.hidden, m.hidden, m.gate_weight, m.gate_bf16, rows, logits.data(), threads);
-  if (rows != m.gate.experts)
-    for (int64_t t = 1; t < tokens; ++t)
-      std::copy_n(&logits[t * rows], m.gate.experts, &logits[t * m.gate.experts]);
-  choose_experts(logits.data(), tokens, m.gate, m.gate_bias, scores, index, weight, threads);
-  quantised_experts(x, tokens, m.hidden, index, weight, m.gate.top, m.experts, m.gate.experts, m.inner, m.shared,
-                    m.shared_inner, m.bits, out, threads);
+void ffn_forward(const Ffn& f, const float* x, int64_t tokens, int64_t hidden, float* scores, int64_t* index,
+                 float* weight, float* out, int threads) {
+  const int64_t experts = f.gate.experts, rows = panels_of(experts) * kRows;
+  if (experts) {
+    block.reserve(Scratch::room<float>(tokens * rows));
+    float* logits = block.take<float>(tokens * rows);
+    panel_linear(x, tokens, 1, hidden, hidden, hidden, f.gate_weight, f.gate_bf16, rows, logits, threads);
+    if (rows != experts)
+      for (int64_t t = 1; t < tokens; ++t) std::copy_n(logits + t * rows, experts, logits + t * experts);
+    choose_experts(logits, tokens, f.gate, f.gate_bias, scores, index, weight, threads);
+  }
+  quantised_experts(x, tokens, hidden, index, weight, f.gate.top, f.experts, experts, f.inner, f.shared, f.shared_inner,
+                    f.bits, out, threads);
+}
+
+void add(float* y, const float* x, int64_t tokens, int64_t width, int threads) {
+  in_pieces(tokens, 16, threads, [&](int64_t t) {
+    for (int64_t i = t * width; i < (t + 1) * width; ++i) y[i] = x[i] + y[i];
+  });
+}
+
+}  // namespace
+
+void layer_forward(const Layer& layer, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
+                   bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, float* scores,
+                   int64_t* index, float* weight, float* out, int threads) {
+  const int64_t n = batch * tokens, hidden = layer.mla.hidden;
+  whole.reserve(Scratch::room<float>(n * hidden) * 2);
+  float* normed = whole.take<float>(n * hidden);
+  float* attended = whole.take<float>(n * hidden);
+  rms_norm(x, n, hidden, hidden, layer.attention_norm, layer.eps, normed, threads);
+  mla_forward(layer.mla, normed, batch, tokens, cos, sin, per_sequence, cache, stride, first, past, attended, threads);
+  add(attended, x, n, hidden, threads);
+  rms_norm(attended, n, hidden, hidden, layer.ffn_norm, layer.eps, normed, threads);
+  ffn_forward(layer.ffn, normed, n, hidden, scores, index, weight, out, threads);
+  add(out, attended, n, hidden, threads);
 }
 
 }  // namespace deepseek

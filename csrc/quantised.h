@@ -57,8 +57,9 @@ void mla_attention(const float* q_latent, const float* q_rope, const float* cach
                    const int64_t* past, int64_t batch, int64_t tokens, int64_t heads, int64_t rank, int64_t rope,
                    float scale, float* out, int threads);
 
-// A whole attention block: what FusedMLA (quant/fused.py) does step by step, in one call. Pointers to what a model lacks
-// are null. Biases are added to their products.
+// A decoder layer whose matrices are quantised: x + attention(norm(x)), then + ffn(norm(…)), in one call; step by step it is
+// the FusedMLA, FusedGate and modules of quant/. Pointers to what a model lacks are null; biases are added to their
+// products.
 struct Mla {
   int64_t hidden, heads, nope, rope, rank, value, q_rank;  // q_rank 0: `q_b` is q_proj
   int bits;
@@ -68,23 +69,26 @@ struct Mla {
   const uint16_t* key;  // BF16 panels of the key half of kv_b, [heads][rank / 16][nope][16]
   bool interleaved;
 };
-// x [B, T, hidden] -> out [B, T, hidden]; `cache` as in mla_prepare, `first` as in mla_attention.
-void mla_forward(const Mla& mla, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
-                 bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, float* out,
-                 int threads);
-
-// Gate, routed and shared experts in one call. Also gives what the gate decided.
-struct Moe {
-  int64_t hidden, inner, shared_inner;
+struct Ffn {
+  int64_t inner, shared_inner;
   int bits;
-  Gate gate;
+  Gate gate;                // no experts: a dense layer, whose MLP is `shared`
   const void* gate_weight;  // panels, [ceil(experts / 16)][hidden][16]
   bool gate_bf16;
   const float* gate_bias;
   const uint8_t* const* experts;
   const uint8_t* shared;
 };
-void moe_forward(const Moe& moe, const float* x, int64_t tokens, float* scores, int64_t* index, float* weight,
-                 float* out, int threads);
+struct Layer {
+  Mla mla;
+  Ffn ffn;
+  const float *attention_norm, *ffn_norm;
+  float eps;
+};
+// x, out [B, T, hidden]; `cache` and `cos`, `sin` as in mla_prepare, `first` as in mla_attention; scores [B T, experts],
+// index and weight [B T, top] get what the gate decided.
+void layer_forward(const Layer& layer, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
+                   bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, float* scores,
+                   int64_t* index, float* weight, float* out, int threads);
 
 }  // namespace deepseek

@@ -1,15 +1,14 @@
-"""Inference forms of MLA and the gate for a quantised model: fewer, larger steps, the same results.
+"""Inference forms of a quantised model's layers: fewer, larger steps, the same results.
 
     attention   absorbed order for every query, over the latent cache: the query is folded into latent space by W_key
                 (the key half of kv_b_proj, kept as BF16 panels), latents are summed, and the value half of kv_b_proj is
                 read where it lies. Rotation, the latent's norm and the write to the cache are one step.
     gate        its matrix as panels; sigmoid, groups and top-k are one step.
-
-Where the native kernels can, attention is one call and gate with experts another (ops/blocks.py).
+    layer       where the native kernels can, all of a layer in one call (ops/blocks.py).
 
 All of it gives a token the same bits in any company: that is what the operations promise.
 
-Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, G heads as groups, K columns.
+Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, K columns.
 """
 
 from __future__ import annotations
@@ -18,37 +17,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..model import CausalLM
 from ..model.experts import MoE
 from ..model.gate import Gate, Route, choose
 from ..model.mla import MLA, LatentCache, Order, Visible
-from ..ops.blocks import Block, mla_block, moe_block, run_mla, run_moe
+from ..model.transformer import DecoderLayer
+from ..ops.blocks import Attention, FeedForward, LayerBlock
 from ..ops.panels import ROWS, panel_bytes, unpack
-from .linear import QuantisedExperts, QuantisedLinear
+from .linear import QuantisedExperts, QuantisedLinear, QuantisedMLP
 
 
-class _Blocked(nn.Module):
-    """A module with a native description of itself. `_make` is asked again after its tensors have moved."""
-
-    block: Block | None = None
-
-    def native_block(self) -> Block | None:
-        if self.block is None:
-            self.block = self._make() or Block()
-        return self.block if self.block.native is not None and not torch.compiler.is_compiling() else None
-
-    def _make(self) -> Block | None:
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.block = None
-        return super()._apply(fn, recurse)
-
-
-class FusedMLA(_Blocked, MLA):
+class FusedMLA(MLA):
     """MLA whose kv_b_proj is quantised. Falls back to MLA's own forms for the naive order and for masks with holes."""
 
     key_NPK16: Tensor
@@ -66,14 +48,15 @@ class FusedMLA(_Blocked, MLA):
         apart = None if nope % ROWS == 0 and value % ROWS == 0 else ops.pack_panels(value_NWR.bfloat16())
         self.register_buffer("value_NPK16", apart, persistent=False)
 
-    def _make(self) -> Block | None:
+    def described(self) -> Attention | None:
+        """For a native layer; None where a projection is not quantised."""
         config = self.config
         q_a = self.q_a_proj if config.q_lora_rank is not None else None
         q_b = self.q_proj if config.q_lora_rank is None else self.q_b_proj
         projections = (q_a, q_b, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)
         if not all(p is None or isinstance(p, QuantisedLinear) for p in projections) or q_b.bias is not None:
             return None
-        return mla_block(
+        return Attention(
             (config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
              config.kv_lora_rank, config.v_head_dim, config.q_lora_rank or 0), self.kv_b_proj.bits,
             tuple(None if p is None else p.packed for p in projections),
@@ -91,19 +74,8 @@ class FusedMLA(_Blocked, MLA):
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
         if order == "naive" or (cache is not None and cache.data.dtype != torch.float32) or visible.span is None:
             return super().forward(x_BTH, cos, sin, visible, cache, layer, order)
-        width = self.config.latent_dim
-        rows = cache.slot(layer, tokens) if cache is not None else x_BTH.new_empty(batch, tokens, width)
-        past = rows.shape[1] - tokens
-        block = self.native_block()
-        if block is not None and x_BTH.dtype == cos.dtype == torch.float32:
-            return run_mla(block, x_BTH, cos, sin, rows, visible.span[0], past)
-        return self._by_operations(x_BTH, cos, sin, visible.span, rows, past)
-
-    def _by_operations(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, span: tuple[Tensor, Tensor], rows: Tensor, past: int
-    ) -> Tensor:
         config = self.config
-        batch, tokens, _ = x_BTH.shape
+        rows, past = _latent_rows(cache, layer, x_BTH, config.latent_dim)
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
         else:
@@ -115,7 +87,7 @@ class FusedMLA(_Blocked, MLA):
         q_TND = q_BTND.flatten(0, 1)
         q_latent = ops.panel_linear(q_TND[..., : config.qk_nope_head_dim], self.key_NPK16)
         latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:])[..., : config.kv_lora_rank],
-                                      q_rope, rows, *span, config.softmax_scale)
+                                      q_rope, rows, *visible.span, config.softmax_scale)
         return self.o_proj(self._values(latent.flatten(0, 1)).view(batch, tokens, -1))
 
     def _values(self, latent_TNR: Tensor) -> Tensor:
@@ -140,7 +112,7 @@ class FusedGate(Gate):
         self.register_buffer("weight_1PH16", ops.pack_panels(weight.unsqueeze(0)), persistent=False)
 
     def rule(self) -> tuple[Any, ...]:
-        """The configuration as `choose_experts` wants it, after `groups`, in order."""
+        """What `choose_experts` wants after the bias, in its order."""
         config = self.config
         limited = config.n_group > 1 and config.topk_group < config.n_group and config.topk_method != "greedy"
         sigmoid = config.scoring_func == "sigmoid"
@@ -157,24 +129,55 @@ class FusedGate(Gate):
         return Route(*ops.choose_experts(logits_TE, bias_E, *self.rule()))
 
 
-class FusedMoE(_Blocked, MoE):
-    """Gate and experts, routed and shared, in one call."""
+class FusedLayer(DecoderLayer):
+    """A decoder layer that runs natively as a whole where it can, else module by module."""
 
-    def _make(self) -> Block | None:
-        gate, experts = self.gate, self.experts
-        if not isinstance(experts, QuantisedExperts) or hasattr(self, "shared_experts"):
-            return None
-        assert isinstance(gate, FusedGate)
-        return moe_block((gate.config.n_routed_experts, *gate.rule()), gate.weight_1PH16, gate.bias, experts.table,
-                         experts.shared, experts.shared_inner)
+    block: LayerBlock | None = None
 
-    def forward(self, x_BTH: Tensor) -> tuple[Tensor, Route]:
-        block = self.native_block()
-        if block is None or x_BTH.dtype != torch.float32:
-            return super().forward(x_BTH)
-        config = self.gate.config
-        out, *route = run_moe(block, x_BTH.flatten(0, -2), config.n_routed_experts, config.num_experts_per_tok)
-        return out.view(x_BTH.shape), Route(*route)
+    def describe(self) -> LayerBlock:
+        attention, mlp = self.self_attn, self.mlp
+        ffn = None
+        if isinstance(mlp, MoE) and isinstance(mlp.experts, QuantisedExperts) and not hasattr(mlp, "shared_experts"):
+            gate, experts = mlp.gate, mlp.experts
+            if isinstance(gate, FusedGate):
+                rule = (gate.config.n_routed_experts, *gate.rule())
+                ffn = FeedForward(experts.table.bits, rule, gate.weight_1PH16, gate.bias, experts.table, experts.shared,
+                                  experts.shared_inner)
+        elif isinstance(mlp, QuantisedMLP):
+            no_gate = (0, 0, 0, 0, 0, False, False, False, 0.0)
+            ffn = FeedForward(mlp.bits, no_gate, None, None, None, mlp.packed, mlp.inner)
+        return LayerBlock(attention.described() if isinstance(attention, FusedMLA) else None, ffn,
+                          self.input_layernorm.weight, self.post_attention_layernorm.weight, self.input_layernorm.eps)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.block = None  # its pointers may not survive
+        return super()._apply(fn, recurse)
+
+    def forward(
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, order: Order
+    ) -> tuple[Tensor, Route | None]:
+        if self.block is None:
+            self.block = self.describe()
+        if (not self.block.ready or order == "naive" or torch.compiler.is_compiling()
+                or not x_BTH.dtype == cos.dtype == torch.float32
+                or (cache is not None and cache.data.dtype != torch.float32)
+                or (visible is not None and visible.span is None)):
+            return super().forward(x_BTH, cos, sin, visible, cache, order)
+        batch, tokens, _ = x_BTH.shape
+        if visible is None:
+            visible = Visible(None, batch, tokens, 0, x_BTH.device)
+        assert visible.span is not None
+        rows, past = _latent_rows(cache, self.layer, x_BTH, self.self_attn.config.latent_dim)
+        out, route = self.block.run(x_BTH, cos, sin, rows, visible.span[0], past)
+        return out, None if route is None else Route(*route)
+
+
+def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: int) -> tuple[Tensor, int]:
+    """(the layer's cache rows with room for the tokens of x, or rows for this call alone; the first free one)."""
+    batch, tokens, _ = x_BTH.shape
+    if cache is None:
+        return x_BTH.new_empty(batch, tokens, width), 0
+    return cache.slot(layer, tokens), cache.length
 
 
 def fuse(model: CausalLM) -> None:
@@ -190,4 +193,4 @@ def fuse(model: CausalLM) -> None:
             gate.__class__ = FusedGate
             assert isinstance(gate, FusedGate)
             gate.fuse()
-            block.mlp.__class__ = FusedMoE
+        block.__class__ = FusedLayer
