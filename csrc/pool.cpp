@@ -29,15 +29,6 @@ struct Job {
 
 class Pool {
  public:
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(sleep_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (auto& helper : helpers_) helper.join();
-  }
-
   void run(int64_t tasks, int threads, const std::function<void(int64_t)>& work) {
     std::lock_guard<std::mutex> turn(turn_);
     while ((int)helpers_.size() < threads - 1) {
@@ -76,9 +67,8 @@ class Pool {
       if (round_.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, [&] { return stop_ || round_.load(std::memory_order_relaxed) != seen; });
+        wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
         sleepers_.fetch_sub(1);
-        if (stop_) return;
       }
       // A helper that is not wanted may miss whole rounds, so it takes the newest; a wanted one is waited for.
       seen = round_.load(std::memory_order_acquire);
@@ -96,7 +86,6 @@ class Pool {
   std::atomic<int64_t> next_{0};
   std::atomic<int> busy_{0}, sleepers_{0};
   std::atomic<uint64_t> round_{0};
-  bool stop_ = false;
 };
 
 Pool* pool = nullptr;

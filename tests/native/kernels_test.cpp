@@ -204,22 +204,28 @@ void test_attention(const Kernels& table) {
   for (int64_t rank : {16, 48})
     for (int64_t rope : {2, 8})
       for (int64_t keys : {1, 7, 8, 9, 127, 128}) {
-        const int64_t width = rank + rope, stride = width + below(3);
-        Exact<float> q(16 * width), key((keys - 1) * stride + width, 1);
+        const int64_t width = rank + rope, stride = width + below(3), queries = 1 + below(3);
+        Exact<float> q(queries * 16 * width), key((keys - 1) * stride + width, 1);
         q.fill(normal), key.fill(normal);
-        Exact<float> top(16), norm(16), sum(16 * rank), want_top(16), want_norm(16), want_sum(16 * rank);
-        table.mla_block(q.get(), key.get(), stride, keys, rank, rope, 0.3f, top.get(), norm.get(), sum.get());
-        scalar_kernels->mla_block(q.get(), key.get(), stride, keys, rank, rope, 0.3f, want_top.get(), want_norm.get(),
-                                  want_sum.get());
-        const std::string where = at(table, {rank, rope, keys});
-        same(top, want_top, "mla_block: top", where), same(norm, want_norm, "mla_block: norm", where);
-        same(sum, want_sum, "mla_block: sum", where);
+        Exact<float> part(queries * (32 + 16 * rank)), want_part(queries * (32 + 16 * rank));
+        Exact<const float*> at_query(queries);
+        Exact<float*> to(queries), want_to(queries);
+        Exact<int64_t> count(queries);
+        for (int64_t i = 0; i < queries; ++i) {  // each sees a key more than the one before
+          at_query[i] = q.get() + i * 16 * width, count[i] = std::max<int64_t>(1, keys - (queries - 1 - i));
+          to[i] = part.get() + i * (32 + 16 * rank), want_to[i] = want_part.get() + i * (32 + 16 * rank);
+        }
+        table.mla_block(at_query.get(), queries, key.get(), stride, count.get(), rank, rope, 0.3f, to.get());
+        scalar_kernels->mla_block(at_query.get(), queries, key.get(), stride, count.get(), rank, rope, 0.3f, want_to.get());
+        const std::string where = at(table, {rank, rope, keys, queries});
+        same(part, want_part, "mla_block", where);
+        const float *top = to[0], *norm = to[0] + 16, *sum = to[0] + 32;
         for (int64_t heads : {1, 5, 16}) {
           Exact<float> other(16), out(heads * rank), want(heads * rank);
           other.fill(normal);
           Exact<const float*> tops(3), norms(3), sums(3);
           for (int64_t i = 0; i < 3; ++i) {
-            tops[i] = i == 1 ? other.get() : top.get(), norms[i] = norm.get(), sums[i] = sum.get();
+            tops[i] = i == 1 ? other.get() : top, norms[i] = norm, sums[i] = sum;
           }
           table.mla_join(tops.get(), norms.get(), sums.get(), 3, rank, heads, out.get(), rank);
           scalar_kernels->mla_join(tops.get(), norms.get(), sums.get(), 3, rank, heads, want.get(), rank);
