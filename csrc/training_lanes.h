@@ -164,23 +164,39 @@ void pack_right(const Matrix& b, bool transposed, int64_t first_k, int64_t depth
 
 // tile [R][kTileColumns] = a strip times a panel
 template <int R, bool TRANSPOSED>
+__attribute__((noinline))  // inlined, its sums land in memory
 void tile_product(const float* a, const float* b, int64_t depth, float* tile) {
-  f16 acc[R][kVectors];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kVectors; ++c) acc[r][c] = all(0.0f);
+#if defined(__AVX512F__)
+  __m512 acc[R][kVectors];
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth; ++k) {
-    f16 v[kVectors];
-    for (int c = 0; c < kVectors; ++c) v[c] = load(b + k * kTileColumns + 16 * c);
-    for (int c = 0; c < kVectors; ++c) __builtin_prefetch(b + (k + kAheadRows) * kTileColumns + 16 * c);
+    const __m512 v0 = _mm512_load_ps(b + k * kTileColumns), v1 = _mm512_load_ps(b + k * kTileColumns + 16);
+    _mm_prefetch((const char*)(b + (k + kAheadRows) * kTileColumns), _MM_HINT_T0);
+    _mm_prefetch((const char*)(b + (k + kAheadRows) * kTileColumns + 16), _MM_HINT_T0);
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
-      f16 x = all(TRANSPOSED ? a[kStep * k + r] : a[kRowStride * r + k]);
-#pragma GCC unroll 2
-      for (int c = 0; c < kVectors; ++c) acc[r][c] = fma(x, v[c], acc[r][c]);
+      const __m512 x = _mm512_set1_ps(TRANSPOSED ? a[kStep * k + r] : a[kRowStride * r + k]);
+      // spelled out, because GCC 12 copies every sum before and after its builtin
+      asm("vfmadd231ps %2, %1, %0" : "+v"(acc[r][0]) : "v"(x), "v"(v0));
+      asm("vfmadd231ps %2, %1, %0" : "+v"(acc[r][1]) : "v"(x), "v"(v1));
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kVectors; ++c) store(tile + r * kTileColumns + 16 * c, acc[r][c]);
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+    _mm512_storeu_ps(tile + r * kTileColumns, acc[r][0]);
+    _mm512_storeu_ps(tile + r * kTileColumns + 16, acc[r][1]);
+  }
+#else
+  f16 acc[R];
+  for (int r = 0; r < R; ++r) acc[r] = all(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    f16 v = load(b + k * kTileColumns);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) acc[r] = fma(all(TRANSPOSED ? a[kStep * k + r] : a[kRowStride * r + k]), v, acc[r]);
+  }
+  for (int r = 0; r < R; ++r) store(tile + r * kTileColumns, acc[r]);
+#endif
 }
 
 template <bool TRANSPOSED>

@@ -142,11 +142,11 @@ void test_panels(const Kernels& table) {
           random_panels(w.get(), count, shape, bits);
           const int64_t known = tokens + below(3);
           Exact<float> x(columns), scale(known);
-          Exact<int8_t> q(known * columns, below(4));
+          Exact<int8_t> q(known * pitch_of(shape.blocks), below(4));
           Exact<int32_t> surplus(known * shape.blocks), row(tokens);
           for (int64_t t = 0; t < known; ++t) {
             random_row(x.get(), columns);
-            scalar_kernels->quantise(x.get(), columns, &q[t * columns], &surplus[t * shape.blocks], &scale[t]);
+            scalar_kernels->quantise(x.get(), columns, &q[t * pitch_of(shape.blocks)], &surplus[t * shape.blocks], &scale[t]);
           }
           row.fill([&] { return (int32_t)below(known); });
           const Rows rows{q.get(), surplus.get(), scale.get(), shape.blocks};
