@@ -10,7 +10,7 @@
 
 namespace deepseek {
 
-constexpr int64_t kDepth = 384;    // part of the arithmetic
+constexpr int64_t kDepth = 192;    // part of the arithmetic
 constexpr int64_t kColumns = 384;  // result columns at a time: kDepth x kColumns numbers stay in the second cache
 
 enum Kind : int { kFloat = 0, kBf16 = 1, kRounded = 2 };  // kRounded: FP32 in memory, rounded to BF16 on the way in

@@ -171,7 +171,7 @@ void tile_product(const float* a, const float* b, int64_t depth, float* tile) {
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth; ++k) {
-    const __m512 v0 = _mm512_load_ps(b + k * kTileColumns), v1 = _mm512_load_ps(b + k * kTileColumns + 16);
+    const __m512 v0 = _mm512_loadu_ps(b + k * kTileColumns), v1 = _mm512_loadu_ps(b + k * kTileColumns + 16);
     _mm_prefetch((const char*)(b + (k + kAheadRows) * kTileColumns), _MM_HINT_T0);
     _mm_prefetch((const char*)(b + (k + kAheadRows) * kTileColumns + 16), _MM_HINT_T0);
 #pragma GCC unroll 14
