@@ -161,9 +161,9 @@ def main() -> None:
                 speed[work][name].append(run(batch))
                 print(f"  {work:<9} round {turn + 1}  {name:<20}{speed[work][name][-1]:9.1f} tokens/s   "
                       f"(read {bandwidth[work][-1] / 1e9:.1f} GB/s)", flush=True)
+        report(args.threads, args.rounds, speed, bandwidth, {work: variant.name for work, variant in chosen.items()})
     for worker in workers:
         worker.stop()
-    report(args.threads, args.rounds, speed, bandwidth, {work: variant.name for work, variant in chosen.items()})
 
 
 def report(
