@@ -153,7 +153,7 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
 }
 
 const Kernels table = {"amx", quantise_weights, quantise, panels, dense_panels<uint16_t>,
-                       dense_panels<float>, rms_norm, weighted_sum, mla_block, mla_join};
+                       dense_panels<float>, rms_norm, weighted_sum, attention_block, attention_join};
 
 }  // namespace
 const Kernels* const amx_kernels = &table;

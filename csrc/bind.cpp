@@ -2,7 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 
+#include "attention.h"
 #include "kernels.h"
+#include "layer.h"
 #include "quantised.h"
 #include "training.h"
 
@@ -32,7 +34,7 @@ NB_MODULE(_native, m) {
         auto vector = [&](int i) { return at<float>(nb::cast<uintptr_t>(vectors[i])); };
         new (self) Mla{size(0), size(1), size(2), size(3), size(4), size(5), size(6), bits, bytes(0), bytes(1), bytes(2),
                        bytes(3), bytes(4), vector(0), vector(1), vector(2), vector(3), vector(4), q_eps, kv_eps, scale,
-                       at<uint16_t>(key), interleaved};
+                       at<uint8_t>(key), interleaved};
       });
   nb::class_<Ffn>(m, "Ffn").def(
       "__init__", [](Ffn* self, int64_t inner, int64_t shared_inner, int bits, nb::tuple gate, uintptr_t gate_weight,
@@ -50,11 +52,11 @@ NB_MODULE(_native, m) {
                      float eps) { new (self) Layer{mla, ffn, at<float>(attention_norm), at<float>(ffn_norm), eps}; });
   m.def("layer_forward",
         [](const Layer& layer, uintptr_t x, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin,
-           bool per_sequence, uintptr_t cache, int64_t stride, uintptr_t first, int64_t past, uintptr_t scores,
-           uintptr_t index, uintptr_t weight, uintptr_t out, int threads) {
+           bool per_sequence, uintptr_t cache, int64_t stride, uintptr_t first, int64_t past, bool naive,
+           uintptr_t scores, uintptr_t index, uintptr_t weight, uintptr_t out, int threads) {
           layer_forward(layer, at<float>(x), batch, tokens, at<float>(cos), at<float>(sin), per_sequence,
-                        at<float>(cache), stride, at<int64_t>(first), past, at<float>(scores), at<int64_t>(index),
-                        at<float>(weight), at<float>(out), threads);
+                        at<float>(cache), stride, at<int64_t>(first), past, naive, at<float>(scores),
+                        at<int64_t>(index), at<float>(weight), at<float>(out), threads);
         },
         release());
 
@@ -69,10 +71,10 @@ NB_MODULE(_native, m) {
         });
 
   m.def("quantised_linear",
-        [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, uintptr_t w, int64_t stride, int64_t rows,
-           int bits, uintptr_t out, int threads) {
-          quantised_linear(at<float>(x), tokens, groups, columns, at<uint8_t>(w), stride, rows, bits, at<float>(out),
-                           threads);
+        [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride, int64_t group_stride,
+           uintptr_t w, int64_t stride, int64_t rows, int bits, uintptr_t out, int threads) {
+          quantised_linear(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint8_t>(w), stride, rows,
+                           bits, at<float>(out), threads);
         },
         release());
 
@@ -87,10 +89,8 @@ NB_MODULE(_native, m) {
         release());
 
   m.def("panel_linear",
-        [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride, int64_t group_stride,
-           uintptr_t w, bool bf16, int64_t rows, uintptr_t out, int threads) {
-          panel_linear(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<void>(w), bf16, rows,
-                       at<float>(out), threads);
+        [](uintptr_t x, int64_t tokens, int64_t columns, uintptr_t w, bool bf16, int64_t rows, uintptr_t out, int threads) {
+          panel_linear(at<float>(x), tokens, columns, at<void>(w), bf16, rows, at<float>(out), threads);
         },
         release());
 
@@ -119,12 +119,24 @@ NB_MODULE(_native, m) {
            int threads) { rms_norm(at<float>(x), tokens, width, stride, at<float>(w), eps, at<float>(out), threads); },
         release());
 
-  m.def("mla_attention",
-        [](uintptr_t q_latent, uintptr_t q_rope, uintptr_t cache, int64_t stride, uintptr_t first, uintptr_t past,
+  static const auto past = [](uintptr_t cache, int64_t stride, uintptr_t first, uintptr_t past, int64_t batch,
+                              int64_t tokens) {
+    return Past{at<float>(cache), stride, at<int64_t>(first), at<int64_t>(past), batch, tokens};
+  };
+  m.def("mla_absorbed",
+        [](uintptr_t q_latent, uintptr_t q_rope, uintptr_t cache, int64_t stride, uintptr_t first, uintptr_t last,
            int64_t batch, int64_t tokens, int64_t heads, int64_t rank, int64_t rope, float scale, uintptr_t out,
            int threads) {
-          mla_attention(at<float>(q_latent), at<float>(q_rope), at<float>(cache), stride, at<int64_t>(first),
-                        at<int64_t>(past), batch, tokens, heads, rank, rope, scale, at<float>(out), threads);
+          mla_absorbed(at<float>(q_latent), at<float>(q_rope), past(cache, stride, first, last, batch, tokens), heads, rank,
+                       rope, scale, at<float>(out), threads);
+        },
+        release());
+  m.def("mla_naive",
+        [](uintptr_t q, uintptr_t q_rope, uintptr_t cache, int64_t stride, uintptr_t first, uintptr_t last, int64_t batch,
+           int64_t tokens, int64_t heads, int64_t rank, int64_t rope, int64_t nope, int64_t value, uintptr_t kv_b,
+           int bits, float scale, uintptr_t out, int threads) {
+          mla_naive(at<float>(q), at<float>(q_rope), past(cache, stride, first, last, batch, tokens), heads, rank, rope,
+                    nope, value, at<uint8_t>(kv_b), bits, scale, at<float>(out), threads);
         },
         release());
 

@@ -14,6 +14,7 @@ namespace deepseek {
 
 constexpr int kRows = 16;    // output rows of a panel
 constexpr int kBlock = 64;   // columns that share a scale
+constexpr int64_t kKeys = 128;  // of a block of attention; blocks count from the first visible position
 
 // Levels of the NF4 codebook in units of 1/127 (arXiv 2305.14314, appendix E).
 constexpr int8_t kLevels[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
@@ -38,6 +39,12 @@ struct Rows {
   const int32_t* surplus;  // [rows][blocks]: -128 times the sum of q over the block, for unsigned weights
   const float* scale;    // [rows]
   int64_t blocks;
+};
+
+// A block of at most kKeys keys and their values: rows `stride` numbers apart; `width` is a multiple of 8.
+struct Keys {
+  const float *key, *value;
+  int64_t stride, count, depth, width;
 };
 
 struct Kernels {
@@ -71,15 +78,16 @@ struct Kernels {
   void (*weighted_sum)(const float* const* y, const float* weight, int64_t count, const float* add, int64_t width,
                        float* out);
 
-  // One block of keys of absorbed MLA for 16 heads of `queries` queries. q[i]: [rank + rope][16]; keys: rows of rank +
-  // rope numbers `stride` apart, of which query i sees the first count[i] (1 … 128, never fewer than the query before).
-  // part[i] gets the largest score [16], the sum of exp(score - largest) [16], and the same sum of latents [rank][16].
-  void (*mla_block)(const float* const* q, int64_t queries, const float* keys, int64_t stride, const int64_t* count,
-                    int64_t rank, int64_t rope, float scale, float* const* part);
+  // One block of attention for `queries` groups of 16 lanes, each a query's vector q[i] [depth][16]. Lane l of group i
+  // sees the first count[i] keys, with `ramp` l more (16 queries in a row); no group sees fewer than the one before it,
+  // and each lane sees something in one of its blocks. part[i] gets the lanes' largest scores [16], the sums of
+  // exp(score - largest) [16], and those of the values [width][16]; a lane that sees nothing: -inf and zeros.
+  void (*attention_block)(const float* const* q, int64_t queries, const Keys& keys, const int64_t* count, bool ramp,
+                          float scale, float* const* part);
 
-  // Joins block results in their order into out [16][ld]: sum over blocks of exp(top_i - max) sum_i / norm.
-  void (*mla_join)(const float* const* top, const float* const* norm, const float* const* sum, int64_t count,
-                   int64_t rank, int64_t heads, float* out, int64_t ld);
+  // Joins the parts of `count` blocks in their order into `rows` rows of out [.][ld], one a lane: sum over blocks of
+  // exp(largest_i - max) sum_i / norm.
+  void (*attention_join)(const float* const* part, int64_t count, int64_t width, int64_t rows, float* out, int64_t ld);
 };
 
 // Null where the compiler could not build the table.

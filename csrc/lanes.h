@@ -298,27 +298,37 @@ void weighted_sum(const float* const* y, const float* weight, int64_t count, con
   }
 }
 
-constexpr int64_t kKeys = 128;  // keys of a block of attention: part of the arithmetic, not a tuning knob
-constexpr int kQueries = 2;     // that share the keys they load
+constexpr int kQueries = 2;  // queries that share the keys they load
 
-// Q queries, the earlier ones seeing no more keys than the later ones. What a query does not see is left out, not
+// Lanes l with l > last: those that see a key `last` beyond the ones that all lanes see.
+inline i16 lanes_after(int64_t last) {
+  constexpr i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane > (int32_t)last;
+}
+
+// Q queries, the earlier ones seeing no more keys than the later ones. What a lane does not see is left out, not
 // multiplied by zero: nothing of a later position reaches an earlier one, not even a NaN.
 template <int Q>
 __attribute__((noinline))  // inlined, its sums land in memory
-void mla_queries(const float* const* q, const float* keys, int64_t stride, const int64_t* count, int64_t rank,
-                 int64_t rope, float scale, float* const* part) {
+void attention_queries(const float* const* q, const Keys& keys, const int64_t* count, bool ramp, float scale,
+                       float* const* part) {
   constexpr int N = 8;  // keys, then dimensions, at a time: N x Q sums stay in registers
   alignas(64) float p[Q][kKeys * 16];
-  const int64_t width = rank + rope, most = count[Q - 1], least = count[0];
+  int64_t full[Q], end[Q];  // keys that all lanes see, that any lane sees
+  for (int i = 0; i < Q; ++i) {
+    full[i] = count[i] < 0 ? 0 : count[i] < keys.count ? count[i] : keys.count;
+    end[i] = !ramp ? full[i] : count[i] + 15 < keys.count ? count[i] + 15 : keys.count;
+  }
+  const int64_t most = end[Q - 1], least = full[0];
   for (int64_t j = 0; j < most; j += N) {
     const float* key[N];
-    for (int n = 0; n < N; ++n) key[n] = keys + (j + n < most ? j + n : most - 1) * stride;
+    for (int n = 0; n < N; ++n) key[n] = keys.key + (j + n < most ? j + n : most - 1) * keys.stride;
     f16 s[Q][N];
 #pragma GCC unroll 2
     for (int i = 0; i < Q; ++i)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) s[i][n] = all(0.0f);
-    for (int64_t d = 0; d < width; ++d) {
+    for (int64_t d = 0; d < keys.depth; ++d) {
       f16 v[Q];
 #pragma GCC unroll 2
       for (int i = 0; i < Q; ++i) v[i] = load(q[i] + 16 * d);
@@ -337,38 +347,44 @@ void mla_queries(const float* const* q, const float* keys, int64_t stride, const
   }
   for (int i = 0; i < Q; ++i) {
     f16 best = all(-__builtin_inff()), z = all(0.0f);
-    for (int64_t j = 0; j < count[i]; ++j) best = larger(best, load(p[i] + 16 * j));
-    for (int64_t j = 0; j < count[i]; ++j) {
-      f16 e = exponential(load(p[i] + 16 * j) - best);
+    for (int64_t j = 0; j < full[i]; ++j) best = larger(best, load(p[i] + 16 * j));
+    for (int64_t j = full[i]; j < end[i]; ++j) best = lanes_after(j - count[i]) ? larger(best, load(p[i] + 16 * j)) : best;
+    for (int64_t j = 0; j < end[i]; ++j) {
+      const f16 v = load(p[i] + 16 * j);
+      f16 e = v == v ? exponential(v - best) : v;
+      if (j >= full[i]) e = (f16)((i16)e & lanes_after(j - count[i]));
       store(p[i] + 16 * j, e);
       z = z + e;
     }
     store(part[i], best);
     store(part[i] + 16, z);
   }
-  for (int64_t d = 0; d < rank; d += N) {
+  for (int64_t d = 0; d < keys.width; d += N) {
     f16 acc[Q][N];
 #pragma GCC unroll 2
     for (int i = 0; i < Q; ++i)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) acc[i][n] = all(0.0f);
-    const float* key = keys + d;
-    for (int64_t j = 0; j < least; ++j, key += stride) {
+    const float* value = keys.value + d;
+    for (int64_t j = 0; j < least; ++j, value += keys.stride) {
       f16 e[Q];
 #pragma GCC unroll 2
       for (int i = 0; i < Q; ++i) e[i] = load(p[i] + 16 * j);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        f16 k = all(key[n]);
+        f16 v = all(value[n]);
 #pragma GCC unroll 2
-        for (int i = 0; i < Q; ++i) add_product(acc[i][n], e[i], k);
+        for (int i = 0; i < Q; ++i) add_product(acc[i][n], e[i], v);
       }
     }
 #pragma GCC unroll 2
-    for (int i = 1; i < Q; ++i)
-      for (int64_t j = least; j < count[i]; ++j)
+    for (int i = 0; i < Q; ++i)
+      for (int64_t j = least; j < end[i]; ++j) {
+        const float* row = keys.value + j * keys.stride + d;
+        const i16 seen = j < full[i] ? (i16)(all(0.0f) == 0.0f) : lanes_after(j - count[i]);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) add_product(acc[i][n], load(p[i] + 16 * j), all(keys[j * stride + d + n]));
+        for (int n = 0; n < N; ++n) acc[i][n] = seen ? fma(load(p[i] + 16 * j), all(row[n]), acc[i][n]) : acc[i][n];
+      }
 #pragma GCC unroll 2
     for (int i = 0; i < Q; ++i)
 #pragma GCC unroll 8
@@ -376,30 +392,30 @@ void mla_queries(const float* const* q, const float* keys, int64_t stride, const
   }
 }
 
-void mla_block(const float* const* q, int64_t queries, const float* keys, int64_t stride, const int64_t* count,
-               int64_t rank, int64_t rope, float scale, float* const* part) {
+void attention_block(const float* const* q, int64_t queries, const Keys& keys, const int64_t* count, bool ramp,
+                     float scale, float* const* part) {
   int64_t i = 0;
   for (; i + kQueries <= queries; i += kQueries)
-    mla_queries<kQueries>(q + i, keys, stride, count + i, rank, rope, scale, part + i);
-  for (; i < queries; ++i) mla_queries<1>(q + i, keys, stride, count + i, rank, rope, scale, part + i);
+    attention_queries<kQueries>(q + i, keys, count + i, ramp, scale, part + i);
+  for (; i < queries; ++i) attention_queries<1>(q + i, keys, count + i, ramp, scale, part + i);
 }
 
-void mla_join(const float* const* top, const float* const* norm, const float* const* sum, int64_t count, int64_t rank,
-              int64_t heads, float* out, int64_t ld) {
-  f16 best = load(top[0]);
-  for (int64_t i = 1; i < count; ++i) best = larger(best, load(top[i]));
+void attention_join(const float* const* part, int64_t count, int64_t width, int64_t rows, float* out, int64_t ld) {
+  f16 best = load(part[0]);
+  for (int64_t i = 1; i < count; ++i) best = larger(best, load(part[i]));
   f16 z = all(0.0f);
-  for (int64_t i = 0; i < count; ++i) z = fma(exponential(load(top[i]) - best), load(norm[i]), z);
+  for (int64_t i = 0; i < count; ++i) z = fma(exponential(load(part[i]) - best), load(part[i] + 16), z);
+  z = best == -__builtin_inff() ? all(1.0f) : z;  // a lane that sees nothing gets zeros
   constexpr int D = 16;  // dimensions at a time
-  for (int64_t d = 0; d < rank; d += D) {
+  for (int64_t d = 0; d < width; d += D) {
     f16 acc[D];
     for (int n = 0; n < D; ++n) acc[n] = all(0.0f);
     for (int64_t i = 0; i < count; ++i) {
-      f16 w = exponential(load(top[i]) - best);
-      for (int n = 0; n < D; ++n) acc[n] = fma(w, load(sum[i] + 16 * (d + n)), acc[n]);
+      f16 w = exponential(load(part[i]) - best);
+      for (int n = 0; n < D; ++n) acc[n] = fma(w, load(part[i] + 32 + 16 * (d + n)), acc[n]);
     }
     for (int n = 0; n < D; ++n) acc[n] = acc[n] / z;
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = 0; h < rows; ++h) {
       f16 row;
       for (int n = 0; n < D; ++n) row[n] = acc[n][h];
       store(out + h * ld + d, row);

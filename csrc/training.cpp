@@ -1,41 +1,18 @@
 #include "training.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
-#include "pool.h"
+#include "scratch.h"
 
 namespace deepseek {
 namespace {
 
 constexpr int64_t kBlockStrips = 8;  // strips of the left factor that meet one block of the right factor in the cache
 
-// Aligned memory of one thread, kept between calls.
-class Buffer {
- public:
-  ~Buffer() { std::free(data_); }
-  float* take(int64_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      data_ = static_cast<float*>(std::aligned_alloc(64, (4 * floats + 8192) / 64 * 64));  // prefetches run over the end
-      size_ = data_ ? floats : 0;
-      if (!data_) std::abort();  // as the kernel's killer would: no task may throw
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
 const TrainingKernels& table() { return *training_kernels(); }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void* at(const void* p, int64_t element, Kind kind) {
   return const_cast<char*>(static_cast<const char*>(p)) + element * bytes_of(kind);
@@ -65,14 +42,14 @@ struct Factor {
 // out [rows][ld] FP32 (+)= rows first_row … of a, inner columns from_k to to_k, times columns n … of b. One thread.
 void block(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, int64_t from_k, int64_t to_k,
            const Factor& b, int64_t n, int64_t columns, float* out, int64_t ld, bool add) {
-  static thread_local Buffer buffer;
+  static thread_local Scratch buffer;
   const TrainingKernels& t = table();
   for (int64_t done = 0; done < rows; done += kBlockStrips * t.rows) {
     int64_t some = std::min(kBlockStrips * t.rows, rows - done);
     bool more = add;
     for (int64_t k = from_k; k < to_k; more = true) {
       int64_t start = k / kDepth * kDepth, end = std::min(to_k, start + b.depth(k));
-      float* packed = buffer.take(divide_up(some, t.rows) * t.strip);
+      float* packed = buffer.only(divide_up(some, t.rows) * t.strip);
       t.pack_left(a, transposed, first_row + done, some, k, end - k, packed);
       for (int64_t c = 0; c < columns; c += kColumns) {
         const float* panels = b.panels(k, n + c) + (k - start) * t.columns;
@@ -90,9 +67,9 @@ void block_into(const Matrix& a, bool transposed, int64_t first_row, int64_t row
                 int64_t columns, void* out, int64_t ld, Kind kind, bool add) {
   if (kind == kFloat)
     return block(a, transposed, first_row, rows, 0, b.inner, b, n, columns, static_cast<float*>(out), ld, add);
-  static thread_local Buffer buffer;
+  static thread_local Scratch buffer;
   int64_t step = kBlockStrips * table().rows;
-  float* wide = buffer.take(std::min(rows, step) * columns);
+  float* wide = buffer.only(std::min(rows, step) * columns);
   for (int64_t done = 0; done < rows; done += step) {
     int64_t some = std::min(step, rows - done);
     block(a, transposed, first_row + done, some, 0, b.inner, b, n, columns, wide, columns, false);
@@ -125,7 +102,7 @@ void product_of(const Matrix& a, bool transposed, const Factor& b, int64_t rows,
   });
 }
 
-thread_local Buffer right_buffer, call_buffer;  // of the calling thread: a packed factor; one operation's intermediates
+thread_local Scratch right_buffer, call_buffer;  // of the calling thread: a packed factor; one operation's intermediates
 
 int64_t begin_of(const Experts& e, int64_t i) { return i ? e.ends[i - 1] : 0; }
 
@@ -175,7 +152,7 @@ void product(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transpo
     if (!add) zero_rows(out, rows, columns, ld, out_kind);
     return;
   }
-  Factor f(right_buffer.take(Factor::room(inner, columns)), inner, columns);
+  Factor f(right_buffer.only(Factor::room(inner, columns)), inner, columns);
   pack_all(f, b, b_transposed, threads);
   product_of(a, a_transposed, f, rows, out, ld, out_kind, add, threads);
 }
@@ -184,12 +161,12 @@ void experts_forward(const Experts& e, void* both, void* out, int threads) {
   const TrainingKernels& t = table();
   int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
   std::vector<Piece> pieces = pieces_of(e, threads);
-  float* y = call_buffer.take(e.pairs * e.hidden);
+  float* y = call_buffer.only(e.pairs * e.hidden);
   parallel(pieces.size(), threads, [&](int64_t i) {
-    static thread_local Buffer weights, between;
+    static thread_local Scratch weights, between;
     const Piece& p = pieces[i];
-    float* packed = weights.take(std::max(Factor::room(e.hidden, wide), Factor::room(e.inner, e.hidden)));
-    float* gate_up = between.take(unit * wide + p.rows * e.inner);
+    float* packed = weights.only(std::max(Factor::room(e.hidden, wide), Factor::room(e.inner, e.hidden)));
+    float* gate_up = between.only(unit * wide + p.rows * e.inner);
     float* h = gate_up + unit * wide;
     Factor in(packed, e.hidden, wide), down(packed, e.inner, e.hidden);
     in.pack({at(e.w_in, p.expert * wide * e.hidden, e.w_kind), e.hidden, e.w_kind}, true);
@@ -212,14 +189,14 @@ void experts_backward(const Experts& e, const void* both, const void* dout, void
   const TrainingKernels& t = table();
   int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
   std::vector<Piece> pieces = pieces_of(e, threads);
-  float* y = call_buffer.take(e.pairs * (e.hidden + e.inner + wide));  // an expert's rows of dx
+  float* y = call_buffer.only(e.pairs * (e.hidden + e.inner + wide));  // an expert's rows of dx
   float* hw = y + e.pairs * e.hidden;                                   // its activations times the gate's weight
   float* d_both = hw + e.pairs * e.inner;
   parallel(pieces.size(), threads, [&](int64_t i) {
-    static thread_local Buffer weights, between;
+    static thread_local Scratch weights, between;
     const Piece& p = pieces[i];
-    float* packed = weights.take(std::max(Factor::room(e.hidden, e.inner), Factor::room(wide, e.hidden)));
-    float* dh = between.take(unit * e.inner);
+    float* packed = weights.only(std::max(Factor::room(e.hidden, e.inner), Factor::room(wide, e.hidden)));
+    float* dh = between.only(unit * e.inner);
     Factor up(packed, e.hidden, e.inner), in(packed, wide, e.hidden);
     up.pack({at(e.w_out, p.expert * e.hidden * e.inner, e.w_kind), e.inner, e.w_kind}, false);
     for (int64_t done = 0; done < p.rows; done += unit) {
@@ -241,14 +218,14 @@ void experts_backward(const Experts& e, const void* both, const void* dout, void
   if (dx) combine(e, y, dx, threads);
   Kind w_out_kind = e.w_kind == kBf16 ? kBf16 : kFloat;
   parallel(2 * e.experts, threads, [&](int64_t i) {
-    static thread_local Buffer factor;
+    static thread_local Scratch factor;
     int64_t expert = i / 2, first = begin_of(e, expert), count = e.ends[expert] - first;
     int64_t rows = i % 2 ? wide : e.hidden, columns = i % 2 ? e.hidden : e.inner;
     void* out = i % 2 ? d_in : d_out;
     if (!out) return;
     out = at(out, expert * rows * columns, w_out_kind);
     if (count == 0) return zero_rows(out, rows, columns, columns, w_out_kind);
-    Factor f(factor.take(Factor::room(count, columns)), count, columns);
+    Factor f(factor.only(Factor::room(count, columns)), count, columns);
     if (i % 2) {
       f.pack({e.x, e.hidden, e.kind, e.token + first}, false);
       block_into({d_both + first * wide, wide, kFloat}, true, 0, rows, f, 0, columns, out, columns, w_out_kind, false);
@@ -264,9 +241,9 @@ void attention_forward(const Heads& q, const Heads& k, const Heads& v, const Hea
   const TrainingKernels& t = table();
   int64_t unit = kBlockStrips * t.rows;
   parallel(batch * heads, threads, [&](int64_t i) {
-    static thread_local Buffer buffer;
+    static thread_local Scratch buffer;
     int64_t b = i / heads, n = i % heads, k_room = Factor::room(k.width, length), v_room = Factor::room(length, v.width);
-    float* keys = buffer.take(k_room + v_room + unit * (length + v.width));
+    float* keys = buffer.only(k_room + v_room + unit * (length + v.width));
     float* scores = keys + k_room + v_room;
     float* sums = scores + unit * length;
     Factor key(keys, k.width, length), value(keys + k_room, length, v.width);
@@ -292,10 +269,10 @@ void attention_backward(const Heads& q, const Heads& k, const Heads& v, const He
   const TrainingKernels& t = table();
   int64_t unit = kBlockStrips * t.rows;
   parallel(batch * heads, threads, [&](int64_t i) {
-    static thread_local Buffer buffer;
+    static thread_local Scratch buffer;
     int64_t b = i / heads, n = i % heads;
     int64_t room = std::max(Factor::room(v.width, length), Factor::room(length, std::max(k.width, v.width)));
-    float* ds = buffer.take(length * length + unit * std::max(k.width, v.width) + room);
+    float* ds = buffer.only(length * length + unit * std::max(k.width, v.width) + room);
     float* sums = ds + length * length;
     float* packed = sums + unit * std::max(k.width, v.width);
     Matrix p{at(probs, i * length * length, kind), length, kind}, scores{ds, length, kFloat};
@@ -334,13 +311,13 @@ void attention_backward(const Heads& q, const Heads& k, const Heads& v, const He
 
 void head_loss(const void* x, Kind kind, const void* w, Kind w_kind, const int64_t* label, int64_t rows, int64_t hidden,
                int64_t vocab, float scale, int64_t chunk, float* loss, float* dx, float* dw, int threads) {
-  static thread_local Buffer forward, backward;
-  float* logits = call_buffer.take(chunk * vocab);
+  static thread_local Scratch forward, backward;
+  float* logits = call_buffer.only(chunk * vocab);
   Matrix weights{w, hidden, w_kind};
-  Factor up(forward.take(Factor::room(hidden, vocab)), hidden, vocab), down(nullptr, vocab, hidden);
+  Factor up(forward.only(Factor::room(hidden, vocab)), hidden, vocab), down(nullptr, vocab, hidden);
   pack_all(up, weights, true, threads);
   if (dx) {
-    down.data = backward.take(Factor::room(vocab, hidden));
+    down.data = backward.only(Factor::room(vocab, hidden));
     pack_all(down, weights, false, threads);
   }
   for (int64_t done = 0; done < rows; done += chunk) {

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.errors import ConfigError
-from deepseek.model.gate import Gate, Route, choose, top_k
+from deepseek.model.gate import Gate, Route, choose
+from deepseek.ops.gate import top_k
 
 CASES = 10_000  # tokens over all random configurations
 PER_CONFIG = 50

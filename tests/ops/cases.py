@@ -10,16 +10,26 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from deepseek import ops
-from deepseek.ops.native import isa
+from deepseek.ops.native import isa, native
 from deepseek.ops.panels import Bits, Quantised, pack, pack_mlp
 
 SHAPES = ((16, 64), (48, 130), (5, 70), (100, 256), (33, 192), (1, 1), (17, 63), (64, 65), (30, 448))
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 50, 130)
 HIDDEN, INNER, SHARED, EXPERTS, TOP = 100, 40, 90, 8, 3
+
+both_widths = pytest.mark.parametrize("bits", [4, 8])
+natively = pytest.mark.skipif(native is None, reason="promised by the native kernels alone")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also where both are NaN, whose payload is nobody's business."""
+    numbers = torch.where(a.isnan(), 0.0, a).view(torch.int32), torch.where(b.isnan(), 0.0, b).view(torch.int32)
+    return a.shape == b.shape and torch.equal(*numbers) and torch.equal(a.isnan(), b.isnan())
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -96,11 +106,40 @@ class Attention(NamedTuple):
 
 def random_attention(heads: int, rank: int, tokens: int, *, batch: int = 3) -> Attention:
     """Different beginnings and ends; the last sequence's first queries are padding."""
-    length, rope = 300, 8
+    length, rope = 300, 8  # 150 tokens at most
     first_B = torch.tensor([0, 7, 131, 299])[:batch]
     past_B = torch.tensor([length - tokens, 140, 130, 0])[:batch]
     return Attention(randn(batch, tokens, heads, rank), randn(batch, tokens, heads, rope, seed=1),
                      randn(batch, length, rank + rope, seed=2), first_B, past_B)
+
+
+class Naive(NamedTuple):
+    """Arguments of one call of attention in the naive order."""
+
+    q_BTND: Tensor
+    q_rope: Tensor
+    cache: Tensor
+    kv_b: Tensor
+    value: int
+    first_B: Tensor
+    past_B: Tensor
+    bits: Bits
+
+    def run(self) -> Tensor:
+        return ops.naive_attention(*self[:-1], 0.02, bits=self.bits)
+
+    def part(self, tokens: slice) -> Naive:
+        """Of the queries given, as if the rest came in other calls."""
+        return self._replace(q_BTND=self.q_BTND[:, tokens].contiguous(), q_rope=self.q_rope[:, tokens].contiguous(),
+                             past_B=self.past_B + (tokens.start or 0))
+
+
+def random_naive(heads: int, tokens: int, bits: Bits, *, nope: int = 16, value: int = 32, batch: int = 3) -> Naive:
+    """Like `random_attention`, which has the same positions."""
+    case, rank = random_attention(heads, 24, tokens, batch=batch), 24
+    kv_b = pack(random_matrix(heads * (nope + value), rank, bits))
+    return Naive(randn(batch, tokens, heads, nope + 8, seed=3), case.q_rope, case.cache, kv_b, value, case.first_B,
+                 case.past_B, bits)
 
 
 def results() -> Iterator[tuple[str, Tensor]]:
@@ -122,11 +161,14 @@ def results() -> Iterator[tuple[str, Tensor]]:
             yield f"routed {bits} {tokens}", case.run(shared=False)
             yield f"mlp {bits} {tokens}", ops.quantised_mlp(case.x_TH, case.shared, SHARED, bits=bits)
         yield f"crowd {bits}", random_experts(60, bits, only=5).run()
-    for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 3, 4, 9)):
-        packed = ops.pack_panels(randn(3, 50, 36).to(dtype))
-        yield f"panels {dtype} {tokens}", ops.panel_linear(randn(tokens, 3, 36), packed)
+    for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 3, 4, 9, 50)):
+        packed = ops.pack_panels(randn(50, 36).to(dtype))
+        yield f"panels {dtype} {tokens}", ops.panel_linear(randn(tokens, 36), packed)
     for heads, rank, tokens in itertools.product((1, 5, 16, 20), (16, 48), (1, 3, 40)):
         yield f"attention {heads} {rank} {tokens}", random_attention(heads, rank, tokens, batch=4).run()
+    for bits, heads, tokens in itertools.product((4, 8), (1, 3), (1, 16, 17, 40, 150)):
+        yield f"naive {bits} {heads} {tokens}", random_naive(heads, tokens, bits, batch=4).run()
+        yield f"odd naive {bits} {heads} {tokens}", random_naive(heads, tokens, bits, nope=12, value=21).run()
     for interleave in (False, True):
         rows = torch.zeros(2, 9, 36)
         yield f"rotated {interleave}", ops.prepare_latents(

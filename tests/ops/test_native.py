@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import random_attention, random_experts
+from cases import random_attention, random_experts, random_naive
 
 import deepseek
 from deepseek.ops.native import native
@@ -54,7 +54,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 
 REFERENCES = """
 import torch
-from cases import randn, random_attention, random_experts, random_matrix
+from cases import randn, random_attention, random_experts, random_matrix, random_naive
 from deepseek import ops
 from deepseek.ops.native import isa
 from deepseek.ops.panels import pack
@@ -66,7 +66,8 @@ case = random_experts(5, 4)
 assert case.run().isfinite().all() and random_attention(5, 16, 3).run().isfinite().all()
 assert ops.quantised_mlp(case.x_TH, case.shared, 90).shape == case.x_TH.shape
 assert ops.grouped_quantised_linear(x_TK[:, None], pack(w), 0, 0, 20).shape == (5, 1, 20)
-assert ops.panel_linear(x_TK[:, None, :64], ops.pack_panels(randn(1, 20, 64))).shape == (5, 1, 32)
+assert ops.panel_linear(x_TK[:, :64].contiguous(), ops.pack_panels(randn(20, 64))).shape == (5, 32)
+assert random_naive(2, 3, 8).run().isfinite().all()
 rows = torch.zeros(1, 5, 70)
 ops.prepare_latents(randn(1, 5, 2, 20), x_TK[None], randn(62), 1e-6, randn(1, 5, 4), randn(1, 5, 4), True, rows, 0)
 assert rows.any() and ops.rms_norm(x_TK, randn(70), 1e-6).isfinite().all()
@@ -134,7 +135,8 @@ def test_no_second_openmp_and_forked_children_compute() -> None:
 
 def test_python_threads_take_turns() -> None:
     cases = [random_experts(tokens, bits, seed=tokens) for tokens in (1, 3, 40) for bits in (4, 8)]
-    calls = [case.run for case in cases] + [random_attention(5, 16, 3).run, random_attention(20, 48, 1).run]
+    calls = [case.run for case in cases] + [random_attention(5, 16, 3).run, random_attention(20, 48, 1).run,
+                                            random_naive(3, 20, 4).run]
     want = [call() for call in calls]
     torch.set_num_threads(2)
     try:

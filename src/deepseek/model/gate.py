@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..ops.gate import choose_reference
 
 
 class Route(NamedTuple):
@@ -63,42 +64,19 @@ class Gate(nn.Module):
         self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
 
 
-def choose(logits_TE: Tensor, config: ModelConfig, bias_E: Tensor | None) -> Route:
-    """The formulas at the top of this file, for either generation."""
-    groups, top = config.n_group, config.num_experts_per_tok
+def rule(config: ModelConfig) -> tuple[int, int, int, int, bool, bool, bool, float]:
+    """How `ops.choose_experts` is to choose for this model: its arguments after the bias."""
+    limited = config.n_group > 1 and config.topk_group < config.n_group and config.topk_method != "greedy"
     sigmoid = config.scoring_func == "sigmoid"
-    scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
-    choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-    if groups > 1 and config.topk_group < groups and config.topk_method != "greedy":
-        best = 2 if config.topk_method == "noaux_tc" else 1
-        group_TG = top_k_values(choice_TE.unflatten(-1, (groups, -1)), best).sum(-1)
-        keep_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, top_k(group_TG, config.topk_group), True)
-        choice_TE = choice_TE.unflatten(-1, (groups, -1)).masked_fill(~keep_TG.unsqueeze(-1), -torch.inf).flatten(-2)
-    index_TK = top_k(choice_TE, top)
-    weight_TK = scores_TE.gather(1, index_TK)
-    if config.norm_topk_prob and (sigmoid or top > 1):
-        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-        if not sigmoid:  # V2 normalises *or* scales (DeepSeek's modeling_deepseek.py)
-            return Route(index_TK, weight_TK, scores_TE)
-    return Route(index_TK, weight_TK * config.routed_scaling_factor, scores_TE)
+    return (config.n_group, config.topk_group, config.num_experts_per_tok,
+            (2 if config.topk_method == "noaux_tc" else 1) if limited else 0, sigmoid,
+            config.norm_topk_prob and (sigmoid or config.num_experts_per_tok > 1), sigmoid,
+            config.routed_scaling_factor)
 
 
-def top_k_values(x: Tensor, k: int) -> Tensor:
-    """The k largest values along the last dimension (no indices, so ties do not matter)."""
-    return x.topk(k, dim=-1).values if k > 1 else x.amax(-1, keepdim=True)
-
-
-def top_k(x: Tensor, k: int) -> Tensor:
-    """Indices of the k largest along the last dimension, descending, ties to the lower index.
-
-    `Tensor.topk` breaks ties as it likes. It is used when no row has a tie across the cut or inside the choice, which
-    one comparison tells; a stable sort settles the rare rest.
-    """
-    width = x.shape[-1]
-    values, index = x.topk(min(k + 1, width), dim=-1)
-    if not (values[..., 1:] == values[..., :-1]).any():
-        return index[..., :k]
-    return x.argsort(dim=-1, descending=True, stable=True)[..., :k]
+def choose(logits_TE: Tensor, config: ModelConfig, bias_E: Tensor | None) -> Route:
+    """The formulas at the top of this file, for either generation, with a gradient."""
+    return Route(*choose_reference(logits_TE, bias_E, *rule(config)))
 
 
 def sequence_balance_loss(route: Route, sequences: int, mask_T: Tensor | None = None) -> Tensor:

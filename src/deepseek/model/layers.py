@@ -80,15 +80,3 @@ class Rotary(nn.Module):
     def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         angle = positions_BT.unsqueeze(-1).float() * self.inv_P
         return angle.cos() * self.scale, angle.sin() * self.scale
-
-
-def rotate(x_BTNP2: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, interleave: bool) -> Tensor:
-    """Rotate the last dimension of [B, T, N, 2P], pairs (0,1), (2,3), … or, not interleaved, (0,P), (1,P+1), ….
-
-    The result is laid out as two halves [cos part | sin part] in both cases: queries and keys agree, and that is all
-    that a dot product sees.
-    """
-    x = x_BTNP2.float()
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, -1)
-    cos, sin = cos_BTP.unsqueeze(2), sin_BTP.unsqueeze(2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BTNP2.dtype)

@@ -24,11 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..ops import causal_attention
+from ..ops import causal_attention, rotate
 from ..ops.linear import mm
-from .layers import Linear, RMSNorm, rotate
+from .layers import Linear, RMSNorm
 
 Order = Literal["auto", "naive", "absorbed"]
+
+
+def order_of(order: Order, cache: LatentCache | None, tokens: int) -> Order:
+    """What "auto" stands for: naive for a prompt, absorbed for one token after it."""
+    if order != "auto":
+        return order
+    return "naive" if cache is None or tokens > 1 else "absorbed"
 
 
 class Visible:
@@ -144,9 +151,7 @@ class MLA(nn.Module):
         if cache is not None:
             latent, k_rope = cache.extend(layer, torch.cat((latent, k_rope), -1)).split(
                 (config.kv_lora_rank, config.qk_rope_head_dim), -1)
-        if order == "auto":
-            order = "naive" if cache is None or tokens > 1 else "absorbed"
-        attend = self._naive if order == "naive" else self._absorbed
+        attend = self._naive if order_of(order, cache, tokens) == "naive" else self._absorbed
         out_BTNW = attend(q_nope, q_rope, latent.to(q.dtype), k_rope.to(q.dtype), mask)
         return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
 

@@ -141,7 +141,8 @@ class CausalLM(nn.Module):
         """Logits in FP32, [B, T, V], or [B, 1, V] with `last_only`.
 
         mask_BT: True (or 1) for tokens, False for padding on either side. cache: a LatentCache to read and extend.
-        routing: filled with every gate's decision. order: the order of MLA's products (tests force it).
+        routing: filled with every gate's decision. order: of MLA's products (model/mla.py); a token's bits are its own
+        in either, and differ between them.
         Raises RequestError for ids outside the vocabulary or shapes that do not fit.
         """
         h_BTH = self.hidden(ids_BT, mask_BT, positions_BT, cache, routing, order)

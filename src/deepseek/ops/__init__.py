@@ -2,27 +2,26 @@
 
 from .attention import causal_attention
 from .experts import expert_mlp
-from .linear import fast_bf16, linear
+from .gate import choose_experts
+from .latent import latent_attention, naive_attention, prepare_latents
+from .linear import linear
 from .loss import linear_cross_entropy
 from .mlp import swiglu
-from .native import fits
+from .native import fast_bf16, fits
 from .norm import rms_norm
 from .quantised import (
     ExpertTable,
-    choose_experts,
     grouped_quantised_linear,
-    latent_attention,
     pack_panels,
     panel_linear,
-    prepare_latents,
     quantised_experts,
     quantised_linear,
     quantised_mlp,
 )
+from .rotary import rotate
 
 __all__ = [
     "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "fits", "grouped_quantised_linear",
-    "latent_attention", "linear", "linear_cross_entropy", "pack_panels", "panel_linear", "prepare_latents",
-    "quantised_experts", "quantised_linear", "quantised_mlp", "rms_norm",
-    "swiglu",
+    "latent_attention", "linear", "linear_cross_entropy", "naive_attention", "pack_panels", "panel_linear",
+    "prepare_latents", "quantised_experts", "quantised_linear", "quantised_mlp", "rms_norm", "rotate", "swiglu",
 ]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from . import native
 from .linear import widen
+from .native import dense, kind, native, threads, trains
 
 BLOCK = 128  # queries a block: one head's [128, 256] scores are 128 KB
 LONGEST_SAVED = 512  # up to here the probabilities are kept for the backward pass; beyond, torch's flash kernel
@@ -81,8 +81,8 @@ class _NativeAttention(torch.autograd.Function):
         batch, heads, length, _ = q_BNTD.shape
         out = q_BNTD.new_empty(batch, length, heads, v_BNTW.shape[-1]).transpose(1, 2)
         p_BNTT = q_BNTD.new_empty(batch, heads, length, length)
-        native.native.attention_forward(*map(_steps, (q_BNTD, k_BNTD, v_BNTW, out)), native.kind(out), batch, heads,
-                                        length, scale, p_BNTT.data_ptr(), native.threads())
+        native.attention_forward(*map(_steps, (q_BNTD, k_BNTD, v_BNTW, out)), kind(out), batch, heads, length, scale,
+                                 p_BNTT.data_ptr(), threads())
         ctx.save_for_backward(q_BNTD, k_BNTD, v_BNTW, p_BNTT)
         ctx.scale = scale
         return out
@@ -93,9 +93,9 @@ class _NativeAttention(torch.autograd.Function):
         q, k, v, p_BNTT = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = (t.new_empty(batch, length, heads, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
-        dout = native.dense(dout_BNTW.to(q.dtype))  # held until the kernel has read it
-        native.native.attention_backward(*map(_steps, (q, k, v, dout, dq, dk, dv)), native.kind(q), batch, heads,
-                                         length, ctx.scale, p_BNTT.data_ptr(), native.threads())
+        dout = dense(dout_BNTW.to(q.dtype))  # held until the kernel has read it
+        native.attention_backward(*map(_steps, (q, k, v, dout, dq, dk, dv)), kind(q), batch, heads, length, ctx.scale,
+                                  p_BNTT.data_ptr(), threads())
         return dq, dk, dv, None
 
 
@@ -122,7 +122,7 @@ def causal_attention(
     """
     needs_grad = torch.is_grad_enabled() and (q_BNTD.requires_grad or k_BNSD.requires_grad or v_BNSW.requires_grad)
     if mask is None and needs_grad and q_BNTD.device.type == "cpu" and q_BNTD.shape[2] <= LONGEST_SAVED:
-        fast = scale > 0 and native.trains(q_BNTD, k_BNSD, v_BNSW)
+        fast = scale > 0 and trains(q_BNTD, k_BNSD, v_BNSW)
         return (_NativeAttention if fast else _CausalAttention).apply(q_BNTD, k_BNSD, v_BNSW, scale)
     width = v_BNSW.shape[-1]
     v = pad(v_BNSW, (0, k_BNSD.shape[-1] - width)) if width < k_BNSD.shape[-1] else v_BNSW

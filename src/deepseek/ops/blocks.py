@@ -17,7 +17,7 @@ from .quantised import ExpertTable
 
 class Attention(NamedTuple):
     """csrc/quantised.h, `Mla`. sizes: hidden, heads, nope, rope, rank, value, q_rank (0: none). weights: q_a, q_b,
-    kv_a, kv_b, o, packed. vectors: q_norm, kv_norm, q_a_bias, kv_a_bias, o_bias, float32. key: BF16 panels."""
+    kv_a, kv_b, o, packed. vectors: q_norm, kv_norm, q_a_bias, kv_a_bias, o_bias, float32. key: as FusedMLA has it."""
 
     sizes: tuple[int, ...]
     bits: int
@@ -26,7 +26,7 @@ class Attention(NamedTuple):
     q_eps: float
     kv_eps: float
     scale: float
-    key_NPK16: Tensor
+    key: Tensor
     interleave: bool
 
 
@@ -58,10 +58,10 @@ class LayerBlock:
             return
         table: tuple[Tensor, ...] = ffn.table or ()
         vectors = [v for v in (*attention.vectors, attention_norm, ffn_norm, ffn.gate_bias) if v is not None]
-        given = (*attention.weights, attention.key_NPK16, ffn.gate_weight, ffn.shared, *table, *vectors)
+        given = (*attention.weights, attention.key, ffn.gate_weight, ffn.shared, *table, *vectors)
         _, _, nope, _, rank, value, _ = attention.sizes
         self.ready = (
-            nope % 16 == 0 and value % 16 == 0 and rank % 16 == 0 and attention.key_NPK16.dtype == torch.bfloat16
+            nope % 16 == 0 and value % 16 == 0 and rank % 16 == 0
             and all(v.dtype == torch.float32 for v in vectors) and fits(*(v for v in given if v is not None)))
         if not self.ready:
             return
@@ -72,7 +72,7 @@ class LayerBlock:
         self.layer = native.Layer(
             native.Mla(attention.sizes, attention.bits, tuple(map(address, attention.weights)),
                        tuple(map(address, attention.vectors)), attention.q_eps, attention.kv_eps, attention.scale,
-                       address(attention.key_NPK16), attention.interleave),
+                       address(attention.key), attention.interleave),
             native.Ffn(0 if ffn.table is None else ffn.table.inner, ffn.shared_inner, ffn.bits, ffn.gate,
                        address(ffn.gate_weight), in_bf16, address(ffn.gate_bias), address(addresses),
                        address(ffn.shared)),
@@ -85,11 +85,12 @@ class LayerBlock:
         return LayerBlock, ()
 
     def run(
-        self, x_BTH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, rows_BSC: Tensor, first_B: Tensor, past: int
+        self, x_BTH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, rows_BSC: Tensor, first_B: Tensor, past: int, naive: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """(output [B, T, H], (index, weight, scores) of the gate or None). Writes cache rows past … past + T - 1.
 
-        rows_BSC: float32, rows of a sequence side by side; first_B: int64, as `latent_attention` takes it.
+        rows_BSC: float32, rows of a sequence side by side; first_B: int64, as `latent_attention` takes it. naive: the
+        order of attention.
         """
         batch, tokens, _ = x_BTH.shape
         assert rows_BSC.shape[1] >= past + tokens and rows_BSC.stride(2) == 1 and rows_BSC.dtype == torch.float32
@@ -102,6 +103,6 @@ class LayerBlock:
         index, weight, scores = (0, 0, 0) if route is None else (t.data_ptr() for t in route)
         native.layer_forward(
             self.layer, x.data_ptr(), batch, tokens, cos.data_ptr(), sin.data_ptr(), cos.shape[0] > 1,
-            rows_BSC.data_ptr(), rows_BSC.stride(0), first_B.data_ptr(), past, scores, index, weight, out.data_ptr(),
-            threads())
+            rows_BSC.data_ptr(), rows_BSC.stride(0), first_B.data_ptr(), past, naive, scores, index, weight,
+            out.data_ptr(), threads())
         return out, route

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, silu
 
-from . import native
 from .linear import widen
+from .native import address, fits, kind, native, threads, trains
 
 
 class Pairs(NamedTuple):
@@ -131,9 +131,9 @@ class _NativeExperts(torch.autograd.Function):
         ends_E = pairs.counts_E.cumsum(0)
         both_P = x.new_empty(len(weight_P), gate_up.shape[1]) if wants_grad else None
         out = torch.empty_like(x)
-        native.native.experts_forward(
+        native.experts_forward(
             *_NativeExperts.described(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK),
-            native.address(both_P), out.data_ptr(), native.threads())
+            address(both_P), out.data_ptr(), threads())
         if wants_grad:
             ctx.save_for_backward(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK, both_P)
         return out
@@ -145,9 +145,9 @@ class _NativeExperts(torch.autograd.Function):
         dx, d_weight, d_in, d_out = (torch.empty_like(t) if want else None
                                      for t, want in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True))
         dout = dout_TH.to(both_P.dtype).contiguous()
-        native.native.experts_backward(
+        native.experts_backward(
             *_NativeExperts.described(*inputs), both_P.data_ptr(), dout.data_ptr(),
-            *map(native.address, (dx, d_weight, d_in, d_out)), native.threads())
+            *map(address, (dx, d_weight, d_in, d_out)), threads())
         return dx, d_weight, d_in, d_out, None, None
 
     @staticmethod
@@ -155,8 +155,8 @@ class _NativeExperts(torch.autograd.Function):
         x: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, token_P: Tensor, ends_E: Tensor, slot_TK: Tensor
     ) -> tuple[Any, ...]:
         shape = (*x.shape, slot_TK.shape[1], len(weight_P), len(gate_up), down.shape[2])
-        return (shape, *(t.data_ptr() for t in (token_P, ends_E, slot_TK, weight_P, x, gate_up, down)), native.kind(x),
-                native.kind(gate_up, x))
+        return (shape, *(t.data_ptr() for t in (token_P, ends_E, slot_TK, weight_P, x, gate_up, down)), kind(x),
+                kind(gate_up, x))
 
 
 def _rows_by_expert(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
@@ -197,7 +197,7 @@ def expert_mlp(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: 
     if x_TH.device.type == "cpu":
         tensors = (x_TH, weight_P, gate_up_E2IH, down_EHI)
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        fast = native.trains(*tensors) and native.fits(*tensors) and (
+        fast = trains(*tensors) and fits(*tensors) and (
             gate_up_E2IH.dtype == down_EHI.dtype and weight_P.dtype == torch.float32)
         return (_NativeExperts if fast else _ExpertLoop).apply(*tensors, pairs, wants_grad)
     return _grouped(x_TH, weight_P, gate_up_E2IH, down_EHI, pairs)

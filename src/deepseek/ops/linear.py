@@ -14,22 +14,13 @@ Shape letters: M rows, K inner, O outputs.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
-
-
-@cache
-def fast_bf16(device_type: str) -> bool:
-    """Whether BF16 products run on BF16 units of this device (then they are faster than FP32)."""
-    if device_type != "cpu":
-        return True
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
+from .native import dense, fast_bf16, kind, native, threads, trains
 
 
 def widen(x: Tensor) -> Tensor:
@@ -45,13 +36,12 @@ def mm(a_MK: Tensor, b_KO: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor, x: Tensor, dtype: torch.dtype, *, a_transposed: bool = False,
             b_transposed: bool = False) -> Tensor:
     """a @ b through the native kernels, either one transposed, as operands of the dtype of the activations `x`."""
-    a, b = native.dense(a), native.dense(b)
+    a, b = dense(a), dense(b)
     rows, inner = a.shape[::-1] if a_transposed else a.shape
     columns = b.shape[0] if b_transposed else b.shape[1]
     out = a.new_empty(rows, columns, dtype=dtype)
-    native.native.product(a.data_ptr(), a.stride(0), native.kind(a, x), a_transposed, b.data_ptr(), b.stride(0),
-                          native.kind(b, x), b_transposed, rows, columns, inner, out.data_ptr(), native.kind(out),
-                          native.threads())
+    native.product(a.data_ptr(), a.stride(0), kind(a, x), a_transposed, b.data_ptr(), b.stride(0), kind(b, x),
+                   b_transposed, rows, columns, inner, out.data_ptr(), kind(out), threads())
     return out
 
 
@@ -61,7 +51,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, w_OK: Tensor, b_O: Tensor | None) -> Tensor:
         ctx.has_bias, ctx.w_dtype = b_O is not None, w_OK.dtype
-        if b_O is None and native.trains(x_MK, w_OK):
+        if b_O is None and trains(x_MK, w_OK):
             ctx.save_for_backward(x_MK, w_OK)
             return product(x_MK, w_OK, x_MK, x_MK.dtype, b_transposed=True)
         w = w_OK.to(x_MK.dtype)
@@ -76,7 +66,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy_MO: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         dx = dw = db = None
-        if not ctx.has_bias and native.trains(x, w):
+        if not ctx.has_bias and trains(x, w):
             dy = dy_MO.to(x.dtype)
             if ctx.needs_input_grad[0]:
                 dx = product(dy, w, x, x.dtype)

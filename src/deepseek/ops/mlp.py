@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from . import native
+from .native import fits, kind, native, threads, trains
 
 
 class _NativeSwiGLU(torch.autograd.Function):
@@ -17,8 +17,7 @@ class _NativeSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         h = torch.empty_like(gate)
-        native.native.swiglu_forward(gate.data_ptr(), up.data_ptr(), native.kind(gate), gate.numel(), h.data_ptr(),
-                                     native.threads())
+        native.swiglu_forward(gate.data_ptr(), up.data_ptr(), kind(gate), gate.numel(), h.data_ptr(), threads())
         return h
 
     @staticmethod
@@ -26,13 +25,13 @@ class _NativeSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         d_gate, d_up, dh = torch.empty_like(gate), torch.empty_like(up), dh.contiguous()
-        native.native.swiglu_backward(dh.data_ptr(), gate.data_ptr(), up.data_ptr(), native.kind(gate), gate.numel(),
-                                      d_gate.data_ptr(), d_up.data_ptr(), native.threads())
+        native.swiglu_backward(dh.data_ptr(), gate.data_ptr(), up.data_ptr(), kind(gate), gate.numel(),
+                               d_gate.data_ptr(), d_up.data_ptr(), threads())
         return d_gate, d_up
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element, in their dtype."""
-    if native.trains(gate, up) and native.fits(gate, up) and gate.dtype == up.dtype:
+    if trains(gate, up) and fits(gate, up) and gate.dtype == up.dtype:
         return _NativeSwiGLU.apply(gate, up)
     return silu(gate) * up

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,8 +39,18 @@ def isa() -> str:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the native kernels can take these: contiguous tensors in this machine's memory."""
-    return native is not None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    """Whether the native kernels can take these: contiguous tensors in this machine's memory, and not while torch
+    traces a graph, where they have no addresses."""
+    return (native is not None and not torch.compiler.is_compiling()
+            and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors))
+
+
+@cache
+def fast_bf16(device_type: str) -> bool:
+    """Whether BF16 products run on BF16 units of this device (then they are faster than FP32)."""
+    if device_type != "cpu":
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
 
 
 def threads() -> int:
@@ -49,9 +60,7 @@ def threads() -> int:
 def trains(*tensors: Tensor) -> bool:
     """Whether the training kernels (csrc/training.h) can take these: FP32, or BF16 where it has no units of its own,
     in this machine's memory, the last dimension dense."""
-    from .linear import fast_bf16
-
-    return (native is not None and native.trains()
+    return (native is not None and native.trains() and not torch.compiler.is_compiling()
             and all(t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
             and {t.dtype for t in tensors} <= {torch.float32, torch.bfloat16}
             and not (any(t.dtype == torch.bfloat16 for t in tensors) and fast_bf16("cpu")))

@@ -66,7 +66,9 @@ def _up(n: int, multiple: int) -> int:
 
 
 def panel_bytes(columns: int, bits: Bits = 4) -> int:
-    """Bytes of one panel of a matrix with `columns` columns."""
+    """Bytes of one panel of a matrix with `columns` columns. Raises ValueError for bits that there are not."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits = {bits}: must be 4 or 8")
     blocks = -(-columns // BLOCK)
     return 64 + (_up(16 * blocks, 64) + 512 * blocks if bits == 4 else 1024 * blocks)
 

@@ -1,12 +1,13 @@
 """Inference forms of a quantised model's layers: fewer, larger steps, the same results.
 
-    attention   absorbed order for every query, over the latent cache: the query is folded into latent space by W_key
-                (the key half of kv_b_proj, kept as BF16 panels), latents are summed, and the value half of kv_b_proj is
-                read where it lies. Rotation, the latent's norm and the write to the cache are one step.
+    attention   both orders over the latent cache, as operations that read kv_b_proj where it lies (ops/latent.py). For
+                the absorbed one the query is folded into latent space by W_key, the key half of kv_b_proj, of which
+                there is a copy in 8 bits. Rotation, the latent's norm and the write to the cache are one step.
     gate        its matrix as panels; sigmoid, groups and top-k are one step.
     layer       where the native kernels can, all of a layer in one call (ops/blocks.py).
 
-All of it gives a token the same bits in any company: that is what the operations promise.
+All of it gives a token the same bits in any company and however its text is cut into calls, in one and the same order;
+the two orders (a prompt's and a later token's, where the caller does not say) differ in rounding.
 
 Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, K columns.
 """
@@ -22,31 +23,34 @@ from torch import Tensor
 from .. import ops
 from ..model import CausalLM
 from ..model.experts import MoE
-from ..model.gate import Gate, Route, choose
-from ..model.mla import MLA, LatentCache, Order, Visible
+from ..model.gate import Gate, Route, rule
+from ..model.mla import MLA, LatentCache, Order, Visible, order_of
 from ..model.transformer import DecoderLayer
 from ..ops.blocks import Attention, FeedForward, LayerBlock
 from ..ops.panels import ROWS, panel_bytes, unpack
 from .linear import QuantisedExperts, QuantisedLinear, QuantisedMLP
+from .panels import quantise_panels
 
 
 class FusedMLA(MLA):
-    """MLA whose kv_b_proj is quantised. Falls back to MLA's own forms for the naive order and for masks with holes."""
+    """MLA whose kv_b_proj is quantised. Falls back to MLA's own forms for masks with holes and caches of other dtypes.
 
-    key_NPK16: Tensor
-    value_NPK16: Tensor | None
+    key: W_key turned round, [R, nope] of every head in 8 bits. value: the value rows of kv_b_proj in 8 bits where they
+    cannot be read in their place, because a head's rows are no whole panels.
+    """
+
+    key: Tensor
+    value: Tensor | None
 
     def fuse(self) -> None:
         config, kv_b = self.config, self.kv_b_proj
-        heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+        nope, value = config.qk_nope_head_dim, config.v_head_dim
         assert isinstance(kv_b, QuantisedLinear)
         w = unpack(kv_b.packed, kv_b.out_features, kv_b.in_features, kv_b.bits).dequantise()
-        key_NDR, value_NWR = w.view(heads, nope + value, -1).split((nope, value), 1)
-        key = ops.pack_panels(key_NDR.transpose(1, 2).bfloat16())
-        self.register_buffer("key_NPK16", key, persistent=False)
-        # a head whose rows are no whole panels cannot be read where it lies
-        apart = None if nope % ROWS == 0 and value % ROWS == 0 else ops.pack_panels(value_NWR.bfloat16())
-        self.register_buffer("value_NPK16", apart, persistent=False)
+        key_NDR, value_NWR = w.view(config.num_attention_heads, nope + value, -1).split((nope, value), 1)
+        self.register_buffer("key", _by_head(key_NDR.transpose(1, 2)), persistent=False)
+        in_place = nope % ROWS == 0 and value % ROWS == 0
+        self.register_buffer("value", None if in_place else _by_head(value_NWR), persistent=False)
 
     def described(self) -> Attention | None:
         """For a native layer; None where a projection is not quantised."""
@@ -63,7 +67,7 @@ class FusedMLA(MLA):
             (None if q_a is None else self.q_a_layernorm.weight, self.kv_a_layernorm.weight,
              None if q_a is None else q_a.bias, self.kv_a_proj_with_mqa.bias, self.o_proj.bias),
             0.0 if q_a is None else self.q_a_layernorm.eps, self.kv_a_layernorm.eps, config.softmax_scale,
-            self.key_NPK16, config.rope_interleave)
+            self.key, config.rope_interleave)
 
     def forward(
         self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, layer: int,
@@ -72,9 +76,9 @@ class FusedMLA(MLA):
         batch, tokens, _ = x_BTH.shape
         if visible is None:
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
-        if order == "naive" or (cache is not None and cache.data.dtype != torch.float32) or visible.span is None:
+        if (cache is not None and cache.data.dtype != torch.float32) or visible.span is None:
             return super().forward(x_BTH, cos, sin, visible, cache, layer, order)
-        config = self.config
+        config, kv_b = self.config, self.kv_b_proj
         rows, past = _latent_rows(cache, layer, x_BTH, config.latent_dim)
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
@@ -84,17 +88,25 @@ class FusedMLA(MLA):
         q_BTND = q.view(batch, tokens, config.num_attention_heads, config.qk_head_dim)
         q_rope = ops.prepare_latents(q_BTND, kv, self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos, sin,
                                      config.rope_interleave, rows, past)
-        q_TND = q_BTND.flatten(0, 1)
-        q_latent = ops.panel_linear(q_TND[..., : config.qk_nope_head_dim], self.key_NPK16)
-        latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:])[..., : config.kv_lora_rank],
-                                      q_rope, rows, *visible.span, config.softmax_scale)
-        return self.o_proj(self._values(latent.flatten(0, 1)).view(batch, tokens, -1))
+        assert isinstance(kv_b, QuantisedLinear)
+        if order_of(order, cache, tokens) == "naive":
+            out_BTNW = ops.naive_attention(q_BTND, q_rope, rows, kv_b.packed, config.v_head_dim, *visible.span,
+                                           config.softmax_scale, bits=kv_b.bits)
+        else:
+            q_TND, nope = q_BTND.flatten(0, 1), config.qk_nope_head_dim
+            q_latent = ops.grouped_quantised_linear(q_TND[..., :nope], self.key, 0, self.key.shape[1],
+                                                    config.kv_lora_rank, bits=8)
+            latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:]), q_rope, rows,
+                                          *visible.span, config.softmax_scale)
+            out_BTNW = self._values(latent.flatten(0, 1))
+        return self.o_proj(out_BTNW.view(batch, tokens, -1))
 
     def _values(self, latent_TNR: Tensor) -> Tensor:
         """Each head's summed latent through the value half of kv_b_proj, [T, N, W]."""
         config, kv_b = self.config, self.kv_b_proj
-        if self.value_NPK16 is not None:
-            return ops.panel_linear(latent_TNR, self.value_NPK16)[..., : config.v_head_dim].contiguous()
+        if self.value is not None:
+            return ops.grouped_quantised_linear(latent_TNR, self.value, 0, self.value.shape[1], config.v_head_dim,
+                                                bits=8)
         assert isinstance(kv_b, QuantisedLinear)
         panel = panel_bytes(config.kv_lora_rank, kv_b.bits)
         head = (config.qk_nope_head_dim + config.v_head_dim) // ROWS * panel
@@ -102,31 +114,23 @@ class FusedMLA(MLA):
                                             config.v_head_dim, bits=kv_b.bits)
 
 
+def _by_head(w_NOK: Tensor) -> Tensor:
+    """Each head's matrix in 8 bits, uint8 [N, bytes of one]."""
+    return torch.stack([quantise_panels(w_OK.contiguous(), 8)[0].flatten() for w_OK in w_NOK])
+
+
 class FusedGate(Gate):
-    weight_1PH16: Tensor
+    weight_PH16: Tensor
 
     def fuse(self) -> None:
         weight = self.weight.detach()
         if weight.dtype not in (torch.bfloat16, torch.float32):
             weight = weight.float()
-        self.register_buffer("weight_1PH16", ops.pack_panels(weight.unsqueeze(0)), persistent=False)
-
-    def rule(self) -> tuple[Any, ...]:
-        """What `choose_experts` wants after the bias, in its order."""
-        config = self.config
-        limited = config.n_group > 1 and config.topk_group < config.n_group and config.topk_method != "greedy"
-        sigmoid = config.scoring_func == "sigmoid"
-        return (config.n_group, config.topk_group, config.num_experts_per_tok,
-                (2 if config.topk_method == "noaux_tc" else 1) if limited else 0, sigmoid,
-                config.norm_topk_prob and (sigmoid or config.num_experts_per_tok > 1), sigmoid,
-                config.routed_scaling_factor)
+        self.register_buffer("weight_PH16", ops.pack_panels(weight), persistent=False)
 
     def forward(self, x_TH: Tensor) -> Route:
-        logits_TE = ops.panel_linear(x_TH.unsqueeze(1), self.weight_1PH16).squeeze(1)[:, : self.config.n_routed_experts]
-        logits_TE, bias_E = logits_TE.contiguous(), self.bias
-        if not ops.fits(logits_TE, *(() if bias_E is None else (bias_E,))):
-            return choose(logits_TE, self.config, bias_E)
-        return Route(*ops.choose_experts(logits_TE, bias_E, *self.rule()))
+        logits_TE = ops.panel_linear(x_TH, self.weight_PH16)[:, : self.config.n_routed_experts]
+        return Route(*ops.choose_experts(logits_TE.contiguous(), self.bias, *rule(self.config)))
 
 
 class FusedLayer(DecoderLayer):
@@ -140,9 +144,9 @@ class FusedLayer(DecoderLayer):
         if isinstance(mlp, MoE) and isinstance(mlp.experts, QuantisedExperts) and not hasattr(mlp, "shared_experts"):
             gate, experts = mlp.gate, mlp.experts
             if isinstance(gate, FusedGate):
-                rule = (gate.config.n_routed_experts, *gate.rule())
-                ffn = FeedForward(experts.table.bits, rule, gate.weight_1PH16, gate.bias, experts.table, experts.shared,
-                                  experts.shared_inner)
+                chosen = (gate.config.n_routed_experts, *rule(gate.config))
+                ffn = FeedForward(experts.table.bits, chosen, gate.weight_PH16, gate.bias, experts.table,
+                                  experts.shared, experts.shared_inner)
         elif isinstance(mlp, QuantisedMLP):
             no_gate = (0, 0, 0, 0, 0, False, False, False, 0.0)
             ffn = FeedForward(mlp.bits, no_gate, None, None, None, mlp.packed, mlp.inner)
@@ -158,7 +162,7 @@ class FusedLayer(DecoderLayer):
     ) -> tuple[Tensor, Route | None]:
         if self.block is None:
             self.block = self.describe()
-        if (not self.block.ready or order == "naive" or torch.compiler.is_compiling()
+        if (not self.block.ready or torch.compiler.is_compiling()
                 or not x_BTH.dtype == cos.dtype == torch.float32
                 or (cache is not None and cache.data.dtype != torch.float32)
                 or (visible is not None and visible.span is None)):
@@ -168,7 +172,8 @@ class FusedLayer(DecoderLayer):
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
         assert visible.span is not None
         rows, past = _latent_rows(cache, self.layer, x_BTH, self.self_attn.config.latent_dim)
-        out, route = self.block.run(x_BTH, cos, sin, rows, visible.span[0], past)
+        naive = order_of(order, cache, tokens) == "naive"
+        out, route = self.block.run(x_BTH, cos, sin, rows, visible.span[0], past, naive)
         return out, None if route is None else Route(*route)
 
 
@@ -184,7 +189,7 @@ def fuse(model: CausalLM) -> None:
     """Give a quantised model in memory its inference forms; parameters, names and state stay what they were."""
     for block in (*model.model.layers, *model.model.mtp):
         attention, config = block.self_attn, model.config
-        if isinstance(attention.kv_b_proj, QuantisedLinear) and config.qk_nope_head_dim % 4 == 0:
+        if isinstance(attention.kv_b_proj, QuantisedLinear):
             attention.__class__ = FusedMLA
             assert isinstance(attention, FusedMLA)
             attention.fuse()
