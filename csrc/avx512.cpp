@@ -109,22 +109,18 @@ void few_tokens(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
   }
 }
 
-// Codes -> bytes; asks for what comes `next` while it is at it.
+// Codes -> bytes.
 template <int BITS>
-void unpack(const uint8_t* code, const uint8_t* next, int64_t blocks, __m512i table, __m512i* to) {
+void unpack(const uint8_t* code, int64_t blocks, __m512i table, __m512i* to) {
   const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)128);
   if (BITS == 4)
     for (int64_t i = 0; i < 8 * blocks; ++i) {
       __m512i both = _mm512_load_si512(code + 64 * i);
-      _mm_prefetch((const char*)next + 64 * i, _MM_HINT_T1);
       to[2 * i] = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
       to[2 * i + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
     }
   else
-    for (int64_t i = 0; i < 16 * blocks; ++i) {
-      to[i] = _mm512_xor_si512(_mm512_load_si512(code + 64 * i), flip);
-      _mm_prefetch((const char*)next + 64 * i, _MM_HINT_T1);
-    }
+    for (int64_t i = 0; i < 16 * blocks; ++i) to[i] = _mm512_xor_si512(_mm512_load_si512(code + 64 * i), flip);
 }
 
 // Where up to kMany rows of activations lie, found once for all panels.
@@ -140,10 +136,23 @@ struct RowPointers {
   }
 };
 
+// What the next chunk of R panels needs from memory, asked for a little at a time while this one is computed: all at once
+// would fill the queue of outstanding reads and stop everything.
+template <int R>
+struct Ahead {
+  const char* code[R];
+  int64_t lines, each, done = 0;  // cache lines of a panel, and how many of them a block asks for
+  void some() {
+    int64_t end = done + each < lines ? done + each : lines;
+    for (; done < end; ++done)
+      for (int r = 0; r < R; ++r) _mm_prefetch(code[r] + 64 * done, _MM_HINT_T1);
+  }
+};
+
 // R panels x T tokens x `blocks` blocks from the unpacked chunk; acc holds fp32 sums (4 bits) or int32 sums (8 bits).
 template <int BITS, int R, int T>
 inline void tile(const __m512i* w, const uint8_t* const* scale, const RowPointers& x, int64_t t0, int64_t first,
-                 int64_t blocks, float* acc, int64_t ld) {
+                 int64_t blocks, float* acc, int64_t ld, Ahead<R>& ahead) {
   const int8_t* q[T];
   const int32_t* surplus[T];
   for (int t = 0; t < T; ++t) q[t] = x.q[t0 + t] + kBlock * first, surplus[t] = x.surplus[t0 + t] + first;
@@ -157,6 +166,7 @@ inline void tile(const __m512i* w, const uint8_t* const* scale, const RowPointer
       if (BITS == 8) sum[r][t] = _mm512_castps_si512(f[r][t]);
     }
   for (int64_t b = 0; b < blocks; ++b) {
+    ahead.some();
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
@@ -194,11 +204,11 @@ inline void tile(const __m512i* w, const uint8_t* const* scale, const RowPointer
 
 template <int BITS, int R>
 inline void tiles(const __m512i* w, const uint8_t* const* scale, const RowPointers& x, int64_t tokens, int64_t first,
-                  int64_t blocks, float* acc) {
+                  int64_t blocks, float* acc, Ahead<R>& ahead) {
   int64_t t = 0;
   auto some = [&](auto n) {
     constexpr int T = decltype(n)::value;
-    tile<BITS, R, T>(w, scale, x, t, first, blocks, acc + t * 16 * R, 16 * R);
+    tile<BITS, R, T>(w, scale, x, t, first, blocks, acc + t * 16 * R, 16 * R, ahead);
   };
   for (; t + kTile <= tokens; t += kTile) some(std::integral_constant<int, kTile>{});
   switch (tokens - t) {
@@ -223,12 +233,13 @@ void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const RowPoin
   const int64_t step = tokens < 32 ? 4 : kChunk;      // few tokens leave no room in time for long reads
   for (int64_t b = 0; b < shape.blocks; b += step) {
     int64_t blocks = shape.blocks - b < step ? shape.blocks - b : step;
+    Ahead<R> ahead{{}, kBytes / 64 * blocks, (kBytes / 64 * kTile + tokens - 1) / tokens + 1};
     for (int r = 0; r < R; ++r) {
       const uint8_t* code = w + r * shape.bytes + shape.codes + kBytes * b;
-      const uint8_t* next = b + step < shape.blocks ? code + kBytes * step : w + (R + r) * shape.bytes + 64;
-      unpack<BITS>(code, next, blocks, table, chunk + r * kChunk * 16);
+      ahead.code[r] = (const char*)(b + step < shape.blocks ? code + kBytes * step : w + (R + r) * shape.bytes + 64);
+      unpack<BITS>(code, blocks, table, chunk + r * kChunk * 16);
     }
-    tiles<BITS, R>(chunk, scale, x, tokens, b, blocks, acc);
+    tiles<BITS, R>(chunk, scale, x, tokens, b, blocks, acc, ahead);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     f16 y[R];

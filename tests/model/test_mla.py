@@ -15,8 +15,9 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig, YarnScaling
 from deepseek.model import LatentCache
-from deepseek.model.layers import Rotary, rotate
+from deepseek.model.layers import Rotary
 from deepseek.model.mla import MLA, Visible
+from deepseek.ops import rotate
 
 CONFIG = ModelConfig(
     vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24,
