@@ -13,7 +13,7 @@ constexpr int kFew = 8;     // below: straight from the codes
 constexpr int kTile = 6;    // tokens at a time from the cache: 2 panels x 6 tokens x 2 sums = 24 registers
 constexpr int kChunk = 8;   // blocks unpacked at a time: 2 panels x 8 x 1024 bytes
 constexpr int64_t kMany = 96;  // tokens whose sums (12 KB) stay in the cache
-constexpr int kAhead = 2048;  // bytes that the prefetch runs ahead
+constexpr int kAhead = 4096;  // bytes that the prefetch runs ahead
 
 inline __m512i level_table() {
   alignas(16) uint8_t bytes[16];

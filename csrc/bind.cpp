@@ -50,13 +50,18 @@ NB_MODULE(_native, m) {
   nb::class_<Layer>(m, "Layer").def(
       "__init__", [](Layer* self, const Mla& mla, const Ffn& ffn, uintptr_t attention_norm, uintptr_t ffn_norm,
                      float eps) { new (self) Layer{mla, ffn, at<float>(attention_norm), at<float>(ffn_norm), eps}; });
-  m.def("layer_forward",
-        [](const Layer& layer, uintptr_t x, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin,
-           bool per_sequence, uintptr_t cache, int64_t stride, uintptr_t first, int64_t past, bool naive,
-           uintptr_t scores, uintptr_t index, uintptr_t weight, uintptr_t out, int threads) {
-          layer_forward(layer, at<float>(x), batch, tokens, at<float>(cos), at<float>(sin), per_sequence,
-                        at<float>(cache), stride, at<int64_t>(first), past, naive, at<float>(scores),
-                        at<int64_t>(index), at<float>(weight), at<float>(out), threads);
+  using Layers = std::vector<Layer>;
+  nb::class_<Layers>(m, "Layers").def("__init__", [](Layers* self, nb::tuple layers) {
+    new (self) Layers;
+    for (nb::handle layer : layers) self->push_back(nb::cast<const Layer&>(layer));
+  });
+  m.def("layers_forward",
+        [](const Layers& layers, uintptr_t x, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin,
+           bool per_sequence, uintptr_t cache, int64_t layer_stride, int64_t stride, uintptr_t first, int64_t past,
+           bool naive, uintptr_t scores, uintptr_t index, uintptr_t weight, int threads) {
+          layers_forward(layers, at<float>(x), batch, tokens, at<float>(cos), at<float>(sin), per_sequence,
+                         at<float>(cache), layer_stride, stride, at<int64_t>(first), past, naive,
+                         {at<float>(scores), at<int64_t>(index), at<float>(weight)}, threads);
         },
         release());
 
@@ -71,9 +76,15 @@ NB_MODULE(_native, m) {
         });
 
   m.def("quantised_linear",
+        [](uintptr_t x, int64_t tokens, int64_t columns, uintptr_t w, int64_t rows, int bits, uintptr_t out, int threads) {
+          quantised_linears(at<float>(x), tokens, columns, {{at<uint8_t>(w), rows, at<float>(out)}}, bits, threads);
+        },
+        release());
+
+  m.def("quantised_groups",
         [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride, int64_t group_stride,
            uintptr_t w, int64_t stride, int64_t rows, int bits, uintptr_t out, int threads) {
-          quantised_linear(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint8_t>(w), stride, rows,
+          quantised_groups(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint8_t>(w), stride, rows,
                            bits, at<float>(out), threads);
         },
         release());

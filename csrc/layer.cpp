@@ -20,24 +20,24 @@ void mla_forward(const Mla& m, const float* x, int64_t batch, int64_t tokens, co
                 Scratch::room<float>(n * latent) + Scratch::room<float>(n * m.heads * m.rope) +
                 Scratch::room<float>(naive ? 0 : n * m.heads * m.rank) * 2 +
                 Scratch::room<float>(n * m.heads * m.value) + Scratch::room<int64_t>(batch));
-  auto linear = [&](const float* in, int64_t columns, const uint8_t* w, int64_t rows, const float* bias, float* to) {
-    quantised_linear(in, n, 1, columns, columns, 0, w, 0, rows, m.bits, to, threads);
+  auto add_bias = [&](float* y, const float* bias, int64_t rows) {
     if (bias)
       for (int64_t t = 0; t < n; ++t)
-        for (int64_t i = 0; i < rows; ++i) to[t * rows + i] += bias[i];
+        for (int64_t i = 0; i < rows; ++i) y[t * rows + i] += bias[i];
   };
   float* q = block.take<float>(n * width);
+  float* kv = block.take<float>(n * latent);
   if (m.q_rank) {
     float* a = block.take<float>(n * m.q_rank);
     float* normed = block.take<float>(n * m.q_rank);
-    linear(x, m.hidden, m.q_a, m.q_rank, m.q_a_bias, a);
+    quantised_linears(x, n, m.hidden, {{m.q_a, m.q_rank, a}, {m.kv_a, latent, kv}}, m.bits, threads);
+    add_bias(a, m.q_a_bias, m.q_rank);
     rms_norm(a, n, m.q_rank, m.q_rank, m.q_norm, m.q_eps, normed, threads);
-    linear(normed, m.q_rank, m.q_b, width, nullptr, q);
+    quantised_linears(normed, n, m.q_rank, {{m.q_b, width, q}}, m.bits, threads);
   } else {
-    linear(x, m.hidden, m.q_b, width, nullptr, q);
+    quantised_linears(x, n, m.hidden, {{m.q_b, width, q}, {m.kv_a, latent, kv}}, m.bits, threads);
   }
-  float* kv = block.take<float>(n * latent);
-  linear(x, m.hidden, m.kv_a, latent, m.kv_a_bias, kv);
+  add_bias(kv, m.kv_a_bias, latent);
   float* q_rope = block.take<float>(n * m.heads * m.rope);
   mla_prepare(q, kv, m.kv_norm, m.kv_eps, {cos, sin, per_sequence, m.interleaved}, batch, tokens, m.heads, m.nope,
               m.rope, m.rank, q_rope, cache, stride, past, threads);
@@ -50,14 +50,15 @@ void mla_forward(const Mla& m, const float* x, int64_t batch, int64_t tokens, co
   } else {
     float* q_latent = block.take<float>(n * m.heads * m.rank);
     float* summed = block.take<float>(n * m.heads * m.rank);
-    quantised_linear(q, n, m.heads, m.nope, width, m.nope + m.rope, m.key, m.rank / kRows * Panel(m.nope, 8).bytes, m.rank,
+    quantised_groups(q, n, m.heads, m.nope, width, m.nope + m.rope, m.key, m.rank / kRows * Panel(m.nope, 8).bytes, m.rank,
                      8, q_latent, threads);
     mla_absorbed(q_latent, q_rope, seen, m.heads, m.rank, m.rope, m.scale, summed, threads);
     const int64_t panel = Panel(m.rank, m.bits).bytes;
-    quantised_linear(summed, n, m.heads, m.rank, m.heads * m.rank, m.rank, m.kv_b + m.nope / kRows * panel,
+    quantised_groups(summed, n, m.heads, m.rank, m.heads * m.rank, m.rank, m.kv_b + m.nope / kRows * panel,
                      (m.nope + m.value) / kRows * panel, m.value, m.bits, values, threads);
   }
-  linear(values, m.heads * m.value, m.o, m.hidden, m.o_bias, out);
+  quantised_linears(values, n, m.heads * m.value, {{m.o, m.hidden, out}}, m.bits, threads);
+  add_bias(out, m.o_bias, m.hidden);
 }
 
 void ffn_forward(const Ffn& f, const float* x, int64_t tokens, int64_t hidden, float* scores, int64_t* index,
@@ -77,26 +78,36 @@ void ffn_forward(const Ffn& f, const float* x, int64_t tokens, int64_t hidden, f
 
 void add(float* y, const float* x, int64_t tokens, int64_t width, int threads) {
   in_pieces(tokens, 16, threads, [&](int64_t t) {
-    for (int64_t i = t * width; i < (t + 1) * width; ++i) y[i] = x[i] + y[i];
+    for (int64_t i = t * width; i < (t + 1) * width; ++i) y[i] = y[i] + x[i];
   });
 }
 
 }  // namespace
 
-void layer_forward(const Layer& layer, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
-                   bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, bool naive,
-                   float* scores, int64_t* index, float* weight, float* out, int threads) {
-  const int64_t n = batch * tokens, hidden = layer.mla.hidden;
-  whole.reserve(Scratch::room<float>(n * hidden) * 2);
+void layers_forward(const std::vector<Layer>& layers, float* x, int64_t batch, int64_t tokens, const float* cos,
+                    const float* sin, bool per_sequence, float* cache, int64_t layer_stride, int64_t stride,
+                    const int64_t* first, int64_t past, bool naive, const Decided& decided, int threads) {
+  const int64_t n = batch * tokens;
+  int64_t hidden = 0, experts = 0, top = 0;
+  for (const Layer& layer : layers)
+    hidden = layer.mla.hidden, experts = std::max(experts, layer.ffn.gate.experts), top = std::max(top, layer.ffn.gate.top);
+  whole.reserve(Scratch::room<float>(n * hidden) + Scratch::room<float>(n * experts) + Scratch::room<int64_t>(n * top) +
+                Scratch::room<float>(n * top) + Scratch::room<float>(n * hidden));
   float* normed = whole.take<float>(n * hidden);
-  float* attended = whole.take<float>(n * hidden);
-  rms_norm(x, n, hidden, hidden, layer.attention_norm, layer.eps, normed, threads);
-  mla_forward(layer.mla, normed, batch, tokens, cos, sin, per_sequence, cache, stride, first, past, naive, attended,
-              threads);
-  add(attended, x, n, hidden, threads);
-  rms_norm(attended, n, hidden, hidden, layer.ffn_norm, layer.eps, normed, threads);
-  ffn_forward(layer.ffn, normed, n, hidden, scores, index, weight, out, threads);
-  add(out, attended, n, hidden, threads);
+  float* y = whole.take<float>(n * hidden);
+  Decided here = decided;
+  if (!here.scores) here = {whole.take<float>(n * experts), whole.take<int64_t>(n * top), whole.take<float>(n * top)};
+  for (const Layer& layer : layers) {
+    rms_norm(x, n, hidden, hidden, layer.attention_norm, layer.eps, normed, threads);
+    mla_forward(layer.mla, normed, batch, tokens, cos, sin, per_sequence, cache, stride, first, past, naive, y, threads);
+    add(x, y, n, hidden, threads);
+    rms_norm(x, n, hidden, hidden, layer.ffn_norm, layer.eps, normed, threads);
+    ffn_forward(layer.ffn, normed, n, hidden, here.scores, here.index, here.weight, y, threads);
+    add(x, y, n, hidden, threads);
+    cache += layer_stride;
+    if (const Gate& gate = layer.ffn.gate; decided.scores && gate.experts)
+      here.scores += n * gate.experts, here.index += n * gate.top, here.weight += n * gate.top;
+  }
 }
 
 }  // namespace deepseek

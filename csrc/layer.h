@@ -3,8 +3,8 @@
 
 namespace deepseek {
 
-// A decoder layer whose matrices are quantised: x + attention(norm(x)), then + ffn(norm(…)), in one call; step by step it
-// is the FusedMLA, FusedGate and modules of quant/. Pointers to what a model lacks are null; biases are added to their
+// Decoder layers whose matrices are quantised: x + attention(norm(x)), then + ffn(norm(…)); step by step they are the
+// FusedMLA, FusedGate and modules of quant/. Pointers to what a model lacks are null; biases are added to their
 // products.
 struct Mla {
   int64_t hidden, heads, nope, rope, rank, value, q_rank;  // q_rank 0: `q_b` is q_proj
@@ -31,10 +31,16 @@ struct Layer {
   const float *attention_norm, *ffn_norm;
   float eps;
 };
-// x, out [B, T, hidden]; `cache` and `cos`, `sin` as in mla_prepare, `first` as in Past; scores [B T, experts], index and
-// weight [B T, top] get what the gate decided.
-void layer_forward(const Layer& layer, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
-                   bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, bool naive,
-                   float* scores, int64_t* index, float* weight, float* out, int threads);
+// Layers one after the other. x [B, T, hidden] becomes their result. Layer i writes to and reads from the cache at
+// i * layer_stride; cache, stride, cos, sin: as in mla_prepare; first: as in Past. What the gates decided goes to scores
+// [B T, experts], index and weight [B T, top], one after the other for the layers that have a gate, or nowhere (null).
+struct Decided {
+  float* scores;
+  int64_t* index;
+  float* weight;
+};
+void layers_forward(const std::vector<Layer>& layers, float* x, int64_t batch, int64_t tokens, const float* cos,
+                    const float* sin, bool per_sequence, float* cache, int64_t layer_stride, int64_t stride,
+                    const int64_t* first, int64_t past, bool naive, const Decided& decided, int threads);
 
 }  // namespace deepseek

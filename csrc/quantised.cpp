@@ -19,6 +19,9 @@ thread_local Scratch scratch;  // of one operation
 // many: large ones, because activations are looked up once a piece.
 int64_t pieces_of(int64_t tokens) { return tokens < 8 ? 64 : 16; }
 
+// How many rows of activations a task quantises at least: fewer are done sooner than shared out.
+int64_t rows_a_task(int64_t columns) { return std::max<int64_t>(4, 16384 / std::max<int64_t>(columns, 1)); }
+
 // How many panels (an even number) one task takes, so that there are about `wanted` tasks.
 int64_t panels_a_task(int64_t panels, int64_t wanted) {
   int64_t n = divide_up(panels, std::max<int64_t>(wanted, 1));
@@ -42,21 +45,36 @@ void quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, ui
   for (size_t i = 0; i < part.size(); ++i) squares[i % 2] += part[i];
 }
 
-void quantised_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
+void quantised_linears(const float* x, int64_t tokens, int64_t columns, const std::vector<Product>& products, int bits,
+                       int threads) {
+  const Panel shape(columns, bits);
+  scratch.reserve(QuantisedRows::room(tokens, columns));
+  const QuantisedRows a(scratch, tokens, columns);
+  in_pieces(tokens, rows_a_task(columns), threads, [&](int64_t t) { a.fill(t, x + t * columns, columns); });
+  int64_t panels = 0, tasks = 0;
+  for (const Product& p : products) panels += panels_of(p.rows);
+  const int64_t piece = panels_a_task(panels, pieces_of(tokens) * threads);
+  for (const Product& p : products) tasks += divide_up(panels_of(p.rows), piece);
+  parallel(tasks, threads, [&](int64_t task) {
+    const Product* p = products.data();
+    for (int64_t n; task >= (n = divide_up(panels_of(p->rows), piece)); ++p) task -= n;
+    const int64_t from = task * piece;
+    panels_into(p->w, shape, from, std::min(piece, panels_of(p->rows) - from), bits, a.rows(), tokens,
+                {p->out, p->rows, p->rows});
+  });
+}
+
+void quantised_groups(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
                       int64_t group_stride, const uint8_t* w, int64_t stride, int64_t rows, int bits, float* out,
                       int threads) {
   const Panel shape(columns, bits);
-  const int64_t panels = panels_of(rows);
   scratch.reserve(QuantisedRows::room(tokens * groups, columns));
   const QuantisedRows a(scratch, tokens * groups, columns);  // [group][token]
-  in_pieces(tokens * groups, 4, threads, [&](int64_t i) {
+  in_pieces(tokens * groups, rows_a_task(columns), threads, [&](int64_t i) {
     a.fill(i, x + i % tokens * token_stride + i / tokens * group_stride, columns);
   });
-  const int64_t piece = panels_a_task(panels, groups > 1 ? 1 : pieces_of(tokens) * threads);
-  const int64_t pieces = divide_up(panels, piece);
-  parallel(pieces * groups, threads, [&](int64_t task) {
-    int64_t g = task / pieces, from = task % pieces * piece, n = std::min(piece, panels - from);
-    panels_into(w + g * stride, shape, from, n, bits, a.rows(g * tokens), tokens,
+  parallel(groups, threads, [&](int64_t g) {
+    panels_into(w + g * stride, shape, 0, panels_of(rows), bits, a.rows(g * tokens), tokens,
                 {out + g * rows, groups * rows, rows});
   });
 }
@@ -106,7 +124,7 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
   const QuantisedRows routed(scratch, pairs, inner);
   const QuantisedRows own(scratch, shared ? tokens : 0, std::max<int64_t>(shared_inner, 1));
 
-  in_pieces(tokens, 4, threads, [&](int64_t t) { a.fill(t, x + t * hidden, hidden); });
+  in_pieces(tokens, rows_a_task(hidden), threads, [&](int64_t t) { a.fill(t, x + t * hidden, hidden); });
 
   // Tasks: runs of panels of one MLP. Few tokens: pieces small enough to share out evenly; many: one piece suffices.
   struct Task {
@@ -131,7 +149,7 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
              h + m.h + task.from / 2 * kRows, padded(m.inner));
   });
 
-  in_pieces(all, 4, threads, [&](int64_t i) {  // rows of h are padded to whole blocks; what lies beyond `inner` is ignored
+  in_pieces(all, rows_a_task(inner), threads, [&](int64_t i) {  // rows of h are padded to whole blocks; what lies beyond `inner` is ignored
     bool is_routed = i < pairs;
     const Mlp& m = is_routed ? *(std::upper_bound(mlps.begin() + (shared ? 1 : 0), mlps.end(), i,
                                                   [](int64_t v, const Mlp& e) { return v < e.first; }) - 1)

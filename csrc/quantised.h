@@ -2,6 +2,7 @@
 // x and out are FP32, rows contiguous.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace deepseek {
 
@@ -9,9 +10,18 @@ namespace deepseek {
 void quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, double* squares,
                      int threads);
 
+// out [tokens][rows] = x W^T for each of some matrices with the same columns.
+struct Product {
+  const uint8_t* w;
+  int64_t rows;
+  float* out;
+};
+void quantised_linears(const float* x, int64_t tokens, int64_t columns, const std::vector<Product>& products, int bits,
+                       int threads);
+
 // out[t, g, :] = W_g x[t, g, :] for `groups` matrices of `rows` x `columns` that begin `stride` bytes apart; x[t, g] begins
 // at t * token_stride + g * group_stride.
-void quantised_linear(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
+void quantised_groups(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
                       int64_t group_stride, const uint8_t* w, int64_t stride, int64_t rows, int bits, float* out,
                       int threads);
 

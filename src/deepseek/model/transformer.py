@@ -166,15 +166,21 @@ class CausalLM(nn.Module):
         positions_BT = _positions(ids_BT, mask_BT, positions_BT, cache)
         cos, sin = self.model.rotary(positions_BT)
         visible = _visible(mask_BT, ids_BT, cache.length if cache is not None else 0)
-        x = self._embed(ids_BT)
-        for layer, block in enumerate(self.model.layers):
-            x, route = self._run(block, x, cos, sin, visible, cache, order)
-            if routing is not None and route is not None:
-                routing.routes[layer] = route
+        x = self._layers(self._embed(ids_BT), cos, sin, visible, cache, routing, order)
         if cache is not None:
             cache.length += tokens
             cache.valid_BS = mask_BT
         return self.model.norm(x)
+
+    def _layers(
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None,
+        routing: RoutingRecord | None, order: Order
+    ) -> Tensor:
+        for layer, block in enumerate(self.model.layers):
+            x, route = self._run(block, x, cos, sin, visible, cache, order)
+            if routing is not None and route is not None:
+                routing.routes[layer] = route
+        return x
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         x = self.model.embed_tokens(ids_BT)

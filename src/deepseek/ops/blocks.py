@@ -1,11 +1,13 @@
-"""A decoder layer of a quantised model in one native call: what takes 25 operations from Python, ten microseconds each,
-takes one. The operations themselves (ops/quantised.py) are the slow twin, and what runs where this cannot.
+"""The decoder layers of a quantised model in one native call: what takes 25 operations a layer from Python, ten
+microseconds each, takes one. The operations themselves (ops/quantised.py, ops/latent.py) are the slow twin, and what
+runs where this cannot.
 
-Shape letters: B batch, T tokens, H hidden, S positions, C cache width, K experts a token, E experts.
+Shape letters: L layers, B batch, T tokens, H hidden, S positions, C cache width, K experts a token, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +55,7 @@ class LayerBlock:
         self, attention: Attention | None = None, ffn: FeedForward | None = None, attention_norm: Tensor | None = None,
         ffn_norm: Tensor | None = None, eps: float = 0.0,
     ) -> None:
-        self.ready = False
+        self.ready, self.experts, self.top = False, 0, 0
         if attention is None or ffn is None or attention_norm is None or ffn_norm is None:
             return
         table: tuple[Tensor, ...] = ffn.table or ()
@@ -84,25 +86,53 @@ class LayerBlock:
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerBlock, ()
 
-    def run(
-        self, x_BTH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, rows_BSC: Tensor, first_B: Tensor, past: int, naive: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """(output [B, T, H], (index, weight, scores) of the gate or None). Writes cache rows past … past + T - 1.
 
-        rows_BSC: float32, rows of a sequence side by side; first_B: int64, as `latent_attention` takes it. naive: the
-        order of attention.
+class LayerStack:
+    """Layers of a model in one native call. `ready` is False where one of them cannot be taken, or there are none.
+
+    A copy of a module starts without the original's.
+    """
+
+    def __init__(self, blocks: Sequence[LayerBlock] = ()) -> None:
+        self.blocks = tuple(blocks)
+        self.ready = bool(blocks) and all(block.ready for block in blocks)
+        if self.ready:
+            gates = [(block.experts, block.top) for block in blocks if block.experts]
+            self.gates = len(gates)
+            self.experts, self.top = gates[0] if gates else (0, 0)
+            self.ready = len(set(gates)) <= 1
+            self.layers = native.Layers(tuple(block.layer for block in blocks))
+
+    def __deepcopy__(self, memo: Any) -> LayerStack:
+        return LayerStack()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerStack, ()
+
+    def run(
+        self, x_BTH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, rows_LBSC: Tensor, first_B: Tensor, past: int,
+        naive: bool, record: bool
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """x becomes the result in its place; cache rows past … past + T - 1 are written.
+
+        rows_LBSC: float32, rows of a sequence side by side, one layer's for all where the rows serve this call alone;
+        first_B: int64, as `latent_attention` takes it; naive: the order of attention. Returns (index, weight, scores)
+        of every gate if `record` says so.
         """
         batch, tokens, _ = x_BTH.shape
-        assert rows_BSC.shape[1] >= past + tokens and rows_BSC.stride(2) == 1 and rows_BSC.dtype == torch.float32
-        x, cos, sin = x_BTH.contiguous(), cos_BTP.contiguous(), sin_BTP.contiguous()
-        out, n = torch.empty_like(x), batch * tokens
-        route = None
-        if self.experts:
-            index_TK = torch.empty(n, self.top, dtype=torch.int64)
-            route = (index_TK, x.new_empty(n, self.top), x.new_empty(n, self.experts))
-        index, weight, scores = (0, 0, 0) if route is None else (t.data_ptr() for t in route)
-        native.layer_forward(
-            self.layer, x.data_ptr(), batch, tokens, cos.data_ptr(), sin.data_ptr(), cos.shape[0] > 1,
-            rows_BSC.data_ptr(), rows_BSC.stride(0), first_B.data_ptr(), past, naive, scores, index, weight,
-            out.data_ptr(), threads())
-        return out, route
+        assert x_BTH.is_contiguous() and x_BTH.dtype == torch.float32 and rows_LBSC.dtype == torch.float32
+        assert rows_LBSC.shape[2] >= past + tokens and rows_LBSC.stride(3) == 1
+        assert rows_LBSC.shape[0] in (1, len(self.blocks)) and rows_LBSC.stride(2) == rows_LBSC.shape[3]
+        cos, sin, n = cos_BTP.contiguous(), sin_BTP.contiguous(), batch * tokens
+        scores = index = weight = None
+        if record and self.gates:
+            scores = x_BTH.new_empty(self.gates, n, self.experts)
+            index = torch.empty(self.gates, n, self.top, dtype=torch.int64)
+            weight = x_BTH.new_empty(self.gates, n, self.top)
+        native.layers_forward(
+            self.layers, x_BTH.data_ptr(), batch, tokens, cos.data_ptr(), sin.data_ptr(), cos.shape[0] > 1,
+            rows_LBSC.data_ptr(), 0 if rows_LBSC.shape[0] == 1 else rows_LBSC.stride(0), rows_LBSC.stride(1),
+            first_B.data_ptr(), past, naive, address(scores), address(index), address(weight), threads())
+        if scores is None or index is None or weight is None:
+            return []
+        return list(zip(index, weight, scores, strict=True))

@@ -107,8 +107,8 @@ def quantised_linear(
     checks.packed_bytes("packed", packed, matrix_bytes(rows, columns, bits))
     if fits(x_TK, packed):
         out = x_TK.new_empty(tokens, rows)
-        native.quantised_linear(x_TK.data_ptr(), tokens, 1, columns, columns, 0, packed.data_ptr(), 0, rows, bits,
-                                out.data_ptr(), threads())
+        native.quantised_linear(x_TK.data_ptr(), tokens, columns, packed.data_ptr(), rows, bits, out.data_ptr(),
+                                threads())
     else:
         out = linear_reference(x_TK, unpack(packed, rows, columns, bits))
     if bias is not None:
@@ -185,7 +185,7 @@ def grouped_quantised_linear(
         return torch.stack([linear_reference(x_TGK[:, g], unpack(part, rows, columns, bits))
                             for g, part in enumerate(parts)], 1)
     out = x_TGK.new_empty(tokens, groups, rows)
-    native.quantised_linear(x_TGK.data_ptr(), tokens, groups, columns, x_TGK.stride(0), x_TGK.stride(1),
+    native.quantised_groups(x_TGK.data_ptr(), tokens, groups, columns, x_TGK.stride(0), x_TGK.stride(1),
                             packed.data_ptr() + offset, stride, rows, bits, out.data_ptr(), threads())
     return out
 

@@ -4,7 +4,7 @@
                 the absorbed one the query is folded into latent space by W_key, the key half of kv_b_proj, of which
                 there is a copy in 8 bits. Rotation, the latent's norm and the write to the cache are one step.
     gate        its matrix as panels; sigmoid, groups and top-k are one step.
-    layer       where the native kernels can, all of a layer in one call (ops/blocks.py).
+    layers      where the native kernels can, all of them in one call (ops/blocks.py).
 
 All of it gives a token the same bits in any company and however its text is cut into calls, in one and the same order;
 the two orders (a prompt's and a later token's, where the caller does not say) differ in rounding.
@@ -15,18 +15,18 @@ Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, K
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..model import CausalLM
+from ..model import CausalLM, RoutingRecord
 from ..model.experts import MoE
 from ..model.gate import Gate, Route, rule
 from ..model.mla import MLA, LatentCache, Order, Visible, order_of
 from ..model.transformer import DecoderLayer
-from ..ops.blocks import Attention, FeedForward, LayerBlock
+from ..ops.blocks import Attention, FeedForward, LayerBlock, LayerStack
 from ..ops.panels import ROWS, panel_bytes, unpack
 from .linear import QuantisedExperts, QuantisedLinear, QuantisedMLP
 from .panels import quantise_panels
@@ -134,11 +134,16 @@ class FusedGate(Gate):
 
 
 class FusedLayer(DecoderLayer):
-    """A decoder layer that runs natively as a whole where it can, else module by module."""
+    """A decoder layer that can say what the native kernels need to know of it."""
 
     block: LayerBlock | None = None
 
-    def describe(self) -> LayerBlock:
+    def described(self) -> LayerBlock:
+        if self.block is None:
+            self.block = self._describe()
+        return self.block
+
+    def _describe(self) -> LayerBlock:
         attention, mlp = self.self_attn, self.mlp
         ffn = None
         if isinstance(mlp, MoE) and isinstance(mlp.experts, QuantisedExperts) and not hasattr(mlp, "shared_experts"):
@@ -157,24 +162,39 @@ class FusedLayer(DecoderLayer):
         self.block = None  # its pointers may not survive
         return super()._apply(fn, recurse)
 
-    def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, order: Order
-    ) -> tuple[Tensor, Route | None]:
-        if self.block is None:
-            self.block = self.describe()
-        if (not self.block.ready or torch.compiler.is_compiling()
-                or not x_BTH.dtype == cos.dtype == torch.float32
+
+class FusedCausalLM(CausalLM):
+    """A model that runs its layers natively, all in one call, where it can; else layer by layer, module by module."""
+
+    stack = LayerStack()
+
+    def _layers(
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None,
+        routing: RoutingRecord | None, order: Order
+    ) -> Tensor:
+        layers = cast(list[FusedLayer], list(self.model.layers))
+        blocks = tuple(layer.described() for layer in layers)
+        if blocks != self.stack.blocks:  # compares identities
+            self.stack = LayerStack(blocks)
+        if (not self.stack.ready or torch.compiler.is_compiling() or not x_BTH.dtype == cos.dtype == torch.float32
                 or (cache is not None and cache.data.dtype != torch.float32)
                 or (visible is not None and visible.span is None)):
-            return super().forward(x_BTH, cos, sin, visible, cache, order)
+            return super()._layers(x_BTH, cos, sin, visible, cache, routing, order)
         batch, tokens, _ = x_BTH.shape
         if visible is None:
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
         assert visible.span is not None
-        rows, past = _latent_rows(cache, self.layer, x_BTH, self.self_attn.config.latent_dim)
-        naive = order_of(order, cache, tokens) == "naive"
-        out, route = self.block.run(x_BTH, cos, sin, rows, visible.span[0], past, naive)
-        return out, None if route is None else Route(*route)
+        if cache is None:
+            rows, past = x_BTH.new_empty(1, batch, tokens, self.config.latent_dim), 0
+        else:
+            rows, past = cache.data, cache.length
+        x = x_BTH.clone(memory_format=torch.contiguous_format)
+        routes = self.stack.run(x, cos, sin, rows, visible.span[0], past, order_of(order, cache, tokens) == "naive",
+                                record=routing is not None)
+        if routing is not None:
+            gated = (layer.layer for layer in layers if isinstance(layer.mlp, MoE))
+            routing.routes.update(zip(gated, (Route(*route) for route in routes), strict=True))
+        return x
 
 
 def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: int) -> tuple[Tensor, int]:
@@ -199,3 +219,4 @@ def fuse(model: CausalLM) -> None:
             assert isinstance(gate, FusedGate)
             gate.fuse()
         block.__class__ = FusedLayer
+    model.__class__ = FusedCausalLM
