@@ -1,7 +1,8 @@
 """What every benchmark shares: alternate the contenders, take medians, print a table, write a dated result.
 
 Machines are shared and noisy, so contenders run in turn (A B C, A B C, …) and are compared by the median of their
-round-by-round ratios, next to the median of each.
+round-by-round ratios, next to the median of each. A round during which the host took the processors away for a while
+(Linux counts that: "steal") is measured again; how much it took in the rounds that count is in the result.
 """
 
 from __future__ import annotations
@@ -18,14 +19,42 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+Round = TypeVar("Round")
 
 
 Build = Callable[[str, int], Callable[[], object]]  # (name of the contender, threads) -> one unit of its work
+
+
+DISTURBED = 0.03  # share of the processors' time that the host may take in a round
+
+
+def stolen() -> tuple[int, int]:
+    """(processor time that the host took away, all processor time) since start, in ticks; (0, 1) if nobody counts."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0, 1
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[7], sum(ticks)
+
+
+def quiet_rounds(rounds: int, one: Callable[[], Round]) -> tuple[list[Round], list[float]]:
+    """(results of `rounds` rounds in their order, share of time stolen in each). A disturbed round is measured again,
+    three times as many rounds in all at most; then the least disturbed ones count."""
+    tried: list[tuple[float, int, Round]] = []
+    while len(tried) < 3 * rounds and sum(share <= DISTURBED for share, _, _ in tried) < rounds:
+        before = stolen()
+        result = one()
+        share = (stolen()[0] - before[0]) / max(stolen()[1] - before[1], 1)
+        verdict = "to be repeated" if share > DISTURBED else "counts"
+        print(f"  round {len(tried) + 1}: the host took {share:.1%}; {verdict}", flush=True)
+        tried.append((share, len(tried), result))
+    kept = sorted(sorted(tried, key=lambda t: t[0] > DISTURBED and t[0])[:rounds], key=lambda t: t[1])
+    return [result for _, _, result in kept], [share for share, _, _ in kept]
 
 
 def _serve(build: Build, name: str, threads: int, calls: Connection) -> None:
@@ -37,28 +66,34 @@ def _serve(build: Build, name: str, threads: int, calls: Connection) -> None:
         calls.send(time.perf_counter() - began)
 
 
-def alternate(build: Build, names: Sequence[str], threads: int, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every contender in every round. Each lives in a process of its own, so that none inherits another's
-    heap or thread pool; one works at a time."""
+def alternate(
+    build: Build, names: Sequence[str], threads: int, rounds: int, warmup: int = 2
+) -> tuple[dict[str, list[float]], list[float]]:
+    """(seconds of every contender in every round, share of time stolen in each). Each lives in a process of its own, so
+    that none inherits another's heap or thread pool; one works at a time."""
     context = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
     pipes, processes = {}, []
     for name in names:
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=_serve, args=(build, name, threads, theirs), daemon=True))
         processes[-1].start()
-    for turn in range(-warmup, rounds):
+
+    def one() -> dict[str, float]:
+        took = {}
         for name, pipe in pipes.items():
             pipe.send(True)
-            took = pipe.recv()
-            if turn >= 0:
-                seconds[name].append(took)
-            print(f"  {'warm-up' if turn < 0 else f'round {turn + 1}'}  {name:<34}{took:8.2f} s", flush=True)
+            took[name] = pipe.recv()
+            print(f"  {name:<34}{took[name]:8.2f} s", flush=True)
+        return took
+
+    for _ in range(warmup):
+        one()
+    kept, shares = quiet_rounds(rounds, one)
     for pipe in pipes.values():
         pipe.send(False)
     for process in processes:
         process.join()
-    return seconds
+    return {name: [took[name] for took in kept] for name in names}, shares
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:

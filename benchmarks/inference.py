@@ -14,6 +14,7 @@ The bound of decoding is memory: bytes of the weights that a step reads, over th
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
 import time
@@ -26,11 +27,11 @@ import torch
 
 from deepseek.checkpoint import load_model
 from deepseek.convert import quantize
-from deepseek.info import describe
 from deepseek.info.machine import read_bandwidth
 from deepseek.model import LatentCache
 from deepseek.ops.native import isa
-from harness import arguments, machine, ratio, table, versions, write_result
+from deepseek.ops.panels import matrix_bytes, mlp_bytes
+from harness import arguments, machine, quiet_rounds, ratio, table, versions, write_result
 from peers import RELEASE, LlamaCpp
 from shape import CACHE, CONFIG, write_model
 
@@ -111,19 +112,33 @@ class Worker:
 
 
 def bytes_a_step(batch: int) -> float:
-    """Bytes of weights that one decoding step reads in NF4; experts by the expectation for uniform routing."""
-    info = describe(CONFIG)
-    memory = next(m for m in info.memory if m.format == "NF4")
-    experts, top = CONFIG.n_routed_experts, CONFIG.num_experts_per_tok
-    routed = next(p for p in info.parts if p.name == "routed experts")
-    one = memory.read * routed.active / info.active_beyond_lookup  # near enough: everything but norms has 4 bits
-    return memory.read - one + one * experts / top * (1 - (1 - top / experts) ** batch)
+    """Bytes of the checkpoint that one decoding step reads; of the experts by the expectation for uniform routing."""
+    c = CONFIG
+    heads, values = c.num_attention_heads, c.num_attention_heads * c.v_head_dim
+    assert c.q_lora_rank is not None
+    attention = (matrix_bytes(c.q_lora_rank, c.hidden_size) + matrix_bytes(heads * c.qk_head_dim, c.q_lora_rank)
+                 + matrix_bytes(c.latent_dim, c.hidden_size) + matrix_bytes(c.hidden_size, values)
+                 + matrix_bytes(heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank))
+    share = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** batch
+    moe = (c.n_routed_experts * share * mlp_bytes(c.hidden_size, c.moe_intermediate_size)
+           + mlp_bytes(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
+           + 2 * c.n_routed_experts * c.hidden_size)  # the gate is BF16
+    dense = c.first_k_dense_replace
+    return (c.num_hidden_layers * attention + (c.num_hidden_layers - dense) * moe
+            + dense * mlp_bytes(c.hidden_size, c.intermediate_size) + matrix_bytes(c.vocab_size, c.hidden_size))
+
+
+def works(text: str) -> list[str]:
+    unknown = [name for name in text.split(",") if name not in WORK]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no such work: {', '.join(unknown)}; there are {', '.join(WORK)}")
+    return text.split(",")
 
 
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(WORK))
+    parser.add_argument("--only", type=works, default=list(WORK), metavar="WORK,…", help=", ".join(WORK))
     parser.add_argument("--without-transformers", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -146,29 +161,36 @@ def main() -> None:
 
     speed: dict[str, dict[str, list[float]]] = {}
     bandwidth: dict[str, list[float]] = {}
+    taken: dict[str, list[float]] = {}
     chosen: dict[str, LlamaCpp] = {}
     for work in args.only:
         batch = WORK[work]
         trial = {variant: max(run_llama(variant, batch) for _ in range(2)) for variant in llama.variants()}
         chosen[work] = max(trial, key=trial.__getitem__)
         print("  " + ", ".join(f"{variant.name} {value:.1f}" for variant, value in trial.items()), flush=True)
-        speed[work], bandwidth[work] = {name: [] for name in contenders}, []
-        for turn in range(args.rounds):
-            bandwidth[work].append(read_bandwidth("cpu", 1 << 30))
+
+        def one(work: str = work, batch: int = batch) -> tuple[float, dict[str, float]]:
+            read = read_bandwidth("cpu", 1 << 30)
+            values = {}
             for name, run in contenders.items():
-                if name.startswith("transformers") and (batch > 8 or turn >= 3):
+                if batch > 1 and name.startswith("transformers"):
                     continue  # slow, and far from the others
-                speed[work][name].append(run(batch))
-                print(f"  {work:<9} round {turn + 1}  {name:<20}{speed[work][name][-1]:9.1f} tokens/s   "
-                      f"(read {bandwidth[work][-1] / 1e9:.1f} GB/s)", flush=True)
-        report(args.threads, args.rounds, speed, bandwidth, {work: variant.name for work, variant in chosen.items()})
+                values[name] = run(batch)
+                print(f"  {work:<9}{name:<20}{values[name]:9.1f} tokens/s   (read {read / 1e9:.1f} GB/s)", flush=True)
+            return read, values
+
+        kept, taken[work] = quiet_rounds(args.rounds, one)
+        bandwidth[work] = [read for read, _ in kept]
+        speed[work] = {name: [values[name] for _, values in kept if name in values] for name in contenders}
+        report(args.threads, args.rounds, speed, bandwidth, taken,
+               {work: variant.name for work, variant in chosen.items()})
     for worker in workers:
         worker.stop()
 
 
 def report(
     threads: int, rounds: int, speed: dict[str, dict[str, list[float]]], bandwidth: dict[str, list[float]],
-    chosen: dict[str, str]
+    taken: dict[str, list[float]], chosen: dict[str, str]
 ) -> None:
     rows = [["work", "contender", "tokens/s (median)", "min to max", "MoE-DR is faster by",
              "share of the bandwidth bound"]]
@@ -191,12 +213,13 @@ def report(
     lines = ["# Four bits: inference", "",
              f"{where['cpu']} ({', '.join(where['units'])}; kernels {isa()}), {threads} threads; llama-cpp-python "
              f"{RELEASE}, " + ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
-             + f"; {rounds} rounds in turn; memory read in between: {min(read) / 1e9:.1f} to {max(read) / 1e9:.1f} "
+             + f"; {rounds} rounds in turn, of whose time the host took {max(map(max, taken.values())):.1%} at most; "
+             f"memory read in between: {min(read) / 1e9:.1f} to {max(read) / 1e9:.1f} "
              "GB/s. 2.5 B parameters. llama.cpp runs in the fastest of its variants, tried before: "
              + ", ".join(f"{work} {name}" for work, name in chosen.items()) + ".", "", table(rows)]
     write_result("inference", "\n".join(lines), {
         "machine": where, "isa": isa(), "versions": versions("torch", "transformers") | {"llama-cpp-python": RELEASE},
-        "tokens_per_second": speed, "bandwidth": bandwidth, "ratios": ratios})
+        "tokens_per_second": speed, "bandwidth": bandwidth, "stolen": taken, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main() -> None:
     args = arguments(__doc__, rounds=5).parse_args()
     torch.set_num_threads(args.threads)
     ceiling = gemm_gflops()
-    seconds = alternate(build, NAMES, args.threads, args.rounds)
+    seconds, taken = alternate(build, NAMES, args.threads, args.rounds)
     ceiling = max(ceiling, gemm_gflops())
 
     flops = 3 * describe(CONFIG, context=LENGTH // 2).flops * TOKENS
@@ -90,12 +90,13 @@ def main() -> None:
     where = machine(args.threads)
     packages = ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
     lines = ["# Training throughput", "", f"{where['cpu']} ({', '.join(where['units'])}), {args.threads} threads; "
-             f"{packages}; {args.rounds} rounds in turn; FP32 matrix product in the same run: {ceiling:.0f} GFLOP/s.",
-             "", table(rows), "",
+             f"{packages}; {args.rounds} rounds in turn, of whose time the host took {max(taken):.1%} at most; FP32 "
+             f"matrix product in the same run: {ceiling:.0f} GFLOP/s.", "", table(rows), "",
              table([["comparison", "times as fast (median of the rounds' ratios)"],
                     *([k, f"{v:.2f}"] for k, v in ratios.items())])]
-    write_result("train", "\n".join(lines), {"machine": where, "versions": versions("torch", "transformers"),
-                                             "seconds": seconds, "ratios": ratios, "gemm_gflops": ceiling})
+    write_result("train", "\n".join(lines), {
+        "machine": where, "versions": versions("torch", "transformers"), "seconds": seconds, "stolen": taken,
+        "ratios": ratios, "gemm_gflops": ceiling})
 
 
 if __name__ == "__main__":
