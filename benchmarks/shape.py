@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,19 +45,25 @@ def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return shapes
 
 
+def deviation(name: str, shape: Sequence[int], config: ModelConfig) -> float | None:
+    """Standard deviation of a random matrix; None for norms, which are ones, and gate biases, which are zeros."""
+    if len(shape) == 1:
+        return None
+    return 1.0 if name.endswith("embed_tokens.weight") else config.initializer_range
+
+
 def random_tensors(config: ModelConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a random checkpoint one at a time, BF16: matrices normal with deviation initializer_range (the
     embedding 1), norms one; gate biases zero and FP32. Equal seeds give equal tensors."""
     generator = torch.Generator().manual_seed(seed)
     for name, shape in tensor_shapes(config).items():
-        if name.endswith("e_score_correction_bias"):
+        spread = deviation(name, shape, config)
+        if spread is not None:
+            yield name, torch.empty(shape).normal_(0, spread, generator=generator).to(torch.bfloat16)
+        elif name.endswith("e_score_correction_bias"):
             yield name, torch.zeros(shape)
-        elif len(shape) == 1:
-            yield name, torch.ones(shape, dtype=torch.bfloat16)
         else:
-            deviation = 1.0 if name.endswith("embed_tokens.weight") else config.initializer_range
-            values = torch.empty(shape).normal_(0, deviation, generator=generator)
-            yield name, values.to(torch.bfloat16)
+            yield name, torch.ones(shape, dtype=torch.bfloat16)
 
 
 def write_model(folder: Path = CACHE / "model", config: ModelConfig = CONFIG) -> Path:

@@ -15,6 +15,8 @@ namespace {
 
 thread_local Scratch scratch;  // of one operation
 
+constexpr int64_t kCrowd = 96;  // tokens of one MLP that are worth a task from end to end
+
 // Into how many pieces a thread's share of the work is cut. Few tokens: small ones, because the last piece is waited for;
 // many: large ones, because activations are looked up once a piece.
 int64_t pieces_of(int64_t tokens) { return tokens < 8 ? 64 : 16; }
@@ -116,13 +118,16 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
     if (start[e + 1] > start[e]) add(experts[e], inner, start[e], start[e + 1] - start[e]);
 
   const int64_t hp = panels_of(hidden) * kRows;
-  scratch.reserve(QuantisedRows::room(tokens, hidden) + Scratch::room<float>(h_numbers) + Scratch::room<float>(all * hp) +
-                  QuantisedRows::room(pairs, inner) + QuantisedRows::room(shared ? tokens : 0, std::max<int64_t>(shared_inner, 1)) + 1024);
+  // many tokens an expert: intermediate rows live in the task that makes and uses them
+  const bool crowded = 8 * all >= kCrowd * (int64_t)mlps.size() && (int64_t)mlps.size() >= 4 * threads;
+  const int64_t routed_rows = crowded ? 0 : pairs, own_rows = crowded || !shared ? 0 : tokens;
+  const int64_t h_room = crowded ? 0 : h_numbers;
+  scratch.reserve(QuantisedRows::room(tokens, hidden) + Scratch::room<float>(all * hp) + Scratch::room<float>(h_room) +
+                  QuantisedRows::room(routed_rows, inner) + QuantisedRows::room(own_rows, shared_inner));
   const QuantisedRows a(scratch, tokens, hidden);
-  float* h = scratch.take<float>(h_numbers);
   float* y = scratch.take<float>(all * hp);
-  const QuantisedRows routed(scratch, pairs, inner);
-  const QuantisedRows own(scratch, shared ? tokens : 0, std::max<int64_t>(shared_inner, 1));
+  float* h = scratch.take<float>(h_room);
+  const QuantisedRows routed(scratch, routed_rows, inner), own(scratch, own_rows, shared_inner);
 
   in_pieces(tokens, rows_a_task(hidden), threads, [&](int64_t t) { a.fill(t, x + t * hidden, hidden); });
 
@@ -141,6 +146,42 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
     return tasks;
   };
 
+  auto sum = [&] {
+    in_pieces(tokens, 4, threads, [&](int64_t t) {
+      static thread_local std::vector<const float*> rows;
+      rows.resize(top);
+      for (int64_t i = 0; i < top; ++i) rows[i] = y + slot[t * top + i] * hp;
+      k.weighted_sum(rows.data(), weight + t * top, top, shared ? y + (pairs + t) * hp : nullptr, hidden,
+                     out + t * hidden);
+    });
+  };
+
+  if (crowded) {
+    struct Crowd {
+      const Mlp* mlp;
+      int64_t first, count;
+    };
+    std::vector<Crowd> crowds;
+    for (const Mlp& m : mlps)
+      for (int64_t i = 0; i < m.count; i += kCrowd) crowds.push_back({&m, m.first + i, std::min(kCrowd, m.count - i)});
+    auto size = [](const Crowd& c) { return c.count * c.mlp->inner; };
+    std::stable_sort(crowds.begin(), crowds.end(), [&](auto& p, auto& q) { return size(p) > size(q); });
+    parallel((int64_t)crowds.size(), threads, [&](int64_t i) {
+      static thread_local Scratch local;
+      const Crowd& c = crowds[i];
+      const Mlp& m = *c.mlp;
+      const int64_t wide = padded(m.inner);
+      local.reserve(Scratch::room<float>(c.count * wide) + QuantisedRows::room(c.count, m.inner));
+      float* h = local.take<float>(c.count * wide);
+      const QuantisedRows rows(local, c.count, m.inner);
+      k.panels(m.w, 2 * panels_of(m.inner), bits, true, a.rows(), token.data() + c.first, c.count, h, wide);
+      for (int64_t t = 0; t < c.count; ++t) rows.fill(t, h + t * wide, m.inner);
+      k.panels(m.w + 2 * panels_of(m.inner) * in.bytes, panels_of(hidden), bits, false, rows.rows(), nullptr, c.count,
+               y + c.first * hp, hp);
+    });
+    return sum();
+  }
+
   auto tasks = cut([](const Mlp& m) { return 2 * panels_of(m.inner); });
   parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
     const Task& task = tasks[i];
@@ -149,7 +190,8 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
              h + m.h + task.from / 2 * kRows, padded(m.inner));
   });
 
-  in_pieces(all, rows_a_task(inner), threads, [&](int64_t i) {  // rows of h are padded to whole blocks; what lies beyond `inner` is ignored
+  // rows of h are padded to whole blocks; what lies beyond `inner` is ignored
+  in_pieces(all, rows_a_task(inner), threads, [&](int64_t i) {
     bool is_routed = i < pairs;
     const Mlp& m = is_routed ? *(std::upper_bound(mlps.begin() + (shared ? 1 : 0), mlps.end(), i,
                                                   [](int64_t v, const Mlp& e) { return v < e.first; }) - 1)
@@ -168,12 +210,7 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
              is_routed ? routed.rows(m.first) : own.rows(), nullptr, m.count, y + m.first * hp + task.from * kRows, hp);
   });
 
-  in_pieces(tokens, 4, threads, [&](int64_t t) {
-    std::vector<const float*> rows(top);
-    for (int64_t i = 0; i < top; ++i) rows[i] = y + slot[t * top + i] * hp;
-    k.weighted_sum(rows.data(), weight + t * top, top, shared ? y + (pairs + t) * hp : nullptr, hidden,
-                   out + t * hidden);
-  });
+  sum();
 }
 
 void panel_linear(const float* x, int64_t tokens, int64_t columns, const void* w, bool bf16, int64_t rows, float* out,

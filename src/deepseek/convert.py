@@ -147,12 +147,20 @@ def quantize(
     if before is not None:
         raise ConfigError(f"{files.folder}: is quantised already ({before.format}): convert it back first "
                           "(`deepseek quantize IN OUT --format bf16`)")
+    return quantize_tensors(config, files, out, recipe, resume=resume, progress=progress, shard_bytes=shard_bytes)
+
+
+def quantize_tensors(
+    config: ModelConfig, files: TensorFiles, out: Path, recipe: Recipe, *, resume: bool = True, progress: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """`quantize` for tensors that come from anything that reads like a checkpoint; `out` must be free."""
     squares: dict[str, tuple[float, float]] = {}
     plan, kept, parameters = _plan_quantised(config, recipe, files, squares)
     key = {"quantise": recipe.to_dict(), "shard_bytes": shard_bytes}
     writer = _Writer(out, key, files, resume)
     size = writer.write(_divide(plan, shard_bytes), squares, progress)
-    report = Report(format, parameters, size, kept, squares)
+    report = Report(recipe.format, parameters, size, kept, squares)
     write_json(writer.folder / REPORT, report.to_dict())
     writer.publish(config.to_dict() | {"quantization_config": recipe.to_dict()})
     return report

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/attention.h"
 #include "../../csrc/kernels.h"
 #include "../../csrc/quantised.h"
 
@@ -201,37 +202,35 @@ void test_rows(const Kernels& table) {
 }
 
 void test_attention(const Kernels& table) {
-  for (int64_t rank : {16, 48})
-    for (int64_t rope : {2, 8})
-      for (int64_t keys : {1, 7, 8, 9, 127, 128}) {
-        const int64_t width = rank + rope, stride = width + below(3), queries = 1 + below(3);
-        Exact<float> q(queries * 16 * width), key((keys - 1) * stride + width, 1);
-        q.fill(normal), key.fill(normal);
-        Exact<float> part(queries * (32 + 16 * rank)), want_part(queries * (32 + 16 * rank));
-        Exact<const float*> at_query(queries);
-        Exact<float*> to(queries), want_to(queries);
-        Exact<int64_t> count(queries);
-        for (int64_t i = 0; i < queries; ++i) {  // each sees a key more than the one before
-          at_query[i] = q.get() + i * 16 * width, count[i] = std::max<int64_t>(1, keys - (queries - 1 - i));
-          to[i] = part.get() + i * (32 + 16 * rank), want_to[i] = want_part.get() + i * (32 + 16 * rank);
-        }
-        table.mla_block(at_query.get(), queries, key.get(), stride, count.get(), rank, rope, 0.3f, to.get());
-        scalar_kernels->mla_block(at_query.get(), queries, key.get(), stride, count.get(), rank, rope, 0.3f, want_to.get());
-        const std::string where = at(table, {rank, rope, keys, queries});
-        same(part, want_part, "mla_block", where);
-        const float *top = to[0], *norm = to[0] + 16, *sum = to[0] + 32;
-        for (int64_t heads : {1, 5, 16}) {
-          Exact<float> other(16), out(heads * rank), want(heads * rank);
-          other.fill(normal);
-          Exact<const float*> tops(3), norms(3), sums(3);
-          for (int64_t i = 0; i < 3; ++i) {
-            tops[i] = i == 1 ? other.get() : top, norms[i] = norm, sums[i] = sum;
+  for (int64_t width : {16, 48})
+    for (int64_t depth : {18, 56})
+      for (int64_t keys : {1, 7, 8, 9, 127, 128})
+        for (bool ramp : {false, true}) {
+          const int64_t stride = depth + width + below(3), queries = 1 + below(3), part_size = 32 + 16 * width;
+          Exact<float> q(queries * 16 * depth), key((keys - 1) * stride + depth + width, 1);
+          q.fill(normal), key.fill(normal);
+          Exact<float> part(queries * part_size), want_part(queries * part_size);
+          Exact<const float*> at_query(queries), parts(3);
+          Exact<float*> to(queries), want_to(queries);
+          Exact<int64_t> count(queries);
+          const int64_t first = ramp ? below(keys + 20) - 14 : std::max<int64_t>(1, keys - queries + 1);
+          for (int64_t i = 0; i < queries; ++i) {
+            at_query[i] = q.get() + i * 16 * depth, count[i] = ramp ? first + 16 * i : std::min(keys, first + i);
+            to[i] = part.get() + i * part_size, want_to[i] = want_part.get() + i * part_size;
           }
-          table.mla_join(tops.get(), norms.get(), sums.get(), 3, rank, heads, out.get(), rank);
-          scalar_kernels->mla_join(tops.get(), norms.get(), sums.get(), 3, rank, heads, want.get(), rank);
-          same(out, want, "mla_join", at(table, {rank, heads}));
+          const Keys block{key.get(), key.get() + depth, stride, keys, depth, width};
+          table.attention_block(at_query.get(), queries, block, count.get(), ramp, 0.3f, to.get());
+          scalar_kernels->attention_block(at_query.get(), queries, block, count.get(), ramp, 0.3f, want_to.get());
+          same(part, want_part, "attention_block", at(table, {width, depth, keys, queries, ramp}));
+          for (int64_t rows : {1, 5, 16}) {
+            Exact<float> other(part_size), out(rows * width), want(rows * width);
+            other.fill(normal);
+            parts[0] = parts[2] = to[0], parts[1] = other.get();
+            table.attention_join(parts.get(), 3, width, rows, out.get(), width);
+            scalar_kernels->attention_join(parts.get(), 3, width, rows, want.get(), width);
+            same(out, want, "attention_join", at(table, {width, rows}));
+          }
         }
-      }
 }
 
 // ---- operations ----------------------------------------------------------------------------------------------------
@@ -259,8 +258,13 @@ void test_operations() {
           random_panels(w.get(), groups * panels_of(rows), shape, bits);
           Exact<float> x(tokens * groups * columns, 1);
           x.fill(normal);
-          on_threads("quantised_linear", tokens * groups * rows, [&](float* out, int threads) {
-            quantised_linear(x.get(), tokens, groups, columns, w.get(), stride, rows, bits, out, threads);
+          on_threads("quantised_groups", tokens * groups * rows, [&](float* out, int threads) {
+            quantised_groups(x.get(), tokens, groups, columns, groups * columns, columns, w.get(), stride, rows, bits, out,
+                             threads);
+          });
+          on_threads("quantised_linears", tokens * (rows + 16), [&](float* out, int threads) {
+            quantised_linears(x.get(), tokens, columns, {{w.get(), rows, out}, {w.get(), 16, out + tokens * rows}}, bits,
+                              threads);
           });
         }
       const int64_t hidden = 72, inner = 40, shared_inner = 70, experts = 6;
@@ -292,25 +296,37 @@ void test_operations() {
             });
           }
     }
-  for (int64_t tokens : {0, 1, 9}) {
-    const int64_t groups = 3, columns = 36, wide = 44, rows = 64;
-    Exact<float> x(tokens ? (tokens * groups - 1) * wide + columns : 0), w(groups * rows * columns);
+  for (int64_t tokens : {0, 1, 9, 50}) {
+    const int64_t columns = 36, rows = 64;
+    Exact<float> x(tokens * columns), w(rows * columns);
     x.fill(normal), w.fill(normal);
-    on_threads("panel_linear", tokens * groups * rows, [&](float* out, int threads) {
-      panel_linear(x.get(), tokens, groups, columns, groups * wide, wide, w.get(), false, rows, out, threads);
+    on_threads("panel_linear", tokens * rows, [&](float* out, int threads) {
+      panel_linear(x.get(), tokens, columns, w.get(), false, rows, out, threads);
     });
   }
   for (int64_t heads : {1, 5, 20})
     for (int64_t tokens : {1, 3, 40}) {
-      const int64_t batch = 2, rank = 32, rope = 6, length = 290, width = rank + rope, stride = (length + 3) * width;
-      Exact<float> q(batch * tokens * heads * rank), r(batch * tokens * heads * rope), cache(stride + length * width);
+      const int64_t batch = 3, rank = 32, rope = 6, length = 290, width = rank + rope, stride = (length + 3) * width;
+      Exact<float> q(batch * tokens * heads * rank), r(batch * tokens * heads * rope), cache(2 * stride + length * width);
       q.fill(normal), r.fill(normal), cache.fill(normal);
-      Exact<int64_t> first(batch), past(batch);
-      first[0] = 131, first[1] = 20, past[0] = length - tokens, past[1] = 10;
-      on_threads("mla_attention", batch * tokens * heads * rank, [&](float* out, int threads) {
-        mla_attention(q.get(), r.get(), cache.get(), stride, first.get(), past.get(), batch, tokens, heads, rank, rope,
-                      0.2f, out, threads);
+      Exact<int64_t> first(batch), last(batch);
+      first[0] = 131, first[1] = 20, first[2] = 0, last[0] = length - tokens, last[1] = 10, last[2] = 120;
+      const Past past{cache.get(), stride, first.get(), last.get(), batch, tokens};
+      on_threads("mla_absorbed", batch * tokens * heads * rank, [&](float* out, int threads) {
+        mla_absorbed(q.get(), r.get(), past, heads, rank, rope, 0.2f, out, threads);
       });
+      for (int64_t value : {16, 21})
+        for (int bits : {4, 8}) {
+          const int64_t nope = 12, rows = heads * (nope + value);
+          const Panel shape(rank, bits);
+          Exact<uint8_t> w(panels_of(rows) * shape.bytes);
+          random_panels(w.get(), panels_of(rows), shape, bits);
+          Exact<float> x(batch * tokens * heads * (nope + rope));
+          x.fill(normal);
+          on_threads("mla_naive", batch * tokens * heads * value, [&](float* out, int threads) {
+            mla_naive(x.get(), r.get(), past, heads, rank, rope, nope, value, w.get(), bits, 0.2f, out, threads);
+          });
+        }
     }
   for (bool interleaved : {false, true})
     for (bool per_sequence : {false, true}) {
