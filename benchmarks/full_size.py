@@ -1,8 +1,8 @@
 """Models on the machine they are meant for: what a 4-bit checkpoint takes in memory, and a 16 B model decoding.
 
-Two checkpoints of random weights: the one of inference.py (2.5 B parameters), and the whole preset `v3-16b-a3b` (27 layers,
-16 B parameters). The second is never there in BF16, for which many a machine has no room: its tensors are drawn row block
-by row block and go straight into NF4.
+Two checkpoints of random weights: the one of inference.py (2.5 B parameters), and the whole preset `v3-16b-a3b`
+(27 layers, 16 B parameters). The second is never there in BF16, for which many a machine has no room: its tensors are
+drawn row block by row block and go straight into NF4.
 
 Resident memory is counted above that of the process after its imports, as VmRSS after loading and after a prompt of 512
 tokens and 64 decoded ones, caches and scratch memory included; the mapped file counts as far as it was touched.
@@ -85,7 +85,7 @@ def measure(checkpoint: str, threads: int, rounds: int, result: Connection) -> N
     model = load_model(checkpoint)
     load_s, loaded = time.perf_counter() - began, resident()
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    prefill, decode, bandwidth = [], [], []
+    prefill, decode = [], []
     with torch.inference_mode():
         for _ in range(rounds):
             cache = LatentCache(model.config, 1, PROMPT + STEPS)
@@ -97,8 +97,7 @@ def measure(checkpoint: str, threads: int, rounds: int, result: Connection) -> N
                 logits = model(logits[:, -1:].argmax(-1), cache=cache)
             decode.append(STEPS / (time.perf_counter() - began))
     worked = resident()
-    for _ in range(3):
-        bandwidth.append(read_bandwidth("cpu", 1 << 30))
+    bandwidth = [read_bandwidth("cpu", 1 << 30) for _ in range(3)]
     result.send({"load_s": load_s, "loaded": loaded - before, "worked": worked - before, "imports": before,
                  "prefill": prefill, "decode": decode, "bandwidth": bandwidth})
 
@@ -129,14 +128,14 @@ def main() -> None:
         got = data[name] = ours.recv()
         process.join()
         got |= {"bytes": size, "parameters": report["parameters"]}
+        prefill, decode = (statistics.median(got[work]) for work in ("prefill", "decode"))
         rows.append([name, f"{report['parameters'] / 1e9:.2f} B", f"{8 * size / report['parameters']:.3f}",
                      f"{size / 1e9:.2f} GB", f"{got['loaded'] / 1e9:.2f} GB", f"{got['worked'] / 1e9:.2f} GB",
-                     f"{got['worked'] / size:.3f}", f"{got['load_s']:.1f} s", f"{statistics.median(got['prefill']):.0f}",
-                     f"{statistics.median(got['decode']):.1f}"])
+                     f"{got['worked'] / size:.3f}", f"{got['load_s']:.1f} s", f"{prefill:.0f}", f"{decode:.1f}"])
         print(rows[-1], flush=True)
     where = machine(args.threads)
-    lines = ["# Full size", "", f"{where['cpu']} ({', '.join(where['units'])}; kernels {isa()}), {args.threads} threads; "
-             + ", ".join(f"{k} {v}" for k, v in versions("torch").items())
+    lines = ["# Full size", "", f"{where['cpu']} ({', '.join(where['units'])}; kernels {isa()}), {args.threads} "
+             "threads; " + ", ".join(f"{k} {v}" for k, v in versions("torch").items())
              + f"; medians of {args.rounds} rounds. NF4, random weights.", "", table(rows)]
     write_result("full_size", "\n".join(lines), {"machine": where, "isa": isa(), "versions": versions("torch"),
                                                  "models": data})
