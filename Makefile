@@ -48,6 +48,7 @@ sanitize:  ## the native kernels under the address, undefined-behaviour and thre
 	cmake -S . -B build/sanitize -DDEEPSEEK_SANITIZE=ON
 	cmake --build build/sanitize --parallel
 	build/sanitize/kernels_test
+	DEEPSEEK_ISA=scalar build/sanitize/kernels_test
 	build/sanitize/pool_test
 
 bench: $(VENV)/.test  ## every figure of the README, measured here

@@ -29,7 +29,8 @@ struct Past {
 void mla_absorbed(const float* q_latent, const float* q_rope, const Past& past, int64_t heads, int64_t rank, int64_t rope,
                   float scale, float* out, int threads);
 
-// Naive order: each head's keys and values are rebuilt from the latents by its `nope + value` rows of kv_b. q [B, T, N, nope + P], of which the first `nope` are read; out [B, T, N, value].
+// Naive order: each head's keys and values are rebuilt from the latents by its `nope + value` rows of kv_b. q
+// [B, T, N, nope + P], of which the first `nope` are read; out [B, T, N, value].
 void mla_naive(const float* q, const float* q_rope, const Past& past, int64_t heads, int64_t rank, int64_t rope,
                int64_t nope, int64_t value, const uint8_t* kv_b, int bits, float scale, float* out, int threads);
 

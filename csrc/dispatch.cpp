@@ -14,7 +14,9 @@
 namespace deepseek {
 namespace {
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(DEEPSEEK_EMULATE_AMX)
+bool tiles_allowed() { return true; }
+#elif defined(__linux__) && defined(__x86_64__)
 // Tiles have to be there and asked for: Linux hands their state out to processes that request it.
 bool tiles_allowed() {
   unsigned a, b, c, d;
@@ -26,6 +28,8 @@ bool tiles_allowed() {
 #else
 bool tiles_allowed() { return false; }
 #endif
+
+}  // namespace
 
 bool runs_here(const Kernels* table) {
   if (!table) return false;
@@ -40,6 +44,8 @@ bool runs_here(const Kernels* table) {
 #endif
   return true;
 }
+
+namespace {
 
 const Kernels& choose() {
   const Kernels* best_first[] = {amx_kernels, avx512_kernels, avx2_kernels, scalar_kernels};

@@ -96,6 +96,9 @@ extern const Kernels* const avx2_kernels;
 extern const Kernels* const avx512_kernels;
 extern const Kernels* const amx_kernels;
 
+// Whether this machine has what a table needs; false for null.
+bool runs_here(const Kernels* table);
+
 // The best table of this machine, or the one named by DEEPSEEK_ISA. Throws std::runtime_error where that cannot be.
 const Kernels& kernels();
 

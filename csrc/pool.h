@@ -7,7 +7,8 @@
 namespace deepseek {
 
 // Calls work(i) for i in 0 … tasks-1, each once, on at most `threads` threads (the caller's included); returns when all are
-// done. Tasks are taken in order, one by one. Calls from several threads take turns. `work` must not throw.
+// done. Tasks are taken in order, one by one. Calls from several threads take turns. `work` must not throw
+// and must not call `parallel` itself.
 void parallel(int64_t tasks, int threads, const std::function<void(int64_t)>& work);
 
 }  // namespace deepseek

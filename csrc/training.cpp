@@ -141,7 +141,7 @@ Matrix head_of(const Heads& h, int64_t b, int64_t n, Kind kind) {
 }  // namespace
 
 const TrainingKernels* training_kernels() {
-  if (&kernels() == avx512_kernels) return avx512_training;
+  if (&kernels() == avx512_kernels || &kernels() == amx_kernels) return avx512_training;
   if (&kernels() == avx2_kernels) return avx2_training;
   return nullptr;
 }

@@ -25,7 +25,7 @@ struct Matrix {
   const int64_t* index = nullptr;
 };
 
-// What an instruction set provides for training; null where torch does better.
+// What an instruction set provides for training: AVX-512 also for machines with AMX, none for plain ones.
 struct TrainingKernels {
   int64_t rows, columns;  // of the tile that is summed in registers
   int64_t strip;          // floats of a packed strip of the left factor: tile rows x kDepth
@@ -76,7 +76,7 @@ const TrainingKernels* training_kernels();
 
 // Everything below: `threads` at most, memory of this machine, shapes checked by the caller.
 
-// out [rows][columns] (+)= a b
+// out [rows][columns] = a b; `add`, for FP32 results alone: += a b
 void product(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, int64_t rows, int64_t columns,
              int64_t inner, void* out, int64_t ld, Kind out_kind, bool add, int threads);
 

@@ -76,6 +76,29 @@ def test_info_of_a_path_as_json(run: Path) -> None:
     assert json.loads(done.stdout)["cost"]["per_1e8_tokens"] == pytest.approx(2 / 3600 * 1e8 / 10)
 
 
+def test_four_bits_and_back(run: Path) -> None:
+    """README's commands: quantise, run, describe, chat, and turn back; a damaged file is refused by name."""
+    model, small, back = (str(run / name) for name in ("out/model", "nf4", "back"))
+    done = deepseek("quantize", model, small, "--keep", "*kv_a_proj*")
+    assert done.returncode == 0 and "bits a weight" in done.stdout, done.stderr
+    texts = []
+    for folder in (small, back):
+        if folder == back:
+            assert deepseek("quantize", small, back, "--format", "bf16").returncode == 0
+        done = deepseek("infer", "--model", folder, "--prompt", "On Monday", "--max_tokens", "8", "--temperature", "0")
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+        texts.append(done.stdout)
+    assert texts[0][:12] == texts[1][:12]  # a model that knows one sentence; rounding may show after a while
+    assert json.loads(deepseek("info", small, "--json").stdout)["total"] > 0
+    assert deepseek("chat", "--model", small, "--max_tokens", "4", "--seed", "1", stdin="hello\n/exit\n").returncode == 0
+    again = deepseek("quantize", model, small)
+    assert again.returncode == 2 and "must be a new or an empty folder" in again.stderr
+    weights = Path(small) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    broken = deepseek("infer", "--model", small, "--prompt", "x")
+    assert broken.returncode == 2 and "model.safetensors" in broken.stderr and "Traceback" not in broken.stderr
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (("infer", "--model", "nowhere", "--prompt", "x"), "nowhere: no such folder"),
     (("infer", "--model", "{model}", "--prompt", "x", "--temperature", "-1"), "temperature = -1.0: must"),
@@ -85,6 +108,10 @@ def test_info_of_a_path_as_json(run: Path) -> None:
     (("train", "nano", "{data}", "--out", "{data}/run"), "must not lie inside DATA"),
     (("train", "nano", "{data}", "--out", "{out}", "--lr", "0"), "lr = 0.0: must be a positive number"),
     (("train", "tiny", "{data}", "--out", "{out}"), "tiny: no such folder"),
+    (("quantize", "nowhere", "{out}"), "nowhere: no such folder"),
+    (("quantize", "{model}", "{out}", "--format", "nf5"), "nf5"),
+    (("quantize", "{model}", "{model}"), "must not be the source"),
+    (("quantize", "{model}", "{out}", "--keep", "nothing.*"), "keep = 'nothing.*': no weight"),
     (("info", "v3-67b", "--price_per_hour", "-1", "--tokens_per_second", "1"), "price_per_hour = -1.0: must"),
 ])
 def test_what_a_user_gets_wrong_is_one_clear_line(run: Path, words: tuple[str, ...], message: str) -> None:
