@@ -89,8 +89,8 @@ def test_four_bits_and_back(run: Path) -> None:
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
         texts.append(done.stdout)
     assert texts[0][:12] == texts[1][:12]  # a model that knows one sentence; rounding may show after a while
-    assert json.loads(deepseek("info", small, "--json").stdout)["total"] > 0
-    assert deepseek("chat", "--model", small, "--max_tokens", "4", "--seed", "1", stdin="hello\n/exit\n").returncode == 0
+    assert json.loads(deepseek("info", small, "--json").stdout)["parameters"]
+    assert deepseek("chat", "--model", small, "--max_tokens", "4", stdin="hello\n/exit\n").returncode == 0
     again = deepseek("quantize", model, small)
     assert again.returncode == 2 and "must be a new or an empty folder" in again.stderr
     weights = Path(small) / "model.safetensors"

@@ -360,7 +360,7 @@ void test_operations() {
 struct Numbers {
   Exact<uint8_t> bytes;
   Kind kind;
-  Numbers(int64_t count, Kind kind) : bytes(count * bytes_of(kind), 2), kind(kind) {
+  Numbers(int64_t count, Kind kind) : bytes(count * bytes_of(kind), bytes_of(kind)), kind(kind) {
     for (int64_t i = 0; i < count; ++i) {
       const float x = normal();
       uint32_t bits;
