@@ -51,10 +51,12 @@ sanitize:  ## the native kernels under the address, undefined-behaviour and thre
 	DEEPSEEK_ISA=scalar build/sanitize/kernels_test
 	build/sanitize/pool_test
 
-bench: $(VENV)/.test  ## every figure of the README, measured here
+bench: $(VENV)/.test demo  ## every figure of the README, measured here (an hour or two)
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/balance.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/full_size.py
+	$(BIN)/python benchmarks/quality.py
 
 clean:  ## remove what the build made (not what you trained)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
