@@ -14,9 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def deepseek(*words: str, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def deepseek(
+    *words: str, stdin: str | None = None, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "deepseek.cli", *words], input=stdin, capture_output=True, text=True,
-                          cwd=cwd, timeout=120)
+                          cwd=cwd, timeout=120, env=os.environ | environment)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,13 @@ def test_four_bits_and_back(run: Path) -> None:
     assert texts[0][:12] == texts[1][:12]  # a model that knows one sentence; rounding may show after a while
     assert json.loads(deepseek("info", small, "--json").stdout)["parameters"]
     assert deepseek("chat", "--model", small, "--max_tokens", "4", stdin="hello\n/exit\n").returncode == 0
+    command = "infer", "--model", small, "--prompt", "On Monday", "--max_tokens", "8", "--temperature", "0"
+    pure = deepseek(*command, DEEPSEEK_PURE="1")
+    assert pure.returncode == 0 and pure.stdout[:12] == texts[0][:12] and "DEEPSEEK_PURE is set" in pure.stderr
+    if "DEEPSEEK_PURE" not in os.environ:
+        other = deepseek(*command, DEEPSEEK_ISA="foo")
+        assert other.returncode == 2 and "DEEPSEEK_ISA = 'foo': this machine" in other.stderr
+        assert "Traceback" not in other.stderr
     again = deepseek("quantize", model, small)
     assert again.returncode == 2 and "must be a new or an empty folder" in again.stderr
     weights = Path(small) / "model.safetensors"

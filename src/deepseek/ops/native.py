@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 
 def _load() -> Any:
     if os.environ.get("DEEPSEEK_PURE", "0") not in ("", "0"):
@@ -24,7 +26,10 @@ def _load() -> Any:
     else:
         from deepseek import _native
 
-        _native.isa()  # refuses an instruction set that is not there
+        try:
+            _native.isa()
+        except RuntimeError as error:  # DEEPSEEK_ISA names an instruction set that is not there
+            raise ConfigError(str(error)) from None
         return _native
     warnings.warn(f"native kernels are not in use: {reason}; operations run their torch reference", stacklevel=2)
     return None

@@ -181,7 +181,7 @@ def grouped_quantised_linear(
         raise ValueError(f"offset and stride must be multiples of 64 bytes, got {offset} and {stride}")
     checks.packed_bytes("packed", packed, offset + (groups - 1) * stride + matrix_bytes(rows, columns, bits))
     if not fits(packed) or x_TGK.stride(2) != 1:
-        parts = (packed[offset + g * stride :][: matrix_bytes(rows, columns, bits)] for g in range(groups))
+        parts = (packed.flatten()[offset + g * stride :][: matrix_bytes(rows, columns, bits)] for g in range(groups))
         return torch.stack([linear_reference(x_TGK[:, g], unpack(part, rows, columns, bits))
                             for g, part in enumerate(parts)], 1)
     out = x_TGK.new_empty(tokens, groups, rows)
