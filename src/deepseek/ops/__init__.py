@@ -7,7 +7,7 @@ from .latent import latent_attention, naive_attention, prepare_latents
 from .linear import linear
 from .loss import linear_cross_entropy
 from .mlp import swiglu
-from .native import fast_bf16, fits
+from .native import fast_bf16
 from .norm import rms_norm
 from .quantised import (
     ExpertTable,
@@ -21,7 +21,7 @@ from .quantised import (
 from .rotary import rotate
 
 __all__ = [
-    "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "fits", "grouped_quantised_linear",
+    "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "grouped_quantised_linear",
     "latent_attention", "linear", "linear_cross_entropy", "naive_attention", "pack_panels", "panel_linear",
     "prepare_latents", "quantised_experts", "quantised_linear", "quantised_mlp", "rms_norm", "rotate", "swiglu",
 ]
