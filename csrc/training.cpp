@@ -120,16 +120,23 @@ std::vector<Piece> pieces_of(const Experts& e, int threads) {
   return pieces;
 }
 
-// out[t] = sum of the token's rows of y, in the order of the experts.
+// out[t] = sum of the token's rows of y, in the order of the experts; zeros where it has none.
 void combine(const Experts& e, const float* y, void* out, int threads) {
   constexpr int64_t kTokens = 32;
   parallel(divide_up(e.tokens, kTokens), threads, [&](int64_t i) {
     static thread_local std::vector<const float*> rows;
     rows.resize(e.top);
     for (int64_t t = i * kTokens; t < std::min(e.tokens, (i + 1) * kTokens); ++t) {
-      for (int64_t k = 0; k < e.top; ++k) rows[k] = y + e.slot[t * e.top + k] * e.hidden;
-      std::sort(rows.begin(), rows.end());
-      table().sum_rows(rows.data(), e.top, e.hidden, at(out, t * e.hidden, e.kind), e.kind);
+      int64_t count = 0;
+      for (int64_t k = 0; k < e.top; ++k)
+        if (int64_t slot = e.slot[t * e.top + k]; slot >= 0) rows[count++] = y + slot * e.hidden;
+      void* sum = at(out, t * e.hidden, e.kind);
+      if (count == 0) {
+        zero_rows(sum, 1, e.hidden, e.hidden, e.kind);
+        continue;
+      }
+      std::sort(rows.begin(), rows.begin() + count);
+      table().sum_rows(rows.data(), count, e.hidden, sum, e.kind);
     }
   });
 }

@@ -81,7 +81,7 @@ void product(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transpo
              int64_t inner, void* out, int64_t ld, Kind out_kind, bool add, int threads);
 
 // One layer's routed experts over pairs sorted by expert (ops/experts.py). token, weight: [pairs]; ends: [experts], where
-// each one's pairs end; slot: [tokens][top], the pairs of a token.
+// each one's pairs end; slot: [tokens][top], the pairs of a token, -1 for none.
 struct Experts {
   int64_t tokens, hidden, top, pairs, experts, inner;
   const int64_t *token, *ends, *slot;

@@ -10,7 +10,8 @@ import pytest
 
 import deepseek
 
-PUBLIC = ["ExpertId", "LLM", "ModelConfig", "SamplingParams", "Tokenizer", "load_model", "quantize", "save_model"]
+PUBLIC = ["Atlas", "ExpertId", "LLM", "LoRAAdapter", "MoEFineTuner", "ModelConfig", "SamplingParams", "Tokenizer",
+          "load_model", "quantize", "save_model", "select_experts"]
 
 
 def test_the_public_names_are_this_sorted_list() -> None:

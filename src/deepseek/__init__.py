@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .atlas import Atlas as Atlas
+    from .atlas import select_experts as select_experts
     from .checkpoint import load_model as load_model
     from .checkpoint import save_model as save_model
     from .config import ModelConfig as ModelConfig
@@ -14,16 +16,22 @@ if TYPE_CHECKING:
     from .engine import SamplingParams as SamplingParams
     from .ids import ExpertId as ExpertId
     from .tokenizer import Tokenizer as Tokenizer
+    from .tune import LoRAAdapter as LoRAAdapter
+    from .tune import MoEFineTuner as MoEFineTuner
 
 _WHERE = {
+    "Atlas": "atlas",
     "ExpertId": "ids",
     "LLM": "engine",
+    "LoRAAdapter": "tune",
+    "MoEFineTuner": "tune",
     "ModelConfig": "config",
     "SamplingParams": "engine",
     "Tokenizer": "tokenizer",
     "load_model": "checkpoint",
     "quantize": "convert",
     "save_model": "checkpoint",
+    "select_experts": "atlas",
 }
 __all__ = sorted(_WHERE)
 __version__ = "0.1.0"

@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
-from .errors import ConfigError, MoEDRError, RequestError
+from .errors import ConfigError, DataError, MoEDRError, RequestError
+from .tune.settings import TuneConfig
 
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .engine import LLM, SamplingParams
     from .tokenizer import Tokenizer
+
+
+LORA_FLAGS = {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules",
+              "lora_experts": "experts"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,11 +97,12 @@ def train(args: argparse.Namespace) -> None:
 
     _machine(args)
     config, out = _config(args.config), Path(args.out)
-    for source in args.data:
+    data = _training_data(args, config)
+    for source in [place for places in data.values() for place in places] if isinstance(data, dict) else data:
         if out.resolve().is_relative_to(Path(source).resolve()):
             raise ConfigError(f"out = {out}: must not lie inside DATA ({source}), or the run would read its own logs")
     settings = TrainConfig(**{setting.name: getattr(args, setting.name) for setting in fields(TrainConfig)})
-    tokenizer = _training_tokenizer(args, config, out)
+    tokenizer = _training_tokenizer(args, data, config, out)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
     config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None,
@@ -103,7 +111,7 @@ def train(args: argparse.Namespace) -> None:
         def packed(_: int, tokens: int) -> None:
             bar.update(tokens - bar.n)
 
-        shards, report = pack_cached(args.data, tokenizer, out / "tokens", valid_fraction=args.valid_fraction,
+        shards, report = pack_cached(data, tokenizer, out / "tokens", valid_fraction=args.valid_fraction,
                                      progress=packed)
     if report is not None:
         print(report.summary())
@@ -118,6 +126,41 @@ def train(args: argparse.Namespace) -> None:
     trainer.run()
     print(f"model: {out / 'model'}\nloss:  {out / 'loss.png'}\nlog:   {out / 'log.jsonl'}\n"
           f"try:   deepseek-infer --model {out / 'model'} --prompt '…'")
+
+
+def tune(args: argparse.Namespace) -> None:
+    from .tune import LoRAAdapter, MoEFineTuner
+
+    settings: dict[str, Any] = {}
+    if args.config:
+        from .data.shapes import read_yaml
+
+        settings = read_yaml(args.config)
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{args.config}: must be a table of settings, got {type(settings).__name__}")
+    settings |= {key: value for key, value in vars(args).items()
+                 if value not in (None, []) and key not in ("run", "usage", "config", "threads")}
+    lora = settings.pop("lora", {})
+    if not isinstance(lora, dict):
+        raise ConfigError(f"lora = {lora!r}: must be a table such as {{r: 16, target_modules: [q_proj]}}")
+    for flag, key in LORA_FLAGS.items():
+        if flag in settings:
+            lora[key] = settings.pop(flag)
+    if unknown := sorted(set(lora) - {field.name for field in fields(LoRAAdapter)}):
+        raise ConfigError(f"lora: unknown setting {', '.join(unknown)}; there are "
+                          f"{', '.join(field.name for field in fields(LoRAAdapter))}")
+    if settings.get("expert_tune") == ["auto"]:
+        settings["expert_tune"] = "auto"
+    model, data, size = (settings.pop(key, None) for key in ("model", "data", "records_a_round"))
+    if not model or not data:
+        raise ConfigError("model and data must be given, on the command line or in the file of --config")
+    _threads(args)
+    tuner = MoEFineTuner(model, adapter=LoRAAdapter(**lora) if lora else None, **settings)
+    if data in ("-", ["-"]):
+        lines = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
+        tuner.fit_stream(lines, records_a_round=size or 256)
+    else:
+        tuner.fit(data)
 
 
 def infer(args: argparse.Namespace) -> None:
@@ -174,6 +217,106 @@ def quantize(args: argparse.Namespace) -> None:
     print(f"model: {args.out}")
 
 
+def atlas_profile(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .atlas import Atlas, profile
+    from .atlas.atlas import FILE, Shape
+    from .atlas.show import table
+    from .checkpoint import load_model, resolve
+    from .config import ModelConfig
+    from .data import ReadReport, list_files, read_documents
+    from .errors import DataError
+    from .tokenizer import Tokenizer
+
+    _machine(args)
+    named = _named_paths(args.data, "data")
+    for _ in list_files([place for places in named.values() for place in places]):
+        pass  # a wrong path is said before a large model is loaded
+    if args.out is None and not Path(args.model).expanduser().is_dir():
+        raise ConfigError(f"out: must be given, because {args.model} is not a local folder to put {FILE} in")
+    folder = resolve(args.model)
+    out = Path(args.out).expanduser() if args.out else folder / FILE
+    out = out / FILE if out.is_dir() else out
+    known = Atlas.load(out) if out.is_file() else None
+    if known is not None:
+        if known.shape != (shape := Shape.of(ModelConfig.from_file(folder))):
+            raise ConfigError(f"out = {out}: holds the atlas of another model: {known.shape}; this one has {shape}")
+        if taken := [name for name in named if name in known and known.group(name).kind == "built-in"]:
+            raise ConfigError(f"{taken[0]}: is built into the model; measure it under another name, or write to "
+                              "another --out")
+    report = ReadReport()
+    tokenizer, model = Tokenizer.load(folder), load_model(folder, device=args.device)
+    with _tokens_bar("profile") as advance:
+        measured = profile(model, tokenizer, {name: read_documents(places, report) for name, places in named.items()},
+                           score=args.score, threshold=args.threshold, seq_len=args.seq_len, tokens=args.tokens,
+                           seed=args.seed, progress=advance)
+    if report.problems:
+        print(report.summary())
+    if not measured.names:
+        raise DataError("; ".join(f"{refusal.name} is {refusal.reason}" for refusal in measured.refused))
+    (known.updated(measured) if known else measured).save(out)
+    print(table(measured))
+    if len(named) == 1:
+        print("One name alone shows that its experts are stable, not that they are its own: other text, under a second "
+              "name, would.")
+    print(f"atlas: {out}")
+
+
+def atlas_show(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .atlas import Atlas
+    from .atlas.draw import save_group_map
+    from .atlas.show import page, table
+    from .checkpoint import resolve
+    from .files import write_atomically
+
+    atlas = Atlas.load(args.place if Path(args.place).expanduser().exists() else resolve(args.place))
+    print(table(atlas))
+    if args.png:
+        save_group_map(atlas, args.png)
+        print(f"map:  {args.png}")
+    if args.html:
+        write_atomically(args.html, page(atlas))
+        print(f"page: {args.html}")
+
+
+def atlas_compare(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .atlas import Atlas
+    from .atlas.atlas import FILE, Shape
+    from .atlas.compare import Trace, compare, trace
+    from .atlas.sample import draw, window_length
+    from .checkpoint import load_model, resolve
+    from .config import ModelConfig
+    from .data import ReadReport, read_documents
+    from .tokenizer import Tokenizer
+
+    _machine(args)
+    folders = [resolve(name) for name in (args.first, args.second)]
+    shapes = [Shape.of(ModelConfig.from_file(folder)) for folder in folders]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(f"the models differ in shape: {args.first} has {shapes[0]}; {args.second} {shapes[1]}")
+    tokenizer, other = (Tokenizer.load(folder) for folder in folders)
+    if tokenizer.fingerprint != other.fingerprint:
+        raise ConfigError(f"{args.first} and {args.second} have different tokenizers, so no text is the same to both")
+    beside = [args.atlas] if args.atlas else [f for folder in reversed(folders) if (f := folder / FILE).is_file()]
+    atlas = Atlas.load(beside[0]) if beside else None
+    report = ReadReport()
+    sample = draw("", read_documents(args.data, report), tokenizer, tokens=args.tokens, seed=args.seed,
+                  seq_len=window_length(ModelConfig.from_file(folders[0]), args.seq_len))
+    if report.problems:
+        print(report.summary())
+
+    def traced(folder: Path) -> Trace:  # one model in memory at a time
+        with _tokens_bar("route") as advance:
+            return trace(load_model(folder, device=args.device), sample, tokenizer, advance)
+
+    print(compare(traced(folders[0]), traced(folders[1]), atlas).table())
+
+
 # ---- what verbs share ---------------------------------------------------------------------------------------------
 
 
@@ -193,7 +336,35 @@ def _config(name: str) -> ModelConfig:
     return ModelConfig.from_file(resolve(name))
 
 
-def _training_tokenizer(args: argparse.Namespace, config: ModelConfig, out: Any) -> Tokenizer:
+def _training_data(args: argparse.Namespace, config: ModelConfig) -> Any:
+    """DATA, or {expert name: its paths} of --experts; a bare DATA beside them is text without a name."""
+    if not args.experts:
+        if not args.data:
+            raise ConfigError("data: at least one DATA or --experts NAME=PATH must be given")
+        return args.data
+    named: dict[str, list[str]] = _named_paths(args.experts, "experts")
+    if config.n_group < max(2, len(named)):
+        raise ConfigError(f"n_group = {config.n_group}: must be at least 2, and one for each of the {len(named)} "
+                          f"expert names ({', '.join(named)})")
+    if config.topk_group >= config.n_group:
+        raise ConfigError(f"topk_group = {config.topk_group}: must be below n_group ({config.n_group}), or the gate "
+                          "never chooses between named groups")
+    return named | ({"": args.data} if args.data else {})
+
+
+def _named_paths(words: Sequence[str], flag: str) -> dict[str, list[str]]:
+    """`name=PATH` words as {name: [PATH, …]}; a name may come several times."""
+    named: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not (equals and path and name.isidentifier()):
+            raise ConfigError(f"{flag} = {word!r}: must read NAME=PATH (for example law_expert=data/law), the name "
+                              "made of letters, digits and _")
+        named.setdefault(name, []).append(path)
+    return named
+
+
+def _training_tokenizer(args: argparse.Namespace, data: Any, config: ModelConfig, out: Any) -> Tokenizer:
     """The one given, the one of an earlier start of this run, or one trained on the data."""
     from .data import ReadReport, read_documents
     from .files import replace_folder
@@ -202,17 +373,30 @@ def _training_tokenizer(args: argparse.Namespace, config: ModelConfig, out: Any)
     folder = args.tokenizer or out / "tokenizer"
     if not args.tokenizer and not (folder / "tokenizer.json").is_file():
         print(f"training a tokenizer of {config.vocab_size:,} tokens on the data", flush=True)
-        trained = Tokenizer.train((d.text for d in read_documents(args.data, ReadReport())), config.vocab_size)
+        trained = Tokenizer.train((d.text for d in read_documents(data, ReadReport())), config.vocab_size)
         with replace_folder(folder) as staging:
             trained.save(staging)
     return Tokenizer.load(folder)
+
+
+@contextmanager
+def _tokens_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar: what it yields takes (tokens done, tokens in all)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=text, unit=" tokens", unit_scale=True, dynamic_ncols=True) as bar:
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
 
 
 def _llm(args: argparse.Namespace) -> LLM:
     _machine(args)
     from .engine import LLM
 
-    return LLM(args.model, dtype=args.dtype, device=args.device)
+    return LLM(args.model, dtype=args.dtype, device=args.device, adapter=args.adapter)
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
@@ -246,10 +430,26 @@ def _machine(args: argparse.Namespace) -> None:
         raise ConfigError(f"device = {args.device!r}: must be cpu or cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': this torch finds no GPU")
+    _threads(args)
+
+
+def _threads(args: argparse.Namespace) -> None:
+    import torch
+
     if args.threads is not None:
         if args.threads < 1:
             raise ConfigError(f"threads = {args.threads}: must be an integer >= 1")
         torch.set_num_threads(args.threads)
+
+
+def _json_line(line: str, number: int) -> Any:
+    """The value of one line of standard input."""
+    import json
+
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"standard input:{number}: not JSON: {error}") from None
 
 
 # ---- the parser ---------------------------------------------------------------------------------------------------
@@ -283,10 +483,13 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("data", nargs="+", metavar="DATA", help="text, code, JSONL or folders of them")
     step.add_argument("--vocab_size", type=int, default=16384, help="tokens in all, special ones included")
     step.add_argument("--out", required=True, help="folder to write")
+    add_verbs(steps, _verb)
 
     verb = _verb(verbs, "train", train, "train a model from scratch; the same command continues a stopped run")
     verb.add_argument("config", metavar="CONFIG", help="a preset or a config.json")
-    verb.add_argument("data", nargs="+", metavar="DATA", help="text, code, JSONL or folders of them")
+    verb.add_argument("data", nargs="*", metavar="DATA", help="text, code, JSONL or folders of them")
+    verb.add_argument("--experts", nargs="+", action="extend", metavar="NAME=PATH",
+                      help="text by expert: binds the routing groups to these names; a name may come several times")
     verb.add_argument("--out", required=True, help="folder of the run")
     verb.add_argument("--tokenizer", help="folder of a tokenizer; else one is trained on the data")
     verb.add_argument("--valid_fraction", type=float, default=0.01, help="share of the documents held out")
@@ -294,6 +497,57 @@ def _parser() -> argparse.ArgumentParser:
     for setting in fields(TrainConfig):
         kind: dict[str, Any] = {"action": "store_true"} if setting.default is False else {"type": type(setting.default)}
         verb.add_argument(f"--{setting.name}", default=setting.default, help=setting.metadata["help"], **kind)
+
+    verb = _verb(verbs, "atlas", None, "experts by name: measure, show and compare them")
+    steps = verb.add_subparsers(title="steps", metavar="STEP")
+    verb.set_defaults(usage=verb.print_help)
+    step = _verb(steps, "profile", atlas_profile, "measure which experts the text of each name visits")
+    step.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    step.add_argument("--data", nargs="+", action="extend", required=True, metavar="NAME=FILE",
+                      help="text of a name; a name may come several times, and a few names tell more than one")
+    step.add_argument("--score", choices=("token", "gate"), default="token", help="what experts are ranked by")
+    step.add_argument("--threshold", type=float, help="share to select; else 0.2 for token, 0.1 for gate")
+    step.add_argument("--out", metavar="FILE", help="else atlas.json beside the model")
+    _sample_flags(step)
+    step = _verb(steps, "show", atlas_show, "named groups, their evidence and overlap")
+    step.add_argument("place", metavar="MODEL|ATLAS", help="a checkpoint folder, a hub id or an atlas.json")
+    step.add_argument("--png", metavar="FILE", help="draw layers by experts, coloured by name")
+    step.add_argument("--html", metavar="FILE", help="write a page with all of it")
+    step = _verb(steps, "compare", atlas_compare, "how far routing has moved between two checkpoints of one shape")
+    step.add_argument("first", metavar="A", help="a checkpoint folder or a hub id")
+    step.add_argument("second", metavar="B", help="another of the same shape")
+    step.add_argument("--data", nargs="+", action="extend", required=True, metavar="FILE", help="text to route")
+    step.add_argument("--atlas", metavar="FILE", help="names to follow; else the atlas beside B, or A")
+    _sample_flags(step)
+
+    verb = _verb(verbs, "tune", tune, "tune experts or side paths on records; the same command continues a stopped run",
+                 argparse.HelpFormatter)
+    verb.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint folder or a hub id")
+    verb.add_argument("data", nargs="*", metavar="DATA", default=None,
+                      help="records: files or folders (see `deepseek data`), or - for JSON lines on standard input, "
+                           "learnt round by round")
+    verb.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win over it")
+    verb.add_argument("--out", help="folder of the run (MODEL-tuned)")
+    verb.add_argument("--general", nargs="+", metavar="PATH", help="text that must not be forgotten, to measure it")
+    verb.add_argument("--old", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
+    verb.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
+    verb.add_argument("--records_a_round", type=int, help="records of standard input that make a round (256)")
+    verb.add_argument("--r", type=int, help="LoRA: rank of the side paths; makes this a LoRA tuning")
+    verb.add_argument("--lora_alpha", type=float, help="LoRA: the side path counts alpha / r (8)")
+    verb.add_argument("--lora_dropout", type=float, help="LoRA: share of its inputs dropped (0)")
+    verb.add_argument("--target_modules", nargs="+", help="LoRA: linear modules, such as q_proj, v_proj, all-linear")
+    verb.add_argument("--lora_experts", nargs="+", metavar="NAME", help="LoRA: experts that get side paths too")
+    verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+    kinds = {"atlas": str, "threshold": float, "steps": int}
+    for setting in fields(TuneConfig):
+        flag, text, default = f"--{setting.name}", setting.metadata["help"], setting.default
+        if default is False:
+            verb.add_argument(flag, action="store_true", default=None, help=text)
+        elif setting.name in ("expert_tune", "expert_freeze"):
+            verb.add_argument(flag, nargs="+", metavar="NAME", help=text)
+        else:
+            shown = "" if default is None else f" ({default})"
+            verb.add_argument(flag, type=kinds.get(setting.name) or type(default), help=text + shown)
 
     verb = _verb(verbs, "quantize", quantize, "write a checkpoint in fewer bits; the same command goes on after a stop")
     verb.add_argument("source", metavar="IN", help="a checkpoint folder or a hub id (BF16, FP32 or FP8)")
@@ -318,8 +572,8 @@ def _parser() -> argparse.ArgumentParser:
 Run = Callable[[argparse.Namespace], None]
 
 
-def _verb(verbs: Any, name: str, run: Run | None, text: str) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=text, formatter_class=_Formatter)
+def _verb(verbs: Any, name: str, run: Run | None, text: str, formatter: Any = None) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text, formatter_class=formatter or _Formatter)
     if run is not None:
         verb.set_defaults(run=run)
     return verb
@@ -330,9 +584,17 @@ def _device_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
 
 
+def _sample_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--tokens", type=int, default=1 << 16, help="tokens to sample (for each name)")
+    verb.add_argument("--seq_len", type=int, help="length of a window at most; else 512, or what the model takes")
+    verb.add_argument("--seed", type=int, default=0, help="of the sample")
+    _device_flags(verb)
+
+
 def _model_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--model", required=True, help="a checkpoint folder or a hub id")
     _device_flags(verb)
+    verb.add_argument("--adapter", metavar="DIR", help="a delta or an adapter that `deepseek tune` left, to put in")
     verb.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     verb.add_argument("--max_tokens", type=int, default=256, help="tokens to generate at most")
     verb.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")

@@ -207,7 +207,7 @@ def test_an_epoch_visits_every_window_once(tokens: int, seq_len: int, tmp_path: 
 
 
 def test_labels_are_the_next_tokens(tmp_path: Path) -> None:
-    ids, labels = counting(tmp_path / "t", 200).batch(3, 4, 16, seed=5)
+    ids, labels = counting(tmp_path / "t", 200).batch(3, 4, 16, seed=5)[:2]
     assert ids.shape == labels.shape == (4, 16)
     assert ids.dtype == labels.dtype == torch.int64
     assert torch.equal(labels, ids + 1)
@@ -244,10 +244,10 @@ def test_too_little_data_says_how_much_is_needed(tmp_path: Path) -> None:
 def test_held_out_windows(tmp_path: Path) -> None:
     shards = counting(tmp_path / "t", 10)  # 23 held-out tokens: 22 labels
     batches = list(shards.valid_batches(2, 5))
-    assert [ids.shape[0] for ids, _ in batches] == [2, 2, 1]
-    labels = torch.cat([labels for _, labels in batches]).flatten()
+    assert [ids.shape[0] for ids, *_ in batches] == [2, 2, 1]
+    labels = torch.cat([labels for _, labels, *_ in batches]).flatten()
     assert labels.tolist() == [*range(1, 23), -100, -100, -100]
-    ids = torch.cat([ids for ids, _ in batches]).flatten()
+    ids = torch.cat([ids for ids, *_ in batches]).flatten()
     assert ids.tolist() == [*range(23), 0, 0]
     assert len(list(shards.valid_batches(2, 5, 1))) == 1
     assert list(shards.valid_batches(2, 5, 0)) == []

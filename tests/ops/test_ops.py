@@ -323,10 +323,14 @@ def choice(kind: str) -> Tensor:
     if kind == "no token":
         return torch.empty(0, K, dtype=torch.long)
     generator = torch.Generator().manual_seed(5)
-    return torch.rand(23, E, generator=generator).argsort(1)[:, :K]
+    index = torch.rand(23, E, generator=generator).argsort(1)[:, :K]
+    if kind == "some are elsewhere":
+        index[torch.rand(23, K, generator=generator) < 0.5] = -1
+        index[5] = -1
+    return index.fill_(-1) if kind == "all are elsewhere" else index
 
 
-KINDS = ["spread", "one token", "all on one expert", "half are idle"]
+KINDS = ["spread", "one token", "all on one expert", "half are idle", "some are elsewhere"]
 
 
 def inputs_for(index_TK: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -338,8 +342,7 @@ def inputs_for(index_TK: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Te
 def grouped(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The GPU form, reached as `expert_mlp` reaches it."""
     pairs = experts.sort_pairs(index, gate_up.shape[0])
-    weight_P = weight.new_empty(weight.numel()).scatter(0, pairs.slot_TK.flatten(), weight.flatten())
-    return experts._grouped(x, weight_P, gate_up, down, pairs)
+    return experts._grouped(x, experts.pair_weights(weight, pairs), gate_up, down, pairs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -354,10 +357,11 @@ def test_both_forms_are_the_reference(form: Callable[..., Tensor], kind: str) ->
     assert_agree(call(form), call(experts.expert_mlp_reference), rtol=1e-4, atol=1e-5)
 
 
-def test_no_token_at_all() -> None:
-    index = choice("no token")
+@pytest.mark.parametrize("kind", ["no token", "all are elsewhere"])
+def test_no_pair_at_all(kind: str) -> None:
+    index = choice(kind)
     value, grads = with_grads(lambda x, w, g, d: ops.expert_mlp(x, index, w, g, d), *inputs_for(index))
-    assert value.shape == (0, H) and bool((grads[2] == 0).all()) and bool((grads[3] == 0).all())
+    assert value.shape == (len(index), H) and not any(bool(t.any()) for t in (value, *grads))
 
 
 @pytest.mark.parametrize("units", ["as here", "FP32", "BF16"])

@@ -1,5 +1,9 @@
 """Which experts serve what."""
 
+from .accuracy import RoutingAccuracy
+from .atlas import Atlas, NamedGroup
+from .profile import profile
+from .selection import select_experts
 from .usage import ExpertUsage
 
-__all__ = ["ExpertUsage"]
+__all__ = ["Atlas", "ExpertUsage", "NamedGroup", "RoutingAccuracy", "profile", "select_experts"]

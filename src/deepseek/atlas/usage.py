@@ -14,7 +14,6 @@ Shape letters: L layers with routed experts, E experts, K experts a token, T tok
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import ConfigError, DataError
-from ..files import write_atomically
 from ..model import RoutingRecord, expert_load, max_violation
+from .draw import frame, save_png
 
 FORMAT = 1
 WIDTH = 100  # columns of the table
@@ -128,27 +127,16 @@ class ExpertUsage:
         """
         if not self.layers or not self.tokens:
             raise DataError("no expert usage to draw: no token was counted")
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import TwoSlopeNorm
-        from matplotlib.figure import Figure
 
         rows, columns = len(self.layers), self.experts
         ratio_LE = (self.share() / self.uniform_share).numpy()
         deepest = min(max(2.0, float(ratio_LE.max())), DEEPEST)
-        cell = min(0.55, max(11.5 / columns, 0.04))  # inches; few experts get room for figures
-        height = min(0.45, max(cell, 0.12))
-        figure = Figure(figsize=(max(cell * columns + 2.2, 7.0), height * rows + 1.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axis = figure.subplots()
+        figure, axis = frame(self.layers, columns)
         image = axis.imshow(ratio_LE, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, deepest), aspect="auto",
                             interpolation="nearest")
         axis.set_title(f"Share of tokens that visit each expert, against uniform routing\n{self.tokens:,} tokens, "
                        f"{self.top_k} of {columns} experts a token", fontsize=11)
-        axis.set_xlabel("expert")
-        axis.set_ylabel("layer")
-        axis.set_xticks(range(0, columns, max(1, columns // 32)))
-        step = 1 if rows <= 32 else 4
-        axis.set_yticks(range(0, rows, step), [str(layer) for layer in self.layers[::step]])
         if columns <= 32 and rows <= 16:
             for row in range(rows):
                 for e in range(columns):
@@ -160,9 +148,7 @@ class ExpertUsage:
         bar = figure.colorbar(image, ax=axis, extend="max" if beyond else "neither", pad=0.01)
         bar.set_label(f"share / uniform share ({self.uniform_share:.1%})")
         bar.set_ticks([t for t in ((0, 0.5, 1, 1.5, 2) if deepest < 3 else (0, 0.5, 1, 2, 3, 4)) if t <= deepest])
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
-        write_atomically(path, buffer.getvalue())
+        save_png(figure, path)
 
     # ---- for files --------------------------------------------------------------------------------------------
 

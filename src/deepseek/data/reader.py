@@ -2,50 +2,40 @@
 
     *.jsonl, *.ndjson   one record a line
     *.json              one record, or a list of them
+    *.csv, *.tsv        a row a record, named by its first row (or numbered: see RecordMap.header)
+    *.parquet           a row a record
     anything else       text or code: one document a file (a large file comes in pieces, cut at line ends)
-    *.gz                any of these, compressed
+    *.gz, *.zst         any of these but Parquet, compressed
     a folder            its files, recursively, sorted by name, without hidden and binary ones
+    a pattern           such as data/law/*.jsonl (** for folders between): what it matches, sorted by name
+    hf:NAME[:SPLIT]     a data set of the `datasets` library, on the hub or saved in the folder NAME; split `train`
 
-A record is a string, a conversation, or an object recognised by its keys: `text`, a conversation under one of
-CONVERSATIONS, or at least one key of ASKING and one of ANSWERING. Parts of the last kind are joined in the order of
-those two tuples, a line each, which covers question/answer, problem/analysis, instruction/input/output,
-prompt/completion and their relatives.
+What a record says is the business of shapes.py.
 """
 
 from __future__ import annotations
 
+import csv
+import glob
 import gzip
+import io
 import json
 import os
-import re
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ..errors import DataError, NotFoundError
+from ..errors import ConfigError, DataError, NotFoundError
+from .records import COLUMNS, Document, collect, to_documents
+from .shapes import RecordMap, is_turn, known_keys, shape
 
 PIECE_BYTES = 4 << 20
-CONVERSATIONS = ("messages", "conversations", "conversation", "turns", "dialogue")
-ASKING = ("instruction", "context", "body", "problem", "question", "prompt", "input", "en", "options")
-ANSWERING = ("analysis", "rationale", "solution", "canonical_solution", "long_answer", "answer", "answers", "output",
-             "completion", "response", "golden", "correct", "target", "zh")
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "bot": "assistant", "model": "assistant"}
-
-Turns = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. turns: (role, text) of a conversation, roles system, user and assistant; `text` is its plain form."""
-
-    text: str
-    source: str
-    line: int | None = None
-    turns: Turns = ()
+ROWS = 10_000  # of a Parquet file in memory at a time
+Named = Mapping[str, Sequence["str | Path"]]  # expert name -> its files and folders
 
 
 @dataclass(frozen=True)
@@ -78,8 +68,8 @@ class ReadReport:
         """Problems by reason."""
         return Counter(problem.reason for problem in self.problems)
 
-    def problem(self, source: str, line: int | None, reason: str, detail: str = "") -> None:
-        """Note a problem; raises DataError where the report is strict."""
+    def problem(self, source: str, line: int | None, reason: str, detail: str = "", raw: str = "") -> None:
+        """Note a problem; raises DataError where the report is strict. raw: the record as it stands in the file."""
         self.problems.append(Problem(source, line, reason, detail))
         if self.strict:
             raise DataError(str(self.problems[-1]))
@@ -97,56 +87,102 @@ class ReadReport:
         return "\n".join(lines)
 
 
-def read_documents(paths: Sequence[str | Path], report: ReadReport) -> Iterator[Document]:
-    """Every document of `paths`, in their order, folders sorted; a pure function of the files.
+def read_documents(
+    paths: Sequence[str | Path] | Named, report: ReadReport, mapping: RecordMap | None = None
+) -> Iterator[Document]:
+    """Every document of `paths`, in their order, folders sorted; a pure function of the files. Paths under the name of
+    an expert give documents with that name. mapping: what the columns of records are, where their names do not say it.
 
     Raises NotFoundError for a path that does not exist, DataError for a folder without a readable file, when nothing
     at all can be read, and, if the report is strict, at the first problem.
     """
+    if isinstance(paths, Mapping):
+        for places in paths.values():
+            _must_exist(places)
+        for name, places in paths.items():
+            yield from (replace(document, expert=name or document.expert)
+                        for document in read_documents(places, report, mapping))
+        return
     before = report.documents
     _must_exist(paths)
-    for path in map(Path, paths):
+    for path in paths:
         start, seen = report.documents, len(report.problems)
-        for file in list_files([path], report):
-            for document in _read(file, report, named=file == path):
-                report.documents += 1
-                report.characters += len(document.text)
-                yield document
-        if path.is_dir() and report.documents == start:
+        if is_hub(path):
+            report.files += 1
+            yield from _count(_documents(enumerate(_hub(path), 1), str(path), report, mapping), report)
+        else:
+            for file in list_files([path], report):
+                yield from _count(read_file(file, report, mapping, named=file == Path(path)), report)
+        if report.documents == start and Path(path).is_dir():
             why = "".join(f"; {problem}" for problem in report.problems[seen:][:1])
             raise DataError(f"{path}: the folder holds no readable text{why}")
     if report.documents == before:
         raise DataError("nothing to read" + "".join(f"; {problem}" for problem in report.problems[:3]))
 
 
+def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
+    for document in documents:
+        report.documents += 1
+        report.characters += len(document.text)
+        yield document
+
+
 def list_files(paths: Sequence[str | Path], report: ReadReport | None = None) -> Iterator[Path]:
-    """The files under `paths` in reading order; hidden ones inside folders are left out and counted in `report`."""
+    """The files under `paths` in reading order, those behind a hub id included; hidden ones inside folders are left out
+    and counted in `report`."""
     _must_exist(paths)
-    for path in map(Path, paths):
-        if path.is_file():
-            yield path
-        for folder, folders, names in os.walk(path):
-            hidden = [name for name in folders + names if name.startswith(".")]
-            if hidden and report is not None:
-                report.skipped["hidden"] += len(hidden)
-            folders[:] = sorted(set(folders) - set(hidden))
-            yield from filter(Path.is_file, (Path(folder, name) for name in sorted(set(names) - set(hidden))))
+    for place in paths:
+        if is_hub(place):
+            yield from (Path(file["filename"]) for file in _hub(place).cache_files)
+        for path in map(Path, [] if is_hub(place) else _matches(place)):
+            if path.is_file():
+                yield path
+            for folder, folders, names in os.walk(path):
+                hidden = [name for name in folders + names if name.startswith(".")]
+                if hidden and report is not None:
+                    report.skipped["hidden"] += len(hidden)
+                folders[:] = sorted(set(folders) - set(hidden))
+                yield from filter(Path.is_file, (Path(folder, name) for name in sorted(set(names) - set(hidden))))
+
+
+def is_hub(path: str | Path) -> bool:
+    """Whether this names a data set of the `datasets` library rather than files."""
+    return str(path).startswith("hf:")
+
+
+def _matches(path: str | Path) -> list[str]:
+    """The path itself where it exists, else what it matches as a pattern."""
+    if os.path.lexists(path) or not glob.has_magic(str(path)):
+        return [str(path)]
+    return sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - pathlib takes no absolute pattern
 
 
 def _must_exist(paths: Sequence[str | Path]) -> None:
-    for path in map(Path, paths):
-        if not path.is_file() and not path.is_dir():
-            raise NotFoundError(f"{path}: no such file or folder")
+    for path in paths:
+        if is_hub(path):
+            continue
+        if not (found := _matches(path)):
+            raise NotFoundError(f"{path}: matches no file")
+        for one in map(Path, found):
+            if not one.is_file() and not one.is_dir():
+                raise NotFoundError(f"{one}: no such file or folder")
 
 
-def _read(path: Path, report: ReadReport, *, named: bool) -> Iterator[Document]:
-    kind = path.with_suffix("") if path.suffix == ".gz" else path
-    read = {".jsonl": _read_lines, ".ndjson": _read_lines, ".json": _read_json}.get(kind.suffix.lower(), _read_text)
+# ---- one file ---------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path, report: ReadReport, mapping: RecordMap | None = None, *, named: bool) -> Iterator[Document]:
+    """The documents of one file. named: the user gave this very path, so that a binary file is a problem."""
+    name = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    kind = name.suffix.lower()
     try:
+        if kind == ".parquet":
+            report.files += 1
+            yield from _read_parquet(path, report, mapping)
+            return
         with path.open("rb") as raw:
-            file = cast(BinaryIO, gzip.open(raw)) if path.suffix == ".gz" else raw  # noqa: SIM115 - `raw` is closed
+            file = _uncompressed(raw, path.suffix)
             head = file.read(8192)
-            file.seek(0)
             if b"\0" in head and not named:
                 report.skipped["binary"] += 1
             elif b"\0" in head:
@@ -154,17 +190,56 @@ def _read(path: Path, report: ReadReport, *, named: bool) -> Iterator[Document]:
             elif not head.strip():
                 report.problem(str(path), None, "empty")
             else:
+                raw.seek(0)
+                file = _uncompressed(raw, path.suffix)
                 report.files += 1
-                yield from read(file, str(path), report)
+                if kind in (".jsonl", ".ndjson"):
+                    yield from read_lines(enumerate(file, 1), str(path), report, mapping)
+                elif kind == ".json":
+                    yield from _read_json(file, str(path), report, mapping)
+                elif kind in (".csv", ".tsv"):
+                    yield from _read_table(file, str(path), report, mapping, "\t" if kind == ".tsv" else ",")
+                else:
+                    yield from _read_text(file, str(path), report)
     except (OSError, EOFError, zlib.error) as error:  # no permission, a directory that vanished, damaged gzip
         report.problem(str(path), None, "unreadable", str(error))
+
+
+def _uncompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
+    if suffix == ".gz":
+        return cast(BinaryIO, gzip.open(raw))
+    if suffix == ".zst":
+        import zstandard
+
+        return cast(BinaryIO, io.BufferedReader(_Zst(zstandard.ZstdDecompressor().stream_reader(
+            raw, read_across_frames=True, closefd=False))))
+    return raw
+
+
+class _Zst(io.RawIOBase):
+    """A zstandard stream whose damage is an OSError, as gzip's is."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import zstandard
+
+        try:
+            return int(self.stream.readinto(buffer))
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from None
 
 
 def _decode(data: bytes, source: str, line: int | None, report: ReadReport, offset: int = 0) -> str | None:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        report.problem(source, line, "not UTF-8", f"byte 0x{data[error.start]:02x} at offset {offset + error.start:,}")
+        report.problem(source, line, "not UTF-8", f"byte 0x{data[error.start]:02x} at offset {offset + error.start:,}",
+                       "" if line is None else data.decode("utf-8", "backslashreplace").rstrip("\r\n"))
         return None
 
 
@@ -180,102 +255,145 @@ def _read_text(file: BinaryIO, source: str, report: ReadReport) -> Iterator[Docu
             yield Document(text, source)
 
 
-def _read_lines(file: BinaryIO, source: str, report: ReadReport) -> Iterator[Document]:
-    for number, line in enumerate(file, 1):
+def read_lines(
+    lines: Iterable[tuple[int, bytes]], source: str, report: ReadReport, mapping: RecordMap | None = None
+) -> Iterator[Document]:
+    """The documents of numbered lines of JSON; blank ones are none."""
+    for number, line in lines:
         if not line.strip():
             continue
         text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, source, number, report)
-        if text is not None:
-            yield from _parse(text, source, number, report)
+        if text is None:
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            report.problem(source, number, "not JSON", str(error), text.rstrip("\r\n"))
+            continue
+        try:
+            found = shape(value, mapping)
+        except DataError as error:
+            report.problem(source, number, "unusable record", str(error), text.rstrip("\r\n"))
+            continue
+        for one in found:
+            yield Document(one.text, source, number, one.turns, one.expert, one.metadata, one.answer_at)
 
 
-def _read_json(file: BinaryIO, source: str, report: ReadReport) -> Iterator[Document]:
+def _read_json(
+    file: BinaryIO, source: str, report: ReadReport, mapping: RecordMap | None
+) -> Iterator[Document]:
+    """One record, or a list of them (a list of turns is one record)."""
     text = _decode(file.read().removeprefix(b"\xef\xbb\xbf"), source, None, report)
-    if text is not None:
-        yield from _parse(text, source, None, report)
-
-
-def _parse(text: str, source: str, line: int | None, report: ReadReport) -> Iterator[Document]:
-    """The documents of one line, or of a whole .json file (where a list without roles is a list of records)."""
+    if text is None:
+        return
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        report.problem(source, line, "not JSON", str(error))
+        report.problem(source, None, "not JSON", str(error))
         return
-    whole = line is None and isinstance(value, list) and not all(_is_turn(item) for item in value)
-    for number, record in enumerate(value, 1) if whole else [(line, value)]:
+    whole = isinstance(value, list) and not all(is_turn(item) for item in value)
+    yield from _documents(enumerate(value, 1) if whole else [(None, value)], source, report, mapping)
+
+
+def _documents(
+    records: Iterable[tuple[int | None, Any]], source: str, report: ReadReport, mapping: RecordMap | None
+) -> Iterator[Document]:
+    for number, record in records:
         try:
-            for body, turns in _record(record):
-                if lone := re.search("[\ud800-\udfff]", body):
-                    raise DataError(f"a lone surrogate {lone[0]!r}, which UTF-8 cannot hold")
-                yield Document(body, source, number, turns)
+            found = shape(record, mapping)
         except DataError as error:
-            report.problem(source, number, "unusable record", str(error))
+            raw = json.dumps(record, ensure_ascii=False, default=str)
+            report.problem(source, number, "unusable record", str(error), raw)
+            continue
+        for one in found:
+            yield Document(one.text, source, number, one.turns, one.expert, one.metadata, one.answer_at)
 
 
-def _record(record: Any) -> list[tuple[str, Turns]]:
-    """(text, turns) of one record; more than one where it holds several instances. Raises DataError, saying why not."""
-    if isinstance(record, str):
-        record = {"text": record}
-    if isinstance(record, list):
-        return [_conversation(record)]
-    if not isinstance(record, Mapping):
-        raise DataError(f"must be an object, a list of turns or a string, got {type(record).__name__}")
-    keys = {str(key).lower(): value for key, value in record.items()}
-    if isinstance(keys.get("text"), str):
-        parts = [keys["text"], _part(keys.get("code"))]  # MBPP has the task under `text` and its solution under `code`
-    elif said := [keys[key] for key in CONVERSATIONS if isinstance(keys.get(key), list)]:
-        return [_conversation(said[0])]
-    elif isinstance(keys.get("instances"), list):  # self-instruct: one instruction, several inputs and outputs
-        rest = {key: value for key, value in keys.items() if key != "instances"}
-        return [pair for instance in keys["instances"] if isinstance(instance, Mapping)
-                for pair in _record({**rest, **instance})]
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def _read_table(
+    file: BinaryIO, source: str, report: ReadReport, mapping: RecordMap | None, delimiter: str
+) -> Iterator[Document]:
+    csv.field_size_limit(sys.maxsize >> 32)
+    rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    at = [1]  # the line where the current row begins
+
+    def numbered() -> Iterator[tuple[int, list[str]]]:
+        while True:
+            try:
+                row = next(rows, None)
+            except (csv.Error, UnicodeDecodeError) as error:
+                what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not CSV"
+                report.problem(source, None, what, f"after line {rows.line_num}: {error}")
+                return
+            if row is None:
+                return
+            if row:
+                yield at[0], row
+            at[0] = rows.line_num + 1
+
+    table = numbered()
+    if (first := next(table, None)) is None:
+        return
+    names = [name.strip() for name in first[1]]
+    if mapping is not None:
+        header = mapping.header if mapping.header is not None else not all(isinstance(c, int) for c in mapping.columns)
     else:
-        asked, answered = ([_part(keys.get(key)) for key in names] for names in (ASKING, ANSWERING))
-        if not (any(asked) and any(answered)):
-            names = ", ".join(sorted(keys)[:12]) + (", …" if len(keys) > 12 else "")
-            raise DataError(f"no text, and no filled question and answer, under a known key; it has {names or 'none'}")
-        parts = asked + answered
-    text = ""
-    for part in filter(None, parts):
-        text += part if not text or text.endswith("\n") else "\n" + part
-    if not text.strip():
-        raise DataError("the text is empty")
-    return [(text, ())]
+        header = known_keys(names)
+    before: list[tuple[int, list[str]]] = []
+    if not header:
+        before, names = [first], [str(i) for i in range(len(names))]
+        if mapping is None and len(names) == 6 and first[1][5] in ("A", "B", "C", "D"):
+            names = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]  # MMLU as first published
+        elif mapping is None:
+            report.problem(source, None, "unusable table", "no column is known; say with a map which is what; the "
+                           f"first row is {', '.join(first[1])[:120]}")
+            return
+
+    def records() -> Iterator[tuple[int, Any]]:
+        for part in (before, table):
+            for line, row in part:
+                if len(row) == len(names):
+                    yield line, dict(zip(names, row, strict=True))
+                else:
+                    report.problem(source, line, "unusable record", f"{len(row)} columns, must be {len(names)}",
+                                   delimiter.join(row))
+
+    yield from _documents(records(), source, report, mapping)
 
 
-def _part(value: Any) -> str:
-    """A value as text; choices become a line each; what is nested deeper is not text."""
-    if isinstance(value, Mapping):
-        value = [f"{key}. {item}" for key, item in value.items() if not isinstance(item, list | dict)]
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "\n".join(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return value if isinstance(value, str) else ""
+def _read_parquet(path: Path, report: ReadReport, mapping: RecordMap | None) -> Iterator[Document]:
+    import polars
+
+    try:
+        table = polars.scan_parquet(path)
+        names, rows = table.collect_schema().names(), collect(table.select(polars.len())).item()
+        for start in range(0, rows, ROWS):
+            part = collect(table.slice(start, ROWS))
+            if mapping is None and set(COLUMNS) <= set(names):  # what a step of the pipeline wrote
+                yield from to_documents(part)
+            else:
+                yield from _documents(enumerate(part.iter_rows(named=True), start + 1), str(path), report, mapping)
+    except polars.exceptions.PolarsError as error:
+        raise OSError(str(error)) from None
 
 
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("role" in value or "from" in value)
-
-
-def _conversation(turns: list[Any]) -> tuple[str, Turns]:
-    """Turns as {role, content}, as {from, value}, or as strings that alternate between user and assistant."""
-    out: list[tuple[str, str]] = []
-    for number, turn in enumerate(turns):
-        if isinstance(turn, str):
-            role, text = ("assistant" if number % 2 else "user"), turn
-        elif _is_turn(turn):
-            role = ROLES.get(str(turn.get("role", turn.get("from"))).lower(), "")
-            text = turn.get("content", turn.get("value"))
-        else:
-            raise DataError(f"turn {number + 1} has neither role and content nor from and value")
-        if not role:
-            raise DataError(f"turn {number + 1} has role {turn.get('role', turn.get('from'))!r}, "
-                            f"must be one of {', '.join(ROLES)}")
-        if not isinstance(text, str):
-            raise DataError(f"turn {number + 1} has no text")
-        out.append((role, text))
-    if not any(text.strip() for _, text in out):
-        raise DataError("the conversation is empty")
-    return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in out), tuple(out)
+def _hub(name: str | Path) -> Any:
+    """The data set behind hf:NAME[:SPLIT]."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"{name}: needs the datasets library: pip install 'moe-dr[datasets]'") from None
+    place, _, split = str(name).removeprefix("hf:").partition(":")
+    try:
+        if Path(place, "state.json").is_file() or Path(place, "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(place)
+            if isinstance(found, datasets.DatasetDict):
+                if (split or "train") not in found:
+                    raise ValueError(f"split = {split or 'train'!r}: must be one of {', '.join(found)}")
+                return found[split or "train"]
+            return found
+        return datasets.load_dataset(place, split=split or "train")
+    except (OSError, ValueError, ConnectionError) as error:
+        raise DataError(f"{name}: {' '.join(str(error).split())}") from None

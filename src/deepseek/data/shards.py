@@ -1,7 +1,8 @@
 """Documents -> token shards, and windows of them in an order that needs no memory.
 
     FOLDER/train.bin, valid.bin   token ids end to end, little-endian uint16 (uint32 where the vocabulary is larger)
-    FOLDER/shards.json            counts, dtype, the tokenizer's fingerprint, the sources
+    FOLDER/train.experts.bin, …   where documents have expert names: a byte a token, its place among them (255: no name)
+    FOLDER/shards.json            counts, dtype, the tokenizer's fingerprint, the sources, the expert names
 
 Every document stands between bos and eos. A hash of its text decides whether it is held out, so the split does not
 change when files are added or reordered. Where no document falls to the held-out side, the end of one is cut off for
@@ -18,11 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -31,13 +32,27 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, NotFoundError, RequestError
 from ..files import replace_folder, sha256, write_json
 from ..tokenizer import Tokenizer
-from .reader import Document, ReadReport, list_files, read_documents
+from .reader import Document, Named, ReadReport, list_files, read_documents
 
 FORMAT = 1
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 512
+NO_EXPERT = 255
 
 Progress = Callable[[int, int], None]
+
+
+class Batch(NamedTuple):
+    """Windows, int64. labels_BT: the ids one further, -100 for none; expert_BT: place of the name of each input token's
+    document among `TokenShards.experts`, -1 for none; real_BT: False for padding, None where there is none."""
+
+    ids_BT: Tensor
+    labels_BT: Tensor
+    expert_BT: Tensor
+    real_BT: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(None if t is None else t.to(device) for t in self))  # type: ignore[arg-type]
 
 
 class TokenShards:
@@ -51,6 +66,9 @@ class TokenShards:
             if self.about["format"] != FORMAT:
                 raise DataError(f"{path}: format = {self.about['format']!r}: must be {FORMAT}")
             self._train, self._valid = (self._map(split) for split in ("train", "valid"))
+            self.experts: tuple[str, ...] = tuple(self.about.get("experts", ()))
+            self._train_experts, self._valid_experts = (
+                self._map(split, ".experts") if self.experts else None for split in ("train", "valid"))
         except FileNotFoundError as error:
             raise NotFoundError(f"{error.filename}: no such file") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -62,16 +80,18 @@ class TokenShards:
         """What `pack` wrote to `folder`."""
         return cls(folder)
 
-    def _map(self, split: str) -> np.ndarray:
-        path, dtype, count = self.folder / f"{split}.bin", np.dtype(self.about["dtype"]), self.about[f"{split}_tokens"]
+    def _map(self, split: str, what: str = "") -> np.ndarray:
+        path, count = self.folder / f"{split}{what}.bin", self.about[f"{split}_tokens"]
+        dtype = np.dtype(np.uint8 if what else self.about["dtype"])
         if (size := path.stat().st_size) != count * dtype.itemsize:
             raise DataError(f"{path}: truncated or altered: {size} bytes, shards.json says {count * dtype.itemsize}")
         return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the training tokens: equal data, equal fingerprint, wherever it lies."""
-        return sha256(self.folder / "train.bin")
+        """Hash of the training tokens and their labels: equal data, equal fingerprint, wherever it lies."""
+        tokens = sha256(self.folder / "train.bin")
+        return f"{tokens} {sha256(self.folder / 'train.experts.bin')}" if self.experts else tokens
 
     @property
     def train_tokens(self) -> int:
@@ -103,41 +123,48 @@ class TokenShards:
         offset = torch.randint(room, (), generator=generator)
         return torch.randperm(windows, generator=generator) * seq_len + offset
 
-    def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> tuple[Tensor, Tensor]:
-        """(ids_BT, labels_BT) of a step, int64; labels are the ids one further. The last windows of an epoch and the
-        first of the next may share a batch."""
+    def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch:
+        """The windows of a step. The last windows of an epoch and the first of the next may share a batch."""
         windows, first = self.windows(seq_len), step * batch_size
         starts = [int(self._order(seed, i // windows, seq_len)[i % windows]) for i in range(first, first + batch_size)]
-        return _cut(self._train, starts, seq_len)
+        return _cut(self._train, self._train_experts, starts, seq_len)
 
-    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out windows in order, at most `limit` batches. The last batch may be smaller; the end of its last
-        window is padding (id 0, label -100)."""
-        starts = range(0, self.valid_tokens - 1, seq_len)
-        for i in list(range(0, len(starts), batch_size))[:limit]:
-            yield _cut(self._valid, starts[i : i + batch_size], seq_len)
+    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
+        """The held-out windows in order; where that is more than `limit` batches, so many windows evenly spread. The
+        last batch may be smaller; the end of its last window is padding (id 0, label -100)."""
+        starts: Sequence[int] = range(0, self.valid_tokens - 1, seq_len)
+        if limit is not None and (kept := limit * batch_size) < len(starts):
+            starts = [starts[i * len(starts) // kept] for i in range(kept)]
+        for i in range(0, len(starts), batch_size):
+            yield _cut(self._valid, self._valid_experts, starts[i : i + batch_size], seq_len)
 
 
-def _cut(tokens: np.ndarray, starts: Sequence[int], seq_len: int) -> tuple[Tensor, Tensor]:
+def _cut(tokens: np.ndarray, experts: np.ndarray | None, starts: Sequence[int], seq_len: int) -> Batch:
     rows = np.full((len(starts), seq_len + 1), -100, dtype=np.int64)
-    for row, start in zip(rows, starts, strict=True):
+    names = np.full((len(starts), seq_len), -1, dtype=np.int64)
+    for row, name, start in zip(rows, names, starts, strict=True):
         piece = tokens[start : start + seq_len + 1]
         row[: len(piece)] = piece
+        if experts is not None:
+            piece = experts[start : start + seq_len]
+            name[: len(piece)] = np.where(piece == NO_EXPERT, -1, piece.astype(np.int64))
     both = torch.from_numpy(rows)
-    return both[:, :-1].clamp(min=0), both[:, 1:].contiguous()
+    return Batch(both[:, :-1].clamp(min=0), both[:, 1:].contiguous(), torch.from_numpy(names))
 
 
 # ---- packing ----------------------------------------------------------------------------------------------------
 
 
-def pack_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: str | Path, *, valid_fraction: float = 0.01,
-                seed: int = 0, strict: bool = False,
+def pack_cached(paths: Sequence[str | Path] | Named, tokenizer: Tokenizer, folder: str | Path, *,
+                valid_fraction: float = 0.01, seed: int = 0, strict: bool = False,
                 progress: Progress | None = None) -> tuple[TokenShards, ReadReport | None]:
-    """Read and pack `paths`, unless `folder` holds the same: equal paths, sizes, times, tokenizer and split.
+    """Read and pack `paths`, unless `folder` holds the same: equal paths, sizes, times, names, tokenizer and split.
 
     Returns the shards and what was read, None where nothing had to be. Raises as `read_documents` and `pack` do.
     """
-    files = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in list_files(paths)]
+    named: Named = paths if isinstance(paths, Mapping) else {"": paths}
+    files = [(name, str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
+             for name, places in named.items() for file in list_files(places)]
     parts = [FORMAT, files, tokenizer.fingerprint, valid_fraction, seed]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if (Path(folder) / "shards.json").is_file():
@@ -146,21 +173,25 @@ def pack_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: str |
             return shards, None
     report = ReadReport(strict=strict)
     shards = pack(read_documents(paths, report), tokenizer, folder, valid_fraction=valid_fraction, seed=seed,
-                  progress=progress, report=report, fingerprint=fingerprint)
+                  progress=progress, report=report, fingerprint=fingerprint,
+                  experts=tuple(filter(None, named)))
     return shards, report
 
 
 def pack(documents: Iterable[Document], tokenizer: Tokenizer, folder: str | Path, *, valid_fraction: float = 0.01,
          seed: int = 0, progress: Progress | None = None, report: ReadReport | None = None,
-         fingerprint: str | None = None) -> TokenShards:
+         fingerprint: str | None = None, experts: Sequence[str] = ()) -> TokenShards:
     """Tokenise `documents` into `folder`, which appears whole or not at all; memory stays at one batch of documents.
 
     valid_fraction: share to hold out, in [0, 1). seed: another one holds out other documents. progress: called with
     (documents, tokens) so far. report: takes conversations that the chat template refuses; without it they raise
-    DataError, as does an input without a token.
+    DataError, as does an input without a token. experts: the names that documents bear, in the order that counts.
     """
     if not 0 <= valid_fraction < 1:
         raise ConfigError(f"valid_fraction = {valid_fraction}: must be at least 0 and below 1")
+    if len(experts) >= NO_EXPERT:
+        raise ConfigError(f"{len(experts)} expert names: must be fewer than {NO_EXPERT}")
+    place = {name: number for number, name in enumerate(experts)}
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with replace_folder(folder) as staging, (staging / "train.bin").open("wb") as train, \
             (staging / "valid.bin").open("wb") as valid:
@@ -168,17 +199,25 @@ def pack(documents: Iterable[Document], tokenizer: Tokenizer, folder: str | Path
         sources: dict[str, int] = {}
         for batch in _batches(documents):
             for document, ids in _encode(batch, tokenizer, report):
-                splits.add(document.text, np.array(ids, dtype))
+                if document.expert and experts and document.expert not in place:
+                    raise DataError(f"{document.source}: expert = {document.expert!r}: must be one of "
+                                    f"{', '.join(experts)}")
+                splits.add(document.text, np.array(ids, dtype), place.get(document.expert or "", NO_EXPERT))
                 sources[document.source] = sources.get(document.source, 0) + 1
             if progress is not None:
                 progress(sum(sources.values()), splits.tokens)
         if not splits.tokens:
             raise DataError("there is no text to pack")
         splits.finish()
+        for split, runs in (("train", splits.runs[0]), ("valid", splits.runs[1])):
+            if experts:
+                names = np.repeat(np.array([name for name, _ in runs], np.uint8), [count for _, count in runs])
+                (staging / f"{split}.experts.bin").write_bytes(names.tobytes())
         about = {"format": FORMAT, "dtype": dtype.str, "train_tokens": train.tell() // dtype.itemsize,
                  "valid_tokens": valid.tell() // dtype.itemsize, "documents": sum(sources.values()),
                  "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint, "seed": seed,
-                 "valid_fraction": valid_fraction, "fingerprint": fingerprint, "sources": sources}
+                 "valid_fraction": valid_fraction, "fingerprint": fingerprint, "sources": sources,
+                 "experts": list(experts)}
         train.flush()
         valid.flush()
         write_json(staging / "shards.json", about)
@@ -190,29 +229,41 @@ class _Splits:
     likely to be held out, and stands in for whichever side got nothing."""
 
     def __init__(self, train: BinaryIO, valid: BinaryIO, fraction: float, seed: int) -> None:
-        self.train, self.valid, self.fraction = train, valid, fraction
+        self.files, self.fraction = (train, valid), fraction
+        self.runs: tuple[list[tuple[int, int]], ...] = ([], [])  # (expert, tokens) of what each file got
         self.key = f"{seed}".encode()
         self.tokens = 0
-        self.waiting: tuple[float, np.ndarray] | None = None
+        self.waiting: tuple[float, np.ndarray, int] | None = None
 
-    def add(self, text: str, ids: np.ndarray) -> None:
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=self.key).digest()
-        place = int.from_bytes(digest, "little") / (1 << 64)  # uniform in [0, 1)
+    def add(self, text: str, ids: np.ndarray, expert: int = NO_EXPERT) -> None:
+        new = held_out_place(text, self.key), ids, expert
         self.tokens += len(ids)
         if self.waiting is None:
-            self.waiting = place, ids
+            self.waiting = new
             return
-        (place, ids), self.waiting = sorted((self.waiting, (place, ids)), key=itemgetter(0))
-        (self.valid if place < self.fraction else self.train).write(ids.tobytes())
+        (place, ids, expert), self.waiting = sorted((self.waiting, new), key=itemgetter(0))
+        self._write(place < self.fraction, ids, expert)
 
     def finish(self) -> None:
         assert self.waiting is not None
-        ids, held = self.waiting[1], 0
-        if self.fraction and not self.valid.tell():
-            most = len(ids) if self.train.tell() else len(ids) - 1
+        _, ids, expert = self.waiting
+        held = 0
+        train, valid = self.files
+        if self.fraction and not valid.tell():
+            most = len(ids) if train.tell() else len(ids) - 1
             held = min(max(2, round(self.tokens * self.fraction)), most)
-        self.train.write(ids[: len(ids) - held].tobytes())
-        self.valid.write(ids[len(ids) - held :].tobytes())
+        self._write(False, ids[: len(ids) - held], expert)
+        self._write(True, ids[len(ids) - held :], expert)
+
+    def _write(self, held_out: bool, ids: np.ndarray, expert: int) -> None:
+        self.files[held_out].write(ids.tobytes())
+        self.runs[held_out].append((expert, len(ids)))
+
+
+def held_out_place(text: str, key: bytes) -> float:
+    """Where a text falls in [0, 1): those below the held-out share are held out. A pure function of text and seed."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little") / (1 << 64)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

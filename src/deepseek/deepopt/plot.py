@@ -28,6 +28,9 @@ def plot_run(log: Path, picture: Path) -> None:
     if held_out:
         top.plot([r["step"] for r in held_out], [r["eval_loss"] for r in held_out], "o-", color="#c8501e",
                  markersize=4, label=f"held out (last {held_out[-1]['eval_loss']:.3f})")
+    if general := [r for r in held_out if "general_loss" in r]:
+        top.plot([r["step"] for r in general], [r["general_loss"] for r in general], "s--", color="#7a4da8",
+                 markersize=4, label=f"general text (last {general[-1]['general_loss']:.3f})")
     top.set_ylabel("loss (nats a token)")
     top.legend(frameon=False)
     bottom.plot(steps, [r["max_vio"] for r in train], color="#b9c9a5", linewidth=0.8)

@@ -33,6 +33,7 @@ class TrainConfig:
     mtp_weight: float = _setting(0.3, "weight of the multi-token prediction loss")
     balance_weight: float = _setting(1e-4, "weight of the sequence-wise balance loss")
     bias_speed: float = _setting(1e-3, "speed of the gate-bias balancing")
+    guide_weight: float = _setting(0.1, "weight of the loss that guides labelled text to its expert's routing group")
     gradient_checkpointing: bool = _setting(False, "recompute layers in the backward pass: less memory, more time")
     eval_every: int = _setting(100, "steps between evaluations")
     eval_batches: int = _setting(16, "batches an evaluation")
@@ -46,7 +47,8 @@ class TrainConfig:
             self._need(key, "must be an integer >= 1", lambda v: isinstance(v, int) and v >= 1)
         for key in ("lr", "clip"):
             self._need(key, "must be a positive number", lambda v: math.isfinite(v) and v > 0)
-        for key in "min_lr_ratio warmup_steps weight_decay mtp_weight balance_weight bias_speed seed".split():
+        for key in ("min_lr_ratio warmup_steps weight_decay mtp_weight balance_weight bias_speed guide_weight "
+                    "seed").split():
             self._need(key, "must be a number >= 0", lambda v: math.isfinite(v) and v >= 0)
         for key in ("beta1", "beta2"):
             self._need(key, "must lie in [0, 1)", lambda v: 0 <= v < 1)

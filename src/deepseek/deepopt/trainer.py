@@ -22,18 +22,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..atlas import Atlas, RoutingAccuracy
 from ..checkpoint import load_model, save_model
-from ..data import TokenShards
+from ..data.shards import Batch
 from ..errors import CheckpointError, ConfigError
 from ..files import write_atomically, write_json
-from ..model import CausalLM, max_violation
+from ..model import CausalLM, RoutingRecord, max_violation
 from ..ops import fast_bf16
 from ..ops.loss import IGNORE
 from ..tokenizer import Tokenizer
@@ -43,6 +44,19 @@ from .settings import TrainConfig
 CHECKPOINT = "checkpoint-{:06d}"
 
 
+class Windows(Protocol):
+    """What a trainer learns from: `TokenShards`, or records of its own kind."""
+
+    experts: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch: ...
+
+    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]: ...
+
+
 class Trainer:
     """Trains `model` in place on `data` and leaves everything under `out`.
 
@@ -50,15 +64,18 @@ class Trainer:
     settings.
     """
 
-    def __init__(self, model: CausalLM, data: TokenShards, config: TrainConfig, out: str | Path,
+    def __init__(self, model: CausalLM, data: Windows, config: TrainConfig, out: str | Path,
                  tokenizer: Tokenizer | None = None) -> None:
         self.model, self.data, self.config, self.tokenizer = model, data, config, tokenizer
         self.out = Path(out)
         self.step = 0
+        self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
         self.model.compute_dtype = compute_dtype(config, model.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = make_optimizer(model, config)
         self.gates = [block.gate for block in model.moe_blocks().values()]
+        self.guided = bool(data.experts) and config.guide_weight > 0
+        _names_fit(model, data.experts)
         self._claim_folder()
         self._resume()
 
@@ -86,9 +103,10 @@ class Trainer:
                     on_step(record)
                 last = self.step == config.steps
                 if last or self.step % config.eval_every == 0:
-                    log.write(evaluation := {"step": self.step, "eval_loss": self.evaluate()})
+                    log.write(evaluation := self.evaluate())
                     bar.write(f"step {self.step}: held-out loss {evaluation['eval_loss']:.4f} "
-                              f"(perplexity {math.exp(min(evaluation['eval_loss'], 50)):.1f})")
+                              f"(perplexity {math.exp(min(evaluation['eval_loss'], 50)):.1f})"
+                              + (f"\n{self.accuracy.table()}" if self.accuracy and self.data.experts else ""))
                     plot_run(self.out / "log.jsonl", self.out / "loss.png")
                 if last or self.step % config.save_every == 0:
                     self.save()
@@ -100,7 +118,7 @@ class Trainer:
             bar.close()
             log.close()
         self.model.eval()
-        save_model(self.model, self.out / "model", tokenizer=self.tokenizer)
+        self._finish()
         return self.model
 
     def train_step(self) -> dict[str, Any]:
@@ -110,43 +128,43 @@ class Trainer:
         rate = config.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
+        sums = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0} | ({"guide_loss": 0.0} if self.guided else {})
         load_LE: Tensor | None = None
         for micro in range(config.accumulation):
-            ids_BT, labels_BT = self.data.batch(
-                self.step * config.accumulation + micro, config.batch_size, config.seq_len, seed=config.seed)
-            result = model.loss(ids_BT.to(model.device), labels_BT.to(model.device), mtp_weight=config.mtp_weight,
-                                balance_weight=config.balance_weight)
+            batch = self.data.batch(self.step * config.accumulation + micro, config.batch_size, config.seq_len,
+                                    seed=config.seed).to(model.device)
+            result = model.loss(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, mtp_weight=config.mtp_weight,
+                                balance_weight=config.balance_weight, guide_weight=config.guide_weight,
+                                group_BT=batch.expert_BT if self.guided else None)
             (result.total / config.accumulation).backward()
-            for key, value in (("loss", result.main), ("mtp_loss", result.mtp), ("balance_loss", result.balance)):
-                sums[key] += value.item() / config.accumulation if value is not None else 0.0
+            for key, value in (("loss", result.main), ("mtp_loss", result.mtp), ("balance_loss", result.balance),
+                               ("guide_loss", result.guide)):
+                if value is not None:
+                    sums[key] += value.item() / config.accumulation
             load_LE = result.load_LE if load_LE is None else load_LE + result.load_LE
         if not math.isfinite(sums["loss"]):
             raise ConfigError(f"lr = {config.lr}: the loss became {sums['loss']} at step {self.step + 1}; a lower one "
                               f"may help (the last checkpoint is whole)")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(list(trained(model).values()), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         assert load_LE is not None
         if config.bias_speed:
             for gate, load_E in zip(self.gates, load_LE, strict=False):  # without MTP loss its gate saw nothing
                 if hasattr(gate, "e_score_correction_bias"):
-                    gate.update_bias(load_E, config.bias_speed)
+                    gate.update_bias(load_E, config.bias_speed, within_groups=self.guided)
         self.step += 1
         max_vio = float(max_violation(load_LE).mean()) if load_LE.numel() else 0.0
         return {"step": self.step, **sums, "lr": rate, "grad_norm": float(norm), "max_vio": max_vio}
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss per token over the held-out windows."""
+    def evaluate(self) -> dict[str, Any]:
+        """Mean loss per token over held-out windows; where the data has expert names, how well routing follows them
+        (`RoutingAccuracy.record`; the counts stay in `accuracy`)."""
         self.model.eval()
-        total, count = 0.0, 0
-        config, device = self.config, self.model.device
-        for ids_BT, labels_BT in self.data.valid_batches(config.batch_size, config.seq_len, config.eval_batches):
-            n = int((labels_BT != IGNORE).sum())
-            total += self.model.loss(ids_BT.to(device), labels_BT.to(device)).main.item() * n
-            count += n
-        return total / max(count, 1)
+        self.accuracy = RoutingAccuracy(self.model.config, self.data.experts)
+        loss = held_out_loss(self.model, self.data, self.config, self.accuracy if self.data.experts else None)
+        return {"step": self.step, "eval_loss": loss} | (self.accuracy.record() if self.data.experts else {})
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
@@ -159,28 +177,51 @@ class Trainer:
             save_file(moments, folder / "optimizer.safetensors")
             write_json(folder / "trainer.json", {"step": self.step})
 
-        path = save_model(self.model, self.out / CHECKPOINT.format(self.step), tokenizer=self.tokenizer, add=add)
+        path = self._write(self.out / CHECKPOINT.format(self.step), add)
         for old in checkpoints(self.out)[: -self.config.keep]:
             shutil.rmtree(old)
         return path
 
     def _optimizer_state(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained(self.model).items():
             if parameter in self.optimizer.state:
                 yield name, self.optimizer.state[parameter]
+
+    # what a subclass may keep elsewhere
+
+    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
+        """Write the state of the model, and what `add` puts beside it, as one folder."""
+        return save_model(self.model, path, tokenizer=self.tokenizer, add=add)
+
+    def _read(self, folder: Path) -> None:
+        """Take the state of the model back."""
+        restored = load_model(folder, dtype=torch.float32, device=self.model.device)
+        self.model.load_state_dict(restored.state_dict())
+
+    def _finish(self) -> None:
+        save_model(self.model, self.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a run to go on in its folder."""
+        return {"train": asdict(self.config), "model": self.model.config.to_dict(),
+                "data": {"fingerprint": self.data.fingerprint}}
+
+    def _add_atlas(self, folder: Path) -> None:
+        if self.guided:
+            accuracy = self.accuracy.by_name() if self.accuracy else {}
+            Atlas.built_in(self.model.config, self.data.experts, {
+                name: {"routing_accuracy": found} for name, found in accuracy.items()}).save(folder)
 
     def _resume(self) -> None:
         found = checkpoints(self.out)
         if not found:
             return
         folder = found[-1]
-        # the checkpoint was hashed when written; `load_model` checks the manifest, optimizer.safetensors included
-        restored = load_model(folder, dtype=torch.float32, device=self.model.device)
-        self.model.load_state_dict(restored.state_dict())
+        self._read(folder)  # checks the manifest, optimizer.safetensors included
         moments = load_file(folder / "optimizer.safetensors")
         self.step = json.loads((folder / "trainer.json").read_text())["step"]
         torch.set_rng_state(moments.pop("rng"))
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained(self.model).items():
             if f"{name}.exp_avg" not in moments:
                 continue
             self.optimizer.state[parameter] = {
@@ -197,8 +238,7 @@ class Trainer:
             raise ConfigError(f"{self.out}: another process is training in this folder") from None
         for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")):  # of a killed write
             shutil.rmtree(leftover)
-        settings = {"train": asdict(self.config), "model": self.model.config.to_dict(),
-                    "data": {"fingerprint": self.data.fingerprint}}
+        settings = self._settings()
         path = self.out / "settings.json"
         if not path.exists():
             write_json(path, settings)
@@ -211,15 +251,43 @@ class Trainer:
                                       f"{new[part].get(key)!r}; choose another --out or remove the folder")
 
 
+def _names_fit(model: CausalLM, names: tuple[str, ...]) -> None:
+    groups = model.config.n_group
+    if len(names) > groups:
+        raise ConfigError(f"{len(names)} expert names ({', '.join(names)}): the model has {groups} routing groups, "
+                          f"n_group must be at least {len(names)}")
+
+
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """BF16 where asked, or where `auto` finds BF16 units; else FP32. Weights and moments stay FP32."""
     bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device.type))
     return torch.bfloat16 if bf16 else torch.float32
 
 
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that want a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def held_out_loss(model: CausalLM, data: Windows, config: TrainConfig, accuracy: RoutingAccuracy | None = None) -> float:
+    """Mean loss per token over the held-out windows; `accuracy` counts their routes too."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in data.valid_batches(config.batch_size, config.seq_len, config.eval_batches):
+        batch = batch.to(model.device)
+        routing = RoutingRecord()
+        n = int((batch.labels_BT != IGNORE).sum())
+        total += model.loss(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, routing=routing).main.item() * n
+        count += n
+        if accuracy is not None:
+            accuracy.add(routing, batch.expert_BT, batch.ids_BT)
+    return total / max(count, 1)
+
+
 def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay, norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(trained(model).values())
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)

@@ -134,13 +134,13 @@ class LLM:
 
     path_or_model: a checkpoint folder, a known name, a hub id, or a CausalLM (used as it is, in evaluation mode;
     `dtype` and `device` then do not apply). tokenizer: instead of the one beside the checkpoint; a CausalLM without
-    one takes token ids only and gives no text. batch_size: prompts that run together.
+    one takes token ids only and gives no text. batch_size: prompts that run together. adapter: as in `load_model`.
     Raises what `load_model` and `Tokenizer.load` raise, and ConfigError for an impossible batch_size.
     """
 
     def __init__(
         self, path_or_model: str | Path | CausalLM, *, tokenizer: Tokenizer | None = None, dtype: Dtype = "auto",
-        device: torch.device | str = "cpu", batch_size: int = 32,
+        device: torch.device | str = "cpu", batch_size: int = 32, adapter: str | Path | None = None,
     ) -> None:
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise ConfigError(f"batch_size = {batch_size!r}: must be an integer >= 1")
@@ -149,7 +149,7 @@ class LLM:
         else:
             folder = resolve(path_or_model)
             tokenizer = tokenizer or Tokenizer.load(folder)
-            self.model = load_model(folder, dtype, device)
+            self.model = load_model(folder, dtype, device, adapter=adapter)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         config = self.model.config

@@ -22,6 +22,10 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
+    def dense(self, expert: int) -> tuple[Tensor, Tensor]:
+        """gate_up_proj [2I, H] and down_proj [H, I] of one expert; views."""
+        return self.gate_up_proj[expert], self.down_proj[expert]
+
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         return ops.expert_mlp(x_TH, route.index_TK, route.weight_TK, self.gate_up_proj, self.down_proj)
 

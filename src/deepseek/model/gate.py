@@ -16,6 +16,9 @@ Ties go to the lower index (a stable sort), so that equal scores mean equal choi
 Balancing: after each step, b_i += speed * sign(mean load - load_i) (`update_bias`), and a tiny loss per sequence
 (`sequence_balance_loss`, equations 17-20).
 
+Guidance: where groups bear names, `group_guidance_loss` draws labelled tokens to the group of their label
+(docs/experts.md says why in this form).
+
 Shape letters: T tokens, H hidden, E experts, G groups, K experts a token, B sequences.
 """
 
@@ -25,9 +28,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from ..config import ModelConfig
-from ..ops.gate import choose_reference
+from ..ops.gate import choose_reference, top_k_values
 
 
 class Route(NamedTuple):
@@ -58,10 +62,20 @@ class Gate(nn.Module):
         return getattr(self, "e_score_correction_bias", None)
 
     @torch.no_grad()
-    def update_bias(self, load_E: Tensor, speed: float) -> None:
-        """b_i += speed * sign(mean load - load_i): an overloaded expert becomes a little less attractive."""
+    def update_bias(self, load_E: Tensor, speed: float, *, within_groups: bool = False) -> None:
+        """b_i += speed * sign(mean load - load_i): an overloaded expert becomes a little less attractive.
+
+        within_groups: the mean is that of the expert's routing group, and a group's biases keep the sum zero, so that
+        no group gains or loses against another; named groups carry the load of their domain.
+        """
         load = load_E.to(self.e_score_correction_bias)
-        self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+        if not within_groups:
+            self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+            return
+        bias_GE = self.e_score_correction_bias.view(self.config.n_group, -1)
+        load_GE = load.view_as(bias_GE)
+        bias_GE += speed * torch.sign(load_GE.mean(1, keepdim=True) - load_GE)
+        bias_GE -= bias_GE.mean(1, keepdim=True)
 
 
 def rule(config: ModelConfig) -> tuple[int, int, int, int, bool, bool, bool, float]:
@@ -98,6 +112,30 @@ def sequence_balance_loss(route: Route, sequences: int, mask_T: Tensor | None = 
         f_BE = (picked_TE.view(sequences, -1, experts) * keep_BT1).sum(1) / length_B1
         p_BE = (share_TE.view(sequences, -1, experts) * keep_BT1).sum(1) / length_B1
     return (f_BE * p_BE).sum(-1).mean() * (experts / top)
+
+
+GUIDANCE_TEMPERATURE = 0.1  # of group scores, which lie in 0..2
+
+
+def group_guidance_loss(route: Route, group_T: Tensor, groups: int) -> Tensor:
+    """Cross entropy of the group scores with the group of the label, averaged over labelled tokens, before its factor.
+
+    The score is the gate's own: the sum of the two best affinities of a group, without the bias. At the temperature
+    used the loss fades once the label's group leads by about half, and leaves the other groups what they have.
+    group_T: int64 group of each token, -1 without a label.
+    """
+    score_TG = top_k_values(route.scores_TE.unflatten(-1, (groups, -1)), 2).sum(-1)
+    labelled = group_T >= 0
+    loss = cross_entropy(score_TG / GUIDANCE_TEMPERATURE, group_T, ignore_index=-1, reduction="sum")
+    return loss / labelled.sum().clamp(min=1)
+
+
+def group_weight(route: Route, groups: int) -> Tensor:
+    """Share of a token's gate weight that goes to each routing group, [T, G]; rows sum to one."""
+    experts = route.scores_TE.shape[1]
+    weight_TG = route.weight_TK.new_zeros(len(route.weight_TK), groups)
+    weight_TG.scatter_add_(1, route.index_TK // (experts // groups), route.weight_TK)
+    return weight_TG / weight_TG.sum(1, keepdim=True)
 
 
 def expert_load(index_TK: Tensor, num_experts: int, mask_T: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from ..config import ModelConfig
 from ..errors import RequestError
 from ..ops.loss import IGNORE
 from .experts import MoE
-from .gate import Route, expert_load, sequence_balance_loss
+from .gate import Route, expert_load, group_guidance_loss, sequence_balance_loss
 from .layers import MLP, Linear, RMSNorm, Rotary
 from .mla import MLA, LatentCache, Order, Visible
 from .mtp import MTPInput, SharedHead
@@ -80,13 +80,15 @@ class RoutingRecord:
 class TrainingLoss:
     """Losses of one batch (scalars, FP32) and the load of each expert.
 
-    total = main + mtp_weight * mtp + balance_weight * balance; load_LE rows follow `moe_layers`, then the MTP layers.
+    total = main + mtp_weight * mtp + balance_weight * balance + guide_weight * guide; load_LE rows follow `moe_layers`,
+    then the MTP layers.
     """
 
     total: Tensor
     main: Tensor
     mtp: Tensor | None
     balance: Tensor | None
+    guide: Tensor | None
     load_LE: Tensor
 
 
@@ -236,17 +238,26 @@ class CausalLM(nn.Module):
 
     def loss(
         self, ids_BT: Tensor, labels_BT: Tensor, *, mask_BT: Tensor | None = None, mtp_weight: float = 0.0,
-        balance_weight: float = 0.0,
+        balance_weight: float = 0.0, group_BT: Tensor | None = None, guide_weight: float = 0.0,
+        routing: RoutingRecord | None = None,
     ) -> TrainingLoss:
         """Training losses. labels_BT[b, t] is the token that position t should predict (already shifted), or -100.
 
         The MTP modules (where there are any and mtp_weight > 0) predict labels shifted further; the whole head runs
-        fused with its cross entropy, so no [B, T, V] tensor exists.
+        fused with its cross entropy, so no [B, T, V] tensor exists. group_BT: the routing group that each token is
+        guided to, -1 for none (`group_guidance_loss`). routing: filled with every gate's decision.
         """
-        routing = RoutingRecord()
+        routing = RoutingRecord() if routing is None else routing
         mask_BT = None if mask_BT is None else mask_BT.bool()
-        h_BTH = self.hidden(ids_BT, mask_BT, routing=routing)
+        ends_padded = mask_BT is not None and bool((mask_BT[:, :-1] | ~mask_BT[:, 1:]).all())
+        # nothing looks at padding that comes after it
+        h_BTH = self.hidden(ids_BT, None if ends_padded else mask_BT, routing=routing)
         main = self._head_loss(h_BTH, labels_BT)
+        guide = None
+        if group_BT is not None and guide_weight and routing.routes:
+            parts = [group_guidance_loss(route, group_BT.flatten(), self.config.n_group)
+                     for route in routing.routes.values()]
+            guide = torch.stack(parts).mean()
         masks: dict[int, Tensor | None] = dict.fromkeys(routing.routes, mask_BT)
         total, mtp = main, None
         if mtp_weight and len(self.model.mtp) and ids_BT.shape[1] > 1:
@@ -268,10 +279,12 @@ class CausalLM(nn.Module):
             parts = [sequence_balance_loss(route, len(labels_BT), mask_T) for route, mask_T in routes]
             balance = torch.stack(parts).mean()
             total = total + balance_weight * balance
+        if guide is not None:
+            total = total + guide_weight * guide
         experts = self.config.n_routed_experts
         loads = [expert_load(route.index_TK, experts, mask_T) for route, mask_T in routes]
         load_LE = torch.stack(loads) if loads else torch.zeros(0, experts, dtype=torch.long)
-        return TrainingLoss(total, main, mtp, balance, load_LE)
+        return TrainingLoss(total, main, mtp, balance, guide, load_LE)
 
     def _head_loss(self, h_BTH: Tensor, labels_BT: Tensor) -> Tensor:
         return ops.linear_cross_entropy(h_BTH.reshape(-1, h_BTH.shape[-1]), self.lm_head.weight, labels_BT.reshape(-1))

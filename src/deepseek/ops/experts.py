@@ -28,7 +28,8 @@ from .native import address, fits, kind, native, threads, trains
 
 
 class Pairs(NamedTuple):
-    """Pairs sorted by expert. token_P: token of each sorted pair; slot_TK: where pair (t, k) went; counts_E."""
+    """Pairs sorted by expert. token_P: token of each sorted pair; slot_TK: where pair (t, k) went, -1 if it is none;
+    counts_E."""
 
     token_P: Tensor
     slot_TK: Tensor
@@ -36,13 +37,24 @@ class Pairs(NamedTuple):
 
 
 def sort_pairs(index_TK: Tensor, num_experts: int) -> Pairs:
-    """Sort (token, expert) pairs by expert, stable, so that equal inputs give equal orders."""
+    """Sort (token, expert) pairs by expert, stable, so that equal inputs give equal orders; without those of -1."""
     flat_P = index_TK.flatten()
     order_P = torch.argsort(flat_P, stable=True)
-    slot_P = torch.empty_like(order_P)
+    counts_E = torch.bincount(flat_P + 1, minlength=num_experts + 1)
+    none = int(counts_E[0])
+    order_P, counts_E = order_P[none:], counts_E[1:]
+    slot_P = torch.full_like(flat_P, -1)
     slot_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    counts_E = torch.bincount(flat_P, minlength=num_experts)
     return Pairs(order_P // index_TK.shape[1], slot_P.view_as(index_TK), counts_E)
+
+
+def pair_weights(weight_TK: Tensor, pairs: Pairs) -> Tensor:
+    """The gate's weight of each sorted pair."""
+    slot_P, weight_P = pairs.slot_TK.flatten(), weight_TK.flatten()
+    if len(pairs.token_P) < len(slot_P):
+        here_P = slot_P >= 0
+        slot_P, weight_P = slot_P[here_P], weight_P[here_P]
+    return weight_P.new_empty(len(slot_P)).scatter(0, slot_P, weight_P)
 
 
 def expert_mlp_reference(
@@ -52,6 +64,8 @@ def expert_mlp_reference(
     out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     for t in range(x_TH.shape[0]):
         for e, w in zip(index_TK[t].tolist(), weight_TK[t], strict=True):
+            if e < 0:
+                continue
             gate, up = (gate_up_E2IH[e].float() @ x_TH[t].float()).chunk(2)
             out[t] = out[t] + w.float() * (down_EHI[e].float() @ (silu(gate) * up))
     return out.to(x_TH.dtype)
@@ -183,17 +197,19 @@ def _grouped(x_TH: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, pair
     gate, up = grouped_mm(x_PH, gate_up.to(dtype).transpose(1, 2), offs=ends_E).chunk(2, 1)
     h = silu(gate) * up * weight_P.unsqueeze(1).to(dtype)
     y_PH = grouped_mm(h, down.to(dtype).transpose(1, 2), offs=ends_E)
+    y_PH = torch.cat((y_PH, y_PH.new_zeros(1, y_PH.shape[1])))  # the row of slot -1
     tokens, k = pairs.slot_TK.shape
-    return y_PH.index_select(0, pairs.slot_TK.flatten()).view(tokens, k, -1).sum(1)
+    return y_PH.index_select(0, pairs.slot_TK.flatten() % len(y_PH)).view(tokens, k, -1).sum(1)
 
 
 def expert_mlp(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
     """Weighted sum over each token's K experts of down(silu(gate(x)) * up(x)), [T, H].
 
-    index_TK: int64 in 0..E-1, distinct within a row; weight_TK: FP32, differentiable.
+    index_TK: int64 in 0..E-1, distinct within a row, or -1 for a pair that is somebody else's; weight_TK: FP32,
+    differentiable.
     """
     pairs = sort_pairs(index_TK, gate_up_E2IH.shape[0])
-    weight_P = weight_TK.new_empty(weight_TK.numel()).scatter(0, pairs.slot_TK.flatten(), weight_TK.flatten())
+    weight_P = pair_weights(weight_TK, pairs)
     if x_TH.device.type == "cpu":
         tensors = (x_TH, weight_P, gate_up_E2IH, down_EHI)
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

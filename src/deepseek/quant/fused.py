@@ -25,7 +25,7 @@ from ..model import CausalLM, RoutingRecord
 from ..model.experts import MoE
 from ..model.gate import Gate, Route, rule
 from ..model.mla import MLA, LatentCache, Order, Visible, order_of
-from ..model.transformer import DecoderLayer
+from ..model.transformer import DecoderLayer, MTPLayer
 from ..ops.blocks import Attention, FeedForward, LayerBlock, LayerStack
 from ..ops.panels import ROWS, panel_bytes, unpack
 from .linear import QuantisedExperts, QuantisedLinear, QuantisedMLP
@@ -220,3 +220,16 @@ def fuse(model: CausalLM) -> None:
             gate.fuse()
         block.__class__ = FusedLayer
     model.__class__ = FusedCausalLM
+
+
+def unfuse(model: CausalLM) -> None:
+    """Take the inference forms back: module by module, as a gradient or a module put in the place of one needs it."""
+    for block in (*model.model.layers, *model.model.mtp):
+        block.__class__ = MTPLayer if hasattr(block, "entrance") else DecoderLayer
+        if isinstance(block.self_attn, FusedMLA):
+            del block.self_attn.key, block.self_attn.value
+            block.self_attn.__class__ = MLA  # type: ignore[assignment]
+        if isinstance(block.mlp, MoE) and isinstance(block.mlp.gate, FusedGate):
+            del block.mlp.gate.weight_PH16
+            block.mlp.gate.__class__ = Gate  # type: ignore[assignment]
+    model.__class__ = CausalLM

@@ -8,7 +8,9 @@ A `Place` is a module that can be quantised, found by its class in a model that 
     table    nn.Embedding    codes int8 [rows, columns], step float32 [rows]
 
 The gate, norms and biases are none of these and stay as they are. The packed bytes are buffers, usually views of a
-mapped file. They carry no gradient: a quantised model computes, and is not trained.
+mapped file. They carry no gradient, so a quantised model is not trained itself; a gradient goes *through* it to what is
+(LoRA): where the input wants one, a module computes from its weights made dense for that moment, in the forward pass
+and again in the backward pass, without the rounding of activations that the kernels do.
 
 Shape letters: T tokens, H hidden, K experts a token, O rows of a matrix.
 """
@@ -19,7 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import ModelConfig
@@ -27,7 +32,7 @@ from ..errors import ConfigError
 from ..model import CausalLM, Route
 from ..model.experts import MoE, RoutedExperts
 from ..model.layers import MLP, Linear
-from ..ops.panels import Bits, unpack
+from ..ops.panels import Bits, unpack, unpack_mlp
 
 METHOD, VERSION = "moe_dr", 1
 
@@ -119,15 +124,44 @@ def put(model: CausalLM, place: Place, stored: Sequence[Tensor], bits: Bits) -> 
     model.set_submodule(place.module, new)
 
 
+def _through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) for a gradient to x alone; what it makes dense lives no longer than the call."""
+    return checkpoint(function, x, use_reentrant=False)
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _dense_mlp(packed: Tensor, hidden: int, inner: int, bits: Bits) -> tuple[Tensor, Tensor]:
+    """gate_up_proj [2I, H] and down_proj [H, I], float32."""
+    gate, up, down = (part.dequantise() for part in unpack_mlp(packed, hidden, inner, bits))
+    return torch.cat((gate, up)), down
+
+
+def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = linear(x, gate_up).chunk(2, -1)
+    return linear(silu(gate) * up, down)
+
+
+def allow_side_paths(model: nn.Module) -> None:
+    """Let `train()` pass over the quantised modules of `model`: what is around them is trained."""
+    for module in model.modules():
+        if isinstance(module, _Quantised):
+            module.adapted = True
+
+
 def is_quantised(model: nn.Module) -> bool:
     return any(isinstance(module, _Quantised) for module in model.modules())
 
 
 class _Quantised(nn.Module):
+    adapted = False  # side paths are trained around it
+
     def train(self, mode: bool = True) -> _Quantised:
-        if mode:
-            raise ConfigError("a quantised model has no gradients and cannot be trained: train the checkpoint it was "
-                              "made from, or write a plain one (`deepseek quantize IN OUT --format bf16`)")
+        if mode and not self.adapted:
+            raise ConfigError("a quantised model has no gradients and cannot be trained: train side paths on it "
+                              "(LoRAAdapter), or the checkpoint it was made from, or write a plain one (`deepseek quantize IN OUT --format bf16`)")
         return super().train(False)
 
     def __init__(self) -> None:
@@ -152,10 +186,15 @@ class QuantisedLinear(_Quantised):
         """W in BF16, made when first asked for and kept: for products that need the matrix itself, such as MLA's
         absorbed order. No part of the state."""
         if self._dense is None:
-            self._dense = unpack(self.packed, self.out_features, self.in_features, self.bits).dequantise().bfloat16()
+            self._dense = self._unpacked().bfloat16()
         return self._dense
 
+    def _unpacked(self) -> Tensor:
+        return unpack(self.packed, self.out_features, self.in_features, self.bits).dequantise()
+
     def forward(self, x: Tensor) -> Tensor:
+        if _wants_gradient(x):
+            return _through(lambda x: linear(x, self._unpacked(), self.bias), x)
         return ops.quantised_linear(x, self.packed, self.out_features, self.bias, bits=self.bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
@@ -174,6 +213,8 @@ class QuantisedMLP(_Quantised):
         self.inner, self.bits = inner, bits
 
     def forward(self, x: Tensor) -> Tensor:
+        if _wants_gradient(x):
+            return _through(lambda x: _mlp(x, *_dense_mlp(self.packed, x.shape[-1], self.inner, self.bits)), x)
         return ops.quantised_mlp(x.flatten(0, -2), self.packed, self.inner, bits=self.bits).view(x.shape)
 
 
@@ -191,10 +232,33 @@ class QuantisedExperts(_Quantised):
         self.register_buffer("shared", None)
         self.shared_inner = 0
 
+    def dense(self, expert: int) -> tuple[Tensor, Tensor]:
+        """gate_up_proj [2I, H] and down_proj [H, I] of one expert, made dense for the moment, float32."""
+        return _dense_mlp(self.table[expert], self.table.hidden, self.table.inner, self.table.bits)
+
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
+        """Pairs of index -1 are somebody else's."""
+        if _wants_gradient(x_TH):
+            return self._differentiable(x_TH, route)
+        elsewhere = route.index_TK < 0
+        if bool(elsewhere.any()):  # computed in vain as expert 0, at weight zero
+            route = route._replace(index_TK=route.index_TK.clamp(min=0),
+                                   weight_TK=route.weight_TK.masked_fill(elsewhere, 0.0))
         return ops.quantised_experts(
             x_TH, route.index_TK, route.weight_TK, self.table, self.table.inner, shared=self.shared,
             shared_inner=self.shared_inner, bits=self.table.bits)
+
+    def _differentiable(self, x_TH: Tensor, route: Route) -> Tensor:
+        out_TH = torch.zeros_like(x_TH)
+        for e in torch.unique(route.index_TK[route.index_TK >= 0]).tolist():
+            token_P, k_P = (route.index_TK == e).nonzero(as_tuple=True)
+            y_PH = _through(lambda x, e=e: _mlp(x, *self.dense(e)), x_TH[token_P])  # type: ignore[misc]
+            out_TH = out_TH.index_add(0, token_P, y_PH * route.weight_TK[token_P, k_P].unsqueeze(1))
+        if self.shared is not None:
+            shared, table = self.shared, self.table
+            out_TH = out_TH + _through(
+                lambda x: _mlp(x, *_dense_mlp(shared, table.hidden, self.shared_inner, table.bits)), x_TH)
+        return out_TH
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedExperts:
         table = self.table

@@ -1,0 +1,254 @@
+"""The atlas: the file beside a checkpoint that gives sets of experts their names, and the evidence for each.
+
+    built-in   training bound one of the gate's routing groups to the name: the same experts in every layer
+    measured   profiling chose the experts that a domain's text visits most, and held-out text confirmed them
+    refused    a name whose experts held-out text did not confirm; kept with the reason, so that nobody asks twice
+
+docs/experts.md defines the terms, the figures and the file. An atlas is a value: nothing in it changes once made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint import MANIFEST
+from ..config import ModelConfig
+from ..errors import ConfigError, DataError, NotFoundError, RequestError
+from ..files import write_json
+from ..ids import ExpertId, ExpertSet
+
+FORMAT = 1
+FILE = "atlas.json"
+
+Kind = Literal["built-in", "measured"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model must have in common with the one that an atlas was made for."""
+
+    layers: tuple[int, ...]  # those with routed experts, MTP layers not counted
+    experts: int
+    top_k: int
+    groups: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Shape:
+        return cls(config.moe_layers, config.n_routed_experts, config.num_experts_per_tok, config.n_group)
+
+    def __str__(self) -> str:
+        groups = f", {self.groups} routing groups" if self.groups > 1 else ""
+        return f"{len(self.layers)} layers x {self.experts} experts, {self.top_k} a token{groups}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a name was measured: the score and its threshold, the tokens routed, the files (name, SHA-256; None for text
+    that lay in no file), the other names measured at the same time, the length of a window, the seed of every draw."""
+
+    score: str
+    threshold: float
+    tokens: int
+    files: tuple[tuple[str, str | None], ...]
+    beside: tuple[str, ...]
+    seq_len: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class NamedGroup:
+    """A name and its experts, by descending score. scores: one for each of them; empty where nothing was measured."""
+
+    name: str
+    kind: Kind
+    experts: ExpertSet
+    scores: tuple[float, ...] = ()
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    measured: Measurement | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A name that was measured and does not stand, and why."""
+
+    name: str
+    reason: str
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    measured: Measurement | None = None
+
+
+class Atlas:
+    """Named groups of one model: `atlas["law_expert"]` is an ExpertSet. `load`, `built_in` and `profile` make one."""
+
+    def __init__(self, shape: Shape, groups: Iterable[NamedGroup], refused: Iterable[Refusal] = ()) -> None:
+        """Raises ConfigError for a name that comes twice and for experts outside `shape`."""
+        self.shape, self.refused = shape, tuple(refused)
+        self._groups: dict[str, NamedGroup] = {}
+        for group in groups:
+            if group.name in self._groups:
+                raise ConfigError(f"the name {group.name!r} comes twice")
+            if not group.experts:
+                raise ConfigError(f"{group.name} has no experts")
+            if group.scores and len(group.scores) != len(group.experts):
+                raise ConfigError(f"{group.name} has {len(group.scores)} scores for {len(group.experts)} experts")
+            for expert in group.experts:
+                if expert.layer not in shape.layers or not 0 <= expert.index < shape.experts:
+                    raise ConfigError(f"{group.name} names expert {expert}, which a model with {shape.experts} experts "
+                                      f"in {_span(shape.layers)} does not have")
+            self._groups[group.name] = group
+
+    @classmethod
+    def built_in(cls, config: ModelConfig, names: Sequence[str],
+                 evidence: Mapping[str, Mapping[str, float]] | None = None) -> Atlas:
+        """Routing group i of every layer bears names[i]. MTP layers, whose routes nobody reports, are not included.
+
+        evidence: plain numbers by name. Raises ConfigError when there are more names than groups, or one comes twice.
+        """
+        if len(names) > config.n_group:
+            raise ConfigError(f"n_group = {config.n_group}: must be at least {len(names)}, one for each name "
+                              f"({', '.join(names)})")
+        size = config.n_routed_experts // config.n_group
+        return cls(Shape.of(config), [
+            NamedGroup(name, "built-in",
+                       ExpertSet(ExpertId(layer, i) for layer in config.moe_layers
+                                 for i in range(place * size, (place + 1) * size)),
+                       evidence=dict((evidence or {}).get(name, {})))
+            for place, name in enumerate(names)])
+
+    # ---- names ------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._groups)
+
+    def __getitem__(self, name: str) -> ExpertSet:
+        return self.group(name).experts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._groups
+
+    def group(self, name: str) -> NamedGroup:
+        """Raises RequestError listing the names there are."""
+        if name not in self._groups:
+            refused = next((f" ({name} was refused: {r.reason})" for r in self.refused if r.name == name), "")
+            raise RequestError(f"no experts are named {name!r}{refused}; there are {', '.join(self) or 'none'}")
+        return self._groups[name]
+
+    @property
+    def groups(self) -> tuple[NamedGroup, ...]:
+        return tuple(self._groups.values())
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raises ConfigError for the first expert that a model of this configuration does not have."""
+        for group in self.groups:
+            for expert in group.experts:
+                if expert.layer not in config.moe_layers or expert.index >= config.n_routed_experts:
+                    raise ConfigError(f"the atlas names expert {expert} ({group.name}), which the model does not have: "
+                                      f"its {_span(config.moe_layers)} have experts 0..{config.n_routed_experts - 1}")
+
+    def updated(self, newer: Atlas) -> Atlas:
+        """This atlas with what `newer` says about the names that it measured. Raises ConfigError for another shape."""
+        if newer.shape != self.shape:
+            raise ConfigError(f"atlases of models of different shapes: {self.shape}; {newer.shape}")
+        said = {*newer.names, *(refusal.name for refusal in newer.refused)}
+        return Atlas(self.shape, [*(g for g in self.groups if g.name not in said), *newer.groups],
+                     [*(r for r in self.refused if r.name not in said), *newer.refused])
+
+    # ---- the file ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> Atlas:
+        """Read an atlas.json, or the one in a checkpoint folder.
+
+        Raises NotFoundError that says how to make one, or DataError naming the file.
+        """
+        path = Path(path).expanduser()
+        file = path / FILE if path.is_dir() else path
+        try:
+            return cls._from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise NotFoundError(f"{file}: no such file; `deepseek atlas profile MODEL --data NAME=FILE …` measures "
+                                "an atlas, `deepseek train --experts NAME=PATH …` builds one in") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = str(error) if isinstance(error, ValueError) else repr(error)
+            raise DataError(f"{file}: not an atlas: {why}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, or atlas.json into a folder that exists; atomically."""
+        path = Path(path)
+        file = path / FILE if path.is_dir() else path
+        manifest = file.parent / MANIFEST
+        if manifest.is_file():  # a checkpoint's weights do not change; what is known of them may
+            listed = json.loads(manifest.read_text(encoding="utf-8"))
+            if listed["files"].pop(file.name, None) is not None:
+                write_json(manifest, listed)
+        write_json(file, self._to_dict())
+
+    def overlap(self) -> dict[str, dict[str, float]]:
+        """Jaccard index of every two names' experts."""
+        return {a: {b: jaccard(self[a], self[b]) for b in self} for a in self}
+
+    def _to_dict(self) -> dict[str, Any]:
+        groups = {group.name: {"kind": group.kind, "evidence": dict(group.evidence),
+                               "measured": _plain(group.measured), "scores": list(group.scores),
+                               "experts": [str(expert) for expert in group.experts]} for group in self.groups}
+        refused = {refusal.name: {"reason": refusal.reason, "evidence": dict(refusal.evidence),
+                                  "measured": _plain(refusal.measured)} for refusal in self.refused}
+        return {"format": FORMAT, "model": asdict(self.shape), "groups": groups, "refused": refused,
+                "overlap": self.overlap()}
+
+    @classmethod
+    def _from_dict(cls, keys: dict[str, Any]) -> Atlas:
+        if keys["format"] != FORMAT:
+            raise ValueError(f"format = {keys['format']!r}: must be {FORMAT}")
+        model = keys["model"]
+        shape = Shape(tuple(map(int, model["layers"])), *(int(model[key]) for key in ("experts", "top_k", "groups")))
+        groups = []
+        for name, group in keys["groups"].items():
+            if group["kind"] not in ("built-in", "measured"):
+                raise ValueError(f"{name}: kind = {group['kind']!r}: must be built-in or measured")
+            groups.append(NamedGroup(name, group["kind"], ExpertSet(map(ExpertId.parse, group["experts"])),
+                                     tuple(map(float, group["scores"])), _numbers(name, group["evidence"]),
+                                     _measurement(group["measured"])))
+        refused = [Refusal(name, str(refusal["reason"]), _numbers(name, refusal["evidence"]),
+                           _measurement(refusal["measured"])) for name, refusal in keys["refused"].items()]
+        return cls(shape, groups, refused)
+
+
+def jaccard(a: Iterable[ExpertId], b: Iterable[ExpertId]) -> float:
+    """|a ∩ b| / |a ∪ b|; 1 for two empty sets."""
+    first, second = set(a), set(b)
+    return len(first & second) / len(first | second) if first | second else 1.0
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"layers {layers[0]}..{layers[-1]}" if layers else "no layers"
+
+
+def _plain(measured: Measurement | None) -> dict[str, Any] | None:
+    return None if measured is None else {**asdict(measured), "files": [list(file) for file in measured.files]}
+
+
+def _measurement(keys: dict[str, Any] | None) -> Measurement | None:
+    if keys is None:
+        return None
+    files = tuple((str(name), digest) for name, digest in keys["files"])
+    return Measurement(**{**keys, "files": files, "beside": tuple(keys["beside"])})
+
+
+def _numbers(name: str, evidence: dict[str, Any]) -> dict[str, float]:
+    for key, value in evidence.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name}: evidence {key} = {value!r}: must be a finite number")
+    return dict(evidence)

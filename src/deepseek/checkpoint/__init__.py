@@ -1,0 +1,34 @@
+"""The one place that reads and writes weights.
+
+On disk: Hugging Face's layout for DeepseekV3ForCausalLM / DeepseekV2ForCausalLM, safetensors only (weights never
+execute code), one file or shards with an index, beside `config.json` and the tokenizer. In memory the names are the
+same, but for two rows of one table:
+
+    in memory                                       on disk
+    model.layers.L.mlp.experts.gate_up_proj [E,..]  model.layers.L.mlp.experts.e.gate_proj.weight, ….up_proj.weight
+    model.layers.L.mlp.experts.down_proj    [E,..]  model.layers.L.mlp.experts.e.down_proj.weight
+    model.mtp.d.…  (entrance.enorm, …)              model.layers.(num_hidden_layers + d).…  (enorm, …)
+
+MTP tensors are written to `mtp.safetensors`, outside the index, unless the model has V3's 61 layers: transformers
+skips `model.layers.61.*` by name and would report any other extra layer as unexpected.
+
+A quantised checkpoint (docs/formats.md, written by convert.py) has packed tensors in the places of its weights. They
+are not read but mapped: a module's weights are views of the file.
+
+What we write carries `manifest.json` with the size and SHA-256 of every file; reading refuses, by name, a file that is
+truncated or altered. Official FP8 weights (`weight_scale_inv`) are dequantised on the way in.
+"""
+
+from __future__ import annotations
+
+from .adapters import attach_adapter, base_tensors, fingerprint, save_adapter, save_delta, tensor_hashes
+from .files import MANIFEST, TORCH_DTYPES, TensorFiles, check_manifest, write_manifest
+from .models import Dtype, check_names, load_model, open_checkpoint, save_model, to_dtype
+from .names import INDEX, PAGE, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
+
+__all__ = [
+    "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "Dtype", "TensorFiles", "attach_adapter", "base_tensors",
+    "check_manifest", "check_names", "disk_parts", "fingerprint", "load_model", "open_checkpoint", "outside_index",
+    "packed_bytes", "quantised_places", "resolve", "save_adapter", "save_delta", "save_model", "tensor_hashes",
+    "to_dtype", "units", "write_manifest"
+]

@@ -1,0 +1,267 @@
+"""Checkpoint folder -> CausalLM, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import CheckpointError, ConfigError
+from ..files import replace_folder, write_json
+from ..model import CausalLM
+from ..model.adapter import PARTS_APART
+from ..model.layers import rotary_frequencies
+from ..quant.fused import fuse
+from ..quant.linear import Recipe, is_quantised, put
+from .adapters import apply
+from .files import TensorFiles, write_manifest
+from .names import INDEX, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
+
+SHARD_BYTES = 5 << 30
+
+Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def open_checkpoint(
+    path_or_name: str | Path, *, verify: bool | None = None
+) -> tuple[ModelConfig, Recipe | None, TensorFiles]:
+    """The configuration of a checkpoint, how it is quantised if it is, and its tensors; MTP modules that the
+    configuration announces and the files lack are taken out of it (transformers writes the count alone).
+
+    verify: as in `load_model`.
+    """
+    folder = resolve(path_or_name)
+    config = ModelConfig.from_file(folder)
+    recipe = Recipe.of(config, str(folder))
+    files = TensorFiles(folder, verify=verify if verify is not None else True if recipe is None else "small")
+    if config.num_nextn_predict_layers and not any(f"layers.{config.num_hidden_layers}." in name for name in files):
+        config = config.with_(num_nextn_predict_layers=0)
+    return config, recipe, files
+
+
+def load_model(
+    path_or_name: str | Path, dtype: Dtype = "auto", device: torch.device | str = "cpu", *, verify: bool | None = None,
+    adapter: str | Path | None = None,
+) -> CausalLM:
+    """Read a checkpoint into a CausalLM in evaluation mode.
+
+    dtype: of all parameters; "auto" takes the checkpoint's own (BF16 for official FP8). Gate biases stay FP32. Of a
+    quantised checkpoint: of the activations, always float32; its files are mapped and not read.
+    verify: compare every file with the manifest's sizes and hashes where there is a manifest, or (False) not at all;
+    None leaves out the hashes of a quantised checkpoint's weights, which would be the only reason to read them all.
+    adapter: a folder that tuning left, a delta or a LoRA adapter, to put in; one made for another base is refused.
+    Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
+    """
+    config, recipe, files = open_checkpoint(path_or_name, verify=verify)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    if recipe is not None:
+        if dtype not in ("auto", "float32", torch.float32):
+            raise ConfigError(f"dtype = {dtype}: a quantised checkpoint computes in float32 (auto)")
+        model = _fill_quantised(model, recipe, files, device)
+    else:
+        model.to(_dtype_of("auto" if adapter else dtype, files)).to_empty(device=device)
+        _restore_buffers(model, config)
+        _fill(model, files, files.folder)
+    if adapter is not None:
+        apply(model, adapter, verify=verify is not False)
+        if recipe is None and dtype != "auto":
+            to_dtype(model, _dtype_of(dtype, files))
+    return model.eval()
+
+
+def to_dtype(model: CausalLM, dtype: torch.dtype) -> CausalLM:
+    """Cast the weights in place; gate biases and rotary frequencies stay FP32, as loading leaves them."""
+    kept = {name: buffer for name, buffer in model.named_buffers()
+            if name.endswith(("e_score_correction_bias", "inv_P"))}
+    model.to(dtype)
+    for name, buffer in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+    return model
+
+
+def _restore_buffers(model: CausalLM, config: ModelConfig) -> None:
+    """What `to_empty` wiped and the checkpoint does not hold; FP32 whatever the dtype of the weights."""
+    model.model.rotary.inv_P = rotary_frequencies(config).to(model.device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for block in model.moe_blocks().values():
+        if config.topk_method == "noaux_tc":
+            block.gate.e_score_correction_bias = torch.zeros(config.n_routed_experts, device=model.device)
+
+
+# Scales were used up with their weights; the others are copies of what the model shares or computes.
+_DERIVED = re.compile(
+    r".*(_scale_inv|rotary_emb\.inv_freq)|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
+
+
+def _fill(model: CausalLM, files: TensorFiles, folder: Path) -> None:
+    used: set[str] = set()
+    missing: list[str] = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            used.add(name)
+            continue
+        for disk_name, part in disk_parts(name, model.config):
+            if disk_name not in files:
+                missing.append(disk_name)
+                continue
+            used.add(disk_name)
+            place = tensor.data if part is None else tensor.data[part[0]][part[1]]
+            if files.shape(disk_name) != tuple(place.shape):
+                raise CheckpointError(f"{folder}: {disk_name} has shape {files.shape(disk_name)}, "
+                                      f"config.json asks for {tuple(place.shape)}")
+            place.copy_(files.read(disk_name, place.dtype))
+    check_names(files, used, missing)
+
+
+def check_names(files: TensorFiles, used: set[str], missing: list[str]) -> None:
+    """Raises CheckpointError for tensors that are missing, or that are there and have no place in the model."""
+    if missing:
+        raise CheckpointError(f"{files.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    extra = sorted(name for name in files if name not in used and not _DERIVED.fullmatch(name))
+    if extra:
+        raise CheckpointError(f"{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]}")
+
+
+def _fill_quantised(
+    model: CausalLM, recipe: Recipe, files: TensorFiles, device: torch.device | str
+) -> CausalLM:
+    """Put quantised modules into a model on the meta device; plain matrices keep their dtype, vectors become FP32."""
+    config = model.config
+    used: set[str] = set()
+    missing: list[str] = []
+
+    def stored(name: str, kind: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
+        used.add(name)
+        if name not in files:
+            missing.append(name)
+            return torch.empty(0, dtype=kind)
+        tensor = files.read(name)
+        if tensor.shape != shape or kind not in (None, tensor.dtype):
+            want = f"{list(shape)}" + (f" of {str(kind).removeprefix('torch.')}" if kind else "")
+            raise CheckpointError(f"{files.file(name)}: {name} is {list(tensor.shape)} of {files.dtype(name)}, must be "
+                                  f"{want}")
+        if kind == torch.uint8 and tensor.data_ptr() % 64:
+            raise CheckpointError(f"{files.file(name)}: {name} does not begin at a multiple of 64 bytes")
+        return tensor.to(device)
+
+    tied = config.tie_word_embeddings
+    for place in quantised_places(model, recipe):
+        stems = [unit.stem for unit in units(place, config)]
+        if place.kind == "table":
+            parts = [stored(f"{stems[0]}.codes", torch.int8, (place.rows, place.columns)),
+                     stored(f"{stems[0]}.step", torch.float32, (place.rows,))]
+        else:
+            size = packed_bytes(place, recipe.bits)
+            parts = [stored(f"{stem}.packed", torch.uint8, (size,)) for stem in stems]
+        if missing:
+            check_names(files, used, missing)
+        tied = tied and place.module not in ("lm_head", "model.embed_tokens")
+        put(model, place, parts, recipe.bits)
+    plain: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_meta or (name == "lm_head.weight" and tied):
+            continue
+        pieces = [stored(on_disk, None, tuple(tensor.shape) if part is None else tuple(tensor[part[0]][part[1]].shape))
+                  for on_disk, part in disk_parts(name, config)]
+        if not missing:
+            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(tensor.shape)
+            plain[name] = whole.float() if whole.ndim == 1 else whole
+    check_names(files, used, missing)
+    model.load_state_dict(plain, strict=False, assign=True)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary.inv_P = rotary_frequencies(config).to(device)
+    model.compute_dtype = torch.float32
+    fuse(model)
+    return model.requires_grad_(False).eval()
+
+
+def _dtype_of(dtype: Dtype, files: TensorFiles) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        stored = next((files.dtype(n) for n in files if n.endswith("embed_tokens.weight")), "BF16")
+        return {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
+    if dtype not in named:
+        raise ConfigError(f"dtype = {dtype!r}: must be auto, float32, bfloat16 or float16")
+    return named[dtype]
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: CausalLM, path: str | Path, *, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES,
+    extra_files: Iterable[Path] = (), add: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint that transformers loads with no missing and no unexpected tensor; atomic as a folder.
+
+    tokenizer: a Tokenizer to save beside it. extra_files: copied in. add: called with the staging folder, for whatever
+    else should appear together with the weights (optimiser state). Returns the path.
+    """
+    if apart := [name for name, module in model.named_modules() if isinstance(module, PARTS_APART)]:
+        raise CheckpointError(f"{path}: {apart[0]} is still apart from its base: merge it first")
+    if is_quantised(model):
+        raise CheckpointError(f"{path}: a quantised model is not written again: its checkpoint is what it is, and "
+                              "`deepseek quantize IN OUT --format bf16` makes a plain one of it")
+    with replace_folder(path) as folder:
+        config = model.config.with_(num_nextn_predict_layers=len(model.model.mtp))
+        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+        keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
+        write_json(folder / "config.json", keys | {"torch_dtype": dtype})
+        main, mtp = _disk_tensors(model)
+        _write_shards(folder, main, shard_bytes)
+        if mtp:
+            save_file(mtp, folder / "mtp.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        for file in extra_files:
+            (folder / file.name).write_bytes(file.read_bytes())
+        if add is not None:
+            add(folder)
+        write_manifest(folder)
+    return Path(path)
+
+
+def _disk_tensors(model: CausalLM) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    main: dict[str, Tensor] = {}
+    mtp: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        inside = outside_index(name, model.config)
+        for disk_name, part in disk_parts(name, model.config):
+            piece = tensor if part is None else tensor[part[0]][part[1]]
+            (mtp if inside else main)[disk_name] = piece.detach().contiguous().cpu()
+    return main, mtp
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(t.nbytes for t in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

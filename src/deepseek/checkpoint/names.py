@@ -1,0 +1,141 @@
+"""Where a checkpoint is and what its tensors are called: paths, hub ids, the one weight-name map, quantised units."""
+
+from __future__ import annotations
+
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import PRESETS, ModelConfig
+from ..errors import CheckpointError, NotFoundError
+from ..model import CausalLM
+from ..ops import panels
+from ..quant.linear import Place, Recipe, places
+
+HUB_NAMES = {"deepseek-v3": "deepseek-ai/DeepSeek-V3", "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite"}
+INDEX = "model.safetensors.index.json"
+PAGE = 4096  # a packed MLP begins at a multiple of it, and is padded to one
+
+
+def resolve(name: str | Path) -> Path:
+    """A checkpoint folder for a path, a known name (`deepseek-v3`) or a hub id: local first, then cache, then hub.
+
+    Raises NotFoundError that says everything that was tried.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise NotFoundError(f"{path}: the folder has no config.json, so it is not a checkpoint")
+        return path
+    if path.is_file():
+        raise NotFoundError(f"{path}: a checkpoint is a folder, this is a file")
+    repo = HUB_NAMES.get(str(name).lower(), str(name))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or str(name).startswith((".", "/", "~")):
+        hint = " (it is a preset: `deepseek train` can start from it)" if str(name) in PRESETS else ""
+        raise NotFoundError(f"{name}: no such folder here, and not the form of a hub id (owner/name){hint}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja"]
+    cached = "is not in the local cache"
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
+        if not (absent := _absent(folder)):
+            return folder
+        cached = f"is in the local cache without {absent}"
+    except HFValidationError as error:
+        raise NotFoundError(f"{name}: no such folder here, and not a hub id: {error}") from None
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise NotFoundError(f"{name}: no such folder here, hub id {repo} {cached}, "
+                            f"and the hub gave no answer: {reason}") from None
+    if absent := _absent(folder):  # the hub was out of reach, or the repository holds no safetensors
+        raise NotFoundError(f"{name}: no such folder here, and hub id {repo} came without {absent}")
+    return folder
+
+
+def _absent(folder: Path) -> str | None:
+    """The first file that a whole checkpoint would have and `folder` has not. Caches are shared between programs."""
+    names = ["config.json"]
+    if (index := folder / INDEX).is_file():
+        names += sorted(set(weight_map_of(index).values()))
+    else:
+        names.append("model.safetensors")
+    return next((name for name in names if not (folder / name).is_file()), None)
+
+
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Tensor name -> file name. Raises CheckpointError naming the index."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError("a file name is not a string")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a weight index: {error}") from None
+    return weight_map
+
+
+# ---- the one name map -------------------------------------------------------------------------------------------
+
+_ENTRANCE = {f"entrance.{part}": part for part in ("enorm", "hnorm", "eh_proj")}
+
+
+def disk_parts(name: str, config: ModelConfig) -> list[tuple[str, tuple[int, slice] | None]]:
+    """Where the tensor `name` of the model lives on disk: (name on disk, (expert, rows) or None for the whole)."""
+    if match := re.fullmatch(r"model\.mtp\.(\d+)\.(.+)", name):
+        rest = match[2]
+        for ours, theirs in _ENTRANCE.items():
+            rest = theirs + rest[len(ours):] if rest.startswith(ours) else rest
+        name = f"model.layers.{config.num_hidden_layers + int(match[1])}.{rest}"
+    if match := re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)", name):
+        inner, stem = config.moe_intermediate_size, match[1]
+        rows = {"gate_up_proj": {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner)},
+                "down_proj": {"down_proj": slice(None)}}[match[2]]
+        return [(f"{stem}.{e}.{part}.weight", (e, where)) for e in range(config.n_routed_experts)
+                for part, where in rows.items()]
+    return [(name, None)]
+
+
+def outside_index(name: str, config: ModelConfig) -> bool:
+    """Whether the tensor `name` of the model is written to mtp.safetensors (see the top of this file)."""
+    return name.startswith("model.mtp.") and config.num_hidden_layers != 61
+
+
+class Unit(NamedTuple):
+    """What is quantised as one: the stem of its names on disk and the plain weights there that it is made of (one, or
+    gate, up and down of a gated MLP)."""
+
+    stem: str
+    weights: tuple[str, ...]
+
+
+def units(place: Place, config: ModelConfig) -> list[Unit]:
+    """The unit of a place, or those of its experts in their order."""
+    gated = place.kind in ("mlp", "experts")
+    name = {"mlp": "gate_proj.weight", "experts": "down_proj"}.get(place.kind, "weight")
+    suffix = {"mlp": ".gate_proj.weight", "experts": ".down_proj.weight"}.get(place.kind, ".weight")
+    stems = [on_disk.removesuffix(suffix) for on_disk, _ in disk_parts(f"{place.module}.{name}", config)]
+    parts = ("gate_proj.weight", "up_proj.weight", "down_proj.weight") if gated else ("weight",)
+    return [Unit(stem, tuple(f"{stem}.{part}" for part in parts)) for stem in stems]
+
+
+def quantised_places(model: CausalLM, recipe: Recipe) -> list[Place]:
+    """Those that the recipe does not keep. One kept weight keeps its whole MLP, or all routed experts of its layer."""
+    def kept(place: Place) -> bool:
+        names = (name for unit in units(place, model.config) for name in unit.weights)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in recipe.keep)
+
+    return [place for place in places(model) if not kept(place)]
+
+
+def packed_bytes(place: Place, bits: panels.Bits) -> int:
+    """Of one unit of a matrix, an MLP or experts, with the padding that an MLP ends with."""
+    if place.kind == "matrix":
+        return panels.matrix_bytes(place.rows, place.columns, bits)
+    return -(-panels.mlp_bytes(place.columns, place.rows, bits) // PAGE) * PAGE

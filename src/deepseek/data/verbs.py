@@ -1,0 +1,191 @@
+"""`deepseek data …`: a thin function and its flags a step. Loaded with the command line, so nothing heavy up here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import ConfigError
+from .settings import (
+    DedupSettings,
+    LabelSettings,
+    PackSettings,
+    PipelineConfig,
+    SplitSettings,
+    ValidateSettings,
+    settings_of,
+)
+from .shapes import RecordMap
+
+if TYPE_CHECKING:
+    from .step import Done
+    from .steps import Progress
+
+S = TypeVar("S")
+Make = Callable[[Any, str, Callable[[argparse.Namespace], None] | None, str], argparse.ArgumentParser]
+
+
+def add_verbs(steps: Any, make: Make) -> None:
+    """Add the steps to the parser of `deepseek data`; `make(steps, name, function, help)` gives a parser."""
+    step = make(steps, "run", run, "all steps in a row, as a YAML says; the same command continues a stopped run")
+    step.add_argument("config", metavar="CONFIG.yaml", help="sources, out, and settings of the steps (docs/data.md)")
+
+    step = make(steps, "validate", validate, "files of every kind into records, bad ones into a quarantine")
+    step.add_argument("data", nargs="*", metavar="DATA", help="files, folders, patterns or hf:NAME[:SPLIT]")
+    step.add_argument("--sources", nargs="+", action="extend", default=[], metavar="NAME=DATA",
+                      help="the same, for the expert NAME")
+    step.add_argument("--map", metavar="YAML", help="which column is what, where its name does not say it")
+    _shared(step, ValidateSettings, experts="names that records may bear; any if not given")
+    step = make(steps, "dedup", dedup, "drop records that say the same as an earlier one, exactly or nearly")
+    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    _shared(step, DedupSettings)
+    step = make(steps, "label", label, "name the expert of records: as given, by keywords, by a classifier")
+    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    _shared(step, LabelSettings, experts="the only names to give")
+    step = make(steps, "split", split, "records by expert into training and held-out ones")
+    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    _shared(step, SplitSettings)
+    step = make(steps, "pack", pack, "records into token shards for training")
+    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    _shared(step, PackSettings, experts="the names in the order of the model's groups; sorted if not given")
+    _settings_flags(step, SplitSettings)
+    step = make(steps, "report", report, "counts, lengths, languages, complexity and balance per expert")
+    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    step.add_argument("--out", required=True, help="folder to write")
+
+
+def _shared(step: argparse.ArgumentParser, kind: type, experts: str | None = None) -> None:
+    step.add_argument("--out", required=True, help="folder to write")
+    step.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads")
+    if experts:
+        step.add_argument("--experts", nargs="+", default=[], metavar="NAME", help=experts)
+    _settings_flags(step, kind)
+
+
+def _settings_flags(step: argparse.ArgumentParser, kind: type) -> None:
+    for one in fields(kind):
+        flag: dict[str, Any] = {"action": "store_true"} if one.default is False else {
+            "type": str if one.default is None else type(one.default)}
+        step.add_argument(f"--{one.name}", default=one.default, help=one.metadata["help"], **flag)
+
+
+def _settings(args: argparse.Namespace, kind: type[S]) -> S:
+    if getattr(args, "workers", 1) < 1:
+        raise ConfigError(f"workers = {args.workers}: must be an integer >= 1")
+    return settings_of(kind, {one.name: getattr(args, one.name) for one in fields(kind)})  # type: ignore[arg-type]
+
+
+# ---- the verbs ----------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from . import pipeline
+
+    config = PipelineConfig.load(args.config)
+    with tqdm(unit=" records", unit_scale=True) as bar:
+        def note(step: str, records: int) -> None:
+            if bar.desc != f"{step}: ":
+                bar.reset()
+                bar.set_description(step)
+            bar.update(records - bar.n)
+
+        for name, done in pipeline.run(config, note):
+            bar.write(_line(name, done))
+    print((Path(config.out) / "report" / "report.txt").read_text(encoding="utf-8"))
+    print(f"tokens: {Path(config.out) / 'pack'}\npage:   {Path(config.out) / 'report' / 'report.html'}")
+
+
+def validate(args: argparse.Namespace) -> None:
+    from .steps import validate
+
+    sources: dict[str, list[str]] = {"": args.data} if args.data else {}
+    for word in args.sources:
+        name, equals, place = word.partition("=")
+        if not (equals and name and place):
+            raise ConfigError(f"sources = {word!r}: must read NAME=DATA (for example law_expert=data/law)")
+        sources.setdefault(name, []).append(place)
+    if not sources:
+        raise ConfigError("data: at least one DATA or --sources NAME=DATA must be given")
+    mapping = RecordMap.load(args.map) if args.map else None
+    with _bar("validate") as progress:
+        done = validate(sources, args.out, _settings(args, ValidateSettings), experts=args.experts, mapping=mapping,
+                        workers=args.workers, progress=progress)
+    print(_line("validate", done))
+    for reason, count in done.counts["reasons"].items():
+        print(f"  {count:,} {reason}")
+    if done.counts["quarantined"]:
+        print(f"quarantine: {Path(args.out) / 'quarantine.jsonl'}")
+
+
+def dedup(args: argparse.Namespace) -> None:
+    from .steps import dedup
+
+    with _bar("dedup") as progress:
+        done = dedup(args.source, args.out, _settings(args, DedupSettings), workers=args.workers, progress=progress)
+    print(_line("dedup", done))
+    print(f"dropped: {Path(args.out) / 'dropped.csv'}")
+
+
+def label(args: argparse.Namespace) -> None:
+    from ..domain import HeldOutReport
+    from .steps import label
+
+    with _bar("label") as progress:
+        done = label(args.source, args.out, _settings(args, LabelSettings), experts=args.experts, workers=args.workers,
+                     progress=progress)
+    print(_line("label", done))
+    told = done.counts.get("classifier", {})
+    if told.get("trained"):
+        print(HeldOutReport(tuple(told["names"]), tuple(map(tuple, told["confusion"])), {
+            float(key): tuple(value) for key, value in told["at"].items()}, told["calibration_error"]).table())
+    elif told:
+        print(f"no classifier: {told['why']}")
+
+
+def split(args: argparse.Namespace) -> None:
+    from .steps import split
+
+    with _bar("split") as progress:
+        done = split(args.source, args.out, _settings(args, SplitSettings), progress=progress)
+    print(_line("split", done))
+
+
+def pack(args: argparse.Namespace) -> None:
+    from .steps import pack
+
+    with _bar("pack") as progress:
+        done = pack(args.source, args.out, _settings(args, PackSettings), held_out=_settings(args, SplitSettings),
+                    experts=args.experts, progress=progress)
+    print(_line("pack", done))
+
+
+def report(args: argparse.Namespace) -> None:
+    from .report import report
+
+    report(args.source, args.out)
+    print((Path(args.out) / "report.txt").read_text(encoding="utf-8"))
+    print(f"page: {Path(args.out) / 'report.html'}")
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Progress]:
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit=" records", unit_scale=True) as bar:
+        def advance(records: int) -> None:
+            bar.update(records - bar.n)
+
+        yield advance
+
+
+def _line(name: str, done: Done) -> str:
+    told = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in done.counts.items()
+                     if isinstance(value, int) and key not in ("seed", "files", "characters"))
+    return f"{name}: {told} ({f'{done.seconds:.1f} s' if done.ran else 'unchanged'})"

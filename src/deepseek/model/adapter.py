@@ -1,0 +1,277 @@
+"""What tuning puts into a model: experts with parameters of their own, and low-rank side paths (LoRA).
+
+    TunedExperts   some experts of a layer as parameters of their own, the others frozen:   two calls of `expert_mlp`,
+                   each over the pairs of its experts. A frozen expert is no parameter, so no optimiser can move it by
+                   decay or momentum, and neither gradients nor moments of it exist.
+    LoRALinear     W x + s B A x                                                   (arXiv 2106.09685; s = alpha / r)
+    LoRAExperts    the same on gate, up and down of some experts of a layer. The side path sits inside the experts'
+                   nonlinearity, so their pairs are computed here, expert by expert, for experts that got a token;
+                   all other pairs stay in the one call.
+
+The modules stand in the places of those they hold as `base` and know nothing of how the base stores its weights: plain
+or quantised, it answers a call, and `dense(expert)` where a matrix is needed.
+
+`attach` puts side paths into a model, by peft's names (arXiv 2106.09685 and peft's LoraConfig); `fold` of each module
+gives the merged base back.
+
+Shape letters: T tokens, H hidden, I intermediate, K experts a token, E experts, C experts with a side path, R its rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import ConfigError
+from .experts import RoutedExperts
+from .gate import Route
+
+# what users of other models call a projection -> MLA's own, in order of preference
+FRIENDLY = {"q_proj": ("q_proj", "q_b_proj"), "k_proj": ("kv_b_proj",), "v_proj": ("kv_b_proj",),
+            "qkv_proj": ("q_proj", "q_b_proj", "kv_b_proj"), "kv_proj": ("kv_b_proj",)}
+
+
+@dataclass(frozen=True)
+class Side:
+    """Which side paths a model gets. targets: names of linear modules, as peft takes them. experts: {layer: [index]}.
+
+    Raises ConfigError naming field, rule and value.
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ConfigError(f"r = {self.r!r}: must be an integer >= 1")
+        if not self.lora_alpha > 0:
+            raise ConfigError(f"lora_alpha = {self.lora_alpha!r}: must be a positive number")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / self.r
+
+
+class _SomeExperts(nn.Module):
+    """Holds `base`, all experts of a layer, and knows which of them are `chosen`."""
+
+    base: Any
+    place_E: Tensor
+
+    def __init__(self, base: Any, chosen: Sequence[int], experts: int, device: torch.device) -> None:
+        super().__init__()
+        self.base, self.chosen = base, tuple(chosen)
+        place_E = torch.full((experts,), -1, device=device)
+        place_E[list(self.chosen)] = torch.arange(len(self.chosen), device=device)
+        self.register_buffer("place_E", place_E, persistent=False)
+
+    def parted(self, route: Route) -> tuple[Route, Tensor]:
+        """(the route of the others' pairs, places [T, K] among the chosen): -1 where a pair is not there."""
+        place_TK = self.place_E[route.index_TK]
+        return route._replace(index_TK=torch.where(place_TK < 0, route.index_TK, -1)), place_TK
+
+
+class TunedExperts(_SomeExperts):
+    """gate_up_proj [C, 2I, H] and down_proj [C, H, I] start as copies of the base's; `fold` writes them back."""
+
+    def __init__(self, base: RoutedExperts, chosen: Sequence[int]) -> None:
+        super().__init__(base, chosen, base.down_proj.shape[0], base.down_proj.device)
+        rows = list(self.chosen)
+        # FP32 whatever the base: a step of 1e-5 is below half precision's resolution
+        self.gate_up_proj = nn.Parameter(base.gate_up_proj.detach()[rows].float())
+        self.down_proj = nn.Parameter(base.down_proj.detach()[rows].float())
+        base.requires_grad_(False)
+
+    def forward(self, x_TH: Tensor, route: Route) -> Tensor:
+        others, place_TK = self.parted(route)
+        return self.base(x_TH, others) + ops.expert_mlp(
+            x_TH, place_TK, route.weight_TK, self.gate_up_proj, self.down_proj)
+
+    @torch.no_grad()
+    def fold(self) -> RoutedExperts:
+        """The base, with the tuned experts in their places."""
+        rows = list(self.chosen)
+        self.base.gate_up_proj[rows] = self.gate_up_proj.to(self.base.gate_up_proj.dtype)
+        self.base.down_proj[rows] = self.down_proj.to(self.base.down_proj.dtype)
+        return self.base
+
+
+class LoRALinear(nn.Module):
+    """base(x) + scale * B A dropout(x); lora_A [R, in], lora_B [out, R], zero at the start."""
+
+    base: Any
+
+    def __init__(self, base: Any, r: int, scale: float, dropout: float, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        base.requires_grad_(False)
+        device = next(iter((*base.parameters(), *base.buffers()))).device
+        self.base, self.scale, self.dropout = base, scale, nn.Dropout(dropout)
+        self.out_features, self.in_features = base.out_features, base.in_features
+        self.lora_A = nn.Parameter(_low_rank(r, base.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = ops.linear(ops.linear(self.dropout(x), self.lora_A), self.lora_B)
+        return self.base(x) + self.scale * side.to(x.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """W + scale * B A, for products that need the matrix itself."""
+        weight = self.base.weight
+        return weight + self.delta().to(weight.dtype)
+
+    def delta(self) -> Tensor:
+        """scale * B A, [out, in], in the adapter's dtype."""
+        return self.scale * self.lora_B @ self.lora_A
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        """The base with the side path added to its matrix."""
+        self.base.weight += self.delta().to(self.base.weight.dtype)
+        return self.base
+
+
+class LoRAExperts(_SomeExperts):
+    """Side paths on gate, up and down of the chosen experts. Names and shapes of the six parameters: `SHAPES`.
+
+    base: RoutedExperts, or a quantised module with the same call and `dense(expert)`.
+    """
+
+    def __init__(self, base: Any, chosen: Sequence[int], experts: int, hidden: int, inner: int, r: int, scale: float,
+                 dropout: float, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        super().__init__(base, chosen, experts, device)
+        base.requires_grad_(False)
+        self.scale, self.dropout = scale, nn.Dropout(dropout)
+        for part, (out, wide) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+            first = [_low_rank(r, wide, device=device, dtype=dtype) for _ in self.chosen]
+            self.register_parameter(f"{part}_A", nn.Parameter(torch.stack(first)))
+            zeros = torch.zeros(len(self.chosen), out, r, device=device, dtype=dtype)
+            self.register_parameter(f"{part}_B", nn.Parameter(zeros))
+
+    def forward(self, x_TH: Tensor, route: Route) -> Tensor:
+        others, place_TK = self.parted(route)
+        out_TH = self.base(x_TH, others)
+        for place in torch.unique(place_TK[place_TK >= 0]).tolist():
+            token_P, k_P = (place_TK == place).nonzero(as_tuple=True)
+            y_PH = self._expert(place, x_TH[token_P]) * route.weight_TK[token_P, k_P].unsqueeze(1).to(x_TH.dtype)
+            out_TH = out_TH.index_add(0, token_P, y_PH)
+        return out_TH
+
+    def _expert(self, place: int, x_PH: Tensor) -> Tensor:
+        gate_up, down = self.base.dense(self.chosen[place])
+        gate, up = ops.linear(x_PH, gate_up).chunk(2, 1)
+        h = ops.swiglu((gate + self._side("gate", place, x_PH)).contiguous(),
+                       (up + self._side("up", place, x_PH)).contiguous())
+        return ops.linear(h, down) + self._side("down", place, h)
+
+    def _side(self, part: str, place: int, x: Tensor) -> Tensor:
+        a, b = getattr(self, f"{part}_A")[place], getattr(self, f"{part}_B")[place]
+        return (self.scale * ops.linear(ops.linear(self.dropout(x), a), b)).to(x.dtype)
+
+    def delta(self, place: int) -> tuple[Tensor, Tensor]:
+        """What merging adds to gate_up_proj [2I, H] and down_proj [H, I] of the expert at `place`."""
+        gate, up, down = (self.scale * getattr(self, f"{p}_B")[place] @ getattr(self, f"{p}_A")[place]
+                          for p in ("gate", "up", "down"))
+        return torch.cat((gate, up)), down
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        """The base with the side paths added to its experts."""
+        for place, expert in enumerate(self.chosen):
+            for weight, delta in zip(self.base.dense(expert), self.delta(place), strict=True):
+                weight += delta.to(weight.dtype)
+        return self.base
+
+
+PARTS_APART = (TunedExperts, LoRALinear, LoRAExperts)
+
+
+def _low_rank(r: int, wide: int, *, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """A as peft starts it: uniform with Kaiming's bound for a = sqrt(5), which is 1 / sqrt(in)."""
+    return torch.empty(r, wide, device=device, dtype=dtype).uniform_(-(wide**-0.5), wide**-0.5)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> linear module, plain or quantised, of every layer but the MTP modules' (transformers has none)."""
+    return {name: module for name, module in model.named_modules()
+            if hasattr(module, "in_features") and hasattr(module, "out_features") and ".mtp." not in name
+            and not name.endswith(".base")}
+
+
+def resolve_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, list[str]]:
+    """Target -> the modules it names: those whose name is it or ends in `.` and it; `all-linear` is all but the head.
+    A friendly name that the model does not have stands for MLA's projection (FRIENDLY).
+
+    Raises ConfigError for a target that matches nothing, listing what there is.
+    """
+    there = linears(model)
+
+    def matching(name: str) -> list[str]:
+        return [module for module in there if module == name or module.endswith(f".{name}")]
+
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        if target == "all-linear":
+            found[target] = [name for name in there if name != "lm_head"]
+            continue
+        aliases = FRIENDLY.get(target, ()) if "." not in target else ()
+        names = matching(target) or [name for alias in aliases for name in matching(alias)]
+        if not names:
+            last = sorted({name.rpartition(".")[2] for name in there})
+            raise ConfigError(f"target_modules = {target!r}: matches nothing; the model has {', '.join(last)}, and "
+                              f"{', '.join(sorted(FRIENDLY))} stand for MLA's projections")
+        found[target] = names
+    return found
+
+
+def attach(model: nn.Module, side: Side) -> list[str]:
+    """Put side paths into `model` in place, freeze everything else, and return the names of the modules that got one.
+
+    Raises ConfigError for targets or experts that the model does not have, and where nothing would be adapted.
+    """
+    config = cast(Any, model).config
+    targets = dict.fromkeys(name for names in resolve_targets(model, side.targets).values() for name in names)
+    if not targets and not any(side.experts.values()):
+        raise ConfigError("target_modules and experts are both empty: there is nothing to adapt")
+    for layer, chosen in side.experts.items():
+        if layer not in config.moe_layers or any(not 0 <= e < config.n_routed_experts for e in chosen):
+            raise ConfigError(f"experts: layer {layer} has no such experts {list(chosen)}: layers with routed experts "
+                              f"are {list(config.moe_layers)}, of {config.n_routed_experts} each")
+    model.requires_grad_(False)
+    device = cast(Any, model).device
+    for name in targets:
+        base = model.get_submodule(name)
+        model.set_submodule(name, LoRALinear(base, side.r, side.scale, side.lora_dropout, torch.float32))
+    names = list(targets)
+    for layer, chosen in side.experts.items():
+        if chosen:
+            name = f"model.layers.{layer}.mlp.experts"
+            model.set_submodule(name, LoRAExperts(
+                model.get_submodule(name), chosen, config.n_routed_experts, config.hidden_size,
+                config.moe_intermediate_size, side.r, side.scale, side.lora_dropout, device, torch.float32))
+            names.append(name)
+    return names
+
+
+def side_paths(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAExperts]]:
+    """(name, module) of every side path in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear | LoRAExperts):
+            yield name, module
+
+
+def fold(model: nn.Module) -> None:
+    """Merge every side path and every tuned expert into the plain modules below them, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PARTS_APART):
+            model.set_submodule(name, module.fold())

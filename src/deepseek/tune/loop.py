@@ -1,0 +1,70 @@
+"""Deepopt's loop over records, with an eye on general text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..checkpoint import check_manifest, write_manifest
+from ..deepopt.settings import TrainConfig
+from ..deepopt.trainer import Trainer, held_out_loss, trained
+from ..files import replace_folder, write_json
+from ..quant.linear import is_quantised
+from .records import RecordSet
+from .workpiece import Workpiece
+
+
+class Tuning(Trainer):
+    """Deepopt's loop over records; checkpoints hold what is trained and nothing else."""
+
+    def __init__(self, work: Workpiece, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path,
+                 settings: Mapping[str, Any]) -> None:
+        self.work, self.general, self._more = work, general, settings
+        super().__init__(work.model, data, config, out, work.tokenizer)
+        self.data: RecordSet = data
+        if is_quantised(work.model):
+            work.model.compute_dtype = torch.float32
+
+    def before(self) -> dict[str, float]:
+        """The evaluation of the base, made once."""
+        path = self.out / "before.json"
+        if not path.is_file():
+            assert self.step == 0
+            write_json(path, self.evaluate())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def evaluate(self) -> dict[str, Any]:
+        """Loss on held-out records and on general text."""
+        general = held_out_loss(self.model, self.general, self.config)
+        return {"step": self.step, "eval_loss": held_out_loss(self.model, self.data, self.config),
+                "general_loss": general}
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), **{k: v if isinstance(v, dict) else {k: v} for k, v in self._more.items()}}
+
+    def _state(self) -> dict[str, Tensor]:
+        biases = {name: buffer for name, buffer in self.model.named_buffers()
+                  if name.endswith("e_score_correction_bias")} if self.config.bias_speed else {}
+        return {**{name: p.detach() for name, p in trained(self.model).items()}, **biases}
+
+    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
+        with replace_folder(path) as folder:
+            save_file({name: t.cpu().contiguous() for name, t in self._state().items()}, folder / "trained.safetensors")
+            add(folder)
+            write_manifest(folder)
+        return path
+
+    def _read(self, folder: Path) -> None:
+        check_manifest(folder)
+        saved = load_file(folder / "trained.safetensors")
+        for name, tensor in self._state().items():
+            tensor.copy_(saved[name])
+
+    def _finish(self) -> None:
+        """The tuner writes the result."""

@@ -1,0 +1,118 @@
+"""LoRAAdapter: low-rank side paths by peft's fields, on attention and on named experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..atlas import Atlas
+from ..checkpoint import attach_adapter, fingerprint, save_adapter, tensor_hashes
+from ..errors import ConfigError
+from ..ids import ExpertId, ExpertSet
+from ..model import CausalLM
+from ..model.adapter import Side, fold, side_paths
+from ..quant.linear import is_quantised
+
+# How much of the adapter's effect merging may lose: in FP32 only sums are ordered differently; half precision rounds
+# the merged weight, and what lies below its resolution is lost.
+LOSS = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+
+@dataclass(frozen=True)
+class LoRAAdapter:
+    """peft's LoraConfig fields (r, lora_alpha, lora_dropout, bias, target_modules, task_type) and `experts`: names of
+    an atlas, or ids such as "3.17", whose gate, up and down get side paths too.
+
+    target_modules: names of linear modules, "all-linear", or friendly ones: q_proj, k_proj and v_proj stand for MLA's
+    own projections where the model has no such module (model/adapter.py). Raises ConfigError naming field and rule.
+    """
+
+    r: int = 8
+    target_modules: Sequence[str] | str = ("q_proj",)
+    experts: Sequence[str] = ()
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    task_type: str | None = "CAUSAL_LM"
+
+    def __post_init__(self) -> None:
+        if self.bias != "none":
+            raise ConfigError(f"bias = {self.bias!r}: must be none (a trained bias would not be a side path)")
+        if self.task_type not in (None, "CAUSAL_LM"):
+            raise ConfigError(f"task_type = {self.task_type!r}: must be CAUSAL_LM")
+        if isinstance(self.experts, str):
+            raise ConfigError(f"experts = {self.experts!r}: must be a list of names")
+        self.side({})
+
+    def side(self, experts: dict[int, list[int]]) -> Side:
+        targets = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
+        return Side(self.r, self.lora_alpha, self.lora_dropout, targets, experts)
+
+    def attach(self, model: CausalLM, atlas: Atlas | None = None) -> Side:
+        """Put untrained side paths into `model`, freeze all else; returns what was put where.
+
+        Raises ConfigError for a target that matches nothing, RequestError for an unknown name of experts.
+        """
+        side = self.side(named_experts(self.experts, atlas).by_layer())
+        attach_adapter(model, side)
+        return side
+
+    @staticmethod
+    def save(model: CausalLM, side: Side, folder: str | Path, base_name: str = "", base: str | None = None) -> Path:
+        """Write the side paths: in peft's format where peft can express them, else in ours (docs/formats.md)."""
+        return save_adapter(folder, model, side, base_name, base or fingerprint(tensor_hashes(model)))
+
+    @staticmethod
+    @torch.no_grad()
+    def merge(model: CausalLM, *, tokens: int = 64, seed: int = 0) -> float:
+        """Add the side paths to the weights, in place, and compare logits before and after on random tokens.
+
+        Returns the share of the adapter's effect on the logits that merging lost (median over tokens). Raises
+        ConfigError where there is nothing to merge or into what, or where the loss is more than rounding explains.
+        """
+        paths = dict(side_paths(model))
+        if not paths:
+            raise ConfigError("the model has no side paths to merge")
+        if is_quantised(model):
+            raise ConfigError("side paths cannot be merged into quantised weights: merge into the plain checkpoint, "
+                              "then quantise that")
+        if not any(bool(parameter.any()) for module in paths.values()
+                   for name, parameter in module.named_parameters(recurse=False) if name.endswith("_B")):
+            raise ConfigError("merging would change nothing: every B is zero, the adapter was never trained")
+        model.eval()
+        generator = torch.Generator().manual_seed(seed)
+        ids_BT = torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
+        beside = model(ids_BT)
+        scales = {name: module.scale for name, module in paths.items()}
+        for module in paths.values():
+            module.scale = 0.0
+        without = model(ids_BT)
+        for name, module in paths.items():
+            module.scale = scales[name]
+        fold(model)
+        merged = model(ids_BT)
+        effect = (beside - without).norm(dim=-1)
+        lost = float(((merged - beside).norm(dim=-1) / effect.clamp(min=1e-12)).median())
+        if not lost <= (limit := LOSS.get(model.lm_head.weight.dtype, 0.02)):
+            raise ConfigError(f"merging lost {lost:.1%} of the adapter's effect (at most {limit:.0%} is rounding in "
+                              f"{model.lm_head.weight.dtype}); load the base in float32 and merge there")
+        return lost
+
+
+def named_experts(names: Sequence[str], atlas: Atlas | None) -> ExpertSet:
+    """The experts of names in an atlas, and of ids such as "3.17". Raises RequestError listing the names there are."""
+    found = ExpertSet()
+    for name in names:
+        if isinstance(name, ExpertId):
+            found = found | ExpertSet([name])
+        elif name[:1].isdigit():
+            found = found | ExpertSet([ExpertId.parse(name)])
+        elif atlas is None:
+            raise ConfigError(f"experts = {name!r}: is a name, so it needs an atlas: there is none beside the model "
+                              "(`deepseek atlas profile` makes one)")
+        else:
+            found = found | atlas[name]
+    return found

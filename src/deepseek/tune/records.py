@@ -1,0 +1,290 @@
+"""Records -> padded batches that teach answers, not questions.
+
+    a conversation       through the chat template; what the assistant says is learnt, its end token included
+    prompt and answer    as a conversation of two turns where the tokenizer has a template, else prompt, answer, eos
+    plain text           bos, text, eos; all of it is learnt; a long one is cut into windows
+
+Records are held out by a hash of their text, so the split does not depend on their order or company. Batches are a pure
+function of (seed, step), and records of like length share one: padding stays small and a killed run goes on with the
+very batch it would have had.
+
+Shape letters: B records, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..data import Document, ReadReport, read_documents
+from ..data.shapes import shape
+from ..data.shards import Batch, held_out_place
+from ..errors import DataError, RequestError
+from ..files import write_atomically
+from ..ops.loss import IGNORE
+from ..tokenizer import Tokenizer
+
+POOL = 16  # batches whose records are sorted by length together
+
+
+class Example(NamedTuple):
+    """Token ids of one record, and how many of them, from each start, are learnt: (start, end) spans."""
+
+    ids: tuple[int, ...]
+    learnt: tuple[tuple[int, int], ...]
+
+
+def read_records(dataset: Any) -> list[Document]:
+    """The documents of a path (or several), of records (objects, strings, lists of turns), of documents, or of anything
+    that iterates over these, a Hugging Face data set included.
+
+    Raises DataError for no record at all, and for one that cannot be read, naming its place.
+    """
+    if isinstance(dataset, str | Path):
+        dataset = [dataset]
+    if isinstance(dataset, Mapping):
+        raise DataError(f"dataset: must be a path, a list or an iterable of records, got one object with keys "
+                        f"{', '.join(map(str, list(dataset)[:5]))} (a data set by splits? give one of them)")
+    if isinstance(dataset, Sequence) and dataset and all(isinstance(item, Path) or _is_path(item) for item in dataset):
+        report = ReadReport(strict=True)
+        documents = list(read_documents(dataset, report))
+    else:
+        documents = [document for n, record in enumerate(dataset, 1) for document in document_of(record, n)]
+    if not documents:
+        raise DataError("dataset: holds no record")
+    return documents
+
+
+def document_of(record: Any, number: int) -> list[Document]:
+    """The documents of one record that lies in memory."""
+    if isinstance(record, Document):
+        return [record]
+    try:
+        return [Document(one.text, "records", number, one.turns, one.expert, one.metadata, one.answer_at)
+                for one in shape(record)]
+    except DataError as error:
+        raise DataError(f"record {number}: {error}") from None
+
+
+def _is_path(item: Any) -> bool:
+    return isinstance(item, str) and "\n" not in item and len(item) < 4096 and (
+        item.startswith("hf:") or any(c in item for c in "*?[") or Path(item).exists())
+
+
+def encode(document: Document, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """One example, or several windows of plain text. Raises DataError for a record with nothing to learn."""
+    turns = document.turns
+    if not turns and document.answer_at is not None:
+        prompt, answer = document.text[: document.answer_at], document.text[document.answer_at :]
+        if not answer.strip():
+            raise DataError(f"{place(document)}: the record has no output to learn")
+        if not tokenizer.has_chat_template:
+            return [_joined([(prompt, False), (answer, True)], tokenizer)]
+        turns = (("user", prompt.removesuffix("\n")), ("assistant", answer))
+    if not turns:
+        ids = _framed(tokenizer.encode(document.text), tokenizer)
+        if len(ids) < 2:
+            raise DataError(f"{place(document)}: the text is empty")
+        starts = range(0, max(len(ids) - 1, 1), max_length)
+        return [Example(tuple(piece), ((1, len(piece)),)) for start in starts
+                if len(piece := ids[start : start + max_length + 1]) > 1]
+    if not any(role == "assistant" and said.strip() for role, said in turns):
+        raise DataError(f"{place(document)}: the record has no output to learn (no turn of an assistant)")
+    if not tokenizer.has_chat_template:
+        parts = [part for role, said in turns for part in ((f"{role.capitalize()}: ", False),
+                                                           (f"{said}\n\n", role == "assistant"))]
+        return [_joined(parts, tokenizer)]
+    return [_spoken(document, turns, tokenizer)]
+
+
+def place(document: Document) -> str:
+    """Where a record stands, for messages."""
+    return document.source if document.line is None else f"{document.source}:{document.line}"
+
+
+def _framed(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    begin, end = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    return [*(begin if list(ids[:1]) != begin else []), *ids, *(end if list(ids[-1:]) != end else [])]
+
+
+def _joined(parts: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Example:
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    spans = []
+    for text, learnt in parts:
+        start = len(ids)
+        ids += tokenizer.encode(text)
+        if learnt:
+            spans.append((start, len(ids)))
+    if tokenizer.eos_id is not None:
+        ids.append(tokenizer.eos_id)
+        spans[-1] = (spans[-1][0], len(ids))
+    return Example(tuple(ids), tuple(spans))
+
+
+def _spoken(document: Document, turns: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> Example:
+    messages = [{"role": role, "content": said} for role, said in turns]
+    try:
+        ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+        spans = []
+        for n, (role, _) in enumerate(turns):
+            if role != "assistant":
+                continue
+            before = tokenizer.encode_chat(messages[:n], add_generation_prompt=True)
+            through = tokenizer.encode_chat(messages[: n + 1], add_generation_prompt=False)
+            if ids[: len(before)] != before or ids[: len(through)] != through:
+                raise DataError(f"{place(document)}: the chat template writes turn {n + 1} differently when others "
+                                "follow it, so what is to be learnt cannot be told apart; split the record there")
+            spans.append((len(before), len(through)))
+    except RequestError as error:
+        raise DataError(f"{place(document)}: {error}") from None
+    return Example(tuple(ids), tuple(spans))
+
+
+class RecordSet:
+    """Training and held-out examples of one data set, as `Trainer` wants them."""
+
+    experts: tuple[str, ...] = ()
+
+    def __init__(self, train: Sequence[Example], valid: Sequence[Example]) -> None:
+        self.train, self.valid = train, valid
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    @classmethod
+    def of(cls, documents: Iterable[Document], tokenizer: Tokenizer, *, max_length: int, overlong: str = "error",
+           valid_fraction: float = 0.1, seed: int = 0) -> RecordSet:
+        """Tokenise, hold out, check. Raises DataError for a record without output, for over-long ones (overlong
+        "error"), and where nothing is left to train on."""
+        sides: tuple[list[Example], list[Example]] = ([], [])
+        long: list[tuple[str, int]] = []
+        waiting: tuple[float, list[Example]] | None = None
+        count = 0
+        for document in documents:
+            count += 1
+            examples = encode(document, tokenizer, max_length)
+            if max(len(e.ids) for e in examples) > max_length + 1:
+                long.append((place(document), len(examples[0].ids)))
+                if overlong != "cut":
+                    continue
+                examples = [cut for e in examples if (cut := _cut(e, max_length))]
+            where = held_out_place(document.text, f"{seed}".encode())
+            if waiting is None or where > waiting[0]:  # the least likely to be held out stands in for an empty side
+                waiting, (where, examples) = (where, examples), waiting or (2.0, [])
+            sides[where < valid_fraction].extend(examples)
+        if long and overlong == "error":
+            raise DataError(f"{len(long)} of {count} records are longer than max_length = {max_length} tokens (first "
+                            f"{long[0][0]} with {long[0][1]}); raise max_length, or set overlong to cut or skip")
+        if waiting is not None:
+            sides[bool(valid_fraction and not sides[1] and sides[0])].extend(waiting[1])
+        if not sides[0]:
+            raise DataError(f"dataset: none of its {count} records is left to train on"
+                            + (f" ({len(long)} are longer than max_length = {max_length})" if long else ""))
+        return cls(*sides)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all examples and of their split."""
+        text = json.dumps([[list(e) for e in side] for side in (self.train, self.valid)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def learnt_tokens(self) -> int:
+        """Tokens of the training records that count in the loss."""
+        return sum(end - start for e in self.train for start, end in e.learnt)
+
+    def batches(self, batch_size: int) -> int:
+        """In an epoch."""
+        return -(-len(self.train) // batch_size)
+
+    def _draw_order(self, seed: int, epoch: int, batch_size: int) -> list[list[int]]:
+        """The batches of an epoch: a shuffle, sorted by length within pools of batches, the batches shuffled again."""
+        key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        order = torch.randperm(len(self.train), generator=generator).tolist()
+        pools = [sorted(order[i : i + POOL * batch_size], key=lambda n: len(self.train[n].ids))
+                 for i in range(0, len(order), POOL * batch_size)]
+        batches = [pool[i : i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch:
+        """The records of a step; seq_len has done its work when they were tokenised."""
+        epoch, number = divmod(step, self.batches(batch_size))
+        return pad([self.train[n] for n in self._order(seed, epoch, batch_size)[number]])
+
+    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
+        """The held-out records, at most `limit` batches of them, evenly spread and sorted by length."""
+        chosen: Sequence[Example] = self.valid
+        if limit is not None and limit * batch_size < len(chosen):
+            kept = limit * batch_size
+            chosen = [chosen[i * len(chosen) // kept] for i in range(kept)]
+        chosen = sorted(chosen, key=lambda e: len(e.ids))
+        for i in range(0, len(chosen), batch_size):
+            yield pad(chosen[i : i + batch_size])
+
+
+def _cut(example: Example, max_length: int) -> Example | None:
+    """The first max_length + 1 tokens; None where nothing is learnt in them."""
+    ids = example.ids[: max_length + 1]
+    spans = tuple((start, min(end, len(ids))) for start, end in example.learnt if start < len(ids))
+    return Example(ids, spans) if spans else None
+
+
+def pad(examples: Sequence[Example]) -> Batch:
+    """Right-padded inputs and labels; what is not learnt has label -100."""
+    longest = max(len(e.ids) for e in examples)
+    ids_BT = torch.zeros(len(examples), longest, dtype=torch.long)
+    learnt_BT = torch.full((len(examples), longest), IGNORE)
+    real_BT = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.ids)
+        ids_BT[row, : len(ids)] = ids
+        real_BT[row, : len(ids)] = True
+        for start, end in example.learnt:
+            learnt_BT[row, start:end] = ids[start:end]
+    expert_BT = torch.full((len(examples), longest - 1), -1)
+    real = real_BT[:, :-1]
+    return Batch(ids_BT[:, :-1], learnt_BT[:, 1:], expert_BT, None if bool(real.all()) else real)
+
+
+# ---- streams ----------------------------------------------------------------------------------------------------
+
+
+def fresh(stream: Iterable[Any], seen: set[str]) -> Iterator[Document]:
+    """The documents of a stream whose text is new; their hashes join `seen`."""
+    for number, record in enumerate(stream, 1):
+        for document in document_of(record, number):
+            if (digest := _digest(document)) not in seen:
+                seen.add(digest)
+                yield document
+
+
+def store_round(folder: Path, waiting: Iterator[Document], size: int) -> list[Document]:
+    """Take up to `size` documents and write them to the folder, before anything is done with them."""
+    documents = list(itertools.islice(waiting, size))
+    if documents:
+        write_atomically(folder / "records.jsonl", "".join(
+            json.dumps(asdict(d), ensure_ascii=False, default=str) + "\n" for d in documents))
+    return documents
+
+
+def stored_round(folder: Path, seen: set[str]) -> list[Document]:
+    """What `store_round` wrote, none if it has not; the hashes join `seen`."""
+    if not (path := folder / "records.jsonl").is_file():
+        return []
+    documents = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        keys = json.loads(line)
+        documents.append(Document(**keys | {"turns": tuple((role, said) for role, said in keys["turns"])}))
+        seen.add(_digest(documents[-1]))
+    return documents
+
+
+def _digest(document: Document) -> str:
+    return hashlib.sha256(document.text.encode()).hexdigest()

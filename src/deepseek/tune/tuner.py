@@ -1,0 +1,238 @@
+"""MoEFineTuner: what is trained, the proof that nothing else moved, and what was gained and lost.
+
+    1. names      expert_tune / expert_freeze through the atlas; "auto" routes the records and selects as ESFT does
+    2. parts      experts that are trained become parameters of their own (model/adapter.py); all else wants no gradient
+    3. before     loss on held-out records, and on general text
+    4. train      deepopt's loop; checkpoints hold what is trained and nothing else
+    5. after      the same two losses; SHA-256 of every tensor against the base's
+    6. result     a delta, an adapter or a whole checkpoint
+
+    OUT/experts.json            the selection of "auto", so that a continued run trains the same experts
+    OUT/settings.json, checkpoint-N/, log.jsonl, loss.png      as in training (deepopt/trainer.py)
+    OUT/delta | adapter | model the result
+    OUT/report.json             all figures
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sysconfig
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..atlas import Atlas
+from ..checkpoint import open_checkpoint, resolve
+from ..data import Document, ReadReport, read_documents
+from ..deepopt.settings import TrainConfig
+from ..deepopt.trainer import held_out_loss, trained
+from ..errors import ConfigError, DataError
+from ..files import write_json
+from ..tokenizer import Tokenizer
+from .loop import Tuning
+from .lora import LoRAAdapter, named_experts
+from .records import Example, RecordSet, fresh, read_records, store_round, stored_round
+from .report import TuneReport
+from .settings import TuneConfig
+from .workpiece import Workpiece
+
+GENERAL_FILES = 40  # of Python's library, where no general text is given
+
+
+class MoEFineTuner:
+    """Tunes the experts that a domain uses, or all but some, or side paths; see TuneConfig for the settings.
+
+        tuner = MoEFineTuner(model_path="v3", expert_freeze=["code_expert"], lr=1e-5)
+        tuner.fit(legal_dataset, epochs=10)
+
+    model_path: a checkpoint folder or hub id. adapter: a LoRAAdapter, to train side paths alone. general: text that
+    must not be forgotten (a path or several, or documents); Python's own library where none is given. old: records to
+    replay (with `replay`), such as those of an earlier tuning. out: folder of the run (MODEL-tuned if not given); the
+    same call goes on with a run that was stopped. save: "auto" writes a delta where experts are tuned, an adapter for
+    LoRA, else a whole checkpoint; "delta" and "full" what they say.
+    """
+
+    def __init__(self, model_path: str | Path, *, adapter: LoRAAdapter | None = None, general: Any = None,
+                 old: Any = None, out: str | Path | None = None, save: str = "auto", **settings: Any) -> None:
+        """Raises ConfigError for an impossible setting, NotFoundError for a model that is nowhere, RequestError for a
+        name of experts that the atlas does not have, listing those it has. No weight is read before `fit`."""
+        config = self.config = TuneConfig.of(**settings)
+        self.adapter, self.general, self.old, self.save = adapter, general, old, save
+        if save not in ("auto", "delta", "full"):
+            raise ConfigError(f"save = {save!r}: must be auto, delta or full")
+        if adapter is not None and (save == "delta" or config.expert_tune is not None or config.expert_freeze):
+            raise ConfigError("adapter: side paths are all that is trained and kept then; give experts to LoRAAdapter"
+                              "(experts=[…]) instead of expert_tune or expert_freeze, and no save = delta")
+        self.folder, self.model_path = resolve(model_path), str(model_path)
+        self.out = Path(out) if out is not None else Path(f"{self.folder.name}-tuned")
+        beside = self.folder / "atlas.json"
+        self.atlas = Atlas.load(config.atlas or beside) if config.atlas or beside.is_file() else None
+        names = adapter.experts if adapter else config.expert_freeze or config.expert_tune
+        self.named = None if names is None or names == "auto" else named_experts(list(names), self.atlas)
+        model_config, recipe, _ = open_checkpoint(self.folder, verify=False)
+        if self.atlas is not None:
+            self.atlas.check_fits(model_config)
+        if recipe is not None and adapter is None:
+            raise ConfigError(f"{model_path}: is quantised, and quantised weights cannot be trained: tune the "
+                              "checkpoint it was made from, or side paths on it (adapter=LoRAAdapter(…))")
+        if config.max_length >= model_config.max_position_embeddings:
+            raise ConfigError(f"max_length = {config.max_length}: must be below the model's max_position_embeddings "
+                              f"({model_config.max_position_embeddings})")
+
+    @property
+    def mode(self) -> str:
+        """experts, lora or full."""
+        return "lora" if self.adapter else "experts" if self.config.expert_tune is not None else "full"
+
+    # ---- the run ----------------------------------------------------------------------------------------------
+
+    def fit(self, dataset: Any, epochs: float | None = None, *, steps: int | None = None) -> TuneReport:
+        """Train on `dataset` and write the result; returns the report, which is also printed.
+
+        dataset: a path (or several), records such as {"input": …, "output": …}, documents, a Hugging Face data set, or
+        any iterable of these that ends; `fit_stream` takes those that do not. Raises DataError, before any weight is
+        read, for an empty data set, a record without output or an over-long one, and ConfigError when `out` holds a run
+        with other settings.
+        """
+        began = time.perf_counter()
+        config = self._updated(epochs=epochs, steps=steps)
+        tokenizer = Tokenizer.load(self.folder)
+        data = self._record_set(read_records(dataset), tokenizer)
+        if config.replay:
+            if self.old is None:
+                raise ConfigError(f"replay = {config.replay}: needs old records to replay (old=…)")
+            data.train = [*data.train, *self._replayed(read_records(self.old), len(data.train), tokenizer, 0)]
+        general, general_name = self._general(tokenizer)
+        work = Workpiece.load(self, tokenizer, data)
+        tuning = self._tuning(work, data, general, self.out)
+        before = tuning.before()
+        tuning.run()
+        return self._conclude(work, tuning, data, before, general_name, began)
+
+    def fit_stream(self, stream: Iterable[Any], *, records_a_round: int = 256, rounds: int | None = None,
+                   epochs: float | None = None) -> TuneReport:
+        """Continual tuning: so many records of `stream` at a time, with a share (`replay`) of all earlier ones, and of
+        `old`, mixed in; ends with the stream, or after `rounds`.
+
+        A round's records are written to OUT/round-N before it begins, so a killed run loses none and goes on where it
+        was; records whose text an earlier round had are passed over, so a stream may begin again from its start. The
+        report has the loss on every round's held-out records after every round, backward transfer and forgetting.
+        """
+        began = time.perf_counter()
+        if records_a_round < 2:
+            raise ConfigError(f"records_a_round = {records_a_round}: must be at least 2, one to learn and one to hold "
+                              "out")
+        self._updated(epochs=epochs)
+        tokenizer = Tokenizer.load(self.folder)
+        general, general_name = self._general(tokenizer)
+        old = read_records(self.old) if self.old is not None else []
+        seen: set[str] = set()
+        waiting = fresh(stream, seen)
+        work: Workpiece | None = None
+        sets: list[RecordSet] = []
+        before: dict[str, float] = {}
+        losses: list[list[float]] = []
+        while rounds is None or len(sets) < rounds:
+            folder = self.out / f"round-{len(sets) + 1:04d}"
+            documents = stored_round(folder, seen) or store_round(folder, waiting, records_a_round)
+            if not documents:
+                break
+            data = self._record_set(documents, tokenizer)
+            if self.config.replay:
+                data.train = [*data.train, *self._replayed(old, len(data.train), tokenizer, len(sets))]
+            if work is None:
+                work = Workpiece.load(self, tokenizer, data)
+            tuning = self._tuning(work, data, general, folder)
+            before = before or tuning.before()
+            tuning.run()
+            sets.append(data)
+            old += documents
+            losses.append([held_out_loss(work.model, each, tuning.config) for each in sets])
+        if work is None:
+            raise DataError("stream: ended before its first record")
+        return self._conclude(work, tuning, data, before, general_name, began, losses)
+
+    def _updated(self, **changes: Any) -> TuneConfig:
+        given = {key: value for key, value in changes.items() if value is not None}
+        self.config = replace(self.config, **given)
+        return self.config
+
+    def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, out: Path) -> Tuning:
+        kept = {k: v for k, v in asdict(self.config).items() if k not in ("device", "atlas", "steps", "epochs")}
+        adapter = asdict(self.adapter) if self.adapter else {}
+        return Tuning(work, data, general, self._train_config(data), out,
+                      {"tune": kept, "adapter": adapter, "base": {"base": work.fingerprint}})
+
+    def _replayed(self, old: Sequence[Document], new: int, tokenizer: Tokenizer, number: int) -> Sequence[Example]:
+        """A sample of old records that makes up the share `replay` of both together."""
+        share = self.config.replay
+        count = min(len(old), round(new * share / (1 - share)))
+        drawn = random.Random(f"{self.config.seed}/{number}").sample(list(old), count)
+        if not drawn:
+            return ()
+        return RecordSet.of(drawn, tokenizer, max_length=self.config.max_length, overlong="cut",
+                            valid_fraction=0.0).train
+
+    def _record_set(self, documents: Iterable[Document], tokenizer: Tokenizer) -> RecordSet:
+        config = self.config
+        return RecordSet.of(documents, tokenizer, max_length=config.max_length, overlong=config.overlong,
+                            valid_fraction=config.valid_fraction, seed=config.seed)
+
+    def _general(self, tokenizer: Tokenizer) -> tuple[RecordSet, str]:
+        """General text as held-out windows, and its name."""
+        if self.general is None:
+            library = Path(sysconfig.get_path("stdlib"))
+            documents = list(read_documents(sorted(library.glob("*.py"))[:GENERAL_FILES], ReadReport()))
+            name = "sources of Python's library, as no general text was given"
+        else:
+            documents = read_records(self.general)
+            name = f"{len(documents):,} documents of general text"
+        limit = self.config.eval_records
+        spread = [documents[i * len(documents) // limit] for i in range(limit)] if len(documents) > limit else documents
+        everything = RecordSet.of(spread, tokenizer, max_length=self.config.max_length, overlong="cut",
+                                  valid_fraction=0.0)
+        return RecordSet((), everything.train), name
+
+    def _train_config(self, data: RecordSet) -> TrainConfig:
+        config = self.config
+        batches = data.batches(config.batch_size)
+        steps = config.steps or max(1, math.ceil(config.epochs * batches / config.accumulation))
+        return TrainConfig(
+            steps=steps, batch_size=config.batch_size, seq_len=config.max_length, accumulation=config.accumulation,
+            lr=config.lr, min_lr_ratio=config.min_lr_ratio, warmup_steps=round(config.warmup * steps),
+            weight_decay=config.weight_decay, clip=config.clip, precision=config.precision, mtp_weight=0.0,
+            balance_weight=0.0, bias_speed=1e-3 if config.balance else 0.0, guide_weight=0.0,
+            gradient_checkpointing=config.gradient_checkpointing, eval_every=config.eval_every,
+            eval_batches=max(1, -(-config.eval_records // config.batch_size)), save_every=config.save_every, keep=2,
+            seed=config.seed)
+
+    def _conclude(self, work: Workpiece, tuning: Tuning, data: RecordSet, before: Mapping[str, float],
+                  general_name: str, began: float, rounds: Sequence[Sequence[float]] = ()) -> TuneReport:
+        after = tuning.evaluate()
+        parameters = trained(work.model)
+        count = sum(p.numel() for p in parameters.values())
+        moments = sum(t.nbytes for state in tuning.optimizer.state.values() for k, t in state.items() if k != "step")
+        result = work.finish(self)
+        frozen = {name for name in work.hashes if name not in work.trainable}
+        unchanged = sum(work.hashes[name] == work.hashes_after[name] for name in frozen)
+        report = TuneReport(
+            mode=self.mode, steps=tuning.config.steps, records=len(data.train), learnt_tokens=data.learnt_tokens,
+            domain_before=before["eval_loss"], domain_after=after["eval_loss"],
+            general_before=before["general_loss"], general_after=after["general_loss"], general_text=general_name,
+            trained_parameters=count, all_parameters=work.parameters, optimizer_bytes=moments,
+            frozen_tensors=len(frozen), frozen_unchanged=unchanged,
+            changed_tensors=sum(work.hashes[n] != work.hashes_after[n] for n in work.hashes),
+            experts={str(k): v for k, v in work.experts.by_layer().items()}, seconds=time.perf_counter() - began,
+            result=str(result), result_bytes=sum(f.stat().st_size for f in result.rglob("*") if f.is_file()),
+            rounds=rounds)
+        write_json(self.out / "report.json", asdict(report) | {
+            "gained": report.gained, "forgotten": report.forgotten, "backward_transfer": report.backward_transfer,
+            "forgetting": report.forgetting})
+        if unchanged != len(frozen):
+            moved = sorted(n for n in frozen if work.hashes[n] != work.hashes_after[n])
+            raise AssertionError(f"{len(moved)} frozen tensors changed, first {moved[0]}")
+        print(report.table())
+        return report

@@ -1,0 +1,215 @@
+"""The model between base and result: which parts of it are trained, and the hashes of what it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from ..atlas import Atlas, ExpertUsage, select_experts
+from ..checkpoint import (
+    base_tensors,
+    disk_parts,
+    fingerprint,
+    load_model,
+    save_adapter,
+    save_delta,
+    save_model,
+    tensor_hashes,
+    to_dtype,
+)
+from ..deepopt.trainer import trained
+from ..errors import ConfigError
+from ..files import write_json
+from ..ids import ExpertId, ExpertSet
+from ..model import CausalLM, RoutingRecord
+from ..model.adapter import Side, TunedExperts, fold
+from ..quant.linear import is_quantised
+from ..tokenizer import Tokenizer
+from .lora import LoRAAdapter
+from .records import RecordSet
+from .settings import TuneConfig
+
+THRESHOLDS = {"token": 0.2, "gate": 0.1}
+
+
+class Job(Protocol):
+    """What the work is to be: a MoEFineTuner."""
+
+    config: TuneConfig
+    adapter: LoRAAdapter | None
+    atlas: Atlas | None
+    named: ExpertSet | None
+    folder: Path
+    model_path: str
+    out: Path
+    save: str
+
+    @property
+    def mode(self) -> str: ...
+
+
+class Workpiece:
+    """The model between its base and its result: what is trained in it, and the hashes of what it was."""
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, hashes: dict[str, str], dtype: torch.dtype,
+                 experts: ExpertSet, side: Side | None, trainable: set[str]) -> None:
+        """hashes: of every tensor of the base; dtype: that of the base's weights; experts: tuned or frozen ones;
+        trainable: names on disk of the tensors that training may change."""
+        self.model, self.tokenizer, self.hashes, self.dtype = model, tokenizer, hashes, dtype
+        self.experts, self.side, self.trainable = experts, side, trainable
+        self.fingerprint = fingerprint(hashes)
+        with torch.device("meta"):
+            self.parameters = sum(p.numel() for p in CausalLM(model.config).parameters())
+        self.hashes_after: dict[str, str] = {}
+
+    @classmethod
+    def load(cls, job: Job, tokenizer: Tokenizer, data: RecordSet) -> Workpiece:
+        """Read the base, hash it, decide on the experts and part the model into trained and frozen."""
+        config = job.config
+        model = load_model(job.folder, device=config.device)
+        dtype = model.lm_head.weight.dtype if not is_quantised(model) else torch.float32
+        hashes = _hashed(model, "hash the base")
+        torch.manual_seed(config.seed)
+        if job.adapter is not None:
+            side = job.adapter.attach(model, job.atlas)
+            return cls(model, tokenizer, hashes, dtype, job.named or ExpertSet(), side, set())
+        model.requires_grad_(False)
+        experts = job.named
+        if config.expert_tune == "auto":
+            experts = _auto(model, data, config, job.out)
+        if experts is not None:
+            _check_there(experts, model)
+        if job.mode == "full":
+            to_dtype(model, torch.float32)  # a step of 1e-5 is below half precision's resolution
+            frozen = (experts or ExpertSet()).by_layer()
+            for layer, block in model.moe_blocks().items():
+                chosen = [e for e in range(model.config.n_routed_experts) if e not in frozen.get(layer, ())]
+                _part(model, layer, chosen, all_of=len(chosen) == model.config.n_routed_experts)
+                block.shared_experts.requires_grad_(True) if hasattr(block, "shared_experts") else None
+            _rest(model, True)
+        else:
+            assert experts is not None
+            for layer, chosen in experts.by_layer().items():
+                _part(model, layer, chosen, all_of=False)
+            if config.shared_experts or config.non_expert_modules:
+                to_dtype(model, torch.float32)
+            for block in model.moe_blocks().values():
+                if config.shared_experts and hasattr(block, "shared_experts"):
+                    block.shared_experts.requires_grad_(True)
+            _rest(model, config.non_expert_modules)
+        for block in model.moe_blocks().values():
+            if config.train_router:
+                block.gate.float().weight.requires_grad_(True)
+        # the MTP modules take no part: nothing of them is in the loss
+        model.model.mtp.requires_grad_(False)
+        work = cls(model, tokenizer, hashes, dtype, experts or ExpertSet(), None, set())
+        work.trainable = work._trainable_names(config.balance)
+        if not trained(model):
+            raise ConfigError("nothing is left to train: every expert is frozen")
+        return work
+
+    def _trainable_names(self, balance: bool) -> set[str]:
+        """Names on disk of what has a gradient, and of the gate biases where they balance."""
+        out: set[str] = set()
+        for name in trained(self.model):
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            for disk_name, part in disk_parts(name, self.model.config):
+                if not isinstance(owner, TunedExperts) or (part is not None and part[0] in owner.chosen):
+                    out.add(disk_name)
+        if balance:
+            out |= {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in self.model.config.moe_layers}
+        return out
+
+    def finish(self, job: Job) -> Path:
+        """Put the model together again, hash it, and write the result."""
+        model, base = self.model.eval(), self.fingerprint
+        if self.side is not None:
+            self.hashes_after = _hashed(model, "hash the result")
+            if job.save != "full":
+                return save_adapter(job.out / "adapter", model, self.side, job.model_path, base)
+            LoRAAdapter.merge(model)
+            return save_model(model, job.out / "model", tokenizer=self.tokenizer, add=self._add_atlas(job))
+        fold(model)
+        to_dtype(model, self.dtype)
+        self.hashes_after = _hashed(model, "hash the result")
+        if job.save == "delta" or (job.save == "auto" and job.mode == "experts"):
+            changed = {name: tensor for name, tensor in base_tensors(model).items() if name in self.trainable}
+            return save_delta(job.out / "delta", changed, base, {
+                "base_name": job.model_path, "mode": job.mode,
+                "experts": {str(k): v for k, v in self.experts.by_layer().items()}})
+        return save_model(model, job.out / "model", tokenizer=self.tokenizer, add=self._add_atlas(job))
+
+    def _add_atlas(self, job: Job) -> Callable[[Path], None]:
+        def add(folder: Path) -> None:
+            if job.atlas is not None:
+                job.atlas.save(folder)
+        return add
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------
+
+
+def _part(model: CausalLM, layer: int, chosen: Sequence[int], *, all_of: bool) -> None:
+    """Make the chosen experts of a layer parameters of their own."""
+    experts = model.moe_blocks()[layer].experts
+    if all_of:
+        experts.requires_grad_(True)
+    elif chosen:
+        model.moe_blocks()[layer].experts = TunedExperts(experts, chosen)  # type: ignore[assignment]
+
+
+def _rest(model: CausalLM, wanted: bool) -> None:
+    """Everything that is neither expert nor router: embeddings, attention, norms, dense layers, the head."""
+    for name, parameter in model.named_parameters():
+        if ".experts." not in name and ".shared_experts." not in name and not name.endswith("mlp.gate.weight"):
+            parameter.requires_grad_(wanted)
+
+
+def _check_there(experts: ExpertSet, model: CausalLM) -> None:
+    config = model.config
+    for expert in experts:
+        if expert.layer not in config.moe_layers or not 0 <= expert.index < config.n_routed_experts:
+            raise ConfigError(f"expert {expert}: the model has experts 0..{config.n_routed_experts - 1} in layers "
+                              f"{list(config.moe_layers)}")
+
+
+@torch.no_grad()
+def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path) -> ExpertSet:
+    """ESFT's selection from the routes of the training records; kept in OUT/experts.json."""
+    path = out / "experts.json"
+    threshold = THRESHOLDS[config.score] if config.threshold is None else config.threshold
+    asked = {"score": config.score, "threshold": threshold, "data": data.fingerprint}
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if {key: kept.get(key) for key in asked} == asked:
+            return ExpertSet(map(ExpertId.parse, kept["experts"]))
+    usage = ExpertUsage(model.config)
+    everything = RecordSet((), data.train)
+    limit = max(1, config.eval_records * 4 // config.batch_size)
+    batches = list(everything.valid_batches(config.batch_size, config.max_length, limit))
+    for batch in tqdm(batches, desc="route", unit="batch", dynamic_ncols=True):
+        routing = RoutingRecord()
+        batch = batch.to(model.device)
+        model.hidden(batch.ids_BT, batch.real_BT, routing=routing)
+        usage.add(routing, None if batch.real_BT is None else batch.real_BT.flatten())
+    amount_LE = usage.counts_LE.double() if config.score == "token" else usage.weights_LE
+    share_LE = amount_LE / amount_LE.sum(1, keepdim=True)
+    selected = select_experts(dict(zip(usage.layers, share_LE, strict=True)), threshold)
+    experts = ExpertSet(ExpertId(layer, e) for layer, chosen in selected.items() for e in chosen)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, asked | {"experts": [str(e) for e in experts], "tokens": usage.tokens})
+    return experts
+
+
+def _hashed(model: CausalLM, what: str) -> dict[str, str]:
+    with tqdm(desc=what, unit="tensor", dynamic_ncols=True, leave=False) as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return tensor_hashes(model, progress)

@@ -1,0 +1,140 @@
+"""The atlas as a value and as a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from planting import LETTERS, Planted, text
+
+from deepseek import Atlas, ExpertId
+from deepseek.atlas import NamedGroup, profile
+from deepseek.atlas.atlas import Refusal, Shape
+from deepseek.checkpoint import load_model, save_model
+from deepseek.config import ModelConfig
+from deepseek.errors import ConfigError, DataError, NotFoundError, RequestError
+from deepseek.ids import ExpertSet
+
+Config = Callable[..., ModelConfig]
+
+
+def group(name: str, *ids: str, kind: str = "measured") -> NamedGroup:
+    return NamedGroup(name, kind, ExpertSet(map(ExpertId.parse, ids)), tuple(0.5 / i for i, _ in enumerate(ids, 1)))
+
+
+@pytest.fixture
+def measured(planted: Planted) -> Atlas:
+    data = {name: text(name) for name in LETTERS}
+    data["mixed"] = [document for name in LETTERS for document in text(name, 8, seed=2)]
+    return profile(planted.model, planted.tokenizer, data, threshold=0.9, seq_len=32, tokens=1500)
+
+
+def test_names_are_a_mapping_to_ordered_sets(tiny_config: Config) -> None:
+    atlas = Atlas(Shape.of(tiny_config()), [group("law_expert", "2.3", "1.7"), group("code_expert", "1.0")])
+    assert list(atlas["law_expert"]) == [ExpertId(2, 3), ExpertId(1, 7)]
+    assert atlas.names == tuple(atlas) == ("law_expert", "code_expert")
+    assert len(atlas) == 2 and "law_expert" in atlas and "math_expert" not in atlas
+    assert atlas.group("law_expert").scores == (0.5, 0.25)
+    with pytest.raises(RequestError, match="no experts are named 'math_expert'; there are law_expert, code_expert"):
+        atlas["math_expert"]
+    refused = Atlas(atlas.shape, [], [Refusal("math_expert", "chance")])
+    with pytest.raises(RequestError, match=r"\(math_expert was refused: chance\); there are none"):
+        refused["math_expert"]
+
+
+def test_built_in_names_are_the_routing_groups(tiny_config: Config) -> None:
+    config = tiny_config(num_nextn_predict_layers=1)
+    atlas = Atlas.built_in(config, ["a", "b", "c"], {"b": {"routing_accuracy": 0.9}})
+    assert list(atlas["b"]) == [ExpertId(layer, e) for layer in (1, 2) for e in (4, 5, 6, 7)]
+    assert atlas.group("b").kind == "built-in" and atlas.group("b").evidence == {"routing_accuracy": 0.9}
+    assert atlas.shape == Shape((1, 2), 16, 4, 4)
+    with pytest.raises(ConfigError, match=r"n_group = 4: must be at least 5, one for each name \(a, b, c, d, e\)"):
+        Atlas.built_in(config, list("abcde"))
+    with pytest.raises(ConfigError, match="'a' comes twice"):
+        Atlas.built_in(config, ["a", "a"])
+
+
+def test_a_file_and_back_is_the_same(measured: Atlas, tiny_config: Config, tmp_path: Path) -> None:
+    for number, atlas in enumerate((measured, Atlas.built_in(tiny_config(), ["x", "数学"], {"x": {"accuracy": 1}}))):
+        file = tmp_path / f"{number}.json"
+        atlas.save(file)
+        again = Atlas.load(file)
+        assert again.groups == atlas.groups and again.refused == atlas.refused and again.shape == atlas.shape
+    assert [refusal.name for refusal in measured.refused] == ["mixed"]
+    written = json.loads((tmp_path / "0.json").read_text())
+    assert written["overlap"]["early"] == {"early": 1.0, "middle": 0.0, "late": 0.0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
+
+
+def test_beside_a_checkpoint(planted: Planted, measured: Atlas, tmp_path: Path) -> None:
+    folder = save_model(planted.model, tmp_path / "model", add=measured.save)
+    assert Atlas.load(folder).groups == measured.groups
+    measured.updated(Atlas(measured.shape, [group("late", "1.0")])).save(folder)
+    assert list(Atlas.load(folder)["late"]) == [ExpertId(1, 0)]
+    load_model(folder)  # the manifest does not vouch for what may change
+
+
+def test_a_newer_measurement_replaces_what_it_speaks_of(tiny_config: Config) -> None:
+    shape = Shape.of(tiny_config())
+    old = Atlas(shape, [group("a", "1.0"), group("b", "1.1")], [Refusal("c", "old"), Refusal("d", "old")])
+    new = Atlas(shape, [group("c", "1.2")], [Refusal("a", "new")])
+    both = old.updated(new)
+    assert both.names == ("b", "c") and [(r.name, r.reason) for r in both.refused] == [("d", "old"), ("a", "new")]
+    with pytest.raises(ConfigError, match="different shapes: 2 layers x 16 experts, 4 a token, 4 routing groups; 2"):
+        old.updated(Atlas(Shape.of(tiny_config(n_group=8)), []))
+
+
+def test_experts_that_do_not_exist(tiny_config: Config) -> None:
+    config = tiny_config()
+    for bad in ("0.3", "3.0", "1.16"):
+        with pytest.raises(ConfigError, match=f"x names expert {bad}, which a model with 16 experts"):
+            Atlas(Shape.of(config), [group("x", bad)])
+    with pytest.raises(ConfigError, match="x has no experts"):
+        Atlas(Shape.of(config), [group("x")])
+    atlas = Atlas(Shape.of(config), [group("x", "2.15")])
+    atlas.check_fits(config)
+    atlas.check_fits(tiny_config(num_hidden_layers=9, n_routed_experts=32))
+    with pytest.raises(ConfigError, match=r"expert 2.15 \(x\), which the model does not have: its layers 1..2 have "
+                                          "experts 0..7"):
+        atlas.check_fits(tiny_config(n_routed_experts=8))
+    with pytest.raises(ConfigError, match=r"expert 2\.15"):
+        atlas.check_fits(tiny_config(num_hidden_layers=2))
+
+
+def test_no_atlas_says_how_to_make_one(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "atlas.json", tmp_path / "nowhere"):
+        with pytest.raises(NotFoundError, match="`deepseek atlas profile MODEL --data NAME=FILE …` measures an atlas"):
+            Atlas.load(place)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"format": 2}, "format = 2: must be 1"),
+    ({"groups": []}, "AttributeError"),
+    ({"model": {}}, "KeyError"),
+    ({"groups": {"x": {"kind": "guessed"}}}, "kind = 'guessed'"),
+    ({"groups": {"x": {"kind": "measured", "experts": ["1.99"], "scores": [], "evidence": {}, "measured": None}}},
+     "x names expert 1.99"),
+    ({"groups": {"x": {"kind": "measured", "experts": ["17"], "scores": [], "evidence": {}, "measured": None}}},
+     "LAYER.INDEX"),
+    ({"groups": {"x": {"kind": "measured", "experts": ["1.1"], "scores": [1, 2], "evidence": {}, "measured": None}}},
+     "2 scores for 1 experts"),
+    ({"groups": {"x": {"kind": "measured", "experts": ["1.1"], "scores": [1], "evidence": {"p": "low"},
+                       "measured": None}}}, "evidence p = 'low'"),
+    ({"groups": {"x": {"kind": "measured", "experts": ["1.1"], "scores": [1], "evidence": {},
+                       "measured": {"files": [], "beside": []}}}}, "TypeError"),
+])
+def test_a_damaged_file_is_named(change: dict[str, object], reason: str, tiny_config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "atlas.json"
+    Atlas(Shape.of(tiny_config()), [group("a", "1.0")]).save(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DataError, match=rf"atlas\.json: not an atlas: .*{reason}"):
+        Atlas.load(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"{}"])
+def test_a_file_that_is_no_atlas(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "atlas.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"atlas\.json: not an atlas"):
+        Atlas.load(tmp_path)

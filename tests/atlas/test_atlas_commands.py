@@ -1,0 +1,160 @@
+"""`deepseek atlas …` as a user types it: what it writes, what it says, and one clear line for what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from planting import LETTERS, Planted, text
+
+from deepseek import Atlas, load_model, save_model
+from deepseek.cli import main
+from deepseek.data import Document
+from deepseek.tokenizer import Tokenizer
+
+FLAGS = ("--threshold", "0.9", "--seq_len", "32", "--tokens", "1500")
+
+
+@pytest.fixture
+def model(planted: Planted, tmp_path: Path) -> Path:
+    """A copy of the planted checkpoint, to write beside."""
+    return Path(shutil.copytree(planted.folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Path]:
+    """A JSONL file of each name, and one of all letters."""
+    documents: dict[str, list[Document]] = {name: text(name) for name in LETTERS}
+    documents["mixed"] = [document for name in LETTERS for document in text(name, 8, seed=2)]
+    files = {name: tmp_path / f"{name}.jsonl" for name in documents}
+    for name, file in files.items():
+        file.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents[name]))
+    return files
+
+
+@pytest.fixture
+def deepseek(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: object) -> tuple[int, str, str]:
+        status = main(["atlas", *map(str, words)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def named(data: dict[str, Path], *names: str) -> list[str]:
+    return [f"{name}_expert={data[name]}" for name in names]
+
+
+def test_profile_show_and_profile_again(planted: Planted, model: Path, data: dict[str, Path], deepseek: Run) -> None:
+    status, out, _ = deepseek("profile", model, "--data", *named(data, "early", "late", "mixed"), *FLAGS)
+    assert status == 0 and f"atlas: {model / 'atlas.json'}" in out
+    assert "refused: mixed_expert: no better than chance" in out
+    atlas = Atlas.load(model)
+    assert atlas.names == ("early_expert", "late_expert")
+    assert set(atlas["late_expert"]) == planted.experts["late"]
+    [(file, digest)] = atlas.group("late_expert").measured.files
+    assert file.endswith("/late.jsonl") and len(digest) == 64
+    load_model(model)
+
+    picture, written = model.parent / "map.png", model.parent / "page.html"
+    status, out, _ = deepseek("show", model, "--png", picture, "--html", written)
+    assert status == 0 and "early_expert  measured" in out and "overlap (Jaccard)" in out
+    assert picture.read_bytes().startswith(b"\x89PNG") and "late_expert" in written.read_text()
+    assert deepseek("show", model / "atlas.json")[1] == out.split("map: ")[0]
+
+    # another name joins what is there
+    assert deepseek("profile", model, "--data", *named(data, "middle", "early"), *FLAGS)[0] == 0
+    atlas = Atlas.load(model)
+    assert atlas.names == ("late_expert", "middle_expert", "early_expert")
+    assert [refusal.name for refusal in atlas.refused] == ["mixed_expert"]
+
+
+def test_one_name_alone_comes_with_a_warning(model: Path, data: dict[str, Path], deepseek: Run) -> None:
+    status, out, _ = deepseek("profile", model, "--data", *named(data, "early"), *FLAGS)
+    assert status == 0 and "One name alone shows that its experts are stable" in out
+
+
+def test_nothing_but_chance_is_an_error_and_writes_nothing(model: Path, data: dict[str, Path], deepseek: Run) -> None:
+    words = [f"{name}={data['mixed']}" for name in ("a", "b")]
+    status, _, err = deepseek("profile", model, "--data", *words, *FLAGS)
+    assert status == 2 and err.splitlines()[-1].startswith("deepseek: a is no better than chance: its ")
+    assert "; b is no better than chance" in err and not (model / "atlas.json").exists()
+
+
+def test_what_training_built_in_stays(model: Path, data: dict[str, Path], deepseek: Run) -> None:
+    config = load_model(model).config
+    Atlas.built_in(config, ["early_expert"]).save(model)
+    status, _, err = deepseek("profile", model, "--data", *named(data, "early", "late"), *FLAGS)
+    assert status == 2 and "early_expert: is built into the model; measure it under another name" in err
+    assert deepseek("profile", model, "--data", f"first={data['early']}", *named(data, "late"), *FLAGS)[0] == 0
+    assert {name: Atlas.load(model).group(name).kind for name in Atlas.load(model)} == {
+        "early_expert": "built-in", "first": "measured", "late_expert": "measured"}
+    elsewhere = model.parent / "other.json"
+    assert deepseek("profile", model, "--data", *named(data, "early", "late"), "--out", elsewhere, *FLAGS)[0] == 0
+    assert Atlas.load(elsewhere).group("early_expert").kind == "measured"
+
+
+def test_compare_follows_the_names(planted: Planted, model: Path, data: dict[str, Path], deepseek: Run) -> None:
+    deepseek("profile", model, "--data", *named(data, "early", "late"), *FLAGS)
+    other = load_model(model)
+    with torch.no_grad():
+        gate = other.moe_blocks()[2].gate
+        gate.weight.copy_(gate.weight.roll(4, 0))
+    moved = save_model(other, model.parent / "moved", tokenizer=planted.tokenizer)
+    status, out, _ = deepseek("compare", model, moved, "--data", data["early"], "--tokens", "500")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[2:] if line}
+    assert status == 0 and rows["1"] == ["100.0%", "0.000", "0.0000"] and float(rows["2"][0][:-1]) < 100
+    assert float(rows["early_expert"][0][:-1]) > 95 > float(rows["early_expert"][2][:-1])
+    same = deepseek("compare", model, model, "--data", data["early"], "--atlas", model / "atlas.json")[1]
+    assert " mean      100.0%   0.000   0.0000" in same
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("profile M --data early", "data = 'early': must read NAME=PATH"),
+    ("profile M --data a=nowhere.txt", "nowhere.txt: no such file or folder"),
+    ("profile nowhere --data a=EARLY --out x.json", "nowhere: no such folder here"),
+    ("profile owner/name --data a=EARLY", "out: must be given, because owner/name is not a local folder"),
+    ("profile M --data a=SHORT b=EARLY", "a: too little text: 1 windows"),
+    ("profile M --data a=EMPTY b=EARLY", "empty"),
+    ("profile M --data a=EARLY b=LATE --threshold 2", "threshold = 2.0: must lie above 0"),
+    ("profile M --data a=EARLY b=LATE --seq_len 9999", "seq_len = 9999: must lie in 2..256"),
+    ("profile M --data a=EARLY b=LATE --out OTHER", "holds the atlas of another model"),
+    ("show M", "atlas.json: no such file; `deepseek atlas profile MODEL --data NAME=FILE …` measures"),
+    ("show nowhere.json", "nowhere.json: no such folder here"),
+    ("show EARLY", "not an atlas"),
+    ("compare M M --data EMPTY", "empty"),
+    ("compare M M --data nowhere.txt", "nowhere.txt: no such file"),
+    ("compare M M --data EARLY --tokens 0", "tokens = 0"),
+    ("compare M M --data EARLY --seq_len 0", "seq_len = 0: must lie in 2..256"),
+    ("compare M M --data EARLY --atlas nowhere.json", "nowhere.json: no such file"),
+    ("compare M M --data EARLY --atlas OTHER", "made for another shape"),
+    ("compare M SMALL --data EARLY", "the models differ in shape"),
+    ("compare M FOREIGN --data EARLY", "different tokenizers"),
+])
+def test_one_clear_line(
+    words: str, message: str, planted: Planted, model: Path, data: dict[str, Path], deepseek: Run,
+    tiny_config: Callable, random_model: Callable
+) -> None:
+    folder = model.parent
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("abc")
+    Atlas.built_in(tiny_config(), ["x"]).save(folder / "other.json")
+    if "SMALL" in words:
+        save_model(random_model(tiny_config(n_routed_experts=8)), folder / "small", tokenizer=planted.tokenizer)
+    if "FOREIGN" in words:
+        save_model(planted.model, folder / "foreign", tokenizer=Tokenizer.train(["zyxzyxzyx"], 280))
+    places = {"M": model, "EARLY": data["early"], "LATE": data["late"], "EMPTY": folder / "empty.txt",
+              "SHORT": folder / "short.txt", "OTHER": folder / "other.json", "SMALL": folder / "small",
+              "FOREIGN": folder / "foreign"}
+    given = ["=".join(str(places.get(part, part)) for part in word.split("=")) for word in words.split()]
+    status, _, err = deepseek(*given)
+    said = [line for line in err.splitlines() if line.startswith("deepseek: ")]
+    assert status == 2 and len(said) == 1 and message in said[0]
+    assert "Traceback" not in err and not (model / "atlas.json").exists()

@@ -1,0 +1,233 @@
+"""Profiling finds what was planted, refuses what is chance, and gives the numbers that a plain loop gives."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planting import LETTERS, K, Planted, text
+
+from deepseek import convert
+from deepseek.atlas import profile
+from deepseek.atlas.atlas import Measurement
+from deepseek.atlas.evidence import Routed
+from deepseek.atlas.profile import judge
+from deepseek.atlas.sample import Window, draw, route
+from deepseek.checkpoint import load_model
+from deepseek.config import ModelConfig
+from deepseek.data import Document
+from deepseek.errors import ConfigError, DataError
+from deepseek.ids import ExpertId
+from deepseek.model import CausalLM, RoutingRecord
+
+SMALL = dict(threshold=0.9, seq_len=32, tokens=1500)
+
+
+def everything() -> dict[str, list[Document]]:
+    return {name: text(name) for name in LETTERS}
+
+
+@pytest.mark.parametrize("score", ["token", "gate"])
+def test_exactly_the_planted_experts_are_found(planted: Planted, score: str) -> None:
+    atlas = profile(planted.model, planted.tokenizer, everything(), score=score, **SMALL)
+    assert atlas.names == tuple(LETTERS) and not atlas.refused
+    for name in LETTERS:
+        group = atlas.group(name)
+        assert set(group.experts) == planted.experts[name]
+        assert list(group.scores) == sorted(group.scores, reverse=True)
+        assert group.evidence["coverage_slots"] > 0.95 and group.evidence["coverage_weight"] > 0.95
+        assert group.evidence["coverage_slots_others"] < 0.05
+        assert group.evidence["coverage_uniform"] == K / 16
+        assert group.evidence["stability_jaccard"] == 1.0 and group.evidence["stability_rank"] > 0.3
+        assert group.evidence["p"] <= group.evidence["p_adjusted"] < 0.05
+        assert group.measured is not None and group.measured.beside == tuple(n for n in LETTERS if n != name)
+        assert group.measured.files == ((f"{name}.txt", None),)
+    assert atlas.overlap()["early"]["late"] == 0.0 and atlas.overlap()["early"]["early"] == 1.0
+
+
+def test_shuffled_labels_are_refused(planted: Planted) -> None:
+    documents = [document for found in everything().values() for document in found]
+    random.Random(3).shuffle(documents)
+    atlas = profile(planted.model, planted.tokenizer,
+                    {name: documents[place::3] for place, name in enumerate(LETTERS)}, **SMALL)
+    assert not atlas.names and [refusal.name for refusal in atlas.refused] == list(LETTERS)
+    for refusal in atlas.refused:
+        assert "no better than chance: its " in refusal.reason and "% of the other names'" in refusal.reason
+        assert refusal.evidence["p_adjusted"] >= 0.05
+
+
+def test_one_name_of_mixed_text_beside_two_true_ones(planted: Planted) -> None:
+    """A name that stands does not carry one that does not."""
+    mixed = [document for name in LETTERS for document in text(name, 8, seed=2)]
+    data = {"early": text("early"), "late": text("late"), "mixed": mixed}
+    atlas = profile(planted.model, planted.tokenizer, data, **SMALL)
+    assert atlas.names == ("early", "late") and [refusal.name for refusal in atlas.refused] == ["mixed"]
+
+
+def test_the_false_refusals_and_acceptances_are_as_rare_as_promised() -> None:
+    """Documents whose routes know nothing of their name: hardly one family of three names in twenty has a name that
+    stands; with a real preference none falls."""
+    config = ModelConfig.preset("nano")
+    how = Measurement("token", 0.2, 0, (), (), 64, 0)
+
+    def family(strength: float, seed: int) -> int:
+        generator = np.random.default_rng(seed)
+        routed = {}
+        for place in range(3):
+            share_E = np.full(16, 1 / 16)
+            share_E[place * 4 : place * 4 + 4] += strength
+            habit_UE = generator.dirichlet(8 * share_E / share_E.sum(), 16)  # documents differ among themselves
+            slots_ULE = np.stack([generator.multinomial(256, habit_UE) for _ in config.moe_layers], 1).astype(float)
+            routed[f"n{place}"] = Routed(np.full(16, 64.0), slots_ULE, slots_ULE / 4)
+        return len(judge(config, routed, dict.fromkeys(routed, how), dict.fromkeys(routed, 16)))
+
+    false = sum(family(0.0, seed) > 0 for seed in range(40))
+    assert false <= 6  # 2 expected; more than 6 of 40 at 5 % each has a chance of 0.3 %
+    assert [family(0.15, seed) for seed in range(5)] == [3] * 5
+
+
+def test_a_single_name_is_held_against_random_experts(planted: Planted) -> None:
+    atlas = profile(planted.model, planted.tokenizer, {"early": text("early")}, **SMALL)
+    assert set(atlas["early"]) == planted.experts["early"]
+    assert "coverage_slots_others" not in atlas.group("early").evidence
+    config = ModelConfig.preset("nano")
+    even = np.random.default_rng(0).multinomial(256, [1 / 16] * 16, (16, len(config.moe_layers))).astype(float)
+    chance = judge(config, {"even": Routed(np.full(16, 64.0), even, even)},
+                   {"even": Measurement("token", 0.2, 1024, (), (), 64, 0)}, {"even": 16})
+    assert [refusal.name for refusal in chance.refused] == ["even"]
+    assert "other names" not in chance.refused[0].reason
+
+
+def test_scores_are_those_of_a_loop_without_the_beginning_padding_and_scaling(planted: Planted) -> None:
+    config, model, tokenizer = planted.model.config, planted.model, planted.tokenizer
+    assert config.routed_scaling_factor == 2.5
+    documents = [Document(d.text[: 10 + 5 * i], d.source) for i, d in enumerate(text("early", 10))]
+    atlas = profile(model, tokenizer, {"early": documents}, score="gate", threshold=1, seq_len=256, tokens=10**6)
+    found = {item.name: item for item in (*atlas.groups, *atlas.refused)}["early"]
+    order = np.random.default_rng([0, 0]).permutation(10)[:5]
+    sample = draw("early", documents, tokenizer, seq_len=256, tokens=10**6, seed=0)
+    expected: Counter[ExpertId] = Counter()
+    tokens = 0
+    for window in sample.windows:
+        if window.unit not in order:
+            continue
+        record = RoutingRecord()
+        with torch.no_grad():
+            model(torch.tensor([window.ids]), routing=record)
+        tokens += len(window.ids) - 1
+        for layer, routes in record.routes.items():
+            for experts, weights in zip(routes.index_TK[1:].tolist(), routes.weight_TK[1:].tolist(), strict=True):
+                for index, weight in zip(experts, weights, strict=True):
+                    expected[ExpertId(layer, index)] += weight / 2.5
+    group = atlas.group("early")
+    assert found is group and sum(group.scores) == pytest.approx(len(config.moe_layers), abs=1e-3)
+    for expert, score in zip(group.experts, group.scores, strict=True):
+        assert score == pytest.approx(expected[expert] / tokens, abs=1e-6)
+
+
+def test_a_quantised_model_and_one_of_the_second_generation(
+    planted: Planted, tmp_path: Path
+) -> None:
+    convert.quantize(planted.folder, tmp_path / "nf4", "nf4")
+    atlas = profile(load_model(tmp_path / "nf4"), planted.tokenizer, everything(), **SMALL)
+    assert {name: set(atlas[name]) for name in atlas} == {name: set(ids) for name, ids in planted.experts.items()}
+    second = CausalLM(planted.model.config.with_(
+        model_type="deepseek_v2", topk_method="greedy", scoring_func="softmax", norm_topk_prob=False,
+        routed_scaling_factor=16.0)).eval()
+    second.load_state_dict({name: value for name, value in planted.model.state_dict().items() if "bias" not in name})
+    atlas = profile(second, planted.tokenizer, everything(), score="gate", threshold=0.1, seq_len=32, tokens=1500)
+    for name in LETTERS:
+        assert set(atlas[name]) <= planted.experts[name]
+        assert max(atlas.group(name).scores) <= 1
+
+
+def test_the_same_arguments_give_the_same_atlas_and_another_seed_other_halves(planted: Planted, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        profile(planted.model, planted.tokenizer, everything(), seed=seed, **SMALL).save(tmp_path / name)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_progress_ends_at_all_tokens(planted: Planted) -> None:
+    calls: list[tuple[int, int]] = []
+    profile(planted.model, planted.tokenizer, everything(), progress=lambda *call: calls.append(call), **SMALL)
+    assert calls == sorted(calls) and calls[-1][0] == calls[-1][1] > calls[0][0]
+
+
+# ---- the sample ---------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_keeps_to_its_budget_and_takes_from_everywhere(planted: Planted) -> None:
+    documents = [Document("ab" * 400, "long.txt"), *text("late", 200, 60)]
+    sample = draw("x", iter(documents), planted.tokenizer, seq_len=16, tokens=600, seed=0)
+    assert 600 <= sample.tokens < 600 + 16
+    assert all(len(window.ids) <= 16 and window.ids[0] == planted.tokenizer.bos_id for window in sample.windows)
+    assert sample.tokens == sum(len(window.ids) - 1 for window in sample.windows)
+    assert 20 < sample.documents == sample.units < 200
+    assert max(Counter(window.unit for window in sample.windows).values()) > 1  # the long one, several times
+    assert sample == draw("x", documents, planted.tokenizer, seq_len=16, tokens=600, seed=0)
+    assert sample != draw("x", documents, planted.tokenizer, seq_len=16, tokens=600, seed=1)
+
+
+def test_windows_stand_for_documents_where_there_are_few(planted: Planted) -> None:
+    [document] = text("early", 1, 4000)
+    sample = draw("x", [document], planted.tokenizer, seq_len=32, tokens=10**6, seed=0)
+    assert sample.documents == 1 and sample.units == len(sample.windows) >= 30
+
+
+def test_files_are_named_by_hash_and_not_by_machine(planted: Planted, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    file = tmp_path / "notes" / "a.txt"
+    file.write_text("abc" * 100)
+    sample = draw("x", [Document("abc" * 100, str(file))], planted.tokenizer, seq_len=32, tokens=10**6, seed=0)
+    [(name, digest)] = sample.files
+    assert name == "notes/a.txt" and digest is not None and len(digest) == 64
+
+
+def test_conversations_come_in_the_words_of_the_template(planted: Planted) -> None:
+    turns = (("user", "abab"), ("assistant", "cdcd"))
+    [window] = draw("x", [Document("User: abab", "c", turns=turns)], planted.tokenizer, seq_len=64, tokens=99,
+                    seed=0).windows
+    messages = [{"role": role, "content": said} for role, said in turns]
+    assert window.ids == planted.tokenizer.encode_chat(messages, add_generation_prompt=False)[:64]
+
+
+def test_every_window_is_routed_once(planted: Planted) -> None:
+    windows = [Window(i, [0, *range(10, 10 + length)]) for i, length in enumerate((3, 9, 1, 5))]
+    seen = [i for batch in route(planted.model, windows, planted.tokenizer) for i in batch.windows]
+    assert sorted(seen) == [0, 1, 2, 3]
+    [batch] = route(planted.model, windows, planted.tokenizer)
+    assert batch.counted_BT.sum(1).tolist() == [9, 5, 3, 1] and not batch.counted_BT[:, 0].any()
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"score": "weight"}, "score = 'weight': must be token or gate"),
+    ({"threshold": 0}, "threshold = 0: must lie above 0"),
+    ({"threshold": 1.5}, "threshold = 1.5"),
+    ({"seq_len": 257}, r"seq_len = 257: must lie in 2..256"),
+    ({"seq_len": 1}, "seq_len = 1: must"),
+    ({"tokens": 0}, "tokens = 0: must be an integer >= 1"),
+])
+def test_impossible_settings(planted: Planted, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        profile(planted.model, planted.tokenizer, everything(), **options)
+
+
+def test_no_names_no_experts_no_text_and_too_little(planted: Planted) -> None:
+    with pytest.raises(ConfigError, match="at least one name"):
+        profile(planted.model, planted.tokenizer, {})
+    dense = CausalLM(planted.model.config.with_(first_k_dense_replace=3))
+    with pytest.raises(ConfigError, match="no routed experts"):
+        profile(dense, planted.tokenizer, everything())
+    with pytest.raises(DataError, match="late: there is no text"):
+        profile(planted.model, planted.tokenizer, everything() | {"late": []})
+    with pytest.raises(DataError, match="late: too little text: 1 windows of at most 256 tokens from 1 documents, must "
+                                        "be at least 8"):
+        profile(planted.model, planted.tokenizer, everything() | {"late": text("late", 1, 30)})

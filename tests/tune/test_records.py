@@ -1,0 +1,143 @@
+"""What is learnt of a record, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import general, records
+
+from deepseek.data import Document
+from deepseek.errors import DataError
+from deepseek.ops.loss import IGNORE
+from deepseek.tokenizer import Tokenizer
+from deepseek.tune.records import RecordSet, encode, fresh, pad, read_records, store_round, stored_round
+
+
+def learnt(record: Any, tokenizer: Tokenizer, max_length: int = 200) -> str:
+    """The text of the labels of one record."""
+    (document,) = read_records([record])
+    batch = pad(encode(document, tokenizer, max_length))
+    return tokenizer.decode(batch.labels_BT[batch.labels_BT != IGNORE].tolist(), skip_special=False)
+
+
+EOS = "<|end_of_sentence|>"
+
+
+@pytest.mark.parametrize(("record", "answer"), [
+    ({"input": "pay 3?", "output": "pay 4 coins."}, f"pay 4 coins.{EOS}"),
+    ({"question": "pay 3?", "answer": "pay 4 coins."}, f"pay 4 coins.{EOS}"),
+    ({"messages": [{"role": "system", "content": "act"}, {"role": "user", "content": "pay?"},
+                   {"role": "assistant", "content": "Section 1"}, {"role": "user", "content": "and?"},
+                   {"role": "assistant", "content": "coins"}]}, f"Section 1{EOS}coins{EOS}"),
+    ({"text": "The river ran"}, f"The river ran{EOS}"),
+])
+def test_answers_are_learnt_and_questions_are_not(record: Any, answer: str, tokenizer: Tokenizer) -> None:
+    assert learnt(record, tokenizer) == answer
+
+
+def test_without_a_chat_template(tokenizer: Tokenizer) -> None:
+    plain = Tokenizer(tokenizer._definition, {}, None)
+    assert not plain.has_chat_template
+    assert learnt({"input": "pay 3?", "output": "pay 4 coins."}, plain) == f"pay 4 coins.{EOS}"
+    said = learnt({"messages": [{"role": "user", "content": "pay?"}, {"role": "assistant", "content": "coins"}]}, plain)
+    assert said == f"coins\n\n{EOS}"
+
+
+def test_the_label_is_the_next_token_of_an_unchanged_prompt(tokenizer: Tokenizer) -> None:
+    (document,) = read_records([{"input": "pay 3?", "output": "pay 4 coins."}])
+    (example,) = encode(document, tokenizer, 200)
+    batch = pad([example, example])
+    ids = torch.tensor(example.ids)
+    assert torch.equal(batch.ids_BT[0], ids[:-1]) and batch.real_BT is None
+    here = batch.labels_BT[0] != IGNORE
+    assert torch.equal(batch.labels_BT[0][here], ids[1:][here]) and 0 < int(here.sum()) < len(here)
+
+
+def test_long_plain_text_is_cut_into_windows_that_lose_nothing(tokenizer: Tokenizer) -> None:
+    text = " ".join(r["text"] for r in general())
+    (document,) = read_records([{"text": text}])
+    windows = encode(document, tokenizer, 20)
+    assert all(len(w.ids) <= 21 for w in windows) and len(windows) > 5
+    labels = [i for w in windows for i in pad([w]).labels_BT[0].tolist()]
+    assert tokenizer.decode(labels) == text
+
+
+@pytest.mark.parametrize(("dataset", "message"), [
+    ([], "dataset: holds no record"),
+    ({"train": [1]}, "dataset: must be a path, a list or an iterable of records, got one object"),
+    ([{"input": "q"}], "record 1: "),
+    ([{"input": "q", "output": "a"}, {"input": "q", "output": ""}], "record 2: "),
+    ([{"messages": [{"role": "user", "content": "hello"}]}], "no output to learn .no turn of an assistant"),
+    ([{"input": "q", "output": "a " * 300}], r"1 of 1 records are longer than max_length = 64 tokens .first records:1"),
+    ([3], "record 1: must be an object"),
+])
+def test_what_is_refused(dataset: Any, message: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=message):
+        RecordSet.of(read_records(dataset), tokenizer, max_length=64)
+
+
+def test_overlong_records_are_cut_or_skipped_where_asked(tokenizer: Tokenizer) -> None:
+    long = {"input": "q", "output": "pay coins " * 100}
+    documents = read_records([*records(5), long])
+    cut = RecordSet.of(documents, tokenizer, max_length=64, overlong="cut", valid_fraction=0.0)
+    assert sorted(len(e.ids) for e in cut.train)[-1] == 65 and len(cut.train) == 6
+    skipped = RecordSet.of(documents, tokenizer, max_length=64, overlong="skip", valid_fraction=0.0)
+    assert len(skipped.train) == 5
+    with pytest.raises(DataError, match=r"none of its 1 records is left to train on .1 are longer"):
+        RecordSet.of(read_records([long]), tokenizer, max_length=64, overlong="skip")
+    with pytest.raises(DataError, match="none of its 1 records is left"):  # nothing but the question fits
+        RecordSet.of(read_records([{"input": "pay " * 200, "output": "a"}]), tokenizer, max_length=64, overlong="cut")
+
+
+def test_the_split_depends_on_the_text_alone(tokenizer: Tokenizer) -> None:
+    documents = read_records(records())
+    one = RecordSet.of(documents, tokenizer, max_length=64, valid_fraction=0.2)
+    turned = RecordSet.of(documents[::-1], tokenizer, max_length=64, valid_fraction=0.2)
+    assert set(one.valid) == set(turned.valid) and 2 < len(one.valid) < 20
+    assert not set(one.valid) & set(one.train) and len(one.train) + len(one.valid) == 40
+    fewer = RecordSet.of(read_records(records(2)), tokenizer, max_length=64, valid_fraction=0.01)
+    assert (len(fewer.train), len(fewer.valid)) == (1, 1)
+    assert len(RecordSet.of(documents, tokenizer, max_length=64, valid_fraction=0.0).train) == 40
+
+
+def test_an_epoch_has_every_record_once_and_is_a_function_of_the_step(tokenizer: Tokenizer) -> None:
+    data = RecordSet.of(read_records(records(23)), tokenizer, max_length=64, valid_fraction=0.0)
+    again = RecordSet(data.train, data.valid)
+
+    def texts(which: RecordSet, step: int) -> list[str]:
+        batch = which.batch(step, 4, 64, seed=3)
+        rows = batch.ids_BT if batch.real_BT is None else [ids[real] for ids, real in zip(batch.ids_BT, batch.real_BT,
+                                                                                          strict=True)]
+        return [tokenizer.decode(ids.tolist()) for ids in rows]
+
+    epochs = [[text for step in range(6) for text in texts(data, 6 * epoch + step)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == 23 and epochs[0] != epochs[1]
+    assert [texts(again, step) for step in (7, 0, 11)] == [texts(data, step) for step in (7, 0, 11)]
+
+
+def test_files_and_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records(3)))
+    for dataset in (path, str(path), [str(path)], (Path(path),)):
+        assert [d.text for d in read_records(dataset)] == [d.text for d in read_records(records(3))]
+    document = Document("text", "here")
+    assert read_records(iter([document])) == [document]
+    path.write_text('{"input": "q"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1"):
+        read_records(path)
+
+
+def test_a_round_of_a_stream_is_stored_before_it_is_used(tmp_path: Path) -> None:
+    seen: set[str] = set()
+    stream = fresh([*records(3), *records(3), *records(6)], seen)
+    first = store_round(tmp_path, stream, 4)
+    assert [d.text for d in first] == [d.text for d in read_records(records(4))]
+    known: set[str] = set()
+    assert stored_round(tmp_path, known) == first and len(known) == 4
+    rest = list(fresh(records(6), known))  # the stream begins again: what was seen is passed over
+    assert [d.text for d in rest] == [d.text for d in read_records(records(6))][4:]
+    assert stored_round(tmp_path / "none", set()) == []

@@ -1,0 +1,245 @@
+"""Tuning end to end on a tiny model: what moves, what does not, and that a run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import NAMES, general, records
+
+from deepseek import Atlas, MoEFineTuner
+from deepseek.checkpoint import base_tensors, load_model, tensor_hashes
+from deepseek.convert import quantize
+from deepseek.errors import CheckpointError, ConfigError, DataError, NotFoundError, RequestError
+from deepseek.ids import ExpertId
+
+
+def changed(base: Path, tuned: Any) -> set[str]:
+    """Names on disk of the tensors that differ from the base."""
+    before, after = base_tensors(load_model(base)), base_tensors(tuned)
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def of_experts(atlas: Atlas, *names: str) -> set[str]:
+    return {f"model.layers.{layer}.mlp.experts.{e}.{part}.weight" for name in names for layer, e in atlas[name]
+            for part in ("gate_proj", "up_proj", "down_proj")}
+
+
+def test_tuning_named_experts_moves_them_and_nothing_else(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = base()
+    report = MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), epochs=2)
+    tuned = load_model(folder, adapter=tmp_path / "out" / "delta")
+    law = of_experts(Atlas.load(folder), "law_expert")
+    assert changed(folder, tuned) == law
+    assert report.frozen_unchanged == report.frozen_tensors == len(base_tensors(tuned)) - len(law)
+    assert report.changed_tensors == len(law) and report.gained > 0.05 and report.mode == "experts"
+    # two moments of what is trained, and no more
+    assert report.optimizer_bytes == 2 * 4 * report.trained_parameters
+    assert report.trained_parameters == sum(base_tensors(tuned)[name].numel() for name in law)
+    assert report.result_bytes < 0.5 * sum(t.nbytes for t in base_tensors(tuned).values())
+    shown = capsys.readouterr().out
+    assert "all unchanged, by SHA-256" in shown and "forgotten" in shown and "held-out records" in shown
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["gained"] == report.gained
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 5000
+
+
+def test_freezing_named_experts_moves_everything_but_them_and_the_router(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = base()
+    tuner = MoEFineTuner(model_path=str(folder), expert_freeze=["code_expert", "1.0"], out=tmp_path / "out", **quick)
+    report = tuner.fit(records(), epochs=3)
+    moved = changed(folder, load_model(tmp_path / "out" / "model"))
+    frozen = of_experts(Atlas.load(folder), "code_expert")
+    gates = {name for name in base_tensors(load_model(folder)) if ".mlp.gate." in name}
+    assert gates and not moved & (frozen | gates)
+    assert not any(name.startswith("model.layers.1.mlp.experts.0.") for name in moved)
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight",
+            "model.layers.2.mlp.shared_experts.down_proj.weight", "model.norm.weight"} <= moved
+    assert report.frozen_unchanged == report.frozen_tensors and report.mode == "full"
+    assert Atlas.load(tmp_path / "out" / "model").names == NAMES
+
+
+def test_the_router_and_its_biases_move_where_asked(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = base()
+    MoEFineTuner(folder, expert_tune=["law_expert"], train_router=True, balance=True, out=tmp_path / "out",
+                 **quick).fit(records())
+    moved = changed(folder, load_model(folder, adapter=tmp_path / "out" / "delta"))
+    extra = moved - of_experts(Atlas.load(folder), "law_expert")
+    assert extra == {f"model.layers.{layer}.mlp.gate.{part}" for layer in (1, 2)
+                     for part in ("weight", "e_score_correction_bias")}
+
+
+def test_shared_experts_and_the_rest_where_asked(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = base()
+    quick |= {"shared_experts": True, "non_expert_modules": True, "save": "full"}
+    MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records())
+    moved = changed(folder, load_model(tmp_path / "out" / "model"))
+    assert any("shared_experts" in name for name in moved) and any("self_attn" in name for name in moved)
+    others = of_experts(Atlas.load(folder), *(n for n in NAMES if n != "law_expert"))
+    assert not moved & others
+
+
+def test_auto_selects_as_esft_does_and_keeps_the_choice(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = base()
+    tuner = MoEFineTuner(folder, expert_tune="auto", threshold=0.3, out=tmp_path / "out", **quick)
+    report = tuner.fit(records(), steps=2)
+    kept = json.loads((tmp_path / "out" / "experts.json").read_text())
+    assert kept["threshold"] == 0.3 and kept["tokens"] > 100
+    chosen = {ExpertId.parse(e) for e in kept["experts"]}
+    assert {layer for layer, _ in chosen} == {1, 2} and 2 <= len(chosen) < 32
+    assert {int(k): set(v) for k, v in report.experts.items()} == {
+        layer: {e.index for e in chosen if e.layer == layer} for layer in (1, 2)}
+    few = MoEFineTuner(folder, expert_tune="auto", threshold=0.1, out=tmp_path / "few", **quick).fit(records(), steps=1)
+    assert sum(map(len, few.experts.values())) < len(chosen)
+
+
+def test_a_half_precision_base_learns_from_small_steps(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    """A step far below BF16's resolution must add up in the FP32 copies; the delta has the base's dtype."""
+    folder = base(torch.bfloat16)
+    report = MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick | {"lr": 2e-4}).fit(
+        records(), epochs=4)
+    tuned = load_model(folder, adapter=tmp_path / "out" / "delta")
+    assert report.frozen_unchanged == report.frozen_tensors and report.gained > 0
+    assert {t.dtype for n, t in base_tensors(tuned).items() if ".experts." in n} == {torch.bfloat16}
+    assert changed(folder, tuned) <= of_experts(Atlas.load(folder), "law_expert")
+    assert load_model(folder, torch.float32, adapter=tmp_path / "out" / "delta").lm_head.weight.dtype == torch.float32
+
+
+def test_a_delta_refuses_another_base(base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path) -> None:
+    folder = base()
+    MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), steps=1)
+    delta = tmp_path / "out" / "delta"
+    quantize(folder, tmp_path / "four")
+    with pytest.raises(CheckpointError, match="a delta belongs to a plain checkpoint"):
+        load_model(tmp_path / "four", adapter=delta)
+    other = load_model(folder)
+    other.model.norm.weight.data[0] += 1e-3
+    from deepseek.checkpoint import save_model
+    save_model(other, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"made for another base: its hash is [0-9a-f]{16}…"):
+        load_model(tmp_path / "other", adapter=delta)
+    assert load_model(tmp_path / "other", adapter=delta, verify=False)
+    (delta / "delta.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match="truncated or altered"):
+        load_model(folder, adapter=delta)
+    with pytest.raises(NotFoundError, match="neither a delta"):
+        load_model(folder, adapter=tmp_path)
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), [
+    ({"expert_tune": ["low_expert"]}, RequestError,
+     "no experts are named 'low_expert'.*text_expert, code_expert, math_expert, law_expert"),
+    ({"expert_freeze": ["code"]}, RequestError, "no experts are named 'code'"),
+    ({"expert_tune": ["law_expert"], "expert_freeze": ["code_expert"]}, ConfigError, "exclude each other"),
+    ({"expert_tune": "law_expert"}, ConfigError, "expert_tune = 'law_expert': must be a list of names, or auto"),
+    ({"expert_tune": []}, ConfigError, "must name at least one expert"),
+    ({"learning_rate": 1}, ConfigError, "unknown setting learning_rate; there are .*lr"),
+    ({"lr": -1}, ConfigError, "lr = -1: must be a positive number"),
+    ({"max_length": 256}, ConfigError, "max_length = 256: must be below the model's max_position_embeddings"),
+    ({"atlas": "nowhere.json"}, NotFoundError, "nowhere.json: no such file"),
+    ({"save": "here"}, ConfigError, "save = 'here': must be auto, delta or full"),
+])
+def test_bad_settings_are_refused_before_any_work(
+    base: Callable[..., Path], settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        MoEFineTuner(base(), **settings)
+
+
+def test_other_refusals(base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path) -> None:
+    folder = base()
+    with pytest.raises(NotFoundError):
+        MoEFineTuner(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"expert 1\.99: the model has experts 0\.\.15"):
+        MoEFineTuner(folder, expert_tune=["1.99"], out=tmp_path / "a", **quick).fit(records())
+    with pytest.raises(ConfigError, match=r"replay = 0\.5: needs old records"):
+        MoEFineTuner(folder, replay=0.5, out=tmp_path / "a", **quick).fit(records())
+    with pytest.raises(DataError, match="dataset: holds no record"):
+        MoEFineTuner(folder, out=tmp_path / "a", **quick).fit([])
+    assert not (tmp_path / "a").exists()
+    quantize(folder, tmp_path / "four")
+    with pytest.raises(ConfigError, match="is quantised, and quantised weights cannot be trained"):
+        MoEFineTuner(tmp_path / "four")
+    MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", **quick).fit(records(), steps=1)
+    with pytest.raises(ConfigError, match="holds a run with expert_tune"):
+        MoEFineTuner(folder, expert_tune=["code_expert"], out=tmp_path / "b", **quick).fit(records(), steps=1)
+    (folder / "atlas.json").unlink()
+    with pytest.raises(ConfigError, match="needs an atlas: there is none beside the model"):
+        MoEFineTuner(folder, expert_tune=["law_expert"])
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch; torch.set_num_threads(1)
+from deepseek import LoRAAdapter, MoEFineTuner
+from deepseek.tune.loop import Tuning
+from samples import general, records
+base, out, mode, stop = sys.argv[2:6]
+real = Tuning.train_step
+def step(self):
+    if self.step == int(stop):
+        os.kill(os.getpid(), 9)
+    return real(self)
+Tuning.train_step = step
+kind = {"adapter": LoRAAdapter(r=4, lora_dropout=0.1, experts=["law_expert"])} if mode == "lora" else {
+    "expert_tune": "auto", "balance": True} if mode == "auto" else {"expert_freeze": ["code_expert"]}
+MoEFineTuner(base, out=out, lr=3e-3, batch_size=4, max_length=64, eval_records=8, save_every=3, general=general(),
+             precision="fp32", **kind).fit(records(), steps=8)
+"""
+
+
+@pytest.mark.parametrize("mode", ["auto", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("lora", "full"))])
+def test_a_killed_run_ends_with_the_same_bytes(base: Callable[..., Path], tmp_path: Path, mode: str) -> None:
+    folder, root = base(), str(Path(__file__).parent)
+
+    def run(out: str, stop: int) -> int:
+        return subprocess.run([sys.executable, "-c", KILLED, root, str(folder), str(tmp_path / out), mode, str(stop)],
+                              capture_output=True, cwd=root).returncode
+
+    assert run("whole", -1) == 0
+    assert run("killed", 2) == -9 and run("killed", 5) == -9 and run("killed", -1) == 0
+    results = [sorted((tmp_path / out).glob("*/*.safetensors")) for out in ("whole", "killed")]
+    last = [[p for p in found if "checkpoint" not in p.parent.name] for found in results]
+    assert len(last[0]) == len(last[1]) == 1
+    assert last[0][0].read_bytes() == last[1][0].read_bytes()
+
+
+def test_a_stream_is_learnt_round_by_round(base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path) -> None:
+    folder = base()
+
+    def tuner() -> MoEFineTuner:
+        return MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", replay=0.3, old=general(),
+                            valid_fraction=0.25, **quick)
+
+    report = tuner().fit_stream(iter(records(30)), records_a_round=12, epochs=2)
+    assert [len(row) for row in report.rounds] == [1, 2, 3]
+    assert len((tmp_path / "out" / "round-0003" / "records.jsonl").read_text().splitlines()) == 6
+    assert report.frozen_unchanged == report.frozen_tensors and report.backward_transfer is not None
+    ours = report.rounds
+    assert report.backward_transfer == pytest.approx(((ours[0][0] - ours[2][0]) + (ours[1][1] - ours[2][1])) / 2)
+    assert report.forgetting is not None and report.forgetting >= 0
+    whole = tensor_hashes(load_model(folder, adapter=tmp_path / "out" / "delta"))
+    again = tuner().fit_stream(iter(records(30)), records_a_round=12, epochs=2)  # nothing is left to do
+    assert again.rounds == report.rounds
+    assert tensor_hashes(load_model(folder, adapter=tmp_path / "out" / "delta")) == whole
+    with pytest.raises(DataError, match="stream: ended before its first record"):
+        MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "none", **quick).fit_stream([])
