@@ -89,7 +89,7 @@ def test_read_is_kept_plus_quarantined(lines: list[str]) -> None:
                               experts=["law_expert"])
         full = [number for number, line in enumerate(["x", *lines], 1) if line.strip()]
         good = [document.line for document in records(Path(place) / "out")]
-        bad = [json.loads(line) for line in (Path(place) / "out" / "quarantine.jsonl").read_text().splitlines()]
+        bad = [json.loads(line) for line in (Path(place) / "out" / "quarantine.jsonl").read_bytes().splitlines()]
         assert done.counts["read"] == done.counts["kept"] + done.counts["quarantined"] == len(full)
         assert sorted(good + [one["line"] for one in bad]) == full
         assert (done.counts["kept"], done.counts["quarantined"]) == (len(good), len(bad))

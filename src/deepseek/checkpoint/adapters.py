@@ -1,10 +1,11 @@
 """What tuning leaves beside a base: deltas (the tensors that changed) and adapters (LoRA's side paths).
 
     DELTA/delta.json, .safetensors             changed tensors under their names on disk, and the hash of their base
-    ADAPTER/adapter_config.json,               peft's own files, where only linear modules have side paths
+    ADAPTER/adapter_config.json,               peft's own files, where only attention has side paths
             adapter_model.safetensors
-    ADAPTER/moe_dr_adapter.json, .safetensors  the same content where experts have them too: peft cannot express those,
-                                               and must not load a part in silence
+    ADAPTER/moe_dr_adapter.json, .safetensors  the same content where MLPs or experts have them too: peft (0.21) takes
+                                               no gate_proj of a model with fused experts, cannot express an expert's
+                                               own, and must not load a part in silence
 
 Each folder appears whole and carries manifest.json. docs/formats.md defines the files.
 """
@@ -138,19 +139,17 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapter(folder: str | Path, model: nn.Module, side: Side, base_name: str, base: str) -> Path:
     """Write the side paths of `model`. base_name: where the base is; base: its fingerprint."""
-    targets = sorted({name.rpartition(".")[2] for name, m in side_paths(model) if isinstance(m, LoRALinear)})
+    names = [name for name, module in side_paths(model) if isinstance(module, LoRALinear)]
+    last = sorted({name.rpartition(".")[2] for name in names})
+    # a bare name would match more modules in peft than have a side path here, if a target was given in full
+    bare = {name for name in linears(model) if name.rpartition(".")[2] in last} == set(names)
     keys: dict[str, Any] = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": side.r,
-        "lora_alpha": side.lora_alpha, "lora_dropout": side.lora_dropout, "bias": "none", "target_modules": targets,
-        "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "modules_to_save": None}
-    # a bare name would match more modules in peft than were adapted here, if a target was given in full
-    bare = {name for name in linears(model) if name.rpartition(".")[2] in targets}
-    if bare != {name for name, m in side_paths(model) if isinstance(m, LoRALinear)}:
-        names = [name for name, m in side_paths(model) if isinstance(m, LoRALinear)]
-        keys["target_modules"] = rf"({'|'.join(map(re.escape, names))})"
+        "lora_alpha": side.lora_alpha, "lora_dropout": side.lora_dropout, "bias": "none",
+        "target_modules": last if bare else names, "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "modules_to_save": None}
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in adapter_tensors(model).items()}
     with replace_folder(folder) as staging:
-        if side.experts:
+        if side.experts or not all(".self_attn." in name for name in names):
             keys |= {"format": FORMAT, "base": base, "experts": {str(k): list(v) for k, v in side.experts.items()}}
             write_json(staging / OURS, keys)
             save_file(tensors, staging / "moe_dr_adapter.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,143 @@
+"""Names built in by training: does the text of a domain go to the experts of its name, and what does that cost?
+
+Two runs of the preset `small` (11 M parameters, 8 routing groups) on the same tokens of eight domains, in one order:
+guided, where every domain's text is drawn to the group that bears its name, and unguided, V3's own balancing over all
+experts. About an hour each on two cores; a run that was stopped goes on where it was. Then, without labels:
+
+    routing accuracy   tokens after the first 32 of a document (or window); gate weights summed over all MoE layers; the
+                       strongest group against the label; macro average over domains
+    held out           records of the training sources that training has not seen (3 %, by hash)
+    unseen source      a whole source per domain that training has not seen (benchmarks/domains.py)
+    perplexity         of both runs on the held-out records
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from deepseek.atlas import Atlas, RoutingAccuracy
+from deepseek.checkpoint import load_model
+from deepseek.cli import main as deepseek
+from deepseek.data import Document, ReadReport, TokenShards, read_documents
+from deepseek.model import CausalLM, RoutingRecord
+from deepseek.ops.loss import IGNORE
+from deepseek.tokenizer import Tokenizer
+from domains import TRAIN, UNSEEN, places
+from harness import arguments, machine, table, versions, write_result
+
+RUNS = {"guided": [], "unguided": ["--guide_weight", "0"]}
+BATCH, SEQ = 16, 256
+UNSEEN_TOKENS = 40_000  # of a source, from its records evenly spread
+
+
+def train(name: str, work: Path, data: Path, steps: int, threads: int) -> Path:
+    """The folder of a finished run; both share tokenizer and token shards."""
+    out = work / name
+    named = [f"{expert}={place}" for expert, files in TRAIN.items() for place in places(data, files)]
+    for part in ("tokens", "tokenizer"):
+        if name != "guided" and not (out / part).exists():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / part).symlink_to((work / "guided" / part).resolve())
+    if deepseek(["train", "small", "--experts", *named, "--out", str(out), "--steps", str(steps), "--batch_size",
+                 str(BATCH), "--seq_len", str(SEQ), "--lr", "3e-3", "--warmup_steps", "100", "--eval_every", "410",
+                 "--save_every", "205", "--eval_batches", "24", "--precision", "fp32", "--valid_fraction", "0.03",
+                 "--threads", str(threads), *RUNS[name]]):
+        raise SystemExit(2)
+    return out
+
+
+@torch.no_grad()
+def held_out(model: CausalLM, shards: TokenShards) -> tuple[float, RoutingAccuracy]:
+    """(loss per token, routing) over every held-out window."""
+    accuracy, total, count = RoutingAccuracy(model.config, shards.experts), 0.0, 0
+    for batch in shards.valid_batches(BATCH, SEQ):
+        routing = RoutingRecord()
+        n = int((batch.labels_BT != IGNORE).sum())
+        total += model.loss(batch.ids_BT, batch.labels_BT, routing=routing).main.item() * n
+        count += n
+        accuracy.add(routing, batch.expert_BT, batch.ids_BT)
+    return total / count, accuracy
+
+
+def windows(documents: list[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Windows of documents evenly spread over a source, each from a document's beginning, up to UNSEEN_TOKENS."""
+    taken, step = 0, max(1, len(documents) // 400)
+    for document in documents[::step]:
+        ids = [tokenizer.bos_id or 0, *tokenizer.encode(document.text)]
+        for start in range(0, min(len(ids), 4 * SEQ), SEQ):
+            piece = ids[start : start + SEQ]
+            if len(piece) > 40 and taken < UNSEEN_TOKENS:
+                taken += len(piece)
+                yield piece
+
+
+@torch.no_grad()
+def unseen(model: CausalLM, tokenizer: Tokenizer, names: tuple[str, ...], data: Path) -> RoutingAccuracy:
+    accuracy = RoutingAccuracy(model.config, names)
+    for expert, (_, files) in UNSEEN.items():
+        documents = list(read_documents(places(data, files), ReadReport()))
+        pieces = list(windows(documents, tokenizer))
+        for i in range(0, len(pieces), BATCH):
+            rows = pieces[i : i + BATCH]
+            longest = max(map(len, rows))
+            ids_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+            expert_BT = torch.tensor([[names.index(expert)] * len(row) + [-1] * (longest - len(row)) for row in rows])
+            routing = RoutingRecord()
+            model.hidden(ids_BT, routing=routing)  # padding stands behind, where nothing looks
+            accuracy.add(routing, expert_BT, ids_BT)
+    return accuracy
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=1)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data")
+    parser.add_argument("--work", type=Path, default=Path("runs/named"), help="folder of the two runs")
+    parser.add_argument("--steps", type=int, default=3690, help="of 4,096 tokens; 3,690 are 15 million")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    folders = {name: train(name, args.work, args.data, args.steps, args.threads) for name in RUNS}
+    shards = TokenShards.open(args.work / "guided" / "tokens")
+    tokenizer = Tokenizer.load(args.work / "guided" / "tokenizer")
+    models = {name: load_model(folder / "model") for name, folder in folders.items()}
+    loss, within = {}, {}
+    for name, model in models.items():
+        loss[name], within[name] = held_out(model, shards)
+        print(f"\n{name}: held-out perplexity {math.exp(loss[name]):.3f}\n{within[name].table()}", flush=True)
+    beyond = unseen(models["guided"], tokenizer, shards.experts, args.data)
+    print(f"\nunseen sources\n{beyond.table()}")
+    atlas = Atlas.built_in(models["guided"].config, shards.experts, {
+        name: {"routing_accuracy": found, "routing_accuracy_unseen": beyond.by_name()[name]}
+        for name, found in within["guided"].by_name().items()})
+    atlas.save(folders["guided"] / "model")
+    across, inside = within["guided"].max_vio()
+    twin_across, twin_inside = within["unguided"].max_vio()
+    rows = [["name", "held-out records", "whole unseen source", "which"],
+            *([name, f"{within['guided'].by_name()[name]:.1%}", f"{beyond.by_name()[name]:.1%}", UNSEEN[name][0]]
+              for name in shards.experts),
+            ["macro average", f"{within['guided'].macro():.1%}", f"{beyond.macro():.1%}", "chance 12.5 %"]]
+    perplexity = {name: math.exp(value) for name, value in loss.items()}
+    config = models["guided"].config
+    where = machine(args.threads)
+    total = sum(p.numel() for p in models["guided"].parameters())
+    text = ["# Names built in by training", "",
+            f"Preset small ({total / 1e6:.1f} M parameters, {config.n_routed_experts} experts in {config.n_group} "
+            f"groups, {config.num_experts_per_tok} a token), {args.steps} steps of {BATCH} x {SEQ} tokens = "
+            f"{args.steps * BATCH * SEQ / 1e6:.1f} M; {where['cpu']}, {args.threads} threads, "
+            f"torch {versions('torch')['torch']}.", "", "Routing accuracy, guided run:", "", table(rows), "",
+            f"Held-out perplexity: guided {perplexity['guided']:.3f}, unguided twin {perplexity['unguided']:.3f}, "
+            f"ratio {perplexity['guided'] / perplexity['unguided']:.4f}.", "",
+            f"MaxVio, guided: {across:.2f} across groups (which follow the domains' shares), {inside:.2f} within; "
+            f"unguided twin: {twin_across:.2f} and {twin_inside:.2f}.", "",
+            "```", within["guided"].table(), "", "unseen sources", beyond.table(), "```"]
+    write_result("named", "\n".join(text), {
+        "machine": where, "perplexity": perplexity, "held_out": within["guided"].by_name(), "unseen": beyond.by_name(),
+        "macro": {"held_out": within["guided"].macro(), "unseen": beyond.macro()},
+        "max_vio": {"guided": (across, inside), "unguided": (twin_across, twin_inside)}})
+
+
+if __name__ == "__main__":
+    main()
