@@ -129,6 +129,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def tune(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from .tune import LoRAAdapter, MoEFineTuner
 
     settings: dict[str, Any] = {}
@@ -151,6 +153,10 @@ def tune(args: argparse.Namespace) -> None:
                           f"{', '.join(field.name for field in fields(LoRAAdapter))}")
     if settings.get("expert_tune") == ["auto"]:
         settings["expert_tune"] = "auto"
+    for key in ("data", "general", "old"):  # here all are paths, also where nothing is
+        if settings.get(key, "-") not in ("-", ["-"]):
+            value = settings[key]
+            settings[key] = [Path(place) for place in ([value] if isinstance(value, str) else value)]
     model, data, size = (settings.pop(key, None) for key in ("model", "data", "records_a_round"))
     if not model or not data:
         raise ConfigError("model and data must be given, on the command line or in the file of --config")
@@ -538,7 +544,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--target_modules", nargs="+", help="LoRA: linear modules, such as q_proj, v_proj, all-linear")
     verb.add_argument("--lora_experts", nargs="+", metavar="NAME", help="LoRA: experts that get side paths too")
     verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
-    kinds = {"atlas": str, "threshold": float, "steps": int}
+    kinds = {"atlas": str, "threshold": float, "steps": int, "max_length": int}
     for setting in fields(TuneConfig):
         flag, text, default = f"--{setting.name}", setting.metadata["help"], setting.default
         if default is False:

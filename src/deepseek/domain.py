@@ -249,13 +249,15 @@ class DomainClassifier:
                 p_NK = _softmax(model._logits(idx_S, starts_N, scale_N))
                 p_NK[np.arange(len(rows)), y_N[rows]] -= 1.0
                 p_NK *= (class_weight[y_N[rows]] / len(rows))[:, None]
-                lengths = np.diff(np.append(starts_N, len(idx_S)))
-                for k in range(len(labels)):
-                    gradient = np.bincount(idx_S, np.repeat(p_NK[:, k] * scale_N, lengths), 1 << bits)
-                    touched = np.flatnonzero(gradient)
-                    g = gradient[touched].astype(np.float32)
-                    squares[touched, k] += g * g
-                    model.weights_SK[touched, k] -= learning_rate * g / np.sqrt(squares[touched, k])
+                owner_S = np.repeat(np.arange(len(rows)), np.diff(np.append(starts_N, len(idx_S))))
+                order_S = np.argsort(idx_S, kind="stable")
+                first = np.flatnonzero(np.diff(idx_S[order_S], prepend=-1))
+                touched = idx_S[order_S[first]]
+                g_SK = np.take(p_NK * scale_N[:, None], owner_S[order_S], axis=0)
+                g_UK = np.add.reduceat(g_SK, first, axis=0)  # of the U rows that this batch touches
+                squares_UK = np.take(squares, touched, axis=0) + g_UK * g_UK
+                squares[touched] = squares_UK
+                model.weights_SK[touched] -= learning_rate * g_UK / np.sqrt(squares_UK)
                 g = p_NK.sum(0)
                 bias_squares += g * g
                 model.bias_K -= 0.1 * learning_rate * g / np.sqrt(bias_squares)

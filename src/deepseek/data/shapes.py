@@ -197,7 +197,7 @@ def _recognised(keys: dict[str, Any]) -> list[Shaped]:
     else:
         if "choice0" in keys or "choices" in keys:
             keys = _lettered(keys)
-        asked, answered = ([part_text(keys.get(key)) for key in names] for names in (ASKING, ANSWERING))
+        asked, answered = ([part_text(keys[key]) for key in names if key in keys] for names in (ASKING, ANSWERING))
         if not (any(asked) and any(answered)):
             names = ", ".join(sorted(keys)[:12]) + (", …" if len(keys) > 12 else "")
             raise DataError(f"no text, and no filled question and answer, under a known key; it has {names or 'none'}")

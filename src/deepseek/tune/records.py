@@ -44,12 +44,13 @@ class Example(NamedTuple):
 
 def read_records(dataset: Any) -> list[Document]:
     """The documents of a path (or several), of records (objects, strings, lists of turns), of documents, or of anything
-    that iterates over these, a Hugging Face data set included.
+    that iterates over these, a Hugging Face data set included. A string alone is a path; a list of strings is one of
+    paths if they all lead somewhere, else of texts.
 
     Raises DataError for no record at all, and for one that cannot be read, naming its place.
     """
     if isinstance(dataset, str | Path):
-        dataset = [dataset]
+        dataset = [Path(dataset)]
     if isinstance(dataset, Mapping):
         raise DataError(f"dataset: must be a path, a list or an iterable of records, got one object with keys "
                         f"{', '.join(map(str, list(dataset)[:5]))} (a data set by splits? give one of them)")

@@ -36,7 +36,7 @@ class TuneConfig:
     steps: int | None = _setting(None, "optimiser steps, instead of epochs")
     batch_size: int = _setting(8, "records a batch")
     accumulation: int = _setting(1, "batches summed into one step")
-    max_length: int = _setting(512, "tokens of a record at most")
+    max_length: int | None = _setting(None, "tokens of a record at most; 512, or the model's positions, if not given")
     overlong: str = _setting("error", "longer records: error, cut or skip")
     warmup: float = _setting(0.05, "share of the steps with a rising learning rate")
     min_lr_ratio: float = _setting(0.1, "last learning rate as a share of the highest")
@@ -64,9 +64,10 @@ class TuneConfig:
             value = getattr(self, key)
             if value is not None and not isinstance(value, str) and not value:
                 raise ConfigError(f"{key} = []: must name at least one expert (or be left out)")
-        for key in "batch_size accumulation max_length eval_every eval_records save_every".split():
+        for key in "batch_size accumulation eval_every eval_records save_every".split():
             self._need(key, "must be an integer >= 1", lambda v: _is_int(v) and v >= 1)
-        self._need("steps", "must be an integer >= 1, or left out", lambda v: v is None or (_is_int(v) and v >= 1))
+        for key in ("steps", "max_length"):
+            self._need(key, "must be an integer >= 1, or left out", lambda v: v is None or (_is_int(v) and v >= 1))
         for key in ("lr", "clip", "epochs"):
             self._need(key, "must be a positive number", lambda v: _is_number(v) and v > 0)
         for key in ("weight_decay", "min_lr_ratio"):

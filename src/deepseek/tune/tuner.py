@@ -78,9 +78,11 @@ class MoEFineTuner:
         if recipe is not None and adapter is None:
             raise ConfigError(f"{model_path}: is quantised, and quantised weights cannot be trained: tune the "
                               "checkpoint it was made from, or side paths on it (adapter=LoRAAdapter(…))")
-        if config.max_length >= model_config.max_position_embeddings:
+        positions = model_config.max_position_embeddings
+        self.max_length = config.max_length or min(512, positions - 1)
+        if self.max_length >= positions:
             raise ConfigError(f"max_length = {config.max_length}: must be below the model's max_position_embeddings "
-                              f"({model_config.max_position_embeddings})")
+                              f"({positions})")
 
     @property
     def mode(self) -> str:
@@ -173,12 +175,12 @@ class MoEFineTuner:
         drawn = random.Random(f"{self.config.seed}/{number}").sample(list(old), count)
         if not drawn:
             return ()
-        return RecordSet.of(drawn, tokenizer, max_length=self.config.max_length, overlong="cut",
+        return RecordSet.of(drawn, tokenizer, max_length=self.max_length, overlong="cut",
                             valid_fraction=0.0).train
 
     def _record_set(self, documents: Iterable[Document], tokenizer: Tokenizer) -> RecordSet:
         config = self.config
-        return RecordSet.of(documents, tokenizer, max_length=config.max_length, overlong=config.overlong,
+        return RecordSet.of(documents, tokenizer, max_length=self.max_length, overlong=config.overlong,
                             valid_fraction=config.valid_fraction, seed=config.seed)
 
     def _general(self, tokenizer: Tokenizer) -> tuple[RecordSet, str]:
@@ -192,7 +194,7 @@ class MoEFineTuner:
             name = f"{len(documents):,} documents of general text"
         limit = self.config.eval_records
         spread = [documents[i * len(documents) // limit] for i in range(limit)] if len(documents) > limit else documents
-        everything = RecordSet.of(spread, tokenizer, max_length=self.config.max_length, overlong="cut",
+        everything = RecordSet.of(spread, tokenizer, max_length=self.max_length, overlong="cut",
                                   valid_fraction=0.0)
         return RecordSet((), everything.train), name
 
@@ -201,7 +203,7 @@ class MoEFineTuner:
         batches = data.batches(config.batch_size)
         steps = config.steps or max(1, math.ceil(config.epochs * batches / config.accumulation))
         return TrainConfig(
-            steps=steps, batch_size=config.batch_size, seq_len=config.max_length, accumulation=config.accumulation,
+            steps=steps, batch_size=config.batch_size, seq_len=self.max_length, accumulation=config.accumulation,
             lr=config.lr, min_lr_ratio=config.min_lr_ratio, warmup_steps=round(config.warmup * steps),
             weight_decay=config.weight_decay, clip=config.clip, precision=config.precision, mtp_weight=0.0,
             balance_weight=0.0, bias_speed=1e-3 if config.balance else 0.0, guide_weight=0.0,

@@ -191,7 +191,7 @@ def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path) -> Ex
     usage = ExpertUsage(model.config)
     everything = RecordSet((), data.train)
     limit = max(1, config.eval_records * 4 // config.batch_size)
-    batches = list(everything.valid_batches(config.batch_size, config.max_length, limit))
+    batches = list(everything.valid_batches(config.batch_size, 0, limit))
     for batch in tqdm(batches, desc="route", unit="batch", dynamic_ncols=True):
         routing = RoutingRecord()
         batch = batch.to(model.device)

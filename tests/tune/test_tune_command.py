@@ -1,0 +1,104 @@
+"""`deepseek tune` from the command line, from YAML and from a pipe; bad input is one line."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from samples import general, records
+
+from deepseek.cli import main
+from deepseek.tune.settings import TuneConfig
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    paths = tmp_path / "law.jsonl", tmp_path / "general.jsonl"
+    for path, rows in zip(paths, (records(), general()), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(paths[0]), str(paths[1])
+
+
+QUICK = ["--steps", "2", "--batch_size", "4", "--max_length", "64", "--lr", "3e-3", "--eval_records", "8"]
+
+
+def test_flags_and_yaml_say_the_same(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, (law, rest) = str(base()), files
+    assert main(["tune", model, law, "--general", rest, "--out", str(tmp_path / "a"), "--expert_tune", "law_expert",
+                 *QUICK]) == 0
+    assert "all unchanged, by SHA-256" in capsys.readouterr().out
+    (tmp_path / "tune.yaml").write_text(
+        f"model: {model}\ndata: [{law}]\ngeneral: [{rest}]\nexpert_tune: [law_expert]\nsteps: 2\nbatch_size: 4\n"
+        f"max_length: 64\nlr: 9.0\neval_records: 8\nout: {tmp_path / 'b'}\n")
+    assert main(["tune", "--config", str(tmp_path / "tune.yaml"), "--lr", "3e-3"]) == 0  # the flag wins
+    one, two = ((tmp_path / out / "delta" / "delta.safetensors").read_bytes() for out in "ab")
+    assert one == two
+    assert main(["infer", "--model", model, "--adapter", str(tmp_path / "a" / "delta"), "--prompt", "pay",
+                 "--max_tokens", "3"]) == 0
+
+
+def test_side_paths(base: Callable[..., Path], files: tuple[str, str], tmp_path: Path) -> None:
+    model, (law, rest) = str(base()), files
+    assert main(["tune", model, law, "--general", rest, "--out", str(tmp_path / "a"), "--r", "2", "--target_modules",
+                 "q_proj", "v_proj", "--lora_experts", "law_expert", *QUICK]) == 0
+    (tmp_path / "tune.yaml").write_text(
+        f"model: {model}\ndata: {law}\ngeneral: {rest}\nout: {tmp_path / 'b'}\n"
+        "lora: {r: 2, target_modules: [q_proj, v_proj], experts: [law_expert]}\n")
+    assert main(["tune", "--config", str(tmp_path / "tune.yaml"), *QUICK]) == 0
+    one, two = ((tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes() for out in "ab")
+    assert one == two
+
+
+def test_a_pipe_is_learnt_round_by_round(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in records(20)) + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["tune", str(base()), "-", "--general", files[1], "--out", str(tmp_path / "a"), "--expert_tune", "auto",
+                 "--records_a_round", "10", *QUICK]) == 0
+    assert "2 rounds: backward transfer" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"input": 1\n'))
+    assert main(["tune", str(base()), "-", "--general", files[1], "--out", str(tmp_path / "b")]) == 2
+    assert "standard input:1: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "yaml", "message"), [
+    ([], "model: MODEL\n", "model and data must be given"),
+    (["MODEL", "LAW", "--expert_tune", "lawyer"], None,
+     "no experts are named 'lawyer'; there are text_expert, code_expert, math_expert, law_expert"),
+    (["MODEL", "nowhere.jsonl"], None, "nowhere.jsonl"),
+    (["nowhere", "LAW"], None, "nowhere: no such folder here"),
+    (["MODEL", "LAW"], "learning_rate: 3\n", "unknown setting learning_rate"),
+    (["MODEL", "LAW"], "lora: {rank: 3}\n", "lora: unknown setting rank; there are r, "),
+    (["MODEL", "LAW"], "lora: 3\n", "lora = 3: must be a table"),
+    (["MODEL", "LAW"], "- 3\n", "must be a table of settings"),
+    (["MODEL", "LAW", "--r", "4", "--target_modules", "query"], None, "target_modules = 'query': matches nothing"),
+    (["MODEL", "LAW", "--max_length", "8"], None, "40 of 40 records are longer than max_length = 8 tokens"),
+    (["MODEL", "EMPTY"], None, "empty"),
+])
+def test_bad_input_is_one_line(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    words: list[str], yaml: str | None, message: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    names = {"MODEL": str(base()), "LAW": files[0], "EMPTY": str(tmp_path / "empty.jsonl")}
+    words = [names.get(word, word) for word in words]
+    if yaml is not None:
+        (tmp_path / "tune.yaml").write_text(yaml.replace("MODEL", names["MODEL"]))
+        words += ["--config", str(tmp_path / "tune.yaml")]
+    assert main(["tune", *words, "--out", str(tmp_path / "out")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("deepseek: ")]
+    assert message in line
+
+
+def test_every_setting_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in TuneConfig.__dataclass_fields__)
