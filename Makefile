@@ -51,12 +51,16 @@ sanitize:  ## the native kernels under the address, undefined-behaviour and thre
 	DEEPSEEK_ISA=scalar build/sanitize/kernels_test
 	build/sanitize/pool_test
 
-bench: $(VENV)/.test demo  ## every figure of the README, measured here (an hour or two)
+bench: $(VENV)/.test demo  ## every figure of the README, measured here (several hours)
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/balance.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/tune.py
+	$(BIN)/python benchmarks/named.py
+	$(BIN)/python benchmarks/law.py
 
 clean:  ## remove what the build made (not what you trained)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
