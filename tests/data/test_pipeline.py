@@ -171,9 +171,11 @@ def test_a_step_is_not_done_twice_and_leaves_nothing_half(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="no"):
         run_step("s", out, [2], fail)
     assert not (out / "half").exists()
-    (tmp_path / ".out.0123abcd").mkdir()  # what SIGKILL leaves
+    for stale in (".out.0123abcd", "..out.0123abcd.0123abcd"):  # what SIGKILL leaves of a step, and of packing in it
+        (tmp_path / stale).mkdir()
+    (tmp_path / ".out.config").mkdir()
     assert run_step("s", out, [2], work).counts == {"n": 2}
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.config", ".out.lock", "out"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="mine: is not empty and not the result of a step"):
@@ -279,11 +281,11 @@ class _Page(HTMLParser):
 def test_the_report_counts_and_its_page_stands_alone(tmp_path: Path) -> None:
     said = [{"input": text[:20], "output": text[20:], "metadata": {"complexity": "中级", "language": "Python"},
              "expert": "code_expert"} for text in texts(CODE, 10)]
-    path = jsonl(tmp_path / "a.jsonl", [*said, *({"text": text} for text in texts(LAW, 5)), {"bad <b>": 1}])
+    path = jsonl(tmp_path / "a.jsonl", [*said, *({"text": text} for text in [*texts(LAW, 5), "x=1"]), {"bad <b>": 1}])
     steps.validate([path], tmp_path / "validate")
     steps.split(tmp_path / "validate", tmp_path / "split")
     done = report(tmp_path / "split", tmp_path / "report")
-    assert done.counts == {"records": 15, "experts": {"code_expert": 10, "unlabelled": 5}}
+    assert done.counts == {"records": 16, "experts": {"code_expert": 10, "unlabelled": 6}}
     told = json.loads((tmp_path / "report" / "report.json").read_text())["experts"]["code_expert"]
     assert told["complexity"] == {"中级": 10}
     assert told["language"] == {"Python": 10}
@@ -296,6 +298,9 @@ def test_the_report_counts_and_its_page_stands_alone(tmp_path: Path) -> None:
     assert not parser.open and not parser.outside and parser.drawings == 6
     assert not re.search(r"https?://|@import|url\(", page)
     assert "prefers-color-scheme: dark" in page
+    drawings = re.findall(r'aria-label="(?:language|complexity|form) by expert">(.*?)</svg>', page, re.DOTALL)
+    bars = [sum(float(width) for width in re.findall(r' width="([\d.]+)" height="20"', one)) for one in drawings]
+    assert bars == pytest.approx([2 * 640] * 3, abs=0.5), "the parts of a bar are the whole bar"
     assert "1 unusable record" in (tmp_path / "report" / "report.txt").read_text()
 
 

@@ -141,3 +141,11 @@ def test_a_round_of_a_stream_is_stored_before_it_is_used(tmp_path: Path) -> None
     rest = list(fresh(records(6), known))  # the stream begins again: what was seen is passed over
     assert [d.text for d in rest] == [d.text for d in read_records(records(6))][4:]
     assert stored_round(tmp_path / "none", set()) == []
+
+
+def test_a_hugging_face_data_set(tokenizer: Tokenizer) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the test extra (datasets)")
+    rows = records(4)
+    found = read_records(datasets.Dataset.from_list(rows))
+    assert [d.text for d in found] == [d.text for d in read_records(rows)]
+    assert found[0].answer_at is not None and found[0].metadata["complexity"] == "初级"
