@@ -42,12 +42,13 @@ class Example(NamedTuple):
     learnt: tuple[tuple[int, int], ...]
 
 
-def read_records(dataset: Any) -> list[Document]:
+def read_records(dataset: Any, report: ReadReport | None = None) -> list[Document]:
     """The documents of a path (or several), of records (objects, strings, lists of turns), of documents, or of anything
     that iterates over these, a Hugging Face data set included. A string alone is a path; a list of strings is one of
     paths if they all lead somewhere, else of texts.
 
-    Raises DataError for no record at all, and for one that cannot be read, naming its place.
+    Raises DataError for no record at all, and for one that cannot be read, naming its place; problems of files go to
+    `report` instead where one that is not strict is given.
     """
     if isinstance(dataset, str | Path):
         dataset = [Path(dataset)]
@@ -55,8 +56,7 @@ def read_records(dataset: Any) -> list[Document]:
         raise DataError(f"dataset: must be a path, a list or an iterable of records, got one object with keys "
                         f"{', '.join(map(str, list(dataset)[:5]))} (a data set by splits? give one of them)")
     if isinstance(dataset, Sequence) and dataset and all(isinstance(item, Path) or _is_path(item) for item in dataset):
-        report = ReadReport(strict=True)
-        documents = list(read_documents(dataset, report))
+        documents = list(read_documents(dataset, report or ReadReport(strict=True)))
     else:
         documents = [document for n, record in enumerate(dataset, 1) for document in document_of(record, n)]
     if not documents:

@@ -190,8 +190,10 @@ class MoEFineTuner:
             documents = list(read_documents(sorted(library.glob("*.py"))[:GENERAL_FILES], ReadReport()))
             name = "sources of Python's library, as no general text was given"
         else:
-            documents = read_records(self.general)
+            documents = read_records(self.general, report := ReadReport())
             name = f"{len(documents):,} documents of general text"
+            if report.problems:
+                name += f"; {len(report.problems):,} could not be read, first {report.problems[0]}"
         limit = self.config.eval_records
         spread = [documents[i * len(documents) // limit] for i in range(limit)] if len(documents) > limit else documents
         everything = RecordSet.of(spread, tokenizer, max_length=self.max_length, overlong="cut",

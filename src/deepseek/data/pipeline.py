@@ -1,0 +1,37 @@
+"""All steps in a row, as one YAML says, into one folder: OUT/validate, dedup, label, split, pack, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..domain import NAMES
+from . import steps
+from .report import report
+from .settings import PipelineConfig
+from .step import Done
+
+ORDER = ("validate", "dedup", "label", "split", "pack", "report")
+Note = Callable[[str, int], None]
+
+
+def run(config: PipelineConfig, progress: Note | None = None) -> Iterator[tuple[str, Done]]:
+    """(step, what it left behind), one after the other; steps that are done and unchanged are not run again. progress:
+    called with (step, records so far). Raises what the steps raise."""
+    out = Path(config.out)
+    places = {name: out / name for name in ORDER}
+
+    def at(name: str) -> steps.Progress | None:
+        return None if progress is None else lambda records: progress(name, records)
+
+    names = config.experts or tuple(dict.fromkeys([*NAMES, *filter(None, config.sources)]))
+    yield "validate", steps.validate(config.sources, places["validate"], config.validate, experts=names,
+                                     mapping=config.map, workers=config.workers, progress=at("validate"))
+    yield "dedup", steps.dedup(places["validate"], places["dedup"], config.dedup, workers=config.workers,
+                               progress=at("dedup"))
+    yield "label", steps.label(places["dedup"], places["label"], config.label, experts=names, workers=config.workers,
+                               progress=at("label"))
+    yield "split", steps.split(places["label"], places["split"], config.split, progress=at("split"))
+    yield "pack", steps.pack(places["split"], places["pack"], config.pack, held_out=config.split,
+                             experts=config.experts, progress=at("pack"))
+    yield "report", report(places["split"], places["report"])
