@@ -146,7 +146,8 @@ def save_adapter(folder: str | Path, model: nn.Module, side: Side, base_name: st
     keys: dict[str, Any] = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": side.r,
         "lora_alpha": side.lora_alpha, "lora_dropout": side.lora_dropout, "bias": "none",
-        "target_modules": last if bare else names, "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "modules_to_save": None}
+        "target_modules": last if bare else names, "inference_mode": True, "fan_in_fan_out": False,
+        "use_rslora": False, "modules_to_save": None}
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in adapter_tensors(model).items()}
     with replace_folder(folder) as staging:
         if side.experts or not all(".self_attn." in name for name in names):

@@ -230,7 +230,7 @@ class _Splits:
 
     def __init__(self, train: BinaryIO, valid: BinaryIO, fraction: float, seed: int) -> None:
         self.files, self.fraction = (train, valid), fraction
-        self.runs: tuple[list[tuple[int, int]], ...] = ([], [])  # (expert, tokens) of what each file got
+        self.runs: tuple[list[tuple[int, int]], ...] = ([], [])  # (expert, tokens) of each file, in its order
         self.key = f"{seed}".encode()
         self.tokens = 0
         self.waiting: tuple[float, np.ndarray, int] | None = None
@@ -257,7 +257,9 @@ class _Splits:
 
     def _write(self, held_out: bool, ids: np.ndarray, expert: int) -> None:
         self.files[held_out].write(ids.tobytes())
-        self.runs[held_out].append((expert, len(ids)))
+        runs = self.runs[held_out]
+        before = runs.pop()[1] if runs and runs[-1][0] == expert else 0
+        runs.append((expert, before + len(ids)))
 
 
 def held_out_place(text: str, key: bytes) -> float:

@@ -270,7 +270,9 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 @torch.no_grad()
-def held_out_loss(model: CausalLM, data: Windows, config: TrainConfig, accuracy: RoutingAccuracy | None = None) -> float:
+def held_out_loss(
+    model: CausalLM, data: Windows, config: TrainConfig, accuracy: RoutingAccuracy | None = None
+) -> float:
     """Mean loss per token over the held-out windows; `accuracy` counts their routes too."""
     model.eval()
     total, count = 0.0, 0

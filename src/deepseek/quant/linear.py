@@ -161,7 +161,8 @@ class _Quantised(nn.Module):
     def train(self, mode: bool = True) -> _Quantised:
         if mode and not self.adapted:
             raise ConfigError("a quantised model has no gradients and cannot be trained: train side paths on it "
-                              "(LoRAAdapter), or the checkpoint it was made from, or write a plain one (`deepseek quantize IN OUT --format bf16`)")
+                              "(LoRAAdapter), or the checkpoint it was made from, or write a plain one "
+                              "(`deepseek quantize IN OUT --format bf16`)")
         return super().train(False)
 
     def __init__(self) -> None:
