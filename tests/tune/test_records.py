@@ -14,7 +14,7 @@ from deepseek.data import Document
 from deepseek.errors import DataError
 from deepseek.ops.loss import IGNORE
 from deepseek.tokenizer import Tokenizer
-from deepseek.tune.records import RecordSet, encode, fresh, pad, read_records, store_round, stored_round
+from deepseek.tune.records import RecordSet, encode, fresh, pad, read_records, take_round
 
 
 def learnt(record: Any, tokenizer: Tokenizer, max_length: int = 200) -> str:
@@ -77,7 +77,7 @@ def test_long_plain_text_is_cut_into_windows_that_lose_nothing(tokenizer: Tokeni
 ])
 def test_what_is_refused(dataset: Any, message: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=message):
-        RecordSet.of(read_records(dataset), tokenizer, max_length=64)
+        RecordSet.of(read_records(dataset), tokenizer, max_length=64, valid_fraction=0.0)
 
 
 def test_overlong_records_are_cut_or_skipped_where_asked(tokenizer: Tokenizer) -> None:
@@ -99,6 +99,8 @@ def test_the_split_depends_on_the_text_alone(tokenizer: Tokenizer) -> None:
     turned = RecordSet.of(documents[::-1], tokenizer, max_length=64, valid_fraction=0.2)
     assert set(one.valid) == set(turned.valid) and 2 < len(one.valid) < 20
     assert not set(one.valid) & set(one.train) and len(one.train) + len(one.valid) == 40
+    with pytest.raises(DataError, match="has a single record; at least two are needed"):
+        RecordSet.of(read_records(records(1)), tokenizer, max_length=64)
     fewer = RecordSet.of(read_records(records(2)), tokenizer, max_length=64, valid_fraction=0.01)
     assert (len(fewer.train), len(fewer.valid)) == (1, 1)
     assert len(RecordSet.of(documents, tokenizer, max_length=64, valid_fraction=0.0).train) == 40
@@ -131,16 +133,53 @@ def test_files_and_documents(tmp_path: Path) -> None:
         read_records(path)
 
 
-def test_a_round_of_a_stream_is_stored_before_it_is_used(tmp_path: Path) -> None:
+def test_a_stream_is_stored_as_it_comes(tmp_path: Path) -> None:
     seen: set[str] = set()
-    stream = fresh([*records(3), *records(3), *records(6)], seen)
-    first = store_round(tmp_path, stream, 4)
+    refused = tmp_path / "refused.jsonl"
+    rows: list[Any] = [*records(3), *records(3), {"input": "q"}, *records(6)]
+    stream = fresh(iter(rows), seen, refused, lambda _: None)
+    first = take_round(tmp_path / "1", stream, 4, seen)
     assert [d.text for d in first] == [d.text for d in read_records(records(4))]
+    assert [json.loads(line)["record"] for line in refused.read_text().splitlines()] == [{"input": "q"}]
+    part = take_round(tmp_path / "2", stream, 4, seen)
+    assert len(part) == 2 and not (tmp_path / "2" / "records.jsonl").exists()
+    with (tmp_path / "2" / "incoming.jsonl").open("a") as file:
+        file.write('{"text": "torn by a ki')
     known: set[str] = set()
-    assert stored_round(tmp_path, known) == first and len(known) == 4
-    rest = list(fresh(records(6), known))  # the stream begins again: what was seen is passed over
-    assert [d.text for d in rest] == [d.text for d in read_records(records(6))][4:]
-    assert stored_round(tmp_path / "none", set()) == []
+    assert take_round(tmp_path / "1", iter([]), 4, known) == first and len(known) == 4
+    rest = take_round(tmp_path / "2", fresh(records(9), known, refused, lambda _: None), 4, known)
+    assert [d.text for d in rest] == [d.text for d in read_records(records(9))][4:8]  # the stream began again
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u0085", "\x1c"])
+def test_odd_line_ends_in_a_stored_round(odd: str, tmp_path: Path) -> None:
+    document = Document(f"one{odd}two", "here")
+    assert take_round(tmp_path, iter([document]), 1, set()) == [document]
+    assert take_round(tmp_path, iter([]), 1, set()) == [document]
+
+
+def test_a_user_who_has_the_last_word_is_not_learnt(tokenizer: Tokenizer) -> None:
+    plain = Tokenizer(tokenizer._definition, {}, None)
+    said = (("user", "pay?"), ("assistant", "coins"), ("user", "act"))
+    turns = [{"role": role, "content": text} for role, text in said]
+    for each, answer in ((plain, "coins\n\n"), (tokenizer, f"coins{EOS}")):
+        assert learnt({"messages": turns}, each) == answer
+
+
+def test_a_template_that_opens_a_thought_for_generation(tokenizer: Tokenizer) -> None:
+    template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                "{% if add_generation_prompt %}[assistant]<think>{% endif %}")
+    thinking = Tokenizer(tokenizer._definition, {}, template)
+    assert learnt({"input": "pay?", "output": "coins"}, thinking) == "coins"
+
+
+def test_lists_of_strings(tmp_path: Path) -> None:
+    texts = ["Is this ok?", "a" * 5000, "x*y"]
+    assert [d.text for d in read_records(texts)] == texts
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(records(1)[0]) + "\n")
+    with pytest.raises(DataError, match="leads nowhere, though others in the list are paths"):
+        read_records([str(path), "b.jsonl"])
 
 
 def test_a_hugging_face_data_set(tokenizer: Tokenizer) -> None:

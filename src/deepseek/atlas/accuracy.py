@@ -3,7 +3,7 @@
     strength   of group g at a token: its share of the gate's weights, summed over all layers with routed experts
     accuracy   labelled tokens whose strongest group is that of their label, per name; chance is 1 / groups
     settled    a token counts from the 33rd of its document (or of its window) on: before, a domain can hardly be told
-    MaxVio     (largest load - mean load) / mean load: across groups, and within each group (worst layer mean)
+    MaxVio     (largest load - mean load) / mean load: across groups, and within each group, means over layers
 
 Shape letters: B windows, T tokens, G routing groups, L layers, E experts.
 """

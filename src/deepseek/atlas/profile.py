@@ -100,7 +100,7 @@ def _measure(model: CausalLM, sample: Sample, tokenizer: Tokenizer, advance: Cal
     units = min(sample.units, UNITS)
     shape = (units, len(config.moe_layers), config.n_routed_experts)
     tokens_U, slots_ULE, weight_ULE = np.zeros(units), np.zeros(shape), np.zeros(shape)
-    scale = _scale(config)
+    scale = gate_scale(config)
     for batch in route(model, sample.windows, tokenizer):
         counted_BT = batch.counted_BT
         unit_B = np.array([sample.windows[i].unit % units for i in batch.windows])
@@ -119,7 +119,7 @@ def _measure(model: CausalLM, sample: Sample, tokenizer: Tokenizer, advance: Cal
     return Routed(tokens_U, slots_ULE, weight_ULE)
 
 
-def _scale(config: ModelConfig) -> float:
+def gate_scale(config: ModelConfig) -> float:
     """What the gate multiplied its weights by."""
     *_, normalise, scale_anyway, scale = rule(config)
     return scale if scale_anyway or not normalise else 1.0

@@ -71,6 +71,7 @@ def load_model(
         _fill(model, files, files.folder)
     if adapter is not None:
         apply(model, adapter, verify=verify is not False)
+        model.requires_grad_(False)
         if recipe is None and dtype != "auto":
             to_dtype(model, _dtype_of(dtype, files))
     return model.eval()

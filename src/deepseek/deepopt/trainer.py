@@ -74,7 +74,8 @@ class Trainer:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = make_optimizer(model, config)
         self.gates = [block.gate for block in model.moe_blocks().values()]
-        self.guided = bool(data.experts) and config.guide_weight > 0
+        self.guided = self.within_groups = bool(data.experts) and config.guide_weight > 0
+        self._busy = False  # inside a step, where weights and step number do not belong together
         _names_fit(model, data.experts)
         self._claim_folder()
         self._resume()
@@ -87,14 +88,13 @@ class Trainer:
         On Ctrl-C a checkpoint is written before KeyboardInterrupt goes on.
         """
         config = self.config
-        tokens_a_step = config.batch_size * config.accumulation * config.seq_len
         bar = tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True, desc="train")
         log = RunLog(self.out, self.step, config.tensorboard)
         try:
             while self.step < config.steps:
                 began = time.perf_counter()
                 record = self.train_step()
-                record["tokens_per_second"] = round(tokens_a_step / (time.perf_counter() - began))
+                record["tokens_per_second"] = round(self._tokens / (time.perf_counter() - began))
                 log.write(record)
                 bar.set_postfix_str(f"loss {record['loss']:.3f}  MaxVio {record['max_vio']:.2f}  "
                                     f"{record['tokens_per_second']:,} tokens/s")
@@ -111,8 +111,11 @@ class Trainer:
                 if last or self.step % config.save_every == 0:
                     self.save()
         except KeyboardInterrupt:
-            self.save()
-            bar.write(f"stopped after step {self.step}; the same command continues from there")
+            if self._busy:
+                bar.write(f"stopped inside step {self.step + 1}; the same command continues from the last checkpoint")
+            else:
+                self.save()
+                bar.write(f"stopped after step {self.step}; the same command continues from there")
             raise
         finally:
             bar.close()
@@ -130,17 +133,22 @@ class Trainer:
             group["lr"] = rate
         sums = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0} | ({"guide_loss": 0.0} if self.guided else {})
         load_LE: Tensor | None = None
-        for micro in range(config.accumulation):
-            batch = self.data.batch(self.step * config.accumulation + micro, config.batch_size, config.seq_len,
-                                    seed=config.seed).to(model.device)
+        first = self.step * config.accumulation
+        batches = [self.data.batch(first + micro, config.batch_size, config.seq_len, seed=config.seed)
+                   for micro in range(config.accumulation)]
+        self._tokens = sum(int(b.ids_BT.numel() if b.real_BT is None else b.real_BT.sum()) for b in batches)
+        counts = [int((batch.labels_BT != IGNORE).sum()) for batch in batches]
+        self._busy = True
+        for batch, count in zip(batches, counts, strict=True):
+            batch, share = batch.to(model.device), count / max(sum(counts), 1)  # as if all were one batch
             result = model.loss(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, mtp_weight=config.mtp_weight,
                                 balance_weight=config.balance_weight, guide_weight=config.guide_weight,
                                 group_BT=batch.expert_BT if self.guided else None)
-            (result.total / config.accumulation).backward()
+            (result.total * share).backward()
             for key, value in (("loss", result.main), ("mtp_loss", result.mtp), ("balance_loss", result.balance),
                                ("guide_loss", result.guide)):
                 if value is not None:
-                    sums[key] += value.item() / config.accumulation
+                    sums[key] += value.item() * share
             load_LE = result.load_LE if load_LE is None else load_LE + result.load_LE
         if not math.isfinite(sums["loss"]):
             raise ConfigError(f"lr = {config.lr}: the loss became {sums['loss']} at step {self.step + 1}; a lower one "
@@ -152,8 +160,9 @@ class Trainer:
         if config.bias_speed:
             for gate, load_E in zip(self.gates, load_LE, strict=False):  # without MTP loss its gate saw nothing
                 if hasattr(gate, "e_score_correction_bias"):
-                    gate.update_bias(load_E, config.bias_speed, within_groups=self.guided)
+                    gate.update_bias(load_E, config.bias_speed, within_groups=self.within_groups)
         self.step += 1
+        self._busy = False
         max_vio = float(max_violation(load_LE).mean()) if load_LE.numel() else 0.0
         return {"step": self.step, **sums, "lr": rate, "grad_norm": float(norm), "max_vio": max_vio}
 
@@ -172,7 +181,7 @@ class Trainer:
         """Write checkpoint-STEP and drop all but the newest `keep`."""
         def add(folder: Path) -> None:
             moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
-                       for key, value in state.items() if key in ("exp_avg", "exp_avg_sq")}
+                       for key, value in state.items() if key in ("exp_avg", "exp_avg_sq", "step")}
             moments["rng"] = torch.get_rng_state()
             save_file(moments, folder / "optimizer.safetensors")
             write_json(folder / "trainer.json", {"step": self.step})
@@ -199,6 +208,8 @@ class Trainer:
         self.model.load_state_dict(restored.state_dict())
 
     def _finish(self) -> None:
+        if self.guided and self.accuracy is None:  # nothing was left to train
+            self.evaluate()
         save_model(self.model, self.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
 
     def _settings(self) -> dict[str, Any]:
@@ -225,7 +236,7 @@ class Trainer:
             if f"{name}.exp_avg" not in moments:
                 continue
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
+                "step": moments.get(f"{name}.step", torch.tensor(float(self.step))).to(parameter.device),
                 **{key: moments[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
             }
 

@@ -126,9 +126,9 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + scale * B A, for products that need the matrix itself."""
-        weight = self.base.weight
-        return weight + self.delta().to(weight.dtype)
+        """W + scale * B A in float32 (a base in half precision would round most of B A away), for products that need
+        the matrix itself."""
+        return self.base.weight.float() + self.delta()
 
     def delta(self) -> Tensor:
         """scale * B A, [out, in], in the adapter's dtype."""
@@ -161,6 +161,8 @@ class LoRAExperts(_SomeExperts):
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         others, place_TK = self.parted(route)
         out_TH = self.base(x_TH, others)
+        if self.training:  # a batch that visits none of them still gives every parameter a gradient, of zero
+            out_TH = out_TH + 0 * torch.stack([p.sum() for p in self.parameters(recurse=False)]).sum().to(out_TH.dtype)
         for place in torch.unique(place_TK[place_TK >= 0]).tolist():
             token_P, k_P = (place_TK == place).nonzero(as_tuple=True)
             y_PH = self._expert(place, x_TH[token_P]) * route.weight_TK[token_P, k_P].unsqueeze(1).to(x_TH.dtype)
@@ -240,6 +242,8 @@ def attach(model: nn.Module, side: Side) -> list[str]:
     Raises ConfigError for targets or experts that the model does not have, and where nothing would be adapted.
     """
     config = cast(Any, model).config
+    if any(side_paths(model)):
+        raise ConfigError("the model has side paths already: merge them, or load the base again")
     targets = dict.fromkeys(name for names in resolve_targets(model, side.targets).values() for name in names)
     if not targets and not any(side.experts.values()):
         raise ConfigError("target_modules and experts are both empty: there is nothing to adapt")
@@ -247,6 +251,9 @@ def attach(model: nn.Module, side: Side) -> list[str]:
         if layer not in config.moe_layers or any(not 0 <= e < config.n_routed_experts for e in chosen):
             raise ConfigError(f"experts: layer {layer} has no such experts {list(chosen)}: layers with routed experts "
                               f"are {list(config.moe_layers)}, of {config.n_routed_experts} each")
+    if "lm_head" in targets and config.tie_word_embeddings:
+        raise ConfigError("target_modules = 'lm_head': the head is tied to the embeddings here, so a side path could "
+                          "not be merged into it alone")
     model.requires_grad_(False)
     device = cast(Any, model).device
     for name in targets:

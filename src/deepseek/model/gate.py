@@ -124,7 +124,8 @@ def group_guidance_loss(route: Route, group_T: Tensor, groups: int) -> Tensor:
     used the loss fades once the label's group leads by about half, and leaves the other groups what they have.
     group_T: int64 group of each token, -1 without a label.
     """
-    score_TG = top_k_values(route.scores_TE.unflatten(-1, (groups, -1)), 2).sum(-1)
+    best = min(2, route.scores_TE.shape[1] // groups)
+    score_TG = top_k_values(route.scores_TE.unflatten(-1, (groups, -1)), best).sum(-1)
     labelled = group_T >= 0
     loss = cross_entropy(score_TG / GUIDANCE_TEMPERATURE, group_T, ignore_index=-1, reduction="sum")
     return loss / labelled.sum().clamp(min=1)

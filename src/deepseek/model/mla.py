@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..ops import causal_attention, rotate
 from ..ops.linear import mm
+from .adapter import LoRALinear
 from .layers import Linear, RMSNorm
 
 Order = Literal["auto", "naive", "absorbed"]
@@ -151,7 +152,9 @@ class MLA(nn.Module):
         if cache is not None:
             latent, k_rope = cache.extend(layer, torch.cat((latent, k_rope), -1)).split(
                 (config.kv_lora_rank, config.qk_rope_head_dim), -1)
-        attend = self._naive if order_of(order, cache, tokens) == "naive" else self._absorbed
+        # a side path on kv_b_proj is a call, not a matrix that could be absorbed
+        naive = order_of(order, cache, tokens) == "naive" or isinstance(self.kv_b_proj, LoRALinear)
+        attend = self._naive if naive else self._absorbed
         out_BTNW = attend(q_nope, q_rope, latent.to(q.dtype), k_rope.to(q.dtype), mask)
         return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
 

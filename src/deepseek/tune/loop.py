@@ -26,6 +26,7 @@ class Tuning(Trainer):
     def __init__(self, work: Workpiece, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path,
                  settings: Mapping[str, Any]) -> None:
         self.work, self.general, self._more = work, general, settings
+        self.last: dict[str, Any] = {}
         super().__init__(work.model, data, config, out, work.tokenizer)
         self.data: RecordSet = data
         if is_quantised(work.model):
@@ -40,13 +41,13 @@ class Tuning(Trainer):
         return json.loads(path.read_text(encoding="utf-8"))
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss on held-out records and on general text."""
-        general = held_out_loss(self.model, self.general, self.config)
-        return {"step": self.step, "eval_loss": held_out_loss(self.model, self.data, self.config),
-                "general_loss": general}
+        """Loss on held-out records and on general text; kept in `last`."""
+        self.last = {"step": self.step, "eval_loss": held_out_loss(self.model, self.data, self.config),
+                     "general_loss": held_out_loss(self.model, self.general, self.config)}
+        return self.last
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), **{k: v if isinstance(v, dict) else {k: v} for k, v in self._more.items()}}
+        return {**super()._settings(), **self._more}
 
     def _state(self) -> dict[str, Tensor]:
         biases = {name: buffer for name, buffer in self.model.named_buffers()

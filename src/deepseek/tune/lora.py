@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ def named_experts(names: Sequence[str], atlas: Atlas | None) -> ExpertSet:
     for name in names:
         if isinstance(name, ExpertId):
             found = found | ExpertSet([name])
-        elif name[:1].isdigit():
+        elif not isinstance(name, str):
+            raise ConfigError(f"experts = {name!r}: must be a name, or an id in quotes such as \"3.10\"")
+        elif re.fullmatch(r"\d+\.\d+", name):
             found = found | ExpertSet([ExpertId.parse(name)])
         elif atlas is None:
             raise ConfigError(f"experts = {name!r}: is a name, so it needs an atlas: there is none beside the model "

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -55,7 +55,8 @@ def read_records(dataset: Any, report: ReadReport | None = None) -> list[Documen
     if isinstance(dataset, Mapping):
         raise DataError(f"dataset: must be a path, a list or an iterable of records, got one object with keys "
                         f"{', '.join(map(str, list(dataset)[:5]))} (a data set by splits? give one of them)")
-    if isinstance(dataset, Sequence) and dataset and all(isinstance(item, Path) or _is_path(item) for item in dataset):
+    strings = isinstance(dataset, Sequence) and bool(dataset) and all(isinstance(item, str | Path) for item in dataset)
+    if strings and _all_paths(dataset):
         documents = list(read_documents(dataset, report or ReadReport(strict=True)))
     else:
         documents = [document for n, record in enumerate(dataset, 1) for document in document_of(record, n)]
@@ -75,9 +76,14 @@ def document_of(record: Any, number: int) -> list[Document]:
         raise DataError(f"record {number}: {error}") from None
 
 
-def _is_path(item: Any) -> bool:
-    return isinstance(item, str) and "\n" not in item and len(item) < 4096 and (
-        item.startswith("hf:") or any(c in item for c in "*?[") or Path(item).exists())
+def _all_paths(items: Sequence[str | Path]) -> bool:
+    """Whether strings are paths. Raises DataError where some lead somewhere and some do not."""
+    there = [isinstance(item, Path) or item.startswith("hf:") or (len(item) < 256 and Path(item).exists())
+             for item in items]
+    if any(there) and not all(there):
+        raise DataError(f"dataset: {str(items[there.index(False)])[:80]!r} leads nowhere, though others in the list "
+                        "are paths")
+    return all(there)
 
 
 def encode(document: Document, tokenizer: Tokenizer, max_length: int) -> list[Example]:
@@ -118,15 +124,13 @@ def _framed(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 def _joined(parts: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Example:
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     spans = []
-    for text, learnt in parts:
+    for number, (text, learnt) in enumerate(parts, 1):
         start = len(ids)
-        ids += tokenizer.encode(text)
+        ids += tokenizer.encode(text) + (end if number == len(parts) else [])
         if learnt:
             spans.append((start, len(ids)))
-    if tokenizer.eos_id is not None:
-        ids.append(tokenizer.eos_id)
-        spans[-1] = (spans[-1][0], len(ids))
     return Example(tuple(ids), tuple(spans))
 
 
@@ -140,10 +144,13 @@ def _spoken(document: Document, turns: Sequence[tuple[str, str]], tokenizer: Tok
                 continue
             before = tokenizer.encode_chat(messages[:n], add_generation_prompt=True)
             through = tokenizer.encode_chat(messages[: n + 1], add_generation_prompt=False)
-            if ids[: len(before)] != before or ids[: len(through)] != through:
+            # a prompt for generation may open what a record writes otherwise (DeepSeek-R1's begins to think)
+            start = next((i for i, (a, b) in enumerate(zip(before, through, strict=False)) if a != b),
+                         min(len(before), len(through)))
+            if ids[: len(through)] != through:
                 raise DataError(f"{place(document)}: the chat template writes turn {n + 1} differently when others "
                                 "follow it, so what is to be learnt cannot be told apart; split the record there")
-            spans.append((len(before), len(through)))
+            spans.append((start, len(through)))
     except RequestError as error:
         raise DataError(f"{place(document)}: {error}") from None
     return Example(tuple(ids), tuple(spans))
@@ -154,8 +161,11 @@ class RecordSet:
 
     experts: tuple[str, ...] = ()
 
-    def __init__(self, train: Sequence[Example], valid: Sequence[Example]) -> None:
-        self.train, self.valid = train, valid
+    def __init__(
+        self, train: Sequence[Example], valid: Sequence[Example], held_out: frozenset[str] = frozenset()
+    ) -> None:
+        """held_out: digests of the texts behind `valid`, which nothing may train on."""
+        self.train, self.valid, self.held_out = train, valid, held_out
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     @classmethod
@@ -164,8 +174,9 @@ class RecordSet:
         """Tokenise, hold out, check. Raises DataError for a record without output, for over-long ones (overlong
         "error"), and where nothing is left to train on."""
         sides: tuple[list[Example], list[Example]] = ([], [])
+        held_out: set[str] = set()
         long: list[tuple[str, int]] = []
-        waiting: tuple[float, list[Example]] | None = None
+        waiting: tuple[float, list[Example], str] | None = None
         count = 0
         for document in documents:
             count += 1
@@ -175,19 +186,25 @@ class RecordSet:
                 if overlong != "cut":
                     continue
                 examples = [cut for e in examples if (cut := _cut(e, max_length))]
-            where = held_out_place(document.text, f"{seed}".encode())
-            if waiting is None or where > waiting[0]:  # the least likely to be held out stands in for an empty side
-                waiting, (where, examples) = (where, examples), waiting or (2.0, [])
-            sides[where < valid_fraction].extend(examples)
+            one = held_out_place(document.text, f"{seed}".encode()), examples, digest(document)
+            if waiting is None or one > waiting:  # the least likely to be held out stands in for an empty side
+                waiting, one = one, waiting or (2.0, [], "")
+            sides[one[0] < valid_fraction].extend(one[1])
+            if one[0] < valid_fraction:
+                held_out.add(one[2])
         if long and overlong == "error":
             raise DataError(f"{len(long)} of {count} records are longer than max_length = {max_length} tokens (first "
                             f"{long[0][0]} with {long[0][1]}); raise max_length, or set overlong to cut or skip")
         if waiting is not None:
-            sides[bool(valid_fraction and not sides[1] and sides[0])].extend(waiting[1])
+            held = bool(valid_fraction and not sides[1] and sides[0])
+            sides[held].extend(waiting[1])
+            held_out |= {waiting[2]} if held else set()
         if not sides[0]:
             raise DataError(f"dataset: none of its {count} records is left to train on"
                             + (f" ({len(long)} are longer than max_length = {max_length})" if long else ""))
-        return cls(*sides)
+        if valid_fraction and not sides[1]:
+            raise DataError("dataset: has a single record; at least two are needed, one to learn and one to hold out")
+        return cls(*sides, frozenset(held_out))
 
     @property
     def fingerprint(self) -> str:
@@ -199,6 +216,11 @@ class RecordSet:
     def learnt_tokens(self) -> int:
         """Tokens of the training records that count in the loss."""
         return sum(end - start for e in self.train for start, end in e.learnt)
+
+    @property
+    def held_out_tokens(self) -> int:
+        """The same of the held-out records."""
+        return sum(end - start for e in self.valid for start, end in e.learnt)
 
     def batches(self, batch_size: int) -> int:
         """In an epoch."""
@@ -257,35 +279,60 @@ def pad(examples: Sequence[Example]) -> Batch:
 # ---- streams ----------------------------------------------------------------------------------------------------
 
 
-def fresh(stream: Iterable[Any], seen: set[str]) -> Iterator[Document]:
-    """The documents of a stream whose text is new; their hashes join `seen`."""
+def fresh(
+    stream: Iterable[Any], seen: set[str], refused: Path, check: Callable[[Document], object]
+) -> Iterator[Document]:
+    """The documents of a stream whose text is new; their hashes join `seen`. What cannot be used (`check` raises
+    DataError) is appended to the file `refused`, with the reason."""
     for number, record in enumerate(stream, 1):
-        for document in document_of(record, number):
-            if (digest := _digest(document)) not in seen:
-                seen.add(digest)
+        try:
+            documents = document_of(record, number)
+            for document in documents:
+                check(document)
+        except DataError as error:
+            refused.parent.mkdir(parents=True, exist_ok=True)
+            with refused.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"reason": str(error), "record": record}, default=str) + "\n")
+            continue
+        for document in documents:
+            if (known := digest(document)) not in seen:
+                seen.add(known)
                 yield document
 
 
-def store_round(folder: Path, waiting: Iterator[Document], size: int) -> list[Document]:
-    """Take up to `size` documents and write them to the folder, before anything is done with them."""
-    documents = list(itertools.islice(waiting, size))
-    if documents:
-        write_atomically(folder / "records.jsonl", "".join(
-            json.dumps(asdict(d), ensure_ascii=False, default=str) + "\n" for d in documents))
+def take_round(folder: Path, waiting: Iterator[Document], size: int, seen: set[str]) -> list[Document]:
+    """`size` documents, or what is left of the stream: those that the folder has, then new ones, each written to it as
+    it comes, so that a killed run loses none."""
+    whole, partly = folder / "records.jsonl", folder / "incoming.jsonl"
+    if whole.is_file():
+        return stored(whole, seen)
+    documents = stored(partly, seen) if partly.is_file() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(partly, "".join(map(_line, documents)))  # without a line that a kill has torn
+    with partly.open("a", encoding="utf-8") as file:
+        for document in itertools.islice(waiting, max(0, size - len(documents))):
+            file.write(_line(document))
+            file.flush()
+            documents.append(document)
+    if len(documents) == size:
+        partly.rename(whole)
     return documents
 
 
-def stored_round(folder: Path, seen: set[str]) -> list[Document]:
-    """What `store_round` wrote, none if it has not; the hashes join `seen`."""
-    if not (path := folder / "records.jsonl").is_file():
-        return []
+def stored(path: Path, seen: set[str]) -> list[Document]:
+    """What `take_round` wrote; the hashes join `seen`. A last line that is not whole is left out."""
     documents = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         keys = json.loads(line)
         documents.append(Document(**keys | {"turns": tuple((role, said) for role, said in keys["turns"])}))
-        seen.add(_digest(documents[-1]))
+        seen.add(digest(documents[-1]))
     return documents
 
 
-def _digest(document: Document) -> str:
+def _line(document: Document) -> str:
+    return json.dumps(asdict(document), default=str) + "\n"
+
+
+def digest(document: Document) -> str:
+    """SHA-256 of a document's text."""
     return hashlib.sha256(document.text.encode()).hexdigest()

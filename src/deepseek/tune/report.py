@@ -13,7 +13,7 @@ class TuneReport:
 
     mode: str
     steps: int
-    records: int
+    examples: int
     learnt_tokens: int
     domain_before: float
     domain_after: float
@@ -76,7 +76,7 @@ class TuneReport:
             f"{self.mode}: {self.trained_parameters:,} of {self.all_parameters:,} parameters trained ({share:.2%}), "
             f"{self.optimizer_bytes / 1e6:.1f} MB of optimiser state",
             f"{self.frozen_tensors:,} frozen tensors: {proof}; {self.changed_tensors:,} tensors changed",
-            f"{self.records:,} records, {self.learnt_tokens:,} tokens learnt from, {self.steps:,} steps, "
+            f"{self.examples:,} examples with {self.learnt_tokens:,} tokens to learn, {self.steps:,} steps, "
             f"{self.seconds:.0f} s",
             *([f"{len(self.rounds)} rounds: backward transfer {self.backward_transfer:+.4f}, forgetting "
                f"{self.forgetting:.4f} nats a token"] if len(self.rounds) > 1 else []),

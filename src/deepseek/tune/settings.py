@@ -72,8 +72,10 @@ class TuneConfig:
             self._need(key, "must be a positive number", lambda v: _is_number(v) and v > 0)
         for key in ("weight_decay", "min_lr_ratio"):
             self._need(key, "must be a number >= 0", lambda v: _is_number(v) and v >= 0)
-        for key in ("warmup", "valid_fraction", "replay"):
+        for key in ("warmup", "replay"):
             self._need(key, "must lie in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
+        self._need("valid_fraction", "must lie in (0, 1)", lambda v: _is_number(v) and 0 < v < 1)
+        self._need("device", "must be cpu or cuda", lambda v: v in ("cpu", "cuda"))
         self._need("seed", "must be an integer >= 0", lambda v: _is_int(v) and v >= 0)
         self._need("score", "must be token or gate", lambda v: v in ("token", "gate"))
         self._need("overlong", "must be error, cut or skip", lambda v: v in ("error", "cut", "skip"))

@@ -24,6 +24,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..atlas import Atlas
 from ..checkpoint import open_checkpoint, resolve
 from ..data import Document, ReadReport, read_documents
@@ -31,14 +33,17 @@ from ..deepopt.settings import TrainConfig
 from ..deepopt.trainer import held_out_loss, trained
 from ..errors import ConfigError, DataError
 from ..files import write_json
+from ..model import CausalLM
+from ..model.adapter import resolve_targets
 from ..tokenizer import Tokenizer
 from .loop import Tuning
 from .lora import LoRAAdapter, named_experts
-from .records import Example, RecordSet, fresh, read_records, store_round, stored_round
+from .records import Example, RecordSet, digest, fresh, read_records, take_round
 from .report import TuneReport
 from .settings import TuneConfig
 from .workpiece import Workpiece
 
+_FILLER = Document("filler", "", answer_at=None)  # beside a record that is looked at alone
 GENERAL_FILES = 40  # of Python's library, where no general text is given
 
 
@@ -63,9 +68,15 @@ class MoEFineTuner:
         self.adapter, self.general, self.old, self.save = adapter, general, old, save
         if save not in ("auto", "delta", "full"):
             raise ConfigError(f"save = {save!r}: must be auto, delta or full")
-        if adapter is not None and (save == "delta" or config.expert_tune is not None or config.expert_freeze):
-            raise ConfigError("adapter: side paths are all that is trained and kept then; give experts to LoRAAdapter"
-                              "(experts=[…]) instead of expert_tune or expert_freeze, and no save = delta")
+        if adapter is not None and (save == "delta" or config.expert_tune is not None or config.expert_freeze or (
+                config.shared_experts or config.non_expert_modules or config.train_router or config.balance)):
+            raise ConfigError("adapter: side paths are all that is trained and kept then: give experts to LoRAAdapter"
+                              "(experts=[…]), and leave out expert_tune, expert_freeze, shared_experts, "
+                              "non_expert_modules, train_router, balance and save = delta")
+        if old is not None and not config.replay:
+            raise ConfigError("old: has a meaning only with replay, the share of old records to mix in")
+        if config.threshold is not None and config.expert_tune != "auto":
+            raise ConfigError(f"threshold = {config.threshold}: has a meaning only with expert_tune = auto")
         self.folder, self.model_path = resolve(model_path), str(model_path)
         self.out = Path(out) if out is not None else Path(f"{self.folder.name}-tuned")
         beside = self.folder / "atlas.json"
@@ -78,6 +89,19 @@ class MoEFineTuner:
         if recipe is not None and adapter is None:
             raise ConfigError(f"{model_path}: is quantised, and quantised weights cannot be trained: tune the "
                               "checkpoint it was made from, or side paths on it (adapter=LoRAAdapter(…))")
+        if recipe is not None and save == "full":
+            raise ConfigError("save = 'full': side paths cannot be merged into quantised weights; leave it out, and "
+                              "merge the adapter into the plain checkpoint")
+        if config.balance and model_config.topk_method != "noaux_tc":
+            raise ConfigError("balance: this model's gates have no bias to balance with (topk_method = "
+                              f"{model_config.topk_method!r})")
+        for expert in self.named or ():
+            if expert.layer not in model_config.moe_layers or expert.index >= model_config.n_routed_experts:
+                raise ConfigError(f"expert {expert}: the model has experts 0..{model_config.n_routed_experts - 1} in "
+                                  f"layers {list(model_config.moe_layers)}")
+        if adapter is not None and recipe is None:
+            with torch.device("meta"):
+                resolve_targets(CausalLM(model_config), adapter.side({}).targets)
         positions = model_config.max_position_embeddings
         self.max_length = config.max_length or min(512, positions - 1)
         if self.max_length >= positions:
@@ -106,56 +130,71 @@ class MoEFineTuner:
         if config.replay:
             if self.old is None:
                 raise ConfigError(f"replay = {config.replay}: needs old records to replay (old=…)")
-            data.train = [*data.train, *self._replayed(read_records(self.old), len(data.train), tokenizer, 0)]
+            data.train = [*data.train, *self._replayed(read_records(self.old), data, [data], tokenizer)]
         general, general_name = self._general(tokenizer)
         work = Workpiece.load(self, tokenizer, data)
         tuning = self._tuning(work, data, general, self.out)
         before = tuning.before()
         tuning.run()
-        return self._conclude(work, tuning, data, before, general_name, began)
+        return self._conclude(work, tuning, [data], before, general_name, began)
 
     def fit_stream(self, stream: Iterable[Any], *, records_a_round: int = 256, rounds: int | None = None,
                    epochs: float | None = None) -> TuneReport:
         """Continual tuning: so many records of `stream` at a time, with a share (`replay`) of all earlier ones, and of
         `old`, mixed in; ends with the stream, or after `rounds`.
 
-        A round's records are written to OUT/round-N before it begins, so a killed run loses none and goes on where it
-        was; records whose text an earlier round had are passed over, so a stream may begin again from its start. The
-        report has the loss on every round's held-out records after every round, backward transfer and forgetting.
+        Every record is written to OUT/round-N as it comes, so a killed run loses none and goes on where it was; records
+        whose text an earlier round had are passed over, so a stream may begin again from its start; what cannot be used
+        goes to OUT/refused.jsonl. The delta or adapter is written anew after every round. The report has the loss on
+        every round's held-out records after every round, backward transfer and forgetting; "before" is the loss on a
+        round's records when they arrived.
         """
         began = time.perf_counter()
-        if records_a_round < 2:
-            raise ConfigError(f"records_a_round = {records_a_round}: must be at least 2, one to learn and one to hold "
-                              "out")
+        if records_a_round < 4:
+            raise ConfigError(f"records_a_round = {records_a_round}: must be at least 4")
         self._updated(epochs=epochs)
         tokenizer = Tokenizer.load(self.folder)
         general, general_name = self._general(tokenizer)
         old = read_records(self.old) if self.old is not None else []
         seen: set[str] = set()
-        waiting = fresh(stream, seen)
+        refused = self.out / "refused.jsonl"
+
+        def check(document: Document) -> None:
+            RecordSet.of([document, _FILLER], tokenizer, max_length=self.max_length, overlong=self.config.overlong)
+
+        waiting = fresh(stream, seen, refused, check)
         work: Workpiece | None = None
         sets: list[RecordSet] = []
+        arrived: list[float] = []
         before: dict[str, float] = {}
         losses: list[list[float]] = []
         while rounds is None or len(sets) < rounds:
             folder = self.out / f"round-{len(sets) + 1:04d}"
-            documents = stored_round(folder, seen) or store_round(folder, waiting, records_a_round)
-            if not documents:
+            documents = take_round(folder, waiting, records_a_round, seen)
+            if len(documents) < 4:
+                if documents:
+                    print(f"{len(documents)} records are too few for a round; they wait in {folder}")
                 break
             data = self._record_set(documents, tokenizer)
-            if self.config.replay:
-                data.train = [*data.train, *self._replayed(old, len(data.train), tokenizer, len(sets))]
+            sets.append(data)
+            data.train = [*data.train, *self._replayed(old, data, sets, tokenizer)]
             if work is None:
                 work = Workpiece.load(self, tokenizer, data)
             tuning = self._tuning(work, data, general, folder)
-            before = before or tuning.before()
+            first = tuning.before()  # of the model as it is when the round arrives
+            before = before or first
+            arrived.append(first["eval_loss"])
             tuning.run()
-            sets.append(data)
             old += documents
             losses.append([held_out_loss(work.model, each, tuning.config) for each in sets])
+            work.save_so_far(self)
+        if refused.is_file():
+            print(f"{len(refused.read_text(encoding='utf-8').splitlines())} records could not be used: {refused}")
         if work is None:
-            raise DataError("stream: ended before its first record")
-        return self._conclude(work, tuning, data, before, general_name, began, losses)
+            raise DataError("stream: ended before a round was full")
+        weights = [each.held_out_tokens for each in sets]
+        before |= {"eval_loss": _mean(arrived, weights)}
+        return self._conclude(work, tuning, sets, before, general_name, began, losses, _mean(losses[-1], weights))
 
     def _updated(self, **changes: Any) -> TuneConfig:
         given = {key: value for key, value in changes.items() if value is not None}
@@ -165,18 +204,30 @@ class MoEFineTuner:
     def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, out: Path) -> Tuning:
         kept = {k: v for k, v in asdict(self.config).items() if k not in ("device", "atlas", "steps", "epochs")}
         adapter = asdict(self.adapter) if self.adapter else {}
-        return Tuning(work, data, general, self._train_config(data), out,
-                      {"tune": kept, "adapter": adapter, "base": {"base": work.fingerprint}})
+        tuning = Tuning(work, data, general, self._train_config(data), out, {
+            "tune": kept, "adapter": adapter, "base": {"base": work.fingerprint},
+            "chosen": {"experts": [str(expert) for expert in work.experts], "general": general.fingerprint}})
+        # what names built in by training rest on: no group gains against another
+        tuning.within_groups = self.atlas is not None and any(g.kind == "built-in" for g in self.atlas.groups)
+        return tuning
 
-    def _replayed(self, old: Sequence[Document], new: int, tokenizer: Tokenizer, number: int) -> Sequence[Example]:
-        """A sample of old records that makes up the share `replay` of both together."""
+    def _replayed(
+        self, old: Sequence[Document], data: RecordSet, sets: Sequence[RecordSet], tokenizer: Tokenizer
+    ) -> list[Example]:
+        """Old examples that make up the share `replay` of both together, or all there are; none of what is held out."""
         share = self.config.replay
-        count = min(len(old), round(new * share / (1 - share)))
-        drawn = random.Random(f"{self.config.seed}/{number}").sample(list(old), count)
-        if not drawn:
-            return ()
-        return RecordSet.of(drawn, tokenizer, max_length=self.max_length, overlong="cut",
-                            valid_fraction=0.0).train
+        wanted = round(len(data.train) * share / (1 - share))
+        hidden = frozenset().union(*(each.held_out for each in sets))
+        order = list(old) if wanted else []
+        random.Random(f"{self.config.seed}/{len(sets)}").shuffle(order)
+        drawn: list[Example] = []
+        for document in order:
+            if len(drawn) >= wanted:
+                break
+            if digest(document) not in hidden:
+                drawn += RecordSet.of([document], tokenizer, max_length=self.max_length, overlong="cut",
+                                      valid_fraction=0.0).train
+        return drawn[:wanted]
 
     def _record_set(self, documents: Iterable[Document], tokenizer: Tokenizer) -> RecordSet:
         config = self.config
@@ -213,9 +264,11 @@ class MoEFineTuner:
             eval_batches=max(1, -(-config.eval_records // config.batch_size)), save_every=config.save_every, keep=2,
             seed=config.seed)
 
-    def _conclude(self, work: Workpiece, tuning: Tuning, data: RecordSet, before: Mapping[str, float],
-                  general_name: str, began: float, rounds: Sequence[Sequence[float]] = ()) -> TuneReport:
-        after = tuning.evaluate()
+    def _conclude(
+        self, work: Workpiece, tuning: Tuning, sets: Sequence[RecordSet], before: Mapping[str, float],
+        general_name: str, began: float, rounds: Sequence[Sequence[float]] = (), domain_after: float | None = None,
+    ) -> TuneReport:
+        after = tuning.last or tuning.evaluate()
         parameters = trained(work.model)
         count = sum(p.numel() for p in parameters.values())
         moments = sum(t.nbytes for state in tuning.optimizer.state.values() for k, t in state.items() if k != "step")
@@ -223,13 +276,16 @@ class MoEFineTuner:
         frozen = {name for name in work.hashes if name not in work.trainable}
         unchanged = sum(work.hashes[name] == work.hashes_after[name] for name in frozen)
         report = TuneReport(
-            mode=self.mode, steps=tuning.config.steps, records=len(data.train), learnt_tokens=data.learnt_tokens,
-            domain_before=before["eval_loss"], domain_after=after["eval_loss"],
+            mode=self.mode, steps=sum(self._train_config(data).steps for data in sets),
+            examples=sum(len(data.train) for data in sets), learnt_tokens=sum(data.learnt_tokens for data in sets),
+            domain_before=before["eval_loss"],
+            domain_after=after["eval_loss"] if domain_after is None else domain_after,
             general_before=before["general_loss"], general_after=after["general_loss"], general_text=general_name,
             trained_parameters=count, all_parameters=work.parameters, optimizer_bytes=moments,
             frozen_tensors=len(frozen), frozen_unchanged=unchanged,
             changed_tensors=sum(work.hashes[n] != work.hashes_after[n] for n in work.hashes),
-            experts={str(k): v for k, v in work.experts.by_layer().items()}, seconds=time.perf_counter() - began,
+            experts={} if self.mode == "full" else {str(k): v for k, v in work.experts.by_layer().items()},
+            seconds=time.perf_counter() - began,
             result=str(result), result_bytes=sum(f.stat().st_size for f in result.rglob("*") if f.is_file()),
             rounds=rounds)
         write_json(self.out / "report.json", asdict(report) | {
@@ -240,3 +296,7 @@ class MoEFineTuner:
             raise AssertionError(f"{len(moved)} frozen tensors changed, first {moved[0]}")
         print(report.table())
         return report
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)

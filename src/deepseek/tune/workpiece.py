@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..atlas import Atlas, ExpertUsage, select_experts
+from ..atlas.profile import gate_scale
+from ..atlas.selection import THRESHOLDS
 from ..checkpoint import (
     base_tensors,
     disk_parts,
@@ -33,8 +36,6 @@ from ..tokenizer import Tokenizer
 from .lora import LoRAAdapter
 from .records import RecordSet
 from .settings import TuneConfig
-
-THRESHOLDS = {"token": 0.2, "gate": 0.1}
 
 
 class Job(Protocol):
@@ -81,11 +82,10 @@ class Workpiece:
         model.requires_grad_(False)
         experts = job.named
         if config.expert_tune == "auto":
-            experts = _auto(model, data, config, job.out)
+            experts = _auto(model, data, config, job.out, fingerprint(hashes))
         if experts is not None:
             _check_there(experts, model)
         if job.mode == "full":
-            to_dtype(model, torch.float32)  # a step of 1e-5 is below half precision's resolution
             frozen = (experts or ExpertSet()).by_layer()
             for layer, block in model.moe_blocks().items():
                 chosen = [e for e in range(model.config.n_routed_experts) if e not in frozen.get(layer, ())]
@@ -96,17 +96,17 @@ class Workpiece:
             assert experts is not None
             for layer, chosen in experts.by_layer().items():
                 _part(model, layer, chosen, all_of=False)
-            if config.shared_experts or config.non_expert_modules:
-                to_dtype(model, torch.float32)
             for block in model.moe_blocks().values():
                 if config.shared_experts and hasattr(block, "shared_experts"):
                     block.shared_experts.requires_grad_(True)
             _rest(model, config.non_expert_modules)
         for block in model.moe_blocks().values():
             if config.train_router:
-                block.gate.float().weight.requires_grad_(True)
+                block.gate.weight.requires_grad_(True)
         # the MTP modules take no part: nothing of them is in the loss
         model.model.mtp.requires_grad_(False)
+        for parameter in trained(model).values():  # FP32 whatever the base: see TunedExperts
+            parameter.data = parameter.data.float()
         work = cls(model, tokenizer, hashes, dtype, experts or ExpertSet(), None, set())
         work.trainable = work._trainable_names(config.balance)
         if not trained(model):
@@ -125,6 +125,30 @@ class Workpiece:
             out |= {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in self.model.config.moe_layers}
         return out
 
+    def save_so_far(self, job: Job) -> None:
+        """The result as it stands, without putting the model together: between the rounds of a stream."""
+        if self.side is not None:
+            save_adapter(job.out / "adapter", self.model, self.side, job.model_path, self.fingerprint)
+        elif job.mode == "experts":
+            self._save_delta(job, dict(self._trained_on_disk()))
+
+    def _trained_on_disk(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in trained(self.model).items():
+            owner, tensor = self.model.get_submodule(name.rpartition(".")[0]), parameter.detach().to(self.dtype)
+            for disk_name, part in disk_parts(name, self.model.config):
+                if part is None:
+                    yield disk_name, tensor
+                elif not isinstance(owner, TunedExperts):
+                    yield disk_name, tensor[part[0]][part[1]]
+                elif part[0] in owner.chosen:
+                    yield disk_name, tensor[owner.chosen.index(part[0])][part[1]]
+        yield from ((name, buffer) for name, buffer in self.model.named_buffers() if name in self.trainable)
+
+    def _save_delta(self, job: Job, tensors: dict[str, Tensor]) -> Path:
+        return save_delta(job.out / "delta", tensors, self.fingerprint, {
+            "base_name": job.model_path, "mode": job.mode,
+            "experts": {str(k): v for k, v in self.experts.by_layer().items()}})
+
     def finish(self, job: Job) -> Path:
         """Put the model together again, hash it, and write the result."""
         model, base = self.model.eval(), self.fingerprint
@@ -138,10 +162,7 @@ class Workpiece:
         to_dtype(model, self.dtype)
         self.hashes_after = _hashed(model, "hash the result")
         if job.save == "delta" or (job.save == "auto" and job.mode == "experts"):
-            changed = {name: tensor for name, tensor in base_tensors(model).items() if name in self.trainable}
-            return save_delta(job.out / "delta", changed, base, {
-                "base_name": job.model_path, "mode": job.mode,
-                "experts": {str(k): v for k, v in self.experts.by_layer().items()}})
+            return self._save_delta(job, {n: t for n, t in base_tensors(model).items() if n in self.trainable})
         return save_model(model, job.out / "model", tokenizer=self.tokenizer, add=self._add_atlas(job))
 
     def _add_atlas(self, job: Job) -> Callable[[Path], None]:
@@ -179,11 +200,11 @@ def _check_there(experts: ExpertSet, model: CausalLM) -> None:
 
 
 @torch.no_grad()
-def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path) -> ExpertSet:
+def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path, base: str) -> ExpertSet:
     """ESFT's selection from the routes of the training records; kept in OUT/experts.json."""
     path = out / "experts.json"
-    threshold = THRESHOLDS[config.score] if config.threshold is None else config.threshold
-    asked = {"score": config.score, "threshold": threshold, "data": data.fingerprint}
+    threshold = config.threshold or THRESHOLDS["gate" if config.score == "gate" else "token"]
+    asked = {"score": config.score, "threshold": threshold, "data": data.fingerprint, "base": base}
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if {key: kept.get(key) for key in asked} == asked:
@@ -197,9 +218,11 @@ def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path) -> Ex
         batch = batch.to(model.device)
         model.hidden(batch.ids_BT, batch.real_BT, routing=routing)
         usage.add(routing, None if batch.real_BT is None else batch.real_BT.flatten())
-    amount_LE = usage.counts_LE.double() if config.score == "token" else usage.weights_LE
-    share_LE = amount_LE / amount_LE.sum(1, keepdim=True)
-    selected = select_experts(dict(zip(usage.layers, share_LE, strict=True)), threshold)
+    if config.score == "token":
+        score_LE = usage.counts_LE.double() / (usage.tokens * usage.top_k)
+    else:
+        score_LE = usage.weight() / gate_scale(model.config)
+    selected = select_experts(dict(zip(usage.layers, score_LE, strict=True)), threshold)
     experts = ExpertSet(ExpertId(layer, e) for layer, chosen in selected.items() for e in chosen)
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, asked | {"experts": [str(e) for e in experts], "tokens": usage.tokens})
