@@ -14,7 +14,6 @@ experts. About an hour each on two cores; a run that was stopped goes on where i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from deepseek.atlas import Atlas, RoutingAccuracy
 from deepseek.checkpoint import load_model
 from deepseek.cli import main as deepseek
 from deepseek.data import Document, ReadReport, TokenShards, read_documents
+from deepseek.data.shards import encode_documents
 from deepseek.model import CausalLM, RoutingRecord
 from deepseek.ops.loss import IGNORE
 from deepseek.tokenizer import Tokenizer
@@ -63,16 +63,13 @@ def held_out(model: CausalLM, shards: TokenShards) -> tuple[float, RoutingAccura
     return total / count, accuracy
 
 
-def windows(documents: list[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Windows of documents evenly spread over a source, each from a document's beginning, up to UNSEEN_TOKENS."""
-    taken, step = 0, max(1, len(documents) // 400)
-    for document in documents[::step]:
-        ids = [tokenizer.bos_id or 0, *tokenizer.encode(document.text)]
-        for start in range(0, min(len(ids), 4 * SEQ), SEQ):
-            piece = ids[start : start + SEQ]
-            if len(piece) > 40 and taken < UNSEEN_TOKENS:
-                taken += len(piece)
-                yield piece
+def windows(documents: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
+    """Windows evenly spread over a source, UNSEEN_TOKENS in all at most; encoded as training encodes documents."""
+    pieces = [ids[start : start + SEQ] for _, ids in encode_documents(documents, tokenizer)
+              for start in range(0, len(ids), SEQ)]
+    pieces = [piece for piece in pieces if len(piece) > 40]
+    kept = max(1, min(len(pieces), UNSEEN_TOKENS * len(pieces) // sum(map(len, pieces))))
+    return [pieces[i * len(pieces) // kept] for i in range(kept)]
 
 
 @torch.no_grad()
@@ -80,7 +77,7 @@ def unseen(model: CausalLM, tokenizer: Tokenizer, names: tuple[str, ...], data: 
     accuracy = RoutingAccuracy(model.config, names)
     for expert, (_, files) in UNSEEN.items():
         documents = list(read_documents(places(data, files), ReadReport()))
-        pieces = list(windows(documents, tokenizer))
+        pieces = windows(documents, tokenizer)
         for i in range(0, len(pieces), BATCH):
             rows = pieces[i : i + BATCH]
             longest = max(map(len, rows))

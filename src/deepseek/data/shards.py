@@ -198,7 +198,7 @@ def pack(documents: Iterable[Document], tokenizer: Tokenizer, folder: str | Path
         splits = _Splits(train, valid, valid_fraction, seed)
         sources: dict[str, int] = {}
         for batch in _batches(documents):
-            for document, ids in _encode(batch, tokenizer, report):
+            for document, ids in encode_documents(batch, tokenizer, report):
                 if document.expert and experts and document.expert not in place:
                     raise DataError(f"{document.source}: expert = {document.expert!r}: must be one of "
                                     f"{', '.join(experts)}")
@@ -281,8 +281,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(
-    batch: list[Document], tokenizer: Tokenizer, report: ReadReport | None
+def encode_documents(
+    batch: list[Document], tokenizer: Tokenizer, report: ReadReport | None = None
 ) -> Iterator[tuple[Document, list[int]]]:
     """Ids of each document between bos and eos; conversations go through the chat template where there is one."""
     spoken = [bool(document.turns) and tokenizer.has_chat_template for document in batch]
