@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import ConfigError, DataError, NotFoundError, RequestError
-from deepseek.tokenizer import CHAT_TEMPLATE, SPECIAL, Tokenizer
+from deepseek.tokenizer import CHAT_TEMPLATE, SPECIAL, SPLIT, SPLITS, Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer" / "deepseek_v3"
 TEXTS = (
@@ -287,3 +288,31 @@ def test_the_published_tokenizer_in_transformers(tmp_path: Path) -> None:
         assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == ours.chat(messages)
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert ids == ours.encode_chat(messages)
+
+
+# ---- the split -----------------------------------------------------------------------------------------------------
+
+ODD = ("a", "Z", "é", "e\u0301", "\u0301", "1", "²", "٣", "Ⅷ", "ǅ", "中", "龥", "龦", "ひ", "ー", "・", "゛", "\u3099",
+       "\u3040", "\u3097", "\u30a0", " ", "  ", "\u3000", "\t", "\n", "\r", "\u2028", "\u00a0", ".", ",", "!", "`",
+       "~", "，", "。", "$", "+", "©", "😀", "\x00", "\x85", "\u200b", "_", "'", "한", "ا", "\ufeff")
+
+
+def cuts(splits: tuple[str, ...], text: str) -> list[str]:
+    split = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in splits])
+    return [piece for piece, _ in split.pre_tokenize_str(text)]
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.sampled_from(ODD), max_size=14).map("".join) | st.text(max_size=20))
+def test_one_pass_cuts_where_deepseeks_three_do(text: str) -> None:
+    assert cuts((SPLIT,), text) == cuts(SPLITS, text)
+
+
+def test_and_on_real_text() -> None:
+    for folder in ("chinese/d2l_zh", "code/code_other", "dialogue/instruct_seed"):
+        found = sorted((SHARED.parents[1] / folder).glob("*.jsonl"))
+        if not found:
+            pytest.skip("the real data is not beside the repository (../shared/data)")
+        text = found[0].read_text(encoding="utf-8")[:200_000]
+        assert cuts((SPLIT,), text) == cuts(SPLITS, text)

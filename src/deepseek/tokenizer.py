@@ -32,12 +32,23 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from .errors import ConfigError, DataError, NotFoundError, RequestError
 from .files import write_atomically, write_json
 
-# The splits of DeepSeek-V3's tokenizer.json, in order: up to three digits, Chinese and kana, everything else.
+# The splits of DeepSeek-V3's tokenizer.json, in order: up to three digits, Chinese and kana, everything else; the last
+# also goes over the pieces of the others.
 SPLITS = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+# The same cuts in one pass, 1.4 times as fast (tests/test_tokenizer.py holds them together). Chinese and kana have
+# their own alternatives (letters, punctuation, the rest), so the others leave them out, and the look-ahead digits too.
+_ZH = "一-龥\u3040-ゟ゠-ヿ"
+SPLIT = (
+    rf"\p{{N}}{{1,3}}|[{_ZH}&&[^\p{{L}}\p{{P}}\p{{S}}]]?[{_ZH}&&[\p{{L}}\p{{M}}]]+|[{_ZH}&&[\p{{P}}\p{{S}}]]+"
+    rf"|[{_ZH}&&[^\p{{L}}\p{{M}}\p{{P}}\p{{S}}]]+(?![{_ZH}&&[\p{{L}}\p{{M}}]])"
+    r"""|[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}&&[^{_ZH}]]+| ?[\p{{P}}\p{{S}}&&[^{_ZH}]]+[\r\n]*"
+    rf"|\s*[\r\n]+|\s+(?![^\s\p{{N}}{_ZH}])|\s+"
 )
 BOS, EOS, PAD, USER, ASSISTANT = SPECIAL = (
     "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>", "<|User|>", "<|Assistant|>")
@@ -119,7 +130,7 @@ class Tokenizer:
                               "special tokens)")
         learner = tokenizers.Tokenizer(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.Sequence([
-            *(pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS),
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         learner.decoder = decoders.ByteLevel()
         learner.train_from_iterator(texts, trainers.BpeTrainer(

@@ -30,18 +30,16 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..errors import ConfigError
 from .records import read_tables
+from .step import in_order
 
 if TYPE_CHECKING:
     import polars
-
-Given = TypeVar("Given")
-Result = TypeVar("Result")
 
 SHINGLE = 5
 CELLS, BANDS, ROWS = 60, 12, 5
@@ -117,19 +115,6 @@ def jaccard(a: str, b: str) -> float:
 def _texts(folder: str | Path) -> Iterator[polars.Series]:
     for table in read_tables(folder, ["text"], BLOCK):
         yield table["text"]
-
-
-def in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Given], Result], items: Iterator[Given], ahead: int
-) -> Iterator[Result]:
-    """`pool.map` that reads no more than `ahead` items in advance."""
-    waiting = []
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > ahead:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
 
 
 def _block(texts: polars.Series, near: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
@@ -33,10 +34,11 @@ from ..errors import ConfigError, DataError, NotFoundError, RequestError
 from ..files import replace_folder, sha256, write_json
 from ..tokenizer import Tokenizer
 from .reader import Document, Named, ReadReport, list_files, read_documents
+from .step import in_order
 
 FORMAT = 1
 BATCH_CHARACTERS = 1 << 20
-BATCH_DOCUMENTS = 512
+BATCH_DOCUMENTS = 2048
 NO_EXPERT = 255
 
 Progress = Callable[[int, int], None]
@@ -194,11 +196,13 @@ def pack(documents: Iterable[Document], tokenizer: Tokenizer, folder: str | Path
     place = {name: number for number, name in enumerate(experts)}
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with replace_folder(folder) as staging, (staging / "train.bin").open("wb") as train, \
-            (staging / "valid.bin").open("wb") as valid:
+            (staging / "valid.bin").open("wb") as valid, ThreadPoolExecutor(1) as pool:
         splits = _Splits(train, valid, valid_fraction, seed)
         sources: dict[str, int] = {}
-        for batch in _batches(documents):
-            for document, ids in encode_documents(batch, tokenizer, report):
+        # the tokenizer leaves the interpreter to others: what it has done is written meanwhile
+        encoded = in_order(pool, lambda batch: list(encode_documents(batch, tokenizer, report)), _batches(documents), 2)
+        for batch in encoded:
+            for document, ids in batch:
                 if document.expert and experts and document.expert not in place:
                     raise DataError(f"{document.source}: expert = {document.expert!r}: must be one of "
                                     f"{', '.join(experts)}")

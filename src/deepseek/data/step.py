@@ -9,10 +9,11 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import DataError
 from ..files import replace_folder, write_json
@@ -20,6 +21,9 @@ from .records import record_files
 
 FORMAT = 1
 FILE = "step.json"
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,16 @@ def input_fingerprint(folder: str | Path) -> Any:
     if found := about(folder):
         return found["fingerprint"]
     return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+
+
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Given], Result], items: Iterator[Given], ahead: int
+) -> Iterator[Result]:
+    """`pool.map` that reads no more than `ahead` items in advance."""
+    waiting = []
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..domain import NAMES, DomainClassifier, KeywordRules
-from .dedup import find_duplicates, in_order
+from .dedup import find_duplicates
 from .reader import Named, ReadReport
 from .records import Document, Parts, read_tables, to_documents
 from .settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings, check_names
 from .shapes import RecordMap
-from .step import Done, input_fingerprint, run_step
+from .step import Done, in_order, input_fingerprint, run_step
 from .validate import read_all, source_fingerprint
 
 if TYPE_CHECKING:
