@@ -87,7 +87,7 @@ def records(count: int, seed: int = 0) -> Iterator[tuple[str, str, int | None]]:
         name = draw.choice(names)
         while True:
             text = draw.choice(pool[name])
-            while len(text) < 170:
+            while len(text) < 158:
                 text += (" " if text.isascii() else "") + draw.choice(pool[name])
             if (mark := hash(text)) not in seen:
                 break
