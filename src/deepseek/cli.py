@@ -157,14 +157,14 @@ def tune(args: argparse.Namespace) -> None:
         if settings.get(key, "-") not in ("-", ["-"]):
             value = settings[key]
             settings[key] = [Path(place) for place in ([value] if isinstance(value, str) else value)]
-    model, data, size = (settings.pop(key, None) for key in ("model", "data", "records_a_round"))
+    model, data, size, rounds = (settings.pop(key, None) for key in ("model", "data", "records_a_round", "rounds"))
     if not model or not data:
         raise ConfigError("model and data must be given, on the command line or in the file of --config")
     _threads(args)
     tuner = MoEFineTuner(model, adapter=LoRAAdapter(**lora) if lora else None, **settings)
     if data in ("-", ["-"]):
         lines = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
-        tuner.fit_stream(lines, records_a_round=size or 256)
+        tuner.fit_stream(lines, records_a_round=256 if size is None else size, rounds=rounds)
     else:
         tuner.fit(data)
 
@@ -538,6 +538,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--old", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
     verb.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
     verb.add_argument("--records_a_round", type=int, help="records of standard input that make a round (256)")
+    verb.add_argument("--rounds", type=int, help="rounds after which standard input is left (its end)")
     verb.add_argument("--r", type=int, help="LoRA: rank of the side paths; makes this a LoRA tuning")
     verb.add_argument("--lora_alpha", type=float, help="LoRA: the side path counts alpha / r (8)")
     verb.add_argument("--lora_dropout", type=float, help="LoRA: share of its inputs dropped (0)")
