@@ -160,6 +160,8 @@ def tune(args: argparse.Namespace) -> None:
     model, data, size, rounds = (settings.pop(key, None) for key in ("model", "data", "records_a_round", "rounds"))
     if not model or not data:
         raise ConfigError("model and data must be given, on the command line or in the file of --config")
+    if odd := sorted({"model_path", "adapter"} & set(settings)):
+        raise ConfigError(f"unknown setting {odd[0]}; in the file the model is `model`, side paths are `lora`")
     _threads(args)
     tuner = MoEFineTuner(model, adapter=LoRAAdapter(**lora) if lora else None, **settings)
     if data in ("-", ["-"]):

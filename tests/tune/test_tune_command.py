@@ -77,6 +77,8 @@ def test_a_pipe_is_learnt_round_by_round(
     (["MODEL", "LAW"], "learning_rate: 3\n", "unknown setting learning_rate"),
     (["MODEL", "LAW"], "lora: {rank: 3}\n", "lora: unknown setting rank; there are r, "),
     (["MODEL", "LAW"], "lora: 3\n", "lora = 3: must be a table"),
+    (["MODEL", "LAW"], "lora: {lora_alpha: x}\n", "lora_alpha = 'x': must be a positive number"),
+    (["MODEL", "LAW"], "model_path: x\n", "unknown setting model_path; in the file the model is `model`"),
     (["MODEL", "LAW"], "- 3\n", "must be a table of settings"),
     (["MODEL", "LAW", "--r", "4", "--target_modules", "query"], None, "target_modules = 'query': matches nothing"),
     (["MODEL", "LAW", "--max_length", "8"], None, "40 of 40 records are longer than max_length = 8 tokens"),

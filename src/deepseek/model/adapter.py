@@ -52,9 +52,9 @@ class Side:
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or self.r < 1:
             raise ConfigError(f"r = {self.r!r}: must be an integer >= 1")
-        if not self.lora_alpha > 0:
+        if not isinstance(self.lora_alpha, int | float) or not self.lora_alpha > 0:
             raise ConfigError(f"lora_alpha = {self.lora_alpha!r}: must be a positive number")
-        if not 0 <= self.lora_dropout < 1:
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must lie in [0, 1)")
 
     @property
