@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING, Any
 from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
 from .errors import ConfigError, DataError, MoEDRError, RequestError
-from .tune.settings import TuneConfig
+from .tune.verbs import add_tune_flags
 
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .engine import LLM, SamplingParams
     from .tokenizer import Tokenizer
-
-
-LORA_FLAGS = {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules",
-              "lora_experts": "experts"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,46 +125,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def tune(args: argparse.Namespace) -> None:
-    from pathlib import Path
+    from .tune.verbs import run
 
-    from .tune import LoRAAdapter, MoEFineTuner
-
-    settings: dict[str, Any] = {}
-    if args.config:
-        from .data.shapes import read_yaml
-
-        settings = read_yaml(args.config)
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{args.config}: must be a table of settings, got {type(settings).__name__}")
-    settings |= {key: value for key, value in vars(args).items()
-                 if value not in (None, []) and key not in ("run", "usage", "config", "threads")}
-    lora = settings.pop("lora", {})
-    if not isinstance(lora, dict):
-        raise ConfigError(f"lora = {lora!r}: must be a table such as {{r: 16, target_modules: [q_proj]}}")
-    for flag, key in LORA_FLAGS.items():
-        if flag in settings:
-            lora[key] = settings.pop(flag)
-    if unknown := sorted(set(lora) - {field.name for field in fields(LoRAAdapter)}):
-        raise ConfigError(f"lora: unknown setting {', '.join(unknown)}; there are "
-                          f"{', '.join(field.name for field in fields(LoRAAdapter))}")
-    if settings.get("expert_tune") == ["auto"]:
-        settings["expert_tune"] = "auto"
-    for key in ("data", "general", "old"):  # here all are paths, also where nothing is
-        if settings.get(key, "-") not in ("-", ["-"]):
-            value = settings[key]
-            settings[key] = [Path(place) for place in ([value] if isinstance(value, str) else value)]
-    model, data, size, rounds = (settings.pop(key, None) for key in ("model", "data", "records_a_round", "rounds"))
-    if not model or not data:
-        raise ConfigError("model and data must be given, on the command line or in the file of --config")
-    if odd := sorted({"model_path", "adapter"} & set(settings)):
-        raise ConfigError(f"unknown setting {odd[0]}; in the file the model is `model`, side paths are `lora`")
     _threads(args)
-    tuner = MoEFineTuner(model, adapter=LoRAAdapter(**lora) if lora else None, **settings)
-    if data in ("-", ["-"]):
-        lines = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
-        tuner.fit_stream(lines, records_a_round=256 if size is None else size, rounds=rounds)
-    else:
-        tuner.fit(data)
+    run(args)
 
 
 def infer(args: argparse.Namespace) -> None:
@@ -234,7 +194,6 @@ def atlas_profile(args: argparse.Namespace) -> None:
     from .checkpoint import load_model, resolve
     from .config import ModelConfig
     from .data import ReadReport, list_files, read_documents
-    from .errors import DataError
     from .tokenizer import Tokenizer
 
     _machine(args)
@@ -450,16 +409,6 @@ def _threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def _json_line(line: str, number: int) -> Any:
-    """The value of one line of standard input."""
-    import json
-
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(f"standard input:{number}: not JSON: {error}") from None
-
-
 # ---- the parser ---------------------------------------------------------------------------------------------------
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -528,35 +477,8 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--atlas", metavar="FILE", help="names to follow; else the atlas beside B, or A")
     _sample_flags(step)
 
-    verb = _verb(verbs, "tune", tune, "tune experts or side paths on records; the same command continues a stopped run",
-                 argparse.HelpFormatter)
-    verb.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint folder or a hub id")
-    verb.add_argument("data", nargs="*", metavar="DATA", default=None,
-                      help="records: files or folders (see `deepseek data`), or - for JSON lines on standard input, "
-                           "learnt round by round")
-    verb.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win over it")
-    verb.add_argument("--out", help="folder of the run (MODEL-tuned)")
-    verb.add_argument("--general", nargs="+", metavar="PATH", help="text that must not be forgotten, to measure it")
-    verb.add_argument("--old", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
-    verb.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
-    verb.add_argument("--records_a_round", type=int, help="records of standard input that make a round (256)")
-    verb.add_argument("--rounds", type=int, help="rounds after which standard input is left (its end)")
-    verb.add_argument("--r", type=int, help="LoRA: rank of the side paths; makes this a LoRA tuning")
-    verb.add_argument("--lora_alpha", type=float, help="LoRA: the side path counts alpha / r (8)")
-    verb.add_argument("--lora_dropout", type=float, help="LoRA: share of its inputs dropped (0)")
-    verb.add_argument("--target_modules", nargs="+", help="LoRA: linear modules, such as q_proj, v_proj, all-linear")
-    verb.add_argument("--lora_experts", nargs="+", metavar="NAME", help="LoRA: experts that get side paths too")
-    verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
-    kinds = {"atlas": str, "threshold": float, "steps": int, "max_length": int}
-    for setting in fields(TuneConfig):
-        flag, text, default = f"--{setting.name}", setting.metadata["help"], setting.default
-        if default is False:
-            verb.add_argument(flag, action="store_true", default=None, help=text)
-        elif setting.name in ("expert_tune", "expert_freeze"):
-            verb.add_argument(flag, nargs="+", metavar="NAME", help=text)
-        else:
-            shown = "" if default is None else f" ({default})"
-            verb.add_argument(flag, type=kinds.get(setting.name) or type(default), help=text + shown)
+    add_tune_flags(_verb(verbs, "tune", tune, "tune experts or side paths on records; the same command continues a "
+                         "stopped run", argparse.HelpFormatter))
 
     verb = _verb(verbs, "quantize", quantize, "write a checkpoint in fewer bits; the same command goes on after a stop")
     verb.add_argument("source", metavar="IN", help="a checkpoint folder or a hub id (BF16, FP32 or FP8)")
