@@ -1,12 +1,15 @@
 // The only file that knows Python. Pointers come as integers from ops/, which has checked shapes, types and layout.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/vector.h>
 
 #include "attention.h"
 #include "kernels.h"
 #include "layer.h"
 #include "quantised.h"
 #include "training.h"
+
+NB_MAKE_OPAQUE(std::vector<deepseek::Layer>)
 
 namespace nb = nanobind;
 using namespace deepseek;
@@ -55,15 +58,39 @@ NB_MODULE(_native, m) {
     new (self) Layers;
     for (nb::handle layer : layers) self->push_back(nb::cast<const Layer&>(layer));
   });
+  nb::class_<Residency>(m, "Residency").def(
+      "__init__", [](Residency* self, nb::object need, nb::object expect, uintptr_t pending) {
+        auto numbers = [](const std::vector<int64_t>& v) {
+          nb::list list;
+          for (int64_t e : v) list.append(e);
+          return list;
+        };
+        new (self) Residency;
+        self->pending = at<const int64_t>(pending);
+        self->need = [=](int64_t gate, const std::vector<int64_t>& wanted) {
+          nb::gil_scoped_acquire acquire;
+          return nb::cast<std::vector<int64_t>>(need(gate, numbers(wanted)));
+        };
+        if (!expect.is_none())
+          self->expect = [=](int64_t gate, const std::vector<int64_t>& wanted) {
+            nb::gil_scoped_acquire acquire;
+            expect(gate, numbers(wanted));
+          };
+      }, nb::arg("need"), nb::arg("expect").none(), nb::arg("pending"));
+
+  static const auto sequences = [](uintptr_t begin, uintptr_t past, uintptr_t block_begin, uintptr_t blocks, int64_t count) {
+    return Sequences{count, at<int64_t>(begin), at<int64_t>(past), at<int64_t>(block_begin), at<int64_t>(blocks)};
+  };
   m.def("layers_forward",
-        [](const Layers& layers, uintptr_t x, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin,
-           bool per_sequence, uintptr_t cache, int64_t layer_stride, int64_t stride, uintptr_t first, int64_t past,
-           bool naive, uintptr_t scores, uintptr_t index, uintptr_t weight, int threads) {
-          layers_forward(layers, at<float>(x), batch, tokens, at<float>(cos), at<float>(sin), per_sequence,
-                         at<float>(cache), layer_stride, stride, at<int64_t>(first), past, naive,
-                         {at<float>(scores), at<int64_t>(index), at<float>(weight)}, threads);
+        [](const Layers& layers, uintptr_t x, uintptr_t begin, uintptr_t past, uintptr_t block_begin, uintptr_t blocks,
+           int64_t count, int64_t naive, uintptr_t cos, uintptr_t sin, uintptr_t cache, int64_t layer_stride,
+           uintptr_t scores, uintptr_t index, uintptr_t weight, const Residency* residency, int threads) {
+          layers_forward(layers, at<float>(x), sequences(begin, past, block_begin, blocks, count), naive, at<float>(cos),
+                         at<float>(sin), at<float>(cache), layer_stride,
+                         {at<float>(scores), at<int64_t>(index), at<float>(weight)}, residency, threads);
         },
-        release());
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), release());
 
   m.def("quantise_panels",
         [](uintptr_t w, int64_t rows, int64_t columns, int bits, uintptr_t out, int threads) {
@@ -116,12 +143,12 @@ NB_MODULE(_native, m) {
         release());
 
   m.def("mla_prepare",
-        [](uintptr_t q, uintptr_t kv, uintptr_t norm, float eps, uintptr_t cos, uintptr_t sin, bool per_sequence,
-           bool interleaved, int64_t batch, int64_t tokens, int64_t heads, int64_t nope, int64_t rope, int64_t rank,
-           uintptr_t q_rope, uintptr_t cache, int64_t stride, int64_t past, int threads) {
-          mla_prepare(at<float>(q), at<float>(kv), at<float>(norm), eps,
-                      {at<float>(cos), at<float>(sin), per_sequence, interleaved}, batch, tokens, heads, nope, rope, rank,
-                      at<float>(q_rope), at<float>(cache), stride, past, threads);
+        [](uintptr_t q, uintptr_t kv, uintptr_t norm, float eps, uintptr_t cos, uintptr_t sin, bool interleaved,
+           uintptr_t begin, uintptr_t past, uintptr_t block_begin, uintptr_t blocks, int64_t count, int64_t heads,
+           int64_t nope, int64_t rope, int64_t rank, uintptr_t q_rope, uintptr_t cache, int threads) {
+          mla_prepare(at<float>(q), at<float>(kv), at<float>(norm), eps, {at<float>(cos), at<float>(sin), interleaved},
+                      sequences(begin, past, block_begin, blocks, count), heads, nope, rope, rank, at<float>(q_rope),
+                      at<float>(cache), threads);
         },
         release());
 
@@ -130,24 +157,21 @@ NB_MODULE(_native, m) {
            int threads) { rms_norm(at<float>(x), tokens, width, stride, at<float>(w), eps, at<float>(out), threads); },
         release());
 
-  static const auto past = [](uintptr_t cache, int64_t stride, uintptr_t first, uintptr_t past, int64_t batch,
-                              int64_t tokens) {
-    return Past{at<float>(cache), stride, at<int64_t>(first), at<int64_t>(past), batch, tokens};
-  };
   m.def("mla_absorbed",
-        [](uintptr_t q_latent, uintptr_t q_rope, uintptr_t cache, int64_t stride, uintptr_t first, uintptr_t last,
-           int64_t batch, int64_t tokens, int64_t heads, int64_t rank, int64_t rope, float scale, uintptr_t out,
+        [](uintptr_t q_latent, uintptr_t q_rope, uintptr_t cache, uintptr_t begin, uintptr_t past, uintptr_t block_begin,
+           uintptr_t blocks, int64_t count, int64_t heads, int64_t rank, int64_t rope, float scale, uintptr_t out,
            int threads) {
-          mla_absorbed(at<float>(q_latent), at<float>(q_rope), past(cache, stride, first, last, batch, tokens), heads, rank,
-                       rope, scale, at<float>(out), threads);
+          mla_absorbed(at<float>(q_latent), at<float>(q_rope), at<float>(cache),
+                       sequences(begin, past, block_begin, blocks, count), heads, rank, rope, scale, at<float>(out),
+                       threads);
         },
         release());
   m.def("mla_naive",
-        [](uintptr_t q, uintptr_t q_rope, uintptr_t cache, int64_t stride, uintptr_t first, uintptr_t last, int64_t batch,
-           int64_t tokens, int64_t heads, int64_t rank, int64_t rope, int64_t nope, int64_t value, uintptr_t kv_b,
-           int bits, float scale, uintptr_t out, int threads) {
-          mla_naive(at<float>(q), at<float>(q_rope), past(cache, stride, first, last, batch, tokens), heads, rank, rope,
-                    nope, value, at<uint8_t>(kv_b), bits, scale, at<float>(out), threads);
+        [](uintptr_t q, uintptr_t q_rope, uintptr_t cache, uintptr_t begin, uintptr_t past, uintptr_t block_begin,
+           uintptr_t blocks, int64_t count, int64_t heads, int64_t rank, int64_t rope, int64_t nope, int64_t value,
+           uintptr_t kv_b, int bits, float scale, uintptr_t out, int threads) {
+          mla_naive(at<float>(q), at<float>(q_rope), at<float>(cache), sequences(begin, past, block_begin, blocks, count),
+                    heads, rank, rope, nope, value, at<uint8_t>(kv_b), bits, scale, at<float>(out), threads);
         },
         release());
 

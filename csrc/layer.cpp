@@ -12,14 +12,14 @@ namespace {
 thread_local Scratch block;  // of a block made of operations, which have their own
 thread_local Scratch whole;  // of a layer made of blocks
 
-void mla_forward(const Mla& m, const float* x, int64_t batch, int64_t tokens, const float* cos, const float* sin,
-                 bool per_sequence, float* cache, int64_t stride, const int64_t* first, int64_t past, bool naive,
-                 float* out, int threads) {
-  const int64_t n = batch * tokens, width = m.heads * (m.nope + m.rope), latent = m.rank + m.rope;
+void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64_t naive, const float* cos,
+                 const float* sin, float* cache, float* out, int threads) {
+  const int64_t n = sequences.tokens(), width = m.heads * (m.nope + m.rope), latent = m.rank + m.rope;
+  const int64_t first = sequences.begin[naive], later = n - first;  // tokens in naive order, in absorbed order
   block.reserve(Scratch::room<float>(n * m.q_rank) * 2 + Scratch::room<float>(n * width) +
                 Scratch::room<float>(n * latent) + Scratch::room<float>(n * m.heads * m.rope) +
-                Scratch::room<float>(naive ? 0 : n * m.heads * m.rank) * 2 +
-                Scratch::room<float>(n * m.heads * m.value) + Scratch::room<int64_t>(batch));
+                Scratch::room<float>(later * m.heads * m.rank) * 2 + Scratch::room<float>(n * m.heads * m.value) +
+                Scratch::room<int64_t>(sequences.count + 1));
   auto add_bias = [&](float* y, const float* bias, int64_t rows) {
     if (bias)
       for (int64_t t = 0; t < n; ++t)
@@ -39,41 +39,39 @@ void mla_forward(const Mla& m, const float* x, int64_t batch, int64_t tokens, co
   }
   add_bias(kv, m.kv_a_bias, latent);
   float* q_rope = block.take<float>(n * m.heads * m.rope);
-  mla_prepare(q, kv, m.kv_norm, m.kv_eps, {cos, sin, per_sequence, m.interleaved}, batch, tokens, m.heads, m.nope,
-              m.rope, m.rank, q_rope, cache, stride, past, threads);
-  int64_t* pasts = block.take<int64_t>(batch);
-  std::fill(pasts, pasts + batch, past);
-  const Past seen{cache, stride, first, pasts, batch, tokens};
+  mla_prepare(q, kv, m.kv_norm, m.kv_eps, {cos, sin, m.interleaved}, sequences, m.heads, m.nope, m.rope, m.rank, q_rope,
+              cache, threads);
   float* values = block.take<float>(n * m.heads * m.value);
-  if (naive) {
-    mla_naive(q, q_rope, seen, m.heads, m.rank, m.rope, m.nope, m.value, m.kv_b, m.bits, m.scale, values, threads);
-  } else {
-    float* q_latent = block.take<float>(n * m.heads * m.rank);
-    float* summed = block.take<float>(n * m.heads * m.rank);
-    quantised_groups(q, n, m.heads, m.nope, width, m.nope + m.rope, m.key, m.rank / kRows * Panel(m.nope, 8).bytes, m.rank,
-                     8, q_latent, threads);
-    mla_absorbed(q_latent, q_rope, seen, m.heads, m.rank, m.rope, m.scale, summed, threads);
+  if (naive)
+    mla_naive(q, q_rope, cache, {naive, sequences.begin, sequences.past, sequences.block_begin, sequences.blocks}, m.heads,
+              m.rank, m.rope, m.nope, m.value, m.kv_b, m.bits, m.scale, values, threads);
+  if (later) {
+    float* q_latent = block.take<float>(later * m.heads * m.rank);
+    float* summed = block.take<float>(later * m.heads * m.rank);
+    int64_t* begin = block.take<int64_t>(sequences.count - naive + 1);
+    for (int64_t s = naive; s <= sequences.count; ++s) begin[s - naive] = sequences.begin[s] - first;
+    const Sequences rest{sequences.count - naive, begin, sequences.past + naive, sequences.block_begin + naive,
+                         sequences.blocks};
+    quantised_groups(q + first * width, later, m.heads, m.nope, width, m.nope + m.rope, m.key,
+                     m.rank / kRows * Panel(m.nope, 8).bytes, m.rank, 8, q_latent, threads);
+    mla_absorbed(q_latent, q_rope + first * m.heads * m.rope, cache, rest, m.heads, m.rank, m.rope, m.scale, summed,
+                 threads);
     const int64_t panel = Panel(m.rank, m.bits).bytes;
-    quantised_groups(summed, n, m.heads, m.rank, m.heads * m.rank, m.rank, m.kv_b + m.nope / kRows * panel,
-                     (m.nope + m.value) / kRows * panel, m.value, m.bits, values, threads);
+    quantised_groups(summed, later, m.heads, m.rank, m.heads * m.rank, m.rank, m.kv_b + m.nope / kRows * panel,
+                     (m.nope + m.value) / kRows * panel, m.value, m.bits, values + first * m.heads * m.value, threads);
   }
   quantised_linears(values, n, m.heads * m.value, {{m.o, m.hidden, out}}, m.bits, threads);
   add_bias(out, m.o_bias, m.hidden);
 }
 
-void ffn_forward(const Ffn& f, const float* x, int64_t tokens, int64_t hidden, float* scores, int64_t* index,
-                 float* weight, float* out, int threads) {
+void gate_forward(const Ffn& f, const float* x, int64_t tokens, int64_t hidden, float* scores, int64_t* index,
+                  float* weight, int threads) {
   const int64_t experts = f.gate.experts, rows = panels_of(experts) * kRows;
-  if (experts) {
-    block.reserve(Scratch::room<float>(tokens * rows));
-    float* logits = block.take<float>(tokens * rows);
-    panel_linear(x, tokens, hidden, f.gate_weight, f.gate_bf16, rows, logits, threads);
-    if (rows != experts)
-      for (int64_t t = 1; t < tokens; ++t) std::copy_n(logits + t * rows, experts, logits + t * experts);
-    choose_experts(logits, tokens, f.gate, f.gate_bias, scores, index, weight, threads);
-  }
-  quantised_experts(x, tokens, hidden, index, weight, f.gate.top, f.experts, experts, f.inner, f.shared, f.shared_inner,
-                    f.bits, out, threads);
+  float* logits = block.only(tokens * rows);
+  panel_linear(x, tokens, hidden, f.gate_weight, f.gate_bf16, rows, logits, threads);
+  if (rows != experts)
+    for (int64_t t = 1; t < tokens; ++t) std::copy_n(logits + t * rows, experts, logits + t * experts);
+  choose_experts(logits, tokens, f.gate, f.gate_bias, scores, index, weight, threads);
 }
 
 void add(float* y, const float* x, int64_t tokens, int64_t width, int threads) {
@@ -84,30 +82,67 @@ void add(float* y, const float* x, int64_t tokens, int64_t width, int threads) {
 
 }  // namespace
 
-void layers_forward(const std::vector<Layer>& layers, float* x, int64_t batch, int64_t tokens, const float* cos,
-                    const float* sin, bool per_sequence, float* cache, int64_t layer_stride, int64_t stride,
-                    const int64_t* first, int64_t past, bool naive, const Decided& decided, int threads) {
-  const int64_t n = batch * tokens;
+void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences& sequences, int64_t naive,
+                    const float* cos, const float* sin, float* cache, int64_t layer_stride, const Decided& decided,
+                    const Residency* residency, int threads) {
+  const int64_t n = sequences.tokens();
   int64_t hidden = 0, experts = 0, top = 0;
   for (const Layer& layer : layers)
     hidden = layer.mla.hidden, experts = std::max(experts, layer.ffn.gate.experts), top = std::max(top, layer.ffn.gate.top);
-  whole.reserve(Scratch::room<float>(n * hidden) + Scratch::room<float>(n * experts) + Scratch::room<int64_t>(n * top) +
-                Scratch::room<float>(n * top) + Scratch::room<float>(n * hidden));
+  whole.reserve(2 * (Scratch::room<float>(n * hidden) + Scratch::room<float>(n * experts) +
+                     Scratch::room<int64_t>(n * top) + Scratch::room<float>(n * top)));
   float* normed = whole.take<float>(n * hidden);
   float* y = whole.take<float>(n * hidden);
-  Decided here = decided;
-  if (!here.scores) here = {whole.take<float>(n * experts), whole.take<int64_t>(n * top), whole.take<float>(n * top)};
+  auto take = [&] {
+    return Decided{whole.take<float>(n * experts), whole.take<int64_t>(n * top), whole.take<float>(n * top)};
+  };
+  const Decided ahead = take();
+  Decided here = decided.scores ? decided : take();
+  int64_t gates = 0;
   for (const Layer& layer : layers) {
+    const Ffn& ffn = layer.ffn;
     rms_norm(x, n, hidden, hidden, layer.attention_norm, layer.eps, normed, threads);
-    mla_forward(layer.mla, normed, batch, tokens, cos, sin, per_sequence, cache, stride, first, past, naive, y, threads);
+    mla_forward(layer.mla, normed, sequences, naive, cos, sin, cache, y, threads);
     add(x, y, n, hidden, threads);
+    Fetch fetch;
+    if (residency && ffn.gate.experts) {
+      const Layer* next = &layer + 1;
+      bool foretell = residency->expect && next < layers.data() + layers.size() && next->ffn.gate.experts;
+      fetch = [&, gates, foretell](const std::vector<int64_t>& wanted) mutable {
+        std::vector<int64_t> ready = residency->get(gates, ffn.experts, wanted);
+        if (foretell) {  // what the next gate says of this layer's input is most of what it will say of its own
+          rms_norm(x, n, hidden, hidden, next->ffn_norm, next->eps, y, threads);
+          gate_forward(next->ffn, y, n, hidden, ahead.scores, ahead.index, ahead.weight, threads);
+          residency->announce(gates + 1, next->ffn.experts, next->ffn.gate.experts, ahead.index, n * next->ffn.gate.top);
+          foretell = false;
+        }
+        return ready;
+      };
+    }
     rms_norm(x, n, hidden, hidden, layer.ffn_norm, layer.eps, normed, threads);
-    ffn_forward(layer.ffn, normed, n, hidden, here.scores, here.index, here.weight, y, threads);
+    if (ffn.gate.experts) gate_forward(ffn, normed, n, hidden, here.scores, here.index, here.weight, threads);
+    quantised_experts(normed, n, hidden, here.index, here.weight, ffn.gate.top, ffn.experts, ffn.gate.experts, ffn.inner,
+                      ffn.shared, ffn.shared_inner, ffn.bits, y, threads, fetch);
     add(x, y, n, hidden, threads);
     cache += layer_stride;
-    if (const Gate& gate = layer.ffn.gate; decided.scores && gate.experts)
+    gates += ffn.gate.experts > 0;
+    if (const Gate& gate = ffn.gate; decided.scores && gate.experts)
       here.scores += n * gate.experts, here.index += n * gate.top, here.weight += n * gate.top;
   }
+}
+
+void Residency::announce(int64_t gate, const uint8_t* const* experts, int64_t count, const int64_t* index,
+                         int64_t slots) const {
+  std::vector<int64_t> votes(count, 0), absent;
+  for (int64_t i = 0; i < slots; ++i)
+    if (!experts[index[i]] && votes[index[i]]++ == 0) absent.push_back(index[i]);
+  std::stable_sort(absent.begin(), absent.end(), [&](int64_t a, int64_t b) { return votes[a] > votes[b]; });
+  if (!absent.empty()) expect(gate, absent);
+}
+
+std::vector<int64_t> Residency::get(int64_t gate, const uint8_t* const* experts, const std::vector<int64_t>& wanted) const {
+  const bool all = std::all_of(wanted.begin(), wanted.end(), [&](int64_t e) { return experts[e] != nullptr; });
+  return all && !__atomic_load_n(pending + gate, __ATOMIC_ACQUIRE) ? wanted : need(gate, wanted);
 }
 
 }  // namespace deepseek

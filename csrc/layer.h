@@ -1,4 +1,5 @@
 #pragma once
+#include "attention.h"
 #include "quantised.h"
 
 namespace deepseek {
@@ -31,16 +32,29 @@ struct Layer {
   const float *attention_norm, *ffn_norm;
   float eps;
 };
-// Layers one after the other. x [B, T, hidden] becomes their result. Layer i writes to and reads from the cache at
-// i * layer_stride; cache, stride, cos, sin: as in mla_prepare; first: as in Past. What the gates decided goes to scores
-// [B T, experts], index and weight [B T, top], one after the other for the layers that have a gate, or nowhere (null).
+// Where not all experts are in memory: the table of a layer's experts holds null for the others. `need` makes some of the
+// experts `wanted` ready, at least one, and returns them; they stay until it is asked again for the same gate. `expect` is
+// told what a later gate will probably want, most wanted first. Both count the layers that have a gate. pending[gate] is
+// not 0 while something of that gate is on its way, so that tables may change. Without `expect` nothing is foretold.
+struct Residency {
+  std::function<std::vector<int64_t>(int64_t gate, const std::vector<int64_t>& wanted)> need;
+  std::function<void(int64_t gate, const std::vector<int64_t>& wanted)> expect;
+  const int64_t* pending;
+
+  std::vector<int64_t> get(int64_t gate, const uint8_t* const* experts, const std::vector<int64_t>& wanted) const;
+  void announce(int64_t gate, const uint8_t* const* experts, int64_t count, const int64_t* index, int64_t slots) const;
+};
+// Layers one after the other. x [T, hidden] becomes their result. The first `naive` sequences run in naive order, the
+// others absorbed. cos, sin: as in mla_prepare. Layer i's rows of the cache begin at i * layer_stride. What the gates
+// decided goes to scores [T, experts], index and weight [T, top], one after the other for the layers that have a gate, or
+// nowhere (null). residency: null where all experts are in memory.
 struct Decided {
   float* scores;
   int64_t* index;
   float* weight;
 };
-void layers_forward(const std::vector<Layer>& layers, float* x, int64_t batch, int64_t tokens, const float* cos,
-                    const float* sin, bool per_sequence, float* cache, int64_t layer_stride, int64_t stride,
-                    const int64_t* first, int64_t past, bool naive, const Decided& decided, int threads);
+void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences& sequences, int64_t naive,
+                    const float* cos, const float* sin, float* cache, int64_t layer_stride, const Decided& decided,
+                    const Residency* residency, int threads);
 
 }  // namespace deepseek

@@ -83,45 +83,37 @@ void quantised_groups(const float* x, int64_t tokens, int64_t groups, int64_t co
 
 void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
                        int64_t top, const uint8_t* const* experts, int64_t num_experts, int64_t inner,
-                       const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads) {
+                       const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads, const Fetch& fetch) {
   struct Mlp {
     const uint8_t* w;
     int64_t inner, first, count;  // its rows among the sorted pairs
-    int64_t h;                    // where its intermediate rows begin, in numbers
+    int64_t h, row;               // where its intermediate rows begin, in numbers, and its rows among those of a wave
   };
   const Kernels& k = kernels();
   const int64_t pairs = tokens * top, all = pairs + (shared ? tokens : 0);
   const Panel in(hidden, bits);
   auto padded = [](int64_t n) { return blocks_of(n) * kBlock; };
 
-  // sort pairs by expert, stable
+  // sort pairs by expert, stable; those of the shared MLP come last
   std::vector<int32_t> token(all), slot(pairs);
-  std::vector<int64_t> start(num_experts + 1, 0);
+  std::vector<int64_t> start(num_experts + 1, 0), wanted;
   for (int64_t i = 0; i < pairs; ++i) ++start[index[i] + 1];
-  for (int64_t e = 0; e < num_experts; ++e) start[e + 1] += start[e];
+  for (int64_t e = 0; e < num_experts; ++e) {
+    if (start[e + 1]) wanted.push_back(e);
+    start[e + 1] += start[e];
+  }
   std::vector<int64_t> next(start.begin(), start.end() - 1);
   for (int64_t i = 0; i < pairs; ++i) {
     int64_t at = next[index[i]]++;
     token[at] = (int32_t)(i / top), slot[i] = (int32_t)at;
   }
-  std::vector<Mlp> mlps;
-  int64_t h_numbers = 0;
-  auto add = [&](const uint8_t* w, int64_t i, int64_t first, int64_t count) {
-    mlps.push_back({w, i, first, count, h_numbers});
-    h_numbers += count * padded(i);
-  };
-  if (shared) {
-    for (int64_t t = 0; t < tokens; ++t) token[pairs + t] = (int32_t)t;
-    add(shared, shared_inner, pairs, tokens);
-  }
-  for (int64_t e = 0; e < num_experts; ++e)
-    if (start[e + 1] > start[e]) add(experts[e], inner, start[e], start[e + 1] - start[e]);
+  for (int64_t t = 0; shared && t < tokens; ++t) token[pairs + t] = (int32_t)t;
 
-  const int64_t hp = panels_of(hidden) * kRows;
+  const int64_t hp = panels_of(hidden) * kRows, mlps_in_all = (int64_t)wanted.size() + (shared != nullptr);
   // many tokens an expert: intermediate rows live in the task that makes and uses them
-  const bool crowded = 8 * all >= kCrowd * (int64_t)mlps.size() && (int64_t)mlps.size() >= 4 * threads;
+  const bool crowded = 8 * all >= kCrowd * mlps_in_all && mlps_in_all >= 4 * threads;
   const int64_t routed_rows = crowded ? 0 : pairs, own_rows = crowded || !shared ? 0 : tokens;
-  const int64_t h_room = crowded ? 0 : h_numbers;
+  const int64_t h_room = crowded ? 0 : pairs * padded(inner) + own_rows * padded(shared_inner);
   scratch.reserve(QuantisedRows::room(tokens, hidden) + Scratch::room<float>(all * hp) + Scratch::room<float>(h_room) +
                   QuantisedRows::room(routed_rows, inner) + QuantisedRows::room(own_rows, shared_inner));
   const QuantisedRows a(scratch, tokens, hidden);
@@ -131,32 +123,7 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
 
   in_pieces(tokens, rows_a_task(hidden), threads, [&](int64_t t) { a.fill(t, x + t * hidden, hidden); });
 
-  // Tasks: runs of panels of one MLP. Few tokens: pieces small enough to share out evenly; many: one piece suffices.
-  struct Task {
-    const Mlp* mlp;
-    int64_t from, count;
-  };
-  auto cut = [&](auto panels_of_mlp) {
-    int64_t panels = 0;
-    for (const Mlp& m : mlps) panels += panels_of_mlp(m);
-    int64_t piece = panels_a_task(panels, pieces_of(tokens) * threads);
-    std::vector<Task> tasks;
-    for (const Mlp& m : mlps)
-      for (int64_t p = 0, n = panels_of_mlp(m); p < n; p += piece) tasks.push_back({&m, p, std::min(piece, n - p)});
-    return tasks;
-  };
-
-  auto sum = [&] {
-    in_pieces(tokens, 4, threads, [&](int64_t t) {
-      static thread_local std::vector<const float*> rows;
-      rows.resize(top);
-      for (int64_t i = 0; i < top; ++i) rows[i] = y + slot[t * top + i] * hp;
-      k.weighted_sum(rows.data(), weight + t * top, top, shared ? y + (pairs + t) * hp : nullptr, hidden,
-                     out + t * hidden);
-    });
-  };
-
-  if (crowded) {
+  auto in_crowds = [&](const std::vector<Mlp>& mlps) {
     struct Crowd {
       const Mlp* mlp;
       int64_t first, count;
@@ -179,38 +146,76 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
       k.panels(m.w + 2 * panels_of(m.inner) * in.bytes, panels_of(hidden), bits, false, rows.rows(), nullptr, c.count,
                y + c.first * hp, hp);
     });
-    return sum();
+  };
+
+  auto in_panels = [&](const std::vector<Mlp>& mlps) {
+    // Tasks: runs of panels of one MLP. Few tokens: pieces small enough to share out evenly; many: one piece suffices.
+    struct Task {
+      const Mlp* mlp;
+      int64_t from, count;
+    };
+    auto cut = [&](auto panels_of_mlp) {
+      int64_t panels = 0;
+      for (const Mlp& m : mlps) panels += panels_of_mlp(m);
+      int64_t piece = panels_a_task(panels, pieces_of(tokens) * threads);
+      std::vector<Task> tasks;
+      for (const Mlp& m : mlps)
+        for (int64_t p = 0, n = panels_of_mlp(m); p < n; p += piece) tasks.push_back({&m, p, std::min(piece, n - p)});
+      return tasks;
+    };
+    auto tasks = cut([](const Mlp& m) { return 2 * panels_of(m.inner); });
+    parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
+      const Task& task = tasks[i];
+      const Mlp& m = *task.mlp;
+      k.panels(m.w + task.from * in.bytes, task.count, bits, true, a.rows(), token.data() + m.first, m.count,
+               h + m.h + task.from / 2 * kRows, padded(m.inner));
+    });
+    // rows of h are padded to whole blocks; what lies beyond `inner` is ignored
+    in_pieces(mlps.back().row + mlps.back().count, rows_a_task(inner), threads, [&](int64_t i) {
+      const Mlp& m =
+          *(std::upper_bound(mlps.begin(), mlps.end(), i, [](int64_t v, const Mlp& e) { return v < e.row; }) - 1);
+      const int64_t pair = m.first + i - m.row;
+      const bool is_routed = pair < pairs;
+      (is_routed ? routed : own).fill(is_routed ? pair : pair - pairs, h + m.h + (i - m.row) * padded(m.inner), m.inner);
+    });
+    tasks = cut([&](const Mlp&) { return panels_of(hidden); });
+    parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
+      const Task& task = tasks[i];
+      const Mlp& m = *task.mlp;
+      const Panel shape(m.inner, bits);
+      const uint8_t* down = m.w + 2 * panels_of(m.inner) * in.bytes;
+      bool is_routed = m.first < pairs;
+      k.panels(down + task.from * shape.bytes, task.count, bits, false,
+               is_routed ? routed.rows(m.first) : own.rows(), nullptr, m.count, y + m.first * hp + task.from * kRows, hp);
+    });
+  };
+
+  bool first = true;  // of the waves; one is all there is where all experts are in memory
+  while (first || !wanted.empty()) {
+    std::vector<int64_t> ready = fetch && !wanted.empty() ? fetch(wanted) : wanted;
+    std::vector<Mlp> mlps;
+    int64_t h_at = 0, row = 0;
+    auto add = [&](const uint8_t* w, int64_t i, int64_t from, int64_t count) {
+      mlps.push_back({w, i, from, count, h_at, row});
+      h_at += count * padded(i), row += count;
+    };
+    if (shared && first) add(shared, shared_inner, pairs, tokens);
+    for (int64_t e : ready) add(experts[e], inner, start[e], start[e + 1] - start[e]);
+    if (mlps.empty()) break;
+    crowded ? in_crowds(mlps) : in_panels(mlps);
+    if (ready.size() == wanted.size()) break;
+    wanted.erase(std::remove_if(wanted.begin(), wanted.end(), [&](int64_t e) {
+      return std::find(ready.begin(), ready.end(), e) != ready.end();
+    }), wanted.end());
+    first = false;
   }
 
-  auto tasks = cut([](const Mlp& m) { return 2 * panels_of(m.inner); });
-  parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
-    const Task& task = tasks[i];
-    const Mlp& m = *task.mlp;
-    k.panels(m.w + task.from * in.bytes, task.count, bits, true, a.rows(), token.data() + m.first, m.count,
-             h + m.h + task.from / 2 * kRows, padded(m.inner));
+  in_pieces(tokens, 4, threads, [&](int64_t t) {
+    static thread_local std::vector<const float*> rows;
+    rows.resize(top);
+    for (int64_t i = 0; i < top; ++i) rows[i] = y + slot[t * top + i] * hp;
+    k.weighted_sum(rows.data(), weight + t * top, top, shared ? y + (pairs + t) * hp : nullptr, hidden, out + t * hidden);
   });
-
-  // rows of h are padded to whole blocks; what lies beyond `inner` is ignored
-  in_pieces(all, rows_a_task(inner), threads, [&](int64_t i) {
-    bool is_routed = i < pairs;
-    const Mlp& m = is_routed ? *(std::upper_bound(mlps.begin() + (shared ? 1 : 0), mlps.end(), i,
-                                                  [](int64_t v, const Mlp& e) { return v < e.first; }) - 1)
-                             : mlps.front();
-    (is_routed ? routed : own).fill(is_routed ? i : i - pairs, h + m.h + (i - m.first) * padded(m.inner), m.inner);
-  });
-
-  tasks = cut([&](const Mlp&) { return panels_of(hidden); });
-  parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
-    const Task& task = tasks[i];
-    const Mlp& m = *task.mlp;
-    const Panel shape(m.inner, bits);
-    const uint8_t* down = m.w + 2 * panels_of(m.inner) * in.bytes;
-    bool is_routed = m.first < pairs;
-    k.panels(down + task.from * shape.bytes, task.count, bits, false,
-             is_routed ? routed.rows(m.first) : own.rows(), nullptr, m.count, y + m.first * hp + task.from * kRows, hp);
-  });
-
-  sum();
 }
 
 void panel_linear(const float* x, int64_t tokens, int64_t columns, const void* w, bool bf16, int64_t rows, float* out,

@@ -2,6 +2,7 @@
 // x and out are FP32, rows contiguous.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace deepseek {
@@ -26,10 +27,13 @@ void quantised_groups(const float* x, int64_t tokens, int64_t groups, int64_t co
                       int threads);
 
 // out[t] = sum over k of weight[t, k] * mlp(expert index[t, k])(x[t]), k ascending, plus shared(x[t]) where given.
-// experts[e]: one packed gated MLP each. top = 0 and a shared MLP: that MLP alone.
+// experts[e]: one packed gated MLP each. top = 0 and a shared MLP: that MLP alone. fetch, where given: makes some of the
+// experts asked for ready, at least one, and returns them; it is asked for the others when those are done with.
+using Fetch = std::function<std::vector<int64_t>(const std::vector<int64_t>& wanted)>;
 void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
                        int64_t top, const uint8_t* const* experts, int64_t num_experts, int64_t inner,
-                       const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads);
+                       const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads,
+                       const Fetch& fetch = nullptr);
 
 // out[t, :] = W x[t, :] with BF16 or FP32 weights in panels (kernels.h), `rows` a multiple of 16.
 void panel_linear(const float* x, int64_t tokens, int64_t columns, const void* w, bool bf16, int64_t rows, float* out,

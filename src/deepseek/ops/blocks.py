@@ -2,7 +2,7 @@
 microseconds each, takes one. The operations themselves (ops/quantised.py, ops/latent.py) are the slow twin, and what
 runs where this cannot.
 
-Shape letters: L layers, B batch, T tokens, H hidden, S positions, C cache width, K experts a token, E experts.
+Shape letters: T tokens, H hidden, P rotary angles, K experts a token, E experts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .latent import Sequences
 from .native import address, fits, native, threads
 from .quantised import ExpertTable
 
@@ -110,29 +111,27 @@ class LayerStack:
         return LayerStack, ()
 
     def run(
-        self, x_BTH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, rows_LBSC: Tensor, first_B: Tensor, past: int,
-        naive: bool, record: bool
+        self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, cache: Tensor, layer_stride: int, sequences: Sequences,
+        naive: int, record: bool, residency: Any = None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """x becomes the result in its place; cache rows past … past + T - 1 are written.
+        """x becomes the result in its place, and the tokens' rows of the cache are written.
 
-        rows_LBSC: float32, rows of a sequence side by side, one layer's for all where the rows serve this call alone;
-        first_B: int64, as `latent_attention` takes it; naive: the order of attention. Returns (index, weight, scores)
-        of every gate if `record` says so.
+        cache: float32, whose rows `sequences` points to; those of a layer lie layer_stride numbers behind the last
+        one's, 0 where the rows serve this call alone. naive: so many sequences, the first ones, run in naive order and
+        the others absorbed. residency: a native Residency (engine/residency.py). Returns (index, weight, scores) of
+        every gate if `record` says so.
         """
-        batch, tokens, _ = x_BTH.shape
-        assert x_BTH.is_contiguous() and x_BTH.dtype == torch.float32 and rows_LBSC.dtype == torch.float32
-        assert rows_LBSC.shape[2] >= past + tokens and rows_LBSC.stride(3) == 1
-        assert rows_LBSC.shape[0] in (1, len(self.blocks)) and rows_LBSC.stride(2) == rows_LBSC.shape[3]
-        cos, sin, n = cos_BTP.contiguous(), sin_BTP.contiguous(), batch * tokens
+        n = len(x_TH)
+        assert x_TH.is_contiguous() and x_TH.dtype == torch.float32 and cache.dtype == torch.float32
+        assert cos_TP.shape == sin_TP.shape and cos_TP.is_contiguous() and sin_TP.is_contiguous() and len(cos_TP) == n
         scores = index = weight = None
         if record and self.gates:
-            scores = x_BTH.new_empty(self.gates, n, self.experts)
+            scores = x_TH.new_empty(self.gates, n, self.experts)
             index = torch.empty(self.gates, n, self.top, dtype=torch.int64)
-            weight = x_BTH.new_empty(self.gates, n, self.top)
+            weight = x_TH.new_empty(self.gates, n, self.top)
         native.layers_forward(
-            self.layers, x_BTH.data_ptr(), batch, tokens, cos.data_ptr(), sin.data_ptr(), cos.shape[0] > 1,
-            rows_LBSC.data_ptr(), 0 if rows_LBSC.shape[0] == 1 else rows_LBSC.stride(0), rows_LBSC.stride(1),
-            first_B.data_ptr(), past, naive, address(scores), address(index), address(weight), threads())
+            self.layers, x_TH.data_ptr(), *sequences.native(), naive, cos_TP.data_ptr(), sin_TP.data_ptr(),
+            cache.data_ptr(), layer_stride, address(scores), address(index), address(weight), residency, threads())
         if scores is None or index is None or weight is None:
             return []
         return list(zip(index, weight, scores, strict=True))

@@ -9,6 +9,8 @@ Shape letters: B batch, T tokens, N heads, R latent rank, P rotary width, D = no
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from .panels import matrix_bytes
 from .quantised import quantised_linear
 from .registry import operation
 from .rotary import rotate
+
+BLOCK = 128  # positions of a block (csrc/kernels.h, kKeys)
 
 
 def _probabilities(scores_BNTS: Tensor, first_B: Tensor, past_B: Tensor) -> Tensor:
@@ -58,6 +62,37 @@ def _check_positions(first_B: Tensor, past_B: Tensor, batch: int, tokens: int, l
                          f"first {first}, past {past}")
 
 
+class Sequences(NamedTuple):
+    """Sequences of a call and where their cached rows lie (csrc/attention.h); int64 tensors.
+
+    Positions count from a sequence's first visible one, in blocks of BLOCK rows. begin [count + 1]: the first of its
+    new tokens, which stand side by side; past [count]: that token's position (negative: padding, which sees nothing);
+    block_begin [count + 1]: its part of `blocks`, which holds the numbers from the beginning of the cache to a block's
+    first row.
+    """
+
+    begin: Tensor
+    past: Tensor
+    block_begin: Tensor
+    blocks: Tensor
+
+    @classmethod
+    def in_rows(cls, first_B: Tensor, past_B: Tensor, tokens: int, stride: int, width: int) -> Sequences:
+        """All with the same number of tokens, rows `width` wide, those of a sequence in one piece, `stride` apart."""
+        batch = len(first_B)
+        past_B = past_B - first_B
+        blocks_B = ((past_B + tokens - 1).clamp(min=0) // BLOCK) + 1
+        end_B = blocks_B.cumsum(0)
+        sequence = torch.repeat_interleave(torch.arange(batch), blocks_B)
+        block = torch.arange(len(sequence)) - (end_B - blocks_B)[sequence]
+        return cls(torch.arange(batch + 1) * tokens, past_B, torch.cat((end_B.new_zeros(1), end_B)),
+                   sequence * stride + (first_B[sequence] + block * BLOCK) * width)
+
+    def native(self) -> tuple[int, ...]:
+        """As the kernels take it."""
+        return (*(part.data_ptr() for part in self), len(self.past))
+
+
 def _rows_suit(cache: Tensor) -> bool:
     return cache.stride()[1:] == (cache.shape[2], 1) and cache.dtype == torch.float32 and cache.device.type == "cpu"
 
@@ -82,8 +117,9 @@ def latent_attention(
     if rank % 16 or not _rows_suit(cache) or not fits(q_latent, q_rope, first_B, past_B):
         return latent_attention_reference(q_latent, q_rope, cache.float(), first_B, past_B, scale)
     out = torch.empty_like(q_latent)
-    native.mla_absorbed(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), cache.stride(0), first_B.data_ptr(),
-                        past_B.data_ptr(), batch, tokens, heads, rank, rope, scale, out.data_ptr(), threads())
+    sequences = Sequences.in_rows(first_B, past_B, tokens, cache.stride(0), rank + rope)
+    native.mla_absorbed(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), *sequences.native(), heads, rank, rope,
+                        scale, out.data_ptr(), threads())
     return out
 
 
@@ -110,9 +146,9 @@ def naive_attention(
     if not _rows_suit(cache) or not fits(q_BTND, q_rope, first_B, past_B, kv_b):
         return naive_attention_reference(q_BTND, q_rope, cache.float(), kv_b, value, first_B, past_B, scale, bits)
     out = q_BTND.new_empty(batch, tokens, heads, value)
-    native.mla_naive(q_BTND.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), cache.stride(0), first_B.data_ptr(),
-                     past_B.data_ptr(), batch, tokens, heads, rank, rope, nope, value, kv_b.data_ptr(), bits, scale,
-                     out.data_ptr(), threads())
+    sequences = Sequences.in_rows(first_B, past_B, tokens, cache.stride(0), rank + rope)
+    native.mla_naive(q_BTND.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), *sequences.native(), heads, rank, rope, nope,
+                     value, kv_b.data_ptr(), bits, scale, out.data_ptr(), threads())
     return out
 
 
@@ -144,10 +180,13 @@ def prepare_latents(
     if fits(q_BTND, kv_BTC, norm_R, cos_BTP, sin_BTP) and rows_lie_together and (
             cos_BTP.dtype == sin_BTP.dtype == torch.float32):
         q_rope = q_BTND.new_empty(batch, tokens, heads, rope)
+        cos_BTP, sin_BTP = (angle.expand(batch, -1, -1).contiguous() for angle in (cos_BTP, sin_BTP))
+        sequences = Sequences.in_rows(torch.zeros(batch, dtype=torch.int64), torch.full((batch,), past), tokens,
+                                      rows_BSC.stride(0), rank + rope)
         native.mla_prepare(
             q_BTND.data_ptr(), kv_BTC.data_ptr(), norm_R.data_ptr(), eps, cos_BTP.data_ptr(), sin_BTP.data_ptr(),
-            cos_BTP.shape[0] > 1, interleave, batch, tokens, heads, width - rope, rope, rank, q_rope.data_ptr(),
-            rows_BSC.data_ptr(), rows_BSC.stride(0), past, threads())
+            interleave, *sequences.native(), heads, width - rope, rope, rank, q_rope.data_ptr(), rows_BSC.data_ptr(),
+            threads())
         return q_rope
     new = rows_BSC[:, past : past + tokens]
     new[..., :rank] = rms_norm(kv_BTC[..., :rank], norm_R, eps)

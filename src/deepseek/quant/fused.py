@@ -27,6 +27,7 @@ from ..model.gate import Gate, Route, rule
 from ..model.mla import MLA, LatentCache, Order, Visible, order_of
 from ..model.transformer import DecoderLayer, MTPLayer
 from ..ops.blocks import Attention, FeedForward, LayerBlock, LayerStack
+from ..ops.latent import Sequences
 from ..ops.panels import ROWS, panel_bytes, unpack
 from .linear import QuantisedExperts, QuantisedLinear, QuantisedMLP
 from .panels import quantise_panels
@@ -185,11 +186,14 @@ class FusedCausalLM(CausalLM):
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
         assert visible.span is not None
         if cache is None:
-            rows, past = x_BTH.new_empty(1, batch, tokens, self.config.latent_dim), 0
+            rows, stride = x_BTH.new_empty(batch, tokens, self.config.latent_dim), 0
         else:
-            rows, past = cache.data, cache.length
+            rows, stride = cache.slot(0, tokens), cache.data.stride(0)
+        sequences = Sequences.in_rows(*visible.span, tokens, rows.stride(0), rows.shape[2])
         x = x_BTH.clone(memory_format=torch.contiguous_format)
-        routes = self.stack.run(x, cos, sin, rows, visible.span[0], past, order_of(order, cache, tokens) == "naive",
+        cos, sin = (angle.expand(batch, -1, -1).contiguous().flatten(0, 1) for angle in (cos, sin))
+        naive = order_of(order, cache, tokens) == "naive"
+        routes = self.stack.run(x.flatten(0, 1), cos, sin, rows, stride, sequences, batch if naive else 0,
                                 record=routing is not None)
         if routing is not None:
             gated = (layer.layer for layer in layers if isinstance(layer.mlp, MoE))
