@@ -29,13 +29,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ModelConfig]:
     """`tiny_config(n_group=8, …)`: a V3 model of some ten thousand parameters, with changes."""
     return lambda **changes: ModelConfig(**(TINY | changes))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_model() -> Callable[..., CausalLM]:
     """`random_model(config, seed=0)`: nothing left at zero or one, logits of magnitude 1-5, uneven routing."""
     return _random_model

@@ -6,6 +6,8 @@ on disk every expert has its own names (checkpoint.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -38,9 +40,11 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x_BTH: Tensor) -> tuple[Tensor, Route]:
+    def forward(self, x_BTH: Tensor, control: Callable[[Route], Route] | None = None) -> tuple[Tensor, Route]:
         x_TH = x_BTH.flatten(0, -2)
         route = self.gate(x_TH)
+        if control is not None:
+            route = control(route)
         out = self.experts(x_TH, route)
         if hasattr(self, "shared_experts"):
             out = out + self.shared_experts(x_TH)

@@ -27,6 +27,7 @@ from ..config import ModelConfig
 from ..ops import causal_attention, rotate
 from ..ops.linear import mm
 from .adapter import LoRALinear
+from .cache import LatentCache, Pack
 from .layers import Linear, RMSNorm
 
 Order = Literal["auto", "naive", "absorbed"]
@@ -68,52 +69,6 @@ class Visible:
         return None if bool((gaps > 1).any()) else (mask.argmax(1), past_B)
 
 
-class LatentCache:
-    """Latents and rotary keys of the positions seen so far, for all layers: [layers, B, capacity, R + rope].
-
-    Grows by doubling. `length` positions are filled; the model advances it once per forward pass. `valid_BS` marks the
-    positions that are not padding (None while there has been none).
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, capacity: int = 256, *, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu") -> None:
-        shape = (config.num_hidden_layers, batch, capacity, config.latent_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-        self.valid_BS: Tensor | None = None
-
-    @property
-    def batch(self) -> int:
-        return self.data.shape[1]
-
-    def reserve(self, more: int) -> None:
-        """Make room for `more` positions after the current ones."""
-        need, capacity = self.length + more, self.data.shape[2]
-        if need > capacity:
-            grown = self.data.new_empty(*self.data.shape[:2], max(need, 2 * capacity), self.data.shape[3])
-            grown[:, :, : self.length] = self.data[:, :, : self.length]
-            self.data = grown
-
-    def slot(self, layer: int, tokens: int) -> Tensor:
-        """One layer's rows with room for `tokens` more, [B, length + tokens, R + rope], to be written in place."""
-        return self.data[layer, :, : self.length + tokens]
-
-    def extend(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        """Write one layer's new positions; returns all of that layer's, [B, length + T, R + rope].
-
-        A cache is for inference: no gradient flows through it, so it never holds on to a graph.
-        """
-        end = self.length + latent_BTC.shape[1]
-        self.data[layer, :, self.length : end] = latent_BTC.detach()
-        return self.data[layer, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (and reorder to) the batch rows given."""
-        self.data = self.data[:, rows]
-        if self.valid_BS is not None:
-            self.valid_BS = self.valid_BS[rows]
-
-
 class MLA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -131,12 +86,12 @@ class MLA(nn.Module):
         self.o_proj = Linear(heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, layer: int,
-        order: Order = "auto",
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
+        layer: int, order: Order = "auto",
     ) -> Tensor:
-        """visible: None for causal over the tokens given, without padding and without a past."""
+        """visible: None for causal over the tokens given, without padding and without a past; a Pack for chunks of
+        sequences side by side, as one row of the batch, and then neither cache nor order."""
         config = self.config
-        mask = None if visible is None else visible.dense
         batch, tokens, _ = x_BTH.shape
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
@@ -149,14 +104,26 @@ class MLA(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTH).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         k_rope = rotate(k_rope.unsqueeze(2), cos, sin, config.rope_interleave).squeeze(2)
         latent = self.kv_a_layernorm(latent)
+        if isinstance(visible, Pack):
+            visible.write(layer, torch.cat((latent, k_rope), -1)[0])
+            out_BTNW = torch.cat([
+                self._attend(q_nope[:, place], q_rope[:, place], rows.to(q.dtype), chunk.order,
+                             Visible(None, 1, chunk.tokens, chunk.past, rows.device) if chunk.past else None)
+                for chunk, place, rows in visible.read(layer)], 1)
+            return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
+        rows = torch.cat((latent, k_rope), -1)
         if cache is not None:
-            latent, k_rope = cache.extend(layer, torch.cat((latent, k_rope), -1)).split(
-                (config.kv_lora_rank, config.qk_rope_head_dim), -1)
-        # a side path on kv_b_proj is a call, not a matrix that could be absorbed
-        naive = order_of(order, cache, tokens) == "naive" or isinstance(self.kv_b_proj, LoRALinear)
-        attend = self._naive if naive else self._absorbed
-        out_BTNW = attend(q_nope, q_rope, latent.to(q.dtype), k_rope.to(q.dtype), mask)
+            rows = cache.extend(layer, rows).to(q.dtype)
+        out_BTNW = self._attend(q_nope, q_rope, rows, order_of(order, cache, tokens), visible)
         return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
+
+    def _attend(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, order: Order, visible: Visible | None) -> Tensor:
+        """rows: latents and rotary keys of all positions, [B, S, R + rope]."""
+        latent, k_rope = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
+        # a side path on kv_b_proj is a call, not a matrix that could be absorbed
+        naive = order == "naive" or isinstance(self.kv_b_proj, LoRALinear)
+        attend = self._naive if naive else self._absorbed
+        return attend(q_nope, q_rope, latent, k_rope, None if visible is None else visible.dense)
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         config = self.config

@@ -13,6 +13,7 @@ Shape letters: B batch, T tokens, S positions in the cache, H hidden, V vocabula
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ from .. import ops
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..ops.loss import IGNORE
+from .cache import LatentCache, LatentPool, Pack
 from .experts import MoE
 from .gate import Route, expert_load, group_guidance_loss, sequence_balance_loss
 from .layers import MLP, Linear, RMSNorm, Rotary
-from .mla import MLA, LatentCache, Order, Visible
+from .mla import MLA, Order, Visible
 from .mtp import MTPInput, SharedHead
 
 
@@ -39,11 +41,15 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, order: Order
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
+        order: Order
     ) -> tuple[Tensor, Route | None]:
         x = x_BTH + self.self_attn(self.input_layernorm(x_BTH), cos, sin, visible, cache, self.layer, order)
-        y = self.mlp(self.post_attention_layernorm(x))
-        y, route = y if isinstance(y, tuple) else (y, None)
+        normed = self.post_attention_layernorm(x)
+        if not isinstance(self.mlp, MoE):
+            return x + self.mlp(normed), None
+        control = visible.control if isinstance(visible, Pack) else None
+        y, route = self.mlp(normed, None if control is None else partial(control, self.layer))
         return x + y, route
 
 
@@ -174,8 +180,14 @@ class CausalLM(nn.Module):
             cache.valid_BS = mask_BT
         return self.model.norm(x)
 
+    def packed(self, ids_T: Tensor, pack: Pack, routing: RoutingRecord | None = None) -> Tensor:
+        """Hidden states after the final norm of a pack's tokens, [T, H]; their rows of the pool are written."""
+        assert len(ids_T) == pack.tokens
+        cos, sin = self.model.rotary(pack.positions_T[None])
+        return self.model.norm(self._layers(self._embed(ids_T[None]), cos, sin, pack, None, routing, "auto"))[0]
+
     def _layers(
-        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
         routing: RoutingRecord | None, order: Order
     ) -> Tensor:
         for layer, block in enumerate(self.model.layers):
@@ -188,7 +200,7 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(ids_BT)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def _run(self, block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None,
+    def _run(self, block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None,
              cache: LatentCache | None, order: Order) -> tuple[Tensor, Route | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, cos, sin, visible, cache, order, use_reentrant=False)
@@ -321,4 +333,4 @@ def _visible(mask_BS: Tensor | None, ids_BT: Tensor, past: int) -> Visible | Non
     return None if mask_BS is None and past == 0 else Visible(mask_BS, batch, tokens, past, ids_BT.device)
 
 
-__all__ = ["IGNORE", "CausalLM", "LatentCache", "RoutingRecord", "TrainingLoss"]
+__all__ = ["IGNORE", "CausalLM", "LatentCache", "LatentPool", "Pack", "RoutingRecord", "TrainingLoss"]

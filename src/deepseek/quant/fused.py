@@ -24,7 +24,8 @@ from .. import ops
 from ..model import CausalLM, RoutingRecord
 from ..model.experts import MoE
 from ..model.gate import Gate, Route, rule
-from ..model.mla import MLA, LatentCache, Order, Visible, order_of
+from ..model.cache import LatentCache, Pack
+from ..model.mla import MLA, Order, Visible, order_of
 from ..model.transformer import DecoderLayer, MTPLayer
 from ..ops.blocks import Attention, FeedForward, LayerBlock, LayerStack
 from ..ops.latent import Sequences
@@ -71,15 +72,15 @@ class FusedMLA(MLA):
             self.key, config.rope_interleave)
 
     def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None, layer: int,
-        order: Order = "auto",
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
+        layer: int, order: Order = "auto",
     ) -> Tensor:
         batch, tokens, _ = x_BTH.shape
         if visible is None:
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
-        if (cache is not None and cache.data.dtype != torch.float32) or visible.span is None:
+        if not _kernels_take(visible, cache):
             return super().forward(x_BTH, cos, sin, visible, cache, layer, order)
-        config, kv_b = self.config, self.kv_b_proj
+        config = self.config
         rows, past = _latent_rows(cache, layer, x_BTH, config.latent_dim)
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
@@ -89,18 +90,31 @@ class FusedMLA(MLA):
         q_BTND = q.view(batch, tokens, config.num_attention_heads, config.qk_head_dim)
         q_rope = ops.prepare_latents(q_BTND, kv, self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos, sin,
                                      config.rope_interleave, rows, past)
-        assert isinstance(kv_b, QuantisedLinear)
-        if order_of(order, cache, tokens) == "naive":
-            out_BTNW = ops.naive_attention(q_BTND, q_rope, rows, kv_b.packed, config.v_head_dim, *visible.span,
-                                           config.softmax_scale, bits=kv_b.bits)
+        if isinstance(visible, Pack):
+            visible.write(layer, rows[0])
+            out = torch.cat([
+                self._by_kernels(q_BTND[:, place], q_rope[:, place], rows, chunk.order,
+                                 Visible(None, 1, chunk.tokens, chunk.past, rows.device))
+                for chunk, place, rows in visible.read(layer)], 1)
         else:
-            q_TND, nope = q_BTND.flatten(0, 1), config.qk_nope_head_dim
-            q_latent = ops.grouped_quantised_linear(q_TND[..., :nope], self.key, 0, self.key.shape[1],
-                                                    config.kv_lora_rank, bits=8)
-            latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:]), q_rope, rows,
-                                          *visible.span, config.softmax_scale)
-            out_BTNW = self._values(latent.flatten(0, 1))
-        return self.o_proj(out_BTNW.view(batch, tokens, -1))
+            out = self._by_kernels(q_BTND, q_rope, rows, order_of(order, cache, tokens), visible)
+        return self.o_proj(out)
+
+    def _by_kernels(self, q_BTND: Tensor, q_rope: Tensor, rows: Tensor, order: Order, visible: Visible) -> Tensor:
+        """All heads' values, [B, T, N W]."""
+        config, kv_b = self.config, self.kv_b_proj
+        batch, tokens = q_BTND.shape[:2]
+        assert isinstance(kv_b, QuantisedLinear) and visible.span is not None
+        q_BTND, q_rope = q_BTND.contiguous(), q_rope.contiguous()
+        if order == "naive":
+            return ops.naive_attention(q_BTND, q_rope, rows, kv_b.packed, config.v_head_dim, *visible.span,
+                                       config.softmax_scale, bits=kv_b.bits).flatten(2)
+        q_TND, nope = q_BTND.flatten(0, 1), config.qk_nope_head_dim
+        q_latent = ops.grouped_quantised_linear(q_TND[..., :nope], self.key, 0, self.key.shape[1],
+                                                config.kv_lora_rank, bits=8)
+        latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:]), q_rope, rows,
+                                      *visible.span, config.softmax_scale)
+        return self._values(latent.flatten(0, 1)).view(batch, tokens, -1)
 
     def _values(self, latent_TNR: Tensor) -> Tensor:
         """Each head's summed latent through the value half of kv_b_proj, [T, N, W]."""
@@ -118,6 +132,13 @@ class FusedMLA(MLA):
 def _by_head(w_NOK: Tensor) -> Tensor:
     """Each head's matrix in 8 bits, uint8 [N, bytes of one]."""
     return torch.stack([quantise_panels(w_OK.contiguous(), 8)[0].flatten() for w_OK in w_NOK])
+
+
+def _kernels_take(visible: Visible | Pack, cache: LatentCache | None) -> bool:
+    """They read FP32 rows, and see a range of them."""
+    if isinstance(visible, Pack):
+        return visible.pool.data.dtype == torch.float32 and visible.pool.data.device.type == "cpu"
+    return (cache is None or cache.data.dtype == torch.float32) and visible.span is not None
 
 
 class FusedGate(Gate):
@@ -168,33 +189,36 @@ class FusedCausalLM(CausalLM):
     """A model that runs its layers natively, all in one call, where it can; else layer by layer, module by module."""
 
     stack = LayerStack()
+    residency: Any = None  # a native Residency where not all experts are in memory (engine/residency.py)
 
     def _layers(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | None, cache: LatentCache | None,
+        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
         routing: RoutingRecord | None, order: Order
     ) -> Tensor:
         layers = cast(list[FusedLayer], list(self.model.layers))
         blocks = tuple(layer.described() for layer in layers)
         if blocks != self.stack.blocks:  # compares identities
             self.stack = LayerStack(blocks)
-        if (not self.stack.ready or torch.compiler.is_compiling() or not x_BTH.dtype == cos.dtype == torch.float32
-                or (cache is not None and cache.data.dtype != torch.float32)
-                or (visible is not None and visible.span is None)):
-            return super()._layers(x_BTH, cos, sin, visible, cache, routing, order)
         batch, tokens, _ = x_BTH.shape
         if visible is None:
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
-        assert visible.span is not None
-        if cache is None:
-            rows, stride = x_BTH.new_empty(batch, tokens, self.config.latent_dim), 0
-        else:
-            rows, stride = cache.slot(0, tokens), cache.data.stride(0)
-        sequences = Sequences.in_rows(*visible.span, tokens, rows.stride(0), rows.shape[2])
+        controlled = isinstance(visible, Pack) and visible.control is not None
+        if (not self.stack.ready or torch.compiler.is_compiling() or not x_BTH.dtype == cos.dtype == torch.float32
+                or controlled or not _kernels_take(visible, cache)):
+            return super()._layers(x_BTH, cos, sin, visible, cache, routing, order)
         x = x_BTH.clone(memory_format=torch.contiguous_format)
         cos, sin = (angle.expand(batch, -1, -1).contiguous().flatten(0, 1) for angle in (cos, sin))
-        naive = order_of(order, cache, tokens) == "naive"
-        routes = self.stack.run(x.flatten(0, 1), cos, sin, rows, stride, sequences, batch if naive else 0,
-                                record=routing is not None)
+        naive = batch if order_of(order, cache, tokens) == "naive" else 0
+        if isinstance(visible, Pack):
+            rows, stride = visible.pool.data, visible.pool.data.stride(0)
+            sequences, naive = visible.sequences, visible.naive
+        else:
+            assert visible.span is not None
+            rows, _ = _latent_rows(cache, 0, x_BTH, self.config.latent_dim)
+            stride = 0 if cache is None else cache.data.stride(0)
+            sequences = Sequences.in_rows(*visible.span, tokens, rows.stride(0), rows.shape[2])
+        routes = self.stack.run(x.flatten(0, 1), cos, sin, rows, stride, sequences, naive, routing is not None,
+                                self.residency)
         if routing is not None:
             gated = (layer.layer for layer in layers if isinstance(layer.mlp, MoE))
             routing.routes.update(zip(gated, (Route(*route) for route in routes), strict=True))
