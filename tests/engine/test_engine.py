@@ -13,8 +13,8 @@ import torch
 from deepseek.atlas import ExpertUsage
 from deepseek.checkpoint import save_model
 from deepseek.config import ModelConfig
-from deepseek.engine import LLM, RequestOutput, SamplingParams, engine
-from deepseek.engine.engine import StopText
+from deepseek.engine import LLM, RequestOutput, SamplingParams, request
+from deepseek.engine.request import StopText
 from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.model import CausalLM, RoutingRecord
 from deepseek.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def says(llm: LLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Cal
         def scripted(logits_V: Any, params: Any, generator: torch.Generator, seen_V: Any) -> int:
             return next(position.setdefault(generator, iter(ids)))
 
-        monkeypatch.setattr(engine, "sample", scripted)
+        monkeypatch.setattr(request, "sample", scripted)
 
     return script
 
@@ -76,16 +76,6 @@ def test_a_batch_of_mixed_lengths_equals_the_uncached_loop_and_each_prompt_alone
         assert output.token_ids == greedy_loop(llm.model, prompt, 12)
         assert llm.generate([prompt], GREEDY) == [output]
         assert output.usage == {"prompt_tokens": len(prompt), "completion_tokens": 12, "total_tokens": len(prompt) + 12}
-
-
-def test_logits_of_a_padded_row_are_those_of_the_row_alone_up_to_rounding(llm: LLM) -> None:
-    prompts = random_prompts(8, longest=20, seed=1)
-    ids_BT, mask_BT = engine._pad_left(prompts, torch.device("cpu"))
-    with torch.no_grad():
-        padded_BV = llm.model(ids_BT, mask_BT=mask_BT, last_only=True)[:, 0]
-        for row, prompt in enumerate(prompts):
-            alone_V = llm.model(torch.tensor([prompt]), last_only=True)[0, 0]
-            assert float((padded_BV[row] - alone_V).abs().max()) < 2e-5
 
 
 def test_results_do_not_depend_on_how_prompts_fall_into_batches(llm: LLM) -> None:
@@ -194,8 +184,8 @@ def test_a_stream_runs_only_as_far_as_it_is_read(
 ) -> None:
     says("abcdef")
     calls = []
-    forward = llm.model.forward
-    monkeypatch.setattr(llm.model, "forward", lambda *args, **named: calls.append(1) or forward(*args, **named))
+    packed = llm.model.packed
+    monkeypatch.setattr(llm.model, "packed", lambda *args, **named: calls.append(1) or packed(*args, **named))
     stream = llm.stream("x", SamplingParams(max_tokens=99))
     assert next(stream) == "a" and next(stream) == "b" and len(calls) == 2
 

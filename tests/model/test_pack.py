@@ -72,7 +72,8 @@ def packed(model: CausalLM, texts: list[tuple[list[int], int]], draw: random.Ran
             count = draw.randint(1, end - done[i])
             chunks.append(Chunk(count, done[i], own[i], "naive" if done[i] < prompt else "absorbed"))
         pack = Pack(pool, chunks)
-        tokens = [token for i, c in zip(moved, chunks, strict=True) for token in texts[i][0][c.past : c.past + c.tokens]]
+        tokens = [token for i, c in zip(moved, chunks, strict=True)
+                  for token in texts[i][0][c.past : c.past + c.tokens]]
         routing = RoutingRecord() if record is not None else None
         logits = model.lm_head(model.packed(torch.tensor(tokens), pack, routing)).float()
         if record is not None and routing is not None:

@@ -17,12 +17,15 @@ Shape letters: V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import MoEDRError, RequestError
+from .control import ExpertControl
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ class SamplingParams:
 
     max_tokens: new tokens at most. temperature: 0 is greedy. top_k: 0 is off. top_p, repetition_penalty: 1 is off.
     min_p: 0 is off. seed: None draws a fresh one. stop: strings that end the text and are not part of it (one string
-    may be given bare). ignore_eos: go on past the end-of-sequence token.
+    may be given bare). ignore_eos: go on past the end-of-sequence token. n: continuations of the prompt, with seeds
+    seed, seed + 1, …. logprobs: report each token's log-probability and those of so many likeliest ones, before
+    temperature and restrictions. json_schema, regex, grammar (Lark): one of them, which the text then matches. experts:
+    changes what the gates decide, inexact. routed: report the experts that every token visited.
     Raises RequestError naming field, value and rule.
     """
 
@@ -44,6 +50,13 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    experts: ExpertControl | None = None
+    routed: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -60,6 +73,20 @@ class SamplingParams:
         self._need("stop", "must be strings, none of them empty",
                    isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop))
         self._need("ignore_eos", "must be true or false", isinstance(self.ignore_eos, bool))
+        self._need("n", "must be an integer from 1 to 128", _is_int(self.n) and 1 <= self.n <= 128)
+        self._need("logprobs", "must be null or an integer from 0 to 100",
+                   self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 100))
+        self._need("json_schema", "must be null, a JSON text or an object",
+                   self.json_schema is None or isinstance(self.json_schema, str | Mapping))
+        for field in ("regex", "grammar"):
+            self._need(field, "must be null or a text", getattr(self, field) is None
+                       or isinstance(getattr(self, field), str))
+        self._need("experts", "must be null or an ExpertControl",
+                   self.experts is None or isinstance(self.experts, ExpertControl))
+        self._need("routed", "must be true or false", isinstance(self.routed, bool))
+        given = [field for field in ("json_schema", "regex", "grammar") if getattr(self, field) is not None]
+        if len(given) > 1:
+            raise RequestError(f"{' and '.join(given)} are given: must be one of them at most")
 
     def _need(self, field: str, rule: str, holds: bool) -> None:
         if not holds:
@@ -73,6 +100,23 @@ class SamplingParams:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Of one sampled token: natural logarithm of its probability, and the likeliest tokens with theirs, descending."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def logprobs(logits_V: Tensor, token: int, top: int) -> Logprob:
+    """From the logits that the token was drawn from."""
+    log_V = logits_V.double().log_softmax(-1)
+    best = log_V.topk(min(top, len(log_V)))
+    return Logprob(token, float(log_V[token]),
+                   tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
 
 def _is_int(value: object) -> bool:

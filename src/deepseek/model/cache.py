@@ -78,8 +78,8 @@ class LatentPool:
     """`pages` pages of PAGE positions for `layers` layers: [layers, pages, PAGE, R + rope]. Memory of pages that were
     never written is not touched."""
 
-    def __init__(self, config: ModelConfig, pages: int, *, layers: int | None = None, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, pages: int, *, layers: int | None = None,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         shape = (config.num_hidden_layers if layers is None else layers, pages, PAGE, config.latent_dim)
         self.data = torch.empty(shape, dtype=dtype, device=device)
 
@@ -126,11 +126,11 @@ class Pack:
         return sum(chunk.tokens for chunk in self.chunks)
 
     @cached_property
-    def positions_T(self) -> Tensor:
+    def positions(self) -> Tensor:
         return torch.cat([torch.arange(c.past, c.past + c.tokens) for c in self.chunks]).to(self.pool.data.device)
 
     @cached_property
-    def rows_T(self) -> Tensor:
+    def _rows(self) -> Tensor:
         """Where each token's row lies among a layer's rows, pages one after the other."""
         rows = []
         for chunk in self.chunks:
@@ -150,7 +150,7 @@ class Pack:
 
     def write(self, layer: int, latent_TC: Tensor) -> None:
         """The tokens' rows of one layer."""
-        self.pool.data[layer].flatten(0, 1).index_copy_(0, self.rows_T, latent_TC.detach().to(self.pool.data.dtype))
+        self.pool.data[layer].flatten(0, 1).index_copy_(0, self._rows, latent_TC.detach().to(self.pool.data.dtype))
 
     def read(self, layer: int) -> Iterator[tuple[Chunk, slice, Tensor]]:
         """Each chunk, its place among the tokens, and all its positions' rows of one layer, a copy, [1, S, C]."""

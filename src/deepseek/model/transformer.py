@@ -183,7 +183,7 @@ class CausalLM(nn.Module):
     def packed(self, ids_T: Tensor, pack: Pack, routing: RoutingRecord | None = None) -> Tensor:
         """Hidden states after the final norm of a pack's tokens, [T, H]; their rows of the pool are written."""
         assert len(ids_T) == pack.tokens
-        cos, sin = self.model.rotary(pack.positions_T[None])
+        cos, sin = self.model.rotary(pack.positions[None])
         return self.model.norm(self._layers(self._embed(ids_T[None]), cos, sin, pack, None, routing, "auto"))[0]
 
     def _layers(

@@ -31,6 +31,13 @@ def top_k(x: Tensor, k: int) -> Tensor:
     return x.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
+def within_best_groups(choice_TE: Tensor, groups: int, kept_groups: int, group_best: int) -> Tensor:
+    """The choice with -inf outside the groups whose `group_best` best choices sum to most."""
+    group_TG = top_k_values(choice_TE.unflatten(-1, (groups, -1)), group_best).sum(-1)
+    keep_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, top_k(group_TG, kept_groups), True)
+    return choice_TE.unflatten(-1, (groups, -1)).masked_fill(~keep_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
 def choose_reference(
     logits_TE: Tensor, bias_E: Tensor | None, groups: int, kept_groups: int, top: int, group_best: int, sigmoid: bool,
     normalise: bool, scale_anyway: bool, scale: float
@@ -39,9 +46,7 @@ def choose_reference(
     scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if group_best:
-        group_TG = top_k_values(choice_TE.unflatten(-1, (groups, -1)), group_best).sum(-1)
-        keep_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, top_k(group_TG, kept_groups), True)
-        choice_TE = choice_TE.unflatten(-1, (groups, -1)).masked_fill(~keep_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+        choice_TE = within_best_groups(choice_TE, groups, kept_groups, group_best)
     index_TK = top_k(choice_TE, top)
     weight_TK = scores_TE.gather(1, index_TK)
     if normalise:

@@ -118,8 +118,8 @@ def latent_attention(
         return latent_attention_reference(q_latent, q_rope, cache.float(), first_B, past_B, scale)
     out = torch.empty_like(q_latent)
     sequences = Sequences.in_rows(first_B, past_B, tokens, cache.stride(0), rank + rope)
-    native.mla_absorbed(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), *sequences.native(), heads, rank, rope,
-                        scale, out.data_ptr(), threads())
+    native.mla_absorbed(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), *sequences.native(), heads, rank,
+                        rope, scale, out.data_ptr(), threads())
     return out
 
 
@@ -147,8 +147,8 @@ def naive_attention(
         return naive_attention_reference(q_BTND, q_rope, cache.float(), kv_b, value, first_B, past_B, scale, bits)
     out = q_BTND.new_empty(batch, tokens, heads, value)
     sequences = Sequences.in_rows(first_B, past_B, tokens, cache.stride(0), rank + rope)
-    native.mla_naive(q_BTND.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), *sequences.native(), heads, rank, rope, nope,
-                     value, kv_b.data_ptr(), bits, scale, out.data_ptr(), threads())
+    native.mla_naive(q_BTND.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), *sequences.native(), heads, rank, rope,
+                     nope, value, kv_b.data_ptr(), bits, scale, out.data_ptr(), threads())
     return out
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .. import ops
 from ..model import CausalLM, RoutingRecord
+from ..model.cache import LatentCache, Pack
 from ..model.experts import MoE
 from ..model.gate import Gate, Route, rule
-from ..model.cache import LatentCache, Pack
 from ..model.mla import MLA, Order, Visible, order_of
 from ..model.transformer import DecoderLayer, MTPLayer
 from ..ops.blocks import Attention, FeedForward, LayerBlock, LayerStack

@@ -1,0 +1,221 @@
+"""One request: its prompt, its random numbers, its tokens and its text so far, and what became of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ..model.cache import Chunk
+from ..tokenizer import Tokenizer
+from .pages import PageTable, Token
+from .sampler import Logprob, SamplingParams, logprobs, sample
+
+if TYPE_CHECKING:
+    from .constraint import Constraint
+
+FinishReason = Literal["stop", "length", "abort"]
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What became of one prompt.
+
+    token_ids: every sampled token, the one that ended the text included. finish_reason: "stop" (end of sequence or a
+    stop string), "length" (max_tokens, or the end of the model's context) or "abort". logprobs: one entry a token,
+    where they were asked for. routed: the experts each token of prompt and output visited, int64 [tokens, MoE layers,
+    K], where asked for; the last token, which was never run, is not among them. choices: all `n` continuations, this
+    one first. cached_tokens: of the prompt, found in the prefix cache.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    logprobs: tuple[Logprob, ...] | None = None
+    routed: Tensor | None = field(default=None, compare=False)
+    cached_tokens: int = field(default=0, compare=False)
+    others: tuple[RequestOutput, ...] = ()
+
+    @property
+    def choices(self) -> tuple[RequestOutput, ...]:
+        return (self, *self.others)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Token counts under OpenAI's names; of all choices."""
+        new = sum(len(one.token_ids) for one in self.choices)
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": new, "total_tokens": self.prompt_tokens + new}
+
+
+class StopText:
+    """Text that arrives in pieces and ends before the first stop string.
+
+    What could be the beginning of a stop string is held back until more is known, so that no part of one gets out. Of
+    several stop strings the one that is complete first counts, however the text is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.stopped = False
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """Take a piece in; returns the text that is now certain."""
+        if self.stopped or not piece:
+            return ""
+        held = self._held + piece
+        found = [(start + len(stop), start) for stop in self.stops if (start := held.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return held[: min(found)[1]]
+        keep = next((n for n in range(len(held), 0, -1) if any(stop.startswith(held[-n:]) for stop in self.stops)), 0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """The text is over: what was held back was no stop string after all."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Coupling:
+    """Requests that advance together: each step one token is drawn from the weighted mean of their distributions and
+    goes to all of them. The first one's parameters and random numbers are used.
+
+    For prompts that put one question in several ways, or to several experts. Mixtures of experts' opinions by the
+    arithmetic mean of probabilities, as in the product's linear opinion pool (Stone 1961).
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        total = sum(weights)
+        self.weights = [weight / total for weight in weights]
+        self.members: list[Request] = []
+        self.waiting: dict[int, Tensor] = {}  # logits of members that have reached the step
+
+    def offer(self, request: Request, logits_V: Tensor) -> Tensor | None:
+        """The mixture's logits once all members are there."""
+        self.waiting[request.number] = logits_V
+        alive = [member for member in self.members if member.finish_reason is None]
+        if any(member.number not in self.waiting for member in alive):
+            return None
+        weight_M = torch.tensor([w for w, m in zip(self.weights, self.members, strict=True) if m in alive])
+        parts_MV = torch.stack([self.waiting[member.number].double().log_softmax(-1) for member in alive])
+        self.waiting = {}
+        return (parts_MV + weight_M.double().log().unsqueeze(1)).logsumexp(0).float()
+
+
+class Request:
+    """A continuation in the making. `computed` positions are in its pages; tokens beyond them are still to be run."""
+
+    def __init__(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, limit: int, eos_ids: frozenset[int] = frozenset(),
+        tokenizer: Tokenizer | None = None, vocabulary: int = 0, domain: str | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.number = next(_numbers)
+        self.prompt_ids, self.params, self.eos_ids, self.limit = list(prompt_ids), params, eos_ids, limit
+        self.domain, self.constraint = domain, constraint
+        self.generator = params.generator()
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.table = PageTable()
+        self.computed = 0
+        self.cached_tokens = 0
+        self.coupling: Coupling | None = None
+        self.after: Request | None = None  # the first of the continuations of one prompt, whose pages serve the others
+        self.arrived = time.monotonic()
+        self.first_token: float | None = None
+        self.finished: float | None = None
+        self.on_token: Callable[[Request], None] | None = None
+        self.routed: list[Tensor] = []  # [tokens, layers, K] a chunk
+        self.logprobs: list[Logprob] = []
+        self._pieces = tokenizer.stream() if tokenizer is not None else None
+        self._stop = StopText(params.stop)
+        self._seen_V: Tensor | None = None
+        if params.repetition_penalty != 1.0:
+            self._seen_V = torch.zeros(vocabulary, dtype=torch.bool)
+            self._seen_V[self.prompt_ids] = True
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def prefilling(self) -> bool:
+        return self.computed < len(self.prompt_ids)
+
+    def token(self, position: int) -> int:
+        prompt = len(self.prompt_ids)
+        return self.prompt_ids[position] if position < prompt else self.token_ids[position - prompt]
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        return [self.token(i) for i in range(start, stop)]
+
+    def filed(self, stop: int) -> list[Token]:
+        """The first `stop` tokens as the tree of prefixes names them."""
+        prompt = len(self.prompt_ids)
+        return [(self.token(i), i < prompt) for i in range(stop)]
+
+    def chunk(self, most: int) -> Chunk:
+        """The next tokens to run, at most `most`, all in one order."""
+        prompt = len(self.prompt_ids)
+        end = prompt if self.prefilling else self.length
+        return Chunk(min(most, end - self.computed), self.computed, self.table.pages,
+                     "naive" if self.prefilling else "absorbed")
+
+    def choose(self, logits_V: Tensor) -> int:
+        """Draw the next token from the logits after everything so far."""
+        if self.constraint is not None:
+            logits_V = self.constraint.allow(logits_V)
+        token = sample(logits_V, self.params, self.generator, self._seen_V)
+        if self.params.logprobs is not None:
+            self.logprobs.append(logprobs(logits_V, token, self.params.logprobs))
+        return token
+
+    def append(self, token: int) -> None:
+        """One more token: extend the text and decide whether this was the last."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.token_ids.append(token)
+        if self._seen_V is not None:
+            self._seen_V[token] = True
+        ended = token in self.eos_ids and not self.params.ignore_eos
+        if self._pieces is not None and not ended:
+            self.text += self._stop.push(self._pieces.push(token))
+        if self.constraint is not None and not ended:
+            self.constraint.accept(token)
+            ended = self.constraint.finished
+        if ended or self._stop.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            self._end()
+
+    def abort(self) -> None:
+        if self.finish_reason is None:
+            self.finish_reason = "abort"
+            self._end()
+
+    def _end(self) -> None:
+        self.finished = time.monotonic()
+        if self._pieces is not None:
+            self.text += self._stop.push(self._pieces.flush())
+            self.text += self._stop.flush()
+            if self._stop.stopped and self.finish_reason == "length":
+                self.finish_reason = "stop"
+
+    def output(self) -> RequestOutput:
+        assert self.finish_reason is not None
+        return RequestOutput(
+            self.text, tuple(self.token_ids), self.finish_reason, len(self.prompt_ids),
+            tuple(self.logprobs) if self.params.logprobs is not None else None,
+            torch.cat(self.routed) if self.routed else None, self.cached_tokens)

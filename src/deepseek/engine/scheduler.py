@@ -1,0 +1,134 @@
+"""Which requests run in a step, and how many tokens of each.
+
+A step has room for `step_tokens` tokens and `batch_size` requests:
+
+    1. requests that generate: one token each (a step that drafts gives them more, speculative.py)
+    2. requests whose prompts have begun: the next piece, in the order of their arrival
+    3. waiting ones, while there is room: the policy says which
+
+A request's pages are got before it runs. Where there are none, the youngest running request gives its own back and
+waits again, first in the queue; what it had computed and is still in the tree of prefixes serves it later.
+
+Policies:
+
+    fcfs     in the order of arrival
+    expert   of those waiting, the one whose experts are most like those in use, so that a step reads fewer of them;
+             but whoever has waited `age_limit` seconds goes first, so nobody starves (ELDR, arXiv 2607.00466, batches
+             for locality in this spirit). Only the order changes: no request's output depends on its company.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..model.cache import PAGE, Chunk
+from .pages import Pages
+from .request import Request
+from .signature import Signatures
+
+Policy = Literal["fcfs", "expert"]
+
+
+@dataclass(frozen=True)
+class Work:
+    request: Request
+    chunk: Chunk
+    samples: bool  # the chunk reaches the request's end: its last token's logits are wanted
+
+
+class Scheduler:
+    def __init__(
+        self, pages: Pages, signatures: Signatures, *, batch_size: int, step_tokens: int, policy: Policy = "fcfs",
+        age_limit: float = 30.0, clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pages, self.signatures = pages, signatures
+        self.batch_size, self.step_tokens, self.policy = batch_size, step_tokens, policy
+        self.age_limit, self.clock = age_limit, clock
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.preempted = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def finish(self, request: Request) -> None:
+        """Forget a request and give its pages back."""
+        if request in self.running:
+            self.running.remove(request)
+            self.pages.file(request.table, request.filed(request.computed))
+        else:
+            self.waiting.remove(request)
+        self.pages.release(request.table)
+
+    def schedule(self) -> list[Work]:
+        """The work of the next step; those of a prompt first. Empty only where nothing is to be done."""
+        budget, work = self.step_tokens, []
+        ready = [request for request in self.running if request.computed < request.length]
+        for request in sorted(ready, key=lambda request: request.prefilling):
+            if budget and request in self.running and self._secure(request, work):
+                work.append(self._work(request, budget))
+                budget -= work[-1].chunk.tokens
+        while budget and self.waiting and len(self.running) < self.batch_size:
+            request = self._next()
+            if request is None or not self._admit(request):
+                break
+            work.append(self._work(request, budget))
+            budget -= work[-1].chunk.tokens
+        assert work or not ready
+        return sorted(work, key=lambda one: one.chunk.order != "naive")
+
+    def _work(self, request: Request, budget: int) -> Work:
+        chunk = request.chunk(budget)
+        return Work(request, chunk, chunk.past + chunk.tokens == request.length)
+
+    def _secure(self, request: Request, work: list[Work]) -> bool:
+        """Room for all tokens of a running request; False if it had to step back itself."""
+        while not self.pages.extend(request.table, request.length):
+            busy = {one.request.number for one in work}
+            youngest = next(one for one in reversed(self.running) if one.number not in busy)
+            self._step_back(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def _step_back(self, request: Request) -> None:
+        assert len(self.running) > 1, "a request that runs alone has room: admission saw to that"
+        self.preempted += 1
+        self.running.remove(request)
+        self.pages.file(request.table, request.filed(request.computed))
+        self.pages.release(request.table)
+        request.computed = 0
+        self.waiting.insert(0, request)
+
+    def _admit(self, request: Request) -> bool:
+        """Into the running ones, if its tokens so far find room beside those of the others."""
+        shared = self.pages.serve(request.table, request.filed(request.length - 1))
+        if not self.pages.extend(request.table, request.length):
+            self.pages.release(request.table)
+            return False
+        request.computed = shared
+        if not request.token_ids:
+            request.cached_tokens = shared
+        self.waiting.remove(request)
+        self.running.append(request)
+        return True
+
+    def _next(self) -> Request | None:
+        able = [request for request in self.waiting if request.after is None or not request.after.prefilling]
+        if not able:
+            return None
+        oldest = able[0]
+        if self.policy == "fcfs" or oldest.token_ids or self.clock() - oldest.arrived > self.age_limit:
+            return oldest
+        return self.signatures.nearest(able, self.running)
+
+
+def pages_needed(positions: int) -> int:
+    return -(-positions // PAGE)
