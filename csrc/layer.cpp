@@ -133,16 +133,17 @@ void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences&
 
 void Residency::announce(int64_t gate, const uint8_t* const* experts, int64_t count, const int64_t* index,
                          int64_t slots) const {
-  std::vector<int64_t> votes(count, 0), absent;
+  std::vector<int64_t> votes(count, 0), likely;
   for (int64_t i = 0; i < slots; ++i)
-    if (!experts[index[i]] && votes[index[i]]++ == 0) absent.push_back(index[i]);
-  std::stable_sort(absent.begin(), absent.end(), [&](int64_t a, int64_t b) { return votes[a] > votes[b]; });
-  if (!absent.empty()) expect(gate, absent);
+    if (votes[index[i]]++ == 0) likely.push_back(index[i]);
+  if (std::all_of(likely.begin(), likely.end(), [&](int64_t e) { return experts[e] != nullptr; })) return;
+  std::stable_sort(likely.begin(), likely.end(), [&](int64_t a, int64_t b) { return votes[a] > votes[b]; });
+  expect(gate, likely);
 }
 
 std::vector<int64_t> Residency::get(int64_t gate, const uint8_t* const* experts, const std::vector<int64_t>& wanted) const {
   const bool all = std::all_of(wanted.begin(), wanted.end(), [&](int64_t e) { return experts[e] != nullptr; });
-  return all && !__atomic_load_n(pending + gate, __ATOMIC_ACQUIRE) ? wanted : need(gate, wanted);
+  return all ? wanted : need(gate, wanted);
 }
 
 }  // namespace deepseek

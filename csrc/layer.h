@@ -34,12 +34,11 @@ struct Layer {
 };
 // Where not all experts are in memory: the table of a layer's experts holds null for the others. `need` makes some of the
 // experts `wanted` ready, at least one, and returns them; they stay until it is asked again for the same gate. `expect` is
-// told what a later gate will probably want, most wanted first. Both count the layers that have a gate. pending[gate] is
-// not 0 while something of that gate is on its way, so that tables may change. Without `expect` nothing is foretold.
+// told what the next gate will probably want, most wanted first, where not all of it is there. Both count the layers that
+// have a gate. Without `expect` nothing is foretold.
 struct Residency {
   std::function<std::vector<int64_t>(int64_t gate, const std::vector<int64_t>& wanted)> need;
   std::function<void(int64_t gate, const std::vector<int64_t>& wanted)> expect;
-  const int64_t* pending;
 
   std::vector<int64_t> get(int64_t gate, const uint8_t* const* experts, const std::vector<int64_t>& wanted) const;
   void announce(int64_t gate, const uint8_t* const* experts, int64_t count, const int64_t* index, int64_t slots) const;

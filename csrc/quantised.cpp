@@ -1,6 +1,7 @@
 #include "quantised.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -193,6 +194,7 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
   bool first = true;  // of the waves; one is all there is where all experts are in memory
   while (first || !wanted.empty()) {
     std::vector<int64_t> ready = fetch && !wanted.empty() ? fetch(wanted) : wanted;
+    if (ready.empty() && !wanted.empty()) throw std::runtime_error("no expert came");
     std::vector<Mlp> mlps;
     int64_t h_at = 0, row = 0;
     auto add = [&](const uint8_t* w, int64_t i, int64_t from, int64_t count) {

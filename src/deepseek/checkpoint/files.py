@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,14 @@ MANIFEST = "manifest.json"
 # as safetensors spells the dtypes that weights have
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}
+
+
+class Span(NamedTuple):
+    """Bytes of a file."""
+
+    file: Path
+    offset: int
+    size: int
 
 
 class TensorFiles:
@@ -99,18 +107,24 @@ class TensorFiles:
 
     def read_bytes(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes start..stop of a tensor as uint8, copied from the file."""
+        file, begin, _ = self.place(name)
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        with file.open("rb") as stream:
+            stream.seek(begin + start)
+            if (got := stream.readinto(data.numpy().data)) != len(data):
+                raise CheckpointError(f"{file}: {name} ends {len(data) - got} bytes early: the file has shrunk")
+        return data
+
+    def place(self, name: str) -> Span:
+        """Where a tensor's bytes lie."""
         file = self._file[name]
         if file not in self._headers:  # safe_open has checked it
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 self._headers[file] = 8 + length, json.loads(stream.read(length))
         begin, header = self._headers[file]
-        data = torch.empty(stop - start, dtype=torch.uint8)
-        with file.open("rb") as stream:
-            stream.seek(begin + header[name]["data_offsets"][0] + start)
-            if (got := stream.readinto(data.numpy().data)) != len(data):
-                raise CheckpointError(f"{file}: {name} ends {len(data) - got} bytes early: the file has shrunk")
-        return data
+        start, stop = header[name]["data_offsets"]
+        return Span(file, begin + start, stop - start)
 
     def _plain(self, name: str, tensor: Tensor, start: int, dtype: torch.dtype | None) -> Tensor:
         if tensor.dtype == torch.float8_e4m3fn:

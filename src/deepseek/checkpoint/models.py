@@ -20,7 +20,7 @@ from ..model.layers import rotary_frequencies
 from ..quant.fused import fuse
 from ..quant.linear import Recipe, is_quantised, put
 from .adapters import apply
-from .files import TensorFiles, write_manifest
+from .files import Span, TensorFiles, write_manifest
 from .names import INDEX, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
 
 SHARD_BYTES = 5 << 30
@@ -75,6 +75,19 @@ def load_model(
         if recipe is None and dtype != "auto":
             to_dtype(model, _dtype_of(dtype, files))
     return model.eval()
+
+
+def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
+    """Where the routed experts of a quantised checkpoint lie, by layer; nothing of layers whose experts are plain, and
+    of MTP modules."""
+    config, recipe, files = open_checkpoint(path_or_name, verify=False)
+    if recipe is None:
+        return {}
+    with torch.device("meta"):
+        model = CausalLM(config)
+    layers = {f"model.layers.{layer}.mlp.experts": layer for layer in config.moe_layers}
+    return {layers[place.module]: [files.place(f"{unit.stem}.packed") for unit in units(place, config)]
+            for place in quantised_places(model, recipe) if place.module in layers}
 
 
 def to_dtype(model: CausalLM, dtype: torch.dtype) -> CausalLM:

@@ -1,29 +1,99 @@
-"""Output that must match a JSON schema, a regular expression or a grammar."""
+"""Output that must match a JSON schema, a regular expression or a grammar.
+
+Before each token llguidance says which tokens may come next: those after which the text can still become one that
+matches. All others get the logit -inf, so whatever is sampled fits; the text may end only where it matches.
+
+The library sees the tokenizer's tokens as the bytes they are in a text. Control tokens and ids beyond the tokenizer's
+are none and never come: text that spells `<|User|>` is allowed where it matches, the token is not. The library's own
+end of sequence is one id past the vocabulary; it stands for whichever ids end a text, for none under `ignore_eos`.
+
+Where nothing can follow, the text is finished without an end-of-sequence token. So it is where a grammar outgrows the
+library's limits on the way, or comes to a byte that no token has: a text cut short, but never one that goes astray.
+
+Shape letters: V vocabulary.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor
 
 from ..errors import RequestError
 from ..tokenizer import Tokenizer
 from .sampler import SamplingParams
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+GRAMMARS = 32  # compiled ones that are kept
+# White space without a bound lets a model write it for ever. A schema's `x-guidance` may set another pattern.
+JSON_DEFAULTS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
+# The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, then U+0100 and on
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
+
 
 class Constraint:
-    finished = False
+    """What one text may go on with. finished: nothing can follow what was accepted."""
+
+    def __init__(self, matcher: LLMatcher, text_V: Tensor, eos_ids: frozenset[int]) -> None:
+        """matcher: nobody else's. text_V: True for tokens that are text. eos_ids: end it."""
+        self._matcher, self._text_V, self._eos = matcher, text_V, sorted(eos_ids)
+        self.finished = False
+        self._look()
+
+    def _look(self) -> bool:
+        """Ask what may come next; whether there is more than the end."""
+        mask = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.bool)
+        self.allowed_V = mask[: len(self._text_V)] & self._text_V
+        more = bool(self.allowed_V.any())
+        self.allowed_V[self._eos] = bool(mask[-1]) and not self._matcher.is_error()
+        return more
 
     def allow(self, logits_V: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The logits with -inf for every token that may not come next."""
+        return logits_V.masked_fill(~self.allowed_V.to(logits_V.device), -torch.inf)
 
     def accept(self, token: int) -> None:
-        raise NotImplementedError
+        """The text goes on with `token`, one of the allowed."""
+        self.finished = not (self._matcher.consume_token(token) and self._look())
 
 
 class Constraints:
+    """Makes the constraints of an LLM's requests. The first one loads the library; a grammar is compiled once.
+
+    vocabulary: of the model, which may have more than the tokenizer's.
+    """
+
     def __init__(self, tokenizer: Tokenizer | None, vocabulary: int, eos_ids: frozenset[int]) -> None:
-        self.tokenizer = tokenizer
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._eos_ids = frozenset(i for i in eos_ids if i < vocabulary)
+        self._compiled = lru_cache(GRAMMARS)(self._compile)
 
     def of(self, params: SamplingParams) -> Constraint | None:
-        if params.json_schema is None and params.regex is None and params.grammar is None:
-            return None
-        raise RequestError("constrained output is not built yet")
+        """The constraint of one request, None if it asks for none.
+
+        Raises RequestError for a schema, regular expression or grammar that is invalid, that asks for what the library
+        does not know, or that nothing matches; without a tokenizer; and without the library.
+        """
+        for field in ("json_schema", "regex", "grammar"):
+            if (value := getattr(params, field)) is not None:
+                try:
+                    source = _schema(value) if field == "json_schema" else value
+                    matcher = self._compiled(field, source).deep_copy()
+                except (TypeError, ValueError, RecursionError) as error:
+                    if isinstance(error, RequestError) and str(error).startswith("constrained"):
+                        raise
+                    raise RequestError(f"{field} = {value!r:.80}: {' '.join(str(error).split()):.400}") from None
+                own = Constraint(matcher, self._tokens[1], frozenset() if params.ignore_eos else self._eos_ids)
+                if not own.allowed_V.any():
+                    raise RequestError(f"{field} = {value!r:.80}: no token can begin a text that matches")
+                return own
+        return None

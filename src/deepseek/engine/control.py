@@ -76,8 +76,8 @@ class Controls:
             delta[expert.index] += value
 
     def decide(self, layer: int, route: Route, first: int) -> Route:
-        """route: the gate's, of tokens at positions first, first + 1, …. Where fewer experts are left than a token is to
-        have, the index is -1 and the weight 0."""
+        """route: the gate's, of tokens at positions first, first + 1, …. Where fewer experts are left than a token is
+        to have, the index is -1 and the weight 0."""
         asked = self.asked
         if asked.replay is not None:
             kept = asked.replay[first : first + len(route.index_TK), self.rows[layer]]
@@ -93,7 +93,7 @@ class Controls:
             allowed_TE = within_best_groups(choice_TE.clamp(min=NEVER), groups, kept_groups, best).isfinite()
             choice_TE = choice_TE.masked_fill(~allowed_TE, -torch.inf)
         if asked.approx and self.loaded is not None:
-            choice_TE = torch.where(self.loaded(layer), choice_TE, choice_TE + NEVER)
+            choice_TE = torch.where(self.loaded(self.rows[layer]), choice_TE, choice_TE + NEVER)
         index_TK = choose(choice_TE, top)
         return self._weigh(route, index_TK.masked_fill(choice_TE.gather(1, index_TK) == -torch.inf, -1))
 

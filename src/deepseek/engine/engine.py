@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..quant.linear import is_quantised
 from .control import Controls
 from .pages import Pages
 from .request import Request
+from .residency import Residency, parse_bytes
 from .runner import Runner, routed
 from .scheduler import Policy, Scheduler, Work, pages_needed
 from .signature import Signatures
@@ -41,10 +42,12 @@ CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent po
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How requests are run. batch_size: requests that run together at most. step_tokens: tokens of a step at most; a
-    longer prompt runs in pieces. cache_tokens: positions of the latent pool; None takes what batch_size requests of full
-    length need, or a quarter of free memory. prefix_cache: keep pages for prompts that begin alike. policy, age_limit
-    (seconds): scheduler.py. Raises ConfigError naming option, value and rule."""
+    """How requests are run. batch_size: requests that run together at most. step_tokens: tokens of a step at most, a
+    longer prompt runs in pieces. cache_tokens: positions of the latent pool; None takes what batch_size requests of
+    full length need, or a quarter of free memory. prefix_cache: keep pages for prompts that begin alike. policy,
+    age_limit (seconds): scheduler.py. expert_memory: bytes (or "4GiB") for routed experts, the others stay on disk; None is all.
+    warmup_experts: names whose experts are in memory before the first request, or "auto": the frequent ones of recorded
+    use. prefetch: read the next layer's experts ahead. Raises ConfigError naming option, value and rule."""
 
     batch_size: int = 32
     step_tokens: int = 512
@@ -52,6 +55,9 @@ class EngineOptions:
     prefix_cache: bool = True
     policy: Policy = "fcfs"
     age_limit: float = 30.0
+    expert_memory: int | str | None = None
+    warmup_experts: str | Sequence[str] = ()
+    prefetch: bool = True
 
     def __post_init__(self) -> None:
         self._need("batch_size", "must be an integer >= 1", _whole(self.batch_size, 1))
@@ -62,6 +68,12 @@ class EngineOptions:
         self._need("policy", "must be fcfs or expert", self.policy in ("fcfs", "expert"))
         self._need("age_limit", "must be a number of seconds >= 0",
                    isinstance(self.age_limit, int | float) and self.age_limit >= 0)
+
+        if self.expert_memory is not None:
+            object.__setattr__(self, "expert_memory", parse_bytes(self.expert_memory))
+        names = self.warmup_experts.split(",") if isinstance(self.warmup_experts, str) else self.warmup_experts
+        object.__setattr__(self, "warmup_experts", tuple(name.strip() for name in names if name.strip()))
+        self._need("prefetch", "must be true or false", isinstance(self.prefetch, bool))
 
     def _need(self, field: str, rule: str, holds: bool) -> None:
         if not holds:
@@ -82,8 +94,8 @@ def _whole(value: object, least: int) -> bool:
 
 @dataclass
 class Counters:
-    """Since the engine began. computed: tokens that ran through the model; cached: prompt tokens served from the tree of
-    prefixes; distinct: experts that a step read, summed over steps and layers (counted where routing is recorded)."""
+    """Since the engine began. computed: tokens that ran through the model; cached: prompt tokens served from the tree
+    of prefixes; distinct: experts that a step read, summed over steps and layers (where routing is recorded)."""
 
     steps: int = 0
     computed: int = 0
@@ -96,8 +108,10 @@ class Counters:
 class Engine:
     """Runs requests on a model. One step at a time; any thread may add, abort and step."""
 
-    def __init__(self, model: CausalLM, options: EngineOptions | None = None, *, atlas: Atlas | None = None) -> None:
+    def __init__(self, model: CausalLM, options: EngineOptions | None = None, *, atlas: Atlas | None = None,
+                 residency: Residency | None = None) -> None:
         self.model, self.options, self.atlas = model, options or EngineOptions(), atlas
+        self.residency = residency
         config = model.config
         dtype = model.compute_dtype or model.lm_head.weight.dtype
         count = _pool_pages(model, self.options, dtype)
@@ -131,7 +145,8 @@ class Engine:
             raise RequestError(f"prompt and max_tokens are {most} tokens: must fit the cache of "
                                f"{self.pages.count * PAGE} (cache_tokens)")
         if request.params.experts is not None:
-            self._controls[request.number] = Controls(request.params.experts, self.model, self.atlas, None)
+            loaded = None if self.residency is None else self.residency.loaded
+            self._controls[request.number] = Controls(request.params.experts, self.model, self.atlas, loaded)
         with self.lock:
             self.scheduler.add(request)
 
@@ -156,13 +171,15 @@ class Engine:
             works = self.scheduler.schedule()
             if not works:
                 return []
-            record = (self.usage is not None or self.options.policy == "expert"
+            record = (self.usage is not None or self.options.policy == "expert" or self.residency is not None
                       or any(work.request.params.routed for work in works))
             controls = [self._controls.get(work.request.number) for work in works]
             logits, routing = self.runner.run(works, controls, record)
             if routing is not None:
                 if self.usage is not None:
                     self.usage.add(routing)
+                if self.residency is not None:
+                    self.residency.after(routing)
                 self._record(works, routing)
             self.counters.steps += 1
             moved: list[Request] = []

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 from ..atlas.usage import ExpertUsage
-from ..checkpoint import Dtype, load_model, resolve
+from ..checkpoint import Dtype, expert_spans, load_model, resolve
 from ..domain import KeywordRules
-from ..errors import DataError, RequestError
+from ..errors import ConfigError, DataError, RequestError
 from ..model import CausalLM
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
 from .engine import Engine, EngineOptions, atlas_beside
 from .request import Coupling, Request, RequestOutput
+from .residency import Residency
 from .sampler import SamplingParams
+from .warmup import Warmup, warm_up
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -40,7 +42,7 @@ class LLM:
         device: torch.device | str = "cpu", adapter: str | Path | None = None, **engine_options: Any,
     ) -> None:
         options = EngineOptions.of(engine_options)
-        atlas = None
+        atlas = folder = None
         if isinstance(path_or_model, CausalLM):
             self.model = path_or_model.eval()
         else:
@@ -48,8 +50,17 @@ class LLM:
             tokenizer = tokenizer or Tokenizer.load(folder)
             self.model = load_model(folder, dtype, device, adapter=adapter)
             atlas = atlas_beside(folder)
+        residency = None
+        if options.expert_memory is not None:
+            if folder is None:
+                raise ConfigError("expert_memory: needs a checkpoint to read experts from, not a model in memory")
+            residency = Residency(self.model, expert_spans(folder), int(options.expert_memory),
+                                  prefetch=options.prefetch)
+        self.warmup: Warmup | None = None
+        if options.warmup_experts:
+            self.warmup = warm_up(self.model, residency, tuple(options.warmup_experts), atlas, folder)
         self.tokenizer = tokenizer
-        self.engine = Engine(self.model, options, atlas=atlas)
+        self.engine = Engine(self.model, options, atlas=atlas, residency=residency)
         config = self.model.config
         self.max_length = config.max_position_embeddings
         self.bos_id = config.bos_token_id if tokenizer is None else tokenizer.bos_id
@@ -149,7 +160,11 @@ class LLM:
         at once. Leaving the iteration aborts the request."""
         request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1), domain=domain)
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        request.on_token = lambda _: loop.call_soon_threadsafe(arrived.set)
+
+        def tell(_: Request) -> None:
+            loop.call_soon_threadsafe(arrived.set)
+
+        request.on_token = tell
         self.submit(request)
         try:
             while True:

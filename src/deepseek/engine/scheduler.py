@@ -69,17 +69,18 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The work of the next step; those of a prompt first. Empty only where nothing is to be done."""
-        budget, work = self.step_tokens, []
+        budget = self.step_tokens
+        work: list[Work] = []
         ready = [request for request in self.running if request.computed < request.length]
         for request in sorted(ready, key=lambda request: request.prefilling):
             if budget and request in self.running and self._secure(request, work):
                 work.append(self._work(request, budget))
                 budget -= work[-1].chunk.tokens
         while budget and self.waiting and len(self.running) < self.batch_size:
-            request = self._next()
-            if request is None or not self._admit(request):
+            chosen = self._next()
+            if chosen is None or not self._admit(chosen):
                 break
-            work.append(self._work(request, budget))
+            work.append(self._work(chosen, budget))
             budget -= work[-1].chunk.tokens
         assert work or not ready
         return sorted(work, key=lambda one: one.chunk.order != "naive")

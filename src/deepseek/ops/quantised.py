@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class ExpertTable(tuple[Tensor, ...]):
     hidden: int
     inner: int
     bits: Bits
+    fetch: tuple[Any, int] | None = None  # a native Residency and the layer's place in it, where addresses may be 0
 
     def __new__(cls, experts: Sequence[Tensor], hidden: int, inner: int, bits: Bits = 4) -> ExpertTable:
         table = super().__new__(cls, experts)
@@ -163,7 +165,7 @@ def quantised_experts(
     native.quantised_experts(
         x_TH.data_ptr(), tokens, hidden, index_TK.data_ptr(), weight_TK.data_ptr(), index_TK.shape[1],
         table.addresses.data_ptr(), len(table), inner, address(shared),
-        shared_inner, bits, out.data_ptr(), threads())
+        shared_inner, bits, out.data_ptr(), threads(), *(table.fetch or ()))
     return out
 
 

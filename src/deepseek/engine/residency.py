@@ -1,0 +1,361 @@
+"""Which experts are in fast memory.
+
+The experts of a quantised checkpoint lie in its files, each in one piece. A budget of bytes is cut into slots of one
+expert; every layer has a quota of them. What is not in a slot is read from disk when a token wants it: directly, past
+the page cache, so that the budget is the truth.
+
+    warm-up      before the first request: the experts of some names, or the frequent ones of recorded use
+    on demand    what a gate has chosen and is not there. The layer computes with what is there while that is read; then
+                 with what has come (csrc/layer.cpp, the waves of csrc/quantised.cpp). The sums are in the same order
+                 whichever came first, so the result is the same to the bit
+    prefetch     what the next layer's gate says of this layer's hidden state, read by a thread in the background (Fate,
+                 arXiv 2502.12224, found such guesses right in 97 % of cases)
+    replacement  LRFU (Lee et al. 2001): an expert's value is the sum over its visits of 2^(-age / HALF_LIFE), so both
+                 frequency and recency count; the least valuable of the same layer goes
+    quotas       every REBALANCE steps a slot goes from the layer with the fewest misses to that with the most
+
+Addresses change only in calls that the computing thread makes (`need`, `expect`) and from nothing to something when a
+read is done, so the kernels never see an expert go while they use it.
+
+Shape letters: L MoE layers, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Span
+from ..errors import CheckpointError, ConfigError
+from ..model import CausalLM, RoutingRecord
+from ..ops.native import native
+from ..quant.fused import FusedCausalLM
+from ..quant.linear import QuantisedExperts
+
+HALF_LIFE = 64  # steps
+REBALANCE = 128  # steps
+ALIGNED = 4096  # bytes: what direct reads want of offsets, lengths and addresses
+AHEAD = 8  # experts of a layer that are foretold and read at once, at most
+
+
+@dataclass
+class Residents:
+    """Counters since the start. wanted: experts that a layer of a step asked for; missed: those of them that were not
+    there (nor on their way: late). foretold: experts read ahead; used: those of them that the layer then wanted. stall:
+    seconds in which the computation waited for the disk. read: bytes."""
+
+    wanted: int = 0
+    missed: int = 0
+    late: int = 0
+    foretold: int = 0
+    used: int = 0
+    stall: float = 0.0
+    read: int = 0
+
+    @property
+    def hits(self) -> int:
+        return self.wanted - self.missed - self.late
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self) | {"hits": self.hits}
+
+
+class _Layer:
+    """The slots of one layer. where: expert -> slot, of those there or on their way."""
+
+    def __init__(self, table: Tensor, places: Sequence[Span]) -> None:
+        self.table, self.places = table, places  # table: addresses, 0 while an expert is not there
+        self.where: dict[int, int] = {}
+        self.coming: set[int] = set()
+        self.foretold: set[int] = set()  # read ahead and not yet asked for
+        self.asked: set[int] = set()  # in this step
+        self.value = [0.0] * len(places)
+        self.missed = 0
+
+
+class Residency:
+    """The experts of a model in a budget. `budget`: bytes.
+
+    Raises ConfigError for a model without quantised experts and for a budget that not even one expert a layer fits.
+    """
+
+    def __init__(self, model: CausalLM, places: dict[int, list[Span]], budget: int, *,
+                 prefetch: bool = True) -> None:
+        blocks = {layer: block for layer, block in model.moe_blocks().items() if layer in model.config.moe_layers}
+        if native is None or not isinstance(model, FusedCausalLM) or model.device.type != "cpu" or not all(
+                isinstance(block.experts, QuantisedExperts) for block in blocks.values()) or not places:
+            raise ConfigError("expert_memory bounds the experts of a quantised model on the CPU, run by the native "
+                              "kernels: `deepseek quantize` makes one")
+        self.step = 0
+        self.stats = Residents()
+        self._slot = max(_up(place.size) + ALIGNED for own in places.values() for place in own)
+        count, self.least = budget // self._slot, len(places) * self._slot
+        if count < len(places):
+            raise ConfigError(f"expert_memory = {budget:,} bytes: the least that works is {self.least:,} (one expert "
+                              f"of {self._slot:,} bytes for each of {len(places)} layers)")
+        count = min(count, sum(map(len, places.values())))
+        self._memory = mmap.mmap(-1, count * self._slot)
+        view = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._base = view.data_ptr()
+        self._view = memoryview(self._memory)
+        self._free = list(range(count - 1, -1, -1))
+        self.layers = []
+        tables = []
+        for layer, own in places.items():
+            experts = blocks[layer].experts
+            assert isinstance(experts, QuantisedExperts)
+            experts.table.addresses.zero_()
+            tables.append(experts.table)
+            self.layers.append(_Layer(experts.table.addresses, own))
+        each, more = divmod(count, len(self.layers))
+        self.quota = [min(each + (i < more), len(own.places)) for i, own in enumerate(self.layers)]
+        self.budget, self.experts = count * self._slot, len(next(iter(places.values())))
+        self._files = {path: os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+                       for path in {place.file for own in places.values() for place in own}}
+        self._urgent: deque[tuple[int, int]] = deque()
+        self._later: deque[tuple[int, int]] = deque()
+        self._changed = threading.Condition()
+        self._failed: BaseException | None = None
+        self._closed = False
+        me = weakref.ref(self)  # the native object must not keep this one alive
+        need = lambda gate, wanted: me().need(gate, wanted)  # type: ignore[union-attr] # noqa: E731
+        expect = lambda gate, wanted: me().expect(gate, wanted)  # type: ignore[union-attr] # noqa: E731
+        model.residency = native.Residency(need, expect if prefetch else None)
+        for gate, table in enumerate(tables):
+            table.fetch = model.residency, gate
+        self._threads = [threading.Thread(target=_reader, args=(me,), name=f"experts-{i}", daemon=True)
+                         for i in range(2)]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- what the kernels ask -----------------------------------------------------------------------------------
+
+    def need(self, gate: int, wanted: Sequence[int]) -> list[int]:
+        """Those of the experts wanted that are there; where none is, waits for what is read now."""
+        layer, keep = self.layers[gate], set(wanted)
+        with self._changed:
+            new = keep - layer.asked  # else an earlier wave has counted it
+            late, missed = len(new & layer.coming), len([e for e in new if e not in layer.where])
+            self.stats.late, self.stats.missed = self.stats.late + late, self.stats.missed + missed
+            layer.missed += missed
+            layer.asked |= new
+            for item in [item for item in self._later if item[0] == gate]:
+                self._later.remove(item)
+                if item[1] in keep:
+                    self._urgent.append(item)
+                else:  # foretold in vain, and not begun
+                    self._free.append(layer.where.pop(item[1]))
+                    layer.coming.discard(item[1])
+                    layer.foretold.discard(item[1])
+                    self.stats.foretold -= 1
+            began = time.perf_counter()
+            while True:
+                for e in wanted:
+                    if e not in layer.where and self._place(gate, e, keep):
+                        self._urgent.append((gate, e))
+                self._changed.notify_all()
+                here = [e for e in wanted if e in layer.where and e not in layer.coming]
+                if here:
+                    self.stats.stall += time.perf_counter() - began
+                    return here
+                coming = layer.coming & keep or set(layer.coming)
+                while self._failed is None and layer.coming & coming:
+                    self._changed.wait()
+                if self._failed is not None:
+                    raise self._failed
+
+    def expect(self, gate: int, likely: Sequence[int]) -> None:
+        """Begin to read what a layer will probably want, most wanted first."""
+        layer = self.layers[gate]
+        with self._changed:
+            keep, absent = set(likely), [e for e in likely if e not in layer.where]
+            for e in absent[:AHEAD]:
+                if not self._place(gate, e, keep):
+                    break
+                layer.foretold.add(e)
+                self.stats.foretold += 1
+                self._later.append((gate, e))
+            self._changed.notify_all()
+
+    def _place(self, gate: int, expert: int, keep: set[int]) -> bool:
+        """A slot of the layer for an expert: a free one, or that of the least valuable other."""
+        layer = self.layers[gate]
+        if len(layer.where) >= self.quota[gate] or not self._free:
+            able = [e for e in layer.where if e not in keep and e not in layer.coming]
+            if not able:
+                return False
+            self._evict(layer, min(able, key=lambda e: layer.value[e]))
+        layer.where[expert] = self._free.pop()
+        layer.coming.add(expert)
+        return True
+
+    def _evict(self, layer: _Layer, expert: int) -> None:
+        layer.table[expert] = 0
+        layer.foretold.discard(expert)
+        self._free.append(layer.where.pop(expert))
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def _next(self) -> tuple[int, int, int] | None:
+        """(gate, expert, slot) to be read; None when it is over. Waits a while at most, so that its thread can end."""
+        with self._changed:
+            if not self._urgent and not self._later:
+                self._changed.wait(1.0)
+            queue = self._urgent or self._later
+            if not queue or self._closed:
+                return None
+            gate, expert = queue.popleft()
+            return gate, expert, self.layers[gate].where[expert]
+
+    def _read(self, gate: int, expert: int, slot: int) -> None:
+        place = self.layers[gate].places[expert]
+        begin = place.offset // ALIGNED * ALIGNED
+        skip = place.offset - begin
+        room = self._view[slot * self._slot :][: _up(skip + place.size)]
+        got = 0
+        while got < skip + place.size:
+            count = os.preadv(self._files[place.file], [room[got:]], begin + got)
+            if count == 0:
+                raise CheckpointError(f"{place.file}: ends within expert {expert}: the file has shrunk")
+            got += count
+            if got < skip + place.size and count % ALIGNED:
+                raise CheckpointError(f"{place.file}: a read of {len(room)} bytes ended after {got}")
+        with self._changed:
+            layer = self.layers[gate]
+            layer.table[expert] = self._base + slot * self._slot + skip
+            layer.coming.discard(expert)
+            self.stats.read += got
+            self._changed.notify_all()
+
+    # ---- between steps ------------------------------------------------------------------------------------------
+
+    def after(self, routing: RoutingRecord) -> None:
+        """Count a step's routes."""
+        with self._changed:
+            self.step += 1
+            now = 2.0 ** (self.step % HALF_LIFE / HALF_LIFE)  # ages by growing what is new
+            for row, layer_index in enumerate(sorted(routing.routes)):
+                layer = self.layers[row]
+                layer.asked = set()
+                if self.step % HALF_LIFE == 0:
+                    layer.value = [value / 2 for value in layer.value]
+                index = routing.routes[layer_index].index_TK
+                count_E = torch.bincount(index[index >= 0].flatten(), minlength=self.experts).tolist()
+                for e, count in enumerate(count_E):
+                    if count:
+                        layer.value[e] += now * count
+                        self.stats.wanted += 1
+                        if e in layer.foretold:
+                            layer.foretold.discard(e)
+                            self.stats.used += 1
+            if self.step % REBALANCE == 0:
+                self._rebalance()
+
+    def _rebalance(self) -> None:
+        most = max(range(len(self.layers)), key=lambda i: self.layers[i].missed * (self.quota[i] < self.experts))
+        least = min(range(len(self.layers)), key=lambda i: self.layers[i].missed if self.quota[i] > 1 else 1 << 60)
+        giver, taker = self.layers[least], self.layers[most]
+        if taker.missed > 2 * giver.missed and most != least and not giver.coming:
+            self.quota[least] -= 1
+            self.quota[most] += 1
+            if len(giver.where) > self.quota[least]:
+                self._evict(giver, min(giver.where, key=lambda e: giver.value[e]))
+        for layer in self.layers:
+            layer.missed //= 2
+
+    def loaded(self, gate: int) -> Tensor:
+        """Boolean [E]: the experts that are there."""
+        return self.layers[gate].table != 0
+
+    # ---- warm-up ------------------------------------------------------------------------------------------------
+
+    def warm(self, order: Sequence[Iterable[int]]) -> int:
+        """Fill the quotas with experts in the order given for each layer, before the first request; how many were
+        read."""
+        asked = []
+        with self._changed:
+            for gate, (layer, experts) in enumerate(zip(self.layers, order, strict=True)):
+                for rank, e in enumerate(experts):
+                    if len(layer.where) >= self.quota[gate] or not self._free:
+                        break
+                    layer.value[e] = max(layer.value[e], 1.0 / (1 + rank))
+                    if e not in layer.where and self._place(gate, e, set()):
+                        self._later.append((gate, e))
+                        asked.append((gate, e))
+            self._changed.notify_all()
+            while self._failed is None and any(layer.coming for layer in self.layers):
+                self._changed.wait()
+        if self._failed is not None:
+            raise self._failed
+        return len(asked)
+
+    def close(self) -> None:
+        """Stop the readers. The experts that are there stay usable."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for file in self._files.values():
+            os.close(file)
+        self._files = {}
+
+
+def _reader(residency: weakref.ref[Residency]) -> None:
+    """Reads what is asked for, for as long as anybody has the residency."""
+    while True:
+        own = residency()
+        if own is None or own._closed:
+            return
+        item = own._next()
+        if item is None:
+            del own
+            continue
+        try:
+            own._read(*item)
+        except BaseException as error:  # the computing thread raises it
+            with own._changed:
+                own._failed = error
+                own._changed.notify_all()
+            return
+        del own
+
+
+def _up(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def parse_bytes(text: str | int) -> int:
+    """4GiB, 500MB, 0.5 GiB or a number of bytes. Raises ConfigError for anything else."""
+    if isinstance(text, int):
+        return text
+    units: dict[str, int] = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10,
+                             "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}
+    number = text.strip().rstrip("aAbBgGiIkKmMtT").strip()
+    unit = text.strip()[len(number) :].strip().lower()
+    try:
+        value = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise ConfigError(f"expert_memory = {text!r}: must be a number of bytes such as 4GiB or 500MB") from None
+    if not 0 < value < 1 << 62:
+        raise ConfigError(f"expert_memory = {text!r}: must be positive")
+    return int(value)
+
+
+def report(stats: Residents, extra: dict[str, Any] | None = None) -> str:
+    """One line for people."""
+    share = stats.hits / stats.wanted if stats.wanted else 0.0
+    right = stats.used / stats.foretold if stats.foretold else 0.0
+    return (f"experts: {stats.wanted:,} wanted, {share:.1%} there, {stats.missed:,} missed, {stats.late:,} late; "
+            f"{stats.foretold:,} read ahead, {right:.0%} of them used; {stats.read / 2**20:,.0f} MiB read, "
+            f"{stats.stall:.1f} s waited")

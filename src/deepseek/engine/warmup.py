@@ -1,0 +1,121 @@
+"""Experts in memory before the first request: those of some names, or the frequent ones of recorded use.
+
+Recorded use is an ExpertUsage in `expert_use.json` beside the checkpoint; `record_use` adds to it.
+
+Coverage: of the (token, expert) pairs that gates choose, the share whose expert is in memory. Expected for names: the
+share of their own text's pairs, by the atlas (the scores of a measured name are such shares); for recorded use: the
+share of the recorded pairs.
+
+Shape letters: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from ..atlas import Atlas, ExpertUsage
+from ..errors import ConfigError
+from ..files import write_atomically
+from ..model import CausalLM
+from ..quant.linear import QuantisedExperts
+from .control import named
+from .residency import Residency
+
+USE = "expert_use.json"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What was done. expected: share of pairs covered, 0..1; None where nothing was measured that could say."""
+
+    names: tuple[str, ...]
+    experts: int
+    of: int
+    bytes: int
+    seconds: float
+    expected: float | None
+
+    def __str__(self) -> str:
+        covered = "coverage not measured" if self.expected is None else f"{self.expected:.1%} expected coverage"
+        return (f"warm-up: {', '.join(self.names)}: {self.experts:,} of {self.of:,} experts, "
+                f"{self.bytes / 2**20:,.0f} MiB in {self.seconds:.1f} s, {covered}")
+
+
+def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], atlas: Atlas | None,
+            folder: Path | None) -> Warmup:
+    """Raises RequestError for an unknown name and ConfigError for `auto` without recorded use."""
+    layers = model.config.moe_layers
+    use = None
+    if tuple(names) == (AUTO,):
+        use = recorded_use(model, folder)
+        order = [use.counts_LE[row].argsort(descending=True, stable=True).tolist() for row in range(len(layers))]
+        order = [[e for e in row if use.counts_LE[i, e]] for i, row in enumerate(order)]
+    else:
+        groups = [named(name, atlas).by_layer() for name in names]
+        order = [list(dict.fromkeys(e for turn in zip_longest(*(group.get(layer, []) for group in groups))
+                                    for e in turn if e is not None)) for layer in layers]
+    began = time.perf_counter()
+    if residency is not None:
+        residency.warm(order)
+        there = [set(residency.loaded(row).nonzero().flatten().tolist()) for row in range(len(layers))]
+        size = sum(residency.layers[row].places[e].size for row, own in enumerate(there) for e in own)
+    else:
+        there, size = [set(row) for row in order], 0
+        for layer, own in zip(layers, there, strict=True):
+            experts = model.moe_blocks()[layer].experts
+            for e in own:
+                tensors = [experts.table[e]] if isinstance(experts, QuantisedExperts) else list(experts.dense(e))
+                for tensor in tensors:  # a byte of every page makes the system map it
+                    tensor.view(torch.uint8).flatten()[::4096].sum()
+                    size += tensor.nbytes
+    seconds = time.perf_counter() - began
+    count, of = sum(map(len, there)), len(layers) * model.config.n_routed_experts
+    return Warmup(tuple(names), count, of, size, seconds, _expected(there, names, atlas, use, layers))
+
+
+def _expected(there: list[set[int]], names: Sequence[str], atlas: Atlas | None, use: ExpertUsage | None,
+              layers: Sequence[int]) -> float | None:
+    if use is not None:
+        pairs = sum(int(use.counts_LE[row, e]) for row, own in enumerate(there) for e in own)
+        return pairs / max(int(use.counts_LE.sum()), 1)
+    shares = []
+    for name in names:
+        group = atlas.group(name) if atlas is not None else None
+        if group is None or not group.scores or group.measured is None or group.measured.score != "token":
+            return None
+        row_of = {layer: row for row, layer in enumerate(layers)}
+        kept: float = sum(score for expert, score in zip(group.experts, group.scores, strict=True)
+                   if expert.index in there[row_of[expert.layer]])
+        shares.append(kept / len(layers))
+    return sum(shares) / len(shares)
+
+
+def recorded_use(model: CausalLM, folder: Path | None) -> ExpertUsage:
+    """Raises ConfigError where there is none, or that of another model."""
+    if folder is None or not (folder / USE).is_file():
+        raise ConfigError(f"warmup_experts = auto: there is no {USE} beside the model yet; a run with expert_memory "
+                          "leaves one (or give names)")
+    use = ExpertUsage.from_json((folder / USE).read_text(encoding="utf-8"))
+    if (use.layers, use.experts) != (model.config.moe_layers, model.config.n_routed_experts):
+        raise ConfigError(f"{folder / USE}: counts {len(use.layers)} layers x {use.experts} experts: the model has "
+                          f"{len(model.config.moe_layers)} x {model.config.n_routed_experts}")
+    return use
+
+
+def record_use(usage: ExpertUsage, folder: Path) -> None:
+    """Add a run's counts to the recorded ones, of which the older half each time, so that old habits fade."""
+    file = folder / USE
+    if file.is_file():
+        old = ExpertUsage.from_json(file.read_text(encoding="utf-8"))
+        if (old.layers, old.experts) == (usage.layers, usage.experts):
+            usage.counts_LE += old.counts_LE // 2
+            usage.weights_LE += old.weights_LE / 2
+            usage.tokens += old.tokens // 2
+    write_atomically(file, usage.to_json())

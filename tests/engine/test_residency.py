@@ -1,0 +1,178 @@
+"""Experts that come from disk when they are wanted: the same bits, within the budget, read as often as is said."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek.atlas import Atlas, ExpertUsage
+from deepseek.checkpoint import expert_spans, load_model, save_model
+from deepseek.convert import quantize
+from deepseek.engine import LLM, ExpertControl, SamplingParams
+from deepseek.engine.residency import AHEAD, Residency, parse_bytes
+from deepseek.engine.warmup import USE
+from deepseek.errors import CheckpointError, ConfigError, RequestError
+from deepseek.ops.native import native
+from deepseek.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.skipif(native is None, reason="needs the native kernels")
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+EXPERTS, LAYERS = 16, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any) -> Path:
+    """A quantised model of 3 MoE layers x 16 experts, with a tokenizer and an atlas of four names."""
+    place = tmp_path_factory.mktemp("residency")
+    tokenizer = Tokenizer.train(["the quick brown fox", "0123456789"] * 4, 300)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=4, n_routed_experts=EXPERTS, n_group=4,
+                         topk_group=2, num_experts_per_tok=3, max_position_embeddings=512)
+    quantize(save_model(random_model(config), place / "plain", tokenizer=tokenizer), place / "q", "nf4", progress=False)
+    Atlas.built_in(config, ["a_expert", "b_expert", "c_expert", "d_expert"]).save(place / "q")
+    return place / "q"
+
+
+def slot(folder: Path) -> int:
+    """Bytes of a slot: what the error of a budget too small says."""
+    with pytest.raises(ConfigError, match=r"the least that works is ([\d,]+) ") as failure:
+        LLM(folder, expert_memory=1)
+    return int(str(failure.value).split("works is ")[1].split()[0].replace(",", "")) // LAYERS
+
+
+def prompts(folder: Path, count: int, seed: int = 0) -> list[list[int]]:
+    draw, vocabulary = random.Random(seed), Tokenizer.load(folder).vocab_size
+    return [[draw.randrange(vocabulary) for _ in range(draw.choice([1, 3, 20, 140]))] for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def want(folder: Path) -> Any:
+    return LLM(folder).generate(prompts(folder, 10), GREEDY)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 12, 16])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_any_budget_gives_the_same_tokens(folder: Path, want: Any, slots: int, prefetch: bool) -> None:
+    llm = LLM(folder, expert_memory=slots * LAYERS * slot(folder), prefetch=prefetch, batch_size=4)
+    assert llm.generate(prompts(folder, 10), GREEDY) == want
+    stats = llm.engine.residency.stats
+    there = sum(len(layer.where) for layer in llm.engine.residency.layers)
+    assert there <= slots * LAYERS and 0 < stats.missed <= stats.wanted
+    assert stats.read == (stats.read // there_size(folder)) * there_size(folder)
+    assert (slots < EXPERTS) == (stats.missed + stats.late + stats.foretold > LAYERS * EXPERTS)
+    assert prefetch or not stats.foretold
+
+
+def there_size(folder: Path) -> int:
+    return next(iter(expert_spans(folder).values()))[0].size
+
+
+def test_tables_and_slots_agree_after_many_steps(folder: Path) -> None:
+    """No slot for two, none lost; what the tables point to is the expert's own bytes."""
+    llm = LLM(folder, expert_memory=6 * LAYERS * slot(folder), batch_size=3)
+    llm.generate(prompts(folder, 6, seed=3), GREEDY)
+    own = llm.engine.residency
+    with own._changed:
+        own._changed.wait_for(lambda: not any(layer.coming for layer in own.layers), 10)
+    used = [s for layer in own.layers for s in layer.where.values()]
+    assert sorted([*used, *own._free]) == list(range(6 * LAYERS))
+    assert sum(own.quota) == 6 * LAYERS
+    for layer in own.layers:
+        assert set(layer.where) == set((layer.table != 0).nonzero().flatten().tolist())
+        for expert, place in layer.where.items():
+            span = layer.places[expert]
+            with span.file.open("rb") as file:
+                file.seek(span.offset)
+                data = file.read(span.size)
+            begin = int(layer.table[expert]) - own._base
+            assert begin // own._slot == place
+            assert bytes(own._view[begin : begin + span.size]) == data
+
+
+def test_warm_names_are_there_before_the_first_request(folder: Path) -> None:
+    llm = LLM(folder, expert_memory=8 * LAYERS * slot(folder), warmup_experts="b_expert, d_expert")
+    own = llm.engine.residency
+    for gate in range(LAYERS):
+        assert own.loaded(gate).nonzero().flatten().tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert own.stats.missed == 0 and own.stats.read == 8 * LAYERS * there_size(folder)
+    assert llm.warmup.experts == 8 * LAYERS and "b_expert, d_expert: 24 of 48 experts" in str(llm.warmup)
+    half = LLM(folder, expert_memory=4 * LAYERS * slot(folder), warmup_experts=["b_expert", "d_expert"])
+    assert half.engine.residency.loaded(0).nonzero().flatten().tolist() == [4, 5, 12, 13]  # names take turns
+
+
+def test_auto_takes_the_frequent_ones_of_recorded_use(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(ConfigError, match=r"expert_use\.json beside the model yet"):
+        LLM(copy, expert_memory=3 * LAYERS * slot(folder), warmup_experts="auto")
+    use = ExpertUsage(load_model(copy).config)
+    use.counts_LE[:, [3, 9, 11]] = torch.tensor([50, 30, 20])
+    use.tokens = 100
+    (copy / USE).write_text(use.to_json())
+    llm = LLM(copy, expert_memory=2 * LAYERS * slot(folder), warmup_experts="auto")
+    assert llm.engine.residency.loaded(1).nonzero().flatten().tolist() == [3, 9]
+    assert llm.warmup.expected == pytest.approx(0.8)
+
+
+def test_controls_work_with_cold_experts_and_approx_takes_what_is_loaded(folder: Path) -> None:
+    masked = SamplingParams(max_tokens=4, temperature=0, routed=True, experts=ExpertControl(mask=["a_expert"]))
+    ids = [[5, 6, 7, 8]]
+    everything = LLM(folder).generate(ids, masked)
+    assert not bool((everything[0].routed < 4).any())
+    llm = LLM(folder, expert_memory=2 * LAYERS * slot(folder))
+    assert llm.generate(ids, masked) == everything
+    approx = LLM(folder, expert_memory=8 * LAYERS * slot(folder), warmup_experts="b_expert,d_expert", prefetch=False)
+    got = approx.generate(ids, SamplingParams(max_tokens=4, temperature=0, routed=True,
+                                              experts=ExpertControl(approx=True)))
+    exact = LLM(folder).generate(ids, SamplingParams(max_tokens=4, temperature=0, routed=True))
+    named = torch.tensor([4, 5, 6, 7, 12, 13, 14, 15])
+    assert torch.isin(got[0].routed, named).float().mean() > torch.isin(exact[0].routed, named).float().mean()
+
+
+def test_the_most_valuable_stay(folder: Path) -> None:
+    """LRFU: of those not wanted now, the least and longest-ago visited goes."""
+    own = LLM(folder, expert_memory=4 * LAYERS * slot(folder), prefetch=False).engine.residency
+    for wanted in ([0, 1, 2], [0, 3, 1], [0, 1, 4]):
+        left = set(wanted)
+        while left:
+            left -= set(own.need(0, sorted(left)))
+        record = fake_routes(wanted)
+        own.after(record)
+    assert set(own.layers[0].where) == {0, 1, 3, 4}
+    assert own.stats.missed == 5 and own.stats.hits == 9 * LAYERS - 5
+
+
+def fake_routes(experts: list[int]) -> Any:
+    from deepseek.model import Route, RoutingRecord
+
+    index = torch.tensor([experts])
+    return RoutingRecord({layer: Route(index, torch.ones_like(index).float(), torch.zeros(1, EXPERTS))
+                          for layer in range(1, 1 + LAYERS)})
+
+
+def test_a_file_that_shrinks_is_an_error_of_who_waits(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    llm = LLM(copy, expert_memory=2 * LAYERS * slot(folder), prefetch=False)
+    spans = expert_spans(copy)
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.truncate(min(span.offset for own in spans.values() for span in own) + 1)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends within expert 3: the file has shrunk"):
+        llm.engine.residency.need(0, [3])
+
+
+def test_bad_options(folder: Path, random_model: Callable, tiny_config: Callable) -> None:
+    assert [parse_bytes(text) for text in ("4GiB", "500MB", "0.5 gib", "77")] == [2**32, 5 * 10**8, 2**29, 77]
+    for text in ("4 parsecs", "", "-3MB", "GiB", "nan"):
+        with pytest.raises(ConfigError, match="expert_memory"):
+            LLM(folder, expert_memory=text)
+    with pytest.raises(ConfigError, match="needs a checkpoint"):
+        LLM(random_model(tiny_config()), expert_memory="1GiB")
+    with pytest.raises(ConfigError, match="quantised model"):
+        Residency(random_model(tiny_config()), {}, 10**9)
+    with pytest.raises(RequestError, match="no experts are named 'x_expert'; there are a_expert, b_expert"):
+        LLM(folder, warmup_experts="x_expert")
+    assert AHEAD > 0
