@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .convert import quantize as quantize
     from .engine import LLM as LLM
     from .engine import SamplingParams as SamplingParams
+    from .engine import dynamic_batching as dynamic_batching
     from .ids import ExpertId as ExpertId
     from .tokenizer import Tokenizer as Tokenizer
     from .tune import LoRAAdapter as LoRAAdapter
@@ -28,6 +29,7 @@ _WHERE = {
     "ModelConfig": "config",
     "SamplingParams": "engine",
     "Tokenizer": "tokenizer",
+    "dynamic_batching": "engine",
     "load_model": "checkpoint",
     "quantize": "convert",
     "save_model": "checkpoint",

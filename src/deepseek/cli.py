@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
-from .errors import ConfigError, DataError, MoEDRError, RequestError
+from .engine.verbs import add_chat_flags, add_infer_flags
+from .errors import ConfigError, DataError, MoEDRError
 from .tune.verbs import add_tune_flags
 
 if TYPE_CHECKING:
     from .config import ModelConfig
-    from .engine import LLM, SamplingParams
     from .tokenizer import Tokenizer
 
 
@@ -132,44 +132,17 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def infer(args: argparse.Namespace) -> None:
-    llm, params = _llm(args), _sampling(args)
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
-    if not prompt:
-        raise RequestError("prompt = '': must not be empty (give --prompt or text on standard input)")
-    usage = _usage(args, llm)
-    for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage):
-        print(piece, end="", flush=True)
-    print()
-    _show_usage(args, usage)
+    from .engine.verbs import infer as run
+
+    _machine(args)
+    run(args)
 
 
 def chat(args: argparse.Namespace) -> None:
-    llm, params = _llm(args), _sampling(args)
-    usage = _usage(args, llm)
-    messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
-    start = len(messages)
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print("Type a message; /reset forgets the conversation, /exit (or Ctrl-D) ends it.")
-    while True:
-        if interactive:
-            print("\n> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line or line.strip() == "/exit":
-            break
-        if line.strip() == "/reset":
-            del messages[start:]
-            continue
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line.rstrip("\n")})
-        answer = ""
-        for piece in llm.stream(messages, params, usage=usage):
-            answer += piece
-            print(piece, end="", flush=True)
-        print()
-        messages.append({"role": "assistant", "content": answer})
-    _show_usage(args, usage)
+    from .engine.verbs import chat as run
+
+    _machine(args)
+    run(args)
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -359,36 +332,6 @@ def _tokens_bar(text: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-def _llm(args: argparse.Namespace) -> LLM:
-    _machine(args)
-    from .engine import LLM
-
-    return LLM(args.model, dtype=args.dtype, device=args.device, adapter=args.adapter)
-
-
-def _sampling(args: argparse.Namespace) -> SamplingParams:
-    from .engine import SamplingParams
-
-    return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-                          min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed,
-                          stop=tuple(args.stop))
-
-
-def _usage(args: argparse.Namespace, llm: LLM) -> Any:
-    from .atlas import ExpertUsage
-
-    return ExpertUsage(llm.model.config) if args.show_experts or args.expert_map else None
-
-
-def _show_usage(args: argparse.Namespace, usage: Any) -> None:
-    if usage is None:
-        return
-    print(usage.table(), file=sys.stderr)
-    if args.expert_map:
-        usage.save_heat_map(args.expert_map)
-        print(f"heat map: {args.expert_map}", file=sys.stderr)
-
-
 def _machine(args: argparse.Namespace) -> None:
     """Check --device and apply --threads, before anything else is loaded."""
     import torch
@@ -490,13 +433,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
 
     verb = _verb(verbs, "infer", infer, "complete a prompt, printing text as it comes")
-    _model_flags(verb)
-    verb.add_argument("--prompt", help="the prompt; else standard input")
-    verb.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    _device_flags(verb)
+    add_infer_flags(verb)
 
     verb = _verb(verbs, "chat", chat, "a conversation in the terminal")
-    _model_flags(verb)
-    verb.add_argument("--system", help="system message")
+    _device_flags(verb)
+    add_chat_flags(verb)
     return parser
 
 
@@ -520,23 +462,6 @@ def _sample_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seq_len", type=int, help="length of a window at most; else 512, or what the model takes")
     verb.add_argument("--seed", type=int, default=0, help="of the sample")
     _device_flags(verb)
-
-
-def _model_flags(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--model", required=True, help="a checkpoint folder or a hub id")
-    _device_flags(verb)
-    verb.add_argument("--adapter", metavar="DIR", help="a delta or an adapter that `deepseek tune` left, to put in")
-    verb.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    verb.add_argument("--max_tokens", type=int, default=256, help="tokens to generate at most")
-    verb.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
-    verb.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this probability mass")
-    verb.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0 keeps all")
-    verb.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one")
-    verb.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages what has been said")
-    verb.add_argument("--seed", type=int, help="makes sampling repeatable")
-    verb.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
-    verb.add_argument("--show_experts", action="store_true", help="print the share of tokens per expert and layer")
-    verb.add_argument("--expert_map", metavar="PNG", help="save that table as a heat map")
 
 
 if __name__ == "__main__":

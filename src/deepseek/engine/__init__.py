@@ -1,9 +1,26 @@
-"""Requests -> tokens."""
+"""Requests -> tokens. The names are loaded when first used: the command line's flags need no torch."""
 
-from .control import ExpertControl
-from .engine import Engine, EngineOptions
-from .llm import LLM
-from .request import RequestOutput
-from .sampler import SamplingParams
+from __future__ import annotations
 
-__all__ = ["LLM", "Engine", "EngineOptions", "ExpertControl", "RequestOutput", "SamplingParams"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batching import Batch as Batch
+    from .batching import dynamic_batching as dynamic_batching
+    from .control import ExpertControl as ExpertControl
+    from .engine import Engine as Engine
+    from .engine import EngineOptions as EngineOptions
+    from .llm import LLM as LLM
+    from .request import RequestOutput as RequestOutput
+    from .sampler import SamplingParams as SamplingParams
+
+_WHERE = {"LLM": "llm", "Batch": "batching", "Engine": "engine", "EngineOptions": "engine", "ExpertControl": "control",
+          "RequestOutput": "request", "SamplingParams": "sampler", "dynamic_batching": "batching"}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)

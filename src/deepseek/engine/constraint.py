@@ -83,17 +83,72 @@ class Constraints:
         Raises RequestError for a schema, regular expression or grammar that is invalid, that asks for what the library
         does not know, or that nothing matches; without a tokenizer; and without the library.
         """
-        for field in ("json_schema", "regex", "grammar"):
-            if (value := getattr(params, field)) is not None:
-                try:
-                    source = _schema(value) if field == "json_schema" else value
-                    matcher = self._compiled(field, source).deep_copy()
-                except (TypeError, ValueError, RecursionError) as error:
-                    if isinstance(error, RequestError) and str(error).startswith("constrained"):
-                        raise
-                    raise RequestError(f"{field} = {value!r:.80}: {' '.join(str(error).split()):.400}") from None
-                own = Constraint(matcher, self._tokens[1], frozenset() if params.ignore_eos else self._eos_ids)
-                if not own.allowed_V.any():
-                    raise RequestError(f"{field} = {value!r:.80}: no token can begin a text that matches")
-                return own
-        return None
+        given = [(field, value) for field in ("json_schema", "regex", "grammar")
+                 if (value := getattr(params, field)) is not None]
+        if not given:
+            return None
+        [(field, value)] = given  # SamplingParams sees to it that there is one
+        text_V = self._tokens[1]
+        try:
+            matcher = self._compiled(field, _schema(value) if field == "json_schema" else value).deep_copy()
+        except (TypeError, ValueError, RecursionError) as error:  # what json and the library raise for bad input
+            raise RequestError(f"{field} = {value!r:.80}: {' '.join(str(error).split()):.400}") from None
+        constraint = Constraint(matcher, text_V, frozenset() if params.ignore_eos else self._eos_ids)
+        if not constraint.allowed_V.any():
+            raise RequestError(f"{field} = {value!r:.80}: no token can begin a text that matches")
+        return constraint
+
+    def _compile(self, field: str, source: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        if field == "json_schema":
+            grammar = LLMatcher.grammar_from_json_schema(source, defaults=JSON_DEFAULTS)
+        else:
+            grammar = (LLMatcher.grammar_from_regex if field == "regex" else LLMatcher.grammar_from_lark)(source)
+        matcher = LLMatcher(self._tokens[0], grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        return matcher
+
+    @cached_property
+    def _tokens(self) -> tuple[LLTokenizer, Tensor]:
+        """The library's view of the tokenizer, and a boolean [V]: True for tokens that are text."""
+        if self._tokenizer is None:
+            raise RequestError("constrained output needs a tokenizer, and this model was given without one")
+        try:
+            from llguidance import LLTokenizer, TokenizerWrapper
+        except ImportError:
+            raise RequestError("constrained output needs the package llguidance (pip install 'moe-dr[llguidance]')"
+                               ) from None
+        tokens = _Tokens(self._tokenizer, self._vocabulary, self._eos_ids)
+        return LLTokenizer(TokenizerWrapper(tokens)), torch.tensor(list(map(bool, tokens.tokens[: self._vocabulary])))
+
+
+class _Tokens:
+    """A tokenizer with the attributes that the library asks for. Its text is never read as control tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos_ids: frozenset[int]) -> None:
+        with TemporaryDirectory() as folder:
+            tokenizer.save(folder)
+            definition = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        if "ByteLevel" not in json.dumps(definition.get("decoder")):
+            raise RequestError("constrained output needs a byte-level tokenizer, and this model's is another kind")
+        end = max(vocabulary, tokenizer.vocab_size)
+        self.tokens = [b""] * end + [b"<end>"]
+        self.eos_token_id, self.bos_token_id, self.special_token_ids = end, None, [end]
+        left_out = eos_ids.union(token["id"] for token in definition.get("added_tokens") or [])
+        for text, i in definition["model"]["vocab"].items():
+            if i not in left_out and BYTES.keys() >= set(text):
+                self.tokens[i] = bytes(BYTES[character] for character in text)
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+
+def _schema(value: str | Mapping[str, Any]) -> str:
+    """As JSON text. Raises TypeError or ValueError."""
+    schema = json.loads(value) if isinstance(value, str) else dict(value)
+    if not isinstance(schema, dict):
+        raise ValueError("must be a JSON object")
+    return json.dumps(schema)

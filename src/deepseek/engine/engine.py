@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ import torch
 from ..atlas import Atlas
 from ..atlas.usage import ExpertUsage
 from ..errors import ConfigError, RequestError
-from ..model import CausalLM
-from ..model.cache import PAGE, LatentPool
+from ..model import CausalLM, RoutingRecord
+from ..model.cache import PAGE, Chunk, LatentPool
 from ..ops.native import native
 from ..quant.linear import is_quantised
 from .control import Controls
@@ -36,6 +37,7 @@ from .residency import Residency, parse_bytes
 from .runner import Runner, routed
 from .scheduler import Policy, Scheduler, Work, pages_needed
 from .signature import Signatures
+from .speculative import Drafter
 
 CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent pool at most
 
@@ -45,9 +47,10 @@ class EngineOptions:
     """How requests are run. batch_size: requests that run together at most. step_tokens: tokens of a step at most, a
     longer prompt runs in pieces. cache_tokens: positions of the latent pool; None takes what batch_size requests of
     full length need, or a quarter of free memory. prefix_cache: keep pages for prompts that begin alike. policy,
-    age_limit (seconds): scheduler.py. expert_memory: bytes (or "4GiB") for routed experts, the others stay on disk; None is all.
-    warmup_experts: names whose experts are in memory before the first request, or "auto": the frequent ones of recorded
-    use. prefetch: read the next layer's experts ahead. Raises ConfigError naming option, value and rule."""
+    age_limit (seconds): scheduler.py. expert_memory: bytes (or "4GiB") for routed experts, the others stay on disk;
+    None is all. warmup_experts: names whose experts are in memory before the first request, or "auto": the frequent
+    ones of recorded use. prefetch: read the next layer's experts ahead. speculate: draft with the MTP module, if there
+    is one, where it pays. Raises ConfigError naming option, value and rule."""
 
     batch_size: int = 32
     step_tokens: int = 512
@@ -58,6 +61,7 @@ class EngineOptions:
     expert_memory: int | str | None = None
     warmup_experts: str | Sequence[str] = ()
     prefetch: bool = True
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         self._need("batch_size", "must be an integer >= 1", _whole(self.batch_size, 1))
@@ -74,6 +78,7 @@ class EngineOptions:
         names = self.warmup_experts.split(",") if isinstance(self.warmup_experts, str) else self.warmup_experts
         object.__setattr__(self, "warmup_experts", tuple(name.strip() for name in names if name.strip()))
         self._need("prefetch", "must be true or false", isinstance(self.prefetch, bool))
+        self._need("speculate", "must be true or false", isinstance(self.speculate, bool))
 
     def _need(self, field: str, rule: str, holds: bool) -> None:
         if not holds:
@@ -115,7 +120,10 @@ class Engine:
         config = model.config
         dtype = model.compute_dtype or model.lm_head.weight.dtype
         count = _pool_pages(model, self.options, dtype)
-        pool = LatentPool(config, count, dtype=dtype, device=model.device)
+        speculate = self.options.speculate and len(model.model.mtp) > 0
+        layers = config.num_hidden_layers + speculate
+        pool = LatentPool(config, count, layers=layers, dtype=dtype, device=model.device)
+        self.drafter = Drafter(model, pool) if speculate else None
         self.pages = Pages(pool, prefix_cache=self.options.prefix_cache)
         self.signatures = Signatures(config, atlas)
         self.scheduler = Scheduler(
@@ -126,6 +134,7 @@ class Engine:
         self.usage: ExpertUsage | None = None
         self.lock = threading.RLock()
         self._controls: dict[int, Controls] = {}
+        self._drafted: dict[int, torch.Tensor] = {}  # where the drafts of this step went
 
     @property
     def exact(self) -> bool:
@@ -174,41 +183,92 @@ class Engine:
             record = (self.usage is not None or self.options.policy == "expert" or self.residency is not None
                       or any(work.request.params.routed for work in works))
             controls = [self._controls.get(work.request.number) for work in works]
-            logits, routing = self.runner.run(works, controls, record)
+            began = time.perf_counter()
+            logits, hidden, routing = self.runner.run(works, controls, record)
             if routing is not None:
-                if self.usage is not None:
-                    self.usage.add(routing)
-                if self.residency is not None:
-                    self.residency.after(routing)
-                self._record(works, routing)
+                self._count(works, routing)
             self.counters.steps += 1
+            sampled = self.counters.sampled
             moved: list[Request] = []
-            for work, logits_V in zip(works, logits, strict=True):
+            for work, logits_SV in zip(works, logits, strict=True):
                 self._computed(work)
-                if logits_V is not None:
+                for row, logits_V in enumerate(logits_SV):
+                    if row and not self._accepted(work):
+                        break
                     moved += self._advance(work.request, logits_V)
+            if self.drafter is not None:
+                self._draft(works, hidden, began, self.counters.sampled - sampled)
             return moved
 
-    def _record(self, works: Iterable[Work], routing: Any) -> None:
-        start = 0
+    def _count(self, works: Sequence[Work], routing: RoutingRecord) -> None:
+        if self.usage is not None:
+            self.usage.add(routing)
+        if self.residency is not None:
+            self.residency.after(routing)
+        self._drafted, start = {}, 0
         for work in works:
             stop = start + work.chunk.tokens
             index_TLK = routed(routing, start, stop)
-            self.signatures.measure(work.request, index_TLK)
-            if work.request.params.routed and work.chunk.past >= sum(map(len, work.request.routed)):
-                work.request.routed.append(index_TLK)
+            if work.draft is not None:
+                index_TLK, self._drafted[work.request.number] = index_TLK[:-1], index_TLK[-1:]
+            self._routed(work.request, work.chunk.past, index_TLK)
             start = stop
+
+    def _routed(self, request: Request, first: int, index_TLK: torch.Tensor) -> None:
+        """Where the tokens of a request at positions first, … went."""
+        self.signatures.measure(request, index_TLK)
+        skip = sum(map(len, request.routed)) - first  # known from before it stepped back
+        if request.params.routed and 0 <= skip < len(index_TLK):
+            asked = request.params.experts
+            top = asked.top_k if asked is not None and asked.top_k else self.model.config.num_experts_per_tok
+            request.routed.append(index_TLK[skip:, :, :top])  # beyond are places that others have more of
+
+    def _accepted(self, work: Work) -> bool:
+        """Whether a request goes on behind its draft: it is what was drawn."""
+        assert self.drafter is not None
+        request = work.request
+        if request.finish_reason is not None or request.token_ids[-1] != work.draft:
+            return False
+        self.drafter.stats.accepted += 1
+        request.computed += 1
+        self.counters.computed += 1
+        if request.number in self._drafted:
+            self._routed(request, request.computed - 1, self._drafted[request.number])
+        return True
+
+    def _draft(self, works: Sequence[Work], hidden: Sequence[torch.Tensor], began: float, tokens: int) -> None:
+        """Drafts for the next step, where they pay."""
+        assert self.drafter is not None
+        running = self.scheduler.running
+        choice = self.drafter.gain.of(max(1, len(running)))
+        drafts = any(work.draft is not None for work in works)
+        self.drafter.stats.drafted += sum(work.draft is not None for work in works)
+        chosen = []
+        for work, own in zip(works, hidden, strict=True):
+            request, past = work.request, work.chunk.past
+            request.draft = None
+            if request.finish_reason is None and request.coupling is None and request.followed == past:
+                chosen.append((request, Chunk(request.computed - past, past, request.table.pages, work.chunk.order),
+                               own[: request.computed - past]))
+        prompts = any(work.chunk.order == "naive" for work in works)
+        if choice.drafts() or prompts:
+            self.drafter.draft(chosen)
+        if not choice.drafts():
+            for request in running:
+                request.draft = None
+        if tokens and not prompts:
+            choice.add(drafts, time.perf_counter() - began, tokens)
 
     def _computed(self, work: Work) -> None:
         request, chunk = work.request, work.chunk
-        prefilled = request.prefilling
-        request.computed += chunk.tokens
-        self.counters.computed += chunk.tokens
+        prefilled, certain = request.prefilling, chunk.tokens - (work.draft is not None)
+        request.computed += certain
+        self.counters.computed += certain
         if prefilled and not request.prefilling:
             self.counters.cached += request.cached_tokens
-            self.pages.file(request.table, request.filed(request.computed))
+            self.scheduler.file(request)
         elif request.computed // PAGE > request.table.filed:
-            self.pages.file(request.table, request.filed(request.computed // PAGE * PAGE))
+            self.scheduler.file(request, request.computed // PAGE * PAGE)
 
     def _advance(self, request: Request, logits_V: torch.Tensor) -> list[Request]:
         """One more token for a request, or for all that it is coupled with."""

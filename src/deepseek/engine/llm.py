@@ -218,8 +218,8 @@ class LLM:
         if params.stop:
             self._need_tokenizer("a stop string")
         ids = self.encode(prompt)
-        if domain is None and isinstance(prompt, str):
-            domain = self._rules.predict(prompt)
+        if domain is None and (text := _said(prompt)):
+            domain = self._rules.predict(text)
         out: list[Request] = []
         for i in range(params.n):
             own = params if params.seed is None or not i else replace(params, seed=params.seed + i)
@@ -266,6 +266,15 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer, and this model was given without one")
         return self.tokenizer
+
+
+def _said(prompt: Prompt) -> str:
+    """The text that says what a prompt is about: the prompt, or what was said last in a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    last = prompt[-1] if prompt else None
+    content = last.get("content") if isinstance(last, Mapping) else None
+    return content if isinstance(content, str) else ""
 
 
 def outcome(group: Sequence[Request]) -> RequestOutput:

@@ -130,6 +130,8 @@ class Request:
         self.computed = 0
         self.cached_tokens = 0
         self.coupling: Coupling | None = None
+        self.draft: int | None = None  # a guess at the token after the last
+        self.followed = 0  # positions that the MTP module has run over
         self.after: Request | None = None  # the first of the continuations of one prompt, whose pages serve the others
         self.arrived = time.monotonic()
         self.first_token: float | None = None
@@ -165,9 +167,9 @@ class Request:
         return [(self.token(i), i < prompt) for i in range(stop)]
 
     def chunk(self, most: int) -> Chunk:
-        """The next tokens to run, at most `most`, all in one order."""
+        """The next tokens to run, at most `most`, all in one order; a draft is one of them."""
         prompt = len(self.prompt_ids)
-        end = prompt if self.prefilling else self.length
+        end = prompt if self.prefilling else self.length + (self.draft is not None)
         return Chunk(min(most, end - self.computed), self.computed, self.table.pages,
                      "naive" if self.prefilling else "absorbed")
 

@@ -22,6 +22,7 @@ Shape letters: L MoE layers, E experts, K experts a token.
 
 from __future__ import annotations
 
+import atexit
 import mmap
 import os
 import threading
@@ -137,6 +138,7 @@ class Residency:
                          for i in range(2)]
         for thread in self._threads:
             thread.start()
+        atexit.register(_stop, me)
 
     # ---- what the kernels ask -----------------------------------------------------------------------------------
 
@@ -302,6 +304,8 @@ class Residency:
     def close(self) -> None:
         """Stop the readers. The experts that are there stay usable."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
@@ -329,6 +333,12 @@ def _reader(residency: weakref.ref[Residency]) -> None:
                 own._changed.notify_all()
             return
         del own
+
+
+def _stop(residency: weakref.ref[Residency]) -> None:
+    """Before the interpreter goes, so that no reader is caught holding what is taken apart."""
+    if (own := residency()) is not None:
+        own.close()
 
 
 def _up(size: int) -> int:

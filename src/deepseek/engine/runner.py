@@ -23,22 +23,27 @@ class Runner:
     @torch.inference_mode()
     def run(
         self, works: Sequence[Work], controls: Sequence[Controls | None], record: bool
-    ) -> tuple[list[Tensor | None], RoutingRecord | None]:
-        """(the logits after each work's last token, FP32 on the CPU, None where it does not sample; the routing)."""
+    ) -> tuple[list[Tensor], list[Tensor], RoutingRecord | None]:
+        """(logits after each work's last token, and after the one before where the last is a draft, FP32 on the CPU, no
+        rows where it does not sample; the hidden states of each work's tokens; the routing)."""
         chunks = [work.chunk for work in works]
-        ids_T = torch.tensor([token for work in works
-                              for token in work.request.tokens(work.chunk.past, work.chunk.past + work.chunk.tokens)])
+        ids: list[int] = []
+        for work in works:
+            own = work.chunk.tokens - (work.draft is not None)
+            ids += work.request.tokens(work.chunk.past, work.chunk.past + own)
+            ids += [] if work.draft is None else [work.draft]
+        ids_T = torch.tensor(ids)
         control = None
         if any(one is not None for one in controls):
             control = combined([(c.tokens, c.past, own) for c, own in zip(chunks, controls, strict=True)])
         routing = RoutingRecord() if record else None
         hidden_TH = self.model.packed(ids_T.to(self.model.device), Pack(self.pool, chunks, control), routing)
-        ends = torch.tensor([chunk.tokens for chunk in chunks]).cumsum(0) - 1
-        rows = [int(end) for end, work in zip(ends, works, strict=True) if work.samples]
-        if not rows:
-            return [None] * len(works), routing
-        logits = iter(self.model.lm_head(hidden_TH[rows]).float().cpu())
-        return [next(logits) if work.samples else None for work in works], routing
+        hidden = hidden_TH.split([chunk.tokens for chunk in chunks])
+        wanted = [work.samples + (work.draft is not None) for work in works]
+        rows_SH = torch.cat([own[len(own) - count :] for own, count in zip(hidden, wanted, strict=True)])
+        if not len(rows_SH):
+            return [hidden_TH.new_empty(0)] * len(works), list(hidden), routing
+        return list(self.model.lm_head(rows_SH).float().cpu().split(wanted)), list(hidden), routing
 
 
 def routed(routing: RoutingRecord, start: int, stop: int) -> Tensor:

@@ -36,7 +36,7 @@ class SamplingParams:
     min_p: 0 is off. seed: None draws a fresh one. stop: strings that end the text and are not part of it (one string
     may be given bare). ignore_eos: go on past the end-of-sequence token. n: continuations of the prompt, with seeds
     seed, seed + 1, …. logprobs: report each token's log-probability and those of so many likeliest ones, before
-    temperature and restrictions. json_schema, regex, grammar (Lark): one of them, which the text then matches. experts:
+    temperature, top_k, top_p, min_p and penalties. json_schema, regex, grammar (Lark): one of them, which the text then matches. experts:
     changes what the gates decide, inexact. routed: report the experts that every token visited.
     Raises RequestError naming field, value and rule.
     """
@@ -112,9 +112,9 @@ class Logprob:
 
 
 def logprobs(logits_V: Tensor, token: int, top: int) -> Logprob:
-    """From the logits that the token was drawn from."""
+    """From the logits that the token was drawn from; tokens that a constraint rules out are not among the likeliest."""
     log_V = logits_V.double().log_softmax(-1)
-    best = log_V.topk(min(top, len(log_V)))
+    best = log_V.topk(min(top, int(log_V.isfinite().sum())))
     return Logprob(token, float(log_V[token]),
                    tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 

@@ -36,7 +36,8 @@ Policy = Literal["fcfs", "expert"]
 class Work:
     request: Request
     chunk: Chunk
-    samples: bool  # the chunk reaches the request's end: its last token's logits are wanted
+    samples: bool  # the chunk reaches the request's end: the logits after it are wanted
+    draft: int | None = None  # the chunk's last token, if that is a draft
 
 
 class Scheduler:
@@ -62,10 +63,15 @@ class Scheduler:
         """Forget a request and give its pages back."""
         if request in self.running:
             self.running.remove(request)
-            self.pages.file(request.table, request.filed(request.computed))
-        else:
+            self.file(request)
+        elif request in self.waiting:
             self.waiting.remove(request)
         self.pages.release(request.table)
+
+    def file(self, request: Request, positions: int | None = None) -> None:
+        """Let others be served from what a request has computed, unless it had its gates do as it liked."""
+        if request.params.experts is None:
+            self.pages.file(request.table, request.filed(request.computed if positions is None else positions))
 
     def schedule(self) -> list[Work]:
         """The work of the next step; those of a prompt first. Empty only where nothing is to be done."""
@@ -87,11 +93,15 @@ class Scheduler:
 
     def _work(self, request: Request, budget: int) -> Work:
         chunk = request.chunk(budget)
-        return Work(request, chunk, chunk.past + chunk.tokens == request.length)
+        end = chunk.past + chunk.tokens
+        return Work(request, chunk, end >= request.length, request.draft if end > request.length else None)
 
     def _secure(self, request: Request, work: list[Work]) -> bool:
         """Room for all tokens of a running request; False if it had to step back itself."""
-        while not self.pages.extend(request.table, request.length):
+        while not self.pages.extend(request.table, request.length + (request.draft is not None)):
+            if request.draft is not None:
+                request.draft = None
+                continue
             busy = {one.request.number for one in work}
             youngest = next(one for one in reversed(self.running) if one.number not in busy)
             self._step_back(youngest)
@@ -103,18 +113,21 @@ class Scheduler:
         assert len(self.running) > 1, "a request that runs alone has room: admission saw to that"
         self.preempted += 1
         self.running.remove(request)
-        self.pages.file(request.table, request.filed(request.computed))
+        self.file(request)
         self.pages.release(request.table)
-        request.computed = 0
+        request.computed = request.followed = 0
+        request.draft = None
         self.waiting.insert(0, request)
 
     def _admit(self, request: Request) -> bool:
         """Into the running ones, if its tokens so far find room beside those of the others."""
-        shared = self.pages.serve(request.table, request.filed(request.length - 1))
+        whole = request.params.routed and not request.routed  # a route is known only where a token is run
+        own = request.params.experts is not None  # and so are its latents
+        shared = 0 if whole or own else self.pages.serve(request.table, request.filed(request.length - 1))
         if not self.pages.extend(request.table, request.length):
             self.pages.release(request.table)
             return False
-        request.computed = shared
+        request.computed = request.followed = shared
         if not request.token_ids:
             request.cached_tokens = shared
         self.waiting.remove(request)

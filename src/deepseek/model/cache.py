@@ -81,7 +81,7 @@ class LatentPool:
     def __init__(self, config: ModelConfig, pages: int, *, layers: int | None = None,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         shape = (config.num_hidden_layers if layers is None else layers, pages, PAGE, config.latent_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
     def page_bytes(config: ModelConfig, layers: int | None = None, dtype: torch.dtype = torch.float32) -> int:

@@ -248,6 +248,13 @@ class CausalLM(nn.Module):
             routing.routes[block.layer] = route
         return block.shared_head.norm(x)
 
+    def mtp_packed(self, depth: int, previous_TH: Tensor, next_ids_T: Tensor, pack: Pack) -> Tensor:
+        """The same for a pack's tokens, [T, H]; the module's rows of the pool are written."""
+        block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
+        cos, sin = self.model.rotary(pack.positions[None])
+        x = block.entrance(self._embed(next_ids_T[None]), previous_TH[None])
+        return block.shared_head.norm(self._run(block, x, cos, sin, pack, None, "auto")[0])[0]
+
     def loss(
         self, ids_BT: Tensor, labels_BT: Tensor, *, mask_BT: Tensor | None = None, mtp_weight: float = 0.0,
         balance_weight: float = 0.0, group_BT: Tensor | None = None, guide_weight: float = 0.0,

@@ -1,0 +1,111 @@
+"""Drafts from the MTP module, verified exactly.
+
+After position i is run, its hidden state and the token that follows give the module's opinion of the token after that
+(model/mtp.py). The draft runs in the next step beside the token it would follow, at the price of a second row instead
+of a second step. Then the request draws its token from its own logits, with its own random numbers, as ever; if that is
+the draft, the draft's row is already the one that comes next, and a second token is drawn from it. If not, the row is
+overwritten. So what is said is what would have been said, greedy or sampled, to the bit.
+
+Whether it pays depends on how often drafts are right, and on how much more a step costs with them, which depends on the
+batch: `Gain` measures both kinds of step, seconds a token, for batches of about each size, and takes the better one,
+trying the other again from time to time (Cascade, arXiv 2506.20675, on why a fixed choice loses). A request that lived
+through a time without drafts has gaps in its module's cache and is drafted no more.
+
+Shape letters: T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model import CausalLM
+from ..model.cache import Chunk, LatentPool, Pack
+from .request import Request
+
+TRIAL = 12  # steps of each kind from which the choice is made
+TERM = 400  # steps for which it holds
+
+
+@dataclass
+class Speculated:
+    """Counters: drafts that ran, and those of them that were what was drawn."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class _Choice:
+    """Seconds and tokens of steps with and without drafts, for batches of one size."""
+
+    def __init__(self) -> None:
+        self.steps, self.best = 0, True
+        self.seconds = {True: 0.0, False: 0.0}
+        self.tokens = {True: 0, False: 0}
+
+    def drafts(self) -> bool:
+        return self.steps < TRIAL if self.steps < 2 * TRIAL else self.best
+
+    def add(self, drafts: bool, seconds: float, tokens: int) -> None:
+        self.seconds[drafts] += seconds
+        self.tokens[drafts] += tokens
+        self.steps += 1
+        if self.steps == 2 * TRIAL:
+            self.best = self.rate(True) >= self.rate(False)
+        elif self.steps >= TERM:
+            self.steps = 0
+            self.seconds, self.tokens = {True: 0.0, False: 0.0}, {True: 0, False: 0}
+
+    def rate(self, drafts: bool) -> float:
+        return self.tokens[drafts] / self.seconds[drafts] if self.seconds[drafts] else 0.0
+
+
+class Gain:
+    """The choice by size of batch, in powers of two; of steps in which no prompt ran."""
+
+    def __init__(self) -> None:
+        self.choices: dict[int, _Choice] = {}
+
+    def of(self, batch: int) -> _Choice:
+        return self.choices.setdefault(batch.bit_length(), _Choice())
+
+    def table(self) -> list[tuple[str, float, float, bool]]:
+        """(batch, tokens a second with drafts, without, whether drafts are on) of the latest trials."""
+        return [(f"{1 << bits >> 1}-{(1 << bits) - 1}", choice.rate(True), choice.rate(False), choice.drafts())
+                for bits, choice in sorted(self.choices.items())]
+
+
+class Drafter:
+    """Runs a model's first MTP module over what the model has run."""
+
+    def __init__(self, model: CausalLM, pool: LatentPool) -> None:
+        self.model, self.pool = model, pool
+        self.stats, self.gain = Speculated(), Gain()
+
+    @torch.inference_mode()
+    def draft(self, run: Sequence[tuple[Request, Chunk, Tensor]]) -> None:
+        """Go on with the module's cache over chunks of positions that have just been run (in a pack's order, with their
+        hidden states [T, H]), and leave a draft with every request that generates."""
+        if not run:
+            return
+        following = [token for request, c, _ in run for token in request.tokens(c.past + 1, c.past + c.tokens + 1)]
+        h_TH = self.model.mtp_packed(0, torch.cat([hidden for *_, hidden in run]),
+                                     torch.tensor(following, device=self.model.device),
+                                     Pack(self.pool, [chunk for _, chunk, _ in run]))
+        rows, end = [], -1
+        for request, chunk, _ in run:
+            end += chunk.tokens
+            request.followed = chunk.past + chunk.tokens
+            if request.followed == request.length - 1:
+                rows.append((request, end))
+        if rows:
+            best = self.model.lm_head(h_TH[[end for _, end in rows]]).argmax(-1).tolist()
+            for (request, _), token in zip(rows, best, strict=True):
+                request.draft = token

@@ -1,0 +1,175 @@
+"""`deepseek infer` and `deepseek chat`: their flags, and what they say to LLM. Nothing heavy: `--help` loads it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from .llm import LLM
+    from .sampler import SamplingParams
+
+
+def add_infer_flags(verb: argparse.ArgumentParser) -> None:
+    _add_model_flags(verb)
+    verb.add_argument("--prompt", help="the prompt; else standard input")
+    verb.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    verb.add_argument("--input", metavar="JSONL", help="prompts, one object a line: {prompt | messages, id, …}")
+    verb.add_argument("--output", metavar="JSONL", help="answers to --input, in its order; gone on with if it exists")
+    verb.add_argument("--json_schema", metavar="FILE", help="a JSON schema that the text must match")
+
+
+def add_chat_flags(verb: argparse.ArgumentParser) -> None:
+    _add_model_flags(verb)
+    verb.add_argument("--system", help="system message")
+
+
+def _add_model_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--model", required=True, help="a checkpoint folder or a hub id")
+    verb.add_argument("--adapter", metavar="DIR", help="a delta or an adapter that `deepseek tune` left, to put in")
+    verb.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    verb.add_argument("--batch_size", type=int, default=32, help="requests that run together at most")
+    verb.add_argument("--step_tokens", type=int, default=512, help="tokens of a step; longer prompts go in pieces")
+    verb.add_argument("--policy", choices=("fcfs", "expert"), default="fcfs",
+                      help="which waiting request is next: the first, or the one whose experts are in use")
+    verb.add_argument("--expert_memory", metavar="SIZE",
+                      help="memory for routed experts of a quantised model, such as 4GiB; the others stay on disk")
+    verb.add_argument("--warmup_experts", default="", metavar="NAMES",
+                      help="names, or auto (those of recorded use), in memory before the first request")
+    verb.add_argument("--no_prefetch", action="store_true", help="do not read the next layer's experts ahead")
+    verb.add_argument("--max_tokens", type=int, default=256, help="tokens to generate at most")
+    verb.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
+    verb.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this probability mass")
+    verb.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0 keeps all")
+    verb.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one")
+    verb.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages what has been said")
+    verb.add_argument("--seed", type=int, help="makes sampling repeatable")
+    verb.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
+    verb.add_argument("--show_experts", action="store_true", help="print the share of tokens per expert and layer")
+    verb.add_argument("--expert_map", metavar="PNG", help="save that table as a heat map")
+
+
+def infer(args: argparse.Namespace) -> None:
+    if (args.input is None) != (args.output is None):
+        raise ConfigError("--input and --output: must be given together")
+    if args.input is not None:
+        if args.prompt is not None or args.chat:
+            raise ConfigError("--input: the prompts are in the file; --prompt and --chat do not apply")
+        _infer_file(args)
+        return
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    if not prompt:
+        raise RequestError("prompt = '': must not be empty (give --prompt or text on standard input)")
+    llm, params = _llm(args), _sampling(args)
+    usage = _usage(args, llm)
+    for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage):
+        print(piece, end="", flush=True)
+    print()
+    _finish(args, llm, usage)
+
+
+def _infer_file(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .jobs import run_file
+
+    source, target = Path(args.input), Path(args.output)
+    if source.resolve() == target.resolve():
+        raise ConfigError(f"output = {str(target)!r}: must be another file than the input")
+    llm, params = _llm(args), _sampling(args)
+    usage = _usage(args, llm)
+    llm.engine.usage = usage
+    counters = llm.engine.counters
+    with tqdm(unit="prompt", desc="infer", disable=None) as bar:
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{counters.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
+
+        answered, errors = run_file(llm, source, target, params, show)
+    print(f"{answered:,} answers written to {target}" + (f", {errors:,} of them errors" if errors else ""),
+          file=sys.stderr)
+    _finish(args, llm, usage)
+
+
+def chat(args: argparse.Namespace) -> None:
+    llm, params = _llm(args), _sampling(args)
+    usage = _usage(args, llm)
+    messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
+    start = len(messages)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Type a message; /reset forgets the conversation, /exit (or Ctrl-D) ends it.")
+    while True:
+        if interactive:
+            print("\n> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            break
+        if line.strip() == "/reset":
+            del messages[start:]
+            continue
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        answer = ""
+        for piece in llm.stream(messages, params, usage=usage):
+            answer += piece
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+    _finish(args, llm, usage)
+
+
+def _llm(args: argparse.Namespace) -> LLM:
+    from .llm import LLM
+
+    llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=args.adapter, batch_size=args.batch_size,
+              step_tokens=args.step_tokens, policy=args.policy, expert_memory=args.expert_memory,
+              warmup_experts=args.warmup_experts, prefetch=not args.no_prefetch)
+    if llm.warmup is not None:
+        print(llm.warmup, file=sys.stderr)
+    return llm
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    from .sampler import SamplingParams
+
+    schema = getattr(args, "json_schema", None)
+    try:
+        text = None if schema is None else Path(schema).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"json_schema = {schema!r}: {error.strerror}") from None
+    return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+                          min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed,
+                          stop=tuple(args.stop), json_schema=text)
+
+
+def _usage(args: argparse.Namespace, llm: LLM) -> Any:
+    """Counted for --show_experts and --expert_map, and where experts come and go, for the next warm-up."""
+    from ..atlas import ExpertUsage
+
+    wanted = args.show_experts or args.expert_map or llm.engine.residency is not None
+    return ExpertUsage(llm.model.config) if wanted else None
+
+
+def _finish(args: argparse.Namespace, llm: LLM, usage: Any) -> None:
+    if usage is None:
+        return
+    if llm.engine.residency is not None:
+        from ..checkpoint import resolve
+        from .residency import report
+        from .warmup import record_use
+
+        print(report(llm.engine.residency.stats), file=sys.stderr)
+        record_use(usage, resolve(args.model))
+    if args.show_experts or args.expert_map:
+        print(usage.table(), file=sys.stderr)
+    if args.expert_map:
+        usage.save_heat_map(args.expert_map)
+        print(f"heat map: {args.expert_map}", file=sys.stderr)

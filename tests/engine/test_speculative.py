@@ -1,0 +1,106 @@
+"""Drafts change no token, greedy or sampled, in pieces or after stepping back; right ones save steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek.checkpoint import load_model, save_model
+from deepseek.convert import quantize
+from deepseek.engine import LLM, SamplingParams
+from deepseek.engine.speculative import TERM, TRIAL, Gain
+from deepseek.model import CausalLM
+from deepseek.ops.native import native
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any) -> CausalLM:
+    """Of few tokens, so that a random module is right now and then."""
+    place = tmp_path_factory.mktemp("speculative")
+    made = random_model(tiny_config(vocab_size=12, max_position_embeddings=1024, num_nextn_predict_layers=1))
+    quantize(save_model(made, place / "plain"), place / "q", "nf4", progress=False)
+    return load_model(place / "q")
+
+
+def params(**changes: Any) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": 40, "temperature": 0, "ignore_eos": True} | changes))
+
+
+def prompts(count: int) -> list[list[int]]:
+    draw = random.Random(1)
+    return [[draw.randrange(12) for _ in range(draw.choice([1, 5, 130]))] for _ in range(count)]
+
+
+@pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"step_tokens": 9}, {"cache_tokens": 640}], ids=str)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5, "logprobs": 1}, {"n": 2, "seed": 1,
+                                      "temperature": 1.0}, {"routed": True}], ids=str)
+def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], sampling: dict[str, Any]) -> None:
+    want = LLM(model, speculate=False).generate(prompts(6), params(**sampling))
+    llm = LLM(model, **options)
+    got = llm.generate(prompts(6), params(**sampling))
+    assert got == want
+    if sampling.get("routed"):
+        assert all(torch.equal(a.routed, b.routed) for a, b in zip(got, want, strict=True))
+    stats = llm.engine.drafter.stats
+    assert 0 < stats.accepted < stats.drafted
+    llm.engine.pages.check([])
+    assert llm.engine.pages.available == llm.engine.pages.count
+
+
+def test_right_drafts_save_steps(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that knows the future: two tokens a step, and the same ones."""
+    want = LLM(model, speculate=False).generate([[3, 1, 4]], params())[0]
+    llm = LLM(model)
+    drafter = llm.engine.drafter
+    choice = drafter.gain.of(1)
+    monkeypatch.setattr(choice, "drafts", lambda: True)
+
+    def oracle(run: Any) -> None:
+        for request, chunk, _ in run:
+            request.followed = chunk.past + chunk.tokens
+            at = len(request.token_ids)
+            request.draft = want.token_ids[at] if at < 40 else 0
+
+    monkeypatch.setattr(drafter, "draft", oracle)
+    assert llm.generate([[3, 1, 4]], params())[0] == want
+    assert llm.engine.counters.steps == 1 + 20  # the prompt, then 39 tokens two by two
+    assert drafter.stats.acceptance > 0.95
+
+
+def test_the_module_sees_every_position_with_the_token_that_follows(model: CausalLM, monkeypatch: Any) -> None:
+    """What it computes piece by piece is what `mtp_hidden` computes of the whole text."""
+    llm = LLM(model, step_tokens=50)
+    seen: list[torch.Tensor] = []
+    packed = llm.model.mtp_packed
+    monkeypatch.setattr(llm.model, "mtp_packed", lambda *args: seen.append(packed(*args)) or seen[-1])
+    monkeypatch.setattr(llm.engine.drafter.gain.of(1), "drafts", lambda: True)
+    prompt = prompts(3)[2] + [1] * 60
+    output = llm.generate([prompt], params(max_tokens=10))[0]
+    ids = torch.tensor([prompt + list(output.token_ids)])
+    with torch.no_grad():
+        h_BTH = model.hidden(ids[:, :-1])
+        want_TH = model.mtp_hidden(0, h_BTH, ids[:, 1:])[0]
+    got_TH = torch.cat(seen)
+    assert torch.allclose(got_TH, want_TH[: len(got_TH)], atol=2e-3) and len(got_TH) >= len(prompt) + 5
+
+
+def test_the_faster_kind_of_step_is_taken_and_tried_again() -> None:
+    for faster in (True, False):
+        choice, taken = Gain().of(4), []
+        for _ in range(TERM):
+            drafts = choice.drafts()
+            taken.append(drafts)
+            choice.add(drafts, 1.0 if drafts == faster else 1.5, 4)
+        assert taken[: 2 * TRIAL] == [True] * TRIAL + [False] * TRIAL
+        assert set(taken[2 * TRIAL :]) == {faster} and choice.drafts()
+    gain = Gain()
+    assert gain.of(2) is gain.of(3) is not gain.of(4)
+
+
+def test_without_a_module_there_are_no_drafts(tiny_config: Callable, random_model: Callable) -> None:
+    assert LLM(random_model(tiny_config())).engine.drafter is None
