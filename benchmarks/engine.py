@@ -1,9 +1,9 @@
 """The engine: what batching by expert, residency, the prefix cache and continuous batching bring.
 
-Model: that of inference.py (layer shapes of `v3-16b-a3b`, 5 layers, 2.5 B parameters, NF4 here, Q4_0 for llama.cpp). For
-domains it has a SYNTHETIC GATE: a direction for each of four domains is added to the embedding and head rows of a quarter
-of the vocabulary and to the gate rows of a quarter of the experts, so that a domain's tokens prefer its quarter; the
-share of slots that fall there is measured and printed (a quarter is chance). Weights stay random.
+Model: that of inference.py (layer shapes of `v3-16b-a3b`, 5 layers, 2.5 B parameters, NF4 here, Q4_0 for llama.cpp).
+For domains it has a SYNTHETIC GATE: a direction for each of four domains is added to the embedding and head rows of a
+quarter of the vocabulary and to the gate rows of a quarter of the experts, so that a domain's tokens prefer its quarter;
+the share of slots that fall there is measured and printed (a quarter is chance). Weights stay random.
 
     batching     a queue of prompts of four domains in random order, 8 requests at a time: by expert against
                  first come, first served; tokens/s, distinct experts a layer and step against the expectation for
@@ -21,6 +21,7 @@ share of slots that fall there is measured and printed (a quarter is chance). We
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -118,8 +119,7 @@ def batching(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
     print(f"  synthetic gate: {share:.1%} of the slots fall on the domain's own quarter of the experts", flush=True)
 
     def measure(policy: str, seed: int) -> dict[str, Any]:
-        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, policy=policy))
-        engine.options = engine.options if policy == "expert" else engine.options
+        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, policy=policy))  # type: ignore
         requests = queue(seed)
         seconds = run(engine, requests)
         waits = sorted((r.finished or 0) - r.arrived for r in requests)
@@ -127,7 +127,7 @@ def batching(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
                 "texts": [r.token_ids for r in requests]}
 
     def distinct(policy: str) -> float:
-        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, policy=policy))
+        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, policy=policy))  # type: ignore
         seen: list[float] = []
         original = engine._count
 
@@ -137,7 +137,6 @@ def batching(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
             original(works, routing)
 
         engine._count = count_them  # type: ignore[method-assign]
-        engine.usage = None
         requests = queue(0, routed=True)
         run(engine, requests)
         return statistics.mean(seen)
@@ -163,8 +162,8 @@ def batching(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
         data[policy] = middle | {"distinct": used}
         rows.append([name, f"{middle['speed']:.1f}", f"{used:.1f}", f"{used / expected:.0%}", f"{middle['p50']:.1f}",
                      f"{middle['p99']:.1f}"])
-    return [f"Synthetic gate: {share:.0%} of the slots fall on the quarter of the experts that a token's domain prefers. "
-            f"{count} prompts of {DOMAINS} domains in random order, 16 + {tokens} tokens, {batch} at a time; same texts "
+    return [f"Synthetic gate: {share:.0%} of the slots fall on the quarter of the experts that a token's domain "
+            f"prefers. {count} prompts of {DOMAINS} domains in random order, 16 + {tokens} tokens, {batch} at a time; same texts "
             f"in both orders. By expert: {gain:.2f} times the tokens/s (median of rounds).", "", table(rows)], data
 
 
@@ -205,9 +204,10 @@ def residency(args: Any, folder: Path) -> tuple[list[str], dict[str, Any]]:
              "says was read from disk, over what the engine says.", "", table(rows)]
     for share in (0.5, 0.25):
         try:
-            limit = int((1 - share) * -whole) + sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-            speed = limited_llama(args, limit + (256 << 20))
-            lines += ["", f"llama.cpp Q4_0, mapped, in a control group of {(limit + (256 << 20)) / 2**20:,.0f} MiB (all "
+            files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            limit = files - int((1 - share) * whole) + (256 << 20)
+            speed = limited_llama(args, limit)
+            lines += ["", f"llama.cpp Q4_0, mapped, in a control group of {limit / 2**20:,.0f} MiB (all "
                       f"weights but {1 - share:.0%} of the experts, and 256 MiB): {speed:.1f} tokens/s."]
             data[f"llama-{share}"] = speed
         except (OSError, PeerError) as error:
@@ -236,8 +236,6 @@ def limited_llama(args: Any, limit: int) -> float:
                    "48", "-r", "1", "-o", "json", "-mmp", "1"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True,
                               preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
-        import json
-
         return float(json.loads(done.stdout[done.stdout.index("["):])[0]["avg_ts"])
     except subprocess.SubprocessError as error:
         raise PeerError(str(error)) from None
@@ -336,9 +334,10 @@ def prefix(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
         tails = random.Random(seed)
         requests = [request(system + [tails.randrange(CONFIG.vocab_size) for _ in range(16)], 8) for _ in range(8)]
         run(engine, requests[:1])
-        began = time.perf_counter()
+        for one in requests[1:]:
+            one.arrived = time.monotonic()
         seconds = run(engine, requests[1:])
-        return seconds, statistics.median((r.first_token or 0) - r.arrived for r in requests[1:]) + 0 * began
+        return seconds, statistics.median((r.first_token or 0) - r.arrived for r in requests[1:])
 
     kept, _ = quiet_rounds(args.rounds, lambda: {on: measure(on, 1) for on in (True, False)})
     seconds = {on: statistics.median(r[on][0] for r in kept) for on in (True, False)}
@@ -346,8 +345,8 @@ def prefix(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
     gain = statistics.median(r[False][0] / r[True][0] for r in kept)
     rows = [["prefix cache", "7 requests (s)", "first token, median (s)"],
             *(["on" if on else "off", f"{seconds[on]:.2f}", f"{waits[on]:.2f}"] for on in (True, False))]
-    return [f"Seven requests after a first one, 1,024 shared + 16 own tokens, 8 new ones: {gain:.1f} times as fast.", "",
-            table(rows)], {"seconds": {str(k): v for k, v in seconds.items()}, "gain": gain}
+    return [f"Seven requests after a first one, 1,024 shared + 16 own tokens, 8 new ones: {gain:.1f} times as fast.",
+            "", table(rows)], {"seconds": {str(k): v for k, v in seconds.items()}, "gain": gain}
 
 
 def parts(text: str) -> list[str]:
@@ -366,8 +365,8 @@ def main() -> None:
     if not folder.is_dir():
         quantize(write_model(args.cache / "model"), folder)
     where, packages = machine(args.threads), versions("torch")
-    text = ["# The engine", "", f"{where['cpu']}, {args.threads} threads, torch {packages['torch']}; {args.rounds} rounds, "
-            "medians."]
+    text = ["# The engine", "",
+            f"{where['cpu']}, {args.threads} threads, torch {packages['torch']}; {args.rounds} rounds, medians."]
     data: dict[str, Any] = {"machine": where}
     for name in args.only:
         print(name, flush=True)
