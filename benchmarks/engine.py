@@ -2,8 +2,8 @@
 
 Model: that of inference.py (layer shapes of `v3-16b-a3b`, 5 layers, 2.5 B parameters, NF4 here, Q4_0 for llama.cpp).
 For domains it has a SYNTHETIC GATE: a direction for each of four domains is added to the embedding and head rows of a
-quarter of the vocabulary and to the gate rows of a quarter of the experts, so that a domain's tokens prefer its quarter;
-the share of slots that fall there is measured and printed (a quarter is chance). Weights stay random.
+quarter of the vocabulary and to the gate rows of a quarter of the experts, so that a domain's tokens prefer its
+quarter; the share of slots that fall there is measured and printed (a quarter is chance). Weights stay random.
 
     batching     a queue of prompts of four domains in random order, 8 requests at a time: by expert against
                  first come, first served; tokens/s, distinct experts a layer and step against the expectation for
@@ -163,8 +163,8 @@ def batching(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
         rows.append([name, f"{middle['speed']:.1f}", f"{used:.1f}", f"{used / expected:.0%}", f"{middle['p50']:.1f}",
                      f"{middle['p99']:.1f}"])
     return [f"Synthetic gate: {share:.0%} of the slots fall on the quarter of the experts that a token's domain "
-            f"prefers. {count} prompts of {DOMAINS} domains in random order, 16 + {tokens} tokens, {batch} at a time; same texts "
-            f"in both orders. By expert: {gain:.2f} times the tokens/s (median of rounds).", "", table(rows)], data
+            f"prefers. {count} prompts of {DOMAINS} domains in random order, 16 + {tokens} tokens, {batch} at a time; "
+            f"same texts in both orders. By expert: {gain:.2f} times the tokens/s (median of rounds).", "", table(rows)], data
 
 
 # ---- residency -----------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def throughput(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
                 engine.step()
             return (batch * steps - done) / (time.perf_counter() - began)
 
-        def one(batch: int = batch, best: LlamaCpp = best, ours: Any = ours) -> tuple[float, float]:
+        def one(batch: int = batch, best: LlamaCpp = best, ours: Any = ours, steps: int = steps) -> tuple[float, float]:
             result = ours(), best.decode(batch, steps, 16)
             print(f"  {batch} requests: {result[0]:.1f} and {result[1]:.1f} tokens/s", flush=True)
             return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ GREEDY = SamplingParams(max_tokens=5, temperature=0)
 def llm(tiny_config: Callable, random_model: Callable) -> LLM:
     tokenizer = Tokenizer.train(["the quick brown fox jumps", "0123456789"] * 4, 300)
     return LLM(random_model(tiny_config(vocab_size=tokenizer.vocab_size)), tokenizer=tokenizer, batch_size=2)
+
+
+def note(told: list[tuple[int, ...]], *progress: int) -> None:
+    told.append(progress)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +64,7 @@ def test_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
     for rest in (b"", b'{"id": 3, "te'):
         out.write_bytes(torn.replace(b'"id": 1', b'"id": "kept"') + rest)
         told: list[tuple[int, ...]] = []
-        assert run_file(llm, source, out, GREEDY, lambda done, of: told.append((done, of))) == (5, 0)
+        assert run_file(llm, source, out, GREEDY, partial(note, told)) == (5, 0)
         assert out.read_bytes() == whole.replace(b'"id": 1,', b'"id": "kept",', 1)
         assert told == [(i, 8) for i in range(4, 9)]
     assert run_file(llm, source, out, GREEDY) == (0, 0)

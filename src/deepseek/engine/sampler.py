@@ -36,8 +36,8 @@ class SamplingParams:
     min_p: 0 is off. seed: None draws a fresh one. stop: strings that end the text and are not part of it (one string
     may be given bare). ignore_eos: go on past the end-of-sequence token. n: continuations of the prompt, with seeds
     seed, seed + 1, …. logprobs: report each token's log-probability and those of so many likeliest ones, before
-    temperature, top_k, top_p, min_p and penalties. json_schema, regex, grammar (Lark): one of them, which the text then matches. experts:
-    changes what the gates decide, inexact. routed: report the experts that every token visited.
+    temperature, top_k, top_p, min_p and penalties. json_schema, regex, grammar (Lark): one of them, which the text then
+    matches. experts: changes what the gates decide, inexact. routed: report the experts that every token visited.
     Raises RequestError naming field, value and rule.
     """
 
