@@ -164,7 +164,8 @@ def batching(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
                      f"{middle['p99']:.1f}"])
     return [f"Synthetic gate: {share:.0%} of the slots fall on the quarter of the experts that a token's domain "
             f"prefers. {count} prompts of {DOMAINS} domains in random order, 16 + {tokens} tokens, {batch} at a time; "
-            f"same texts in both orders. By expert: {gain:.2f} times the tokens/s (median of rounds).", "", table(rows)], data
+            f"same texts in both orders. By expert: {gain:.2f} times the tokens/s (median of rounds).", "",
+            table(rows)], data
 
 
 # ---- residency -----------------------------------------------------------------------------------------------------
