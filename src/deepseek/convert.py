@@ -47,6 +47,8 @@ from .checkpoint import (
     outside_index,
     packed_bytes,
     quantised_places,
+    stored_dtype,
+    stored_fingerprint,
     units,
 )
 from .config import ModelConfig
@@ -147,14 +149,16 @@ def quantize(
     if before is not None:
         raise ConfigError(f"{files.folder}: is quantised already ({before.format}): convert it back first "
                           "(`deepseek quantize IN OUT --format bf16`)")
-    return quantize_tensors(config, files, out, recipe, resume=resume, progress=progress, shard_bytes=shard_bytes)
+    return quantize_tensors(config, files, out, recipe, resume=resume, progress=progress, shard_bytes=shard_bytes,
+                            note_source=True)
 
 
 def quantize_tensors(
     config: ModelConfig, files: TensorFiles, out: Path, recipe: Recipe, *, resume: bool = True, progress: bool = True,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES, note_source: bool = False,
 ) -> Report:
-    """`quantize` for tensors that come from anything that reads like a checkpoint; `out` must be free."""
+    """`quantize` for tensors that come from anything that reads like a checkpoint; `out` must be free. note_source:
+    read them once more for the fingerprint by which adapters know the checkpoint that this one was made from."""
     squares: dict[str, tuple[float, float]] = {}
     plan, kept, parameters = _plan_quantised(config, recipe, files, squares)
     key = {"quantise": recipe.to_dict(), "shard_bytes": shard_bytes}
@@ -162,7 +166,10 @@ def quantize_tensors(
     size = writer.write(_divide(plan, shard_bytes), squares, progress)
     report = Report(recipe.format, parameters, size, kept, squares)
     write_json(writer.folder / REPORT, report.to_dict())
-    writer.publish(config.to_dict() | {"quantization_config": recipe.to_dict()})
+    about = recipe.to_dict()
+    if note_source:
+        about["source"] = stored_fingerprint(config, files, stored_dtype(files), progress)
+    writer.publish(config.to_dict() | {"quantization_config": about})
     return report
 
 

@@ -180,6 +180,24 @@ class Tokenizer:
         plain.encode_special_tokens = True
         return plain
 
+    @cached_property
+    def pieces(self) -> tokenizers.Tokenizer | None:
+        """The plain view without its splits, for texts that are cut at them already; None where the tokenizer cuts
+        elsewhere than DeepSeek-V3's, or does more to a text than that (data/encode.py)."""
+        about = json.loads(self._definition)
+        model, steps = about["model"], (about.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+        cuts = [str(step.get("pattern", {}).get("Regex")).replace("\r", r"\r").replace("\n", r"\n")
+                for step in steps[:-1] if step.get("behavior") == "Isolated" and not step["invert"]]
+        if not (cuts in ([SPLIT], [*SPLITS]) and len(cuts) == len(steps) - 1 and steps[-1].get("type") == "ByteLevel"
+                and not steps[-1]["add_prefix_space"] and not steps[-1]["use_regex"]
+                and model.get("type") == "BPE" and not model.get("dropout")
+                and (about.get("normalizer") or {"normalizers": []}).get("normalizers") == []
+                and not about.get("truncation") and not about.get("padding")
+                and {token["content"] for token in self._added} <= self._control):
+            return None
+        return tokenizers.Tokenizer.from_str(json.dumps(
+            about | {"pre_tokenizer": steps[-1], "post_processor": None, "added_tokens": []}))
+
     def _id_of(self, key: str) -> int | None:
         return self._full.token_to_id(self._names[key]) if key in self._names else None
 

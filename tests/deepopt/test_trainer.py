@@ -14,7 +14,7 @@ import torch
 
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt.settings import TrainConfig
-from deepseek.deepopt.trainer import Trainer, checkpoints, read_log
+from deepseek.deepopt.trainer import Trainer, checkpoints, random_state, read_log, set_random_state
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import sha256
 from deepseek.model import CausalLM
@@ -45,7 +45,8 @@ def weights(out: Path) -> tuple[str, str]:
 
 @pytest.mark.parametrize(("key", "value"), [
     ("steps", 0), ("steps", 1.5), ("batch_size", -1), ("lr", 0.0), ("lr", math.nan), ("clip", -1.0), ("beta2", 1.0),
-    ("warmup_steps", -1), ("precision", "fp8"), ("weight_decay", math.inf)])
+    ("warmup_steps", -1), ("precision", "fp8"), ("weight_decay", math.inf), ("steps", True), ("lr", "x"), ("seed", 0.5),
+    ("beta1", None)])
 def test_impossible_setting_is_named(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{key} = .*must"):
         TrainConfig(**{key: value})
@@ -150,6 +151,29 @@ def test_altered_checkpoint_is_refused_by_name(data: TokenShards, tmp_path: Path
     victim.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: altered"):
         Trainer(new_model(), data, replace(SETTINGS, steps=2), tmp_path)
+
+
+def test_the_random_state_of_a_gpu_is_kept_where_one_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: held.clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: held.copy_(state))
+    state = random_state(torch.device("cuda"))
+    drawn = torch.rand(3)
+    held += 1
+    set_random_state(state, torch.device("cpu"))  # what a GPU has drawn is of no use to a CPU
+    assert torch.equal(torch.rand(3), drawn) and held[0] == 1
+    set_random_state(state, torch.device("cuda"))
+    assert torch.equal(held, torch.arange(16, dtype=torch.uint8))
+    assert random_state(torch.device("cpu")).keys() == {"rng"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_dropout_on_a_gpu_goes_on_where_it_was() -> None:
+    device = torch.device("cuda")
+    state, ones = random_state(device), torch.ones(64, device=device)
+    first = torch.nn.functional.dropout(ones)
+    set_random_state(state, device)
+    assert torch.equal(torch.nn.functional.dropout(ones), first)
 
 
 def test_torn_last_log_line_is_dropped(tmp_path: Path) -> None:

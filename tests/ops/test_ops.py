@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import linear as torch_linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek import ops
 from deepseek.ops import attention, experts, loss, native
@@ -402,6 +403,38 @@ def test_idle_experts_get_zero_gradients_not_rubbish() -> None:
     _, grads = with_grads(lambda *a: ops.expert_mlp(a[0], index, *a[1:]), *inputs_for(index))
     for grad in grads[2:]:
         assert bool((grad[[1, 3, 4]] == 0).all()) and bool((grad[[0, 2, 5]] != 0).any())
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_the_loop_casts_visited_experts_one_by_one_and_keeps_no_copy(grads: bool) -> None:
+    x, weight_P = randn(4, 8).requires_grad_(), randn(8).requires_grad_()
+    gate_up, down = (randn(16, *shape, dtype=torch.bfloat16).requires_grad_(grads) for shape in ((32, 8), (8, 16)))
+    pairs = experts.sort_pairs(torch.tensor([[3, 9], [9, 3], [3, 11], [11, 3]]), 16)
+    sizes: list[int] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                sizes.append(out.numel())
+            return out
+
+    with Casts():
+        out = experts._ExpertLoop.apply(x, weight_P, gate_up, down, pairs, True)
+        kept = {t.data_ptr() for t in out.grad_fn.saved_tensors}
+        out.sum().backward()
+    assert {gate_up.data_ptr(), down.data_ptr()} <= kept
+    assert sorted(sizes)[-1] == 32 * 8 and sizes.count(32 * 8) == 2 * 3  # three experts, forward and backward
+    wide = experts._ExpertLoop.apply(x, weight_P, gate_up.float(), down.float(), pairs, False)
+    assert torch.equal(out, wide)
+
+
+def test_a_linear_keeps_the_weight_as_it_is_stored() -> None:
+    x, w = randn(4, 8).requires_grad_(), randn(6, 8, dtype=torch.bfloat16).requires_grad_()
+    out = LINEAR._Linear.apply(x, w, randn(6, dtype=torch.bfloat16))
+    assert w.data_ptr() in {t.data_ptr() for t in out.grad_fn.saved_tensors}
+    out.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.ones(4, 6) @ w.detach().float())
 
 
 def test_inference_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,18 @@ def base(tmp_path: Path, tokenizer: Tokenizer, tiny_config: Callable[..., ModelC
 
 
 @pytest.fixture
+def plots() -> None:
+    """Asked for by a test that looks at the curve."""
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny run."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr("deepseek.deepopt.trainer.plot_run", lambda *_: None)
+
+
+@pytest.fixture
 def quick() -> dict[str, Any]:
     """Settings of a run of seconds that still learns."""
     return {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "eval_every": 100, "save_every": 3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from samples import records
 
 from deepseek import LoRAAdapter, MoEFineTuner
 from deepseek.atlas import Atlas
-from deepseek.checkpoint import base_tensors, load_model, save_model
+from deepseek.checkpoint import base_tensors, load_model, save_model, tensor_hashes
 from deepseek.convert import quantize
 from deepseek.errors import CheckpointError, ConfigError, RequestError
 from deepseek.model import CausalLM
@@ -134,13 +135,21 @@ def test_attention_adapters_load_in_peft_with_equal_logits(
     side = adapter.attach(model)
     LoRAAdapter.save(trained(model), side, tmp_path / "adapter", str(folder))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unexpected keyword")  # peft, of a key that it does not know
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     assert len([m for m in theirs.modules() if hasattr(m, "lora_A")]) == len(list(side_paths(model)))
     with torch.no_grad():
         torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
     again = load_model(folder, adapter=tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(IDS), model(IDS))
+    other = load_model(folder)
+    other.config = other.config.with_(rope_theta=5e5)
+    save_model(other, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="adapter: made for another base: its hash is"):
+        load_model(tmp_path / "other", adapter=tmp_path / "adapter")
+    assert load_model(tmp_path / "other", adapter=tmp_path / "adapter", verify=False)
 
 
 def test_an_adapter_made_by_peft_loads_here(base: Callable[..., Path], tmp_path: Path) -> None:
@@ -210,6 +219,42 @@ def test_on_a_four_bit_base(base: Callable[..., Path], quick: dict[str, Any], tm
         LoRAAdapter.merge(model)
 
 
+def test_an_adapter_knows_its_base_and_what_that_was_made_from(base: Callable[..., Path], tmp_path: Path) -> None:
+    folder = base(hidden_size=64, moe_intermediate_size=32)
+    other = load_model(folder)
+    other.model.norm.weight.data[0] += 1e-3
+    save_model(other, tmp_path / "other")
+    quantize(folder, tmp_path / "four", progress=False)
+    quantize(folder, tmp_path / "eight", "int8", progress=False)
+    quantize(tmp_path / "other", tmp_path / "other-four", progress=False)
+    for name, experts in (("attention", []), ("experts", ["1.3"])):  # peft's format, and ours
+        for trained_on in (tmp_path / "four", folder):
+            model = load_model(trained_on)
+            side = LoRAAdapter(r=2, experts=experts).attach(model)
+            LoRAAdapter.save(trained(model), side, tmp_path / name)
+            for fits in (tmp_path / "four", folder, tmp_path / "eight"):
+                assert any(side_paths(load_model(fits, adapter=tmp_path / name)))
+            for another in (tmp_path / "other", tmp_path / "other-four"):
+                with pytest.raises(CheckpointError, match=f"{name}: made for another base: its hash is"):
+                    load_model(another, adapter=tmp_path / name)
+
+
+@pytest.mark.parametrize("target", ["all-linear", "gate_proj", "model.layers.0.mlp.down_proj"])
+def test_packed_mlps_take_no_side_paths_and_are_not_left_out_in_silence(
+    base: Callable[..., Path], tmp_path: Path, target: str
+) -> None:
+    folder = base()
+    quantize(folder, tmp_path / "four", keep=["model.layers.1.mlp.shared_experts.*"], progress=False)
+    message = rf"target_modules = '{target}': names model\.layers\.0\.mlp\.\w+, which is inside a packed MLP"
+    with pytest.raises(ConfigError, match=message):
+        MoEFineTuner(tmp_path / "four", adapter=LoRAAdapter(target_modules=[target]))
+    with pytest.raises(ConfigError, match=message):
+        LoRAAdapter(target_modules=[target]).attach(load_model(tmp_path / "four"))
+    quantize(folder, tmp_path / "kept", keep=["*.mlp.*"], progress=False)  # these are modules of their own
+    LoRAAdapter(target_modules=[target]).attach(model := load_model(tmp_path / "kept"))
+    assert any(".mlp." in name for name, _ in side_paths(model))
+
+
 def test_only_active_experts_are_computed(base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = base()
     model = load_model(folder)
@@ -257,5 +302,9 @@ def test_merging_says_when_it_would_do_nothing_or_lose_too_much(base: Callable[.
     with pytest.raises(CheckpointError, match="is still apart from its base: merge it first"):
         save_model(model, tmp_path / "x")
     trained(model, 1e-5)  # below the resolution of BF16: merging would round it away
-    with pytest.raises(ConfigError, match=r"merging lost [\d.]+% of the adapter's effect .*float32"):
+    before, logits, paths = tensor_hashes(model), model(IDS), [name for name, _ in side_paths(model)]
+    with pytest.raises(ConfigError, match=r"merging would lose [\d.]+% of the adapter's effect .*float32"):
         LoRAAdapter.merge(model)
+    # nothing has been changed by then
+    assert tensor_hashes(model) == before and [name for name, _ in side_paths(model)] == paths
+    assert torch.equal(model(IDS), logits)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from samples import general, records
@@ -14,7 +18,9 @@ from deepseek.data import Document
 from deepseek.errors import DataError
 from deepseek.ops.loss import IGNORE
 from deepseek.tokenizer import Tokenizer
-from deepseek.tune.records import RecordSet, encode, fresh, pad, read_records, take_round
+from deepseek.tune import records as tune_records
+from deepseek.tune.examples import Example, Examples, pad
+from deepseek.tune.records import POOL, RecordSet, each_record, encode, fresh, places, read_records, take_round
 
 
 def learnt(record: Any, tokenizer: Tokenizer, max_length: int = 200) -> str:
@@ -119,6 +125,71 @@ def test_an_epoch_has_every_record_once_and_is_a_function_of_the_step(tokenizer:
     epochs = [[text for step in range(6) for text in texts(data, 6 * epoch + step)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == 23 and epochs[0] != epochs[1]
     assert [texts(again, step) for step in (7, 0, 11)] == [texts(data, step) for step in (7, 0, 11)]
+
+
+def test_examples_come_back_from_their_arrays_and_take_four_bytes_a_token() -> None:
+    drawn = np.random.default_rng(0)
+    rows = [Example(tuple(drawn.integers(0, 120_000, n).tolist()), ((1, n // 2), (n // 2 + 1, n)))
+            for n in drawn.integers(4, 200, 2000)]
+    assert list(Examples(rows)) == rows and len(Examples(rows)) == 2000
+    assert Examples(rows).learnt_tokens == sum(end - start for row in rows for start, end in row.learnt)
+    tracemalloc.start()
+    data = RecordSet(iter(rows), ())
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = sum(len(row.ids) for row in rows)
+    assert size < 4 * 1.2 * tokens + 50 * len(rows)  # a tuple of Python's integers takes 36 a token
+    assert data.fingerprint == RecordSet(rows, ()).fingerprint
+    for other in (RecordSet(rows[:-1], ()), RecordSet(rows[:-1], rows[-1:]), RecordSet((), rows)):
+        assert other.fingerprint != data.fingerprint
+
+
+def test_documents_are_let_go_when_they_are_tokenised(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[weakref.ref[Document]] = []
+    real = tune_records.encode
+
+    def encode(document: Document, *rest: Any) -> list[Example]:
+        known.append(weakref.ref(document))
+        assert sum(ref() is not None for ref in known) <= 2
+        return real(document, *rest)
+
+    monkeypatch.setattr(tune_records, "encode", encode)
+    RecordSet.of(each_record(iter(records(30))), tokenizer, max_length=64)
+    assert len(known) == 30
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 203])
+def test_batches_are_the_slow_twins(count: int) -> None:
+    drawn, size = np.random.default_rng(1), 4
+    rows = [Example(tuple(range(n)), ((1, n),)) for n in drawn.integers(2, 12, count)]
+    data = RecordSet(rows, rows)
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.blake2b(b"3/2", digest_size=8).digest(), "little") >> 1)
+    order = torch.randperm(count, generator=generator).tolist()
+    pools = [sorted(order[i : i + POOL * size], key=lambda n: len(rows[n].ids)) for i in range(0, count, POOL * size)]
+    batches = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+    shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    for number, batch in enumerate(shuffled):
+        ours, theirs = data.batch(2 * len(batches) + number, size, 12, seed=3), pad([rows[n] for n in batch])
+        assert torch.equal(ours.ids_BT, theirs.ids_BT) and torch.equal(ours.labels_BT, theirs.labels_BT)
+    for limit in (None, 1, 3, 100):
+        kept = rows if limit is None or limit * size >= count else [
+            rows[i * count // (limit * size)] for i in range(limit * size)]
+        lengths = [len(row.ids) - 1 for row in sorted(kept, key=lambda row: len(row.ids))]
+        found = [n for batch in data.valid_batches(size, 12, limit)
+                 for n in (batch.labels_BT != IGNORE).sum(1).tolist()]
+        assert found == lengths
+
+
+def test_where_a_data_set_is_read_from(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.jsonl").write_text("{}")
+    for dataset, found in ((tmp_path / "a", ["a"]), ([str(tmp_path / "a" / "b.jsonl")], ["a/b.jsonl"]),
+                           (str(tmp_path / "a" / "*.jsonl"), ["a"]), (records(2), []), ("hf:some/where", []),
+                           (["a text", "another"], []), (iter(records(2)), [])):
+        assert places(dataset) == [tmp_path / place for place in found]
 
 
 def test_files_and_documents(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from deepseek.errors import CheckpointError, ConfigError, DataError, NotFoundErr
 from deepseek.ids import ExpertId
 from deepseek.model import RoutingRecord
 from deepseek.tokenizer import Tokenizer
+from deepseek.tune.loop import Tuning
 from deepseek.tune.records import read_records
 
 
@@ -37,7 +39,7 @@ def of_experts(atlas: Atlas, *names: str) -> set[str]:
 
 
 def test_tuning_named_experts_moves_them_and_nothing_else(
-    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], plots: None
 ) -> None:
     folder = base()
     report = MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), epochs=2)
@@ -198,6 +200,67 @@ def test_other_refusals(base: Callable[..., Path], quick: dict[str, Any], tmp_pa
         MoEFineTuner(folder, expert_tune=["law_expert"])
 
 
+def test_a_folder_with_another_run_is_refused_before_the_base_is_read(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = base()
+    MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", **quick).fit(records(), steps=1)
+    MoEFineTuner(folder, expert_tune="auto", out=tmp_path / "a", **quick).fit_stream(records(8), records_a_round=8)
+    monkeypatch.setattr("deepseek.tune.workpiece.load_model", lambda *_, **__: pytest.fail("the base was read"))
+    for changes, message in (({"expert_tune": ["code_expert"]}, "expert_tune"), ({"lr": 1.0}, "lr = 0.003"),
+                             ({"general": general()[:3]}, "general"), ({"adapter": LoRAAdapter()}, "(expert_tune|r)")):
+        settings = {"expert_tune": None if "adapter" in changes else ["law_expert"]} | quick | changes
+        with pytest.raises(ConfigError, match=f"holds a run with {message}"):
+            MoEFineTuner(folder, out=tmp_path / "b", **settings).fit(records(), steps=1)
+    with pytest.raises(ConfigError, match="holds a run with fingerprint"):
+        MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", **quick).fit(records(30), steps=1)
+    with pytest.raises(ConfigError, match="holds a run with lr"):
+        MoEFineTuner(folder, expert_tune="auto", out=tmp_path / "a", **quick | {"lr": 1.0}).fit_stream(
+            records(8), records_a_round=8)
+
+
+def test_out_and_data_must_lie_apart(base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path) -> None:
+    folder = base()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "law.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records()))
+    for out, data, message in (("data/run", tmp_path / "data", "must not lie inside DATA"),
+                               ("data", tmp_path / "data", "must not lie inside DATA"),
+                               ("data/run", str(tmp_path / "data" / "*.jsonl"), "must not lie inside DATA"),
+                               ("data", tmp_path / "data" / "law.jsonl", "must not hold DATA"),
+                               (".", [tmp_path / "data"], "must not hold DATA")):
+        with pytest.raises(ConfigError, match=message):
+            MoEFineTuner(folder, out=tmp_path / out, **quick).fit(data, steps=1)
+        with pytest.raises(ConfigError, match=message):
+            MoEFineTuner(folder, out=tmp_path / out, **quick | {"general": data}).fit(records(), steps=1)
+        with pytest.raises(ConfigError, match=message):
+            MoEFineTuner(folder, out=tmp_path / out, replay=0.1, old=data, **quick).fit_stream(records())
+    assert not (tmp_path / "data" / "run").exists()
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_processes(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, passed, clock, step = base(), [0.0], time.perf_counter, Tuning.train_step
+
+    def slow(self: Tuning) -> dict[str, Any]:
+        passed[0] += 1000
+        if passed[0] == 3000:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
+    monkeypatch.setattr(Tuning, "train_step", slow)
+
+    def fit() -> float:
+        return MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(
+            records(), steps=4).seconds
+
+    with pytest.raises(KeyboardInterrupt):  # in the third step; the checkpoint that is written knows of 3000
+        fit()
+    assert 5000 <= fit() < 5900
+    assert 5000 <= fit() < 5900  # nothing is left to do
+
+
 KILLED = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -315,21 +378,21 @@ def test_accumulated_batches_are_one_batch(base: Callable[..., Path], quick: dic
     {"tie_word_embeddings": True}, {"num_nextn_predict_layers": 1}, {"n_shared_experts": 0}, {"attention_bias": True},
     {"model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax"}, {"q_lora_rank": 24},
 ], ids=lambda changes: "-".join(changes))
-@pytest.mark.parametrize("mode", ["experts", "full", "lora"])
-def test_every_kind_of_model(
-    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, changes: dict[str, Any], mode: str
+def test_every_kind_of_model_in_every_mode(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    folder = base(**changes)
+    folder, quick = base(**changes), quick | {"eval_records": 4}
     ways: dict[str, dict[str, Any]] = {
         "experts": {"expert_tune": [f"1.{e}" for e in range(16)]}, "full": {"expert_freeze": ["1.3"]},
         "lora": {"adapter": LoRAAdapter(r=2, experts=["2.1"])}}
-    how = ways[mode]
-    report = MoEFineTuner(folder, out=tmp_path / "out", **how, **quick).fit(records(), steps=2)
-    assert report.frozen_unchanged == report.frozen_tensors > 0
-    result = Path(report.result)
-    tuned = load_model(result) if mode == "full" else load_model(folder, adapter=result)
-    assert bool(changed(folder, tuned)) == (mode != "lora")
-    assert not any(".layers.3." in name for name in changed(folder, tuned))  # the MTP module
+    for mode, how in ways.items():
+        report = MoEFineTuner(folder, out=tmp_path / mode, **how, **quick).fit(records(12), steps=2)
+        assert report.frozen_unchanged == report.frozen_tensors > 0, mode
+        result = Path(report.result)
+        tuned = load_model(result) if mode == "full" else load_model(folder, adapter=result)
+        moved = changed(folder, tuned)
+        assert bool(moved) == (mode != "lora"), mode
+        assert not any(".layers.3." in name for name in moved), mode  # the MTP module
 
 
 def test_an_adapter_excludes_other_training(base: Callable[..., Path], quick: dict[str, Any]) -> None:

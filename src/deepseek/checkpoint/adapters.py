@@ -1,8 +1,9 @@
 """What tuning leaves beside a base: deltas (the tensors that changed) and adapters (LoRA's side paths).
 
     DELTA/delta.json, .safetensors             changed tensors under their names on disk, and the hash of their base
-    ADAPTER/adapter_config.json,               peft's own files, where only attention has side paths
-            adapter_model.safetensors
+    ADAPTER/adapter_config.json,               peft's own files, where only attention has side paths; the hash of their
+            adapter_model.safetensors          base is in the second one's metadata, which peft passes over: of an
+                                               unknown key in the first it says that it must be upgraded
     ADAPTER/moe_dr_adapter.json, .safetensors  the same content where MLPs or experts have them too: peft (0.21) takes
                                                no gate_proj of a model with fused experts, cannot express an expert's
                                                own, and must not load a part in silence
@@ -12,73 +13,32 @@ Each folder appears whole and carries manifest.json. docs/formats.md defines the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, NotFoundError
+from ..config import ModelConfig
+from ..errors import CheckpointError, ConfigError, NotFoundError
 from ..files import replace_folder, write_json
 from ..model import CausalLM
-from ..model.adapter import PARTS_APART, LoRALinear, Side, attach, linears, side_paths
+from ..model.adapter import LoRALinear, Side, attach, linears, resolve_targets, side_paths
 from ..quant.fused import unfuse
-from ..quant.linear import QuantisedExperts, allow_side_paths, is_quantised
+from ..quant.linear import Recipe, allow_side_paths, is_quantised
 from .files import check_manifest, write_manifest
-from .names import disk_parts
+from .identity import base_tensors, check_base, source_of
+from .names import quantised_places
 
 FORMAT = 1
+BASE, SOURCE = "base", "base_source"  # fingerprints: of what was trained on; of what that was converted from
 DELTA, PEFT, OURS = "delta", "adapter_config.json", "moe_dr_adapter.json"
 _PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-
-Progress = Callable[[int, int], None]
-
-
-# ---- what a base is ---------------------------------------------------------------------------------------------
-
-
-def base_tensors(model: CausalLM) -> dict[str, Tensor]:
-    """Every tensor of the base under its name on disk, whatever tuning has put around it; views, nothing is copied."""
-    state: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantisedExperts):
-            state |= {f"{name.replace('.base', '')}.{e}.packed": packed for e, packed in enumerate(module.table)}
-    for name, tensor in model.state_dict().items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(owner, PARTS_APART):
-            state[name.replace(".base.", ".")] = tensor
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        for disk_name, part in disk_parts(name, model.config):
-            out[disk_name] = tensor if part is None else tensor[part[0]][part[1]]
-    return out
-
-
-def tensor_hashes(model: CausalLM, progress: Progress | None = None) -> dict[str, str]:
-    """Name on disk -> SHA-256 of dtype, shape and bytes, of every tensor of the base. progress: (done, all)."""
-    tensors = base_tensors(model)
-    out: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().data)
-        out[name] = digest.hexdigest()
-        if progress is not None:
-            progress(len(out), len(tensors))
-    return out
-
-
-def fingerprint(hashes: Mapping[str, str]) -> str:
-    """One hash of a base, from those of its tensors."""
-    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
 
 # ---- deltas -----------------------------------------------------------------------------------------------------
@@ -99,9 +59,8 @@ def _apply_delta(model: CausalLM, folder: Path, verify: bool) -> None:
     if is_quantised(model):
         raise CheckpointError(f"{folder}: a delta belongs to a plain checkpoint, this one is quantised: load it on the "
                               "base, save that, and quantise it")
-    if verify and (found := fingerprint(tensor_hashes(model))) != about.get("base"):
-        raise CheckpointError(f"{folder}: made for another base: its hash is {str(about.get('base'))[:16]}…, that of "
-                              f"this model {found[:16]}…")
+    if verify:
+        check_base(model, _made_for(about), folder)
     places = base_tensors(model)
     for name, tensor in _tensors(folder, f"{DELTA}.safetensors").items():
         if name not in places or places[name].shape != tensor.shape:
@@ -113,9 +72,24 @@ def _apply_delta(model: CausalLM, folder: Path, verify: bool) -> None:
 # ---- adapters ---------------------------------------------------------------------------------------------------
 
 
+def check_targets(config: ModelConfig, recipe: Recipe | None, targets: Sequence[str]) -> None:
+    """Raises ConfigError for a target that matches nothing in such a model, or one that names a packed MLP: gate, up
+    and down of it are no modules of their own, and to leave them out would be another adapter than was asked for."""
+    with torch.device("meta"):
+        plain = CausalLM(config)
+    places = quantised_places(plain, recipe) if recipe is not None else []
+    packed = tuple(f"{place.module}." for place in places if place.kind == "mlp")
+    for target, names in resolve_targets(plain, targets).items():
+        if inside := [name for name in names if name.startswith(packed)]:
+            raise ConfigError(f"target_modules = {target!r}: names {inside[0]}, which is inside a packed MLP of this "
+                              "quantised base and takes no side path: name the targets that do, such as q_proj, "
+                              "v_proj and o_proj, or tune the plain checkpoint")
+
+
 def attach_adapter(model: CausalLM, side: Side) -> list[str]:
-    """`model.adapter.attach` for a model that may be quantised."""
+    """`model.adapter.attach` for a model that may be quantised. Raises ConfigError as `check_targets` does."""
     if is_quantised(model):
+        check_targets(model.config, Recipe.of(model.config, "the base"), side.targets)
         unfuse(model)
         allow_side_paths(model)
     return attach(model, side)
@@ -138,7 +112,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(folder: str | Path, model: nn.Module, side: Side, base_name: str, base: str) -> Path:
-    """Write the side paths of `model`. base_name: where the base is; base: its fingerprint."""
+    """Write the side paths of `model`. base_name: where the base is; base: its fingerprint, beside which goes that of
+    the checkpoint which a quantised base was made from."""
     names = [name for name, module in side_paths(model) if isinstance(module, LoRALinear)]
     last = sorted({name.rpartition(".")[2] for name in names})
     # a bare name would match more modules in peft than have a side path here, if a target was given in full
@@ -149,14 +124,16 @@ def save_adapter(folder: str | Path, model: nn.Module, side: Side, base_name: st
         "target_modules": last if bare else names, "inference_mode": True, "fan_in_fan_out": False,
         "use_rslora": False, "modules_to_save": None}
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in adapter_tensors(model).items()}
+    bases = {BASE: base} | ({SOURCE: source} if (source := source_of(cast(CausalLM, model))) else {})
     with replace_folder(folder) as staging:
         if side.experts or not all(".self_attn." in name for name in names):
-            keys |= {"format": FORMAT, "base": base, "experts": {str(k): list(v) for k, v in side.experts.items()}}
+            keys |= {"format": FORMAT, **bases, "experts": {str(k): list(v) for k, v in side.experts.items()}}
             write_json(staging / OURS, keys)
             save_file(tensors, staging / "moe_dr_adapter.safetensors", metadata={"format": "pt"})
         else:
             write_json(staging / PEFT, keys)
-            save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+            marks = {f"moe_dr.{key}": value for key, value in bases.items()}
+            save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"} | marks)
         write_manifest(staging)
     return Path(folder)
 
@@ -171,11 +148,10 @@ def _apply_adapter(model: CausalLM, folder: Path, verify: bool) -> None:
     for key, good in changing.items():
         if key in keys and keys[key] not in good:
             raise CheckpointError(f"{folder}: {key} = {keys[key]!r}: not supported here (only {good[0]!r} is)")
-    if ours and verify and not is_quantised(model) and (
-            found := fingerprint(tensor_hashes(model))) != keys.get("base"):
-        raise CheckpointError(f"{folder}: made for another base: its hash is {str(keys.get('base'))[:16]}…, that of "
-                              f"this model {found[:16]}…")
     tensors = _tensors(folder, "moe_dr_adapter.safetensors" if ours else "adapter_model.safetensors")
+    made_for = _made_for(keys if ours else _marks(folder / "adapter_model.safetensors"))
+    if verify and (ours or made_for):  # peft itself writes no base
+        check_base(model, made_for, folder)
     modules = {match[1] for name in tensors
                if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name))}
     try:
@@ -223,6 +199,17 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     if value.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{folder / name}: format = {value['format']!r}: this program reads {FORMAT}")
     return value
+
+
+def _made_for(keys: Mapping[str, Any]) -> list[str]:
+    return [keys[key] for key in (BASE, SOURCE) if isinstance(keys.get(key), str)]
+
+
+def _marks(file: Path) -> dict[str, str]:
+    """What the file's metadata says under our name."""
+    with safe_open(file, "pt") as opened:
+        found = opened.metadata() or {}
+    return {key.removeprefix("moe_dr."): value for key, value in found.items() if key.startswith("moe_dr.")}
 
 
 def _tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -204,11 +204,16 @@ def _dtype_of(dtype: Dtype, files: TensorFiles) -> torch.dtype:
         return dtype
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
-        stored = next((files.dtype(n) for n in files if n.endswith("embed_tokens.weight")), "BF16")
-        return {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
+        return stored_dtype(files)
     if dtype not in named:
         raise ConfigError(f"dtype = {dtype!r}: must be auto, float32, bfloat16 or float16")
     return named[dtype]
+
+
+def stored_dtype(files: TensorFiles) -> torch.dtype:
+    """That of a plain checkpoint's weights once loaded: of the embedding; BF16 for anything but FP32 and FP16."""
+    stored = next((files.dtype(n) for n in files if n.endswith("embed_tokens.weight")), "BF16")
+    return {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------

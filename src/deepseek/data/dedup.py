@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..errors import ConfigError
+from .encode import spread
 from .records import read_tables
 from .step import in_order
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 SHINGLE = 5
 CELLS, BANDS, ROWS = 60, 12, 5
 WINDOW = 8
-BLOCK = 1 << 14
+BLOCK = 1 << 12
 EMPTY = np.uint32(0xFFFFFFFF)
 MARGIN = 0.16  # three standard deviations of the estimate over CELLS cells, at similarity 0.8
 PAIRS = 1 << 15  # whose sets are compared at a time
@@ -236,10 +237,8 @@ def _similarities(folder: str | Path, pairs_P2: np.ndarray, pool: ThreadPoolExec
 
 def _gather(hashes: np.ndarray, begin_P: np.ndarray, size_P: np.ndarray) -> np.ndarray:
     """The sets at `begin_P` laid end to end as (number of the pair << 32 | hash)."""
-    ends = np.cumsum(size_P)
     pair = np.repeat(np.arange(len(size_P), dtype=np.uint64), size_P)
-    at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begin_P - (ends - size_P), size_P)
-    return (pair << np.uint64(32)) | hashes[at]
+    return (pair << np.uint64(32)) | hashes[spread(begin_P, size_P)]
 
 
 def _sets(

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import lru_cache
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +34,18 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, NotFoundError, RequestError
 from ..files import replace_folder, sha256, write_json
 from ..tokenizer import Tokenizer
+from .encode import Encoder, flat, join, spread
 from .reader import Document, Named, ReadReport, list_files, read_documents
+from .records import COLUMNS
 from .step import in_order
 
+if TYPE_CHECKING:
+    import polars
+
 FORMAT = 1
-BATCH_CHARACTERS = 1 << 20
-BATCH_DOCUMENTS = 2048
+BATCH_CHARACTERS = 1 << 21
+BATCH_DOCUMENTS = 1 << 14
+PACKED = ("text", "turns", "source", "line", "expert")  # columns of a table that is packed
 NO_EXPERT = 255
 
 Progress = Callable[[int, int], None]
@@ -183,87 +190,105 @@ def pack_cached(paths: Sequence[str | Path] | Named, tokenizer: Tokenizer, folde
 def pack(documents: Iterable[Document], tokenizer: Tokenizer, folder: str | Path, *, valid_fraction: float = 0.01,
          seed: int = 0, progress: Progress | None = None, report: ReadReport | None = None,
          fingerprint: str | None = None, experts: Sequence[str] = ()) -> TokenShards:
-    """Tokenise `documents` into `folder`, which appears whole or not at all; memory stays at one batch of documents.
+    """Tokenise `documents` into `folder`, which appears whole or not at all; a few batches of them are in memory.
 
     valid_fraction: share to hold out, in [0, 1). seed: another one holds out other documents. progress: called with
     (documents, tokens) so far. report: takes conversations that the chat template refuses; without it they raise
     DataError, as does an input without a token. experts: the names that documents bear, in the order that counts.
     """
+    return pack_tables(_tables(documents), tokenizer, folder, valid_fraction=valid_fraction, seed=seed,
+                       progress=progress, report=report, fingerprint=fingerprint, experts=experts)
+
+
+def pack_tables(tables: Iterable[polars.DataFrame], tokenizer: Tokenizer, folder: str | Path, *,
+                valid_fraction: float = 0.01, seed: int = 0, progress: Progress | None = None,
+                report: ReadReport | None = None, fingerprint: str | None = None,
+                experts: Sequence[str] = ()) -> TokenShards:
+    """As `pack`, from tables of records with the columns PACKED (records.py)."""
     if not 0 <= valid_fraction < 1:
         raise ConfigError(f"valid_fraction = {valid_fraction}: must be at least 0 and below 1")
     if len(experts) >= NO_EXPERT:
         raise ConfigError(f"{len(experts)} expert names: must be fewer than {NO_EXPERT}")
     place = {name: number for number, name in enumerate(experts)}
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    with replace_folder(folder) as staging, (staging / "train.bin").open("wb") as train, \
-            (staging / "valid.bin").open("wb") as valid, ThreadPoolExecutor(1) as pool:
-        splits = _Splits(train, valid, valid_fraction, seed)
+    encoder, workers = Encoder(tokenizer), min(8, len(os.sched_getaffinity(0)))
+    with replace_folder(folder) as staging, ExitStack() as stack:
+        tokens, names = ([stack.enter_context((staging / f"{split}{what}.bin").open("wb"))
+                          for split in ("train", "valid") if experts or not what] for what in ("", ".experts"))
+        splits = _Splits(tokens, names, dtype, valid_fraction, seed)
         sources: dict[str, int] = {}
-        # the tokenizer leaves the interpreter to others: what it has done is written meanwhile
-        encoded = in_order(pool, lambda batch: list(encode_documents(batch, tokenizer, report)), _batches(documents), 2)
-        for batch in encoded:
-            for document, ids in batch:
-                if document.expert and experts and document.expert not in place:
-                    raise DataError(f"{document.source}: expert = {document.expert!r}: must be one of "
-                                    f"{', '.join(experts)}")
-                splits.add(document.text, np.array(ids, dtype), place.get(document.expert or "", NO_EXPERT))
-                sources[document.source] = sources.get(document.source, 0) + 1
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        for found in in_order(pool, lambda table: _encode(table, encoder), _blocks(tables), workers):
+            _tell(found, report)
+            named = found.table["expert"].to_list()
+            if experts and (unknown := [i for i, name in enumerate(named) if name and name not in place]):
+                raise DataError(f"{found.table['source'][unknown[0]]}: expert = {named[unknown[0]]!r}: must be one of "
+                                f"{', '.join(experts)}")
+            splits.add(found.table["text"].to_list(), found.ids_T, found.count_N,
+                       np.array([place.get(name or "", NO_EXPERT) for name in named], np.uint8))
+            for source, count in found.table.group_by("source", maintain_order=True).len().iter_rows():
+                sources[source] = sources.get(source, 0) + count
             if progress is not None:
                 progress(sum(sources.values()), splits.tokens)
         if not splits.tokens:
             raise DataError("there is no text to pack")
         splits.finish()
-        for split, runs in (("train", splits.runs[0]), ("valid", splits.runs[1])):
-            if experts:
-                names = np.repeat(np.array([name for name, _ in runs], np.uint8), [count for _, count in runs])
-                (staging / f"{split}.experts.bin").write_bytes(names.tobytes())
-        about = {"format": FORMAT, "dtype": dtype.str, "train_tokens": train.tell() // dtype.itemsize,
-                 "valid_tokens": valid.tell() // dtype.itemsize, "documents": sum(sources.values()),
+        about = {"format": FORMAT, "dtype": dtype.str, "train_tokens": tokens[0].tell() // dtype.itemsize,
+                 "valid_tokens": tokens[1].tell() // dtype.itemsize, "documents": sum(sources.values()),
                  "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint, "seed": seed,
                  "valid_fraction": valid_fraction, "fingerprint": fingerprint, "sources": sources,
                  "experts": list(experts)}
-        train.flush()
-        valid.flush()
+        for file in (*tokens, *names):
+            file.flush()
         write_json(staging / "shards.json", about)
     return TokenShards.open(folder)
 
 
 class _Splits:
     """Sends documents to one of two files by hash. The one with the highest hash waits until the end: it is the least
-    likely to be held out, and stands in for whichever side got nothing."""
+    likely to be held out, and stands in for whichever side got nothing. names: the files of expert labels, if any."""
 
-    def __init__(self, train: BinaryIO, valid: BinaryIO, fraction: float, seed: int) -> None:
-        self.files, self.fraction = (train, valid), fraction
-        self.runs: tuple[list[tuple[int, int]], ...] = ([], [])  # (expert, tokens) of each file, in its order
+    def __init__(self, tokens: Sequence[BinaryIO], names: Sequence[BinaryIO], dtype: np.dtype[Any], fraction: float,
+                 seed: int) -> None:
+        self.files, self.names, self.dtype, self.fraction = tokens, names, dtype, fraction
         self.key = f"{seed}".encode()
         self.tokens = 0
-        self.waiting: tuple[float, np.ndarray, int] | None = None
+        self.waits = np.zeros(0), np.zeros(0, np.uint32), np.zeros(0, np.uint8)  # hash, ids, expert: of none or one
 
-    def add(self, text: str, ids: np.ndarray, expert: int = NO_EXPERT) -> None:
-        new = held_out_place(text, self.key), ids, expert
-        self.tokens += len(ids)
-        if self.waiting is None:
-            self.waiting = new
+    def add(self, texts: Sequence[str], ids_T: np.ndarray, count_N: np.ndarray, expert_N: np.ndarray) -> None:
+        if not texts:
             return
-        (place, ids, expert), self.waiting = sorted((self.waiting, new), key=itemgetter(0))
-        self._write(place < self.fraction, ids, expert)
+        self.tokens += len(ids_T)
+        place_N = np.concatenate([self.waits[0], [held_out_place(text, self.key) for text in texts]])
+        count_N = np.concatenate([[len(self.waits[1])] * len(self.waits[0]), count_N]).astype(np.int64)
+        ids_T, expert_N = np.concatenate([self.waits[1], ids_T]), np.concatenate([self.waits[2], expert_N])
+        begin_N = np.cumsum(count_N) - count_N
+        number_N = np.arange(len(place_N))
+        highest_N = np.maximum.accumulate(place_N)
+        relieves_N = np.append(True, place_N[1:] >= highest_N[:-1])  # the one that waited until then is written
+        waits_N = np.maximum.accumulate(np.where(relieves_N, number_N, 0))
+        out_N = np.where(relieves_N[1:], waits_N[:-1], number_N[1:])
+        for held_out in (False, True):
+            rows = out_N[(place_N[out_N] < self.fraction) == held_out]
+            self._write(held_out, ids_T[spread(begin_N[rows], count_N[rows])], np.repeat(expert_N[rows], count_N[rows]))
+        last = waits_N[-1]
+        self.waits = (place_N[last : last + 1], ids_T[begin_N[last] :][: count_N[last]].copy(),
+                      expert_N[last : last + 1])
 
     def finish(self) -> None:
-        assert self.waiting is not None
-        _, ids, expert = self.waiting
+        _, ids, expert = self.waits
         held = 0
         train, valid = self.files
         if self.fraction and not valid.tell():
             most = len(ids) if train.tell() else len(ids) - 1
             held = min(max(2, round(self.tokens * self.fraction)), most)
-        self._write(False, ids[: len(ids) - held], expert)
-        self._write(True, ids[len(ids) - held :], expert)
+        for held_out, some in ((False, ids[: len(ids) - held]), (True, ids[len(ids) - held :])):
+            self._write(held_out, some, np.repeat(expert, len(some)))
 
-    def _write(self, held_out: bool, ids: np.ndarray, expert: int) -> None:
-        self.files[held_out].write(ids.tobytes())
-        runs = self.runs[held_out]
-        before = runs.pop()[1] if runs and runs[-1][0] == expert else 0
-        runs.append((expert, before + len(ids)))
+    def _write(self, held_out: bool, ids_T: np.ndarray, expert_T: np.ndarray) -> None:
+        self.files[held_out].write(ids_T.astype(self.dtype).tobytes())
+        if self.names:
+            self.names[held_out].write(expert_T.tobytes())
 
 
 def held_out_place(text: str, key: bytes) -> float:
@@ -272,36 +297,97 @@ def held_out_place(text: str, key: bytes) -> float:
     return int.from_bytes(digest, "little") / (1 << 64)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _tables(documents: Iterable[Document]) -> Iterator[polars.DataFrame]:
     batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
-            yield batch
+            yield _table(batch)
             batch, size = [], 0
     if batch:
-        yield batch
+        yield _table(batch)
+
+
+def _table(documents: Sequence[Document]) -> polars.DataFrame:
+    import polars as pl
+
+    rows = [(d.text, json.dumps(d.turns) if d.turns else None, d.source, d.line, d.expert) for d in documents]
+    try:
+        return pl.DataFrame(rows, {name: getattr(pl, COLUMNS[name]) for name in PACKED}, orient="row")
+    except UnicodeEncodeError as error:
+        lone = error.object[error.start]
+        raise DataError(f"a text has the lone surrogate {lone!r}, which UTF-8 cannot hold") from None
+
+
+def _blocks(tables: Iterable[polars.DataFrame]) -> Iterator[polars.DataFrame]:
+    """The rows of tables, cut into batches."""
+    for table in tables:
+        size_N = np.cumsum(table["text"].str.len_chars().to_numpy()) // BATCH_CHARACTERS
+        ends = [*(np.flatnonzero(np.diff(size_N)) + 1).tolist(), len(table)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            yield from table[start:end].iter_slices(BATCH_DOCUMENTS)
+
+
+class _Encoded(NamedTuple):
+    """Ids of the documents of `table`, between bos and eos. refused: (row, source, line, why) of what is left out."""
+
+    table: polars.DataFrame
+    ids_T: np.ndarray
+    count_N: np.ndarray
+    refused: list[tuple[int, str, int | None, str]]
+
+
+def _encode(table: polars.DataFrame, encoder: Encoder) -> _Encoded:
+    """Conversations go through the chat template where there is one."""
+    tokenizer = encoder.tokenizer
+    refused: list[tuple[int, str, int | None, str]] = []
+    if not tokenizer.has_chat_template or table["turns"].null_count() == len(table):
+        ids_T, count_N = encoder.encode(table["text"])
+    else:
+        said: list[list[int] | None] = []
+        for row, (turns, source, line) in enumerate(table.select("turns", "source", "line").iter_rows()):
+            messages = [{"role": role, "content": text} for role, text in json.loads(turns)] if turns else []
+            try:
+                said.append(tokenizer.encode_chat(messages, add_generation_prompt=False) if turns else [])
+            except RequestError as error:
+                said.append(None)
+                refused.append((row, source, line, str(error)))
+        stays_N = np.array([ids is not None for ids in said], bool)
+        plain_N = table["turns"].is_null().to_numpy()
+        spoken = [ids for ids, plain in zip(said, plain_N, strict=True) if ids is not None and not plain]
+        ids_T, count_N = join(plain_N[stays_N], encoder.encode(table["text"].filter(plain_N)), flat(spoken))
+        table = table.filter(stays_N)
+    begin_N = np.cumsum(count_N) - count_N
+    some_N = np.flatnonzero(count_N)
+    new_bos_N, new_eos_N = (np.full(len(count_N), i is not None) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    new_bos_N[some_N] &= ids_T[begin_N[some_N]] != tokenizer.bos_id
+    new_eos_N[some_N] &= ids_T[(begin_N + count_N)[some_N] - 1] != tokenizer.eos_id
+    whole_N = count_N + new_bos_N + new_eos_N
+    start_N = np.cumsum(whole_N) - whole_N
+    out_T = np.empty(whole_N.sum(), np.uint32)
+    out_T[spread(start_N + new_bos_N, count_N)] = ids_T
+    out_T[start_N[new_bos_N]] = tokenizer.bos_id
+    out_T[(start_N + whole_N - 1)[new_eos_N]] = tokenizer.eos_id
+    return _Encoded(table, out_T, whole_N, refused)
+
+
+def _tell(found: _Encoded, report: ReadReport | None) -> None:
+    for _, source, line, why in found.refused:
+        if report is None:
+            raise DataError(f"{source}: {why}")
+        report.problem(source, line, "refused conversation", why)
 
 
 def encode_documents(
     batch: list[Document], tokenizer: Tokenizer, report: ReadReport | None = None
 ) -> Iterator[tuple[Document, list[int]]]:
     """Ids of each document between bos and eos; conversations go through the chat template where there is one."""
-    spoken = [bool(document.turns) and tokenizer.has_chat_template for document in batch]
-    plain = iter(tokenizer.encode_batch([d.text for d, chat in zip(batch, spoken, strict=True) if not chat]))
-    for document, chat in zip(batch, spoken, strict=True):
-        if not chat:
-            ids = next(plain)
-        else:
-            messages = [{"role": role, "content": text} for role, text in document.turns]
-            try:
-                ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
-            except RequestError as error:
-                if report is None:
-                    raise DataError(f"{document.source}: {error}") from None
-                report.problem(document.source, document.line, "refused conversation", str(error))
-                continue
-        begin, end = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
-        yield document, (begin if ids[:1] != begin else []) + ids + (end if ids[-1:] != end else [])
+    found = _encode(_table(batch), Encoder(tokenizer))
+    _tell(found, report)
+    gone = {row for row, *_ in found.refused}
+    ends = np.cumsum(found.count_N)
+    for document, end, count in zip((d for row, d in enumerate(batch) if row not in gone), ends, found.count_N,
+                                    strict=True):
+        yield document, found.ids_T[end - count : end].tolist()

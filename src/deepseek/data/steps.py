@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..domain import NAMES, DomainClassifier, KeywordRules
 from .dedup import find_duplicates
 from .reader import Named, ReadReport
-from .records import Document, Parts, read_tables, to_documents
+from .records import Parts, read_tables
 from .settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings, check_names
 from .shapes import RecordMap
 from .step import Done, in_order, input_fingerprint, run_step
@@ -197,9 +197,10 @@ def _named(
     open_rows = [i for i, name in enumerate(names) if name is None]
     texts = table["text"].gather(open_rows).to_list()
     left = []
-    for i, text in zip(open_rows, texts, strict=True):
-        if rules is not None and (said := rules.predict(text)) in allowed:
-            names[i], sources[i] = said, "rules"
+    told = rules.predict_batch(texts) if rules is not None else [None] * len(texts)
+    for i, text, who in zip(open_rows, texts, told, strict=True):
+        if who in allowed:
+            names[i], sources[i] = who, "rules"
         else:
             left.append((i, text))
     if classifier is not None and left:
@@ -265,13 +266,11 @@ def pack(
         else:
             tokenizer = Tokenizer.train(_some_texts(source), settings.vocab_size)
 
-        def documents() -> Iterator[Document]:
-            for table in read_tables(source):
-                yield from to_documents(table)
-
         report = ReadReport()
-        packed = shards.pack(documents(), tokenizer, folder, valid_fraction=held_out.valid_fraction, seed=held_out.seed,
-                             experts=names, report=report, progress=progress and (lambda records, _: progress(records)))
+        packed = shards.pack_tables(
+            read_tables(source, shards.PACKED), tokenizer, folder, valid_fraction=held_out.valid_fraction,
+            seed=held_out.seed, experts=names, report=report,
+            progress=progress and (lambda records, _: progress(records)))
         if not settings.tokenizer:
             tokenizer.save(folder / "tokenizer")
         return {"records": packed.about["documents"], "train_tokens": packed.train_tokens,

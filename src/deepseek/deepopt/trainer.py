@@ -3,7 +3,8 @@
 Everything that the next step depends on is either a pure function of the step number (which windows of the data come,
 the learning rate) or part of the checkpoint (weights, gate biases, AdamW's moments, the random state). A checkpoint is
 one folder that appears in one rename, so at any instant the newest `checkpoint-N` is whole; a run that was killed
-starts again from it and takes the same steps with the same numbers. The log is cut back to that step.
+starts again from it and takes the same steps with the same numbers. The log is cut back to that step. The random state
+is the CPU's and, where the model is on a GPU, that GPU's.
 
     OUT/settings.json           what the run was started with; another setting in the same folder is refused
     OUT/tokens/                 the packed data
@@ -19,7 +20,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +43,7 @@ from .plot import plot_run
 from .settings import TrainConfig
 
 CHECKPOINT = "checkpoint-{:06d}"
+SETTINGS = "settings.json"
 
 
 class Windows(Protocol):
@@ -69,6 +71,7 @@ class Trainer:
         self.model, self.data, self.config, self.tokenizer = model, data, config, tokenizer
         self.out = Path(out)
         self.step = 0
+        self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
         self.model.compute_dtype = compute_dtype(config, model.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
@@ -182,9 +185,9 @@ class Trainer:
         def add(folder: Path) -> None:
             moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
                        for key, value in state.items() if key in ("exp_avg", "exp_avg_sq", "step")}
-            moments["rng"] = torch.get_rng_state()
-            save_file(moments, folder / "optimizer.safetensors")
-            write_json(folder / "trainer.json", {"step": self.step})
+            save_file(moments | random_state(self.model.device), folder / "optimizer.safetensors")
+            seconds = self.seconds_before + time.perf_counter() - self.began
+            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(seconds, 3)})
 
         path = self._write(self.out / CHECKPOINT.format(self.step), add)
         for old in checkpoints(self.out)[: -self.config.keep]:
@@ -230,8 +233,9 @@ class Trainer:
         folder = found[-1]
         self._read(folder)  # checks the manifest, optimizer.safetensors included
         moments = load_file(folder / "optimizer.safetensors")
-        self.step = json.loads((folder / "trainer.json").read_text())["step"]
-        torch.set_rng_state(moments.pop("rng"))
+        about = json.loads((folder / "trainer.json").read_text())
+        self.step, self.seconds_before = about["step"], about.get("seconds", 0.0)
+        set_random_state(moments, self.model.device)
         for name, parameter in trained(self.model).items():
             if f"{name}.exp_avg" not in moments:
                 continue
@@ -250,16 +254,37 @@ class Trainer:
         for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")):  # of a killed write
             shutil.rmtree(leftover)
         settings = self._settings()
-        path = self.out / "settings.json"
-        if not path.exists():
-            write_json(path, settings)
-            return
-        old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
-        for part in settings:
-            for key in sorted(set(old[part]) | set(new[part])):
-                if old[part].get(key) != new[part].get(key):
-                    raise ConfigError(f"{self.out} holds a run with {key} = {old[part].get(key)!r}, this one has "
-                                      f"{new[part].get(key)!r}; choose another --out or remove the folder")
+        refuse_other_run(self.out, settings)
+        if not (self.out / SETTINGS).exists():
+            write_json(self.out / SETTINGS, settings)
+
+
+def refuse_other_run(out: Path, settings: Mapping[str, Mapping[str, Any]], *, whole: bool = True) -> None:
+    """Raises ConfigError where `out` holds a run with other settings, by part and key. whole: these are all settings,
+    so one that only the run has counts too."""
+    path = out / SETTINGS
+    if not path.is_file():
+        return
+    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    for part in new:
+        before = old.get(part, {})
+        for key in sorted(set(new[part]) | (set(before) if whole else set())):
+            if before.get(key) != new[part].get(key):
+                raise ConfigError(f"{out} holds a run with {key} = {before.get(key)!r}, this one has "
+                                  f"{new[part].get(key)!r}; choose another --out or remove the folder")
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """What torch draws from next, on the CPU and, if `device` is a GPU, there, where dropout has a state of its own."""
+    state = {"rng": torch.get_rng_state()}
+    return state | {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Take `random_state` back; a GPU's is kept as it is where the run was on a CPU before."""
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
 
 
 def _names_fit(model: CausalLM, names: tuple[str, ...]) -> None:

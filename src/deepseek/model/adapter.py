@@ -134,6 +134,10 @@ class LoRALinear(nn.Module):
         """scale * B A, [out, in], in the adapter's dtype."""
         return self.scale * self.lora_B @ self.lora_A
 
+    def folds_into(self) -> list[Tensor]:
+        """The base's weights that `fold` changes."""
+        return [self.base.weight.detach()]
+
     @torch.no_grad()
     def fold(self) -> nn.Module:
         """The base with the side path added to its matrix."""
@@ -185,6 +189,10 @@ class LoRAExperts(_SomeExperts):
         gate, up, down = (self.scale * getattr(self, f"{p}_B")[place] @ getattr(self, f"{p}_A")[place]
                           for p in ("gate", "up", "down"))
         return torch.cat((gate, up)), down
+
+    def folds_into(self) -> list[Tensor]:
+        """The base's weights that `fold` changes: views of a plain base's."""
+        return [weight.detach() for expert in self.chosen for weight in self.base.dense(expert)]
 
     @torch.no_grad()
     def fold(self) -> nn.Module:

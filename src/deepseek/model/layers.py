@@ -51,7 +51,9 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     are kept, low ones divided by `factor`, with a linear ramp between the pairs that turn beta_fast and beta_slow
     times over the original context."""
     width, base = config.qk_rope_head_dim, config.rope_theta
-    inv_P = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    # real numbers also while a model is built on the meta device (see Decoder)
+    pair_P = torch.arange(width // 2, dtype=torch.float32, device="cpu")
+    inv_P = 1.0 / (base ** (2 * pair_P / width))
     if (yarn := config.yarn) is None:
         return inv_P
 
@@ -62,7 +64,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    ramp_P = (torch.arange(width // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
+    ramp_P = (pair_P - low) / ((high - low) or 0.001)
     stretch_P = ramp_P.clamp(0, 1)
     return inv_P / yarn.factor * stretch_P + inv_P * (1 - stretch_P)
 

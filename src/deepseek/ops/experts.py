@@ -74,38 +74,37 @@ def expert_mlp_reference(
 class _ExpertLoop(torch.autograd.Function):
     """Forward and backward of all experts, expert by expert, every intermediate of an expert still in the cache.
 
-    Sums over a token's experts run in FP32, in the order of the experts' indices.
+    Sums over a token's experts run in FP32, in the order of the experts' indices. Weights of another dtype than the
+    activations' are cast expert by expert, in both directions, and only where an expert has rows.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs, wants_grad: bool
     ) -> Tensor:
-        w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
         out_TH = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        both_P = x.new_empty(len(pairs.token_P), w_in.shape[1]) if wants_grad else None
+        both_P = x.new_empty(len(pairs.token_P), gate_up.shape[1]) if wants_grad else None
         for e, rows in _rows_by_expert(pairs.counts_E):
             tokens = pairs.token_P[rows]
-            both = widen(x.index_select(0, tokens)) @ widen(w_in[e]).t()
+            both = widen(x.index_select(0, tokens)) @ _operand(gate_up[e], x).t()
             if both_P is not None:
                 both_P[rows] = both
             gate, up = both.chunk(2, 1)
             h = silu(gate).mul_(up).mul_(weight_P[rows].unsqueeze(1))
-            out_TH.index_add_(0, tokens, (h @ widen(w_out[e]).t()).float())
+            out_TH.index_add_(0, tokens, (h @ _operand(down[e], x).t()).float())
         if wants_grad:
-            ctx.save_for_backward(x, weight_P, w_in, w_out, both_P, pairs.token_P, pairs.counts_E)
-            ctx.w_dtype = gate_up.dtype
+            ctx.save_for_backward(x, weight_P, gate_up, down, both_P, pairs.token_P, pairs.counts_E)
         return out_TH.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_P, w_in, w_out, both_P, token_P, counts_E = ctx.saved_tensors
+        x, weight_P, gate_up, down, both_P, token_P, counts_E = ctx.saved_tensors
         want_x, want_weight, want_in, want_out = ctx.needs_input_grad[:4]
         idle_E = counts_E == 0
         d_in, d_out = (
-            torch.empty_like(w, dtype=ctx.w_dtype).masked_fill_(idle_E.view(-1, 1, 1), 0) if want else None
-            for w, want in ((w_in, want_in), (w_out, want_out)))
+            torch.empty_like(w).masked_fill_(idle_E.view(-1, 1, 1), 0) if want else None
+            for w, want in ((gate_up, want_in), (down, want_out)))
         d_weight = torch.empty_like(weight_P) if want_weight else None
         dx_TH = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if want_x else None
         for e, rows in _rows_by_expert(counts_E):
@@ -115,7 +114,7 @@ class _ExpertLoop(torch.autograd.Function):
             weight = weight_P[rows].unsqueeze(1)
             act = silu(gate)
             h = act * up  # before the gate's weight
-            dh = dout @ widen(w_out[e])
+            dh = dout @ _operand(down[e], x)
             if d_weight is not None:
                 d_weight[rows] = torch.linalg.vecdot(dh, h)
             if d_out is not None:
@@ -123,14 +122,14 @@ class _ExpertLoop(torch.autograd.Function):
             if d_in is None and dx_TH is None:
                 continue
             dh.mul_(weight)
-            d_both = dh.new_empty(dh.shape[0], w_in.shape[1])
+            d_both = dh.new_empty(dh.shape[0], gate_up.shape[1])
             d_gate, d_up = d_both.chunk(2, 1)
             torch.mul(dh, act, out=d_up)
             d_gate.copy_(torch.ops.aten.silu_backward(dh.mul_(up), gate))
             if d_in is not None:
                 _product_into(d_in[e], d_both.t(), widen(x.index_select(0, tokens)))
             if dx_TH is not None:
-                dx_TH.index_add_(0, tokens, (d_both @ widen(w_in[e])).float())
+                dx_TH.index_add_(0, tokens, (d_both @ _operand(gate_up[e], x)).float())
         return dx_TH.to(x.dtype) if dx_TH is not None else None, d_weight, d_in, d_out, None, None
 
 
@@ -171,6 +170,11 @@ class _NativeExperts(torch.autograd.Function):
         shape = (*x.shape, slot_TK.shape[1], len(weight_P), len(gate_up), down.shape[2])
         return (shape, *(t.data_ptr() for t in (token_P, ends_E, slot_TK, weight_P, x, gate_up, down)), kind(x),
                 kind(gate_up, x))
+
+
+def _operand(w: Tensor, x: Tensor) -> Tensor:
+    """One expert's matrix as the operand of a product with activations like `x`."""
+    return widen(w.to(x.dtype))
 
 
 def _rows_by_expert(counts_E: Tensor) -> Iterator[tuple[int, slice]]:

@@ -54,9 +54,8 @@ class _Linear(torch.autograd.Function):
         if b_O is None and trains(x_MK, w_OK):
             ctx.save_for_backward(x_MK, w_OK)
             return product(x_MK, w_OK, x_MK, x_MK.dtype, b_transposed=True)
-        w = w_OK.to(x_MK.dtype)
-        ctx.save_for_backward(x_MK, w)
-        y = widen(x_MK) @ widen(w).t()
+        ctx.save_for_backward(x_MK, w_OK)  # as it is stored: a copy in the activations' dtype lives for one product
+        y = widen(x_MK) @ widen(w_OK.to(x_MK.dtype)).t()
         if b_O is not None:
             y += b_O
         return y.to(x_MK.dtype)
@@ -75,7 +74,7 @@ class _Linear(torch.autograd.Function):
             return dx, dw, None
         dy = widen(dy_MO.to(x.dtype))
         if ctx.needs_input_grad[0]:
-            dx = (dy @ widen(w)).to(x.dtype)
+            dx = (dy @ widen(w.to(x.dtype))).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dw = (dy.t() @ widen(x)).to(ctx.w_dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:

@@ -24,11 +24,12 @@ class Tuning(Trainer):
     """Deepopt's loop over records; checkpoints hold what is trained and nothing else."""
 
     def __init__(self, work: Workpiece, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path,
-                 settings: Mapping[str, Any]) -> None:
+                 settings: Mapping[str, Any], began: float) -> None:
         self.work, self.general, self._more = work, general, settings
         self.last: dict[str, Any] = {}
         super().__init__(work.model, data, config, out, work.tokenizer)
         self.data: RecordSet = data
+        self.began = began
         if is_quantised(work.model):
             work.model.compute_dtype = torch.float32
 

@@ -64,7 +64,7 @@ class LoRAAdapter:
     @staticmethod
     def save(model: CausalLM, side: Side, folder: str | Path, base_name: str = "", base: str | None = None) -> Path:
         """Write the side paths: in peft's format where peft can express them, else in ours (docs/formats.md)."""
-        return save_adapter(folder, model, side, base_name, base or fingerprint(tensor_hashes(model)))
+        return save_adapter(folder, model, side, base_name, base or fingerprint(tensor_hashes(model), model.config))
 
     @staticmethod
     @torch.no_grad()
@@ -72,7 +72,8 @@ class LoRAAdapter:
         """Add the side paths to the weights, in place, and compare logits before and after on random tokens.
 
         Returns the share of the adapter's effect on the logits that merging lost (median over tokens). Raises
-        ConfigError where there is nothing to merge or into what, or where the loss is more than rounding explains.
+        ConfigError where there is nothing to merge or into what, or where the loss is more than rounding explains; the
+        model is then what it was, side paths included.
         """
         paths = dict(side_paths(model))
         if not paths:
@@ -90,16 +91,27 @@ class LoRAAdapter:
         scales = {name: module.scale for name, module in paths.items()}
         for module in paths.values():
             module.scale = 0.0
-        without = model(ids_BT)
-        for name, module in paths.items():
-            module.scale = scales[name]
+        try:
+            without = model(ids_BT)
+        finally:
+            for name, module in paths.items():
+                module.scale = scales[name]
+        dtype = model.model.norm.weight.dtype
+        kept = {name: [weight.clone() for weight in module.folds_into()] for name, module in paths.items()}
         fold(model)
-        merged = model(ids_BT)
-        effect = (beside - without).norm(dim=-1)
-        lost = float(((merged - beside).norm(dim=-1) / effect.clamp(min=1e-12)).median())
-        if not lost <= (limit := LOSS.get(model.lm_head.weight.dtype, 0.02)):
-            raise ConfigError(f"merging lost {lost:.1%} of the adapter's effect (at most {limit:.0%} is rounding in "
-                              f"{model.lm_head.weight.dtype}); load the base in float32 and merge there")
+        try:
+            merged = model(ids_BT)
+            effect = (beside - without).norm(dim=-1)
+            lost = float(((merged - beside).norm(dim=-1) / effect.clamp(min=1e-12)).median())
+            if not lost <= (limit := LOSS.get(dtype, 0.02)):
+                raise ConfigError(f"merging would lose {min(lost, 1.0):.1%} of the adapter's effect (at most "
+                                  f"{limit:.0%} is rounding in {dtype}); load the base in float32 and merge there")
+        except BaseException:
+            for name, module in paths.items():
+                for weight, was in zip(module.folds_into(), kept[name], strict=True):
+                    weight.copy_(was)
+                model.set_submodule(name, module)
+            raise
         return lost
 
 

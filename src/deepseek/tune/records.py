@@ -8,11 +8,14 @@ Records are held out by a hash of their text, so the split does not depend on th
 function of (seed, step), and records of like length share one: padding stays small and a killed run goes on with the
 very batch it would have had.
 
-Shape letters: B records, T tokens.
+Millions of records fit: their tokens lie in flat arrays (examples.py), and documents are read one by one and let go.
+
+Shape letters: B records, T tokens, N records of a set.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
@@ -20,8 +23,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..data import Document, ReadReport, read_documents
@@ -29,20 +33,34 @@ from ..data.shapes import shape
 from ..data.shards import Batch, held_out_place
 from ..errors import DataError, RequestError
 from ..files import write_atomically
-from ..ops.loss import IGNORE
 from ..tokenizer import Tokenizer
+from .examples import Example, Examples, pad
 
 POOL = 16  # batches whose records are sorted by length together
 
 
-class Example(NamedTuple):
-    """Token ids of one record, and how many of them, from each start, are learnt: (start, end) spans."""
-
-    ids: tuple[int, ...]
-    learnt: tuple[tuple[int, int], ...]
+def places(dataset: Any) -> list[Path]:
+    """The files and folders that a data set is read from; of a pattern, the folder that it starts from."""
+    if isinstance(dataset, str | Path):
+        dataset = [Path(dataset)]
+    if not _is_paths(dataset):
+        return []
+    found = []
+    for place in dataset:
+        parts = Path(place).parts
+        if not Path(place).exists():
+            parts = tuple(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+        if not str(place).startswith("hf:"):
+            found.append(Path(*parts))
+    return found
 
 
 def read_records(dataset: Any, report: ReadReport | None = None) -> list[Document]:
+    """`each_record` as a list."""
+    return list(each_record(dataset, report))
+
+
+def each_record(dataset: Any, report: ReadReport | None = None) -> Iterator[Document]:
     """The documents of a path (or several), of records (objects, strings, lists of turns), of documents, or of anything
     that iterates over these, a Hugging Face data set included. A string alone is a path; a list of strings is one of
     paths if they all lead somewhere, else of texts.
@@ -55,14 +73,16 @@ def read_records(dataset: Any, report: ReadReport | None = None) -> list[Documen
     if isinstance(dataset, Mapping):
         raise DataError(f"dataset: must be a path, a list or an iterable of records, got one object with keys "
                         f"{', '.join(map(str, list(dataset)[:5]))} (a data set by splits? give one of them)")
-    strings = isinstance(dataset, Sequence) and bool(dataset) and all(isinstance(item, str | Path) for item in dataset)
-    if strings and _all_paths(dataset):
-        documents = list(read_documents(dataset, report or ReadReport(strict=True)))
+    if _is_paths(dataset):
+        documents = read_documents(dataset, report or ReadReport(strict=True))
     else:
-        documents = [document for n, record in enumerate(dataset, 1) for document in document_of(record, n)]
-    if not documents:
+        documents = (document for n, record in enumerate(dataset, 1) for document in document_of(record, n))
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
         raise DataError("dataset: holds no record")
-    return documents
 
 
 def document_of(record: Any, number: int) -> list[Document]:
@@ -74,6 +94,11 @@ def document_of(record: Any, number: int) -> list[Document]:
                 for one in shape(record)]
     except DataError as error:
         raise DataError(f"record {number}: {error}") from None
+
+
+def _is_paths(dataset: Any) -> bool:
+    strings = isinstance(dataset, Sequence) and bool(dataset) and all(isinstance(item, str | Path) for item in dataset)
+    return strings and _all_paths(dataset)
 
 
 def _all_paths(items: Sequence[str | Path]) -> bool:
@@ -162,10 +187,11 @@ class RecordSet:
     experts: tuple[str, ...] = ()
 
     def __init__(
-        self, train: Sequence[Example], valid: Sequence[Example], held_out: frozenset[str] = frozenset()
+        self, train: Iterable[Example], valid: Iterable[Example], held_out: frozenset[str] = frozenset()
     ) -> None:
         """held_out: digests of the texts behind `valid`, which nothing may train on."""
-        self.train, self.valid, self.held_out = train, valid, held_out
+        self.train, self.valid = (side if isinstance(side, Examples) else Examples(side) for side in (train, valid))
+        self.held_out = held_out
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     @classmethod
@@ -173,7 +199,7 @@ class RecordSet:
            valid_fraction: float = 0.1, seed: int = 0) -> RecordSet:
         """Tokenise, hold out, check. Raises DataError for a record without output, for over-long ones (overlong
         "error"), and where nothing is left to train on."""
-        sides: tuple[list[Example], list[Example]] = ([], [])
+        sides = (Examples(), Examples())
         held_out: set[str] = set()
         long: list[tuple[str, int]] = []
         waiting: tuple[float, list[Example], str] | None = None
@@ -209,47 +235,52 @@ class RecordSet:
     @property
     def fingerprint(self) -> str:
         """Hash of all examples and of their split."""
-        text = json.dumps([[list(e) for e in side] for side in (self.train, self.valid)])
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for side in (self.train, self.valid):
+            side.add_to(digest)
+        return digest.hexdigest()
 
     @property
     def learnt_tokens(self) -> int:
         """Tokens of the training records that count in the loss."""
-        return sum(end - start for e in self.train for start, end in e.learnt)
+        return self.train.learnt_tokens
 
     @property
     def held_out_tokens(self) -> int:
         """The same of the held-out records."""
-        return sum(end - start for e in self.valid for start, end in e.learnt)
+        return self.valid.learnt_tokens
 
     def batches(self, batch_size: int) -> int:
         """In an epoch."""
         return -(-len(self.train) // batch_size)
 
-    def _draw_order(self, seed: int, epoch: int, batch_size: int) -> list[list[int]]:
-        """The batches of an epoch: a shuffle, sorted by length within pools of batches, the batches shuffled again."""
+    def _draw_order(self, seed: int, epoch: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(records, batches) of an epoch: a shuffle, sorted by length within pools of batches, of which every
+        batch_size are a batch, and the order in which these come."""
         key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        order = torch.randperm(len(self.train), generator=generator).tolist()
-        pools = [sorted(order[i : i + POOL * batch_size], key=lambda n: len(self.train[n].ids))
-                 for i in range(0, len(order), POOL * batch_size)]
-        batches = [pool[i : i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        order_N = torch.randperm(len(self.train), generator=generator).numpy()
+        lengths_N = self.train.lengths()
+        for start in range(0, len(order_N), POOL * batch_size):
+            pool = order_N[start : start + POOL * batch_size]
+            pool[:] = pool[np.argsort(lengths_N[pool], kind="stable")]
+        return order_N, torch.randperm(self.batches(batch_size), generator=generator).numpy()
 
     def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch:
         """The records of a step; seq_len has done its work when they were tokenised."""
         epoch, number = divmod(step, self.batches(batch_size))
-        return pad([self.train[n] for n in self._order(seed, epoch, batch_size)[number]])
+        order_N, batches = self._order(seed, epoch, batch_size)
+        start = int(batches[number]) * batch_size
+        return pad([self.train[int(n)] for n in order_N[start : start + batch_size]])
 
     def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out records, at most `limit` batches of them, evenly spread and sorted by length."""
-        chosen: Sequence[Example] = self.valid
-        if limit is not None and limit * batch_size < len(chosen):
-            kept = limit * batch_size
-            chosen = [chosen[i * len(chosen) // kept] for i in range(kept)]
-        chosen = sorted(chosen, key=lambda e: len(e.ids))
+        chosen, kept = np.arange(len(self.valid)), (limit or 0) * batch_size
+        if limit is not None and kept < len(chosen):
+            chosen = np.arange(kept) * len(chosen) // kept
+        chosen = chosen[np.argsort(self.valid.lengths()[chosen], kind="stable")]
         for i in range(0, len(chosen), batch_size):
-            yield pad(chosen[i : i + batch_size])
+            yield pad([self.valid[int(n)] for n in chosen[i : i + batch_size]])
 
 
 def _cut(example: Example, max_length: int) -> Example | None:
@@ -257,23 +288,6 @@ def _cut(example: Example, max_length: int) -> Example | None:
     ids = example.ids[: max_length + 1]
     spans = tuple((start, min(end, len(ids))) for start, end in example.learnt if start < len(ids))
     return Example(ids, spans) if spans else None
-
-
-def pad(examples: Sequence[Example]) -> Batch:
-    """Right-padded inputs and labels; what is not learnt has label -100."""
-    longest = max(len(e.ids) for e in examples)
-    ids_BT = torch.zeros(len(examples), longest, dtype=torch.long)
-    learnt_BT = torch.full((len(examples), longest), IGNORE)
-    real_BT = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids)
-        ids_BT[row, : len(ids)] = ids
-        real_BT[row, : len(ids)] = True
-        for start, end in example.learnt:
-            learnt_BT[row, start:end] = ids[start:end]
-    expert_BT = torch.full((len(examples), longest - 1), -1)
-    real = real_BT[:, :-1]
-    return Batch(ids_BT[:, :-1], learnt_BT[:, 1:], expert_BT, None if bool(real.all()) else real)
 
 
 # ---- streams ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What a run did. Losses are nats per token; *_bytes are bytes; frozen_unchanged counts tensors of the base."""
+    """What a run did. Losses are nats per token; *_bytes are bytes; frozen_unchanged counts tensors of the base;
+    seconds are those of all processes that worked on the run, of a killed one up to its last checkpoint."""
 
     mode: str
     steps: int

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from ..deepopt.settings import (
+    COUNT,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PRECISION,
+    SHARE,
+    Rule,
+    check,
+    is_number,
+    one_of,
+    setting,
+)
 from ..errors import ConfigError
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -22,35 +30,35 @@ class TuneConfig:
     that the records visit most); else everything but those of expert_freeze; with an adapter, its side paths alone.
     """
 
-    expert_tune: Sequence[str] | str | None = _setting(None, "names of experts to train alone, or auto")
-    expert_freeze: Sequence[str] | None = _setting(None, "names of experts to leave as they are, all else is trained")
-    atlas: str | None = _setting(None, "atlas file; else the one beside the model")
-    score: str = _setting("token", "auto: ESFT's token or gate score")
-    threshold: float | None = _setting(None, "auto: share to cover; ESFT's 0.2 (token) or 0.1 (gate) if not given")
-    shared_experts: bool = _setting(False, "train the shared experts too")
-    non_expert_modules: bool = _setting(False, "train everything that is neither expert nor router too")
-    train_router: bool = _setting(False, "train the router (the gates' weights) too")
-    balance: bool = _setting(False, "keep balancing by the gate bias")
-    lr: float = _setting(1e-5, "highest learning rate")
-    epochs: float = _setting(1.0, "times through the records")
-    steps: int | None = _setting(None, "optimiser steps, instead of epochs")
-    batch_size: int = _setting(8, "records a batch")
-    accumulation: int = _setting(1, "batches summed into one step")
-    max_length: int | None = _setting(None, "tokens of a record at most; 512, or the model's positions, if not given")
-    overlong: str = _setting("error", "longer records: error, cut or skip")
-    warmup: float = _setting(0.05, "share of the steps with a rising learning rate")
-    min_lr_ratio: float = _setting(0.1, "last learning rate as a share of the highest")
-    weight_decay: float = _setting(0.0, "AdamW's decay of matrices")
-    clip: float = _setting(1.0, "largest norm of the gradient")
-    precision: str = _setting("auto", "of activations: auto, fp32 or bf16")
-    gradient_checkpointing: bool = _setting(False, "recompute layers in the backward pass: less memory, more time")
-    valid_fraction: float = _setting(0.1, "share of the records held out, by a hash of their text")
-    eval_every: int = _setting(100, "steps between evaluations")
-    eval_records: int = _setting(256, "held-out records an evaluation, of each kind")
-    save_every: int = _setting(100, "steps between checkpoints")
-    replay: float = _setting(0.0, "share of general or old records mixed into every batch's worth of new ones")
-    seed: int = _setting(0, "seed of order and of new parameters")
-    device: str = _setting("cpu", "cpu or cuda")
+    expert_tune: Sequence[str] | str | None = setting(None, "names of experts to train alone, or auto")
+    expert_freeze: Sequence[str] | None = setting(None, "names of experts to leave as they are, all else is trained")
+    atlas: str | None = setting(None, "atlas file; else the one beside the model")
+    score: str = setting("token", "auto: ESFT's token or gate score")
+    threshold: float | None = setting(None, "auto: share to cover; ESFT's 0.2 (token) or 0.1 (gate) if not given")
+    shared_experts: bool = setting(False, "train the shared experts too")
+    non_expert_modules: bool = setting(False, "train everything that is neither expert nor router too")
+    train_router: bool = setting(False, "train the router (the gates' weights) too")
+    balance: bool = setting(False, "keep balancing by the gate bias")
+    lr: float = setting(1e-5, "highest learning rate")
+    epochs: float = setting(1.0, "times through the records")
+    steps: int | None = setting(None, "optimiser steps, instead of epochs")
+    batch_size: int = setting(8, "records a batch")
+    accumulation: int = setting(1, "batches summed into one step")
+    max_length: int | None = setting(None, "tokens of a record at most; 512, or the model's positions, if not given")
+    overlong: str = setting("error", "longer records: error, cut or skip")
+    warmup: float = setting(0.05, "share of the steps with a rising learning rate")
+    min_lr_ratio: float = setting(0.1, "last learning rate as a share of the highest")
+    weight_decay: float = setting(0.0, "AdamW's decay of matrices")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    precision: str = setting("auto", "of activations: auto, fp32 or bf16")
+    gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time")
+    valid_fraction: float = setting(0.1, "share of the records held out, by a hash of their text")
+    eval_every: int = setting(100, "steps between evaluations")
+    eval_records: int = setting(256, "held-out records an evaluation, of each kind")
+    save_every: int = setting(100, "steps between checkpoints")
+    replay: float = setting(0.0, "share of general or old records mixed into every batch's worth of new ones")
+    seed: int = setting(0, "seed of order and of new parameters")
+    device: str = setting("cpu", "cpu or cuda")
 
     def __post_init__(self) -> None:
         if self.expert_tune is not None and self.expert_freeze is not None:
@@ -64,28 +72,13 @@ class TuneConfig:
             value = getattr(self, key)
             if value is not None and not isinstance(value, str) and not value:
                 raise ConfigError(f"{key} = []: must name at least one expert (or be left out)")
-        for key in "batch_size accumulation eval_every eval_records save_every".split():
-            self._need(key, "must be an integer >= 1", lambda v: _is_int(v) and v >= 1)
-        for key in ("steps", "max_length"):
-            self._need(key, "must be an integer >= 1, or left out", lambda v: v is None or (_is_int(v) and v >= 1))
-        for key in ("lr", "clip", "epochs"):
-            self._need(key, "must be a positive number", lambda v: _is_number(v) and v > 0)
-        for key in ("weight_decay", "min_lr_ratio"):
-            self._need(key, "must be a number >= 0", lambda v: _is_number(v) and v >= 0)
-        for key in ("warmup", "replay"):
-            self._need(key, "must lie in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
-        self._need("valid_fraction", "must lie in (0, 1)", lambda v: _is_number(v) and 0 < v < 1)
-        self._need("device", "must be cpu or cuda", lambda v: v in ("cpu", "cuda"))
-        self._need("seed", "must be an integer >= 0", lambda v: _is_int(v) and v >= 0)
-        self._need("score", "must be token or gate", lambda v: v in ("token", "gate"))
-        self._need("overlong", "must be error, cut or skip", lambda v: v in ("error", "cut", "skip"))
-        self._need("precision", "must be auto, fp32 or bf16", lambda v: v in ("auto", "fp32", "bf16"))
-        self._need("threshold", "must lie in (0, 1], or be left out",
-                   lambda v: v is None or (_is_number(v) and 0 < v <= 1))
-
-    def _need(self, key: str, rule: str, holds: Any) -> None:
-        if not holds(value := getattr(self, key)):
-            raise ConfigError(f"{key} = {value!r}: {rule}")
+        check(self, {
+            "batch_size accumulation eval_every eval_records save_every": COUNT,
+            "steps max_length": _or_none(COUNT), "lr clip epochs": POSITIVE, "weight_decay min_lr_ratio": NOT_NEGATIVE,
+            "warmup replay": SHARE, "seed": NATURAL, "precision": PRECISION, "device": one_of("cpu", "cuda"),
+            "valid_fraction": ("must lie in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
+            "score": one_of("token", "gate"), "overlong": one_of("error", "cut", "skip"),
+            "threshold": _or_none(("must lie in (0, 1]", lambda v: is_number(v) and 0 < v <= 1))})
 
     @classmethod
     def of(cls, **settings: Any) -> TuneConfig:
@@ -96,9 +89,5 @@ class TuneConfig:
         return cls(**settings)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _or_none(rule: Rule) -> Rule:
+    return f"{rule[0]}, or be left out", lambda v: v is None or rule[1](v)

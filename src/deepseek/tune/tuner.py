@@ -24,21 +24,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..atlas import Atlas
-from ..checkpoint import open_checkpoint, resolve
+from ..checkpoint import check_targets, open_checkpoint, resolve
 from ..data import Document, ReadReport, read_documents
 from ..deepopt.settings import TrainConfig
-from ..deepopt.trainer import held_out_loss, trained
+from ..deepopt.trainer import held_out_loss, refuse_other_run, trained
 from ..errors import ConfigError, DataError
 from ..files import write_json
-from ..model import CausalLM
-from ..model.adapter import resolve_targets
 from ..tokenizer import Tokenizer
+from .examples import Example
 from .loop import Tuning
 from .lora import LoRAAdapter, named_experts
-from .records import Example, RecordSet, digest, fresh, read_records, take_round
+from .records import RecordSet, digest, each_record, fresh, places, read_records, take_round
 from .report import TuneReport
 from .settings import TuneConfig
 from .workpiece import Workpiece
@@ -84,6 +81,7 @@ class MoEFineTuner:
         names = adapter.experts if adapter else config.expert_freeze or config.expert_tune
         self.named = None if names is None or names == "auto" else named_experts(list(names), self.atlas)
         model_config, recipe, _ = open_checkpoint(self.folder, verify=False)
+        self.model_config = model_config
         if self.atlas is not None:
             self.atlas.check_fits(model_config)
         if recipe is not None and adapter is None:
@@ -99,9 +97,8 @@ class MoEFineTuner:
             if expert.layer not in model_config.moe_layers or expert.index >= model_config.n_routed_experts:
                 raise ConfigError(f"expert {expert}: the model has experts 0..{model_config.n_routed_experts - 1} in "
                                   f"layers {list(model_config.moe_layers)}")
-        if adapter is not None and recipe is None:
-            with torch.device("meta"):
-                resolve_targets(CausalLM(model_config), adapter.side({}).targets)
+        if adapter is not None:
+            check_targets(model_config, recipe, adapter.side({}).targets)
         positions = model_config.max_position_embeddings
         self.max_length = config.max_length or min(512, positions - 1)
         if self.max_length >= positions:
@@ -121,22 +118,24 @@ class MoEFineTuner:
         dataset: a path (or several), records such as {"input": …, "output": …}, documents, a Hugging Face data set, or
         any iterable of these that ends; `fit_stream` takes those that do not. Raises DataError, before any weight is
         read, for an empty data set, a record without output or an over-long one, and ConfigError when `out` holds a run
-        with other settings.
+        with other settings, or one of `out` and the data lies inside the other.
         """
         began = time.perf_counter()
         config = self._updated(epochs=epochs, steps=steps)
+        self._check_apart(dataset)
         tokenizer = Tokenizer.load(self.folder)
-        data = self._record_set(read_records(dataset), tokenizer)
+        data = self._record_set(each_record(dataset), tokenizer)
         if config.replay:
             if self.old is None:
                 raise ConfigError(f"replay = {config.replay}: needs old records to replay (old=…)")
-            data.train = [*data.train, *self._replayed(read_records(self.old), data, [data], tokenizer)]
+            data.train.extend(self._replayed(read_records(self.old), data, [data], tokenizer))
         general, general_name = self._general(tokenizer)
+        refuse_other_run(self.out, self._known(data, general), whole=False)
         work = Workpiece.load(self, tokenizer, data)
-        tuning = self._tuning(work, data, general, self.out)
+        tuning = self._tuning(work, data, general, self.out, began)
         before = tuning.before()
         tuning.run()
-        return self._conclude(work, tuning, [data], before, general_name, began)
+        return self._conclude(work, [tuning], [data], before, general_name, began)
 
     def fit_stream(self, stream: Iterable[Any], *, records_a_round: int = 256, rounds: int | None = None,
                    epochs: float | None = None) -> TuneReport:
@@ -153,6 +152,7 @@ class MoEFineTuner:
         if records_a_round < 4:
             raise ConfigError(f"records_a_round = {records_a_round}: must be at least 4")
         self._updated(epochs=epochs)
+        self._check_apart()
         tokenizer = Tokenizer.load(self.folder)
         general, general_name = self._general(tokenizer)
         old = read_records(self.old) if self.old is not None else []
@@ -165,11 +165,13 @@ class MoEFineTuner:
         waiting = fresh(stream, seen, refused, check)
         work: Workpiece | None = None
         sets: list[RecordSet] = []
+        tunings: list[Tuning] = []
         arrived: list[float] = []
         before: dict[str, float] = {}
         losses: list[list[float]] = []
         while rounds is None or len(sets) < rounds:
             folder = self.out / f"round-{len(sets) + 1:04d}"
+            round_began = time.perf_counter() if sets else began
             documents = take_round(folder, waiting, records_a_round, seen)
             if len(documents) < 4:
                 if documents:
@@ -177,10 +179,12 @@ class MoEFineTuner:
                 break
             data = self._record_set(documents, tokenizer)
             sets.append(data)
-            data.train = [*data.train, *self._replayed(old, data, sets, tokenizer)]
+            data.train.extend(self._replayed(old, data, sets, tokenizer))
             if work is None:
+                refuse_other_run(folder, self._known(data, general), whole=False)
                 work = Workpiece.load(self, tokenizer, data)
-            tuning = self._tuning(work, data, general, folder)
+            tuning = self._tuning(work, data, general, folder, round_began)
+            tunings.append(tuning)
             first = tuning.before()  # of the model as it is when the round arrives
             before = before or first
             arrived.append(first["eval_loss"])
@@ -194,19 +198,41 @@ class MoEFineTuner:
             raise DataError("stream: ended before a round was full")
         weights = [each.held_out_tokens for each in sets]
         before |= {"eval_loss": _mean(arrived, weights)}
-        return self._conclude(work, tuning, sets, before, general_name, began, losses, _mean(losses[-1], weights))
+        return self._conclude(work, tunings, sets, before, general_name, began, losses, _mean(losses[-1], weights))
 
     def _updated(self, **changes: Any) -> TuneConfig:
         given = {key: value for key, value in changes.items() if value is not None}
         self.config = replace(self.config, **given)
         return self.config
 
-    def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, out: Path) -> Tuning:
+    def _check_apart(self, *more: Any) -> None:
+        """Raises ConfigError where a run would read its own files, or write over what it reads."""
+        out = self.out.resolve()
+        for place in (place for each in (*more, self.general, self.old) if each is not None for place in places(each)):
+            if out.is_relative_to(where := place.resolve()):
+                raise ConfigError(f"out = {self.out}: must not lie inside DATA ({place}), or a run would read its own "
+                                  "files")
+            if where.is_relative_to(out):
+                raise ConfigError(f"out = {self.out}: must not hold DATA ({place}): the folder is the run's own")
+
+    def _settings(self, data: RecordSet, general: RecordSet) -> dict[str, dict[str, Any]]:
+        """What a run that goes on in its folder must have the same, beside what the base decides."""
         kept = {k: v for k, v in asdict(self.config).items() if k not in ("device", "atlas", "steps", "epochs")}
-        adapter = asdict(self.adapter) if self.adapter else {}
-        tuning = Tuning(work, data, general, self._train_config(data), out, {
-            "tune": kept, "adapter": adapter, "base": {"base": work.fingerprint},
-            "chosen": {"experts": [str(expert) for expert in work.experts], "general": general.fingerprint}})
+        return {"tune": kept, "adapter": asdict(self.adapter) if self.adapter else {},
+                "chosen": {"general": general.fingerprint}}
+
+    def _known(self, data: RecordSet, general: RecordSet) -> dict[str, dict[str, Any]]:
+        """As much of a run's settings as is known before its base is read."""
+        settings = self._settings(data, general)
+        if self.config.expert_tune != "auto":
+            settings["chosen"]["experts"] = [str(expert) for expert in self.named or ()]
+        return {"train": asdict(self._train_config(data)), "model": self.model_config.to_dict(),
+                "data": {"fingerprint": data.fingerprint}, **settings}
+
+    def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, out: Path, began: float) -> Tuning:
+        settings = self._settings(data, general) | {"base": {"base": work.fingerprint}}
+        settings["chosen"]["experts"] = [str(expert) for expert in work.experts]
+        tuning = Tuning(work, data, general, self._train_config(data), out, settings, began)
         # what names built in by training rest on: no group gains against another
         tuning.within_groups = self.atlas is not None and any(g.kind == "built-in" for g in self.atlas.groups)
         return tuning
@@ -265,9 +291,10 @@ class MoEFineTuner:
             seed=config.seed)
 
     def _conclude(
-        self, work: Workpiece, tuning: Tuning, sets: Sequence[RecordSet], before: Mapping[str, float],
+        self, work: Workpiece, tunings: Sequence[Tuning], sets: Sequence[RecordSet], before: Mapping[str, float],
         general_name: str, began: float, rounds: Sequence[Sequence[float]] = (), domain_after: float | None = None,
     ) -> TuneReport:
+        tuning = tunings[-1]
         after = tuning.last or tuning.evaluate()
         parameters = trained(work.model)
         count = sum(p.numel() for p in parameters.values())
@@ -285,7 +312,7 @@ class MoEFineTuner:
             frozen_tensors=len(frozen), frozen_unchanged=unchanged,
             changed_tensors=sum(work.hashes[n] != work.hashes_after[n] for n in work.hashes),
             experts={} if self.mode == "full" else {str(k): v for k, v in work.experts.by_layer().items()},
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - began + sum(each.seconds_before for each in tunings),
             result=str(result), result_bytes=sum(f.stat().st_size for f in result.rglob("*") if f.is_file()),
             rounds=rounds)
         write_json(self.out / "report.json", asdict(report) | {

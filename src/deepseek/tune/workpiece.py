@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..atlas import Atlas, ExpertUsage, select_experts
+from ..atlas import ExpertUsage, select_experts
 from ..atlas.profile import gate_scale
 from ..atlas.selection import THRESHOLDS
 from ..checkpoint import (
@@ -37,21 +37,8 @@ from .lora import LoRAAdapter
 from .records import RecordSet
 from .settings import TuneConfig
 
-
-class Job(Protocol):
-    """What the work is to be: a MoEFineTuner."""
-
-    config: TuneConfig
-    adapter: LoRAAdapter | None
-    atlas: Atlas | None
-    named: ExpertSet | None
-    folder: Path
-    model_path: str
-    out: Path
-    save: str
-
-    @property
-    def mode(self) -> str: ...
+if TYPE_CHECKING:
+    from .tuner import MoEFineTuner
 
 
 class Workpiece:
@@ -63,13 +50,13 @@ class Workpiece:
         trainable: names on disk of the tensors that training may change."""
         self.model, self.tokenizer, self.hashes, self.dtype = model, tokenizer, hashes, dtype
         self.experts, self.side, self.trainable = experts, side, trainable
-        self.fingerprint = fingerprint(hashes)
+        self.fingerprint = fingerprint(hashes, model.config)
         with torch.device("meta"):
             self.parameters = sum(p.numel() for p in CausalLM(model.config).parameters())
         self.hashes_after: dict[str, str] = {}
 
     @classmethod
-    def load(cls, job: Job, tokenizer: Tokenizer, data: RecordSet) -> Workpiece:
+    def load(cls, job: MoEFineTuner, tokenizer: Tokenizer, data: RecordSet) -> Workpiece:
         """Read the base, hash it, decide on the experts and part the model into trained and frozen."""
         config = job.config
         model = load_model(job.folder, device=config.device)
@@ -82,7 +69,7 @@ class Workpiece:
         model.requires_grad_(False)
         experts = job.named
         if config.expert_tune == "auto":
-            experts = _auto(model, data, config, job.out, fingerprint(hashes))
+            experts = _auto(model, data, config, job.out, fingerprint(hashes, model.config))
         if experts is not None:
             _check_there(experts, model)
         if job.mode == "full":
@@ -125,7 +112,7 @@ class Workpiece:
             out |= {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in self.model.config.moe_layers}
         return out
 
-    def save_so_far(self, job: Job) -> None:
+    def save_so_far(self, job: MoEFineTuner) -> None:
         """The result as it stands, without putting the model together: between the rounds of a stream."""
         if self.side is not None:
             save_adapter(job.out / "adapter", self.model, self.side, job.model_path, self.fingerprint)
@@ -144,12 +131,12 @@ class Workpiece:
                     yield disk_name, tensor[owner.chosen.index(part[0])][part[1]]
         yield from ((name, buffer) for name, buffer in self.model.named_buffers() if name in self.trainable)
 
-    def _save_delta(self, job: Job, tensors: dict[str, Tensor]) -> Path:
+    def _save_delta(self, job: MoEFineTuner, tensors: dict[str, Tensor]) -> Path:
         return save_delta(job.out / "delta", tensors, self.fingerprint, {
             "base_name": job.model_path, "mode": job.mode,
             "experts": {str(k): v for k, v in self.experts.by_layer().items()}})
 
-    def finish(self, job: Job) -> Path:
+    def finish(self, job: MoEFineTuner) -> Path:
         """Put the model together again, hash it, and write the result."""
         model, base = self.model.eval(), self.fingerprint
         if self.side is not None:
@@ -165,7 +152,7 @@ class Workpiece:
             return self._save_delta(job, {n: t for n, t in base_tensors(model).items() if n in self.trainable})
         return save_model(model, job.out / "model", tokenizer=self.tokenizer, add=self._add_atlas(job))
 
-    def _add_atlas(self, job: Job) -> Callable[[Path], None]:
+    def _add_atlas(self, job: MoEFineTuner) -> Callable[[Path], None]:
         def add(folder: Path) -> None:
             if job.atlas is not None:
                 job.atlas.save(folder)

@@ -15,23 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from converting import contents, header, quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepseek import LLM, SamplingParams, Tokenizer, convert, info
-from deepseek.checkpoint import MANIFEST, TORCH_DTYPES, TensorFiles, load_model, save_model
+from deepseek.checkpoint import MANIFEST, TensorFiles, fingerprint, load_model, save_model, tensor_hashes
 from deepseek.cli import main
 from deepseek.config import ModelConfig
-from deepseek.convert import REPORT, Report, _Part, _write_file, dequantize, quantize
-from deepseek.errors import CheckpointError, ConfigError
-from deepseek.model import CausalLM
+from deepseek.convert import REPORT, dequantize
+from deepseek.errors import ConfigError
 from deepseek.ops.panels import Quantised, unpack, unpack_mlp
 from deepseek.quant import fp8, int8, nf4
 from deepseek.quant.linear import QuantisedEmbedding, QuantisedExperts, QuantisedLinear, QuantisedMLP
 from deepseek.quant.panels import quantise_panels
 
-# widths that are no multiples of 16 or 64, some above 64
-RAGGED: dict[str, Any] = dict(hidden_size=72, intermediate_size=90, moe_intermediate_size=24, vocab_size=97)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "no shared": dict(n_shared_experts=0), "tied": dict(tie_word_embeddings=True),
     "everything": dict(num_nextn_predict_layers=1, q_lora_rank=24, attention_bias=True, n_shared_experts=2),
@@ -39,39 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
                topk_group=1, n_shared_experts=2),
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-
-
-@pytest.fixture
-def source(tiny_config: Callable, random_model: Callable, tmp_path: Path) -> Callable[..., Path]:
-    """`source(dtype, **changes)`: a checkpoint folder."""
-    def make(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-        model: CausalLM = random_model(tiny_config(**(RAGGED | changes)))
-        for name, parameter in model.named_parameters():
-            if name.endswith("weight"):
-                parameter.data = parameter.data.to(dtype)
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        return save_model(model, tmp_path / "source")
-
-    return make
-
-
-def quiet(source: Path, format: Any = "nf4", name: str = "q", **options: Any) -> tuple[Path, Report]:
-    out = source.parent / name
-    return out, quantize(source, out, format, progress=False, **options)
-
-
-def header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data begins, and the entries, read by hand."""
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    entries = json.loads(data[8 : 8 + length])
-    assert entries.pop("__metadata__") == {"format": "pt"}
-    return 8 + length, entries
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -140,8 +105,10 @@ def test_the_layout(source: Callable, changes: dict[str, Any]) -> None:
                 experts += re.findall(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.packed", name)
             assert begin + end == file.stat().st_size
         assert experts == [(layer, str(e)) for layer in dict(experts) for e in range(16)]
-        assert json.loads((out / "config.json").read_text())["quantization_config"] == {
-            "quant_method": "moe_dr", "format": "nf4", "version": 1, "keep": []}
+        about = json.loads((out / "config.json").read_text())["quantization_config"]
+        base = load_model(folder)
+        assert about.pop("source") == fingerprint(tensor_hashes(base), base.config)
+        assert about == {"quant_method": "moe_dr", "format": "nf4", "version": 1, "keep": []}
 
 
 @every_variant
@@ -251,6 +218,8 @@ def test_official_fp8_is_a_source(source: Callable) -> None:
     ours, theirs = load_file(eight / "model.safetensors"), load_file(four / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor.float(), theirs[name].float()) for name, tensor in ours.items())
+    noted = json.loads((eight / "config.json").read_text())["quantization_config"]["source"]
+    assert noted == fingerprint(tensor_hashes(base := load_model(folder)), base.config)
     direct = load_model(dequantize(folder, folder.parent / "bf16", progress=False)).state_dict()
     for name, tensor in load_model(folder, "bfloat16").state_dict().items():
         assert torch.equal(direct[name], tensor), name
@@ -442,158 +411,3 @@ print(size, there_and_back(root / "big") - before)
     assert done.returncode == 0, done.stderr
     size, grown = map(int, done.stdout.split())
     assert size > 60e6 and grown < size / 3, f"{grown / 1e6:.0f} MB of {size / 1e6:.0f}"
-
-
-# ---- errors ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_converted(source: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = source()
-    out, _ = quiet(folder)
-    before = contents(out)
-    for bad, message in (
-        (lambda: quiet(folder, "int3", "x"), "format = 'int3': must be nf4 or int8"),
-        (lambda: quiet(folder, name="x", keep=["lm_heat.*"]), "keep = 'lm_heat.*': no weight that could be"),
-        (lambda: quiet(folder, name="x", keep=["model.norm.weight"]), "keep = 'model.norm.weight': no weight"),
-        (lambda: quiet(folder), f"out = {out}: must be a new or an empty folder"),
-        (lambda: quiet(folder, name=folder.name, overwrite=True), "must not be the source"),
-        (lambda: quiet(folder, name="q/config.json"), "must be a folder, this is a file"),
-        (lambda: quiet(out, name="x"), f"{out}: is quantised already (nf4)"),
-        (lambda: dequantize(out, folder.parent / "x", "int8"), "dtype = 'int8': must be one of"),  # type: ignore
-    ):
-        with pytest.raises(ConfigError) as caught:
-            bad()
-        assert message in str(caught.value)
-    assert contents(out) == before and not list(folder.parent.glob("x*"))
-    usage = convert.shutil.disk_usage(folder)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
-    with pytest.raises(CheckpointError, match=r"x: 0\.00 GiB are to be written and the disk has 0\.00 GiB free"):
-        quiet(folder, name="x")
-    assert not list(folder.parent.glob("x*"))
-    monkeypatch.undo()
-    quiet(folder, "int8", overwrite=True)
-    assert contents(out) != before
-
-
-def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the tensors of a checkpoint, in the converter's order and alignment, and drop the manifest."""
-    file = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    edit(tensors)
-    kinds = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-    parts = [_Part(name, kinds[t.dtype], tuple(t.shape), lambda t=t: iter([t])) for name, t in tensors.items()]
-    _write_file(file, sorted(parts, key=lambda part: part.rank), lambda _: None)
-    (folder / MANIFEST).unlink()
-
-
-NAME = "model.layers.1.mlp.experts.5.up_proj.weight"
-
-
-@pytest.mark.parametrize(("edit", "message"), [
-    (lambda t: t[NAME][3].fill_(torch.nan), f"{NAME} holds values that are not finite"),
-    (lambda t: t[NAME][3, 5:].fill_(-torch.inf), f"{NAME} holds values that are not finite"),
-    (lambda t: t.pop(NAME), f"1 tensors are missing, first {NAME}"),
-    (lambda t: t.update({NAME: t[NAME].t().contiguous()}), f"{NAME} has shape (72, 24), config.json asks for (24, 72)"),
-    (lambda t: t.update(odd=torch.zeros(2)), "1 tensors have no place in the model, first odd"),
-])
-def test_a_source_that_is_not_whole(source: Callable, edit: Callable[[dict[str, Tensor]], Any], message: str) -> None:
-    folder = source()
-    rewrite(folder, edit)
-    with pytest.raises(CheckpointError) as caught:
-        quiet(folder)
-    assert message in str(caught.value) and str(folder) in str(caught.value)
-    assert not (folder.parent / "q").exists()
-
-
-HEAD, EXPERT = "lm_head.packed", "model.layers.1.mlp.experts.5.packed"
-
-
-@pytest.mark.parametrize(("edit", "message"), [
-    (lambda t: t.pop(HEAD), f"1 tensors are missing, first {HEAD}"),
-    (lambda t: t.pop("model.norm.weight"), "1 tensors are missing, first model.norm.weight"),
-    (lambda t: t.update(odd=torch.zeros(2)), "1 tensors have no place in the model, first odd"),
-    (lambda t: t.update({EXPERT: t[EXPERT][:-64]}), f"{EXPERT} is [8128] of U8, must be [8192] of uint8"),
-    (lambda t: t.update({EXPERT: t[EXPERT].view(torch.int8)}), f"{EXPERT} is [8192] of I8, must be"),
-    (lambda t: t.update({"model.embed_tokens.step": torch.ones(3)}),
-     "model.embed_tokens.step is [3] of F32, must be [97] of float32"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(3)}), "model.norm.weight is [3] of F32, must be [72]"),
-])
-def test_a_quantised_file_that_does_not_fit_is_refused_by_name(
-    source: Callable, edit: Callable[[dict[str, Tensor]], Any], message: str
-) -> None:
-    out, _ = quiet(source())
-    rewrite(out, edit)
-    for read in (load_model, lambda folder: dequantize(folder, folder.parent / "x", progress=False)):
-        with pytest.raises(CheckpointError) as caught:
-            read(out)
-        assert message in str(caught.value) and str(out) in str(caught.value)
-
-
-@pytest.mark.parametrize("keep", [0, 100, 5000, -1])
-@pytest.mark.parametrize("manifest", [True, False])
-def test_a_truncated_file_is_refused_by_name(source: Callable, keep: int, manifest: bool) -> None:
-    out, _ = quiet(source())
-    if not manifest:
-        (out / MANIFEST).unlink()
-    file = out / "model.safetensors"
-    os.truncate(file, keep if keep >= 0 else file.stat().st_size + keep)
-    with pytest.raises(CheckpointError, match="truncated" if manifest else "not a whole") as caught:
-        load_model(out)
-    assert str(file) in str(caught.value)
-
-
-def test_hashes_of_weights_are_compared_on_demand(source: Callable) -> None:
-    out, _ = quiet(source())
-    file = out / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    load_model(out)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: altered"):
-        load_model(out, verify=True)
-    (out / "quantisation.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"quantisation\.json: truncated or altered"):
-        load_model(out)
-
-
-def test_a_file_of_another_tool_that_is_not_aligned_is_refused(source: Callable) -> None:
-    out, _ = quiet(source())
-    file = out / "model.safetensors"
-    begin, entries = header(file)
-    text = json.dumps(entries).encode()
-    file.write_bytes((len(text) + 1).to_bytes(8, "little") + text + b" " + file.read_bytes()[begin:])
-    (out / MANIFEST).unlink()
-    if (9 + len(text)) % 64 == 0:
-        pytest.skip("aligned by chance")
-    with pytest.raises(CheckpointError, match=r"packed does not begin at a multiple of 64 bytes") as caught:
-        load_model(out)
-    assert str(file) in str(caught.value)
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"version": 2}, "quantization_config.version = 2: this program reads 1"),
-    ({"version": None}, "quantization_config.version = None: this program reads 1"),
-    ({"format": "nf3"}, "quantization_config.format = 'nf3': must be nf4 or int8"),
-    ({"quant_method": "awq"}, "quantization_config.quant_method = 'awq': must be moe_dr or"),
-])
-def test_other_versions_and_formats_are_refused(source: Callable, changes: dict[str, Any], message: str) -> None:
-    out, _ = quiet(source())
-    keys = json.loads((out / "config.json").read_text())
-    keys["quantization_config"] |= changes
-    (out / "config.json").write_text(json.dumps(keys))
-    (out / MANIFEST).unlink()
-    with pytest.raises(ConfigError) as caught:
-        load_model(out)
-    assert message in str(caught.value) and str(out) in str(caught.value)
-
-
-def test_a_quantised_model_is_neither_trained_nor_saved(source: Callable) -> None:
-    out, _ = quiet(source())
-    model = load_model(out)
-    with pytest.raises(ConfigError, match="has no gradients and cannot be trained"):
-        model.train()
-    with pytest.raises(CheckpointError, match="--format bf16"):
-        save_model(model, out.parent / "x")
-    with pytest.raises(ConfigError, match="dtype = bfloat16: a quantised checkpoint computes in float32"):
-        load_model(out, "bfloat16")
-    assert not (out.parent / "x").exists()
