@@ -248,7 +248,7 @@ def test_async_streams_and_leaving_one(model: CausalLM) -> None:
 
     async def read(prompt: list[int], most: int) -> tuple[int, ...]:
         seen: tuple[int, ...] = ()
-        async for request in llm.stream_async(prompt, params(max_tokens=20)):
+        async for request in llm.stream_async(prompt, params(max_tokens=20 if most > 20 else 600)):
             seen = tuple(request.token_ids)
             if len(seen) >= most:
                 break
@@ -259,7 +259,7 @@ def test_async_streams_and_leaving_one(model: CausalLM) -> None:
 
     got = asyncio.run(everyone())
     assert [got[i] for i in (0, 1, 3, 4)] == [want[i].token_ids for i in (0, 1, 3, 4)]
-    assert 3 <= len(got[2]) < 20 and llm.engine.idle
+    assert 3 <= len(got[2]) < 600 and llm.engine.idle
     assert llm.engine.pages.available == llm.engine.pages.count
 
 

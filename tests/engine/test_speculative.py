@@ -12,7 +12,7 @@ import torch
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.speculative import TERM, TRIAL, Gain
+from deepseek.engine.speculative import TERM, TRIAL, Gain, _Choice
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 
@@ -39,7 +39,9 @@ def prompts(count: int) -> list[list[int]]:
 @pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"step_tokens": 9}, {"cache_tokens": 640}], ids=str)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5, "logprobs": 1}, {"n": 2, "seed": 1,
                                       "temperature": 1.0}, {"routed": True}], ids=str)
-def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], sampling: dict[str, Any]) -> None:
+def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], sampling: dict[str, Any],
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Choice, "drafts", lambda self: True)
     want = LLM(model, speculate=False).generate(prompts(6), params(**sampling))
     llm = LLM(model, **options)
     got = llm.generate(prompts(6), params(**sampling))
@@ -69,7 +71,7 @@ def test_right_drafts_save_steps(model: CausalLM, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(drafter, "draft", oracle)
     assert llm.generate([[3, 1, 4]], params())[0] == want
     assert llm.engine.counters.steps == 1 + 20  # the prompt, then 39 tokens two by two
-    assert drafter.stats.acceptance > 0.95
+    assert drafter.stats.acceptance >= 0.95  # the last one is of a token that is not wanted any more
 
 
 def test_the_module_sees_every_position_with_the_token_that_follows(model: CausalLM, monkeypatch: Any) -> None:
@@ -86,7 +88,10 @@ def test_the_module_sees_every_position_with_the_token_that_follows(model: Causa
         h_BTH = model.hidden(ids[:, :-1])
         want_TH = model.mtp_hidden(0, h_BTH, ids[:, 1:])[0]
     got_TH = torch.cat(seen)
-    assert torch.allclose(got_TH, want_TH[: len(got_TH)], atol=2e-3) and len(got_TH) >= len(prompt) + 5
+    first = len(prompt) - 1  # from there on in the other order, whose rounding of activations to 8 bits differs
+    assert torch.allclose(got_TH[:first], want_TH[:first], atol=1e-4) and len(got_TH) >= len(prompt) + 5
+    later, want = got_TH[first:], want_TH[first : len(got_TH)]
+    assert (later - want).norm() < 0.1 * want.norm()
 
 
 def test_the_faster_kind_of_step_is_taken_and_tried_again() -> None:
