@@ -26,7 +26,7 @@ from domains import UNSEEN, places
 from harness import arguments, machine, table, versions, write_result
 
 RATES = {"full": (1e-4, 3e-4, 1e-3), "experts": (3e-4, 1e-3, 3e-3), "named": (3e-4, 1e-3, 3e-3),
-         "LoRA": (1e-3, 3e-3, 1e-2)}  # each way's best lies inside its three
+         "LoRA": (1e-3, 3e-3, 1e-2)}  # where the best is the highest of its three, higher ones were not tried
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "experts": {"expert_tune": "auto"},

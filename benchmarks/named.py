@@ -17,8 +17,10 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deepseek.atlas import Atlas, RoutingAccuracy
+from deepseek.atlas.draw import save_png
 from deepseek.checkpoint import load_model
 from deepseek.cli import main as deepseek
 from deepseek.data import Document, ReadReport, TokenShards, read_documents
@@ -89,11 +91,33 @@ def unseen(model: CausalLM, tokenizer: Tokenizer, names: tuple[str, ...], data: 
     return accuracy
 
 
+def picture(path: Path, names: tuple[str, ...], shares: dict[str, Tensor]) -> None:
+    """shares: title -> [N, N], of the tokens of each name's text those whose strongest group is each name's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.6), dpi=110, layout="constrained")
+    short = [name.removesuffix("_expert") for name in names]
+    for axis, (title, share_NN) in zip(figure.subplots(1, len(shares), sharey=True), shares.items(), strict=True):
+        axis.imshow(share_NN.numpy(), cmap="Blues", vmin=0, vmax=1)
+        for i, row in enumerate(share_NN.tolist()):
+            for j, value in enumerate(row):
+                if value >= 0.01:
+                    axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
+                              color="white" if value > 0.55 else "black")
+        axis.set_xticks(range(len(names)), short, rotation=45, ha="right")
+        axis.set_yticks(range(len(names)), short)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("tokens that go mostly to the experts named …, %")
+    figure.axes[0].set_ylabel("text of")
+    save_png(figure, path)
+
+
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data")
     parser.add_argument("--work", type=Path, default=Path("runs/named"), help="folder of the two runs")
     parser.add_argument("--steps", type=int, default=3690, help="of 4,096 tokens; 3,690 are 15 million")
+    parser.add_argument("--picture", type=Path, default=Path("runs/named/routing.png"), help="PNG to draw")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folders = {name: train(name, args.work, args.data, args.steps, args.threads) for name in RUNS}
@@ -112,6 +136,9 @@ def main() -> None:
     atlas.save(folders["guided"] / "model")
     across, inside = within["guided"].max_vio()
     twin_across, twin_inside = within["unguided"].max_vio()
+    shares = {title: found.confusion_NG[:, : len(shards.experts)] / found.confusion_NG.sum(1, keepdim=True)
+              for title, found in (("held-out records", within["guided"]), ("sources that training never saw", beyond))}
+    picture(args.picture, shards.experts, shares)
     rows = [["name", "held-out records", "whole unseen source", "which"],
             *([name, f"{within['guided'].by_name()[name]:.1%}", f"{beyond.by_name()[name]:.1%}", UNSEEN[name][0]]
               for name in shards.experts),
