@@ -39,7 +39,7 @@ lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint  ## lint, types and the tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal
 
 test-slow: $(VENV)/.test  ## the proofs that take minutes
 	$(BIN)/python -m pytest -m slow

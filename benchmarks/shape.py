@@ -66,8 +66,11 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> Iterator[tuple[str, Te
             yield name, torch.ones(shape, dtype=torch.bfloat16)
 
 
-def write_model(folder: Path = CACHE / "model", config: ModelConfig = CONFIG) -> Path:
-    """A Hugging Face checkpoint of random weights with a tokenizer, in shards; returns `folder`.
+def write_model(
+    folder: Path = CACHE / "model", config: ModelConfig = CONFIG, tensors: Iterator[tuple[str, Tensor]] | None = None
+) -> Path:
+    """A Hugging Face checkpoint of random weights (or of `tensors`, in the model's order) with a tokenizer, in shards;
+    returns `folder`.
 
     A folder that already holds a checkpoint of `config` is left as it is. Never more than one shard is in memory.
     """
@@ -84,7 +87,7 @@ def write_model(folder: Path = CACHE / "model", config: ModelConfig = CONFIG) ->
         files[-1].append(name)
         room, total = room - size, total + size
     files = files[1:]
-    tensors = random_tensors(config)
+    tensors = tensors or random_tensors(config)
     weight_map: dict[str, str] = {}
     with replace_folder(folder) as staging:
         for number, names in enumerate(files, 1):

@@ -139,10 +139,21 @@ def test_four_bits_and_back(
     (("quantize", "{model}", "{out}", "--keep", "nothing.*"), "keep = 'nothing.*': no weight"),
     (("info", "v3-67b", "--price_per_hour", "-1", "--tokens_per_second", "1"), "price_per_hour = -1.0: must"),
 ])
-def test_what_a_user_gets_wrong_is_one_clear_line(run: Path, words: tuple[str, ...], message: str) -> None:
+def test_what_a_user_gets_wrong_is_one_clear_line(
+    run: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     places = {"model": run / "out" / "model", "data": run / "data", "out": run / "other"}
-    done = deepseek(*(word.format(**places) for word in words))
-    assert done.returncode == 2 and message in done.stderr
+    try:
+        status = main([word.format(**places) for word in words])
+    except SystemExit as left:  # argparse
+        status = left.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and "Traceback" not in error
+
+
+def test_an_error_is_one_line_of_a_process_too() -> None:
+    done = deepseek("infer", "--model", "nowhere", "--prompt", "x")
+    assert (done.returncode, done.stdout) == (2, "") and "nowhere: no such folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 

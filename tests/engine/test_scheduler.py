@@ -54,33 +54,6 @@ def random_prompts(draw: random.Random, model: CausalLM, count: int) -> list[lis
 
 needs_native = pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
 
-# a pairwise covering set of: batch size, tokens of a step, prefix cache, room in the cache, policy, sampling beside it
-COVER = [
-    dict(batch_size=1, step_tokens=512, prefix_cache=True, cache_tokens=1024, policy="fcfs"),
-    dict(batch_size=1, step_tokens=33, prefix_cache=False, cache_tokens=8192, policy="expert"),
-    dict(batch_size=3, step_tokens=7, prefix_cache=True, cache_tokens=8192, policy="expert"),
-    dict(batch_size=3, step_tokens=512, prefix_cache=False, cache_tokens=1024, policy="fcfs"),
-    dict(batch_size=32, step_tokens=33, prefix_cache=True, cache_tokens=1024, policy="expert"),
-    dict(batch_size=32, step_tokens=7, prefix_cache=False, cache_tokens=8192, policy="fcfs"),
-    dict(batch_size=32, step_tokens=512, prefix_cache=True, cache_tokens=8192, policy="fcfs"),
-    dict(batch_size=3, step_tokens=33, prefix_cache=True, cache_tokens=8192, policy="fcfs"),
-    dict(batch_size=32, step_tokens=7, prefix_cache=True, cache_tokens=1024, policy="expert"),
-]
-
-
-@needs_native
-@pytest.mark.parametrize("options", COVER, ids=lambda o: "-".join(map(str, o.values())))
-def test_greedy_tokens_are_those_of_the_model_alone(model: CausalLM, options: dict[str, Any]) -> None:
-    draw = random.Random(7)
-    prompts = random_prompts(draw, model, 24)
-    llm = LLM(model, **options)
-    got = [output.token_ids for output in llm.generate(prompts, params())]
-    assert got == [plain(model, prompt, 6) for prompt in prompts]
-    llm.engine.pages.check([])
-    assert llm.engine.pages.available == llm.engine.pages.count
-    assert options["prefix_cache"] == bool(llm.engine.counters.cached)
-
-
 @needs_native
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1 << 20))

@@ -100,7 +100,7 @@ def _whole(value: object, least: int) -> bool:
 @dataclass
 class Counters:
     """Since the engine began. computed: tokens that ran through the model; cached: prompt tokens served from the tree
-    of prefixes; distinct: experts that a step read, summed over steps and layers (where routing is recorded)."""
+    of prefixes; sampled: new ones."""
 
     steps: int = 0
     computed: int = 0

@@ -154,20 +154,26 @@ def _usage(args: argparse.Namespace, llm: LLM) -> Any:
     """Counted for --show_experts and --expert_map, and where experts come and go, for the next warm-up."""
     from ..atlas import ExpertUsage
 
-    wanted = args.show_experts or args.expert_map or llm.engine.residency is not None
+    wanted = args.show_experts or args.expert_map or llm.warmup is not None or llm.engine.residency is not None
     return ExpertUsage(llm.model.config) if wanted else None
 
 
 def _finish(args: argparse.Namespace, llm: LLM, usage: Any) -> None:
     if usage is None:
         return
+    if llm.warmup is not None:
+        print(f"warm-up: {llm.warmup.measured(usage):.1%} measured coverage", file=sys.stderr)
     if llm.engine.residency is not None:
         from ..checkpoint import resolve
         from .residency import report
         from .warmup import record_use
 
         print(report(llm.engine.residency.stats), file=sys.stderr)
-        record_use(usage, resolve(args.model))
+        folder = resolve(args.model)
+        try:
+            record_use(usage, folder)
+        except OSError as error:  # the answers are out, and a shared model may well be read-only
+            print(f"the experts' use is not recorded in {folder}: {error.strerror}", file=sys.stderr)
     if args.show_experts or args.expert_map:
         print(usage.table(), file=sys.stderr)
     if args.expert_map:

@@ -18,6 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..atlas import Atlas, ExpertUsage
 from ..errors import ConfigError
@@ -33,7 +34,8 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Warmup:
-    """What was done. expected: share of pairs covered, 0..1; None where nothing was measured that could say."""
+    """What was done. expected: share of pairs covered, 0..1; None where nothing was measured that could say. there_LE:
+    the experts that were in memory afterwards."""
 
     names: tuple[str, ...]
     experts: int
@@ -41,9 +43,15 @@ class Warmup:
     bytes: int
     seconds: float
     expected: float | None
+    there_LE: Tensor
+
+    def measured(self, usage: ExpertUsage) -> float:
+        """Coverage of what ran since: the share of its (token, expert) pairs whose expert was warm from the start."""
+        return float(usage.counts_LE[self.there_LE].sum() / max(int(usage.counts_LE.sum()), 1))
 
     def __str__(self) -> str:
-        covered = "coverage not measured" if self.expected is None else f"{self.expected:.1%} expected coverage"
+        covered = "nothing says what coverage to expect" if self.expected is None else (
+            f"{self.expected:.1%} expected coverage")
         return (f"warm-up: {', '.join(self.names)}: {self.experts:,} of {self.of:,} experts, "
                 f"{self.bytes / 2**20:,.0f} MiB in {self.seconds:.1f} s, {covered}")
 
@@ -76,8 +84,11 @@ def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], 
                     tensor.view(torch.uint8).flatten()[::4096].sum()
                     size += tensor.nbytes
     seconds = time.perf_counter() - began
-    count, of = sum(map(len, there)), len(layers) * model.config.n_routed_experts
-    return Warmup(tuple(names), count, of, size, seconds, _expected(there, names, atlas, use, layers))
+    there_LE = torch.zeros(len(layers), model.config.n_routed_experts, dtype=torch.bool)
+    for row, own in enumerate(there):
+        there_LE[row, sorted(own)] = True
+    expected = _expected(there, names, atlas, use, layers)
+    return Warmup(tuple(names), int(there_LE.sum()), there_LE.numel(), size, seconds, expected, there_LE)
 
 
 def _expected(there: list[set[int]], names: Sequence[str], atlas: Atlas | None, use: ExpertUsage | None,
