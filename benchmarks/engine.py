@@ -1,27 +1,26 @@
-"""The engine: what batching by expert, residency, the prefix cache and continuous batching bring.
+"""The engine: what batching by expert, continuous batching, the prefix cache and drafts bring.
 
-Model: that of inference.py (layer shapes of `v3-16b-a3b`, 5 layers, 2.5 B parameters, NF4 here, Q4_0 for llama.cpp).
-For domains it has a SYNTHETIC GATE: a direction for each of four domains is added to the embedding and head rows of a
-quarter of the vocabulary and to the gate rows of a quarter of the experts, so that a domain's tokens prefer its
-quarter; the share of slots that fall there is measured and printed (a quarter is chance). Weights stay random.
+Models: `planted`, layer shapes of `v3-16b-a3b` with 5 layers, NF4, and a SYNTHETIC GATE (planted.py); `shape`, the
+same without the gate's lean, beside llama.cpp's Q4_0 of the same weights (shape.py); `named`, the preset `small`
+trained by named.py, NF4, on real prompts of its unseen sources.
 
-    batching     a queue of prompts of four domains in random order, 8 requests at a time: by expert against
-                 first come, first served; tokens/s, distinct experts a layer and step against the expectation for
-                 uniform routing, p50 and p99 of the time to finish
-    residency    half and a quarter of the experts in memory, the others on disk, one request at a time: warm-up and
-                 prefetch on and off; llama.cpp with its mapped file under a memory limit of the same size, where a
-                 control group can be made
-    throughput   1, 8, 32 and 128 requests of 16 + 32 tokens at once, beside llama-batched-bench
+    batching     a queue of prompts of several domains in random order, 8 requests at a time: by expert against first
+                 come, first served; tokens/s, distinct experts a layer and step against the expectation for uniform
+                 routing, p50 and p99 of the time to finish; planted and named
+    throughput   1, 8, 32 and 128 requests of 16 + 32 tokens at once, beside llama-batched-bench; shape
     first        time to the first token of a fresh process's first request, cold (files not in the page cache) and warm
-    prefix       requests with a shared system prompt of 1,024 tokens, prefix cache on and off
+    prefix       requests with a shared system prompt of 1,024 tokens, prefix cache on and off; shape
+    drafts       the MTP module: its own drafts on the demo's model (examples/demo.py), and SIMULATED drafts, right with
+                 a given chance, on planted: tokens/s against none, and what the measured switch takes
+    memory       10,000 short requests in one process: memory after the first 1,000 and at the end; named
 
-    python benchmarks/engine.py [--only batching,…] [--rounds 3] [--cache FOLDER]
+    python benchmarks/engine.py [--only batching,…] [--rounds 3] [--cache FOLDER] [--named MODEL] [--demo MODEL]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import os
 import random
 import statistics
@@ -32,55 +31,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from deepseek.checkpoint import expert_spans, load_model
+from deepseek import LLM
+from deepseek.checkpoint import load_model
 from deepseek.convert import quantize
+from deepseek.data import ReadReport, read_documents
 from deepseek.engine import Engine, EngineOptions, SamplingParams
 from deepseek.engine.request import Request
-from deepseek.engine.residency import Residency
+from deepseek.engine.speculative import Drafter, _Choice
 from deepseek.model import CausalLM
-from deepseek.ops.panels import unpack
-from deepseek.quant.fused import FusedGate
-from deepseek.quant.panels import quantise_panels
+from deepseek.tokenizer import Tokenizer
+from domains import UNSEEN, places
 from harness import arguments, machine, quiet_rounds, table, versions, write_result
-from peers import LlamaCpp, PeerError
+from peers import LlamaCpp
+from planted import DOMAINS, NAMES, OF_EXPERT, planted_model, prompt
 from shape import CACHE, CONFIG, write_model
 
-DOMAINS, STRENGTH = 4, 0.5
-NAMES = ("law", "code", "medical", "finance")
-PARTS = ("batching", "residency", "throughput", "first", "prefix")
-
-
-def plant(model: CausalLM, strength: float = STRENGTH) -> None:
-    """Give a random model domains: token t belongs to domain t % 4, expert e to domain e * 4 // E."""
-    generator = torch.Generator().manual_seed(7)
-    hidden, experts = CONFIG.hidden_size, CONFIG.n_routed_experts
-    direction_DH = torch.linalg.qr(torch.randn(hidden, DOMAINS, generator=generator))[0].t() * hidden**0.5
-    embedding, head = model.model.embed_tokens, model.lm_head
-    of_token = torch.arange(CONFIG.vocab_size) % DOMAINS
-    rows = embedding.codes.float() * embedding.step.unsqueeze(1) + strength * direction_DH[of_token]
-    embedding.step = rows.abs().amax(1) / 127
-    embedding.codes = (rows / embedding.step.unsqueeze(1)).round().to(torch.int8)
-    w_VH = unpack(head.packed, CONFIG.vocab_size, hidden, head.bits).dequantise()
-    head.packed = quantise_panels(w_VH + 0.02 * strength * direction_DH[of_token], head.bits)[0].flatten()
-    for block in model.moe_blocks().values():
-        gate = block.gate
-        own = torch.arange(experts) * DOMAINS // experts
-        gate.weight.data = (gate.weight.float() + 0.02 * direction_DH[own]).to(gate.weight.dtype)
-        assert isinstance(gate, FusedGate)
-        gate.fuse()
-
-
-def in_quarter(engine: Engine, requests: Sequence[Request]) -> float:
-    """Share of the slots that fall on the experts of the request's own domain."""
-    own = torch.arange(CONFIG.n_routed_experts) * DOMAINS // CONFIG.n_routed_experts
-    hits = [own[torch.cat(r.routed)] == NAMES.index(r.domain) for r in requests if r.domain in NAMES]
-    return float(torch.cat([h.flatten() for h in hits]).float().mean())
-
-
-def prompt(draw: random.Random, domain: int, tokens: int) -> list[int]:
-    return [draw.randrange(CONFIG.vocab_size // DOMAINS) * DOMAINS + domain for _ in range(tokens)]
+PARTS = ("batching", "throughput", "first", "prefix", "drafts", "memory")
+Queue = Callable[[int, bool], list[Request]]  # (seed, whether routes are wanted back) -> the requests of a round
 
 
 def request(ids: list[int], tokens: int, domain: str | None = None, **params: Any) -> Request:
@@ -88,173 +58,147 @@ def request(ids: list[int], tokens: int, domain: str | None = None, **params: An
     return Request(ids, sampling, limit=tokens, domain=domain)
 
 
-def run(engine: Engine, requests: Sequence[Request], step: Callable[[], None] | None = None) -> float:
+def run(engine: Engine, requests: Sequence[Request]) -> float:
     """Seconds until all are done."""
     began = time.perf_counter()
     for one in requests:
         engine.add(one)
     while not engine.idle:
         engine.step()
-        if step is not None:
-            step()
     return time.perf_counter() - began
+
+
+def shape_model(cache: Path) -> Path:
+    folder = cache / "model-nf4"
+    if not folder.is_dir():
+        quantize(write_model(cache / "model"), folder)
+    return folder
+
+
+def named_model(args: Any) -> Path:
+    """The model that named.py trained, in four bits. Exits where there is none."""
+    folder: Path = args.cache / "named-nf4"
+    if not folder.is_dir():
+        if not (args.named / "config.json").is_file():
+            raise SystemExit(f"{args.named}: no model: `python benchmarks/named.py` trains it (or give --named)")
+        quantize(args.named, folder)
+    return folder
+
+
+def real_prompts(args: Any, folder: Path, tokens: int) -> dict[str, list[list[int]]]:
+    """Beginnings of the documents of each name's unseen source."""
+    tokenizer, out = Tokenizer.load(folder), {}
+    for name, (_, files) in UNSEEN.items():
+        documents = [d.text for d in read_documents(places(args.data, files), ReadReport())]
+        encoded = (tokenizer.encode(text[: 8 * tokens], bos=True)[:tokens] for text in documents[:400])
+        out[name] = [ids for ids in encoded if len(ids) == tokens]
+    return out
 
 
 # ---- batching by expert ------------------------------------------------------------------------------------------
 
 
-def batching(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
-    batch, count, tokens = 8, 96, 24
-    plant(model)
+def batching(args: Any) -> tuple[list[str], dict[str, Any]]:
+    count, tokens = 96, 24
 
-    def queue(seed: int, routed: bool = False) -> list[Request]:
+    def planted(seed: int, routed: bool) -> list[Request]:
         draw = random.Random(seed)
         kinds = [draw.randrange(DOMAINS) for _ in range(count)]
         return [request(prompt(draw, kind, 16), tokens, NAMES[kind], routed=routed) for kind in kinds]
 
-    probe = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False))
-    sample = queue(99, routed=True)[:16]
-    run(probe, sample)
-    share = in_quarter(probe, sample)
-    print(f"  synthetic gate: {share:.1%} of the slots fall on the domain's own quarter of the experts", flush=True)
+    small = named_model(args)
+    texts = real_prompts(args, small, 32)
+
+    def real(seed: int, routed: bool) -> list[Request]:
+        draw = random.Random(seed)
+        kinds = [draw.choice(list(texts)) for _ in range(count)]
+        return [request(draw.choice(texts[kind]), tokens, kind, routed=routed) for kind in kinds]
+
+    model = load_model(planted_model(args.cache))
+    share = in_quarter(model, planted(99, True)[:16])
+    lines, data = ["### The benchmark shape, synthetic gate", "",
+                   f"{share:.0%} of the slots fall on the quarter of the experts that a token's domain prefers (by "
+                   f"chance 25 %). {count} prompts of {DOMAINS} domains in random order, 16 + {tokens} tokens.", ""], {}
+    found, data["planted"] = orders(args, model, planted, count * tokens)
+    lines += [*found, "", "### The trained model with names built in", "",
+              f"{count} prompts of {len(texts)} sources that training never saw, 32 + {tokens} tokens; each comes with "
+              "its domain's name.", ""]
+    found, data["named"] = orders(args, load_model(small), real, count * tokens)
+    data["planted"]["share"] = share
+    return lines + found, data
+
+
+def in_quarter(model: CausalLM, requests: Sequence[Request]) -> float:
+    """Share of the slots that fall on the experts of the request's own domain."""
+    run(Engine(model, EngineOptions(batch_size=8, prefix_cache=False)), requests)
+    hits = [OF_EXPERT[torch.cat(r.routed)] == NAMES.index(str(r.domain)) for r in requests]
+    return float(torch.cat([h.flatten() for h in hits]).float().mean())
+
+
+def orders(args: Any, model: CausalLM, queue: Queue, tokens: int) -> tuple[list[str], dict[str, Any]]:
+    """First come, first served, and by expert."""
+    batch, seeds = 8, iter(range(1, 1000))
+
+    def engine(policy: str) -> Engine:
+        return Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, speculate=False,
+                                           policy=policy))  # type: ignore[arg-type]
 
     def measure(policy: str, seed: int) -> dict[str, Any]:
-        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, policy=policy))  # type: ignore
-        requests = queue(seed)
-        seconds = run(engine, requests)
+        requests = queue(seed, False)
+        seconds = run(engine(policy), requests)
         waits = sorted((r.finished or 0) - r.arrived for r in requests)
-        return {"speed": count * tokens / seconds, "p50": statistics.median(waits), "p99": waits[int(0.99 * count)],
+        return {"speed": tokens / seconds, "p50": statistics.median(waits), "p99": waits[int(0.99 * len(waits))],
                 "texts": [r.token_ids for r in requests]}
 
     def distinct(policy: str) -> float:
-        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, policy=policy))  # type: ignore
-        seen: list[float] = []
-        original = engine._count
+        """Experts that a layer reads in a step in which all places generate."""
+        own, seen = engine(policy), list[float]()
+        counted = own._count
 
         def count_them(works: Any, routing: Any) -> None:
             if all(work.chunk.order == "absorbed" for work in works) and len(works) == batch:
                 seen.extend(len(route.index_TK.unique()) for route in routing.routes.values())
-            original(works, routing)
+            counted(works, routing)
 
-        engine._count = count_them  # type: ignore[method-assign]
-        requests = queue(0, routed=True)
-        run(engine, requests)
+        own._count = count_them  # type: ignore[method-assign]
+        run(own, queue(0, True))
         return statistics.mean(seen)
-
-    seeds = iter(range(1, 1000))
 
     def one() -> dict[str, dict[str, Any]]:
         seed = next(seeds)
-        out = {policy: measure(policy, seed) for policy in ("fcfs", "expert")}
+        out = {policy: measure(policy, seed) for policy in ("fcfs", "expert")[:: 1 if seed % 2 else -1]}
         assert out["fcfs"].pop("texts") == out["expert"].pop("texts"), "outputs differ"
-        print("  " + ", ".join(f"{k} {v['speed']:.1f} tokens/s" for k, v in out.items()), flush=True)
+        print("  " + ", ".join(f"{k} {v['speed']:.1f} tokens/s" for k, v in sorted(out.items())), flush=True)
         return out
 
     kept, _ = quiet_rounds(args.rounds, one)
-    top, experts = CONFIG.num_experts_per_tok, CONFIG.n_routed_experts
+    top, experts = model.config.num_experts_per_tok, model.config.n_routed_experts
     expected = experts * (1 - (1 - top / experts) ** batch)
     gain = statistics.median(r["expert"]["speed"] / r["fcfs"]["speed"] for r in kept)
     rows = [["order", "tokens/s", "distinct experts a layer and step", "of those expected", "p50 (s)", "p99 (s)"]]
-    data: dict[str, Any] = {"share": share, "gain": gain, "expected": expected}
+    data: dict[str, Any] = {"gain": gain, "expected": expected}
     for policy, name in (("fcfs", "first come, first served"), ("expert", "by expert")):
         used = distinct(policy)
         middle = {key: statistics.median(r[policy][key] for r in kept) for key in ("speed", "p50", "p99")}
         data[policy] = middle | {"distinct": used}
-        rows.append([name, f"{middle['speed']:.1f}", f"{used:.1f}", f"{used / expected:.0%}", f"{middle['p50']:.1f}",
-                     f"{middle['p99']:.1f}"])
-    return [f"Synthetic gate: {share:.0%} of the slots fall on the quarter of the experts that a token's domain "
-            f"prefers. {count} prompts of {DOMAINS} domains in random order, 16 + {tokens} tokens, {batch} at a time; "
-            f"same texts in both orders. By expert: {gain:.2f} times the tokens/s (median of rounds).", "",
-            table(rows)], data
-
-
-# ---- residency -----------------------------------------------------------------------------------------------------
-
-
-def residency(args: Any, folder: Path) -> tuple[list[str], dict[str, Any]]:
-    spans = expert_spans(folder)
-    whole = sum(span.size for own in spans.values() for span in own)
-    tokens = 48
-    rows = [["experts in memory", "warm-up", "prefetch", "tokens/s", "there", "read ahead, used", "waited (s)",
-             "MiB read", "of it seen by the system"]]
-    data: dict[str, Any] = {"experts_bytes": whole}
-    for share in (0.5, 0.25):
-        for warm, ahead in ((False, False), (True, False), (True, True)):
-            model = load_model(folder)
-            plant(model)
-            slot = max(span.size for own in spans.values() for span in own) + 8192
-            count = sum(map(len, spans.values()))
-            own = Residency(model, spans, int(share * count) * slot, prefetch=ahead)
-            if warm:  # the experts that the domain prefers, as many as fit
-                quarter = CONFIG.n_routed_experts // DOMAINS
-                own.warm([[*range(quarter), *range(quarter, CONFIG.n_routed_experts)] for _ in spans])
-            engine = Engine(model, EngineOptions(batch_size=1, prefix_cache=False), residency=own)
-            draw = random.Random(3)
-            own.stats.read, before = 0, read_bytes()
-            seconds = run(engine, [request(prompt(draw, 0, 16), tokens, NAMES[0]) for _ in range(2)])
-            seen, stats = read_bytes() - before, own.stats
-            rows.append([f"{share:.0%}", "on" if warm else "off", "on" if ahead else "off",
-                         f"{2 * tokens / seconds:.1f}", f"{stats.hits / max(stats.wanted, 1):.0%}",
-                         f"{stats.used / stats.foretold:.0%}" if stats.foretold else "",
-                         f"{stats.stall:.1f}", f"{stats.read / 2**20:,.0f}", f"{seen / max(stats.read, 1):.0%}"])
-            print("  " + " | ".join(rows[-1]), flush=True)
-            data[f"{share}-{warm}-{ahead}"] = stats.to_dict() | {"speed": 2 * tokens / seconds, "system_read": seen}
-            own.close()
-    lines = [f"One request at a time, 16 + {tokens} tokens of one domain (synthetic gate); {whole / 2**20:,.0f} MiB of "
-             "experts. `there`: experts in memory when a layer of a step asked. The last column: what /proc/self/io "
-             "says was read from disk, over what the engine says.", "", table(rows)]
-    for share in (0.5, 0.25):
-        try:
-            files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            limit = files - int((1 - share) * whole) + (256 << 20)
-            speed = limited_llama(args, limit)
-            lines += ["", f"llama.cpp Q4_0, mapped, in a control group of {limit / 2**20:,.0f} MiB (all "
-                      f"weights but {1 - share:.0%} of the experts, and 256 MiB): {speed:.1f} tokens/s."]
-            data[f"llama-{share}"] = speed
-        except (OSError, PeerError) as error:
-            lines += ["", f"llama.cpp under a memory limit: not measured ({error})."]
-            break
-    return lines, data
-
-
-def read_bytes() -> int:
-    """Bytes that this process had the disk read."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
-
-
-def limited_llama(args: Any, limit: int) -> float:
-    """tokens/s of llama.cpp in a memory control group. Raises OSError where none can be made."""
-    peer = LlamaCpp.install(args.cache, write_model(args.cache / "model"), args.threads)
-    group = Path("/sys/fs/cgroup/memory/moe-dr-benchmark")
-    group.mkdir(exist_ok=True)
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-        fd = os.open(peer.model, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # pages that others brought in would not count
-        os.close(fd)
-        command = [str(peer.binaries / "llama-bench"), "-m", str(peer.model), "-t", str(args.threads), "-p", "0", "-n",
-                   "48", "-r", "1", "-o", "json", "-mmp", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True,
-                              preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
-        return float(json.loads(done.stdout[done.stdout.index("["):])[0]["avg_ts"])
-    except subprocess.SubprocessError as error:
-        raise PeerError(str(error)) from None
-    finally:
-        group.rmdir()
+        rows.append([name, f"{middle['speed']:.1f}", f"{used:.1f}", f"{used / expected:.0%}", f"{middle['p50']:.2f}",
+                     f"{middle['p99']:.2f}"])
+    return [table(rows), "", f"By expert: **{gain:.2f} times** the tokens/s (median of rounds), {batch} requests at a "
+            f"time, the same texts in both orders. Uniform routing would read {expected:.1f} of {experts} experts a "
+            "layer and step."], data
 
 
 # ---- throughput ----------------------------------------------------------------------------------------------------
 
 
-def throughput(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
+def throughput(args: Any) -> tuple[list[str], dict[str, Any]]:
+    model = load_model(shape_model(args.cache))
     peer = LlamaCpp.install(args.cache, write_model(args.cache / "model"), args.threads)
     rows = [["requests", "MoE-DR tokens/s", "llama.cpp tokens/s", "ratio"]]
     data: dict[str, Any] = {}
     for batch in (1, 8, 32, 128):
         engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, cache_tokens=128 * batch + 128))
-        variants = {v: max(v.decode(batch, 16 if batch > 8 else 32) for _ in range(1)) for v in peer.variants()}
-        best = max(variants, key=variants.__getitem__)
+        best = max(peer.variants(), key=lambda variant: variant.decode(batch, 16))
         steps = 32
 
         def ours(batch: int = batch, engine: Engine = engine, steps: int = steps) -> float:
@@ -290,19 +234,20 @@ import sys, time, torch
 torch.set_num_threads(int(sys.argv[2]))
 began = time.perf_counter()
 from deepseek import LLM, SamplingParams
-llm = LLM(sys.argv[1])
+llm = LLM(sys.argv[1], prefix_cache=False)
 loaded = time.perf_counter()
 params = SamplingParams(max_tokens=1, temperature=0)
 for _ in range(2):
     start = time.perf_counter()
     llm.generate([list(range(100, 164))], params)
     print(time.perf_counter() - start)
-    llm.engine.pages.__init__(llm.engine.pages.pool)
 print(loaded - began)
 """
 
 
-def first(args: Any, folder: Path) -> tuple[list[str], dict[str, Any]]:
+def first(args: Any) -> tuple[list[str], dict[str, Any]]:
+    folder = shape_model(args.cache)
+
     def measure(cold: bool) -> list[float]:
         for file in folder.glob("*.safetensors"):
             fd = os.open(file, os.O_RDONLY)
@@ -326,7 +271,8 @@ def first(args: Any, folder: Path) -> tuple[list[str], dict[str, Any]]:
     return ["A prompt of 64 tokens in a fresh process, first request.", "", table(rows)], data
 
 
-def prefix(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
+def prefix(args: Any) -> tuple[list[str], dict[str, Any]]:
+    model = load_model(shape_model(args.cache))
     draw = random.Random(5)
     system = [draw.randrange(CONFIG.vocab_size) for _ in range(1024)]
 
@@ -350,6 +296,121 @@ def prefix(args: Any, model: CausalLM) -> tuple[list[str], dict[str, Any]]:
             "", table(rows)], {"seconds": {str(k): v for k, v in seconds.items()}, "gain": gain}
 
 
+# ---- drafts ----------------------------------------------------------------------------------------------------------
+
+
+def drafts(args: Any) -> tuple[list[str], dict[str, Any]]:
+    lines, data = [], {}
+    if (args.demo / "config.json").is_file():
+        small = args.cache / "demo-nf4"
+        if not small.is_dir():
+            quantize(args.demo, small)
+        tokenizer, model = Tokenizer.load(small), load_model(small)
+        heads = ("def ", "import ", "class ", "    for ", "        self.", "# ", "    return ", "    if ")
+        ids = [tokenizer.encode(head, bos=True) for head in heads]
+        rows = [["requests", "none, tokens/s", "always", "gain", "drafts right", "the switch: tokens/s", "it takes"]]
+        for batch in (1, 8):
+            def own(batch: int = batch, model: CausalLM = model, ids: Any = ids) -> list[Request]:
+                return [request(ids[i % 8], 200) for i in range(8)]
+
+            row, data[f"demo-{batch}"] = drafted(args, model, own, batch, None)
+            rows.append([str(batch), *row])
+        lines += ["The demo's model (`make demo`, trained for minutes on Python's library) and its own MTP module, 200 "
+                  "tokens each:", "", table(rows), ""]
+    else:
+        lines += [f"The demo's model: not measured ({args.demo} holds none; `make demo` trains it).", ""]
+    model = load_model(planted_model(args.cache))
+    rows = [["drafts right, asked", "none, tokens/s", "always", "gain", "drafts right", "the switch: tokens/s",
+             "it takes"]]
+    for chance in (0.0, 0.5, 0.85, 1.0):
+        def big() -> list[Request]:
+            return [request(prompt(random.Random(1), 0, 16), 96)]
+
+        row, data[f"simulated-{chance}"] = drafted(args, model, big, 1, chance)
+        rows.append([f"{chance:.0%}", *row])
+    return [*lines, "Benchmark shape, one request; the MTP module runs as it would (one layer more on five, on V3's 61 "
+            "it weighs a twelfth of that), but its drafts are SIMULATED, right with the chance given (DeepSeek-V3 "
+            "reports 85 to 90 %, arXiv 2412.19437, 5.4.3):", "", table(rows)], data
+
+
+def drafted(args: Any, model: CausalLM, queue: Callable[[], list[Request]], batch: int, chance: float | None,
+            ) -> tuple[list[str], dict[str, Any]]:
+    """No drafts, drafts in every step, and as the engine chooses. chance: of a simulated draft to be right."""
+    known: list[list[int]] = []
+
+    def measure(kind: str) -> tuple[float, Engine]:
+        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, speculate=kind != "none"))
+        requests = queue()
+        if engine.drafter is not None and chance is not None:
+            simulate(engine.drafter, dict(zip([r.number for r in requests], known, strict=True)), chance)
+        if kind == "always":
+            engine.drafter.gain.of = lambda size: Always()  # type: ignore[union-attr, method-assign]
+        seconds = run(engine, requests)
+        texts = [r.token_ids for r in requests]
+        assert not known or texts == known, "drafts changed a text"
+        known[:] = texts
+        return sum(map(len, texts)) / seconds, engine
+
+    def one() -> dict[str, tuple[float, Engine]]:
+        out = {kind: measure(kind) for kind in ("none", "always", "switch")}
+        print("  " + ", ".join(f"{kind} {speed:.1f} tokens/s" for kind, (speed, _) in out.items()), flush=True)
+        return out
+
+    measure("none")
+    kept, _ = quiet_rounds(args.rounds, one)
+    speed = {kind: statistics.median(r[kind][0] for r in kept) for kind in kept[0]}
+    gain = statistics.median(r["always"][0] / r["none"][0] for r in kept)
+    right = kept[0]["always"][1].drafter.stats.acceptance  # type: ignore[union-attr]
+    table_ = kept[-1]["switch"][1].drafter.gain.table()  # type: ignore[union-attr]
+    takes = ", ".join(f"{size}: {'drafts' if on else 'none'}" for size, _, _, on in table_)
+    return ([f"{speed['none']:.1f}", f"{speed['always']:.1f}", f"{gain:.2f}", f"{right:.0%}", f"{speed['switch']:.1f}",
+             takes], {"speed": speed, "gain": gain, "acceptance": right, "switch": table_})
+
+
+class Always(_Choice):
+    def drafts(self) -> bool:
+        return True
+
+
+def simulate(drafter: Drafter, known: dict[int, list[int]], chance: float) -> None:
+    """Let the module run, and put right or wrong drafts in the place of its own."""
+    own, draw = drafter.draft, random.Random(0)
+
+    def draft(chosen: Any) -> None:
+        own(chosen)
+        for one, *_ in chosen:
+            if one.draft is not None and len(one.token_ids) < one.limit:
+                right = known[one.number][len(one.token_ids)]
+                one.draft = right if draw.random() < chance else (right + 1) % CONFIG.vocab_size
+
+    drafter.draft = draft  # type: ignore[method-assign]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory(args: Any) -> tuple[list[str], dict[str, Any]]:
+    folder = named_model(args)
+    llm, process, draw = LLM(folder, batch_size=32), psutil.Process(), random.Random(0)
+    texts = [ids for own in real_prompts(args, folder, 16).values() for ids in own]
+    marks, began = {}, time.perf_counter()
+    for done in range(0, 10_000, 250):
+        params = [SamplingParams(max_tokens=8, seed=done + i, temperature=1.0, logprobs=i % 2 or None)
+                  for i in range(250)]
+        llm.generate([draw.choice(texts)[: draw.randint(2, 16)] for _ in params], params)
+        gc.collect()
+        marks[done + 250] = process.memory_info().rss
+    grown = marks[10_000] / marks[1_000] - 1
+    pages = llm.engine.pages
+    pages.check([])
+    rows = [["requests", "resident memory (MiB)"],
+            *([f"{n:,}", f"{marks[n] / 2**20:.1f}"] for n in (250, 1_000, 2_000, 5_000, 10_000))]
+    seconds = time.perf_counter() - began
+    return [f"10,000 requests of 2 to 16 tokens of prompt and 8 new ones in one process, {seconds:.0f} s: memory grew "
+            f"by **{grown:+.2%}** after the first 1,000. Pages: {pages.available} of {pages.count} free or kept for "
+            "their prefix.", "", table(rows)], {"resident": marks, "grown": grown}
+
+
 def parts(text: str) -> list[str]:
     if unknown := [name for name in text.split(",") if name not in PARTS]:
         raise argparse.ArgumentTypeError(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
@@ -359,22 +420,19 @@ def parts(text: str) -> list[str]:
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data")
+    parser.add_argument("--named", type=Path, default=Path("runs/named/guided/model"), help="what named.py trained")
+    parser.add_argument("--demo", type=Path, default=Path("demo/model"), help="what `make demo` trained")
     parser.add_argument("--only", type=parts, default=list(PARTS), metavar="PART,…", help=", ".join(PARTS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    folder = args.cache / "model-nf4"
-    if not folder.is_dir():
-        quantize(write_model(args.cache / "model"), folder)
     where, packages = machine(args.threads), versions("torch")
-    text = ["# The engine", "",
-            f"{where['cpu']}, {args.threads} threads, torch {packages['torch']}; {args.rounds} rounds, medians."]
-    data: dict[str, Any] = {"machine": where}
-    for name in args.only:
+    for name in args.only:  # a result each, so that one can be measured again
         print(name, flush=True)
-        lines, found = globals()[name](args, folder if name in ("residency", "first") else load_model(folder))
-        text += ["", f"## {name.capitalize()}", "", *lines]
-        data[name] = found
-    write_result("engine" if args.only == list(PARTS) else "engine-" + "-".join(args.only), "\n".join(text), data)
+        lines, found = globals()[name](args)
+        write_result(f"engine-{name}", "\n".join([
+            f"# The engine: {name}", "", f"{where['cpu']}, {args.threads} threads, torch {packages['torch']}; "
+            f"{args.rounds} rounds, medians.", "", *lines]), {"machine": where, name: found})
 
 
 if __name__ == "__main__":

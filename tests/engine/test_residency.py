@@ -115,7 +115,13 @@ def test_auto_takes_the_frequent_ones_of_recorded_use(folder: Path, tmp_path: Pa
     (copy / USE).write_text(use.to_json())
     llm = LLM(copy, expert_memory=2 * LAYERS * slot(folder), warmup_experts="auto")
     assert llm.engine.residency.loaded(1).nonzero().flatten().tolist() == [3, 9]
-    assert llm.warmup.expected == pytest.approx(0.8)
+    assert llm.warmup.expected == pytest.approx(0.8) and "80.0% expected coverage" in str(llm.warmup)
+    named = LLM(copy, warmup_experts="c_expert")  # experts 8 to 11, all in memory as it is: what use says of them
+    assert named.warmup.expected == pytest.approx(0.5)
+    ran = ExpertUsage(llm.model.config)
+    outputs = llm.generate(prompts(copy, 3), SamplingParams(max_tokens=4, temperature=0, routed=True), usage=ran)
+    warm = sum(int(((output.routed == 3) | (output.routed == 9)).sum()) for output in outputs)
+    assert llm.warmup.measured(ran) == pytest.approx(warm / sum(output.routed.numel() for output in outputs))
 
 
 def test_controls_work_with_cold_experts_and_approx_takes_what_is_loaded(folder: Path) -> None:

@@ -214,6 +214,23 @@ def test_batches_are_formed_of_one_domain(model: CausalLM) -> None:
     assert mixed <= 6
 
 
+def test_places_of_a_group_follow_its_queue(model: CausalLM) -> None:
+    """Of three groups with 10, 3 and 1 requests: the first fills the places, the others take what is left, and no place
+    stays empty while anybody waits."""
+    llm = LLM(model, batch_size=4, policy="expert", age_limit=1e9, prefix_cache=False)
+    draw = random.Random(0)
+    share = {name: [draw.randrange(96) for _ in range(8)] for name in "abc"}
+    for i, name in enumerate("cbabaabaaaaaaa"):
+        request, = llm.requests(share[name] + [i], params(max_tokens=3), domain=name)
+        llm.engine.add(request)
+    scheduler, most = llm.engine.scheduler, dict.fromkeys("abc", 0)
+    while left := len(scheduler.waiting) + len(scheduler.running):
+        moved = [request.domain for request in llm.engine.step()]
+        assert len(moved) == min(4, left)
+        most = {name: max(count, moved.count(name)) for name, count in most.items()}
+    assert most == {"a": 4, "b": 3, "c": 1}
+
+
 def test_async_streams_and_leaving_one(model: CausalLM) -> None:
     llm = LLM(model, batch_size=3)
     prompts = random_prompts(random.Random(6), model, 5)

@@ -180,8 +180,8 @@ class Engine:
             works = self.scheduler.schedule()
             if not works:
                 return []
-            record = (self.usage is not None or self.options.policy == "expert" or self.residency is not None
-                      or any(work.request.params.routed for work in works))
+            record = (self.usage is not None or self.residency is not None
+                      or any(work.request.params.routed or self._signs(work) for work in works))
             controls = [self._controls.get(work.request.number) for work in works]
             began = time.perf_counter()
             logits, hidden, routing = self.runner.run(works, controls, record)
@@ -211,12 +211,17 @@ class Engine:
             index_TLK = routed(routing, start, stop)
             if work.draft is not None:
                 index_TLK, self._drafted[work.request.number] = index_TLK[:-1], index_TLK[-1:]
+            if self._signs(work):
+                self.signatures.measure(work.request, index_TLK)
             self._routed(work.request, work.chunk.past, index_TLK)
             start = stop
 
+    def _signs(self, work: Work) -> bool:
+        """Whether its request is to be known by where this work's tokens went: those of prompts, if anybody asks."""
+        return self.options.policy == "expert" and work.chunk.order == "naive"
+
     def _routed(self, request: Request, first: int, index_TLK: torch.Tensor) -> None:
         """Where the tokens of a request at positions first, … went."""
-        self.signatures.measure(request, index_TLK)
         skip = sum(map(len, request.routed)) - first  # known from before it stepped back
         if request.params.routed and 0 <= skip < len(index_TLK):
             asked = request.params.experts

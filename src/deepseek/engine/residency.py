@@ -99,7 +99,7 @@ class Residency:
                               "kernels: `deepseek quantize` makes one")
         self.step = 0
         self.stats = Residents()
-        self._slot = max(_up(place.size) + ALIGNED for own in places.values() for place in own)
+        self._slot = slot_bytes(places)
         count, self.least = budget // self._slot, len(places) * self._slot
         if count < len(places):
             raise ConfigError(f"expert_memory = {budget:,} bytes: the least that works is {self.least:,} (one expert "
@@ -313,6 +313,11 @@ class Residency:
         for file in self._files.values():
             os.close(file)
         self._files = {}
+
+
+def slot_bytes(places: dict[int, list[Span]]) -> int:
+    """What an expert takes of the budget: its bytes, and room to read them in whole blocks from where they begin."""
+    return max(_up(place.size) + ALIGNED for own in places.values() for place in own)
 
 
 def _reader(residency: weakref.ref[Residency]) -> None:

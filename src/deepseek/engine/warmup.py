@@ -3,8 +3,8 @@
 Recorded use is an ExpertUsage in `expert_use.json` beside the checkpoint; `record_use` adds to it.
 
 Coverage: of the (token, expert) pairs that gates choose, the share whose expert is in memory. Expected for names: the
-share of their own text's pairs, by the atlas (the scores of a measured name are such shares); for recorded use: the
-share of the recorded pairs.
+share of their own text's pairs, by the atlas (the scores of a measured name are such shares); for recorded use, and for
+names whose shares were not measured: the share of the recorded pairs.
 
 Shape letters: L MoE layers, E experts.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -60,9 +60,11 @@ def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], 
             folder: Path | None) -> Warmup:
     """Raises RequestError for an unknown name and ConfigError for `auto` without recorded use."""
     layers = model.config.moe_layers
-    use = None
+    use = recorded_use(model, folder)
     if tuple(names) == (AUTO,):
-        use = recorded_use(model, folder)
+        if use is None:
+            raise ConfigError(f"warmup_experts = auto: there is no {USE} beside the model yet that counts its experts; "
+                              "a run with expert_memory leaves one (or give names)")
         order = [use.counts_LE[row].argsort(descending=True, stable=True).tolist() for row in range(len(layers))]
         order = [[e for e in row if use.counts_LE[i, e]] for i, row in enumerate(order)]
     else:
@@ -87,37 +89,31 @@ def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], 
     there_LE = torch.zeros(len(layers), model.config.n_routed_experts, dtype=torch.bool)
     for row, own in enumerate(there):
         there_LE[row, sorted(own)] = True
-    expected = _expected(there, names, atlas, use, layers)
-    return Warmup(tuple(names), int(there_LE.sum()), there_LE.numel(), size, seconds, expected, there_LE)
+    done = Warmup(tuple(names), int(there_LE.sum()), there_LE.numel(), size, seconds,
+                  _by_names(there, names, atlas, layers), there_LE)
+    return replace(done, expected=done.measured(use)) if done.expected is None and use is not None else done
 
 
-def _expected(there: list[set[int]], names: Sequence[str], atlas: Atlas | None, use: ExpertUsage | None,
-              layers: Sequence[int]) -> float | None:
-    if use is not None:
-        pairs = sum(int(use.counts_LE[row, e]) for row, own in enumerate(there) for e in own)
-        return pairs / max(int(use.counts_LE.sum()), 1)
-    shares = []
+def _by_names(there: list[set[int]], names: Sequence[str], atlas: Atlas | None, layers: Sequence[int]) -> float | None:
+    """Coverage to expect of the names' own text, None where its shares were not measured."""
+    row_of, shares = {layer: row for row, layer in enumerate(layers)}, []
     for name in names:
-        group = atlas.group(name) if atlas is not None else None
+        group = atlas.group(name) if atlas is not None and name != AUTO else None
         if group is None or not group.scores or group.measured is None or group.measured.score != "token":
             return None
-        row_of = {layer: row for row, layer in enumerate(layers)}
         kept: float = sum(score for expert, score in zip(group.experts, group.scores, strict=True)
-                   if expert.index in there[row_of[expert.layer]])
+                          if expert.index in there[row_of[expert.layer]])
         shares.append(kept / len(layers))
     return sum(shares) / len(shares)
 
 
-def recorded_use(model: CausalLM, folder: Path | None) -> ExpertUsage:
-    """Raises ConfigError where there is none, or that of another model."""
+def recorded_use(model: CausalLM, folder: Path | None) -> ExpertUsage | None:
+    """None where there is none, or that of another model."""
     if folder is None or not (folder / USE).is_file():
-        raise ConfigError(f"warmup_experts = auto: there is no {USE} beside the model yet; a run with expert_memory "
-                          "leaves one (or give names)")
+        return None
     use = ExpertUsage.from_json((folder / USE).read_text(encoding="utf-8"))
-    if (use.layers, use.experts) != (model.config.moe_layers, model.config.n_routed_experts):
-        raise ConfigError(f"{folder / USE}: counts {len(use.layers)} layers x {use.experts} experts: the model has "
-                          f"{len(model.config.moe_layers)} x {model.config.n_routed_experts}")
-    return use
+    fits = (use.layers, use.experts) == (model.config.moe_layers, model.config.n_routed_experts)
+    return use if fits else None
 
 
 def record_use(usage: ExpertUsage, folder: Path) -> None:

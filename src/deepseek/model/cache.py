@@ -10,6 +10,8 @@ Shape letters: B batch, T tokens, S positions, C = R + rope.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,7 +83,11 @@ class LatentPool:
     def __init__(self, config: ModelConfig, pages: int, *, layers: int | None = None,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         shape = (config.num_hidden_layers if layers is None else layers, pages, PAGE, config.latent_dim)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        if torch.device(device).type == "cpu":  # torch.zeros writes; the system hands out zeros as they are touched
+            blank = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+            self.data = torch.frombuffer(blank, dtype=dtype, count=math.prod(shape)).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
     def page_bytes(config: ModelConfig, layers: int | None = None, dtype: torch.dtype = torch.float32) -> int:
