@@ -133,14 +133,16 @@ def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator,
     logits_V: FP32 on the CPU, left as it is. seen_V: boolean, True for tokens of the prompt and the output; only a
     repetition penalty reads it. Raises MoEDRError if the logits are not numbers.
     """
-    if bool(logits_V.isnan().any()):
+    best = int(logits_V.argmax())
+    if math.isnan(logits_V[best]):  # what is no number counts as the largest
         raise MoEDRError("the model's logits are not numbers (NaN): its weights are damaged or overflow their dtype")
     if params.repetition_penalty != 1.0 and seen_V is not None:
         logits_V = penalise(logits_V, params.repetition_penalty, seen_V)
+        best = int(logits_V.argmax())
     if params.temperature == 0:
-        return int(logits_V.argmax())
+        return best
     # the largest becomes 0 first: a division by a tiny temperature then underflows instead of overflowing
-    logits_V = (logits_V - logits_V.max()) / params.temperature
+    logits_V = (logits_V - logits_V[best]) / params.temperature
     return draw(restrict(logits_V, params.top_k, params.top_p, params.min_p), generator)
 
 
