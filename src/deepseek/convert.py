@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import (
+    EXPERT_USE,
     INDEX,
     MANIFEST,
     PAGE,
@@ -473,7 +474,7 @@ class _Writer:
     def publish(self, config: dict[str, Any]) -> None:
         """config.json, the source's small files and the manifest; then the folder becomes OUT."""
         write_json(self.folder / "config.json", config)
-        ours = {"config.json", INDEX, MANIFEST, REPORT}
+        ours = {"config.json", INDEX, MANIFEST, REPORT, EXPERT_USE}
         for file in self.source.iterdir():
             small = file.suffix in (".json", ".jinja", ".txt", ".model", ".md") or file.name.startswith("LICENSE")
             if small and file.is_file() and file.name not in ours:

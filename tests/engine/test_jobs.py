@@ -12,7 +12,7 @@ import pytest
 
 from deepseek.engine import LLM, SamplingParams
 from deepseek.engine.jobs import run_file
-from deepseek.errors import DataError
+from deepseek.errors import DataError, RequestError
 from deepseek.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0)
@@ -37,13 +37,15 @@ def test_answers_in_order_and_bad_lines_named(llm: LLM, tmp_path: Path) -> None:
     source.write_bytes(b'{"id": "a", "prompt": "the quick", "max_tokens": 9}\n{"prompt": 7}\nnot json\n\n'
                        b'{"id": 4, "messages": [{"role": "user", "content": "fox"}], "n": 2, "logprobs": 1}\n'
                        b'{"id": "e", "prompt": "x", "top_q": 1}\n{"id": "f", "prompt": "x", "top_p": 7}\n'
-                       b'{"prompt": "x", "messages": []}\n[]\n{"id": "h", "prompt": "brown", "max_tokens": 2}\n')
+                       b'{"prompt": "x", "messages": []}\n[]\n{"id": "\\ud800", "prompt": "x"}\n' + b"[" * 200_000
+                       + b'\n{"messages": [1, 2]}\n{"messages": []}\n'
+                       b'{"id": "h", "prompt": "brown", "max_tokens": 2}\n')
     answered, errors = run_file(llm, source, tmp_path / "out.jsonl", GREEDY)
     got = lines(tmp_path / "out.jsonl")
-    assert (answered, errors) == (9, 6) and len(got) == 9
+    assert (answered, errors) == (13, 10) and len(got) == 13
     want = llm.generate(["the quick", "brown"], [SamplingParams(max_tokens=9, temperature=0),
                                                  SamplingParams(max_tokens=2, temperature=0)])
-    assert [got[0], got[8]] == [
+    assert [got[0], got[12]] == [
         {"id": i, "text": o.text, "finish_reason": o.finish_reason, "usage": o.usage}
         for i, o in zip("ah", want, strict=True)]
     assert got[1] == {"line": 2, "error": "prompt = 7: must be a text"}
@@ -52,6 +54,9 @@ def test_answers_in_order_and_bad_lines_named(llm: LLM, tmp_path: Path) -> None:
     assert got[4] == {"id": "e", "error": got[4]["error"]} and "'top_q' is no field" in got[4]["error"]
     assert got[5]["error"] == "top_p = 7: must lie in (0, 1]"
     assert "prompt and messages" in got[6]["error"] and "must be an object" in got[7]["error"]
+    assert [got[i]["line"] for i in range(6, 12)] == [8, 9, 10, 11, 12, 13]  # of the file, blank lines counted
+    assert "surrogates not allowed" in got[8]["error"] and "not JSON" in got[9]["error"]
+    assert all("must be a list of objects, one at least" in got[i]["error"] for i in (10, 11))
 
 
 def test_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
@@ -62,14 +67,26 @@ def test_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
     whole = out.read_bytes()
     torn = b"".join(whole.splitlines(keepends=True)[:3])
     for rest in (b"", b'{"id": 3, "te'):
-        out.write_bytes(torn.replace(b'"id": 1', b'"id": "kept"') + rest)
+        out.write_bytes(torn.replace(b'"id": 1,', b'"id": 1, "kept": 1,') + rest)
         told: list[tuple[int, ...]] = []
         assert run_file(llm, source, out, GREEDY, partial(note, told)) == (5, 0)
-        assert out.read_bytes() == whole.replace(b'"id": 1,', b'"id": "kept",', 1)
+        assert out.read_bytes() == whole.replace(b'"id": 1,', b'"id": 1, "kept": 1,', 1)
         assert told == [(i, 8) for i in range(4, 9)]
     assert run_file(llm, source, out, GREEDY) == (0, 0)
     source.write_text('{"prompt": "x"}\n')
     with pytest.raises(DataError, match="has 8 answers for the 1 lines"):
         run_file(llm, source, out, GREEDY)
-    with pytest.raises(DataError, match="No such file"):
-        run_file(llm, tmp_path / "none.jsonl", out, GREEDY)
+    source.write_text("".join(json.dumps({"id": i or "new", "prompt": "fox"}) + "\n" for i in range(8)))
+    with pytest.raises(DataError, match=r"has the answer to \{'id': 0\} where .* asks \{'id': 'new'\}: it belongs to"):
+        run_file(llm, source, out, GREEDY)
+    assert out.read_bytes() == whole.replace(b'"id": 1,', b'"id": 1, "kept": 1,', 1)
+    other = tmp_path / "notes.txt"
+    other.write_text("my notes\n")
+    for place, target, message in ((tmp_path / "none.jsonl", out, "must be a file"), (tmp_path, out, "must be a file"),
+                                   (source, tmp_path, "Is a directory"), (source, tmp_path / "no" / "o", "No such"),
+                                   (source, other, "line 1 is no answer: it is another file")):
+        with pytest.raises(DataError, match=message):
+            run_file(llm, place, target, GREEDY)
+    with pytest.raises(RequestError, match="json_schema"):
+        run_file(llm, source, tmp_path / "new.jsonl", SamplingParams(json_schema='{"type": "nonsense"}'))
+    assert not (tmp_path / "new.jsonl").read_bytes()

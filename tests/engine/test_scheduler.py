@@ -4,7 +4,10 @@ starves, and every request gets its own tokens."""
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek.atlas import ExpertUsage
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
-from deepseek.engine import LLM, ExpertControl, SamplingParams
+from deepseek.engine import LLM, ExpertControl, SamplingParams, signature
 from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM, LatentCache
 from deepseek.ops.native import native
@@ -72,7 +76,7 @@ def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> N
             sampling = params(max_tokens=draw.choice([1, 4, 12, 140]))
             if -(-(len(prompt) + sampling.max_tokens) // 128) > pages:
                 with pytest.raises(RequestError, match="must fit the cache of"):
-                    engine.add(llm.requests(prompt, sampling)[0])
+                    llm.requests(prompt, sampling)
                 continue
             alive += llm.requests(prompt, sampling)
             engine.add(alive[-1])
@@ -276,3 +280,164 @@ def test_impossible_options_are_named(model: CausalLM, option: str, value: Any) 
 def test_unknown_options_are_refused(model: CausalLM) -> None:
     with pytest.raises(ConfigError, match="batchsize = 3: is no option of the engine; there are batch_size"):
         LLM(model, batchsize=3)
+
+
+# ---- what goes wrong ends whom it concerns, and nobody else ---------------------------------------------------------
+
+
+def test_an_error_in_a_step_reaches_its_caller_and_nobody_hangs(model: CausalLM, monkeypatch: Any) -> None:
+    llm = LLM(model)
+    want = llm.generate([[7, 8]], params())[0].token_ids
+    run = llm.engine.runner.run
+    broken = [True]
+
+    def sometimes(*args: Any) -> Any:
+        if broken[0]:
+            raise OSError("the disk is gone")
+        return run(*args)
+
+    monkeypatch.setattr(llm.engine.runner, "run", sometimes)
+
+    async def read(prompt: list[int]) -> tuple[int, ...]:
+        async for request in llm.stream_async(prompt, params()):
+            seen = tuple(request.token_ids)
+        return seen
+
+    async def two() -> list[Any]:
+        return await asyncio.wait_for(asyncio.gather(read([1, 2]), read([3]), return_exceptions=True), 20)
+
+    assert [type(error) for error in asyncio.run(two())] == [OSError, OSError]
+    with pytest.raises(OSError, match="the disk is gone"):
+        llm.generate([[7, 8]], params())
+    assert llm.engine.idle and llm.engine.pages.available == llm.engine.pages.count
+    broken[0] = False
+    assert asyncio.run(asyncio.wait_for(read([7, 8]), 20)) == want
+    llm.close()
+
+
+def test_logits_that_are_no_numbers_end_one_request(model: CausalLM, monkeypatch: Any) -> None:
+    llm = LLM(model)
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    want = llm.generate(prompts, params())
+    requests = [llm.requests(prompt, params())[0] for prompt in prompts]
+    monkeypatch.setattr(requests[1], "choose", lambda logits: 1 // 0)
+    llm.engine.add(*requests)
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert [request.finish_reason for request in requests] == ["length", "error", "length"]
+    assert isinstance(requests[1].error, ZeroDivisionError)
+    assert [requests[i].output() for i in (0, 2)] == [want[i] for i in (0, 2)]
+
+
+def test_a_callback_that_fails_or_aborts_others(model: CausalLM) -> None:
+    llm = LLM(model, batch_size=4)
+    prompts = [[1, 2, 3], [4, 5], [6], [7]]
+    want = llm.generate(prompts, params())
+    requests = [llm.requests(prompt, params())[0] for prompt in prompts]
+    requests[0].on_token = lambda request: llm.engine.abort(requests[1])
+    requests[2].on_token = lambda request: 1 // 0
+    llm.engine.add(*requests)
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert [request.finish_reason for request in requests] == ["length", "abort", "error", "length"]
+    assert [requests[i].output() for i in (0, 3)] == [want[i] for i in (0, 3)]
+    assert llm.engine.pages.available == llm.engine.pages.count
+    llm.engine.pages.check([])
+
+
+def test_aborting_the_first_of_several_continuations_lets_the_others_run(model: CausalLM) -> None:
+    llm = LLM(model, step_tokens=8)
+    first, second = llm.requests(list(range(40)), params(n=2))
+    llm.engine.add(first, second)
+    llm.engine.step()
+    assert first.prefilling
+    llm.engine.abort(first)
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert tuple(second.token_ids) == plain(model, list(range(40)), 6)
+
+
+def test_coupled_prompts_that_do_not_fit_together_are_refused_and_others_in_between_do_no_harm(model: CausalLM) -> None:
+    llm = LLM(model, cache_tokens=512, batch_size=3)
+    for prompts in ([[1] * 150, [2] * 150, [3] * 150], [[1] * 250, [2] * 250]):
+        with pytest.raises(RequestError, match="must fit the cache of 512"):
+            llm.mix(prompts, None, params(max_tokens=20))
+    want = LLM(model).mix([[1] * 120, [2] * 120], None, params(max_tokens=20)).token_ids
+    other, = llm.requests([5] * 120, params(max_tokens=100))
+    llm.engine.add(other)  # whose growth makes a mate step back
+    assert llm.mix([[1] * 120, [2] * 120], None, params(max_tokens=20)).token_ids == want
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert tuple(other.token_ids) == plain(model, [5] * 120, 100)
+    with pytest.raises(RequestError, match="must be positive numbers"):
+        llm.mix([[1], [2]], [1, float("nan")])
+
+
+def test_routes_come_back_whole_after_stepping_back(model: CausalLM) -> None:
+    """Beside a twin, whose pages know more of the prompt than the request itself has run."""
+    prompt = [i % 96 for i in range(255)]
+    llm = LLM(model, cache_tokens=512, step_tokens=20)
+    got = llm.generate([prompt, prompt], params(max_tokens=30, routed=True))
+    assert llm.engine.scheduler.preempted > 0
+    want = LLM(model).generate([prompt], params(max_tokens=30, routed=True))[0]
+    assert all(torch.equal(output.routed, want.routed) for output in got)
+
+
+def test_those_that_generate_take_turns_where_a_step_is_too_small_for_all(model: CausalLM) -> None:
+    llm = LLM(model, batch_size=6)
+    requests = [llm.requests([i], params(max_tokens=10))[0] for i in range(4)]
+    llm.engine.add(*requests)
+    llm.engine.step()
+    llm.engine.scheduler.step_tokens = 2
+    for _ in range(9):
+        llm.engine.step()
+    counts = [len(request.token_ids) for request in requests]
+    assert max(counts) - min(counts) <= 1 and sum(counts) == 4 + 18
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert [tuple(request.token_ids) for request in requests] == [plain(model, [i], 10) for i in range(4)]
+
+
+def test_usage_counts_a_requests_own_tokens(model: CausalLM) -> None:
+    usage, llm = ExpertUsage(model.config), LLM(model, prefix_cache=False)
+    other, = llm.requests([9, 8, 7], params(max_tokens=40))
+    llm.engine.add(other)
+    output = llm.generate([[1, 2, 3, 4]], params(routed=True), usage=usage)[0]
+    assert usage.tokens == 4 + 5  # the last token is never run
+    assert int(usage.counts_LE.sum()) == output.routed.numel()
+    counted = [torch.bincount(output.routed[:, row].flatten(), minlength=16) for row in range(output.routed.shape[1])]
+    assert torch.equal(usage.counts_LE, torch.stack(counted))
+
+
+def test_domains_of_callers_do_not_pile_up(model: CausalLM, monkeypatch: Any) -> None:
+    monkeypatch.setattr(signature, "LEARNED", 5)
+    llm = LLM(model, policy="expert")
+    for i in range(12):
+        llm.generate([[i]], params(max_tokens=1), domains=[f"domain {i % 9}"])
+    assert len(llm.engine.signatures.domains) == 5 and "domain 2" in llm.engine.signatures.domains
+
+
+def test_what_is_wrong_with_a_request_is_said_before_it_runs(model: CausalLM) -> None:
+    llm = LLM(model, cache_tokens=256)
+    with pytest.raises(RequestError, match="prompt 1: prompt and max_tokens are 306 tokens: must fit"):
+        llm.generate([[1], [2] * 300], params())
+    with pytest.raises(RequestError, match="must fit the cache"):
+        llm.stream([2] * 300, params())
+    routes = torch.zeros(1, len(model.config.moe_layers), model.config.num_experts_per_tok, dtype=torch.int64)
+    for control, message in (
+            (ExpertControl(replay=routes + 99), r"experts\.replay: must hold 0\.\.15"),
+            (ExpertControl(replay=routes, top_k=2), "decides alone"),
+            (ExpertControl(bias={"x": float("nan")}), "must be a finite number")):
+        with pytest.raises(RequestError, match=message):
+            llm.generate([[1]], params(experts=control))
+    assert llm.engine.counters.aborted == 0
+    assert len(LLM(model).generate([[1]], params(n=2, seed=2**63 - 1))[0].choices) == 2
+
+
+def test_a_process_ends_in_the_middle_of_a_step(tiny_config: Callable, tmp_path: Any) -> None:
+    code = ("import sys; from deepseek import LLM, SamplingParams, ModelConfig; from deepseek.model import CausalLM\n"
+            "llm = LLM(CausalLM(ModelConfig.from_file(sys.argv[1])))\n"
+            "llm.submit(llm.requests([1, 2], SamplingParams(max_tokens=200, ignore_eos=True))[0])")
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -18,6 +18,7 @@ from ..quant import fp8
 from .names import INDEX, weight_map_of
 
 MANIFEST = "manifest.json"
+EXPERT_USE = "expert_use.json"  # which experts ran (engine/warmup.py): grows beside a checkpoint, no part of it
 # as safetensors spells the dtypes that weights have
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}

@@ -14,6 +14,7 @@ Shape letters: T tokens, L MoE layers, E experts, K experts a token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -56,15 +57,21 @@ class Controls:
         self.gates = {layer: block.gate for layer, block in model.moe_blocks().items()}
         if (top := asked.top_k) is not None and not (isinstance(top, int) and 1 <= top <= config.n_routed_experts):
             raise RequestError(f"experts.top_k = {top!r}: must lie in 1..{config.n_routed_experts}")
-        if asked.replay is not None and (
-                asked.replay.dtype != torch.int64 or asked.replay.ndim != 3
-                or asked.replay.shape[1:] != (len(self.rows), config.num_experts_per_tok)):
-            raise RequestError(f"experts.replay is {asked.replay.dtype} {list(asked.replay.shape)}: must be int64 "
-                               f"[tokens, {len(self.rows)}, {config.num_experts_per_tok}]")
+        if asked.replay is not None:
+            if asked.replay.dtype != torch.int64 or asked.replay.ndim != 3 or asked.replay.shape[1:] != (
+                    len(self.rows), config.num_experts_per_tok):
+                raise RequestError(f"experts.replay is {asked.replay.dtype} {list(asked.replay.shape)}: must be int64 "
+                                   f"[tokens, {len(self.rows)}, {config.num_experts_per_tok}]")
+            if (asked.replay < -1).any() or (asked.replay >= config.n_routed_experts).any():
+                raise RequestError(f"experts.replay: must hold 0..{config.n_routed_experts - 1}, or -1 for none")
+            if asked.mask or asked.bias or asked.top_k is not None or asked.approx:
+                raise RequestError("experts.replay: decides alone: mask, bias, top_k, approx must not stand beside it")
         self.delta: dict[int, Tensor] = {}
         for name in asked.mask:
             self._add(name, -torch.inf, atlas)
         for name, value in asked.bias.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise RequestError(f"experts.bias[{name!r}] = {value!r}: must be a finite number")
             self._add(name, value, atlas)
         for layer, delta_E in self.delta.items():
             if not bool(delta_E.isfinite().any()):
@@ -72,7 +79,8 @@ class Controls:
 
     def _add(self, name: str, value: float, atlas: Atlas | None) -> None:
         for expert in named(name, atlas):
-            delta = self.delta.setdefault(expert.layer, torch.zeros(self.config.n_routed_experts))
+            delta = self.delta.setdefault(expert.layer, torch.zeros(
+                self.config.n_routed_experts, device=self.gates[expert.layer].weight.device))
             delta[expert.index] += value
 
     def decide(self, layer: int, route: Route, first: int) -> Route:
@@ -80,7 +88,7 @@ class Controls:
         to have, the index is -1 and the weight 0."""
         asked = self.asked
         if asked.replay is not None:
-            kept = asked.replay[first : first + len(route.index_TK), self.rows[layer]]
+            kept = asked.replay.to(route.index_TK.device)[first : first + len(route.index_TK), self.rows[layer]]
             index_TK = route.index_TK.clone()
             index_TK[: len(kept)] = kept
             return self._weigh(route, index_TK)

@@ -24,7 +24,9 @@ from typing import Any
 import torch
 
 from ..atlas import Atlas
+from ..atlas.atlas import Shape
 from ..atlas.usage import ExpertUsage
+from ..config import ModelConfig
 from ..errors import ConfigError, RequestError
 from ..model import CausalLM, RoutingRecord
 from ..model.cache import PAGE, Chunk, LatentPool
@@ -32,9 +34,9 @@ from ..ops.native import native
 from ..quant.linear import is_quantised
 from .control import Controls
 from .pages import Pages
-from .request import Request
+from .request import FinishReason, Request
 from .residency import Residency, parse_bytes
-from .runner import Runner, routed
+from .runner import Runner, part, routed
 from .scheduler import Policy, Scheduler, Work, pages_needed
 from .signature import Signatures
 from .speculative import Drafter
@@ -46,11 +48,12 @@ CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent po
 class EngineOptions:
     """How requests are run. batch_size: requests that run together at most. step_tokens: tokens of a step at most, a
     longer prompt runs in pieces. cache_tokens: positions of the latent pool; None takes what batch_size requests of
-    full length need, or a quarter of free memory. prefix_cache: keep pages for prompts that begin alike. policy,
-    age_limit (seconds): scheduler.py. expert_memory: bytes (or "4GiB") for routed experts, the others stay on disk;
-    None is all. warmup_experts: names whose experts are in memory before the first request, or "auto": the frequent
-    ones of recorded use. prefetch: read the next layer's experts ahead. speculate: draft with the MTP module, if there
-    is one, where it pays. Raises ConfigError naming option, value and rule."""
+    full length need, or what fits a quarter of free memory, one request of full length at least. prefix_cache: keep
+    pages for prompts that begin alike. policy, age_limit (seconds): scheduler.py. expert_memory: bytes (or "4GiB") for
+    routed experts, the others stay on disk; None is all. warmup_experts: names whose experts are in memory before the
+    first request, or "auto": the frequent ones of recorded use. prefetch: read the next layer's experts ahead.
+    speculate: draft with the MTP module, if there is one, where it pays. Raises ConfigError naming option, value and
+    rule."""
 
     batch_size: int = 32
     step_tokens: int = 512
@@ -76,6 +79,8 @@ class EngineOptions:
         if self.expert_memory is not None:
             object.__setattr__(self, "expert_memory", parse_bytes(self.expert_memory))
         names = self.warmup_experts.split(",") if isinstance(self.warmup_experts, str) else self.warmup_experts
+        self._need("warmup_experts", "must be names", isinstance(names, Sequence) and all(
+            isinstance(name, str) for name in names))
         object.__setattr__(self, "warmup_experts", tuple(name.strip() for name in names if name.strip()))
         self._need("prefetch", "must be true or false", isinstance(self.prefetch, bool))
         self._need("speculate", "must be true or false", isinstance(self.speculate, bool))
@@ -131,10 +136,8 @@ class Engine:
             policy=self.options.policy, age_limit=self.options.age_limit)
         self.runner = Runner(model, pool)
         self.counters = Counters()
-        self.usage: ExpertUsage | None = None
         self.lock = threading.RLock()
-        self._controls: dict[int, Controls] = {}
-        self._drafted: dict[int, torch.Tensor] = {}  # where the drafts of this step went
+        self._drafted: dict[int, RoutingRecord] = {}  # where the drafts of this step went
 
     @property
     def exact(self) -> bool:
@@ -147,74 +150,126 @@ class Engine:
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Raises RequestError for one that can never run."""
-        most = len(request.prompt_ids) + request.limit
-        if pages_needed(most) > self.pages.count:
+    def check(self, *requests: Request) -> None:
+        """Raises RequestError for what can never run; several are to run together."""
+        need = sum(pages_needed(len(request.prompt_ids) + request.limit) for request in requests)
+        if need > self.pages.count:
+            most = sum(len(request.prompt_ids) + request.limit for request in requests)
             raise RequestError(f"prompt and max_tokens are {most} tokens: must fit the cache of "
                                f"{self.pages.count * PAGE} (cache_tokens)")
-        if request.params.experts is not None:
-            loaded = None if self.residency is None else self.residency.loaded
-            self._controls[request.number] = Controls(request.params.experts, self.model, self.atlas, loaded)
+        for request in requests:
+            if request.params.routed and not self.model.config.moe_layers:
+                raise RequestError("routed = True: this model has no routed experts")
+            if request.params.experts is not None and request.controls is None:
+                loaded = None if self.residency is None else self.residency.loaded
+                request.controls = Controls(request.params.experts, self.model, self.atlas, loaded)
+
+    def add(self, *requests: Request) -> None:
+        """Let requests wait, in this order with nobody between them. Raises RequestError for one that can never run."""
+        for request in requests:
+            self.check(request)
         with self.lock:
-            self.scheduler.add(request)
+            for request in requests:
+                if request.finish_reason is None:  # else its caller has left already
+                    self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """End a request at once; its pages go back. Nothing happens to one that has ended."""
+        """End a request at once, and those coupled with it; their pages go back. Nothing happens to one that has
+        ended."""
         with self.lock:
-            if request.finish_reason is None:
-                request.abort()
-                self.counters.aborted += 1
-                self._end(request)
+            for one in [request] if request.coupling is None else request.coupling.members:
+                if one.finish_reason is None:
+                    self.counters.aborted += 1
+                    self._end(one, "abort")
+                    self._tell(one)
 
-    def _end(self, request: Request) -> None:
+    def _end(self, request: Request, reason: FinishReason | None = None) -> None:
+        if reason is not None:
+            request.end(reason)
         self.scheduler.finish(request)
         self.signatures.finish(request)
-        self._controls.pop(request.number, None)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """End a request, and those coupled with it, with an error that its caller will raise."""
+        for one in [request] if request.coupling is None else request.coupling.members:
+            if one.finish_reason is None:
+                one.error = error
+                self._end(one, "error")
+
+    def _tell(self, request: Request) -> None:
+        try:
+            if request.on_token is not None:
+                request.on_token(request)
+        except Exception as error:  # of the caller's own
+            self._fail(request, error)
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
-        """Run one step; the requests that got a token."""
+        """Run one step; the requests that got a token. What goes wrong ends the requests that it concerns: their
+        `error` says why, and nobody else notices."""
         with self.lock:
             works = self.scheduler.schedule()
-            if not works:
-                return []
-            record = (self.usage is not None or self.residency is not None
-                      or any(work.request.params.routed or self._signs(work) for work in works))
-            controls = [self._controls.get(work.request.number) for work in works]
-            began = time.perf_counter()
-            logits, hidden, routing = self.runner.run(works, controls, record)
-            if routing is not None:
-                self._count(works, routing)
-            self.counters.steps += 1
-            sampled = self.counters.sampled
             moved: list[Request] = []
-            for work, logits_SV in zip(works, logits, strict=True):
-                self._computed(work)
-                for row, logits_V in enumerate(logits_SV):
-                    if row and not self._accepted(work):
-                        break
-                    moved += self._advance(work.request, logits_V)
-            if self.drafter is not None:
-                self._draft(works, hidden, began, self.counters.sampled - sampled)
+            try:
+                if works:
+                    moved = self._run(works)
+            except Exception as error:  # the model's, or the disk's: nobody's tokens can be trusted
+                for work in works:
+                    self._fail(work.request, error)
+            failed = [work.request for work in works if work.request.error is not None]
+            for request in {one.number: one for one in (*moved, *failed)}.values():
+                self._tell(request)
             return moved
 
+    def _run(self, works: Sequence[Work]) -> list[Request]:
+        record = bool(self.model.config.moe_layers) and (self.residency is not None or any(
+            work.request.params.routed or work.request.usage is not None or self._signs(work) for work in works))
+        began = time.perf_counter()
+        logits, hidden, routing = self.runner.run(works, [work.request.controls for work in works], record)
+        if routing is not None:
+            self._count(works, routing)
+        self.counters.steps += 1
+        sampled = self.counters.sampled
+        moved: list[Request] = []
+        for work, logits_SV in zip(works, logits, strict=True):
+            if work.request.finish_reason is not None:  # a mate of one that failed
+                continue
+            self._computed(work)
+            for row, logits_V in enumerate(logits_SV):
+                if row and not self._accepted(work):
+                    break
+                try:
+                    moved += self._advance(work.request, logits_V)
+                except Exception as error:  # its logits', or its grammar's
+                    self._fail(work.request, error)
+                    break
+        if self.drafter is not None:
+            self._draft(works, hidden, began, self.counters.sampled - sampled)
+        return moved
+
     def _count(self, works: Sequence[Work], routing: RoutingRecord) -> None:
-        if self.usage is not None:
-            self.usage.add(routing)
         if self.residency is not None:
             self.residency.after(routing)
         self._drafted, start = {}, 0
+        masks: dict[int, tuple[ExpertUsage, torch.Tensor]] = {}
         for work in works:
-            stop = start + work.chunk.tokens
-            index_TLK = routed(routing, start, stop)
-            if work.draft is not None:
-                index_TLK, self._drafted[work.request.number] = index_TLK[:-1], index_TLK[-1:]
-            if self._signs(work):
-                self.signatures.measure(work.request, index_TLK)
-            self._routed(work.request, work.chunk.past, index_TLK)
-            start = stop
+            request, stop = work.request, start + work.chunk.tokens
+            if work.draft is not None:  # whether it is one of the request's tokens is not known yet
+                stop -= 1
+                self._drafted[request.number] = part(routing, stop, stop + 1)
+            if (usage := request.usage) is not None:
+                mask_T = masks.setdefault(id(usage), (usage, torch.zeros(sum(w.chunk.tokens for w in works),
+                                                                        dtype=torch.bool)))[1]
+                mask_T[start:stop] = True
+            if self._signs(work) or request.params.routed:
+                index_TLK = routed(routing, start, stop)
+                if self._signs(work):
+                    self.signatures.measure(request, index_TLK)
+                self._routed(request, work.chunk.past, index_TLK)
+            start += work.chunk.tokens
+        for usage, mask_T in masks.values():
+            usage.add(routing, mask_T)
 
     def _signs(self, work: Work) -> bool:
         """Whether its request is to be known by where this work's tokens went: those of prompts, if anybody asks."""
@@ -237,8 +292,11 @@ class Engine:
         self.drafter.stats.accepted += 1
         request.computed += 1
         self.counters.computed += 1
-        if request.number in self._drafted:
-            self._routed(request, request.computed - 1, self._drafted[request.number])
+        if (own := self._drafted.get(request.number)) is not None:
+            if request.usage is not None:
+                request.usage.add(own)
+            if request.params.routed:
+                self._routed(request, request.computed - 1, routed(own, 0, 1))
         return True
 
     def _draft(self, works: Sequence[Work], hidden: Sequence[torch.Tensor], began: float, tokens: int) -> None:
@@ -288,8 +346,6 @@ class Engine:
         for one in moved:
             one.append(token)
             self.counters.sampled += 1
-            if one.on_token is not None:
-                one.on_token(one)
             if one.finish_reason is not None:
                 self.counters.finished += 1
                 self._end(one)
@@ -305,10 +361,16 @@ def _pool_pages(model: CausalLM, options: EngineOptions, dtype: torch.dtype) -> 
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     full = pages_needed(config.max_position_embeddings)
-    affordable = int(CACHE_SHARE * free) // LatentPool.page_bytes(config, dtype=dtype)
+    layers = config.num_hidden_layers + (options.speculate and len(model.model.mtp) > 0)
+    affordable = int(CACHE_SHARE * free) // LatentPool.page_bytes(config, layers, dtype)
     return max(full, min(options.batch_size * full, affordable))
 
 
-def atlas_beside(folder: Path) -> Atlas | None:
-    """The atlas of a checkpoint folder, None where there is none."""
-    return Atlas.load(folder) if (folder / "atlas.json").is_file() else None
+def atlas_beside(folder: Path, config: ModelConfig) -> Atlas | None:
+    """The atlas of a checkpoint folder, None where there is none. Raises ConfigError for that of another model."""
+    if not (folder / "atlas.json").is_file():
+        return None
+    atlas = Atlas.load(folder)
+    if atlas.shape != (shape := Shape.of(config)):
+        raise ConfigError(f"{folder / 'atlas.json'} is of a model with {atlas.shape}: must be {shape}")
+    return atlas

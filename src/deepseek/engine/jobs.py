@@ -3,9 +3,9 @@
     in    {"id"?, "prompt" | "messages", "domain"?, and any of SamplingParams by name}
     out   {"id" | "line", "text", "finish_reason", "usage", "choices"?, "logprobs"?} or {"id" | "line", "error"}
 
-Answers stand in the order of the prompts. A bad line costs one error line. An output that is there already is gone on
-with: as many lines as it has are taken as done, a torn last one is written anew. Every answer is on disk before the
-next is; what was lost in a crash are the requests in flight.
+Answers stand in the order of the prompts. A bad line costs one error line, a blank one nothing. An output that is there
+already is gone on with: its lines must bear the names (id, or number of the line) of the input's first, a torn last one
+is written anew. Every answer is on disk before the next is; what is lost in a crash are the requests in flight.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..atlas.usage import ExpertUsage
 from ..errors import DataError, RequestError
 from .llm import LLM, outcome
 from .request import Request, RequestOutput
@@ -28,33 +30,32 @@ KNOWN = {field.name for field in fields(SamplingParams)} - {"experts", "routed"}
 
 
 def run_file(
-    llm: LLM, source: Path, target: Path, params: SamplingParams, progress: Callable[[int, int], None] | None = None
+    llm: LLM, source: Path, target: Path, params: SamplingParams, progress: Callable[[int, int], None] | None = None,
+    usage: ExpertUsage | None = None,
 ) -> tuple[int, int]:
     """Answer what is not answered yet; (answers, errors among them) of this call. progress: told (done, all lines).
+    usage: counts the experts of what runs.
 
-    Raises DataError where the input cannot be read or the output belongs to a longer one.
+    Raises what `check_files` raises, RequestError for params that no line could have; and what goes wrong with the
+    model or its files on the way, which is no line's fault: the same call then goes on.
     """
-    try:
-        total = sum(1 for _ in _lines(source))
-    except OSError as error:
-        raise DataError(f"{source}: {error.strerror}") from None
-    done = _finished(target)
-    if done > total:
-        raise DataError(f"{target}: has {done} answers for the {total} lines of {source}: it belongs to another input")
+    total, done = check_files(source, target)
+    llm.requests([0], params)
     written = errors = 0
     flight: deque[tuple[dict[str, Any], list[Request] | str]] = deque()
-    lines = enumerate(_lines(source), 1)
+    lines = islice(_lines(source), done, None)
     with target.open("a", encoding="utf-8") as out:
         while True:
             while len(flight) < AHEAD * llm.engine.options.batch_size and (line := next(lines, None)) is not None:
-                if line[0] > done:
-                    flight.append(_begin(llm, *line, params))
+                flight.append(_begin(llm, *line, params, usage))
             if not flight:
                 return written, errors
             name, group = flight[0]
             while not isinstance(group, str) and any(request.finish_reason is None for request in group):
                 llm.engine.step()
             flight.popleft()
+            if failed := [request for request in group if not isinstance(request, str) and request.error is not None]:
+                raise failed[0].error or AssertionError
             answer = {"error": group} if isinstance(group, str) else _answer(outcome(group))
             _write(out, name | answer)
             written, errors = written + 1, errors + isinstance(group, str)
@@ -62,17 +63,49 @@ def run_file(
                 progress(done + written, total)
 
 
-def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams) -> tuple[dict[str, Any], list[Request] | str]:
-    """A line's id (or number), and its requests, under way, or what is wrong with it."""
+def check_files(source: Path, target: Path) -> tuple[int, int]:
+    """(lines of the input, those of them that the output answers). A torn last line of the output is cut off.
+
+    Raises DataError where the input cannot be read, the output cannot be written or belongs to another input.
+    """
+    try:
+        if not source.is_file():
+            raise DataError(f"{source}: must be a file: it is read twice")
+        total = sum(1 for _ in _lines(source))
+        target.touch()
+        answers = _finished(target)
+    except OSError as error:
+        raise DataError(f"{error.filename or target}: {error.strerror}") from None
+    if len(answers) > total:
+        raise DataError(f"{target}: has {len(answers)} answers for the {total} lines of {source}: it belongs to "
+                        "another input")
+    for (number, line), answer in zip(_lines(source), answers, strict=False):
+        if (asked := _name(number, line)[0]) != answer:
+            raise DataError(f"{target}: has the answer to {answer} where {source} asks {asked}: it belongs to another "
+                            "input")
+    return total, len(answers)
+
+
+def _name(number: int, line: bytes) -> tuple[dict[str, Any], dict[str, Any] | str]:
+    """What a line is called in the output, and its fields or what is wrong with it."""
     name: dict[str, Any] = {"line": number}
     try:
-        try:
-            keys = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"not JSON: {error}") from None
-        if not isinstance(keys, dict):
-            raise RequestError(f"{line[:40]!r}: must be an object")
-        name = {"id": keys["id"]} if "id" in keys else name
+        keys = json.loads(line)
+        json.dumps(keys, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        return name, f"not JSON: {error}"
+    if not isinstance(keys, dict):
+        return name, f"{line[:40]!r}: must be an object"
+    return {"id": keys["id"]} if "id" in keys else name, keys
+
+
+def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: ExpertUsage | None
+           ) -> tuple[dict[str, Any], list[Request] | str]:
+    """A line's id (or number), and its requests, under way, or what is wrong with it."""
+    name, keys = _name(number, line)
+    try:
+        if isinstance(keys, str):
+            raise RequestError(keys)
         given = [key for key in ("prompt", "messages") if key in keys]
         if len(given) != 1:
             raise RequestError(f"has {' and '.join(given) or 'neither prompt nor messages'}: must have one of prompt "
@@ -81,13 +114,17 @@ def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams) -> tuple[
         if unknown := set(keys) - KNOWN - {"id", "prompt", "messages", "domain"}:
             raise RequestError(f"{min(unknown)!r} is no field of a request; there are {', '.join(sorted(KNOWN))}")
         prompt, domain = keys[given[0]], keys.get("domain")
-        if not isinstance(prompt, str if given == ["prompt"] else list):
-            raise RequestError(f"{given[0]} = {prompt!r:.60}: must be a {'text' if given == ['prompt'] else 'list'}")
+        if given == ["prompt"] and not isinstance(prompt, str):
+            raise RequestError(f"prompt = {prompt!r:.60}: must be a text")
+        if given == ["messages"] and not (isinstance(prompt, list) and prompt and all(
+                isinstance(message, dict) for message in prompt)):
+            raise RequestError(f"messages = {prompt!r:.60}: must be a list of objects, one at least")
         if domain is not None and not isinstance(domain, str):
             raise RequestError(f"domain = {domain!r}: must be a name")
         group = llm.requests(prompt, replace(params, **own), domain=domain)
         for request in group:
-            llm.engine.add(request)
+            request.usage = usage
+        llm.engine.add(*group)
         return name, group
     except RequestError as error:
         return name, str(error)
@@ -105,23 +142,28 @@ def _answer(output: RequestOutput) -> dict[str, Any]:
     return answer | {"choices": [one(choice) for choice in output.choices]} if output.others else answer
 
 
-def _lines(source: Path) -> Iterator[bytes]:
+def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, text) of the lines that are not blank."""
     with source.open("rb") as file:
-        yield from (line for line in file if line.strip())
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _finished(target: Path) -> int:
-    """Whole lines of the output; a torn end is cut off."""
-    if not target.exists():
-        return 0
+def _finished(target: Path) -> list[dict[str, Any]]:
+    """The names of the output's whole lines; a torn end is cut off."""
+    names: list[dict[str, Any]] = []
     with target.open("r+b") as file:
-        count = end = 0
+        end = 0
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            count, end = count + 1, end + len(line)
+            try:
+                keys = json.loads(line)
+                names.append({"id": keys["id"]} if "id" in keys else {"line": keys["line"]})
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{target}: line {len(names) + 1} is no answer: it is another file") from None
+            end += len(line)
         file.truncate(end)
-    return count
+    return names
 
 
 def _write(out: TextIO, answer: Mapping[str, Any]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import math
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +52,7 @@ class LLM:
             folder = resolve(path_or_model)
             tokenizer = tokenizer or Tokenizer.load(folder)
             self.model = load_model(folder, dtype, device, adapter=adapter)
-            atlas = atlas_beside(folder)
+            atlas = atlas_beside(folder, self.model.config)
         residency = None
         if options.expert_memory is not None:
             if folder is None:
@@ -69,6 +72,7 @@ class LLM:
         self._constraints = Constraints(tokenizer, config.vocab_size, self.eos_ids)
         self._loop = threading.Condition(self.engine.lock)
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     # ---- the verbs ----------------------------------------------------------------------------------------------
 
@@ -79,8 +83,9 @@ class LLM:
         """Continue every prompt; one result a prompt, in order.
 
         prompts: each a text, a list of token ids, or a list of chat messages `{"role", "content"}`.
-        params: for all, or one a prompt. usage: counts the experts that prompt and output tokens visit. domains: names
-        that say what a prompt is about, for batching by expert; keyword rules guess the missing ones.
+        params: for all, or one a prompt. usage: counts the experts that the tokens visit as they run (what the prefix
+        cache serves does not run). domains: names that say what a prompt is about, for batching by expert; keyword
+        rules guess the missing ones.
         Raises RequestError, before any prompt runs, for a prompt that is empty, too long or of another kind.
         """
         if isinstance(prompts, str):
@@ -97,8 +102,7 @@ class LLM:
                 groups.append(self.requests(prompt, one, domain=None if domains is None else domains[i]))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
-        everyone = [request for group in groups for request in group]
-        self._run(everyone, usage)
+        self._run([request for group in groups for request in group], usage)
         return [outcome(group) for group in groups]
 
     def stream(
@@ -109,17 +113,23 @@ class LLM:
         The prompt is checked at once, and run when the first piece is asked for; closing the iterator aborts it.
         """
         request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1))
+        request.usage = usage
 
         def pieces() -> Iterator[str]:
             sent = 0
             self.engine.add(request)
             try:
-                while request.finish_reason is None or len(request.text) > sent:
-                    if len(request.text) > sent:
-                        yield request.text[sent:]
-                        sent = len(request.text)
+                while True:
+                    ended = request.finish_reason is not None
+                    if len(text := request.text) > sent:
+                        yield text[sent:]
+                        sent = len(text)
+                    elif ended:
+                        break
                     else:
-                        self._step(usage)
+                        self.engine.step()
+                if request.error is not None:
+                    raise request.error
             finally:
                 self.engine.abort(request)
 
@@ -137,9 +147,10 @@ class LLM:
         """One continuation of several prompts at once: they advance together, and each token is drawn from the weighted
         mean of their distributions (weights: positive, all equal if not given). The output is the first prompt's."""
         weights = [1.0] * len(prompts) if weights is None else list(weights)
-        if not prompts or len(weights) != len(prompts) or min(weights) <= 0:
-            raise RequestError(f"weights = {weights}: must be positive, one for each of {len(prompts)} prompts, one at "
-                               "least")
+        if not prompts or len(weights) != len(prompts) or not all(
+                isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights):
+            raise RequestError(f"weights = {weights}: must be positive numbers, one for each of {len(prompts)} "
+                               "prompts, one at least")
         params = replace(params or SamplingParams(), n=1)
         requests = [self.requests(prompt, params)[0] for prompt in prompts]
         shortest = min(request.limit for request in requests)
@@ -150,14 +161,15 @@ class LLM:
         if len(requests) > self.engine.options.batch_size:
             raise RequestError(f"{len(requests)} prompts are coupled: must be batch_size "
                                f"({self.engine.options.batch_size}) at most")
+        self.engine.check(*requests)
         self._run(requests, None)
         return requests[0].output()
 
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, *, domain: str | None = None
     ) -> AsyncIterator[Request]:
-        """Yields the request after every token, until it has ended; its `text` and `token_ids` grow. Any number may run
-        at once. Leaving the iteration aborts the request."""
+        """Yields the request whenever it has new tokens, until it has ended; its `text` and `token_ids` grow. Any
+        number may run at once. Leaving the iteration aborts the request. Raises what went wrong with it on the way."""
         request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1), domain=domain)
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
@@ -165,51 +177,61 @@ class LLM:
             loop.call_soon_threadsafe(arrived.set)
 
         request.on_token = tell
-        self.submit(request)
         try:
+            await asyncio.to_thread(self.submit, request)  # a step in progress must not hold up the loop
             while True:
                 await arrived.wait()
                 arrived.clear()
                 ended = request.finish_reason is not None
+                if request.error is not None:
+                    raise request.error
                 yield request
                 if ended:
                     return
         finally:
-            self.engine.abort(request)
+            if request.finish_reason is None:
+                await asyncio.shield(asyncio.to_thread(self.engine.abort, request))
 
     # ---- running ------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Hand a request to the background thread, which is started by the first one."""
         with self._loop:
+            if self._closed:
+                raise RequestError("this LLM is closed")
             self.engine.add(request)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+                me = weakref.ref(self)
+                self._thread = threading.Thread(target=_work, args=(me, self._loop), name="engine", daemon=True)
+                atexit.register(_stop, me)
                 self._thread.start()
-            self._loop.notify()
+            self._loop.notify_all()
 
-    def _work(self) -> None:
-        while True:
-            with self._loop:
-                while self.engine.idle:
-                    self._loop.wait()
-            self.engine.step()
+    def close(self) -> None:
+        """End what runs, and the threads behind it."""
+        with self._loop:
+            self._closed = True
+            for request in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
+                self.engine.abort(request)
+            self._loop.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        if self.engine.residency is not None:
+            self.engine.residency.close()
 
     def _run(self, requests: Sequence[Request], usage: ExpertUsage | None) -> None:
         try:
             for request in requests:
-                self.engine.add(request)
+                request.usage = usage
+            self.engine.add(*requests)
             while any(request.finish_reason is None for request in requests):
-                self._step(usage)
+                self.engine.step()
         finally:
             for request in requests:
                 self.engine.abort(request)
-
-    def _step(self, usage: ExpertUsage | None) -> None:
-        with self.engine.lock:
-            self.engine.usage = usage
-            self.engine.step()
-            self.engine.usage = None
+        for request in requests:
+            if request.error is not None:
+                raise request.error
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 
@@ -222,12 +244,13 @@ class LLM:
             domain = self._rules.predict(text)
         out: list[Request] = []
         for i in range(params.n):
-            own = params if params.seed is None or not i else replace(params, seed=params.seed + i)
+            own = params if params.seed is None or not i else replace(params, seed=_next_seed(params.seed, i))
             request = Request(
                 ids, own, limit=min(params.max_tokens, self.max_length - len(ids)), eos_ids=self.eos_ids,
                 tokenizer=self.tokenizer, vocabulary=self.model.config.vocab_size, domain=domain,
                 constraint=self._constraints.of(params))
             request.after = out[0] if out else None
+            self.engine.check(request)
             out.append(request)
         return out
 
@@ -266,6 +289,32 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer, and this model was given without one")
         return self.tokenizer
+
+
+def _work(me: weakref.ref[LLM], loop: threading.Condition) -> None:
+    """Runs what is submitted, for as long as anybody has the LLM."""
+    while True:
+        with loop:
+            own = me()
+            if own is None or own._closed:
+                return
+            if own.engine.idle:
+                del own
+                loop.wait(1.0)
+                continue
+        own.engine.step()
+        del own
+
+
+def _stop(me: weakref.ref[LLM]) -> None:
+    """Before the interpreter goes, so that no step is caught in the middle."""
+    if (own := me()) is not None:
+        own.close()
+
+
+def _next_seed(seed: int, i: int) -> int:
+    """seed + i within 64 bits."""
+    return (seed + i + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _said(prompt: Prompt) -> str:

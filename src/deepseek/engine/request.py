@@ -17,9 +17,11 @@ from .pages import PageTable, Token
 from .sampler import Logprob, SamplingParams, logprobs, sample
 
 if TYPE_CHECKING:
+    from ..atlas.usage import ExpertUsage
     from .constraint import Constraint
+    from .control import Controls
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 _numbers = count()
 
 
@@ -28,10 +30,10 @@ class RequestOutput:
     """What became of one prompt.
 
     token_ids: every sampled token, the one that ended the text included. finish_reason: "stop" (end of sequence or a
-    stop string), "length" (max_tokens, or the end of the model's context) or "abort". logprobs: one entry a token,
-    where they were asked for. routed: the experts each token of prompt and output visited, int64 [tokens, MoE layers,
-    K], where asked for; the last token, which was never run, is not among them. choices: all `n` continuations, this
-    one first. cached_tokens: of the prompt, found in the prefix cache.
+    stop string), "length" (max_tokens, or the end of the model's context), "abort" or "error". logprobs: one entry a
+    token, where they were asked for. routed: the experts each token of prompt and output visited, int64 [tokens, MoE
+    layers, K], where asked for; the last token, which was never run, is not among them. choices: all `n`
+    continuations, this one first. cached_tokens: of the prompt, found in the prefix cache.
     """
 
     text: str
@@ -126,12 +128,16 @@ class Request:
         self.token_ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None  # why it ended, if that is it
         self.table = PageTable()
         self.computed = 0
         self.cached_tokens = 0
         self.coupling: Coupling | None = None
         self.draft: int | None = None  # a guess at the token after the last
         self.followed = 0  # positions that the MTP module has run over
+        self.ran = 0  # the step that ran it last
+        self.usage: ExpertUsage | None = None  # counts the experts of what runs
+        self.controls: Controls | None = None
         self.after: Request | None = None  # the first of the continuations of one prompt, whose pages serve the others
         self.arrived = time.monotonic()
         self.first_token: float | None = None
@@ -196,24 +202,19 @@ class Request:
             self.constraint.accept(token)
             ended = self.constraint.finished
         if ended or self._stop.stopped:
-            self.finish_reason = "stop"
+            self.end("stop")
         elif len(self.token_ids) >= self.limit:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
-            self._end()
+            self.end("length")
 
-    def abort(self) -> None:
-        if self.finish_reason is None:
-            self.finish_reason = "abort"
-            self._end()
-
-    def _end(self) -> None:
+    def end(self, reason: FinishReason) -> None:
+        """The reason is set last: whoever reads it in another thread then reads the whole text."""
         self.finished = time.monotonic()
         if self._pieces is not None:
             self.text += self._stop.push(self._pieces.flush())
             self.text += self._stop.flush()
-            if self._stop.stopped and self.finish_reason == "length":
-                self.finish_reason = "stop"
+            if self._stop.stopped and reason == "length":
+                reason = "stop"
+        self.finish_reason = reason
 
     def output(self) -> RequestOutput:
         assert self.finish_reason is not None

@@ -14,6 +14,8 @@ the page cache, so that the budget is the truth.
                  frequency and recency count; the least valuable of the same layer goes
     quotas       every REBALANCE steps a slot goes from the layer with the fewest misses to that with the most
 
+The experts of an MTP module are not among them: they are read by mapping, as without a budget.
+
 Addresses change only in calls that the computing thread makes (`need`, `expect`) and from nothing to something when a
 read is done, so the kernels never see an expert go while they use it.
 
@@ -22,7 +24,8 @@ Shape letters: L MoE layers, E experts, K experts a token.
 
 from __future__ import annotations
 
-import atexit
+import errno
+import fcntl
 import mmap
 import os
 import threading
@@ -30,7 +33,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +51,7 @@ from ..quant.linear import QuantisedExperts
 HALF_LIFE = 64  # steps
 REBALANCE = 128  # steps
 ALIGNED = 4096  # bytes: what direct reads want of offsets, lengths and addresses
+DIRECT = getattr(os, "O_DIRECT", 0)
 AHEAD = 8  # experts of a layer that are foretold and read at once, at most
 
 
@@ -65,10 +71,52 @@ class Residents:
 
     @property
     def hits(self) -> int:
-        return self.wanted - self.missed - self.late
+        return max(0, self.wanted - self.missed - self.late)
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self) | {"hits": self.hits}
+
+
+class _Reads:
+    """What is to be read, and the lock of a residency: readers hold this, and the residency for one read at a time, so
+    that it ends with the model that it serves."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.urgent: deque[tuple[int, int]] = deque()  # (gate, expert): a layer waits for it
+        self.later: deque[tuple[int, int]] = deque()  # read ahead
+        self.failed: BaseException | None = None
+        self.closed = False
+
+    def next(self) -> tuple[int, int] | None:
+        """Waits for something to read; None when it is over."""
+        with self.changed:
+            while not self.closed and not self.urgent and not self.later:
+                self.changed.wait()
+            return None if self.closed else (self.urgent or self.later).popleft()
+
+    def run(self, residency: weakref.ref[Residency]) -> None:
+        """A reader."""
+        while (item := self.next()) is not None and (own := residency()) is not None:
+            try:
+                own._read(*item)
+            except BaseException as error:  # the computing thread raises it
+                with self.changed:
+                    self.failed = error.with_traceback(None)
+                    self.changed.notify_all()
+                return
+            del own
+
+    def close(self, threads: Sequence[threading.Thread], files: dict[Path, int]) -> None:
+        """Stop the readers, also before the interpreter goes: none is caught holding what is taken apart."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        while files:
+            os.close(files.popitem()[1])
 
 
 class _Layer:
@@ -105,7 +153,7 @@ class Residency:
             raise ConfigError(f"expert_memory = {budget:,} bytes: the least that works is {self.least:,} (one expert "
                               f"of {self._slot:,} bytes for each of {len(places)} layers)")
         count = min(count, sum(map(len, places.values())))
-        self._memory = mmap.mmap(-1, count * self._slot)
+        self._memory = mmap.mmap(-1, count * self._slot, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         view = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._base = view.data_ptr()
         self._view = memoryview(self._memory)
@@ -121,36 +169,43 @@ class Residency:
         each, more = divmod(count, len(self.layers))
         self.quota = [min(each + (i < more), len(own.places)) for i, own in enumerate(self.layers)]
         self.budget, self.experts = count * self._slot, len(next(iter(places.values())))
-        self._files = {path: os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-                       for path in {place.file for own in places.values() for place in own}}
-        self._urgent: deque[tuple[int, int]] = deque()
-        self._later: deque[tuple[int, int]] = deque()
-        self._changed = threading.Condition()
-        self._failed: BaseException | None = None
-        self._closed = False
-        me = weakref.ref(self)  # the native object must not keep this one alive
-        need = lambda gate, wanted: me().need(gate, wanted)  # type: ignore[union-attr] # noqa: E731
-        expect = lambda gate, wanted: me().expect(gate, wanted)  # type: ignore[union-attr] # noqa: E731
-        model.residency = native.Residency(need, expect if prefetch else None)
+        self.top_k, self._process = model.config.num_experts_per_tok, os.getpid()
+        self._files = {path: _open(path) for path in {place.file for own in places.values() for place in own}}
+        self._reads = _Reads()
+        self._changed, self._urgent, self._later = self._reads.changed, self._reads.urgent, self._reads.later
+        # the model holds this one, whose memory its tables point to; nothing here holds the model
+        model.residency = native.Residency(self.need, self.expect if prefetch else None)
         for gate, table in enumerate(tables):
             table.fetch = model.residency, gate
-        self._threads = [threading.Thread(target=_reader, args=(me,), name=f"experts-{i}", daemon=True)
-                         for i in range(2)]
-        for thread in self._threads:
+        threads = [threading.Thread(target=self._reads.run, args=(weakref.ref(self),), name=f"experts-{i}", daemon=True)
+                   for i in range(2)]
+        for thread in threads:
             thread.start()
-        atexit.register(_stop, me)
+        self.close = weakref.finalize(self, self._reads.close, threads, self._files)  # may be called; else at the end
+
+    @property
+    def _alone(self) -> bool:
+        """Whether there are no readers: after `close`, and in a fork, whose locks may be held by threads it has not."""
+        return self._reads.closed or os.getpid() != self._process
 
     # ---- what the kernels ask -----------------------------------------------------------------------------------
 
     def need(self, gate: int, wanted: Sequence[int]) -> list[int]:
         """Those of the experts wanted that are there; where none is, waits for what is read now."""
         layer, keep = self.layers[gate], set(wanted)
+        if self._alone:
+            if not (here := [e for e in wanted if layer.table[e]]):
+                raise ConfigError(f"expert {wanted[0]} of MoE layer {gate} is not in memory and nobody reads it: the "
+                                  "model was closed, or this process is a fork of the one that loaded it")
+            return here
         with self._changed:
             new = keep - layer.asked  # else an earlier wave has counted it
             late, missed = len(new & layer.coming), len([e for e in new if e not in layer.where])
             self.stats.late, self.stats.missed = self.stats.late + late, self.stats.missed + missed
             layer.missed += missed
             layer.asked |= new
+            self.stats.used += len(new & layer.foretold)
+            layer.foretold -= new
             for item in [item for item in self._later if item[0] == gate]:
                 self._later.remove(item)
                 if item[1] in keep:
@@ -171,14 +226,17 @@ class Residency:
                     self.stats.stall += time.perf_counter() - began
                     return here
                 coming = layer.coming & keep or set(layer.coming)
-                while self._failed is None and layer.coming & coming:
+                assert coming, "a layer has a slot at least"
+                while self._reads.failed is None and layer.coming & coming:
                     self._changed.wait()
-                if self._failed is not None:
-                    raise self._failed
+                if self._reads.failed is not None:
+                    raise copy(self._reads.failed)  # its own traceback would hold the model for ever
 
     def expect(self, gate: int, likely: Sequence[int]) -> None:
         """Begin to read what a layer will probably want, most wanted first."""
         layer = self.layers[gate]
+        if self.quota[gate] < self.top_k or self._alone:  # one foretold would put another out
+            return
         with self._changed:
             keep, absent = set(likely), [e for e in likely if e not in layer.where]
             for e in absent[:AHEAD]:
@@ -208,18 +266,11 @@ class Residency:
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
-    def _next(self) -> tuple[int, int, int] | None:
-        """(gate, expert, slot) to be read; None when it is over. Waits a while at most, so that its thread can end."""
+    def _read(self, gate: int, expert: int) -> None:
         with self._changed:
-            if not self._urgent and not self._later:
-                self._changed.wait(1.0)
-            queue = self._urgent or self._later
-            if not queue or self._closed:
-                return None
-            gate, expert = queue.popleft()
-            return gate, expert, self.layers[gate].where[expert]
-
-    def _read(self, gate: int, expert: int, slot: int) -> None:
+            slot = self.layers[gate].where.get(expert)
+            if slot is None:  # not wanted any more
+                return
         place = self.layers[gate].places[expert]
         begin = place.offset // ALIGNED * ALIGNED
         skip = place.offset - begin
@@ -232,6 +283,8 @@ class Residency:
             got += count
             if got < skip + place.size and count % ALIGNED:
                 raise CheckpointError(f"{place.file}: a read of {len(room)} bytes ended after {got}")
+        if not DIRECT & fcntl.fcntl(self._files[place.file], fcntl.F_GETFL):
+            os.posix_fadvise(self._files[place.file], begin, got, os.POSIX_FADV_DONTNEED)
         with self._changed:
             layer = self.layers[gate]
             layer.table[expert] = self._base + slot * self._slot + skip
@@ -267,7 +320,7 @@ class Residency:
         most = max(range(len(self.layers)), key=lambda i: self.layers[i].missed * (self.quota[i] < self.experts))
         least = min(range(len(self.layers)), key=lambda i: self.layers[i].missed if self.quota[i] > 1 else 1 << 60)
         giver, taker = self.layers[least], self.layers[most]
-        if taker.missed > 2 * giver.missed and most != least and not giver.coming:
+        if taker.missed > 2 * giver.missed and most != least and self.quota[least] > 1 and not giver.coming:
             self.quota[least] -= 1
             self.quota[most] += 1
             if len(giver.where) > self.quota[least]:
@@ -295,24 +348,11 @@ class Residency:
                         self._later.append((gate, e))
                         asked.append((gate, e))
             self._changed.notify_all()
-            while self._failed is None and any(layer.coming for layer in self.layers):
+            while self._reads.failed is None and any(layer.coming for layer in self.layers):
                 self._changed.wait()
-        if self._failed is not None:
-            raise self._failed
+        if self._reads.failed is not None:
+            raise copy(self._reads.failed)
         return len(asked)
-
-    def close(self) -> None:
-        """Stop the readers. The experts that are there stay usable."""
-        with self._changed:
-            if self._closed:
-                return
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        for file in self._files.values():
-            os.close(file)
-        self._files = {}
 
 
 def slot_bytes(places: dict[int, list[Span]]) -> int:
@@ -320,30 +360,14 @@ def slot_bytes(places: dict[int, list[Span]]) -> int:
     return max(_up(place.size) + ALIGNED for own in places.values() for place in own)
 
 
-def _reader(residency: weakref.ref[Residency]) -> None:
-    """Reads what is asked for, for as long as anybody has the residency."""
-    while True:
-        own = residency()
-        if own is None or own._closed:
-            return
-        item = own._next()
-        if item is None:
-            del own
-            continue
-        try:
-            own._read(*item)
-        except BaseException as error:  # the computing thread raises it
-            with own._changed:
-                own._failed = error
-                own._changed.notify_all()
-            return
-        del own
-
-
-def _stop(residency: weakref.ref[Residency]) -> None:
-    """Before the interpreter goes, so that no reader is caught holding what is taken apart."""
-    if (own := residency()) is not None:
-        own.close()
+def _open(path: Path) -> int:
+    """For reading past the page cache; where a file system cannot, what was read is dropped from it."""
+    try:
+        return os.open(path, os.O_RDONLY | DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
+        return os.open(path, os.O_RDONLY)
 
 
 def _up(size: int) -> int:
@@ -352,8 +376,10 @@ def _up(size: int) -> int:
 
 def parse_bytes(text: str | int) -> int:
     """4GiB, 500MB, 0.5 GiB or a number of bytes. Raises ConfigError for anything else."""
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         return text
+    if not isinstance(text, str):
+        raise ConfigError(f"expert_memory = {text!r}: must be a number of bytes such as 4GiB or 500MB")
     units: dict[str, int] = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10,
                              "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}
     number = text.strip().rstrip("aAbBgGiIkKmMtT").strip()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..model import CausalLM, RoutingRecord
+from ..model import CausalLM, Route, RoutingRecord
 from ..model.cache import LatentPool, Pack
 from .control import Controls, combined
 from .scheduler import Work
@@ -44,6 +44,12 @@ class Runner:
         if not len(rows_SH):
             return [hidden_TH.new_empty(0)] * len(works), list(hidden), routing
         return list(self.model.lm_head(rows_SH).float().cpu().split(wanted)), list(hidden), routing
+
+
+def part(routing: RoutingRecord, start: int, stop: int) -> RoutingRecord:
+    """The routes of some of the tokens."""
+    return RoutingRecord({layer: Route(*(field[start:stop] for field in route))
+                          for layer, route in routing.routes.items()})
 
 
 def routed(routing: RoutingRecord, start: int, stop: int) -> Tensor:

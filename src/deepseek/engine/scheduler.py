@@ -52,7 +52,7 @@ class Scheduler:
         self.age_limit, self.clock = age_limit, clock
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.preempted = 0
+        self.preempted = self.steps = 0
 
     @property
     def idle(self) -> bool:
@@ -77,10 +77,13 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The work of the next step; those of a prompt first. Empty only where nothing is to be done."""
-        budget = self.step_tokens
+        budget, self.steps = self.step_tokens, self.steps + 1
         work: list[Work] = []
         ready = [request for request in self.running if request.computed < request.length]
-        for request in sorted(ready, key=lambda request: request.prefilling):
+        if sum(1 + (request.draft is not None) for request in ready if not request.prefilling) > budget:
+            for request in ready:  # a draft must not take the place of another's token
+                request.draft = None
+        for request in sorted(ready, key=lambda request: (request.prefilling, not request.prefilling and request.ran)):
             if budget and request in self.running and self._secure(request, work):
                 work.append(self._work(request, budget))
                 budget -= work[-1].chunk.tokens
@@ -94,7 +97,7 @@ class Scheduler:
         return sorted(work, key=lambda one: one.chunk.order != "naive")
 
     def _work(self, request: Request, budget: int) -> Work:
-        chunk = request.chunk(budget)
+        chunk, request.ran = request.chunk(budget), self.steps
         end = chunk.past + chunk.tokens
         return Work(request, chunk, end >= request.length, request.draft if end > request.length else None)
 
@@ -123,9 +126,12 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Into the running ones, if its tokens so far find room beside those of the others."""
-        whole = request.params.routed and not request.routed  # a route is known only where a token is run
-        own = request.params.experts is not None  # and so are its latents
-        shared = 0 if whole or own else self.pages.serve(request.table, request.filed(request.length - 1))
+        useful = request.length - 1
+        if request.params.routed:  # a route is known only where a token has run
+            useful = min(useful, sum(map(len, request.routed)))
+        if request.params.experts is not None:  # its latents are nobody else's
+            useful = 0
+        shared = self.pages.serve(request.table, request.filed(useful))
         if not self.pages.extend(request.table, request.length):
             self.pages.release(request.table)
             return False
@@ -137,9 +143,13 @@ class Scheduler:
         return True
 
     def _next(self) -> Request | None:
-        able = [request for request in self.waiting if request.after is None or not request.after.prefilling]
+        able = [request for request in self.waiting if request.after is None or not request.after.prefilling
+                or request.after.finish_reason is not None]
         if not able:
             return None
+        couplings = [request.coupling for request in self.running if request.coupling is not None]
+        if mates := [request for request in able if request.coupling in couplings]:
+            return mates[0]  # the others wait for it
         oldest = able[0]
         if self.policy == "fcfs" or oldest.token_ids or self.clock() - oldest.arrived > self.age_limit:
             return oldest

@@ -22,6 +22,7 @@ from ..config import ModelConfig
 from .request import Request
 
 HALF_LIFE = 32  # requests after which an old measurement of a domain counts half
+LEARNED = 256  # domains that are remembered beside those of the atlas: callers may name as many as they like
 
 
 class Signatures:
@@ -29,6 +30,7 @@ class Signatures:
         self.layers, self.experts = config.moe_layers, config.n_routed_experts
         self.measured: dict[int, Tensor] = {}  # request number -> counts [L, E]
         self.domains: dict[str, Tensor] = {}
+        self.named = frozenset(group.name for group in atlas.groups) if atlas is not None else frozenset()
         for group in atlas.groups if atlas is not None else ():
             share_LE = torch.zeros(len(self.layers), self.experts)
             for expert in group.experts:
@@ -49,9 +51,11 @@ class Signatures:
         if counts_LE is None or request.domain is None:
             return
         share_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1.0)
-        old_LE = self.domains.get(request.domain)
+        old_LE = self.domains.pop(request.domain, None)
         keep = 0.5 ** (1 / HALF_LIFE)
         self.domains[request.domain] = share_LE if old_LE is None else keep * old_LE + (1 - keep) * share_LE
+        if len(self.domains) > LEARNED + len(self.named):
+            del self.domains[next(name for name in self.domains if name not in self.named)]  # longest ago
 
     def of(self, request: Request) -> Tensor | None:
         counts_LE = self.measured.get(request.number)

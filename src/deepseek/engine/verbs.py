@@ -64,7 +64,7 @@ def infer(args: argparse.Namespace) -> None:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
         raise RequestError("prompt = '': must not be empty (give --prompt or text on standard input)")
-    llm, params = _llm(args), _sampling(args)
+    params, llm = _sampling(args), _llm(args)
     usage = _usage(args, llm)
     for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage):
         print(piece, end="", flush=True)
@@ -75,14 +75,14 @@ def infer(args: argparse.Namespace) -> None:
 def _infer_file(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .jobs import run_file
+    from .jobs import check_files, run_file
 
     source, target = Path(args.input), Path(args.output)
     if source.resolve() == target.resolve():
         raise ConfigError(f"output = {str(target)!r}: must be another file than the input")
-    llm, params = _llm(args), _sampling(args)
+    check_files(source, target)  # before a large model is loaded
+    params, llm = _sampling(args), _llm(args)
     usage = _usage(args, llm)
-    llm.engine.usage = usage
     counters = llm.engine.counters
     with tqdm(unit="prompt", desc="infer", disable=None) as bar:
         def show(done: int, total: int) -> None:
@@ -91,14 +91,14 @@ def _infer_file(args: argparse.Namespace) -> None:
             elapsed = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{counters.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
 
-        answered, errors = run_file(llm, source, target, params, show)
+        answered, errors = run_file(llm, source, target, params, show, usage)
     print(f"{answered:,} answers written to {target}" + (f", {errors:,} of them errors" if errors else ""),
           file=sys.stderr)
     _finish(args, llm, usage)
 
 
 def chat(args: argparse.Namespace) -> None:
-    llm, params = _llm(args), _sampling(args)
+    params, llm = _sampling(args), _llm(args)
     usage = _usage(args, llm)
     messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
     start = len(messages)
@@ -145,6 +145,8 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
         text = None if schema is None else Path(schema).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"json_schema = {schema!r}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"json_schema = {schema!r}: must be UTF-8") from None
     return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
                           min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed,
                           stop=tuple(args.stop), json_schema=text)

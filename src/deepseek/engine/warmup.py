@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from ..atlas import Atlas, ExpertUsage
-from ..errors import ConfigError
+from ..checkpoint import EXPERT_USE as USE
+from ..errors import ConfigError, DataError
 from ..files import write_atomically
 from ..model import CausalLM
 from ..quant.linear import QuantisedExperts
 from .control import named
 from .residency import Residency
 
-USE = "expert_use.json"
 AUTO = "auto"
 
 
@@ -63,8 +63,8 @@ def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], 
     use = recorded_use(model, folder)
     if tuple(names) == (AUTO,):
         if use is None:
-            raise ConfigError(f"warmup_experts = auto: there is no {USE} beside the model yet that counts its experts; "
-                              "a run with expert_memory leaves one (or give names)")
+            raise ConfigError(f"warmup_experts = auto: there is no {USE} beside the model yet, or none that counts its "
+                              "experts; a run with expert_memory leaves one (or give names)")
         order = [use.counts_LE[row].argsort(descending=True, stable=True).tolist() for row in range(len(layers))]
         order = [[e for e in row if use.counts_LE[i, e]] for i, row in enumerate(order)]
     else:
@@ -108,21 +108,28 @@ def _by_names(there: list[set[int]], names: Sequence[str], atlas: Atlas | None, 
 
 
 def recorded_use(model: CausalLM, folder: Path | None) -> ExpertUsage | None:
-    """None where there is none, or that of another model."""
-    if folder is None or not (folder / USE).is_file():
-        return None
-    use = ExpertUsage.from_json((folder / USE).read_text(encoding="utf-8"))
-    fits = (use.layers, use.experts) == (model.config.moe_layers, model.config.n_routed_experts)
+    """None where there is none, or one that is damaged or of another model."""
+    use = None if folder is None else _read(folder / USE)
+    fits = use is not None and (use.layers, use.experts) == (model.config.moe_layers, model.config.n_routed_experts)
     return use if fits else None
 
 
+def _read(file: Path) -> ExpertUsage | None:
+    """A damaged file counts as none: it is a habit that is lost, and the next run writes it anew."""
+    try:
+        return ExpertUsage.from_json(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, DataError):
+        return None
+
+
 def record_use(usage: ExpertUsage, folder: Path) -> None:
-    """Add a run's counts to the recorded ones, of which the older half each time, so that old habits fade."""
-    file = folder / USE
-    if file.is_file():
-        old = ExpertUsage.from_json(file.read_text(encoding="utf-8"))
-        if (old.layers, old.experts) == (usage.layers, usage.experts):
-            usage.counts_LE += old.counts_LE // 2
-            usage.weights_LE += old.weights_LE / 2
-            usage.tokens += old.tokens // 2
-    write_atomically(file, usage.to_json())
+    """Add a run's counts to the recorded ones, of which the older half each time, so that old habits fade. A run that
+    computed nothing changes nothing."""
+    if not usage.tokens:
+        return
+    total, old = ExpertUsage.from_json(usage.to_json()), _read(folder / USE)
+    if old is not None and (old.layers, old.experts) == (usage.layers, usage.experts):
+        total.counts_LE += old.counts_LE // 2
+        total.weights_LE += old.weights_LE / 2
+        total.tokens += old.tokens // 2
+    write_atomically(folder / USE, total.to_json())
