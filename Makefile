@@ -61,6 +61,8 @@ bench: $(VENV)/.test demo  ## every figure of the README, measured here (several
 	$(BIN)/python benchmarks/tune.py
 	$(BIN)/python benchmarks/named.py
 	$(BIN)/python benchmarks/law.py
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/residency.py
 
 clean:  ## remove what the build made (not what you trained)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -10,8 +10,8 @@ from the page cache before each.
     named     the preset `small` trained by named.py, NF4: three prompts of code from a source that training never saw;
               here the coverage to expect of a warm-up by name is said and then measured
 
-llama.cpp: llama-bench, 48 tokens, its fastest setting that lives within the limit (weights as they are in the file, or
-repacked at load, which takes memory that cannot be given back).
+llama.cpp: llama-bench, 48 tokens, one run each with weights as they are in the file and repacked at load, which is
+faster and takes memory that cannot be given back.
 
     python benchmarks/residency.py [--rounds 3] [--cache FOLDER] [--named MODEL]
 """
@@ -151,33 +151,31 @@ def compare(args: Any, folder: Path, name: str, prompts: list[list[int]], peer: 
         def one(share: float = share, limit: int = limit) -> dict[str, Any]:
             out: dict[str, Any] = {setting: ours(share, setting, limit) for setting in SETTINGS}
             assert len({json.dumps(found.pop("texts")) for found in out.values()}) == 1, "texts differ"
-            if peer is not None:
-                out |= {f"llama.cpp, {how}": llama(peer, repack, limit)
-                        for repack, how in enumerate(("as in the file", "repacked"))}
-            print("  " + ", ".join(f"{name} {v if not isinstance(v, dict) else v['speed']}" for name, v in out.items()),
+            print("  " + ", ".join(f"{kind} {found['speed']:.1f}" for kind, found in out.items()),
                   flush=True)
             return out
 
         kept, _ = quiet_rounds(args.rounds, one)
-        for kind in kept[0]:
-            if not kind.startswith("llama"):
-                middle = {key: statistics.median(r[kind][key] for r in kept) for key in kept[0][kind]
-                          if kept[0][kind][key] is not None}
-                data[f"{share}: {kind}"] = middle
-                covered = f"{middle['measured']:.0%}" if "measured" in middle else ""
-                if "expected" in middle:
-                    covered = f"{middle['expected']:.0%}, {covered}"
-                rows.append([
-                    f"{share:.0%}", kind, f"{middle['speed']:.1f}", f"{middle['first']:.2f}",
-                    f"{middle['hits'] / middle['wanted']:.0%}",
-                    f"{middle['used'] / middle['foretold']:.0%}" if middle["foretold"] else "",
-                    f"{middle['stall']:.1f}", f"{middle['read'] / 2**20:,.0f}",
-                    f"{middle['system_read_later'] / max(middle['read_later'], 1):.1%}", covered])
-            else:
-                speeds = [r[kind] for r in kept if r[kind] is not None]
-                data[f"{share}: {kind}"] = statistics.median(speeds) if speeds else None
-                rows.append([f"{share:.0%}", kind, f"{statistics.median(speeds):.1f}" if speeds else
-                             "ended by the system: more memory than the limit", *[""] * 7])
+        for kind in SETTINGS:
+            middle = {key: statistics.median(r[kind][key] for r in kept) for key in kept[0][kind]
+                      if kept[0][kind][key] is not None}
+            data[f"{share}: {kind}"] = middle
+            covered = f"{middle['measured']:.0%}" if "measured" in middle else ""
+            if "expected" in middle:
+                covered = f"{middle['expected']:.0%}, {covered}"
+            rows.append([
+                f"{share:.0%}", kind, f"{middle['speed']:.1f}", f"{middle['first']:.2f}",
+                f"{middle['hits'] / middle['wanted']:.0%}",
+                f"{middle['used'] / middle['foretold']:.0%}" if middle["foretold"] else "",
+                f"{middle['stall']:.1f}", f"{middle['read'] / 2**20:,.0f}",
+                f"{middle['system_read_later'] / max(middle['read_later'], 1):.1%}", covered])
+        for repack, how in enumerate(("as in the file", "repacked") if peer is not None else ()):
+            assert peer is not None  # once: it is slower by more than any noise, and takes minutes
+            speed = llama(peer, repack, limit)
+            data[f"{share}: llama.cpp, {how}"] = speed
+            rows.append([f"{share:.0%}", f"llama.cpp, {how}", "ended by the system: more memory than the limit"
+                         if speed is None else f"{speed:.1f}", *[""] * 7])
+            print("  " + " | ".join(rows[-1][:3]), flush=True)
     bounds = ", ".join(f"{bound(share) >> 20:,} MiB" for share in SHARES)
     where = f"in memory control groups of {bounds}" if peer is not None else "without a limit on the process"
     return [f"{whole / 2**20:,.0f} MiB of experts in files of {size / 2**20:,.0f} MiB, one request at a time, "

@@ -26,7 +26,7 @@ from ..model import CausalLM
 from ..model.cache import Chunk, LatentPool, Pack
 from .request import Request
 
-TRIAL = 12  # steps of each kind from which the choice is made
+TRIAL = 6  # steps of each kind from which the choice is made
 TERM = 400  # steps for which it holds
 
 

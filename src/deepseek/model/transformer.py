@@ -256,7 +256,10 @@ class CausalLM(nn.Module):
         block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
         cos, sin = self.model.rotary(pack.positions[None])
         x = block.entrance(self._embed(next_ids_T[None]), previous_TH[None])
-        return block.shared_head.norm(self._run(block, x, cos, sin, pack, None, "auto")[0])[0]
+        return block.shared_head.norm(self._ahead(block, x, cos, sin, pack))[0]
+
+    def _ahead(self, block: MTPLayer, x_BTH: Tensor, cos: Tensor, sin: Tensor, pack: Pack) -> Tensor:
+        return self._run(block, x_BTH, cos, sin, pack, None, "auto")[0]
 
     def loss(
         self, ids_BT: Tensor, labels_BT: Tensor, *, mask_BT: Tensor | None = None, mtp_weight: float = 0.0,

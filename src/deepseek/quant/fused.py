@@ -14,7 +14,7 @@ Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, K
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -189,6 +189,7 @@ class FusedCausalLM(CausalLM):
     """A model that runs its layers natively, all in one call, where it can; else layer by layer, module by module."""
 
     stack = LayerStack()
+    ahead = LayerStack()  # the MTP module that drafts
     residency: Any = None  # a native Residency where not all experts are in memory (engine/residency.py)
 
     def _layers(
@@ -196,15 +197,11 @@ class FusedCausalLM(CausalLM):
         routing: RoutingRecord | None, order: Order
     ) -> Tensor:
         layers = cast(list[FusedLayer], list(self.model.layers))
-        blocks = tuple(layer.described() for layer in layers)
-        if blocks != self.stack.blocks:  # compares identities
-            self.stack = LayerStack(blocks)
+        self.stack = _stack(self.stack, layers)
         batch, tokens, _ = x_BTH.shape
         if visible is None:
             visible = Visible(None, batch, tokens, 0, x_BTH.device)
-        controlled = isinstance(visible, Pack) and visible.control is not None
-        if (not self.stack.ready or torch.compiler.is_compiling() or not x_BTH.dtype == cos.dtype == torch.float32
-                or controlled or not _kernels_take(visible, cache)):
+        if not _natively(self.stack, x_BTH, cos, visible, cache):
             return super()._layers(x_BTH, cos, sin, visible, cache, routing, order)
         x = x_BTH.clone(memory_format=torch.contiguous_format)
         cos, sin = (angle.expand(batch, -1, -1).contiguous().flatten(0, 1) for angle in (cos, sin))
@@ -223,6 +220,27 @@ class FusedCausalLM(CausalLM):
             gated = (layer.layer for layer in layers if isinstance(layer.mlp, MoE))
             routing.routes.update(zip(gated, (Route(*route) for route in routes), strict=True))
         return x
+
+    def _ahead(self, block: MTPLayer, x_BTH: Tensor, cos: Tensor, sin: Tensor, pack: Pack) -> Tensor:
+        self.ahead = _stack(self.ahead, [cast(FusedLayer, block)])
+        if not _natively(self.ahead, x_BTH, cos, pack, None):
+            return super()._ahead(block, x_BTH, cos, sin, pack)
+        x, rows = x_BTH.clone(memory_format=torch.contiguous_format), pack.pool.data[block.layer :]
+        cos, sin = cos.contiguous().flatten(0, 1), sin.contiguous().flatten(0, 1)
+        self.ahead.run(x.flatten(0, 1), cos, sin, rows, rows.stride(0), pack.sequences, pack.naive, False, None)
+        return x
+
+
+def _stack(known: LayerStack, layers: Sequence[FusedLayer]) -> LayerStack:
+    blocks = tuple(layer.described() for layer in layers)
+    return known if blocks == known.blocks else LayerStack(blocks)  # compares identities
+
+
+def _natively(stack: LayerStack, x_BTH: Tensor, cos: Tensor, visible: Visible | Pack, cache: LatentCache | None
+              ) -> bool:
+    controlled = isinstance(visible, Pack) and visible.control is not None
+    return (stack.ready and not torch.compiler.is_compiling() and x_BTH.dtype == cos.dtype == torch.float32
+            and not controlled and _kernels_take(visible, cache))
 
 
 def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: int) -> tuple[Tensor, int]:
