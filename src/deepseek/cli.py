@@ -14,6 +14,7 @@ from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
 from .engine.verbs import add_chat_flags, add_infer_flags
 from .errors import ConfigError, DataError, MoEDRError
+from .serve.verbs import add_serve_flags
 from .tune.verbs import add_tune_flags
 
 if TYPE_CHECKING:
@@ -140,6 +141,13 @@ def infer(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     from .engine.verbs import chat as run
+
+    _machine(args)
+    run(args)
+
+
+def serve(args: argparse.Namespace) -> None:
+    from .serve.verbs import serve as run
 
     _machine(args)
     run(args)
@@ -439,6 +447,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "chat", chat, "a conversation in the terminal")
     _device_flags(verb)
     add_chat_flags(verb)
+
+    verb = _verb(verbs, "serve", serve, "answer over HTTP as OpenAI's server does")
+    _device_flags(verb)
+    add_serve_flags(verb)
     return parser
 
 

@@ -240,6 +240,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    def template_knows(self, variable: str) -> bool:
+        """Whether the chat template reads a variable, such as `tools`."""
+        return self._template is not None and re.search(rf"\b{re.escape(variable)}\b", self._template) is not None
+
     def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
         """The conversation as the model was trained to see it. extra: further variables of the template (tools, …).
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..atlas.usage import ExpertUsage
 from ..checkpoint import Dtype, expert_spans, load_model, resolve
@@ -62,7 +63,7 @@ class LLM:
         self.warmup: Warmup | None = None
         if options.warmup_experts:
             self.warmup = warm_up(self.model, residency, tuple(options.warmup_experts), atlas, folder)
-        self.tokenizer = tokenizer
+        self.tokenizer, self._folder = tokenizer, folder
         self.engine = Engine(self.model, options, atlas=atlas, residency=residency)
         config = self.model.config
         self.max_length = config.max_position_embeddings
@@ -194,12 +195,12 @@ class LLM:
 
     # ---- running ------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> None:
-        """Hand a request to the background thread, which is started by the first one."""
+    def submit(self, *requests: Request) -> None:
+        """Hand requests to the background thread, which is started by the first one."""
         with self._loop:
             if self._closed:
                 raise RequestError("this LLM is closed")
-            self.engine.add(request)
+            self.engine.add(*requests)
             if self._thread is None:
                 me = weakref.ref(self)
                 self._thread = threading.Thread(target=_work, args=(me, self._loop), name="engine", daemon=True)
@@ -233,6 +234,28 @@ class LLM:
             if request.error is not None:
                 raise request.error
 
+    # ---- beside the engine's steps ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[Prompt]) -> tuple[list[Tensor], int]:
+        """(the mean of the last hidden states of each prompt, FP32 [H]; tokens in all)."""
+        everything = [self.encode(prompt) for prompt in prompts]
+        out = []
+        for ids in everything:
+            with self.engine.lock:
+                h_TH = self.model.hidden(torch.tensor([ids], device=self.model.device))[0]
+            out.append(h_TH.float().mean(0).cpu())
+        return out, sum(map(len, everything))
+
+    def warm_up(self, names: Sequence[str]) -> Warmup:
+        """Get the experts of some names into memory now. Raises RequestError for an unknown name."""
+        with self.engine.lock:
+            return warm_up(self.model, self.engine.residency, tuple(names), self.engine.atlas, self._folder)
+
+    def domain_of(self, text: str) -> str | None:
+        """What a text is about, by keyword rules (domain.py)."""
+        return self._rules.predict(text)
+
     # ---- prompts ------------------------------------------------------------------------------------------------
 
     def requests(self, prompt: Prompt, params: SamplingParams, *, domain: str | None = None) -> list[Request]:
@@ -241,7 +264,7 @@ class LLM:
             self._need_tokenizer("a stop string")
         ids = self.encode(prompt)
         if domain is None and (text := _said(prompt)):
-            domain = self._rules.predict(text)
+            domain = self.domain_of(text)
         out: list[Request] = []
         for i in range(params.n):
             own = params if params.seed is None or not i else replace(params, seed=_next_seed(params.seed, i))

@@ -30,6 +30,11 @@ def add_chat_flags(verb: argparse.ArgumentParser) -> None:
 
 def _add_model_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--model", required=True, help="a checkpoint folder or a hub id")
+    add_engine_flags(verb)
+    _add_sampling_flags(verb)
+
+
+def add_engine_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--adapter", metavar="DIR", help="a delta or an adapter that `deepseek tune` left, to put in")
     verb.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     verb.add_argument("--batch_size", type=int, default=32, help="requests that run together at most")
@@ -41,6 +46,9 @@ def _add_model_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--warmup_experts", default="", metavar="NAMES",
                       help="names, or auto (those of recorded use), in memory before the first request")
     verb.add_argument("--no_prefetch", action="store_true", help="do not read the next layer's experts ahead")
+
+
+def _add_sampling_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max_tokens", type=int, default=256, help="tokens to generate at most")
     verb.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     verb.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this probability mass")
@@ -64,7 +72,7 @@ def infer(args: argparse.Namespace) -> None:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
         raise RequestError("prompt = '': must not be empty (give --prompt or text on standard input)")
-    params, llm = _sampling(args), _llm(args)
+    params, llm = _sampling(args), make_llm(args)
     usage = _usage(args, llm)
     for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage):
         print(piece, end="", flush=True)
@@ -81,7 +89,7 @@ def _infer_file(args: argparse.Namespace) -> None:
     if source.resolve() == target.resolve():
         raise ConfigError(f"output = {str(target)!r}: must be another file than the input")
     check_files(source, target)  # before a large model is loaded
-    params, llm = _sampling(args), _llm(args)
+    params, llm = _sampling(args), make_llm(args)
     usage = _usage(args, llm)
     counters = llm.engine.counters
     with tqdm(unit="prompt", desc="infer", disable=None) as bar:
@@ -98,7 +106,7 @@ def _infer_file(args: argparse.Namespace) -> None:
 
 
 def chat(args: argparse.Namespace) -> None:
-    params, llm = _sampling(args), _llm(args)
+    params, llm = _sampling(args), make_llm(args)
     usage = _usage(args, llm)
     messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
     start = len(messages)
@@ -126,7 +134,8 @@ def chat(args: argparse.Namespace) -> None:
     _finish(args, llm, usage)
 
 
-def _llm(args: argparse.Namespace) -> LLM:
+def make_llm(args: argparse.Namespace) -> LLM:
+    """The LLM of the engine's flags."""
     from .llm import LLM
 
     llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=args.adapter, batch_size=args.batch_size,

@@ -1,0 +1,155 @@
+"""The text of a model -> what a client is told: content, reasoning, tool calls; piece by piece as it comes.
+
+    reasoning     up to `</think>`, where the template opened it or the text begins with `<think>`
+    content       up to the first tool call
+    tool calls    DeepSeek's formats, between `<｜tool▁calls▁begin｜>` and the end: V3's `function<sep>NAME`, arguments
+                  in a fenced block; V3.1's `NAME<sep>ARGUMENTS`. Where a call is forced (tool_choice) the text is a
+                  JSON object by constraint, and that is the call
+
+What could be the beginning of a marker is held back until more is known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .protocol import NamedTool, Tool
+
+THINK, UNTHINK = "<think>", "</think>"
+CALLS = "<｜tool▁calls▁begin｜>"
+_CALL = re.compile("<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
+_FENCED = re.compile(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+
+
+@dataclass
+class Answer:
+    """Of one choice so far. valid: whether every call names a tool and has arguments that are JSON."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    valid: bool = True
+
+    def message(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"role": "assistant", "content": self.content or (None if self.calls else "")}
+        if self.reasoning:
+            out["reasoning_content"] = self.reasoning
+        if self.calls:
+            out["tool_calls"] = self.calls
+        return out
+
+
+class AnswerText:
+    """Takes the text in; `push` returns what is new as a delta of OpenAI's stream, empty while nothing is certain."""
+
+    def __init__(self, *, thinking: bool, tools: Sequence[Tool] = (), forced: bool = False) -> None:
+        self.answer, self.names, self.forced = Answer(), [tool.function.name for tool in tools], forced
+        self._state = "thinking" if thinking else "start"
+        self._held = ""
+
+    def push(self, piece: str) -> dict[str, Any]:
+        self._held += piece
+        delta: dict[str, Any] = {}
+        while self._state not in ("calls", "forced") and self._step(delta):
+            pass
+        return delta
+
+    def flush(self) -> dict[str, Any]:
+        """The text is over."""
+        delta: dict[str, Any] = {}
+        if self._state in ("calls", "forced"):
+            self._calls(delta)
+        elif self._held:
+            self._put(delta, "reasoning" if self._state == "thinking" else "content", self._held)
+        self._held = ""
+        return delta
+
+    def _step(self, delta: dict[str, Any]) -> bool:
+        """One part of the held text; False when all that is certain has been put."""
+        if self._state == "start":
+            if self.forced:
+                self._state = "forced"
+                return False
+            if not self._held or (THINK.startswith(self._held) and self._held != THINK):
+                return False
+            self._state = "thinking" if self._held.startswith(THINK) else "content"
+            self._held = self._held.removeprefix(THINK)
+            return True
+        marker = UNTHINK if self._state == "thinking" else CALLS if self.names else None
+        where = "reasoning" if self._state == "thinking" else "content"
+        at = self._held.find(marker) if marker else -1
+        if at >= 0:
+            assert marker is not None
+            self._put(delta, where, self._held[:at])
+            self._held = self._held[at + len(marker) :]
+            self._state = "content" if self._state == "thinking" else "calls"
+            return self._state == "content" and bool(self._held)
+        keep = next((n for n in range(min(len(self._held), len(marker) - 1), 0, -1) if self._held.endswith(marker[:n])),
+                    0) if marker else 0
+        self._put(delta, where, self._held[: len(self._held) - keep])
+        self._held = self._held[len(self._held) - keep :]
+        return False
+
+    def _put(self, delta: dict[str, Any], where: str, text: str) -> None:
+        if text:
+            setattr(self.answer, where, getattr(self.answer, where) + text)
+            key = "reasoning_content" if where == "reasoning" else "content"
+            delta[key] = delta.get(key, "") + text
+
+    def _calls(self, delta: dict[str, Any]) -> None:
+        found = _forced(self._held) if self._state == "forced" else _parse(self._held)
+        for name, arguments in found:
+            self.answer.valid &= name in self.names and _is_json(arguments)
+            self.answer.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function",
+                                      "function": {"name": name, "arguments": arguments}})
+        if found:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(self.answer.calls)]
+        elif self._held:  # cut short, or no call after all: nothing of what was said is lost
+            self.answer.valid = False
+            self._put(delta, "content", self._held if self._state == "forced" else CALLS + self._held)
+
+
+def written(calls: Sequence[Mapping[str, str]]) -> str:
+    """Calls (name, arguments) as V3.1 writes them: what `AnswerText` reads."""
+    return CALLS + "".join(f"<｜tool▁call▁begin｜>{call['name']}<｜tool▁sep｜>{call['arguments']}<｜tool▁call▁end｜>"
+                           for call in calls) + "<｜tool▁calls▁end｜>"
+
+
+def _parse(text: str) -> list[tuple[str, str]]:
+    """(name, arguments) of every whole call."""
+    out = []
+    for head, tail in _CALL.findall(text):
+        if head.strip() == "function" and (fenced := _FENCED.fullmatch(tail)):
+            out.append((fenced[1], fenced[2]))
+        else:
+            out.append((head.strip(), tail.strip()))
+    return out
+
+
+def _forced(text: str) -> list[tuple[str, str]]:
+    try:
+        call = json.loads(text)
+        return [(call["name"], json.dumps(call["arguments"], ensure_ascii=False))]
+    except (ValueError, KeyError, TypeError):  # the text was cut short by max_tokens
+        return []
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def forced_schema(tools: Sequence[Tool], choice: str | NamedTool) -> dict[str, Any]:
+    """The JSON schema of a call that must be made."""
+    able = [tool.function for tool in tools if isinstance(choice, str) or tool.function.name == choice.function.name]
+    calls = [{"type": "object", "properties": {"name": {"const": function.name}, "arguments": function.parameters},
+              "required": ["name", "arguments"], "additionalProperties": False} for function in able]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}

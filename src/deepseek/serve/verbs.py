@@ -1,0 +1,54 @@
+"""`deepseek serve`: its flags, and the process around the app."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+from pathlib import Path
+
+from ..engine.verbs import add_engine_flags, make_llm
+from ..errors import ConfigError
+
+
+def add_serve_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", help="a checkpoint folder or a hub id")
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
+    verb.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    verb.add_argument("--api_key", action="append", default=[], help="clients must send it; may be given several times")
+    verb.add_argument("--name", help="what clients call the model; the folder's name")
+    verb.add_argument("--max_waiting", type=int, default=256, help="requests that may queue; beyond is status 429")
+    verb.add_argument("--max_body", type=int, default=4 << 20, help="bytes of a request at most")
+    verb.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take")
+    verb.add_argument("--log", action="store_true", help="a line of JSON for every request, without its text")
+    add_engine_flags(verb)
+
+
+def serve(args: argparse.Namespace) -> None:
+    for name in ("max_waiting", "max_body", "timeout"):
+        if not getattr(args, name) > 0:
+            raise ConfigError(f"{name} = {getattr(args, name)}: must be positive")
+    listener = _listen(args.host, args.port)  # before a large model is loaded
+    import uvicorn
+
+    from .app import ServeOptions, create_app
+
+    llm = make_llm(args)
+    if args.log:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    name = args.name or Path(args.model).resolve().name
+    app = create_app(llm, ServeOptions(name, tuple(args.api_key), args.max_waiting, args.max_body, args.timeout))
+    address = "http://{}:{}".format(*listener.getsockname()[:2])
+    print(f"serving {name} on {address}/v1" + ("" if args.api_key else ", open to whoever reaches it: no --api_key"),
+          flush=True)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"host = {host!r}, port = {port}: cannot listen there: {reason}") from None

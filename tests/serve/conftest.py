@@ -1,0 +1,31 @@
+"""A tiny model behind a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from serving import KEY, Running
+
+from deepseek.engine import LLM
+from deepseek.serve.app import ServeOptions
+from deepseek.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tiny_config: Callable, random_model: Callable) -> Callable[..., LLM]:
+    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog", "0123456789", '{"a": [true]}'] * 4, 340)
+
+    def make(**options: Any) -> LLM:
+        model = random_model(tiny_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=2048))
+        return LLM(model, tokenizer=tokenizer, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def running(tiny_llm: Callable[..., LLM]) -> Iterator[Running]:
+    server = Running(tiny_llm(batch_size=16), ServeOptions("tiny", keys=(KEY,), body=1 << 20))
+    yield server
+    server.stop()

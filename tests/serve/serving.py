@@ -1,0 +1,33 @@
+"""A server that listens on a loopback port, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+
+import uvicorn
+
+from deepseek.engine import LLM
+from deepseek.serve.app import ServeOptions, create_app
+
+KEY = "sk-test"
+
+
+class Running:
+    """A server that listens: its LLM, its address, and a way to end it."""
+
+    def __init__(self, llm: LLM, options: ServeOptions) -> None:
+        self.llm = llm
+        self.app = create_app(llm, options)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.url = "http://{}:{}".format(*listener.getsockname())
+        config = uvicorn.Config(self.app, log_level="warning", access_log=False, timeout_graceful_shutdown=20)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([listener])))
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()

@@ -1,0 +1,84 @@
+"""`deepseek serve` as a process: it says where it is, answers, and ends its streams when it is told to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import Running
+
+from deepseek.atlas import Atlas
+from deepseek.checkpoint import save_model
+from deepseek.cli import main
+from deepseek.config import ModelConfig
+from deepseek.engine import LLM
+from deepseek.serve.app import ServeOptions
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llm: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    llm = tiny_llm()
+    return save_model(llm.model, tmp_path_factory.mktemp("served") / "tiny", tokenizer=llm.tokenizer)
+
+
+def test_named_experts_are_warmed_while_it_runs(folder: Path) -> None:
+    config = ModelConfig.from_file(folder)
+    Atlas.built_in(config, ["law_expert", "code_expert"]).save(folder)
+    server = Running(LLM(folder), ServeOptions("tiny"))
+    try:
+        done = httpx.post(f"{server.url}/v1/deepseek/warm", json={"experts": ["law_expert"]}, timeout=60).json()
+        each = config.n_routed_experts // config.n_group
+        assert done["experts"] == each * len(config.moe_layers) and done["bytes"] > 0
+        wrong = httpx.post(f"{server.url}/v1/deepseek/warm", json={"experts": ["x"]}, timeout=60)
+        assert wrong.status_code == 400 and "there are law_expert, code_expert" in wrong.json()["error"]["message"]
+        listed = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]
+        assert listed["deepseek"]["experts"] == ["law_expert", "code_expert"]
+    finally:
+        server.stop()
+
+
+def test_serve_answers_and_ends(folder: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "deepseek.cli", "serve", str(folder), "--port", "0", "--api_key",
+                                "k", "--log"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert line.startswith("serving tiny on http://127.0.0.1:"), process.stderr.read()
+        url = line.split(" on ")[1].strip()
+        if shutil.which("curl"):
+            said = subprocess.run(
+                ["curl", "-s", f"{url}/chat/completions", "-H", "Authorization: Bearer k", "-H",
+                 "Content-Type: application/json", "-d", json.dumps({
+                     "model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "a secret"}]})],
+                capture_output=True, text=True, timeout=60, check=True).stdout
+            assert json.loads(said)["choices"][0]["message"]["role"] == "assistant"
+        with httpx.stream("POST", f"{url}/completions", headers={"authorization": "Bearer k"}, timeout=60, json={
+                "model": "tiny", "prompt": "a secret", "max_tokens": 300, "stream": True,
+                "deepseek": {"ignore_eos": True}}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(60) in (0, -signal.SIGTERM)
+        log = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
+        assert [entry["status"] for entry in log] == [200] * len(log) and log[-1]["path"] == "/v1/completions"
+        assert "secret" not in json.dumps(log) and all(entry["request_id"].startswith("req_") for entry in log)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--port", "99999"], "port = 99999: cannot listen there"), (["--host", "nowhere.invalid"], "cannot listen there"),
+    (["--timeout", "0"], "timeout = 0.0: must be positive"), (["--batch_size", "0"], "batch_size = 0")])
+def test_bad_flags(folder: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(folder), "--port", "0", *flags]) == 2
+    assert message in capsys.readouterr().err
