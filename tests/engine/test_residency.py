@@ -108,6 +108,10 @@ def test_warm_names_are_there_before_the_first_request(folder: Path) -> None:
         assert own.loaded(gate).nonzero().flatten().tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
     assert own.stats.missed == 0 and own.stats.read == 8 * LAYERS * there_size(folder)
     assert llm.warmup.experts == 8 * LAYERS and "b_expert, d_expert: 24 of 48 experts" in str(llm.warmup)
+    four = LLM(folder, expert_memory=4 * LAYERS * slot(folder), warmup_experts="a_expert")
+    four.generate([[5, 6, 7]], GREEDY)
+    assert four.warm_up(["c_expert"]).names == ("c_expert",)  # while it runs: others make room
+    assert four.engine.residency.loaded(2).nonzero().flatten().tolist() == [8, 9, 10, 11]
     half = LLM(folder, expert_memory=4 * LAYERS * slot(folder), warmup_experts=["b_expert", "d_expert"])
     assert half.engine.residency.loaded(0).nonzero().flatten().tolist() == [4, 5, 12, 13]  # names take turns
 

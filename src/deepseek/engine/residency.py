@@ -335,16 +335,18 @@ class Residency:
     # ---- warm-up ------------------------------------------------------------------------------------------------
 
     def warm(self, order: Sequence[Iterable[int]]) -> int:
-        """Fill the quotas with experts in the order given for each layer, before the first request; how many were
-        read."""
+        """Get experts into memory between steps, in the order given for each layer, as many as its quota; what is least
+        valuable of others makes room. How many were read."""
         asked = []
         with self._changed:
             for gate, (layer, experts) in enumerate(zip(self.layers, order, strict=True)):
+                most, keep = max(layer.value), set[int]()
                 for rank, e in enumerate(experts):
-                    if len(layer.where) >= self.quota[gate] or not self._free:
+                    if len(keep) >= self.quota[gate]:
                         break
-                    layer.value[e] = max(layer.value[e], 1.0 / (1 + rank))
-                    if e not in layer.where and self._place(gate, e, set()):
+                    keep.add(e)
+                    layer.value[e] = max(layer.value[e], most + 1.0 / (1 + rank))  # they stay for a while
+                    if e not in layer.where and self._place(gate, e, keep):
                         self._later.append((gate, e))
                         asked.append((gate, e))
             self._changed.notify_all()
