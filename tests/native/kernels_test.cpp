@@ -8,6 +8,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/attention.h"
@@ -235,6 +236,25 @@ void on_threads(const char* what, int64_t size, const Run& run) {
   }
 }
 
+// Sequences of `tokens` new tokens each, after `past` positions; their blocks lie apart in a cache of `size` numbers, in no
+// order. Padding's rows lie before a sequence's first block, so a block is left free in front.
+struct Pages {
+  static constexpr int64_t each = 3;  // blocks of a sequence
+  std::vector<int64_t> begin{0}, past, block_begin{0}, blocks;
+  Sequences sequences;
+  int64_t size;
+
+  Pages(std::vector<int64_t> before, int64_t tokens, int64_t width) : past(std::move(before)) {
+    const int64_t count = past.size();
+    for (int64_t s = 0; s < count; ++s) {
+      begin.push_back(begin.back() + tokens), block_begin.push_back(block_begin.back() + each);
+      for (int64_t b = 0; b < each; ++b) blocks.push_back((1 + (s * each + b) * 7 % (each * count)) * kKeys * width);
+    }
+    size = (1 + each * count) * kKeys * width;
+    sequences = {count, begin.data(), past.data(), block_begin.data(), blocks.data()};
+  }
+};
+
 void test_operations() {
   for (int bits : {4, 8})
     for (int64_t tokens : {0, 1, 5, 8, 65}) {
@@ -294,14 +314,12 @@ void test_operations() {
   }
   for (int64_t heads : {1, 5, 20})
     for (int64_t tokens : {1, 3, 40}) {
-      const int64_t batch = 3, rank = 32, rope = 6, length = 290, width = rank + rope, stride = (length + 3) * width;
-      Exact<float> q(batch * tokens * heads * rank), r(batch * tokens * heads * rope), cache(2 * stride + length * width);
+      const int64_t batch = 3, rank = 32, rope = 6, width = rank + rope;
+      const Pages pages({250, -2, 120}, tokens, width);
+      Exact<float> q(batch * tokens * heads * rank), r(batch * tokens * heads * rope), cache(pages.size);
       q.fill(normal), r.fill(normal), cache.fill(normal);
-      Exact<int64_t> first(batch), last(batch);
-      first[0] = 131, first[1] = 20, first[2] = 0, last[0] = length - tokens, last[1] = 10, last[2] = 120;
-      const Past past{cache.get(), stride, first.get(), last.get(), batch, tokens};
       on_threads("mla_absorbed", batch * tokens * heads * rank, [&](float* out, int threads) {
-        mla_absorbed(q.get(), r.get(), past, heads, rank, rope, 0.2f, out, threads);
+        mla_absorbed(q.get(), r.get(), cache.get(), pages.sequences, heads, rank, rope, 0.2f, out, threads);
       });
       for (int64_t value : {16, 21})
         for (int bits : {4, 8}) {
@@ -312,22 +330,23 @@ void test_operations() {
           Exact<float> x(batch * tokens * heads * (nope + rope));
           x.fill(normal);
           on_threads("mla_naive", batch * tokens * heads * value, [&](float* out, int threads) {
-            mla_naive(x.get(), r.get(), past, heads, rank, rope, nope, value, w.get(), bits, 0.2f, out, threads);
+            mla_naive(x.get(), r.get(), cache.get(), pages.sequences, heads, rank, rope, nope, value, w.get(), bits, 0.2f,
+                      out, threads);
           });
         }
     }
-  for (bool interleaved : {false, true})
-    for (bool per_sequence : {false, true}) {
-      const int64_t batch = 2, tokens = 5, heads = 3, nope = 7, rope = 6, rank = 20, past = 4, width = rank + rope;
-      const int64_t angles = (per_sequence ? batch : 1) * tokens * rope / 2, stride = (past + tokens) * width;
-      Exact<float> q(batch * tokens * heads * (nope + rope)), kv(batch * tokens * width), norm(rank), cos(angles),
-          sin(angles), cache(batch * stride);
-      q.fill(normal), kv.fill(normal), norm.fill(normal), cos.fill(normal), sin.fill(normal);
-      on_threads("mla_prepare", batch * tokens * heads * rope, [&](float* out, int threads) {
-        mla_prepare(q.get(), kv.get(), norm.get(), 1e-6f, {cos.get(), sin.get(), per_sequence, interleaved}, batch, tokens,
-                    heads, nope, rope, rank, out, cache.get(), stride, past, threads);
-      });
-    }
+  for (bool interleaved : {false, true}) {
+    const int64_t batch = 3, tokens = 5, heads = 3, nope = 7, rope = 6, rank = 20, width = rank + rope;
+    const int64_t angles = batch * tokens * rope / 2;
+    const Pages pages({4, 126, -2}, tokens, width);
+    Exact<float> q(batch * tokens * heads * (nope + rope)), kv(batch * tokens * width), norm(rank), cos(angles), sin(angles),
+        cache(pages.size);
+    q.fill(normal), kv.fill(normal), norm.fill(normal), cos.fill(normal), sin.fill(normal);
+    on_threads("mla_prepare", batch * tokens * heads * rope, [&](float* out, int threads) {
+      mla_prepare(q.get(), kv.get(), norm.get(), 1e-6f, {cos.get(), sin.get(), interleaved}, pages.sequences, heads, nope,
+                  rope, rank, out, cache.get(), threads);
+    });
+  }
   for (const Gate& gate : {Gate{16, 4, 2, 8, 2, true, true, true, 2.5f}, Gate{16, 1, 1, 16, 0, false, false, true, 1.0f},
                            Gate{16, 4, 1, 4, 4, true, false, true, 1.0f}})
     for (int64_t tokens : {0, 1, 40}) {
