@@ -12,15 +12,15 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import alone
 import pytest
-import torch
 
 from deepseek.atlas import Atlas
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine import LLM, ExpertControl, SamplingParams
 from deepseek.engine.speculative import Drafter, _Choice
-from deepseek.model import CausalLM, LatentCache
+from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
 
@@ -69,22 +69,12 @@ def folder(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any)
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Callable[[list[int]], tuple[int, ...]]:
-    """Greedy tokens by the model alone: the prompt in one call, then token by token."""
+    """Greedy tokens by the model alone, each prompt once."""
     model: CausalLM = load_model(folder)
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    @torch.inference_mode()
-    def run(prompt: list[int]) -> tuple[int, ...]:
-        cache = LatentCache(model.config, 1, len(prompt) + TOKENS)
-        logits, out = model(torch.tensor([prompt]), cache=cache, order="naive", last_only=True), []
-        while True:
-            out.append(int(logits[0, -1].argmax()))
-            if len(out) == TOKENS:
-                return tuple(out)
-            logits = model(torch.tensor([[out[-1]]]), cache=cache, order="absorbed", last_only=True)
-
     def of(prompt: list[int]) -> tuple[int, ...]:
-        return known.get(tuple(prompt)) or known.setdefault(tuple(prompt), run(prompt))
+        return known.get(tuple(prompt)) or known.setdefault(tuple(prompt), alone.plain(model, prompt, TOKENS))
 
     return of
 
@@ -105,13 +95,6 @@ def half_right(monkeypatch: pytest.MonkeyPatch, plain: Callable) -> Iterator[Non
     yield
 
 
-def mixed_prompts(draw: random.Random, vocabulary: int, count: int) -> list[list[int]]:
-    """Short and long ones; some begin alike, in the middle of a page and beyond one."""
-    stems = [[draw.randrange(vocabulary) for _ in range(n)] for n in (0, 124, 128, 150, 252)]
-    return [draw.choice(stems) + [draw.randrange(vocabulary) for _ in range(draw.choice([1, 2, 9, 40]))]
-            for _ in range(count)]
-
-
 def least(folder: Path) -> int:
     """The smallest budget: one expert a layer."""
     with pytest.raises(Exception, match=r"the least that works is") as failure:
@@ -127,7 +110,7 @@ def check(folder: Path, plain: Callable, setting: dict[str, Any], count: int) ->
     if experts == "warm":
         options["warmup_experts"] = "b_expert,d_expert"
     llm = LLM(folder, **options)
-    prompts = mixed_prompts(random.Random(7), llm.model.config.vocab_size, count)
+    prompts = alone.mixed_prompts(random.Random(7), llm.model.config.vocab_size, count)
     greedy: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     params = [SamplingParams(**greedy)] * count
     if beside == "replay":

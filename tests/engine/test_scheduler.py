@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import mixed_prompts, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine import LLM, ExpertControl, SamplingParams, signature
 from deepseek.errors import ConfigError, RequestError
-from deepseek.model import CausalLM, LatentCache
+from deepseek.model import CausalLM
 from deepseek.ops.native import native
 
 
@@ -37,25 +38,6 @@ def params(**changes: Any) -> SamplingParams:
     return SamplingParams(**({"max_tokens": 6, "temperature": 0, "ignore_eos": True} | changes))
 
 
-@torch.inference_mode()
-def plain(model: CausalLM, prompt: list[int], count: int) -> tuple[int, ...]:
-    """Greedy tokens by the model alone: the prompt in one call, then token by token."""
-    cache = LatentCache(model.config, 1, len(prompt) + count)
-    logits, out = model(torch.tensor([prompt]), cache=cache, order="naive", last_only=True), []
-    while True:
-        out.append(int(logits[0, -1].argmax()))
-        if len(out) == count:
-            return tuple(out)
-        logits = model(torch.tensor([[out[-1]]]), cache=cache, order="absorbed", last_only=True)
-
-
-def random_prompts(draw: random.Random, model: CausalLM, count: int) -> list[list[int]]:
-    """Some begin alike, in the middle of a page and beyond one."""
-    stems = [[draw.randrange(model.config.vocab_size) for _ in range(n)] for n in (0, 30, 128, 150, 260)]
-    return [draw.choice(stems) + [draw.randrange(model.config.vocab_size) for _ in range(draw.choice([1, 2, 9, 40]))]
-            for _ in range(count)]
-
-
 needs_native = pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
 
 @needs_native
@@ -67,7 +49,7 @@ def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> N
     llm = LLM(model, batch_size=draw.choice([2, 4, 9]), step_tokens=draw.choice([5, 40, 300]), cache_tokens=128 * pages,
               prefix_cache=draw.random() < 0.7, policy=draw.choice(["fcfs", "expert"]), age_limit=0.0)
     engine = llm.engine
-    todo = random_prompts(draw, model, draw.randint(1, 14))
+    todo = mixed_prompts(draw, model.config.vocab_size, draw.randint(1, 14))
     alive: list[Any] = []
     done: list[Any] = []
     while todo or alive:
@@ -99,7 +81,7 @@ def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> N
 @needs_native
 def test_a_request_that_stepped_back_goes_on_with_the_same_tokens(model: CausalLM) -> None:
     llm = LLM(model, batch_size=4, cache_tokens=128 * 4, step_tokens=64)
-    prompts = random_prompts(random.Random(1), model, 4)
+    prompts = mixed_prompts(random.Random(1), model.config.vocab_size, 4)
     prompts = [prompt[:100] for prompt in prompts]
     sampling = params(max_tokens=200)
     got = llm.generate(prompts, sampling)
@@ -109,7 +91,7 @@ def test_a_request_that_stepped_back_goes_on_with_the_same_tokens(model: CausalL
 
 def test_samples_do_not_depend_on_the_company(model: CausalLM) -> None:
     sampling = params(temperature=1.5, seed=3, logprobs=2, top_p=0.9)
-    prompts = random_prompts(random.Random(2), model, 9)
+    prompts = mixed_prompts(random.Random(2), model.config.vocab_size, 9)
     alone = [LLM(model).generate([prompt], sampling)[0] for prompt in prompts]
     assert LLM(model, step_tokens=20).generate(prompts, sampling) == alone
 
@@ -137,7 +119,7 @@ def test_logprobs_are_those_of_the_model(model: CausalLM) -> None:
 
 
 def test_routed_experts_come_back_and_replaying_them_changes_nothing(model: CausalLM) -> None:
-    prompts = random_prompts(random.Random(4), model, 3)
+    prompts = mixed_prompts(random.Random(4), model.config.vocab_size, 3)
     outputs = LLM(model, step_tokens=50).generate(prompts, params(routed=True))
     layers = model.config.moe_layers
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -150,7 +132,7 @@ def test_routed_experts_come_back_and_replaying_them_changes_nothing(model: Caus
 
 
 def test_controls_of_one_request_leave_the_others_alone(model: CausalLM) -> None:
-    prompts = random_prompts(random.Random(5), model, 6)
+    prompts = mixed_prompts(random.Random(5), model.config.vocab_size, 6)
     prompts[2] = prompts[0]  # nor is one served from what another had computed in its own way
     want = LLM(model).generate(prompts, params(routed=True))
     few = params(routed=True, experts=ExpertControl(top_k=1))
@@ -237,7 +219,7 @@ def test_places_of_a_group_follow_its_queue(model: CausalLM) -> None:
 
 def test_async_streams_and_leaving_one(model: CausalLM) -> None:
     llm = LLM(model, batch_size=3)
-    prompts = random_prompts(random.Random(6), model, 5)
+    prompts = mixed_prompts(random.Random(6), model.config.vocab_size, 5)
     want = llm.generate(prompts, params(max_tokens=20))
 
     async def read(prompt: list[int], most: int) -> tuple[int, ...]:

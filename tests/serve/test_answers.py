@@ -54,6 +54,11 @@ def test_without_tools_a_marker_is_text() -> None:
     assert run([CALLS + V31])[1]["content"] == CALLS + V31
 
 
+def test_one_call_alone() -> None:
+    text, _ = run([CALLS + V3], tools=TOOLS, parallel=False)
+    assert [call["function"]["name"] for call in text.answer.calls] == ["weather"]
+
+
 def test_what_is_wrong_with_a_call_is_known() -> None:
     for calls in (V31.replace("weather", "nonsense"), V31.replace("}", "")):
         assert not run([CALLS + calls], tools=TOOLS)[0].answer.valid
