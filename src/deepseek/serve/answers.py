@@ -47,8 +47,11 @@ class Answer:
 class AnswerText:
     """Takes the text in; `push` returns what is new as a delta of OpenAI's stream, empty while nothing is certain."""
 
-    def __init__(self, *, thinking: bool, tools: Sequence[Tool] = (), forced: bool = False) -> None:
+    def __init__(self, *, thinking: bool, tools: Sequence[Tool] = (), forced: bool = False,
+                 parallel: bool = True) -> None:
+        """parallel: whether more than one call may be made; else only the first counts."""
         self.answer, self.names, self.forced = Answer(), [tool.function.name for tool in tools], forced
+        self.parallel = parallel
         self._state = "thinking" if thinking else "start"
         self._held = ""
 
@@ -103,7 +106,7 @@ class AnswerText:
 
     def _calls(self, delta: dict[str, Any]) -> None:
         found = _forced(self._held) if self._state == "forced" else _parse(self._held)
-        for name, arguments in found:
+        for name, arguments in found if self.parallel else found[:1]:
             self.answer.valid &= name in self.names and _is_json(arguments)
             self.answer.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function",
                                       "function": {"name": name, "arguments": arguments}})

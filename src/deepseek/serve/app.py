@@ -219,7 +219,8 @@ class Chat:
         domain = body.deepseek.domain or server.llm.domain_of(str(_plain(said)["content"] or ""))
         self.requests = server.llm.requests(ids, params, domain=domain)
         thinking = text.rstrip().endswith(THINK) and schema is None
-        self.texts = [AnswerText(thinking=thinking, tools=self.tools, forced=forced) for _ in self.requests]
+        self.texts = [AnswerText(thinking=thinking, tools=self.tools, forced=forced, parallel=body.parallel_tool_calls)
+                      for _ in self.requests]
         self.sent = [0] * len(self.requests)
         self.place = {request.number: i for i, request in enumerate(self.requests)}
 

@@ -44,7 +44,6 @@ class Guard:
             await self.app(scope, receive, send)
             return
         name, began, status, taken = f"req_{secrets.token_hex(12)}", time.perf_counter(), 500, 0
-        scope.setdefault("state", {})["request_id"] = name
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status
