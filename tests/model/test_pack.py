@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
+from deepseek.engine.control import Controls, ExpertControl, combined
 from deepseek.model import CausalLM, LatentCache, RoutingRecord
 from deepseek.model.cache import PAGE, Chunk, LatentPool, Pack
 from deepseek.ops.native import native
@@ -43,18 +44,21 @@ def exact(model: CausalLM) -> bool:
 
 
 @torch.no_grad()
-def alone(model: CausalLM, ids: list[int], prompt: int) -> torch.Tensor:
-    """Logits of every position: the prompt in one call, then token by token."""
+def alone(model: CausalLM, ids: list[int], prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of every position, the prompt in one call, then token by token; and the experts visited, [T, L, K]."""
     cache = LatentCache(model.config, 1, len(ids))
-    parts = [model(torch.tensor([ids[:prompt]]), cache=cache, order="naive")]
-    parts += [model(torch.tensor([[token]]), cache=cache, order="absorbed") for token in ids[prompt:]]
-    return torch.cat(parts, 1)[0]
+    calls = [ids[:prompt], *([token] for token in ids[prompt:])]
+    routings = [RoutingRecord() for _ in calls]
+    parts = [model(torch.tensor([call]), cache=cache, routing=routing, order="absorbed" if i else "naive")
+             for i, (call, routing) in enumerate(zip(calls, routings, strict=True))]
+    visited = [torch.stack([route.index_TK for route in routing.routes.values()], 1) for routing in routings]
+    return torch.cat(parts, 1)[0], torch.cat(visited)
 
 
 @torch.no_grad()
 def packed(model: CausalLM, texts: list[tuple[list[int], int]], draw: random.Random,
-           record: list[RoutingRecord] | None = None) -> list[torch.Tensor]:
-    """The same through packs of random chunks, on pages given out at random."""
+           record: list[RoutingRecord] | None = None, visit: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """The same through packs of random chunks, on pages given out at random. visit: each text's experts, [T, L, K]."""
     pages = list(range(sum(len(ids) // PAGE + 1 for ids, _ in texts)))
     pool = LatentPool(model.config, len(pages))
     pool.data.fill_(float("nan"))  # what was not written must not be read
@@ -71,7 +75,9 @@ def packed(model: CausalLM, texts: list[tuple[list[int], int]], draw: random.Ran
             end = prompt if done[i] < prompt else len(ids)
             count = draw.randint(1, end - done[i])
             chunks.append(Chunk(count, done[i], own[i], "naive" if done[i] < prompt else "absorbed"))
-        pack = Pack(pool, chunks)
+        pack = Pack(pool, chunks, None if visit is None else combined([
+            (c.tokens, c.past, Controls(ExpertControl(replay=visit[i]), model, None, None))
+            for i, c in zip(moved, chunks, strict=True)]))
         tokens = [token for i, c in zip(moved, chunks, strict=True)
                   for token in texts[i][0][c.past : c.past + c.tokens]]
         routing = RoutingRecord() if record is not None else None
@@ -93,10 +99,17 @@ def test_every_token_is_itself_in_any_pack(model: CausalLM, seed: int) -> None:
         prompt = draw.choice([1, 2, 17, 127, 128, 129, 200, 300])
         ids = [draw.randrange(model.config.vocab_size) for _ in range(prompt + draw.choice([0, 1, 5, 140]))]
         texts.append((ids, prompt))
-    for (ids, prompt), got in zip(texts, packed(model, texts, draw), strict=True):
-        want = alone(model, ids, prompt)
-        assert torch.equal(got, want) if exact(model) else torch.allclose(got, want, atol=2e-4), (
-            (got - want).abs().max())
+    want, visited = zip(*(alone(model, *text) for text in texts), strict=True)
+    # where calls round differently, a token between two experts may take the other one: there, routes are given
+    got = packed(model, texts, draw, visit=None if exact(model) else list(visited))
+    for one, other in zip(got, want, strict=True):
+        off_T = (one - other).abs().amax(1)
+        if exact(model):
+            assert not off_T.any()
+        elif type(model) is CausalLM:
+            assert off_T.max() <= 2e-4
+        else:  # kernels read activations in 8 bits: one between two codes moves its token (the worst of 1,500: 1.1 %)
+            assert off_T.median() <= 2e-4 and off_T.max() <= 0.05 * other.abs().max()
 
 
 def test_routes_are_those_of_the_tokens_in_their_order(model: CausalLM) -> None:
