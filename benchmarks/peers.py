@@ -37,8 +37,8 @@ from typing import Any
 from shape import CACHE, write_model
 
 RELEASE = "0.3.36"  # of llama-cpp-python; results are compared between days, so it moves by hand
-TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize")
-_OFF = "LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_SERVER LLAMA_BUILD_APP LLAMA_OPENSSL".split()
+TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
+_OFF = "LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_APP LLAMA_OPENSSL LLAMA_USE_PREBUILT_UI".split()
 # The converter knows tokenizers by a hash and ours is not among them. The answer only names a rule for splitting text.
 _CONVERT = """
 import sys
@@ -147,6 +147,14 @@ class LlamaCpp:
             "--output-format", "jsonl", "-fa", "on" if self.flash_attention else "off")
         rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         return float(self._only(rows, output)["speed_tg"])
+
+    def server(self, port: int, slots: int, positions: int) -> tuple[list[str], dict[str, str]]:
+        """(command, environment) of llama-server for `slots` requests at once of `positions` tokens each. Its store of
+        earlier prompts, of no use to prompts that share nothing, is off, and so are its page and its log."""
+        context = slots * -(-positions // 256) * 256
+        return [str(self.binaries / "llama-server"), "-m", str(self.model), "-t", str(self.threads), "-np", str(slots),
+                "-c", str(context), "-fa", "on" if self.flash_attention else "off", "--port", str(port), "--cache-ram",
+                "0", "--no-ui", "--log-disable"], self._environment()
 
     def _bench(self, *options: str) -> float:
         output = self._tool("llama-bench", *options, "-r", "1", "-o", "json", "-fa", str(int(self.flash_attention)))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from .scheduler import Policy, Scheduler, Work, pages_needed
 from .signature import Signatures
 from .speculative import Drafter
 
+# told of a step that is over: what ran, in the order of its tokens, their routes, seconds; it must be quick
+Observer = Callable[[Sequence[Work], RoutingRecord | None, float], None]
 CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent pool at most
 
 
@@ -136,6 +138,7 @@ class Engine:
             policy=self.options.policy, age_limit=self.options.age_limit)
         self.runner = Runner(model, pool)
         self.counters = Counters()
+        self.observer: Observer | None = None
         self.lock = threading.RLock()
         self._drafted: dict[int, RoutingRecord] = {}  # where the drafts of this step went
 
@@ -223,7 +226,8 @@ class Engine:
             return moved
 
     def _run(self, works: Sequence[Work]) -> list[Request]:
-        record = bool(self.model.config.moe_layers) and (self.residency is not None or any(
+        watched = self.residency is not None or self.observer is not None
+        record = bool(self.model.config.moe_layers) and (watched or any(
             work.request.params.routed or work.request.usage is not None or self._signs(work) for work in works))
         began = time.perf_counter()
         logits, hidden, routing = self.runner.run(works, [work.request.controls for work in works], record)
@@ -246,6 +250,8 @@ class Engine:
                     break
         if self.drafter is not None:
             self._draft(works, hidden, began, self.counters.sampled - sampled)
+        if self.observer is not None:
+            self.observer(works, routing, time.perf_counter() - began)
         return moved
 
     def _count(self, works: Sequence[Work], routing: RoutingRecord) -> None:

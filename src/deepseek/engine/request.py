@@ -124,6 +124,7 @@ class Request:
         self.number = next(_numbers)
         self.prompt_ids, self.params, self.eos_ids, self.limit = list(prompt_ids), params, eos_ids, limit
         self.domain, self.constraint = domain, constraint
+        self.tags: dict[str, str] = {}  # what else it is counted under, by whoever watches
         self.generator = params.generator()
         self.token_ids: list[int] = []
         self.text = ""

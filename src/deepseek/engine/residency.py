@@ -169,6 +169,7 @@ class Residency:
         each, more = divmod(count, len(self.layers))
         self.quota = [min(each + (i < more), len(own.places)) for i, own in enumerate(self.layers)]
         self.budget, self.experts = count * self._slot, len(next(iter(places.values())))
+        self.missed_LE = torch.zeros(len(places), self.experts, dtype=torch.int64)
         self.top_k, self._process = model.config.num_experts_per_tok, os.getpid()
         self._files = {path: _open(path) for path in {place.file for own in places.values() for place in own}}
         self._reads = _Reads()
@@ -200,9 +201,10 @@ class Residency:
             return here
         with self._changed:
             new = keep - layer.asked  # else an earlier wave has counted it
-            late, missed = len(new & layer.coming), len([e for e in new if e not in layer.where])
-            self.stats.late, self.stats.missed = self.stats.late + late, self.stats.missed + missed
-            layer.missed += missed
+            late, missed = len(new & layer.coming), [e for e in new if e not in layer.where]
+            self.stats.late, self.stats.missed = self.stats.late + late, self.stats.missed + len(missed)
+            layer.missed += len(missed)
+            self.missed_LE[gate, missed] += 1
             layer.asked |= new
             self.stats.used += len(new & layer.foretold)
             layer.foretold -= new

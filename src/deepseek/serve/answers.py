@@ -28,7 +28,7 @@ _FENCED = re.compile(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
 @dataclass
 class Answer:
-    """Of one choice so far. valid: whether every call names a tool and has arguments that are JSON."""
+    """Of one choice so far. valid: whether every call names a tool and holds the arguments that it requires."""
 
     content: str = ""
     reasoning: str = ""
@@ -50,7 +50,8 @@ class AnswerText:
     def __init__(self, *, thinking: bool, tools: Sequence[Tool] = (), forced: bool = False,
                  parallel: bool = True) -> None:
         """parallel: whether more than one call may be made; else only the first counts."""
-        self.answer, self.names, self.forced = Answer(), [tool.function.name for tool in tools], forced
+        self.answer, self.forced = Answer(), forced
+        self.required = {tool.function.name: (tool.function.parameters or {}).get("required", []) for tool in tools}
         self.parallel = parallel
         self._state = "thinking" if thinking else "start"
         self._held = ""
@@ -83,7 +84,7 @@ class AnswerText:
             self._state = "thinking" if self._held.startswith(THINK) else "content"
             self._held = self._held.removeprefix(THINK)
             return True
-        marker = UNTHINK if self._state == "thinking" else CALLS if self.names else None
+        marker = UNTHINK if self._state == "thinking" else CALLS if self.required else None
         where = "reasoning" if self._state == "thinking" else "content"
         at = self._held.find(marker) if marker else -1
         if at >= 0:
@@ -107,7 +108,7 @@ class AnswerText:
     def _calls(self, delta: dict[str, Any]) -> None:
         found = _forced(self._held) if self._state == "forced" else _parse(self._held)
         for name, arguments in found if self.parallel else found[:1]:
-            self.answer.valid &= name in self.names and _is_json(arguments)
+            self.answer.valid &= name in self.required and _holds(arguments, self.required[name])
             self.answer.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function",
                                       "function": {"name": name, "arguments": arguments}})
         if found:
@@ -142,12 +143,12 @@ def _forced(text: str) -> list[tuple[str, str]]:
         return []
 
 
-def _is_json(text: str) -> bool:
+def _holds(arguments: str, required: Any) -> bool:
     try:
-        json.loads(text)
+        given = json.loads(arguments)
     except ValueError:
         return False
-    return True
+    return isinstance(given, dict) and isinstance(required, list) and all(name in given for name in required)
 
 
 def forced_schema(tools: Sequence[Tool], choice: str | NamedTool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,9 +26,11 @@ from ..engine import LLM, ExpertControl, SamplingParams
 from ..engine.request import Request as Generation
 from ..errors import DataError, MoEDRError, RequestError
 from ..model.cache import PAGE
+from ..watch.monitor import WatchOptions
 from .answers import THINK, AnswerText, forced_schema, written
 from .guard import Guard, ServeError
 from .protocol import ChatRequest, Common, CompletionRequest, EmbeddingRequest, Extension, Message, Tool, WarmRequest
+from .watching import Watch, add_routes
 
 LOOK = 0.25  # seconds between two looks whether the client is still there
 DONE = b"data: [DONE]\n\n"
@@ -37,13 +39,14 @@ DONE = b"data: [DONE]\n\n"
 @dataclass(frozen=True)
 class ServeOptions:
     """name: what clients call the model. keys: empty lets everybody in. waiting: requests that may queue. body: bytes.
-    timeout: seconds that an answer may take."""
+    timeout: seconds that an answer may take. watch: how it is watched."""
 
     name: str
     keys: tuple[str, ...] = ()
     waiting: int = 256
     body: int = 4 << 20
     timeout: float = 600.0
+    watch: WatchOptions = field(default_factory=WatchOptions)
 
 
 class Server:
@@ -51,6 +54,7 @@ class Server:
 
     def __init__(self, llm: LLM, options: ServeOptions) -> None:
         self.llm, self.options = llm, options
+        self.watch = Watch(llm, options.name, options.watch)
         self.began = int(time.time())
         self.closing = False
         self.open = 0  # answers under way
@@ -138,6 +142,7 @@ class Server:
             for request in requests:
                 if request.finish_reason is None:
                     await asyncio.shield(asyncio.to_thread(self.llm.engine.abort, request))
+                self.watch.end(request)
 
     async def shut(self, seconds: float = 30.0) -> None:
         """Let open answers end, for a while; then end them."""
@@ -146,6 +151,7 @@ class Server:
         while self.open and time.monotonic() < until:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.llm.close)
+        await asyncio.to_thread(self.watch.close)
 
     def extra(self, body: Common, requests: Sequence[Generation]) -> dict[str, Any]:
         """What comes back under our own key."""
@@ -197,7 +203,7 @@ def _said_of_tools(message: dict[str, Any]) -> dict[str, Any]:
 class Chat:
     """One /v1/chat/completions."""
 
-    def __init__(self, server: Server, body: ChatRequest) -> None:
+    def __init__(self, server: Server, http: Request, body: ChatRequest) -> None:
         self.server, self.body = server, body
         self.id, self.created = f"chatcmpl-{secrets.token_hex(14)}", int(time.time())
         choice = body.tool_choice or ("auto" if body.tools else "none")
@@ -216,8 +222,11 @@ class Chat:
                                json_schema=json.dumps(schema) if schema is not None else None,
                                logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         said = next((m for m in reversed(body.messages) if m.role == "user"), body.messages[-1])
-        domain = body.deepseek.domain or server.llm.domain_of(str(_plain(said)["content"] or ""))
+        question = str(_plain(said)["content"] or "")
+        domain = body.deepseek.domain or server.llm.domain_of(question)
         self.requests = server.llm.requests(ids, params, domain=domain)
+        server.watch.begin(self.id, http, body.user, question, self.requests)
+        self.constrained = schema is not None and not forced
         thinking = text.rstrip().endswith(THINK) and schema is None
         self.texts = [AnswerText(thinking=thinking, tools=self.tools, forced=forced, parallel=body.parallel_tool_calls)
                       for _ in self.requests]
@@ -238,6 +247,16 @@ class Chat:
     def reason(self, i: int) -> str:
         return "tool_calls" if self.texts[i].answer.calls else str(self.requests[i].finish_reason)
 
+    def judge(self) -> None:
+        """Count what can be told of the answers now that they are whole."""
+        counters = self.server.watch.counters
+        for request, text in zip(self.requests, self.texts, strict=True):
+            if self.tools and (text.answer.calls or not text.answer.valid):
+                counters.count("tool_calls_total", request.domain, "right" if text.answer.valid else "wrong")
+            if self.constrained:
+                counters.count("schema_answers_total", request.domain,
+                               "valid" if request.finish_reason == "stop" else "invalid")
+
     def logprobs(self, i: int, start: int = 0) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
@@ -254,6 +273,7 @@ class Chat:
     async def whole(self, http: Request) -> JSONResponse:
         async for request in self.server.run(http, self.requests):
             self.advance(request)
+        self.judge()
         choices = [{"index": i, "message": text.answer.message(), "finish_reason": self.reason(i),
                     "logprobs": self.logprobs(i)} for i, text in enumerate(self.texts)]
         return JSONResponse({"id": self.id, "object": "chat.completion", "created": self.created,
@@ -281,6 +301,7 @@ class Chat:
             if ended:
                 done[i] = True
                 yield chunk(i, {}, self.reason(i), self.logprobs(i, told[i]) if self.body.logprobs else None)
+        self.judge()
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield event(self.head() | {"choices": [], "usage": usage(self.requests)}
                         | self.server.extra(self.body, self.requests))
@@ -299,7 +320,7 @@ class Chat:
 class Completion:
     """One /v1/completions, of one prompt or several."""
 
-    def __init__(self, server: Server, body: CompletionRequest) -> None:
+    def __init__(self, server: Server, http: Request, body: CompletionRequest) -> None:
         self.server, self.body = server, body
         self.id, self.created = f"cmpl-{secrets.token_hex(14)}", int(time.time())
         params = server.params(body, max_tokens=body.max_tokens or 16, logprobs=body.logprobs)
@@ -309,6 +330,7 @@ class Completion:
                 self.groups.append(server.llm.requests(prompt, params, domain=body.deepseek.domain))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}" if len(body.prompts) > 1 else str(error)) from None
+            server.watch.begin(self.id, http, body.user, prompt if isinstance(prompt, str) else "", self.groups[-1])
         self.requests = [request for group in self.groups for request in group]
         self.place = {request.number: i for i, request in enumerate(self.requests)}
 
@@ -383,7 +405,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     app = FastAPI(title="MoE-DR", lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = server
-    app.add_middleware(Guard, keys=options.keys, body=options.body)
+    app.add_middleware(Guard, keys=options.keys, body=options.body, told=server.watch.counters.refused)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -410,14 +432,14 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(http: Request, body: ChatRequest) -> Any:
         server.admit(body, body.n)
-        one = await asyncio.to_thread(Chat, server, body)
+        one = await asyncio.to_thread(Chat, server, http, body)
         return StreamingResponse(_sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
 
     @app.post("/v1/completions")
     async def completions(http: Request, body: CompletionRequest) -> Any:
         server.admit(body, body.n * len(body.prompts))
-        one = await asyncio.to_thread(Completion, server, body)
+        one = await asyncio.to_thread(Completion, server, http, body)
         return StreamingResponse(_sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
 
@@ -453,6 +475,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
                              "waiting": len(scheduler.waiting), "free_positions": pages.available * PAGE},
                             status_code=503 if server.closing else 200)
 
+    add_routes(app, server.watch)
     return app
 
 

@@ -15,7 +15,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = ("/health",)  # for load balancers, which have no key
+OPEN = ("/health", "/dashboard")  # for load balancers and browsers, which send no key; the page asks for one
 log = logging.getLogger("deepseek.serve")
 
 
@@ -32,12 +32,12 @@ class ServeError(Exception):
 class Guard:
     """ASGI around the routes: whoever has no key, or sends too much, gets no further.
 
-    keys: empty lets everybody in. body: bytes of a request at most. Every answer carries `x-request-id`, and one line
-    of JSON about it goes to the log: no text of prompts or answers.
+    keys: empty lets everybody in. body: bytes of a request at most. told: of the status of a refusal. Every answer
+    carries `x-request-id`, and one line of JSON about it goes to the log: no text of prompts or answers.
     """
 
-    def __init__(self, app: App, keys: Sequence[str], body: int) -> None:
-        self.app, self.keys, self.body = app, [key.encode() for key in keys], body
+    def __init__(self, app: App, keys: Sequence[str], body: int, told: Callable[[int], None]) -> None:
+        self.app, self.keys, self.body, self.told = app, [key.encode() for key in keys], body, told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +76,8 @@ class Guard:
         except ServeError as error:
             await refuse(error, answer)
         finally:
+            if status >= 400:
+                self.told(status)
             log.info(json.dumps({"request_id": name, "method": scope["method"], "path": scope["path"], "status": status,
                                  "seconds": round(time.perf_counter() - began, 4), "bytes": taken}))
 

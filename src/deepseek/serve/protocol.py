@@ -59,7 +59,7 @@ class Common(Body):
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
-    user: Text | None = None
+    user: Annotated[str, Field(strict=True, max_length=64)] | None = None
     deepseek: Extension = Extension()
     presence_penalty: Nothing = 0.0
     frequency_penalty: Nothing = 0.0
@@ -183,7 +183,7 @@ class EmbeddingRequest(Body):
     model: Text
     input: Text | list[Text] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] = "float"
-    user: Text | None = None
+    user: Annotated[str, Field(strict=True, max_length=64)] | None = None
 
     @property
     def inputs(self) -> list[str | list[int]]:
@@ -199,3 +199,11 @@ class WarmRequest(Body):
     """Names whose experts are to be in memory from now on."""
 
     experts: Annotated[list[Text], Field(min_length=1)]
+
+
+class FeedbackRequest(Body):
+    """What somebody thinks of an answer. id: that of the completion."""
+
+    id: Text
+    rating: Literal["up", "down"]
+    comment: Annotated[str, Field(strict=True, max_length=2000)] | None = None

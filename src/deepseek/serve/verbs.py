@@ -21,6 +21,12 @@ def add_serve_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max_waiting", type=int, default=256, help="requests that may queue; beyond is status 429")
     verb.add_argument("--max_body", type=int, default=4 << 20, help="bytes of a request at most")
     verb.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take")
+    verb.add_argument("--history", type=Path, help="SQLite file for readings, alerts and feedback; none keeps them in "
+                                                   "memory")
+    verb.add_argument("--history_days", type=float, default=30.0, help="how long it keeps them")
+    verb.add_argument("--alert_minutes", type=float, default=10.0, help="the window of alerts and shares")
+    verb.add_argument("--alert_webhook", help="address that is told of alerts by POST, as JSON")
+    verb.add_argument("--price_per_hour", type=float, help="of this machine: gives the cost of 10^8 tokens")
     verb.add_argument("--log", action="store_true", help="a line of JSON for every request, without its text")
     add_engine_flags(verb)
 
@@ -29,19 +35,23 @@ def serve(args: argparse.Namespace) -> None:
     for name in ("max_waiting", "max_body", "timeout"):
         if not getattr(args, name) > 0:
             raise ConfigError(f"{name} = {getattr(args, name)}: must be positive")
+    from ..watch.monitor import WatchOptions
+
+    watch = WatchOptions(minutes=args.alert_minutes, webhook=args.alert_webhook, history=args.history,
+                         days=args.history_days, price=args.price_per_hour)
     listener = _listen(args.host, args.port)  # before a large model is loaded
     import uvicorn
 
     from .app import ServeOptions, create_app
 
     llm = make_llm(args)
-    if args.log:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if args.log else logging.WARNING, format="%(message)s", stream=sys.stderr)
     name = args.name or Path(args.model).resolve().name
-    app = create_app(llm, ServeOptions(name, tuple(args.api_key), args.max_waiting, args.max_body, args.timeout))
+    app = create_app(llm, ServeOptions(name, tuple(args.api_key), args.max_waiting, args.max_body, args.timeout,
+                                       watch))
     address = "http://{}:{}".format(*listener.getsockname()[:2])
-    print(f"serving {name} on {address}/v1" + ("" if args.api_key else ", open to whoever reaches it: no --api_key"),
-          flush=True)
+    print(f"serving {name} on {address}/v1" + ("" if args.api_key else ", open to whoever reaches it: no --api_key")
+          + f"\ndashboard: {address}/dashboard", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -1,0 +1,144 @@
+"""The server and its monitor: what the engine says under the names of watch/metrics.py, whose requests these are, and
+the routes /metrics, /v1/feedback and /dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from torch import Tensor
+
+from ..engine import LLM
+from ..engine.request import Request as Generation
+from ..model.cache import PAGE
+from ..watch.counters import Counters
+from ..watch.monitor import Monitor, WatchOptions
+from .guard import ServeError
+from .protocol import FeedbackRequest
+
+ANSWERS = 4096  # whose feedback is still taken
+SHORT, LONG = 20, 1000  # characters: a shorter text has no language that could be told; the rest is taken to be alike
+# the page holds its own style and script, and talks to nobody but this server
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+class Watch:
+    """Counts what a server does, until it is closed."""
+
+    def __init__(self, llm: LLM, name: str, options: WatchOptions) -> None:
+        self.llm = llm
+        self.counters = Counters(llm.model.config, llm.engine.atlas)
+        self.monitor = Monitor(name, self.counters, self._engine, options, resident=self._resident,
+                               missed=self._missed)
+        self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
+        llm.engine.observer = self.counters.step
+
+    def close(self) -> None:
+        self.llm.engine.observer = None
+        self.monitor.close()
+
+    # ---- what the engine says -----------------------------------------------------------------------------------
+
+    def _engine(self) -> dict[str, float]:
+        engine = self.llm.engine
+        counters, scheduler = engine.counters, engine.scheduler
+        out: dict[str, float] = {
+            "tokens_total|computed": counters.computed, "tokens_total|cached": counters.cached,
+            "tokens_total|sampled": counters.sampled, "requests_running": len(scheduler.running),
+            "requests_waiting": len(scheduler.waiting), "preempted_total": scheduler.preempted,
+            "cache_free_positions": engine.pages.available * PAGE}
+        if engine.residency is not None:
+            stats = engine.residency.stats
+            out |= {"experts_wanted_total": stats.wanted, "experts_missed_total": stats.missed,
+                    "experts_late_total": stats.late, "experts_foretold_total": stats.foretold,
+                    "experts_used_total": stats.used, "expert_stall_seconds_total": stats.stall,
+                    "expert_read_bytes_total": stats.read}
+        return out
+
+    def _resident(self) -> Tensor | None:
+        residency = self.llm.engine.residency
+        return None if residency is None else torch.stack([residency.loaded(i) for i in range(len(residency.layers))])
+
+    def _missed(self) -> Tensor | None:
+        residency = self.llm.engine.residency
+        return None if residency is None else residency.missed_LE
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    def begin(self, answer: str, http: Request, user: str | None, text: str, requests: Sequence[Generation]) -> None:
+        """The requests of an answer, before they run."""
+        tags = {"client": user or key_name(http), "language": language(text)}
+        for request in requests:
+            request.tags = tags
+        self.answers[answer] = requests[0].domain
+        if len(self.answers) > ANSWERS:
+            self.answers.popitem(last=False)
+
+    def end(self, request: Generation) -> None:
+        assert request.finish_reason is not None and request.finished is not None
+        first = None if request.first_token is None else request.first_token - request.arrived
+        new = len(request.token_ids)
+        each = None
+        if request.first_token is not None and new > 1:
+            each = (request.finished - request.first_token) / (new - 1)
+        self.counters.finished(request.number, request.domain, request.finish_reason, first, each)
+
+
+def key_name(http: Request) -> str:
+    """A client by the hash of its API key."""
+    _, _, key = http.headers.get("authorization", "").partition(" ")
+    return f"key-{hashlib.sha256(key.encode()).hexdigest()[:8]}" if key else "anonymous"
+
+
+def language(text: str) -> str:
+    """ISO 639-1 code of a text, "und" for one too short to tell."""
+    if len(text.strip()) < SHORT and text.isascii():
+        return "und"
+    from py3langid import classify
+
+    return str(classify(text[:LONG])[0])
+
+
+def add_routes(app: FastAPI, watch: Watch) -> None:
+    page = (files("deepseek.watch") / "page.html").read_text(encoding="utf-8")
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        body = await asyncio.to_thread(watch.monitor.metrics)
+        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.post("/v1/feedback")
+    async def feedback(body: FeedbackRequest) -> dict[str, Any]:
+        if body.id not in watch.answers:
+            raise ServeError(404, f"id = {body.id!r}: is none of the last {ANSWERS:,} answers", param="id",
+                             code="answer_not_found")
+        domain = watch.answers[body.id]
+        if not await asyncio.to_thread(watch.monitor.history.rate, time.time(), body.id,
+                                       watch.counters.groups.label(domain), body.rating, body.comment):
+            raise ServeError(409, f"id = {body.id!r}: has been rated before", param="id", code="already_rated")
+        watch.counters.count("feedback_total", domain, body.rating)
+        return {"object": "feedback", "id": body.id, "rating": body.rating}
+
+    @app.get("/dashboard", response_class=HTMLResponse)
+    async def dashboard() -> HTMLResponse:
+        return HTMLResponse(page, headers={"content-security-policy": POLICY})
+
+    @app.get("/dashboard/state")
+    async def state() -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(watch.monitor.state))
+
+    @app.get("/dashboard/heat")
+    async def heat() -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(watch.monitor.heat))
+
+    @app.get("/dashboard/series")
+    async def series(minutes: float = Query(60.0, gt=0, le=60 * 24 * 365)) -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(watch.monitor.series, minutes))

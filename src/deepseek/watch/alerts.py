@@ -1,0 +1,144 @@
+"""Alerts without Prometheus: rules over the last minutes of readings, with what may have caused them.
+
+When a named group is used less than LOW of its expected share, the traffic has changed more often than the router: so
+the message names the slices (domain, client, language) whose part of the tokens changed most between the time before
+the window and the window itself. alerts.yml holds the same rules for Prometheus.
+
+    share_low        a named group below LOW of its share under uniform routing
+    conflict_high    tokens whose two strongest groups are close
+    stall_high       share of the steps' time in which the engine waited for the disk
+    errors_high      requests that ended in an error
+    unhappy          feedback that is mostly bad
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .metrics import Reading, grown, growth, values
+
+LOW = 0.30
+LEAST_SLOTS = 2000  # of a window: fewer say nothing
+LEAST_REQUESTS = 20
+CHANGED = 0.05  # a slice is named when its part of the tokens moved by more
+
+
+@dataclass(frozen=True)
+class Alert:
+    rule: str
+    subject: str
+    value: float
+    limit: float
+    message: str
+    since: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """minutes: of the window. The others: see the top of this file."""
+
+    minutes: float = 10.0
+    share_low: float = LOW
+    conflict_high: float = 0.5
+    stall_high: float = 0.5
+    errors_high: float = 0.05
+    unhappy: float = 0.5
+
+
+class Alerts:
+    """Looks at each new reading. sinks are told of an alert once when it begins and once when it is over."""
+
+    def __init__(self, limits: Limits | None = None, sinks: Iterable[Callable[[Alert, bool], None]] = ()) -> None:
+        self.limits, self.sinks = limits or Limits(), list(sinks)
+        self.past: deque[tuple[float, Reading]] = deque()
+        self.firing: dict[tuple[str, str], Alert] = {}
+
+    def look(self, time: float, now: Reading) -> list[Alert]:
+        """Those that fire now."""
+        window = 60 * self.limits.minutes
+        self.past.append((time, now))
+        while len(self.past) > 2 and self.past[1][0] <= time - 2 * window:
+            self.past.popleft()
+        edge = next((old for at, old in reversed(self.past) if at <= time - window), None)
+        found = {} if edge is None else {
+            (alert.rule, alert.subject): alert for alert in self._rules(time, self.past[0][1], edge, now)}
+        for which, alert in found.items():
+            if which not in self.firing:
+                self._tell(alert, True)
+            else:
+                found[which] = Alert(**(alert.to_dict() | {"since": self.firing[which].since}))
+        for which, alert in self.firing.items():
+            if which not in found:
+                self._tell(alert, False)
+        self.firing = found
+        return list(found.values())
+
+    def _tell(self, alert: Alert, begins: bool) -> None:
+        for sink in self.sinks:
+            sink(alert, begins)
+
+    def _rules(self, time: float, before: Reading, edge: Reading, now: Reading) -> Iterable[Alert]:
+        limits, over = self.limits, f"over {self.limits.minutes:g} minutes"
+        slots = growth(now, edge, "slots_total")
+        if slots >= LEAST_SLOTS:
+            cause = _cause(before, edge, now)
+            for group, ratio in ratios(now, edge).items():
+                if ratio < limits.share_low:
+                    yield Alert("share_low", group, ratio, limits.share_low,
+                                f"{group} has {ratio:.0%} of its expected share of the experts' slots {over} (limit "
+                                f"{limits.share_low:.0%}): check the data distribution{cause}", time)
+        ended = dict.fromkeys(("stop", "length", "abort", "error"), 0.0)
+        for domain, reason in values(now, "requests_total"):
+            ended[reason] += grown(now, edge, f"requests_total|{domain}|{reason}")
+        rated = {"up": 0.0, "down": 0.0}
+        for domain, rating in values(now, "feedback_total"):
+            rated[rating] += grown(now, edge, f"feedback_total|{domain}|{rating}")
+        for rule, part, whole, least, words in (
+                ("conflict_high", grown(now, edge, "conflict_tokens_total"), grown(now, edge, "judged_tokens_total"),
+                 LEAST_SLOTS, "of the tokens lie between two named groups"),
+                ("stall_high", grown(now, edge, "expert_stall_seconds_total"), grown(now, edge, "step_seconds_total"),
+                 1.0, "of the time the engine waited for experts from disk: give more expert_memory, or warm others"),
+                ("errors_high", ended["error"], sum(ended.values()), LEAST_REQUESTS,
+                 "of the requests ended in an error"),
+                ("unhappy", rated["down"], sum(rated.values()), LEAST_REQUESTS, "of the feedback is bad")):
+            limit = getattr(limits, rule)
+            if whole >= least and part / whole > limit:
+                yield Alert(rule, "", part / whole, limit,
+                            f"{part / whole:.0%} {words}, {over} (limit {limit:.0%})", time)
+
+
+def ratios(now: Reading, old: Reading) -> dict[str, float]:
+    """Each named group's slots since the older reading, over what uniform routing would give it."""
+    sums: dict[str, list[float]] = {}
+    for group, band in values(now, "group_expected_slots_total"):
+        own = sums.setdefault(group, [0.0, 0.0])
+        for i, name in enumerate(("group_slots_total", "group_expected_slots_total")):
+            own[i] += grown(now, old, f"{name}|{group}|{band}")
+    return {group: slots / expected for group, (slots, expected) in sums.items() if expected}
+
+
+def _cause(before: Reading, edge: Reading, now: Reading) -> str:
+    """The two slices of each kind whose part of the tokens changed most, in words; where none did, the largest ones."""
+    changed, largest = [], []
+    pairs = list(values(now, "slice_tokens_total"))
+    for kind in sorted({kind for kind, _ in pairs}):
+        names = [f"slice_tokens_total|{kind}|{value}" for own, value in pairs if own == kind]
+        new = {name: grown(now, edge, name) for name in names}
+        old = {name: grown(edge, before, name) for name in names}
+        if not any(new.values()):
+            continue
+        parts = [(old[name] / (sum(old.values()) or 1.0), new[name] / sum(new.values()), f"{kind}={name.split('|')[2]}")
+                 for name in names]
+        if any(old.values()):
+            parts.sort(key=lambda part: (-abs(part[1] - part[0]), part[2]))
+            changed += [f"; {name} went from {was:.0%} to {share:.0%} of the tokens"
+                        for was, share, name in parts[:2] if abs(share - was) > CHANGED]
+        _, share, name = max(parts, key=lambda part: part[1])
+        largest.append(f"; {name} has {share:.0%} of the tokens")
+    return "".join(changed or largest)

@@ -1,0 +1,183 @@
+"""Every number that is watched, by name, with its definition; docs/monitoring.md says the same at more length.
+
+A reading is plain numbers by name: `steps_total`, or, with values of the metric's labels, `slots_total|1-9`. A
+histogram's are the counts up to each bound and the sum: `first_token_seconds|0.5`, `first_token_seconds|sum`. What
+cannot be measured is absent, never zero.
+
+Rates, shares and percentiles are of what has grown between two readings; a number that has become smaller began anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Reading = Mapping[str, float]
+PREFIX = "moe_dr_"
+FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+EACH = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """exported: also to Prometheus; False for those with more values of a label than it should keep."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    help: str
+    exported: bool = True
+
+
+def _counter(name: str, help: str, *labels: str, exported: bool = True) -> Metric:
+    return Metric(f"{name}_total", "counter", labels, help, exported)
+
+
+def _gauge(name: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", labels, help)
+
+
+SYSTEM = (
+    _counter("steps", "Steps that the engine ran"),
+    _counter("step_seconds", "Seconds in these steps"),
+    _counter("watch_seconds", "Seconds spent on counting, within steps and beside them"),
+    _counter("tokens", "Tokens: ran through the model (computed), found in the prefix cache (cached), new (sampled)",
+             "kind"),
+    _counter("slots", "Slots, (token, place) pairs of the gate, in a band of layers", "band"),
+    _counter("group_slots", "Slots that went to a named group's experts", "group", "band"),
+    _counter("group_expected_slots", "Slots that would have gone there under uniform routing", "group", "band"),
+    _counter("group_wanted", "Experts of a group that a layer of a step asked for, each once", "group"),
+    _counter("group_missed", "Those of them that were not in memory", "group"),
+    _gauge("group_resident_share", "Share of a group's experts that are in memory", "group"),
+    _counter("experts_wanted", "Experts that a layer of a step asked for, each once"),
+    _counter("experts_missed", "Those of them that were not in memory"),
+    _counter("experts_late", "Those of them that were just being read"),
+    _counter("experts_foretold", "Experts read ahead"),
+    _counter("experts_used", "Those of them that the layer then asked for"),
+    _counter("expert_stall_seconds", "Seconds in which the computation waited for experts from disk"),
+    _counter("expert_read_bytes", "Bytes of experts read from disk"),
+    _gauge("requests_running", "Requests that have pages of the cache"),
+    _gauge("requests_waiting", "Requests in the queue"),
+    _gauge("cache_free_positions", "Positions of the latent cache that a new request could have"),
+    _counter("preempted", "Requests that stepped back for want of room in the cache"),
+    _gauge("cpu_share", "Use of all processors, 0..1"),
+    _gauge("process_cpus", "Processors' worth of time that this process uses"),
+    _gauge("resident_bytes", "Memory of this process"),
+    _gauge("memory_share", "Use of the machine's memory, 0..1"),
+    _gauge("gpu_share", "Use of the GPU, 0..1 (NVML)"),
+    _gauge("gpu_memory_bytes", "Memory in use on the GPU (NVML)"),
+    _counter("joules", "Energy of the processors' packages (cpu, RAPL) and of the GPU (gpu, NVML)", "source"),
+    _gauge("price_per_hour", "What an hour of this machine costs, as configured"),
+)
+MODEL = (
+    _counter("labelled_tokens", "Tokens of requests whose domain bears a named group's name", "group"),
+    _counter("right_tokens", "Those of them whose strongest named group is that one", "group"),
+    _counter("judged_tokens", "Tokens whose named groups were compared"),
+    _counter("conflict_tokens", "Those of them whose two strongest named groups are close"),
+    _counter("judged_requests", "Requests whose named groups were compared, over all their tokens"),
+    _counter("conflict_requests", "Those of them whose two strongest named groups are close"),
+    _gauge("routing_entropy", "Entropy (nats) of the experts' shares of the slots of the last minutes, mean of a band",
+           "band"),
+    _gauge("max_vio", "(largest load - mean load) / mean load of the last minutes, mean of a band", "band"),
+    _gauge("dead_experts", "Experts that no token of the last minutes visited", "band"),
+    _gauge("drift", "Share of a domain's slots on the group of its name, less the share that the atlas states",
+           "group"),
+)
+BUSINESS = (
+    _counter("requests", "Requests that ended, by finish reason (stop, length, abort, error)", "domain", "reason"),
+    _counter("refused", "Requests that were refused, by status", "status"),
+    Metric("first_token_seconds", "histogram", (), "From a request's arrival to its first token"),
+    Metric("token_seconds", "histogram", (), "From a token to the next, mean of a request"),
+    _counter("tool_calls", "Answers with calls of tools: right if all name a tool and hold what it requires", "domain",
+             "outcome"),
+    _counter("schema_answers", "Answers that had to match a schema: valid if they are whole", "domain", "outcome"),
+    _counter("feedback", "Feedback, up or down", "domain", "rating"),
+    _counter("slice_tokens", "Tokens by domain, client and language of their requests", "kind", "value",
+             exported=False),
+)
+METRICS = {metric.name: metric for metric in (*SYSTEM, *MODEL, *BUSINESS)}
+
+
+def key(name: str, *values: str) -> str:
+    """The name of a number with labels; `|` in a value becomes `/`."""
+    assert len(values) == len(METRICS[name].labels), name
+    return "|".join([name, *(value.replace("|", "/") for value in values)])
+
+
+def values(reading: Reading, name: str) -> dict[tuple[str, ...], float]:
+    """A metric's numbers by the values of its labels."""
+    found = (k.split("|") for k in reading if k == name or k.startswith(name + "|"))
+    return {tuple(rest): reading["|".join([own, *rest])] for own, *rest in found}
+
+
+def grown(now: Reading, old: Reading, name: str) -> float:
+    """Since the older reading, or since it began anew."""
+    value = now.get(name, 0.0)
+    before = old.get(name, 0.0)
+    return value - before if value >= before else value
+
+
+def growth(now: Reading, old: Reading, name: str) -> float:
+    """The same of all of a metric's numbers together."""
+    return sum(grown(now, old, "|".join([name, *rest])) for rest in values(now, name))
+
+
+def quantile(share: float, now: Reading, old: Reading, name: str) -> float | None:
+    """Of the waits between two readings, linear within a bucket as Prometheus' histogram_quantile; None without any."""
+    bounds = [(float(bound), grown(now, old, f"{name}|{bound}")) for (bound,) in values(now, name) if bound != "sum"]
+    bounds.sort()
+    if not bounds or not bounds[-1][1]:
+        return None
+    rank, below, start = share * bounds[-1][1], 0.0, 0.0
+    for bound, count in bounds:
+        if count >= rank and count > below:
+            return start if bound == float("inf") else start + (bound - start) * (rank - below) / (count - below)
+        below, start = count, bound
+    return start
+
+
+class Histogram:
+    """Counts of waits up to each of some bounds."""
+
+    def __init__(self, name: str, bounds: Sequence[float]) -> None:
+        self.name, self.bounds, self.sum = name, (*bounds, float("inf")), 0.0
+        self.counts = [0] * len(self.bounds)
+
+    def add(self, seconds: float) -> None:
+        self.sum += seconds
+        for i, bound in enumerate(self.bounds):
+            self.counts[i] += seconds <= bound
+
+    def reading(self) -> dict[str, float]:
+        out = {f"{self.name}|{'+Inf' if bound == float('inf') else bound}": float(count)
+               for bound, count in zip(self.bounds, self.counts, strict=True)}
+        return out | {f"{self.name}|sum": self.sum}
+
+
+def exposition(reading: Reading) -> bytes:
+    """The reading as Prometheus scrapes it."""
+    from prometheus_client import generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+    from prometheus_client.core import Metric as Family
+
+    class Once:
+        def collect(self) -> Iterator[Family]:
+            for metric in METRICS.values():
+                found = values(reading, metric.name)
+                if not metric.exported or not found:
+                    continue
+                name = PREFIX + metric.name
+                if metric.kind == "histogram":
+                    histogram = HistogramMetricFamily(name, metric.help)
+                    histogram.add_metric([], [(bound, n) for (bound,), n in found.items() if bound != "sum"],
+                                         found["sum",])
+                    yield histogram
+                else:
+                    family = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+                    one = family(name, metric.help, labels=metric.labels)
+                    for labels, value in found.items():
+                        one.add_metric(labels, value)
+                    yield one
+
+    return generate_latest(Once())

@@ -1,0 +1,299 @@
+"""What a server is watched by: every few seconds a reading goes into the history and past the alerts; whoever asks gets
+the state in figures (dashboard, terminal), the heat map, the curves, or the metrics for Prometheus.
+
+`reader` gives what only the engine's owner knows, under the names of metrics.py. Rates are of the last minute, shares
+and alerts of the last `minutes`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .alerts import Alert, Alerts, Limits, ratios
+from .counters import Counters
+from .history import History
+from .metrics import Reading, exposition, grown, growth, key, quantile, values
+from .power import Machine
+
+MINUTE = 60.0
+HUNDRED_MILLION = 1e8
+log = logging.getLogger("deepseek.watch")
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """interval: seconds between two readings. minutes: the window of shares and alerts. webhook: address that is told
+    of alerts by POST. history: SQLite file, None keeps it in memory; days: how long. price: of an hour of this machine.
+    Raises ConfigError naming option, value and rule."""
+
+    interval: float = 5.0
+    minutes: float = 10.0
+    webhook: str | None = None
+    history: Path | None = None
+    days: float = 30.0
+    price: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "minutes", "days"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
+        if self.price is not None and not self.price >= 0:
+            raise ConfigError(f"price = {self.price}: must be 0 or more")
+        if self.webhook is not None and not self.webhook.startswith(("http://", "https://")):
+            raise ConfigError(f"webhook = {self.webhook!r}: must begin with http:// or https://")
+
+
+class Monitor:
+    """Watches until it is closed. model: what the model is called."""
+
+    def __init__(self, model: str, counters: Counters, reader: Callable[[], Reading],
+                 options: WatchOptions | None = None, *, resident: Callable[[], Tensor | None] = lambda: None,
+                 missed: Callable[[], Tensor | None] = lambda: None, machine: Machine | None = None) -> None:
+        """resident: boolean [L, E], the experts in memory; missed: int64 [L, E], how often each was not; None where all
+        always are."""
+        self.model, self.counters, self.reader = model, counters, reader
+        self.options = options or WatchOptions()
+        self.resident, self.missed = resident, missed
+        self.machine = machine or Machine()
+        self.history = History(self.options.history, self.options.days)
+        sinks = [self._log, self._keep, *([self._post] if self.options.webhook else [])]
+        self.alerts = Alerts(Limits(minutes=self.options.minutes), sinks)
+        self.began = time.time()
+        self._lock = threading.Lock()
+        self._machine: Reading = self.machine.read()
+        self._past: deque[tuple[float, Reading, Tensor]] = deque()  # of the last minutes
+        self._over = threading.Event()
+        self.look()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self.history.close()
+
+    def _run(self) -> None:
+        thinned = time.monotonic()
+        while not self._over.wait(self.options.interval):
+            try:
+                self.look()
+                if time.monotonic() - thinned > MINUTE:
+                    self.history.thin(time.time())
+                    thinned = time.monotonic()
+            except Exception:  # a full disk, say: the server goes on, and says so
+                log.exception("watch: no reading this time")
+
+    # ---- readings -----------------------------------------------------------------------------------------------
+
+    def reading(self) -> dict[str, float]:
+        """Every number by now."""
+        past_LE = self._past[0][2] if self._past else None
+        out = dict(self.counters.reading(past_LE)) | dict(self.reader()) | dict(self._machine)
+        groups = self.counters.groups
+        for name, source in (("group_resident_share", self.resident()), ("group_missed_total", self.missed())):
+            if source is not None and groups.names:
+                sum_G = torch.einsum("le,leg->g", source.float(), groups.member_LEG)
+                if name == "group_resident_share":
+                    sum_G = sum_G / groups.member_LEG.sum((0, 1))
+                out |= {key(name, group): float(value) for group, value in zip(groups.names, sum_G, strict=True)}
+        if self.options.price is not None:
+            out["price_per_hour"] = self.options.price
+        return out
+
+    def look(self) -> list[Alert]:
+        """Take a reading, keep it, and see what is wrong."""
+        with self._lock:
+            now = time.time()
+            self._machine = self.machine.read()
+            reading = self.reading()
+            self._past.append((now, reading, self.counters.slots_LE.clone()))
+            while len(self._past) > 2 and self._past[1][0] <= now - MINUTE * self.options.minutes:
+                self._past.popleft()
+            self.history.add(now, reading)
+            return self.alerts.look(now, reading)
+
+    def metrics(self) -> bytes:
+        """As Prometheus scrapes them."""
+        return exposition(self.reading())
+
+    # ---- alerts go to -------------------------------------------------------------------------------------------
+
+    def _log(self, alert: Alert, begins: bool) -> None:
+        log.warning(json.dumps({"alert": alert.rule, "status": "firing" if begins else "over",
+                                "subject": alert.subject, "message": alert.message}, ensure_ascii=False))
+
+    def _keep(self, alert: Alert, begins: bool) -> None:
+        self.history.alert(time.time(), alert.rule, alert.subject, begins, alert.message)
+
+    def _post(self, alert: Alert, begins: bool) -> None:
+        """In a thread of its own: whoever listens may be slow."""
+        body = json.dumps(alert.to_dict() | {"status": "firing" if begins else "over", "model": self.model}).encode()
+
+        def post() -> None:
+            request = urllib.request.Request(str(self.options.webhook), body, {"content-type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=10):
+                    pass
+            except OSError as error:
+                log.warning(json.dumps({"webhook": self.options.webhook, "error": str(error)}))
+
+        threading.Thread(target=post, name="webhook", daemon=True).start()
+
+    # ---- for people ---------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is on the dashboard but the heat map and the curves, for JSON."""
+        now, reading, groups = time.time(), self.reading(), self.counters.groups
+        past = list(self._past)
+        start, old = past[0][:2]
+        minute = next((entry for entry in past if entry[0] >= now - MINUTE), past[-1])
+        with self.counters.lock:
+            conflict, confusion = self.counters.conflict_GG.tolist(), self.counters.confusion_GG.tolist()
+        share, slots = ratios(reading, old), growth(reading, old, "slots_total")
+        own = []
+        for g, name in enumerate(groups.names):
+            labelled = grown(reading, old, f"labelled_tokens_total|{name}")
+            wanted = grown(reading, old, f"group_wanted_total|{name}")
+            missed = reading.get(f"group_missed_total|{name}")
+            own.append({
+                "name": name, "ratio": share.get(name), "expected": float(groups.expected_LG[:, g].mean()),
+                "share": None if not slots else sum(
+                    grown(reading, old, f"group_slots_total|{name}|{band}") for band in groups.bands) / slots,
+                "bands": {band: _over(grown(reading, old, f"group_slots_total|{name}|{band}"),
+                                      grown(reading, old, f"group_expected_slots_total|{name}|{band}"))
+                          for band in groups.bands},
+                "accuracy": _over(grown(reading, old, f"right_tokens_total|{name}"), labelled), "labelled": labelled,
+                "drift": reading.get(f"drift|{name}"), "resident": reading.get(f"group_resident_share|{name}"),
+                "hits": None if missed is None else _over(
+                    wanted - grown(reading, old, f"group_missed_total|{name}"), wanted)})
+        labelled = growth(reading, old, "labelled_tokens_total")
+        return {
+            "model": self.model, "time": now, "began": self.began, "minutes": self.options.minutes,
+            "figures": {name: value for name, value in reading.items() if "|" not in name},
+            "rates": rates(minute[0], minute[1], now, reading), "window": rates(start, old, now, reading),
+            "groups": own, "bands": {band: {name: reading.get(f"{name}|{band}") for name in (
+                "routing_entropy", "max_vio", "dead_experts")} for band in groups.bands},
+            "entropy_most": float(torch.tensor(float(max(groups.experts, 1))).log()),
+            "accuracy": _over(growth(reading, old, "right_tokens_total"), labelled), "chance": _over(1, len(own)),
+            "conflicts": _over(grown(reading, old, "conflict_tokens_total"),
+                               grown(reading, old, "judged_tokens_total")),
+            "conflict_requests": _over(grown(reading, old, "conflict_requests_total"),
+                                       grown(reading, old, "judged_requests_total")),
+            "conflict": conflict, "confusion": confusion, "residency": residency(reading, old),
+            "energy": {source: value for (source,), value in values(reading, "joules_total").items()},
+            "business": business(reading, old), "comments": self.history.comments(),
+            "alerts": [alert.to_dict() for alert in self.alerts.firing.values()], "past_alerts": self.history.alerts(),
+            "slices": slices(reading, old)}
+
+    def heat(self) -> dict[str, Any]:
+        """Every expert's share of its layer's slots in the last minutes over what uniform routing gives it (null where
+        nothing ran), and its groups: layers x experts."""
+        groups = self.counters.groups
+        with self._lock:
+            before_LE = self._past[0][2]
+        self.counters.settle()
+        slots_LE = (self.counters.slots_LE - before_LE).double()
+        sum_L1 = slots_LE.sum(1, keepdim=True)
+        ratio_LE = slots_LE / sum_L1.clamp(min=1) * groups.experts
+        resident_LE = self.resident()
+        return {"layers": list(groups.layers), "experts": groups.experts, "names": list(groups.names),
+                "ratio": [[round(x, 3) for x in row] if total else None
+                          for row, total in zip(ratio_LE.tolist(), sum_L1[:, 0].tolist(), strict=True)],
+                "groups": [[[g for g, member in enumerate(own) if member] for own in row]
+                           for row in groups.member_LEG.bool().tolist()],
+                "resident": None if resident_LE is None else resident_LE.tolist()}
+
+    def series(self, minutes: float = 60.0) -> dict[str, Any]:
+        """Curves: what each stretch between two kept readings had; null where nothing ran."""
+        past = self.history.readings(time.time() - MINUTE * minutes)
+        times, curves, own = [], [], []
+        for (start, old), (end, now) in pairwise(past):
+            times.append(end)
+            curves.append(rates(start, old, end, now))
+            own.append(ratios(now, old))
+        return {"time": times, "rates": {name: [curve[name] for curve in curves] for name in RATES},
+                "groups": {name: [at.get(name) for at in own] for name in self.counters.groups.names}}
+
+
+RATES = ("tokens", "new_tokens", "requests", "first_p50", "first_p99", "each_p50", "each_p99", "running", "waiting",
+         "joules_per_token", "cost", "watch", "missed")
+
+
+def rates(start: float, old: Reading, end: float, now: Reading) -> dict[str, float | None]:
+    """Between two readings: tokens, new_tokens and requests a second; percentiles of waits in seconds; energy in joules
+    a token; cost of 10^8 tokens; counting's share of the steps' time; misses' share of wanted experts."""
+    seconds = max(end - start, 1e-9)
+    run = grown(now, old, "tokens_total|computed") + grown(now, old, "tokens_total|cached")
+    joules = None if not values(now, "joules_total") else growth(now, old, "joules_total")
+    price = now.get("price_per_hour")
+    return {
+        "tokens": run / seconds, "new_tokens": grown(now, old, "tokens_total|sampled") / seconds,
+        "requests": growth(now, old, "requests_total") / seconds,
+        "first_p50": quantile(0.5, now, old, "first_token_seconds"),
+        "first_p99": quantile(0.99, now, old, "first_token_seconds"),
+        "each_p50": quantile(0.5, now, old, "token_seconds"), "each_p99": quantile(0.99, now, old, "token_seconds"),
+        "running": now.get("requests_running"), "waiting": now.get("requests_waiting"),
+        "joules_per_token": None if joules is None else _over(joules, run),
+        "cost": None if price is None else _over(price / 3600 * seconds * HUNDRED_MILLION, run),
+        "watch": _over(grown(now, old, "watch_seconds_total"), grown(now, old, "step_seconds_total")),
+        "missed": _over(grown(now, old, "experts_missed_total"), grown(now, old, "experts_wanted_total"))}
+
+
+def residency(now: Reading, old: Reading) -> dict[str, float | None] | None:
+    """None where all experts are always in memory."""
+    if "experts_wanted_total" not in now:
+        return None
+    wanted, foretold = grown(now, old, "experts_wanted_total"), grown(now, old, "experts_foretold_total")
+    missed = grown(now, old, "experts_missed_total") + grown(now, old, "experts_late_total")
+    return {"hits": _over(max(0.0, wanted - missed), wanted),
+            "foretold_right": _over(grown(now, old, "experts_used_total"), foretold),
+            "stall": _over(grown(now, old, "expert_stall_seconds_total"), grown(now, old, "step_seconds_total")),
+            "read_bytes": grown(now, old, "expert_read_bytes_total")}
+
+
+def business(now: Reading, old: Reading) -> list[dict[str, Any]]:
+    """By domain: how requests ended, tools, schemas, feedback."""
+    out = []
+    for domain in sorted({domain for name in ("requests_total", "feedback_total") for domain, _ in values(now, name)}):
+        def parts(name: str, domain: str = domain) -> dict[str, float]:
+            return {outcome: grown(now, old, f"{name}|{own}|{outcome}") for own, outcome in values(now, name)
+                    if own == domain}
+
+        ended, tools, schemas, feedback = map(parts, (
+            "requests_total", "tool_calls_total", "schema_answers_total", "feedback_total"))
+        out.append({"domain": domain, "requests": sum(ended.values()), "ended": ended,
+                    "completed": _over(ended.get("stop", 0.0), sum(ended.values())),
+                    "tools": _over(tools.get("right", 0.0), sum(tools.values())),
+                    "schemas": _over(schemas.get("valid", 0.0), sum(schemas.values())),
+                    "satisfied": _over(feedback.get("up", 0.0), sum(feedback.values())),
+                    "rated": sum(feedback.values())})
+    return out
+
+
+def slices(now: Reading, old: Reading, most: int = 8) -> dict[str, list[tuple[str, float]]]:
+    """The largest of each kind, with their share of the tokens."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    for kind, value in values(now, "slice_tokens_total"):
+        found.setdefault(kind, []).append((value, grown(now, old, f"slice_tokens_total|{kind}|{value}")))
+    return {kind: [(value, tokens / max(1.0, sum(n for _, n in own)))
+                   for value, tokens in sorted(own, key=lambda entry: -entry[1])[:most] if tokens]
+            for kind, own in found.items()}
+
+
+def _over(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+

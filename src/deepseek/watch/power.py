@@ -1,0 +1,83 @@
+"""What the machine does meanwhile: processors, memory, energy, the GPU. What cannot be read is absent, never zero.
+
+Energy: RAPL's counters under /sys/class/powercap (Linux, often readable by root alone), which run over at their own
+maximum; NVML for the GPU, where the package pynvml is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+@dataclass
+class Rapl:
+    """Joules of all packages since the first look. root: a folder like /sys/class/powercap."""
+
+    root: Path = POWERCAP
+    total: float = 0.0
+    _last: dict[Path, int] = field(default_factory=dict)
+
+    def read(self) -> float | None:
+        """None where there is no counter that can be read. Sub-zones (cores, DRAM within a package) are not counted
+        twice: only `intel-rapl:N` itself is read."""
+        seen = False
+        for zone in sorted(self.root.glob("*-rapl:[0-9]*")):
+            if zone.name.count(":") != 1:
+                continue
+            try:
+                now = int((zone / "energy_uj").read_text())
+                limit = int((zone / "max_energy_range_uj").read_text())
+            except (OSError, ValueError):
+                continue
+            seen = True
+            last = self._last.get(zone, now)
+            self.total += ((now - last) if now >= last else now + limit - last) / 1e6
+            self._last[zone] = now
+        return self.total if seen else None
+
+
+class Machine:
+    """Looks at the machine; one caller."""
+
+    def __init__(self, powercap: Path = POWERCAP) -> None:
+        self.rapl = Rapl(powercap)
+        self.rapl.read()
+        self.process = psutil.Process()
+        self.process.cpu_percent()
+        psutil.cpu_percent()
+        self._gpu = _nvml()
+
+    def read(self) -> dict[str, float]:
+        """name -> value: shares 0..1, bytes, joules since the start."""
+        memory = psutil.virtual_memory()
+        out: dict[str, float | None] = {
+            "cpu_share": psutil.cpu_percent() / 100, "process_cpus": self.process.cpu_percent() / 100,
+            "resident_bytes": float(self.process.memory_info().rss), "memory_share": memory.percent / 100,
+            "joules_total|cpu": self.rapl.read()}
+        if self._gpu is not None:
+            out |= self._gpu()
+        return {name: value for name, value in out.items() if value is not None}
+
+
+def _nvml() -> Any:
+    """A function that reads the first GPU, None where there is none or no pynvml."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception:  # ImportError, or any of NVML's own errors
+        return None
+
+    def read() -> dict[str, float]:
+        use, memory = pynvml.nvmlDeviceGetUtilizationRates(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return {"gpu_share": use.gpu / 100, "gpu_memory_bytes": float(memory.used),
+                "joules_total|gpu": pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3}
+
+    return read

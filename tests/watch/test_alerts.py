@@ -1,0 +1,102 @@
+"""A skewed workload trips the alert, with the right slice in its message; a healthy one does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek.watch.alerts import Alert, Alerts, Limits
+
+EVEN = {"code_expert": 0.25, "law_expert": 0.25, "text_expert": 0.5}
+
+
+class Traffic:
+    """Readings that grow minute by minute."""
+
+    def __init__(self) -> None:
+        self.minute = 0
+        self.now: dict[str, float] = {}
+
+    def add(self, name: str, value: float) -> None:
+        self.now[name] = self.now.get(name, 0.0) + value
+
+    def go(self, tokens: float, domains: dict[str, float], client: str = "a", **more: float) -> tuple[float, dict]:
+        self.minute += 1
+        for domain, share in domains.items():
+            for kind, value in (("domain", domain), ("client", client)):
+                self.add(f"slice_tokens_total|{kind}|{value}", tokens * share)
+            for band in ("1-2", "3-4"):
+                self.add(f"group_slots_total|{domain}_expert|{band}", 3 * tokens * share)
+                self.add(f"group_expected_slots_total|{domain}_expert|{band}", 3 * tokens * EVEN[f"{domain}_expert"])
+        for band in ("1-2", "3-4"):
+            self.add(f"slots_total|{band}", 3 * tokens)
+        for name, value in more.items():
+            self.add(name.replace("__", "|"), value)
+        return 60.0 * self.minute, dict(self.now)
+
+
+HEALTHY = {"code": 0.25, "law": 0.25, "text": 0.5}
+SKEWED = {"code": 0.02, "law": 0.25, "text": 0.73}
+
+
+def test_a_skewed_workload_and_its_end() -> None:
+    told: list[tuple[Alert, bool]] = []
+    alerts, traffic = Alerts(Limits(minutes=5), [lambda *what: told.append(what)]), Traffic()
+    for _ in range(12):
+        assert alerts.look(*traffic.go(1000, HEALTHY)) == []
+    fired = [alerts.look(*traffic.go(1000, SKEWED)) for _ in range(8)]
+    assert fired[0] == [] and len(fired[-1]) == 1
+    alert, = fired[-1]
+    assert (alert.rule, alert.subject) == ("share_low", "code_expert")
+    assert alert.value == pytest.approx(0.08)
+    assert "check the data distribution" in alert.message and "8% of its expected share" in alert.message
+    assert "domain=code went from" in alert.message and "domain=text went from" in alert.message
+    assert "client" not in alert.message and "domain=law" not in alert.message
+    assert alert.since == min(a.since for found in fired for a in found)
+    for _ in range(6):
+        alerts.look(*traffic.go(1000, HEALTHY))
+    assert [begins for _, begins in told] == [True, False] and not alerts.firing
+
+
+def test_a_client_is_named() -> None:
+    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    for _ in range(4):
+        alerts.look(*traffic.go(1000, HEALTHY, client="a"))
+    for _ in range(3):
+        found = alerts.look(*traffic.go(1000, SKEWED, client="b"))
+    assert "client=b went from 50% to 100%" in found[0].message and "domain=code went from" in found[0].message
+
+
+def test_skewed_from_the_start_names_what_there_is() -> None:
+    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    alerts.look(0.0, {})
+    for _ in range(3):
+        found = alerts.look(*traffic.go(1000, SKEWED))
+    assert "client=a has 100% of the tokens; domain=text has 73% of the tokens" in found[0].message
+
+
+def test_little_traffic_says_nothing() -> None:
+    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    for _ in range(9):
+        assert alerts.look(*traffic.go(20, SKEWED, requests_total__law__error=1, feedback_total__law__down=1)) == []
+
+
+def test_a_server_that_began_anew() -> None:
+    """Numbers that became smaller count from zero."""
+    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    for _ in range(5):
+        alerts.look(*traffic.go(1000, HEALTHY))
+    traffic.now.clear()
+    for _ in range(3):
+        assert alerts.look(*traffic.go(1000, HEALTHY)) == []
+
+
+@pytest.mark.parametrize(("rule", "counts"), [
+    ("conflict_high", {"judged_tokens_total": 1000, "conflict_tokens_total": 700}),
+    ("stall_high", {"step_seconds_total": 60, "expert_stall_seconds_total": 40}),
+    ("errors_high", {"requests_total__law_expert__stop": 27, "requests_total__other__error": 3}),
+    ("unhappy", {"feedback_total__law_expert__up": 5, "feedback_total__unknown__down": 20})])
+def test_the_other_rules(rule: str, counts: dict[str, float]) -> None:
+    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    for _ in range(4):
+        found = alerts.look(*traffic.go(1000, HEALTHY, **counts))
+    assert [alert.rule for alert in found] == [rule] and "over 2 minutes" in found[0].message

@@ -1,0 +1,192 @@
+"""What is counted of steps, against a plain loop over tokens; readings against their definitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace as Plain
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from deepseek.atlas import Atlas
+from deepseek.atlas.atlas import NamedGroup, Shape
+from deepseek.config import ModelConfig
+from deepseek.ids import ExpertId, ExpertSet
+from deepseek.model import Route, RoutingRecord
+from deepseek.watch.counters import CLOSE, Counters
+from deepseek.watch.metrics import METRICS, PREFIX, Histogram, exposition, grown, key, quantile, values
+
+NAMES = ("code_expert", "law_expert", "odd")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: Callable) -> ModelConfig:
+    return tiny_config(num_hidden_layers=6, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2,
+                       n_group=1, topk_group=1)
+
+
+@pytest.fixture(scope="module")
+def atlas(config: ModelConfig) -> Atlas:
+    """Groups of unlike size, one of them in some layers only; two share an expert."""
+    sets = {"code_expert": [(layer, e) for layer in config.moe_layers for e in (0, 1)],
+            "law_expert": [(layer, e) for layer in config.moe_layers for e in (2, 3, 4)], "odd": [(2, 7), (3, 0)]}
+    return Atlas(Shape.of(config), [
+        NamedGroup(name, "measured", ExpertSet(ExpertId(*pair) for pair in own), evidence={"coverage_slots": 0.5})
+        for name, own in sets.items()])
+
+
+def made(draw: Any, config: ModelConfig, steps: int) -> list[tuple[list[Any], RoutingRecord]]:
+    """Steps of random requests; some places have no expert."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
+    out = []
+    for _ in range(steps):
+        works = [Plain(request=Plain(number=draw(st.integers(0, 3)), domain=draw(st.sampled_from(
+            [None, "law", "law_expert", "code", "poems"])), tags={"client": draw(st.sampled_from("ab"))}),
+            chunk=Plain(tokens=draw(st.integers(1, 5)))) for _ in range(draw(st.integers(1, 3)))]
+        tokens = sum(work.chunk.tokens for work in works)
+        routes = {}
+        for layer in config.moe_layers:
+            index = torch.rand(tokens, 8, generator=generator).topk(2, 1).indices
+            index[torch.rand(tokens, 2, generator=generator) < 0.05] = -1
+            routes[layer] = Route(index, torch.rand(tokens, 2, generator=generator), torch.zeros(tokens, 8))
+        out.append((works, RoutingRecord(routes)))
+    return out
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_counts_against_a_loop(config: ModelConfig, atlas: Atlas, data: Any) -> None:
+    counters = Counters(config, atlas)
+    slots: dict[tuple[int, int], int] = {}
+    wanted: dict[tuple[int, int], int] = {}
+    confusion: dict[tuple[str, str], int] = {}
+    conflicts = judged = 0
+    of_request: dict[int, list[float]] = {}
+    for works, routing in made(data.draw, config, data.draw(st.integers(1, 4))):
+        counters.step(works, routing, 0.5)
+        if data.draw(st.booleans()):
+            counters.settle()
+        owner = [work.request for work in works for _ in range(work.chunk.tokens)]
+        asked = set()
+        for t, request in enumerate(owner):
+            strength = dict.fromkeys(NAMES, 0.0)
+            for row, layer in enumerate(config.moe_layers):
+                route = routing.routes[layer]
+                for e, weight in zip(route.index_TK[t].tolist(), route.weight_TK[t].tolist(), strict=True):
+                    if e < 0:
+                        continue
+                    slots[row, e] = slots.get((row, e), 0) + 1
+                    asked.add((row, e))
+                    for name in NAMES:
+                        strength[name] += weight * (ExpertId(layer, e) in atlas[name])
+            for name in NAMES:
+                strength[name] /= len(atlas[name]) / 8
+            first, second = sorted(strength.values(), reverse=True)[:2]
+            judged, conflicts = judged + 1, conflicts + (first - second < CLOSE * first)
+            label = {"law": "law_expert", "law_expert": "law_expert", "code": "code_expert"}.get(request.domain)
+            if label:
+                best = max(NAMES, key=lambda name: strength[name])
+                confusion[label, best] = confusion.get((label, best), 0) + 1
+            mine = of_request.setdefault(request.number, [0.0] * 3)
+            for i, name in enumerate(NAMES):
+                mine[i] += strength[name]
+        for place in asked:
+            wanted[place] = wanted.get(place, 0) + 1
+    reading = counters.reading()
+    for found, expected in ((counters.slots_LE, slots), (counters.wanted_LE, wanted)):
+        assert {(row, e): int(n) for row, own in enumerate(found) for e, n in enumerate(own) if n} == expected
+    assert {(NAMES[a], NAMES[b]): int(n) for a, own in enumerate(counters.confusion_GG)
+            for b, n in enumerate(own) if n} == confusion
+    assert (reading["judged_tokens_total"], reading["conflict_tokens_total"]) == (judged, conflicts)
+    assert int(counters.conflict_GG.sum()) == conflicts
+    for number, mine in of_request.items():
+        assert counters.strength[number].tolist() == pytest.approx(mine, rel=1e-4)
+        counters.finished(number, None, "stop", 0.1, None)
+    counters.settle()
+    assert not counters.strength and counters.reading()["judged_requests_total"] == len(of_request)
+
+
+def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None:
+    """All of law's tokens go to two of law's experts; nobody says a word of code."""
+    counters = Counters(config, atlas)
+    tokens = 30
+    index = torch.tensor([[2, 3]]).repeat(tokens, 1)
+    routing = RoutingRecord({layer: Route(index, torch.full((tokens, 2), 0.5), torch.zeros(tokens, 8))
+                             for layer in config.moe_layers})
+    counters.step([Plain(request=Plain(number=1, domain="law", tags={"client": "a|b"}), chunk=Plain(tokens=tokens))],
+                  routing, 2.0)
+    counters.finished(1, "law", "stop", 0.3, 0.02)
+    reading = counters.reading()
+    assert list(counters.groups.bands) == ["1-2", "3-4", "5-5"]
+    assert reading["slots_total|1-2"] == 2 * 2 * tokens
+    assert reading["group_slots_total|law_expert|1-2"] == 2 * 2 * tokens
+    assert reading["group_expected_slots_total|law_expert|1-2"] == 2 * 2 * tokens * 3 / 8
+    assert reading["group_slots_total|code_expert|1-2"] == 0
+    assert "group_slots_total|odd|5-5" not in reading and "group_expected_slots_total|odd|3-4" in reading
+    assert reading["labelled_tokens_total|law_expert"] == reading["right_tokens_total|law_expert"] == tokens
+    assert reading["drift|law_expert"] == pytest.approx(1.0 - 0.5) and "drift|code_expert" not in reading
+    assert reading["routing_entropy|5-5"] == pytest.approx(math.log(2))
+    assert reading["max_vio|5-5"] == pytest.approx(30 / (60 / 8) - 1) and reading["dead_experts|1-2"] == 12
+    assert reading["requests_total|law_expert|stop"] == 1 and reading["slice_tokens_total|client|a/b"] == tokens
+    assert reading["conflict_requests_total"] == 0 and reading["step_seconds_total"] == 2.0
+    assert 0 < reading["watch_seconds_total"] < 1
+    later = counters.reading(counters.slots_LE.clone())  # nothing ran since
+    assert "max_vio|5-5" not in later
+
+
+def test_domains_of_clients_stay_few(config: ModelConfig, atlas: Atlas) -> None:
+    label = Counters(config, atlas).groups.label
+    assert [label(name) for name in ("law", "odd", "math", "medical_expert", "my|own", None)] == [
+        "law_expert", "odd", "math_expert", "medical_expert", "other", "unknown"]
+
+
+def test_without_atlas_or_experts(tiny_config: Callable) -> None:
+    counters = Counters(tiny_config(first_k_dense_replace=3))
+    counters.step([Plain(request=Plain(number=1, domain="law", tags={}), chunk=Plain(tokens=3))], None, 0.1)
+    reading = counters.reading()
+    assert reading["steps_total"] == 1 and reading["slice_tokens_total|domain|law_expert"] == 3
+    assert not any(name.startswith(("slots", "max_vio", "group")) for name in reading)
+
+
+def test_slices_have_an_end(config: ModelConfig) -> None:
+    counters = Counters(config)
+    for i in range(1000):
+        counters.step([Plain(request=Plain(number=i, domain=None, tags={"client": str(i)}), chunk=Plain(tokens=1))],
+                      None, 0.0)
+    found = values(counters.reading(), "slice_tokens_total")
+    assert len(found) < 600 and sum(n for (kind, _), n in found.items() if kind == "client") == 1000
+    assert found["client", "other"] > 400
+
+
+def test_exposition_is_what_prometheus_reads() -> None:
+    histogram = Histogram("first_token_seconds", (0.1, 1.0))
+    for wait in (0.05, 0.5, 0.6, 7.0):
+        histogram.add(wait)
+    reading = {"steps_total": 3.0, key("slots_total", "1-9"): 5.0, key("requests_total", 'a"\n\\', "stop"): 1.0,
+               key("slice_tokens_total", "client", "x"): 1.0, "cpu_share": 0.5} | histogram.reading()
+    families = {family.name: family for family in text_string_to_metric_families(exposition(reading).decode())}
+    assert PREFIX + "slice_tokens" not in families
+    assert families[PREFIX + "requests"].samples[0].labels == {"domain": 'a"\n\\', "reason": "stop"}
+    samples = {(s.name, s.labels.get("le")): s.value for s in families[PREFIX + "first_token_seconds"].samples}
+    assert samples[PREFIX + "first_token_seconds_bucket", "1.0"] == 3
+    assert samples[PREFIX + "first_token_seconds_count", None] == 4
+    assert samples[PREFIX + "first_token_seconds_sum", None] == pytest.approx(8.15)
+    assert all(metric.help for metric in METRICS.values())
+
+
+def test_percentiles_of_a_stretch() -> None:
+    histogram = Histogram("token_seconds", (0.1, 0.2, 0.4))
+    histogram.add(9.0)
+    old = histogram.reading()
+    for i in range(100):
+        histogram.add(0.1 + i / 1000)
+    now = histogram.reading()
+    assert quantile(0.5, now, old, "token_seconds") == pytest.approx(0.15, abs=0.002)
+    assert quantile(0.99, now, now, "token_seconds") is None
+    assert quantile(0.999, histogram.reading(), {}, "token_seconds") == 0.4  # beyond the last bound
+    assert grown({"steps_total": 3.0}, {"steps_total": 10.0}, "steps_total") == 3.0  # began anew
