@@ -148,13 +148,15 @@ class LlamaCpp:
         rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         return float(self._only(rows, output)["speed_tg"])
 
-    def server(self, port: int, slots: int, positions: int) -> tuple[list[str], dict[str, str]]:
-        """(command, environment) of llama-server for `slots` requests at once of `positions` tokens each. Its store of
-        earlier prompts, of no use to prompts that share nothing, is off, and so are its page and its log."""
+    def server(self, port: int, slots: int, positions: int, step: int = 2048) -> tuple[list[str], dict[str, str]]:
+        """(command, environment) of llama-server for `slots` requests at once of `positions` tokens each, `step` tokens
+        of prompts at a time (its own default). Its store of earlier prompts, of no use to prompts that share nothing,
+        is off, and so are its page and its log."""
         context = slots * -(-positions // 256) * 256
+        flash = "on" if self.flash_attention else "off"
         return [str(self.binaries / "llama-server"), "-m", str(self.model), "-t", str(self.threads), "-np", str(slots),
-                "-c", str(context), "-fa", "on" if self.flash_attention else "off", "--port", str(port), "--cache-ram",
-                "0", "--no-ui", "--log-disable"], self._environment()
+                "-c", str(context), "-b", str(step), "-fa", flash, "--port", str(port), "--cache-ram", "0", "--no-ui",
+                "--log-disable"], self._environment()
 
     def _bench(self, *options: str) -> float:
         output = self._tool("llama-bench", *options, "-r", "1", "-o", "json", "-fa", str(int(self.flash_attention)))

@@ -84,7 +84,8 @@ class Alerts:
             sink(alert, begins)
 
     def _rules(self, time: float, before: Reading, edge: Reading, now: Reading) -> Iterable[Alert]:
-        limits, over = self.limits, f"over {self.limits.minutes:g} minutes"
+        limits = self.limits
+        over = "over a minute" if limits.minutes == 1 else f"over {limits.minutes:g} minutes"
         slots = growth(now, edge, "slots_total")
         if slots >= LEAST_SLOTS:
             cause = _cause(before, edge, now)

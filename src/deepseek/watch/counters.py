@@ -8,8 +8,8 @@ The engine knows nothing of this: it calls `step` with what it ran, which keeps 
 together, many steps at a time, when somebody reads or much has gathered: a few large tensor operations instead of many
 small ones in every step.
 
-Shape letters: S steps, T their tokens, L MoE layers, R rows (step, layer, token), K experts a token, E experts, G named
-groups, B bands of layers.
+Shape letters: T tokens, L MoE layers, K experts a token, E experts, P = L x K places of a token, N requests, G named
+groups, D = G + 1 labels.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from ..atlas import Atlas, ExpertUsage
 from ..config import ModelConfig
@@ -46,16 +48,8 @@ class Ran(Protocol):
 
 
 @dataclass(frozen=True)
-class _Part:
-    number: int
-    domain: str | None
-    tags: tuple[tuple[str, str], ...]
-    tokens: int
-
-
-@dataclass(frozen=True)
 class _Step:
-    parts: Sequence[_Part]
+    parts: Sequence[tuple[Any, int]]  # request, tokens
     index: Sequence[Tensor]  # [T, K] a layer
     weight: Sequence[Tensor]
 
@@ -73,9 +67,12 @@ class Groups:
             for expert in atlas[name]:
                 self.member_LEG[row_of[expert.layer], expert.index, g] = 1.0
         self.expected_LG = self.member_LEG.sum(1) / max(self.experts, 1)  # share of a layer's slots if all are even
+        nobody_1G = torch.zeros(1, len(self.names))
+        self.member_PG = torch.cat([self.member_LEG.flatten(0, 1), nobody_1G])  # places, and one for no expert
         self.even_G = self.expected_LG.sum(0).clamp(min=1e-9)
         rows = torch.arange(len(self.layers)).tensor_split(min(BANDS, max(1, len(self.layers))))
-        self.bands = {f"{self.layers[int(own[0])]}-{self.layers[int(own[-1])]}": own for own in rows if len(own)}
+        ends = [(self.layers[int(own[0])], self.layers[int(own[-1])]) for own in rows if len(own)]
+        self.bands = {str(a) if a == b else f"{a}-{b}": own for (a, b), own in zip(ends, rows, strict=False)}
 
     def place(self, domain: str | None) -> int:
         """Of the group that bears a domain's name, -1 for none."""
@@ -100,9 +97,8 @@ class Counters:
         self.lock = threading.Lock()
         self._pending: deque[_Step] = deque()
         self._gathered = 0
-        self.slots_LE = torch.zeros(layers, experts, dtype=torch.int64)
+        self.slots_DLE = torch.zeros(named + 1, layers, experts, dtype=torch.int64)  # by label, the first has none
         self.wanted_LE = torch.zeros(layers, experts, dtype=torch.int64)  # once a step
-        self.coverage: dict[str, tuple[int, Tensor]] = {}  # domain -> (its tokens, their slots on each group [L, G])
         self.confusion_GG = torch.zeros(named, named, dtype=torch.int64)  # label, strongest
         self.conflict_GG = torch.zeros(named, named, dtype=torch.int64)  # the two that are close, lower place first
         self.strength: dict[int, Tensor] = {}  # of requests under way, [G]
@@ -119,11 +115,10 @@ class Counters:
         """A step is over: its requests in the order of their tokens, the routes of all tokens, its time."""
         began = time.perf_counter()
         self.steps, self.step_seconds = self.steps + 1, self.step_seconds + seconds
-        parts = [_Part(work.request.number, work.request.domain, tuple(work.request.tags.items()), work.chunk.tokens)
-                 for work in works]
+        parts = [(work.request, work.chunk.tokens) for work in works]
         routes = [] if routing is None else [routing.routes[layer] for layer in self.groups.layers]
         self._pending.append(_Step(parts, [r.index_TK for r in routes], [r.weight_TK for r in routes]))
-        self._gathered += sum(part.tokens for part in parts)
+        self._gathered += sum(tokens for _, tokens in parts)
         self.inline_seconds += time.perf_counter() - began
         if self._gathered > GATHERED:
             self.settle()
@@ -137,13 +132,16 @@ class Counters:
         began = time.perf_counter()
         steps = [self._pending.popleft() for _ in range(len(self._pending))]
         self._gathered = 0
-        if steps:
-            for part in (part for step in steps for part in step.parts):
-                self._slice("domain", self.groups.label(part.domain), part.tokens)
-                for kind, value in part.tags:
-                    self._slice(kind, value, part.tokens)
-            if routed := [step for step in steps if step.index]:
-                self._routes(routed)
+        requests: dict[int, Any] = {}
+        tokens_of: Counter[int] = Counter()
+        for request, tokens in (part for step in steps for part in step.parts):
+            requests[request.number] = request
+            tokens_of[request.number] += tokens
+        for number, request in requests.items():
+            for kind, value in (("domain", self.groups.label(request.domain)), *request.tags.items()):
+                self._slice(kind, value, tokens_of[number])
+        if routed := [step for step in steps if step.index]:
+            self._routes(routed, requests)
         while self._over:
             if (strength_G := self.strength.pop(self._over.pop(), None)) is not None:
                 self.numbers["judged_requests_total"] += 1
@@ -157,63 +155,45 @@ class Counters:
             name = key("slice_tokens_total", kind, "other")
         self.numbers[name] += tokens
 
-    def _routes(self, steps: Sequence[_Step]) -> None:
-        groups, layers, experts = self.groups, len(self.groups.layers), self.groups.experts
-        named = len(groups.names)
-        index_RK = torch.cat([index for step in steps for index in step.index]).cpu()
-        weight_RK = torch.cat([weight for step in steps for weight in step.weight]).float().cpu()
-        tokens = torch.tensor([len(step.index[0]) for step in steps])
-        row_SL = torch.arange(len(steps) * layers)  # which (step, layer) a row belongs to
-        row_R = row_SL.repeat_interleave(tokens.repeat_interleave(layers))
-        there_RK = index_RK >= 0
-        place_RK = row_R.unsqueeze(1) * experts + index_RK.clamp(min=0)
-        count_SLE = torch.bincount(place_RK[there_RK], minlength=len(steps) * layers * experts).view(
-            len(steps), layers, experts)
-        self.slots_LE += count_SLE.sum(0)
-        self.wanted_LE += (count_SLE > 0).sum(0)
+    def _routes(self, steps: Sequence[_Step], requests: Mapping[int, Any]) -> None:
+        groups, (layers, experts), numbers = self.groups, self.wanted_LE.shape, self.numbers
+        named, nobody = len(groups.names), layers * experts  # the place of an index that is no expert
+        # numpy for whole numbers: torch would wake its threads, which wait for the model's
+        index_TLK = np.concatenate([np.stack([own.cpu().numpy() for own in step.index], 1) for step in steps])
+        place_TLK = index_TLK + experts * np.arange(layers)[:, None]
+        if (absent_TLK := index_TLK < 0).any():
+            place_TLK[absent_TLK] = nobody
+        place_TP = place_TLK.reshape(len(place_TLK), -1)
+        row = {number: i for i, number in enumerate(requests)}
+        parts = [(row[request.number], tokens) for step in steps for request, tokens in step.parts]
+        of_T = np.repeat([i for i, _ in parts], [tokens for _, tokens in parts])
+        label_T = np.array([groups.place(groups.label(request.domain)) for request in requests.values()])[of_T]
+        count_D = np.bincount(((label_T + 1)[:, None] * (nobody + 1) + place_TP).ravel(),
+                              minlength=(named + 1) * (nobody + 1)).reshape(named + 1, nobody + 1)
+        self.slots_DLE += torch.from_numpy(count_D[:, :nobody]).view_as(self.slots_DLE)
+        asked = np.zeros((len(steps), nobody + 1), dtype=bool)
+        asked[np.repeat(np.arange(len(steps)), [len(step.index[0]) for step in steps])[:, None], place_TP] = True
+        self.wanted_LE += torch.from_numpy(asked[:, :nobody].sum(0)).view_as(self.wanted_LE)
         if not named:
             return
-        layer_R = row_R % layers
-        begin_S = torch.cumsum(tokens, 0) - tokens
-        token_R = torch.cat([torch.arange(n).repeat(layers) + begin
-                             for n, begin in zip(tokens.tolist(), begin_S.tolist(), strict=True)])
-        member_RKG = groups.member_LEG[layer_R.unsqueeze(1), index_RK.clamp(min=0)] * there_RK.unsqueeze(2)
-        total = int(tokens.sum())
-        strength_TG = torch.zeros(total, named).index_add_(
-            0, token_R, torch.einsum("rk,rkg->rg", weight_RK, member_RKG)) / groups.even_G
-        parts = [part for step in steps for part in step.parts]
-        part_T = torch.arange(len(parts)).repeat_interleave(torch.tensor([part.tokens for part in parts]))
-        self._strongest(parts, part_T, strength_TG)
-        touched_RG = member_RKG.sum(1)
-        for domain in {part.domain for part in parts}:
-            place = groups.place(groups.label(domain))
-            if place < 0:
-                continue
-            of_P = torch.tensor([part.domain == domain for part in parts])
-            own_R = of_P[part_T][token_R]
-            tokens_before, slots_LG = self.coverage.get(groups.names[place], (0, torch.zeros(layers, named)))
-            self.coverage[groups.names[place]] = (
-                tokens_before + int(of_P[part_T].sum()),
-                slots_LG.index_add(0, layer_R[own_R], touched_RG[own_R]))
-
-    def _strongest(self, parts: Sequence[_Part], part_T: Tensor, strength_TG: Tensor) -> None:
-        groups, named, numbers = self.groups, len(self.groups.names), self.numbers
+        weight_TLK = torch.cat([torch.stack(tuple(step.weight), 1) for step in steps]).float().cpu()
+        strength_TG = embedding_bag(torch.from_numpy(place_TP), groups.member_PG, mode="sum",
+                                    per_sample_weights=weight_TLK.flatten(1)) / groups.even_G
         best_T2 = strength_TG.topk(min(2, named), 1)
         numbers["judged_tokens_total"] += len(strength_TG)
-        close_T = close(best_T2.values)
-        pairs_C2 = best_T2.indices[close_T].sort(1).values
+        pairs_C2 = best_T2.indices[close(best_T2.values)].sort(1).values
         numbers["conflict_tokens_total"] += len(pairs_C2)
         if len(pairs_C2):
             self.conflict_GG += torch.bincount(
                 pairs_C2[:, 0] * named + pairs_C2[:, 1], minlength=named * named).view(named, named)
-        label_T = torch.tensor([groups.place(groups.label(part.domain)) for part in parts])[part_T]
         known_T = label_T >= 0
-        self.confusion_GG += torch.bincount(label_T[known_T] * named + best_T2.indices[known_T, 0],
-                                            minlength=named * named).view(named, named)
-        sum_PG = torch.zeros(len(parts), named).index_add_(0, part_T, strength_TG)
-        for part, own_G in zip(parts, sum_PG, strict=True):
-            before = self.strength.get(part.number)
-            self.strength[part.number] = own_G if before is None else before + own_G
+        self.confusion_GG += torch.from_numpy(np.bincount(
+            label_T[known_T] * named + best_T2.indices[:, 0].numpy()[known_T], minlength=named * named)
+        ).view(named, named)
+        sum_NG = torch.zeros(len(requests), named).index_add_(0, torch.from_numpy(of_T), strength_TG)
+        for number, own_G in zip(requests, sum_NG, strict=True):
+            before = self.strength.get(number)
+            self.strength[number] = own_G if before is None else before + own_G
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -239,6 +219,10 @@ class Counters:
 
     # ---- figures ------------------------------------------------------------------------------------------------
 
+    def slots(self) -> Tensor:
+        """How often each expert was visited so far, [L, E]."""
+        return self.slots_DLE.sum(0)
+
     def reading(self, before_LE: Tensor | None = None) -> dict[str, float]:
         """All numbers by now. before_LE: slots at the begin of the last minutes, for what is said of these."""
         with self.lock:
@@ -248,8 +232,9 @@ class Counters:
                 "steps_total": self.steps, "step_seconds_total": self.step_seconds,
                 "watch_seconds_total": self.inline_seconds + self.settle_seconds}
             out |= self.numbers | self.first_token.reading() | self.per_token.reading()
-            slots_L = self.slots_LE.sum(1)
-            slots_LG = torch.einsum("le,leg->lg", self.slots_LE.float(), groups.member_LEG)
+            slots_LE = self.slots()
+            slots_L = slots_LE.sum(1)
+            slots_LG = torch.einsum("le,leg->lg", slots_LE.float(), groups.member_LEG)
             expected_LG = slots_L.unsqueeze(1) * groups.expected_LG
             for band, rows in groups.bands.items():
                 out[key("slots_total", band)] = float(slots_L[rows].sum())
@@ -264,17 +249,17 @@ class Counters:
                     out[key("right_tokens_total", name)] = int(self.confusion_GG[g, g])
                 if (drift := self._drift(g)) is not None:
                     out[key("drift", name)] = drift
-            recent_LE = self.slots_LE - (0 if before_LE is None else before_LE)
+            recent_LE = slots_LE - (0 if before_LE is None else before_LE)
         return out | balance(self.config, groups, recent_LE)
 
     def _drift(self, g: int) -> float | None:
-        name = self.groups.names[g]
         assert self.atlas is not None
-        stated = self.atlas.group(name).evidence.get("coverage_slots")
-        tokens, slots_LG = self.coverage.get(name, (0, None))
-        if stated is None or not tokens or slots_LG is None:
+        stated = self.atlas.group(self.groups.names[g]).evidence.get("coverage_slots")
+        slots_LE = self.slots_DLE[g + 1]
+        if stated is None or not slots_LE.any():
             return None
-        return float(slots_LG[:, g].mean()) / (tokens * self.config.num_experts_per_tok) - stated
+        own_L = (slots_LE * self.groups.member_LEG[..., g]).sum(1) / slots_LE.sum(1)
+        return float(own_L.mean()) - stated
 
 
 def close(best_T2: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Monitor:
             now = time.time()
             self._machine = self.machine.read()
             reading = self.reading()
-            self._past.append((now, reading, self.counters.slots_LE.clone()))
+            self._past.append((now, reading, self.counters.slots()))
             while len(self._past) > 2 and self._past[1][0] <= now - MINUTE * self.options.minutes:
                 self._past.popleft()
             self.history.add(now, reading)
@@ -185,7 +185,7 @@ class Monitor:
             "model": self.model, "time": now, "began": self.began, "minutes": self.options.minutes,
             "figures": {name: value for name, value in reading.items() if "|" not in name},
             "rates": rates(minute[0], minute[1], now, reading), "window": rates(start, old, now, reading),
-            "groups": own, "bands": {band: {name: reading.get(f"{name}|{band}") for name in (
+            "band_names": list(groups.bands), "groups": own, "bands": {band: {name: reading.get(f"{name}|{band}") for name in (
                 "routing_entropy", "max_vio", "dead_experts")} for band in groups.bands},
             "entropy_most": float(torch.tensor(float(max(groups.experts, 1))).log()),
             "accuracy": _over(growth(reading, old, "right_tokens_total"), labelled), "chance": _over(1, len(own)),
@@ -206,7 +206,7 @@ class Monitor:
         with self._lock:
             before_LE = self._past[0][2]
         self.counters.settle()
-        slots_LE = (self.counters.slots_LE - before_LE).double()
+        slots_LE = (self.counters.slots() - before_LE).double()
         sum_L1 = slots_LE.sum(1, keepdim=True)
         ratio_LE = slots_LE / sum_L1.clamp(min=1) * groups.experts
         resident_LE = self.resident()
@@ -284,7 +284,7 @@ def business(now: Reading, old: Reading) -> list[dict[str, Any]]:
     return out
 
 
-def slices(now: Reading, old: Reading, most: int = 8) -> dict[str, list[tuple[str, float]]]:
+def slices(now: Reading, old: Reading, most: int = 5) -> dict[str, list[tuple[str, float]]]:
     """The largest of each kind, with their share of the tokens."""
     found: dict[str, list[tuple[str, float]]] = {}
     for kind, value in values(now, "slice_tokens_total"):
