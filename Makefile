@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT ?= 1000
 # the release everything is measured with; pinned before the package, so that its open range never pulls another build
 TORCH := torch==2.13.0
 
-.PHONY: help demo test test-slow sanitize lint bench clean
+.PHONY: help demo programs test test-slow sanitize lint bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,8 +31,12 @@ $(VENV)/.test: pyproject.toml $(NATIVE)
 	$(call install,.[test])
 	touch $(VENV)/.core $@
 
-demo: $(VENV)/.core  ## train `nano` on Python's own library, complete prompts, draw its experts (under 5 minutes)
+demo: $(VENV)/.core  ## train `nano` on Python's own library, draw its experts, serve it (under 5 minutes)
 	$(BIN)/python examples/demo.py
+
+programs:  ## Debian's Chromium and Prometheus, for the tests that drive them (as root; without, these are skipped)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium prometheus >/dev/null
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -51,7 +55,8 @@ sanitize:  ## the native kernels under the address, undefined-behaviour and thre
 	DEEPSEEK_ISA=scalar build/sanitize/kernels_test
 	build/sanitize/pool_test
 
-bench: $(VENV)/.test demo  ## every figure of the README, measured here (several hours)
+bench: $(VENV)/.test  ## every figure of the README, measured here (several hours)
+	$(BIN)/python examples/demo.py </dev/null
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/balance.py
 	$(BIN)/python benchmarks/inference.py
@@ -63,6 +68,7 @@ bench: $(VENV)/.test demo  ## every figure of the README, measured here (several
 	$(BIN)/python benchmarks/law.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/residency.py
+	$(BIN)/python benchmarks/serving.py
 
 clean:  ## remove what the build made (not what you trained)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -7,6 +7,9 @@ all start at once: with 32 of them, a first token waits for the prompts of the o
 
     latency   at 1, 8 and 32 clients: p50 and p99, over all requests of all rounds, of the time to the first token and
               of the time per token after it; tokens/s of all clients together
+    watch     what monitoring costs at 1, 8 and 32 requests: the time inside its code over the time of the engine's
+              steps, and tokens/s with it and without, in turn; on planted (planted.py: the same layer shapes, and named
+              groups to count), in this process
 
 What is timed. From before the connection is made until the first event that carries text; from there until the event
 that says why the answer ended, over 31. Both servers send an event when the text grows: a token that is a part of a
@@ -21,7 +24,7 @@ in the table. One pool of positions for all slots (-kvu) was not found faster. I
 packets at once, so the client confirms them at once (TCP_QUICKACK). The client is a few lines on asyncio's streams in
 the process of this script; the share of a core that it takes from the servers is in the result.
 
-    python benchmarks/serving.py [--only latency] [--clients 1,8,32] [--rounds 3] [--cache FOLDER]
+    python benchmarks/serving.py [--only latency,watch] [--clients 1,8,32] [--rounds 3] [--cache FOLDER]
 """
 
 from __future__ import annotations
@@ -39,18 +42,22 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import shape_model
+from deepseek import LLM
+from deepseek.serve.watching import Watch
+from deepseek.watch.monitor import WatchOptions
+from engine import request, run, shape_model
 from harness import arguments, machine, quiet_rounds, ratio, table, versions, write_result
 from peers import RELEASE, LlamaCpp
+from planted import DOMAINS, NAMES, planted_model, prompt
 from shape import CACHE, CONFIG, write_model
 
-PARTS = ("latency",)
+PARTS = ("latency", "watch")
 PROMPT, NEW, SLOTS = 64, 32, 32
 STEP = 512  # tokens of prompts that ours reads at a time
 OURS, PEER = "MoE-DR", "llama-server"
@@ -272,6 +279,50 @@ def summary(loads: Sequence[Load]) -> dict[str, Any]:
             "speed": statistics.median(done.speed for done in loads),
             "client": statistics.median(done.client for done in loads),
             "events_per_token": sum(one.events for one in answers) / (len(answers) * NEW)}
+
+
+# ---- monitoring ----------------------------------------------------------------------------------------------------
+
+
+def watch(args: Any) -> tuple[list[str], dict[str, Any]]:
+    llm = LLM(planted_model(args.cache), batch_size=SLOTS, prefix_cache=False, speculate=False)
+    draw = random.Random(0)
+    rows = [["requests", "step (ms)", "counting (us a step)", "of the steps' time", "tokens/s with", "without",
+             "ratio"]]
+    data: dict[str, Any] = {}
+    watched = Watch(llm, "planted", WatchOptions())
+    counters = watched.counters
+
+    def spent() -> tuple[float, float, int]:
+        counters.settle()
+        return counters.inline_seconds + counters.settle_seconds, counters.step_seconds, counters.steps
+
+    for count in args.clients:
+        def speed(count: int = count) -> float:
+            kinds = [draw.randrange(DOMAINS) for _ in range(count)]
+            requests = [request(prompt(draw, kind, PROMPT), NEW, NAMES[kind]) for kind in kinds]
+            return count * NEW / run(llm.engine, requests)
+
+        def one(speed: Callable[[], float] = speed) -> dict[str, Any]:
+            llm.engine.observer = counters.step
+            before = spent()
+            out = {"with": speed(), "spent": [b - a for a, b in zip(before, spent(), strict=True)]}
+            llm.engine.observer = None
+            return out | {"without": speed()}
+
+        one()
+        kept, shares = quiet_rounds(args.rounds, one)
+        own, steps, number = (sum(part) for part in zip(*(got["spent"] for got in kept), strict=True))
+        speeds = {name: [got[name] for got in kept] for name in ("with", "without")}
+        gain = ratio(speeds["without"], speeds["with"])
+        rows.append([str(count), f"{1000 * steps / number:.1f}", f"{1e6 * own / number:.0f}", f"{own / steps:.2%}",
+                     *(f"{statistics.median(values):.1f}" for values in speeds.values()), f"{gain:.3f}"])
+        data[str(count)] = {"share": own / steps, "steps": number, "speeds": speeds, "ratio": gain, "stolen": shares}
+    watched.close()
+    llm.close()
+    return [f"Prompts of {PROMPT} ids, {NEW} new tokens each, a reading every {WatchOptions().interval:g} s as the "
+            "server takes them. Counting: what the engine's thread spends on keeping routes, and whoever reads on "
+            "counting them.", "", table(rows)], {"watch": data}
 
 
 def parts(text: str) -> list[str]:

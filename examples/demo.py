@@ -1,13 +1,17 @@
 """The whole pipeline on text that every machine has: Python's own library. `make demo` runs this.
 
     sources and docstrings of the standard library -> tokenizer -> token shards -> train `nano` -> complete prompts
-    -> which expert saw what
+    -> which expert saw what -> a server, asked once, and its dashboard
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import sysconfig
+import urllib.request
 from pathlib import Path
 
 from deepseek.cli import main as deepseek
@@ -45,6 +49,38 @@ def main() -> None:
           "  loss.png     the curve of training and the balance of the experts\n"
           "  experts.png  which expert of which layer saw how much of the last prompt\n"
           "  log.jsonl    one line a step")
+    serve(model)
+
+
+def serve(model: str) -> None:
+    """Start the server, ask it once, say where its dashboard is; leave it to whoever sits at the terminal."""
+    words = ["serve", model, "--name", "demo", "--port", "0"]
+    print(f"\n$ deepseek {' '.join(words)}", flush=True)
+    command = [sys.executable, "-m", "deepseek.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            said = server.stdout.readline()
+            if " on " not in said:
+                raise SystemExit(f"the server did not start: {said}")
+            url = said.split(" on ")[1].split(",")[0].strip()
+            print(said.strip(), flush=True)
+            body = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 30, "seed": 1}
+            request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(),
+                                             {"content-type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                print(f"\n$ curl {url}/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
+                      f"{PROMPTS[0]}{json.load(answer)['choices'][0]['text']}")
+            print("\n" + server.stdout.readline().strip(), flush=True)
+            if sys.stdin.isatty():
+                print("The server runs until Ctrl-C.", flush=True)
+                server.wait()
+            else:
+                print(f"The server has been ended: `deepseek serve {model}` starts it again.")
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from .engine.verbs import add_chat_flags, add_infer_flags
 from .errors import ConfigError, DataError, MoEDRError
 from .serve.verbs import add_serve_flags
 from .tune.verbs import add_tune_flags
+from .watch.terminal import add_watch_flags
+from .watch.terminal import watch as watch_server
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -451,6 +453,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "serve", serve, "answer over HTTP as OpenAI's server does")
     _device_flags(verb)
     add_serve_flags(verb)
+
+    verb = _verb(verbs, "watch", watch_server, "look at a server that runs, from a terminal")
+    add_watch_flags(verb)
     return parser
 
 

@@ -169,6 +169,9 @@ def test_bad_utf8_and_empty_files_are_reported_by_name(run: Path) -> None:
 def test_demo_runs(tmp_path: Path) -> None:
     """`make demo` with one step: the script itself, whole."""
     done = subprocess.run([sys.executable, str(ROOT / "examples" / "demo.py"), "--out", str(tmp_path / "demo"),
-                           "--steps", "1"], capture_output=True, text=True, timeout=280, env=os.environ)
+                           "--steps", "1"], capture_output=True, text=True, timeout=280, env=os.environ,
+                          stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "dashboard: http://127.0.0.1:" in done.stdout and "The server has been ended" in done.stdout
+    assert done.stdout.count("def read_file(path):") >= 3  # once as a completion, once over HTTP
     assert all((tmp_path / "demo" / name).is_file() for name in ("loss.png", "experts.png", "model/config.json"))

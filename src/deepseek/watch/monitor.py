@@ -185,8 +185,9 @@ class Monitor:
             "model": self.model, "time": now, "began": self.began, "minutes": self.options.minutes,
             "figures": {name: value for name, value in reading.items() if "|" not in name},
             "rates": rates(minute[0], minute[1], now, reading), "window": rates(start, old, now, reading),
-            "band_names": list(groups.bands), "groups": own, "bands": {band: {name: reading.get(f"{name}|{band}") for name in (
-                "routing_entropy", "max_vio", "dead_experts")} for band in groups.bands},
+            "groups": own, "band_names": list(groups.bands), "bands": {
+                band: {name: reading.get(f"{name}|{band}") for name in ("routing_entropy", "max_vio", "dead_experts")}
+                for band in groups.bands},
             "entropy_most": float(torch.tensor(float(max(groups.experts, 1))).log()),
             "accuracy": _over(growth(reading, old, "right_tokens_total"), labelled), "chance": _over(1, len(own)),
             "conflicts": _over(grown(reading, old, "conflict_tokens_total"),

@@ -1,0 +1,137 @@
+"""`deepseek watch URL`: the dashboard in a terminal; `--files FOLDER`: rules and boards for Prometheus and Grafana."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..files import write_atomically
+
+BAR = 20  # characters of a bar; the mark is at the expected share
+CLEAR = "\x1b[H\x1b[J"
+
+
+def add_watch_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("url", nargs="?", help="of the server, like http://127.0.0.1:8000")
+    verb.add_argument("--api_key", help="where the server wants one")
+    verb.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
+    verb.add_argument("--once", action="store_true", help="look once and end")
+    verb.add_argument("--files", type=Path, metavar="FOLDER",
+                      help="instead: write alerts.yml and prometheus.yml for Prometheus, grafana.json for Grafana")
+
+
+def watch(args: argparse.Namespace) -> None:
+    if (args.url is None) == (args.files is None):
+        raise ConfigError("watch: must be given either the URL of a server or --files FOLDER")
+    if args.files is not None:
+        args.files.mkdir(parents=True, exist_ok=True)
+        for own in sorted((files("deepseek.watch") / "files").iterdir(), key=lambda path: path.name):
+            write_atomically(args.files / own.name, own.read_text(encoding="utf-8"))
+            print(args.files / own.name)
+        return
+    if not args.interval > 0:
+        raise ConfigError(f"interval = {args.interval}: must be positive")
+    live = sys.stdout.isatty() and not args.once
+    try:
+        while True:
+            page = view(fetch(args.url, args.api_key))
+            print(CLEAR + page if live else page, flush=True)
+            if args.once:
+                return
+            time.sleep(args.interval)
+    except KeyboardInterrupt:
+        return
+
+
+def fetch(url: str, api_key: str | None) -> dict[str, Any]:
+    """The state of a server. Raises ConfigError for one that does not answer, or not like ours."""
+    import urllib.error
+    import urllib.request
+
+    address = url.rstrip("/").removesuffix("/v1") + "/dashboard/state"
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"url = {url!r}: must begin with http:// or https://")
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
+            state: dict[str, Any] = json.load(answer)
+            return state
+    except urllib.error.HTTPError as error:
+        hint = ": it needs an --api_key" if error.code == 401 and api_key is None else ""
+        raise ConfigError(f"url = {url!r}: the server answers {error.code}{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(f"url = {url!r}: no server of ours answers there: {reason}") from None
+
+
+def view(state: dict[str, Any]) -> str:
+    """A state in words and bars."""
+    now, figures, groups, residency = state["rates"], state["figures"], state["groups"], state["residency"]
+    lines = [f"{state['model']}   up {(state['time'] - state['began']) / 60:.0f} min   "
+             f"{figures['requests_running']:.0f} running, {figures['requests_waiting']:.0f} waiting"]
+    lines += [f"  ! {alert['message']}" for alert in state["alerts"]] or ["  no alert"]
+    lines += ["", f"throughput   {_number(now['new_tokens'])} new tokens/s, {_number(now['tokens'])} with prompts",
+              f"first token  p50 {_seconds(now['first_p50'])}, p99 {_seconds(now['first_p99'])}",
+              f"per token    p50 {_seconds(now['each_p50'])}, p99 {_seconds(now['each_p99'])}",
+              f"routing      accuracy {_share(state['accuracy'])} (chance {_share(state['chance'])}), conflicts "
+              f"{_share(state['conflicts'])} of tokens, {_share(state['conflict_requests'])} of requests"]
+    if residency is not None:
+        lines.append(f"residency    hits {_share(residency['hits'])}, stalled {_share(residency['stall'])}, "
+                     f"{residency['read_bytes'] / 2**20:,.0f} MiB read")
+    machine = [f"processors {_share(figures.get('cpu_share'))}", f"memory {_share(figures.get('memory_share'))}"]
+    if "gpu_share" in figures:
+        machine.append(f"GPU {_share(figures['gpu_share'])}")
+    if now["joules_per_token"] is not None:
+        machine.append(f"{_number(now['joules_per_token'])} J a token")
+    if state["window"]["cost"] is not None:
+        machine.append(f"{_number(state['window']['cost'])} for 10^8 tokens")
+    lines.append("machine      " + ", ".join(machine))
+    if groups:
+        bands = state["band_names"]
+        lines += ["", *_table(
+            ["group", "slots over expected", "", *(f"layers {band}" for band in bands), "accuracy", "drift"],
+            [[group["name"], _bar(group["ratio"]), _ratio(group["ratio"]),
+              *(_ratio(group["bands"][band]) for band in bands), _share(group["accuracy"]), _share(group["drift"])]
+             for group in groups])]
+    if state["business"]:
+        lines += ["", *_table(
+            ["domain", "requests", "completed", "tools right", "schema valid", "satisfied"],
+            [[own["domain"], f"{own['requests']:.0f}", _share(own["completed"]), _share(own["tools"]),
+              _share(own["schemas"]), _share(own["satisfied"])] for own in state["business"]])]
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return ["  ".join(cell.rjust(width) if i else cell.ljust(width)
+                      for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in (head, *rows)]
+
+
+def _bar(ratio: float | None) -> str:
+    """Twice the expected share fills it; the mark is at once."""
+    filled = 0 if ratio is None else min(BAR, round(ratio * BAR / 2))
+    return "".join("|" if i == BAR // 2 else "#" if i < filled else "." for i in range(BAR))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(
+        value) < 1 else f"{value:.1f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

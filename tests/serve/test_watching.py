@@ -1,0 +1,298 @@
+"""A server that is watched: a model whose routing is planted, real requests, a real Prometheus and a real browser."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import random
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import planting
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deepseek.atlas import Atlas
+from deepseek.atlas.atlas import NamedGroup, Shape
+from deepseek.cli import main
+from deepseek.engine import LLM
+from deepseek.ids import ExpertSet
+from deepseek.serve.app import ServeOptions
+from deepseek.watch.monitor import WatchOptions
+from serving import KEY, Running
+
+LETTERS = {"law": "early", "code": "middle", "text": "late"}
+MINUTES = 1 / 30
+EVEN = {"law": 1.0, "code": 1.0, "text": 1.0}
+SKEWED = {"law": 1.0, "text": 1.0}
+
+
+class _Hook(http.server.BaseHTTPRequestHandler):
+    told: list[dict[str, Any]] = []
+
+    def do_POST(self) -> None:
+        self.told.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@dataclass
+class Watched:
+    running: Running
+    hook: list[dict[str, Any]]
+    client: httpx.Client
+    history: Path
+    sent: list[dict[str, Any]] = field(default_factory=list)
+
+    def ask(self, domain: str, user: str = "web", tokens: int = 2) -> dict[str, Any]:
+        draw = random.Random(len(self.sent))
+        prompt = "".join(draw.choices(planting.LETTERS[LETTERS[domain]], k=150))
+        answer = self.client.post("/v1/completions", json={
+            "model": "planted", "prompt": prompt, "max_tokens": tokens, "user": user, "deepseek": {"domain": domain}})
+        assert answer.status_code == 200, answer.text
+        self.sent.append(answer.json())
+        return self.sent[-1]
+
+    def drive(self, parts: Mapping[str, float], until: Callable[[], bool], user: str = "web") -> None:
+        """Requests of these domains until something has happened, a while at most."""
+        end, draw = time.monotonic() + 60, random.Random(0)
+        while not until():
+            assert time.monotonic() < end, self.state()["alerts"]
+            self.ask(draw.choices(list(parts), list(parts.values()))[0], user)
+            time.sleep(0.01)
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.client.get("/dashboard/state").json()
+        return state
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("watched")
+    planted = planting.plant(folder)
+    Atlas(Shape.of(planted.model.config), [
+        NamedGroup(f"{domain}_expert", "measured", ExpertSet(sorted(planted.experts[name])),
+                   evidence={"coverage_slots": 0.9}) for domain, name in LETTERS.items()]).save(planted.folder)
+    _Hook.told = []
+    hook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hook)
+    threading.Thread(target=hook.serve_forever, daemon=True).start()
+    watch = WatchOptions(interval=0.1, minutes=MINUTES, webhook=f"http://127.0.0.1:{hook.server_port}/", price=2.0,
+                         history=folder / "history.sqlite")
+    server = Running(LLM(planted.folder, batch_size=8), ServeOptions("planted", keys=(KEY,), watch=watch))
+    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
+        yield Watched(server, _Hook.told, client, folder / "history.sqlite")
+    server.stop()
+    hook.shutdown()
+    hook.server_close()
+
+
+def test_a_skewed_workload_trips_the_alert_and_a_healthy_one_does_not(
+        watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    began = time.monotonic()
+    watched.drive(EVEN, lambda: time.monotonic() - began > 3 * 60 * MINUTES)
+    state = watched.state()
+    assert not state["alerts"] and not state["past_alerts"]
+    assert all(0.7 < group["ratio"] < 2 for group in state["groups"]), state["groups"]
+    assert state["accuracy"] > 0.9 and state["groups"][0]["drift"] == pytest.approx(0.1, abs=0.1)
+
+    watched.drive(SKEWED, lambda: bool(watched.running.app.state.server.watch.monitor.alerts.firing), user="batch")
+    alert, = watched.state()["alerts"]
+    assert (alert["rule"], alert["subject"]) == ("share_low", "code_expert")
+    assert alert["value"] < 0.3 and "check the data distribution" in alert["message"]
+    assert "client=batch went from" in alert["message"] and "domain=code_expert went from" in alert["message"]
+    watched.drive(SKEWED, lambda: bool(watched.hook))
+    assert watched.hook[0]["status"] == "firing" and watched.hook[0]["message"].startswith("code_expert has ")
+    assert any("code_expert has" in record.message for record in caplog.records if record.name == "deepseek.watch")
+
+    watched.drive(EVEN, lambda: not watched.running.app.state.server.watch.monitor.alerts.firing)
+    past = watched.state()["past_alerts"]
+    assert [bool(own["begins"]) for own in past if own["rule"] == "share_low"] == [False, True]
+
+
+def test_metrics_agree_with_what_was_sent(watched: Watched) -> None:
+    for _ in range(3):
+        watched.ask("law")
+    samples = {(s.name, *s.labels.values()): s.value for family in text_string_to_metric_families(
+        watched.client.get("/metrics").text) for s in family.samples}
+    assert sum(v for k, v in samples.items() if k[0] == "moe_dr_requests_total") == len(watched.sent)
+    new = sum(one["usage"]["completion_tokens"] for one in watched.sent)
+    prompt = sum(one["usage"]["prompt_tokens"] for one in watched.sent)
+    assert samples["moe_dr_tokens_total", "sampled"] == new
+    ran = samples["moe_dr_tokens_total", "computed"] + samples["moe_dr_tokens_total", "cached"]
+    assert ran == prompt + new - len(watched.sent)  # the last token of each is never run
+    slots = sum(v for k, v in samples.items() if k[0] == "moe_dr_slots_total")
+    assert slots == 2 * 4 * samples["moe_dr_tokens_total", "computed"]
+    assert samples["moe_dr_first_token_seconds_count",] == len(watched.sent)
+    assert samples["moe_dr_process_cpus",] > 0 and samples["moe_dr_price_per_hour",] == 2.0
+    assert "client" not in watched.client.get("/metrics").text
+
+
+def test_feedback_is_taken_once(watched: Watched) -> None:
+    answer = watched.ask("law")["id"]
+    assert watched.client.post("/v1/feedback", json={
+        "id": answer, "rating": "down", "comment": "wrong statute"}).json() == {
+        "object": "feedback", "id": answer, "rating": "down"}
+    for body, status, words in (({"id": answer, "rating": "up"}, 409, "rated before"),
+                                ({"id": "cmpl-x", "rating": "up"}, 404, "none of the last"),
+                                ({"id": answer, "rating": "great"}, 400, "rating"),
+                                ({"rating": "up"}, 400, "id")):
+        refused = watched.client.post("/v1/feedback", json=body)
+        assert refused.status_code == status and words in refused.json()["error"]["message"]
+    state = watched.state()
+    law, = (own for own in state["business"] if own["domain"] == "law_expert")
+    assert law["satisfied"] == 0.0 and state["comments"][0]["comment"] == "wrong statute"
+    assert state["figures"]["watch_seconds_total"] < state["figures"]["step_seconds_total"]
+
+
+def test_only_the_page_and_health_are_open(watched: Watched) -> None:
+    for path, status in (("/dashboard", 200), ("/health", 200), ("/metrics", 401), ("/dashboard/state", 401),
+                         ("/dashboard/heat", 401), ("/dashboard/series", 401)):
+        assert httpx.get(watched.running.url + path, timeout=60).status_code == status, path
+    assert watched.client.get("/dashboard/series", params={"minutes": "x"}).status_code == 400
+
+
+def test_the_heat_map_and_the_curves(watched: Watched) -> None:
+    for _ in range(5):
+        watched.ask("law")
+    heat = watched.client.get("/dashboard/heat").json()
+    assert heat["layers"] == [1, 2] and heat["names"] == ["law_expert", "code_expert", "text_expert"]
+    assert all(sum(row) == pytest.approx(16, abs=0.1) for row in heat["ratio"])
+    law = [e for e, own in enumerate(heat["groups"][0]) if own == [0]]
+    assert len(law) == 4 and min(heat["ratio"][0][e] for e in law) > 1
+    series = watched.client.get("/dashboard/series", params={"minutes": 5}).json()
+    assert len(series["time"]) == len(series["rates"]["tokens"]) == len(series["groups"]["law_expert"])
+    assert max(v for v in series["rates"]["new_tokens"] if v is not None) > 0
+
+
+def test_the_view_in_a_terminal(watched: Watched, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    watched.ask("code")
+    assert main(["watch", watched.running.url, "--api_key", KEY, "--once"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("planted   up ") and "code_expert" in out and "new tokens/s" in out and "###" in out
+    for args, words in ((["watch", watched.running.url, "--once"], "answers 401: it needs an --api_key"),
+                        (["watch", "http://127.0.0.1:9", "--once"], "no server of ours answers there"),
+                        (["watch", "ftp://x", "--once"], "must begin with http"), (["watch"], "either the URL")):
+        assert main(args) != 0
+        assert words in capsys.readouterr().err
+    assert main(["watch", "--files", str(tmp_path / "x")]) == 0
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"alerts.yml", "grafana.json", "prometheus.yml"}
+
+
+# ---- other programs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus (Debian's package)")
+def test_a_real_prometheus_scrapes_it_and_its_alert_fires(watched: Watched, tmp_path: Path) -> None:
+    assert main(["watch", "--files", str(tmp_path)]) == 0
+    rules = (tmp_path / "alerts.yml").read_text()
+    (tmp_path / "alerts.yml").write_text(rules.replace("for: 5m", "for: 1s"))  # the rest as it is
+    config = (tmp_path / "prometheus.yml").read_text().replace("15s", "1s").replace(
+        "127.0.0.1:8000", watched.running.url.removeprefix("http://"))
+    config = config.replace("# authorization:", "authorization:").replace(
+        "#   credentials: KEY", f"  credentials: {KEY}")
+    (tmp_path / "prometheus.yml").write_text(config)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(["prometheus", f"--config.file={tmp_path}/prometheus.yml",
+                                    f"--web.listen-address={address}", f"--storage.tsdb.path={tmp_path}/data"],
+                                   stderr=log)
+
+    def ask(path: str) -> Any:
+        try:
+            return httpx.get(f"http://{address}/api/v1/{path}", timeout=10).json()["data"]
+        except (httpx.TransportError, ValueError):  # it is starting
+            return {}
+
+    def firing() -> set[tuple[str, str]]:
+        return {(alert["labels"]["alertname"], alert["labels"].get("group", "")) for alert in ask("alerts").get(
+            "alerts", ()) if alert["state"] == "firing"}
+
+    try:
+        watched.drive(EVEN, lambda: any(t["health"] == "up" for t in ask("targets").get("activeTargets", ())))
+        group, = ask("rules")["groups"]
+        assert len(group["rules"]) == 6 and all(rule["health"] != "err" for rule in group["rules"])
+        began = time.monotonic()
+        watched.drive(EVEN, lambda: time.monotonic() - began > 4)
+        assert not firing()
+        watched.drive(SKEWED, lambda: bool(firing()))
+        assert firing() == {("ExpertShareLow", "code_expert")}
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium (Debian's package)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the test extra (playwright)")
+    with playwright.sync_playwright() as own:
+        opened = own.chromium.launch(executable_path=chromium, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync"])
+        yield opened
+        opened.close()
+
+
+def soon(page: Any, expression: str) -> None:
+    """Waits until the page says so."""
+    end = time.monotonic() + 20
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(50)
+
+
+def test_the_dashboard_in_a_real_browser(watched: Watched, browser: Any) -> None:
+    for domain in ("law", "code", "text") * 4:
+        watched.ask(domain)
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    wrong: list[str] = []
+    asked: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{watched.running.url}/dashboard")
+    page.get_by_label("API key").fill("wrong")
+    page.keyboard.press("Enter")
+    soon(page, "document.getElementById('status').textContent.includes('needs an API key')")
+    page.get_by_label("API key").fill(KEY)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#groups table")
+    assert page.locator("h1").inner_text() == "planted" and not page.locator("#key").is_visible()
+    assert page.locator("#groups tbody tr").count() == 3
+    assert "new tokens" in page.locator("#tiles").inner_text() and "law" in page.locator("#business").inner_text()
+    soon(page, "document.querySelectorAll('#throughput path').length == 2")
+    soon(page, """() => {
+        const canvas = document.getElementById("heat"), own = canvas.getContext("2d"), seen = new Set();
+        const data = own.getImageData(0, 0, canvas.width, canvas.height).data;
+        for (let i = 0; i < data.length; i += 4) seen.add(data.slice(i, i + 3).join());
+        return seen.size > 20; }""")
+    box = page.locator("#heat").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 8)
+    assert "layer 1, expert" in page.locator("#tip").inner_text()
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.get_by_label("light or dark").click()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    page.get_by_label("time shown").select_option("15")
+    soon(page, "performance.getEntriesByType('resource').some(e => e.name.endsWith('minutes=15'))")
+
+    watched.drive(SKEWED, lambda: bool(watched.running.app.state.server.watch.monitor.alerts.firing))
+    page.wait_for_selector("#alerts.firing")
+    assert "code_expert has" in page.locator("#alerts").inner_text()
+    for width in (360, 768):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not wrong and all(url.startswith((watched.running.url, "data:")) for url in asked)
