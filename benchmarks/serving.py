@@ -6,7 +6,8 @@ tokens, greedy, the end-of-text token ignored. A client sends its next request w
 all start at once: with 32 of them, a first token waits for the prompts of the others.
 
     latency   at 1, 8 and 32 clients: p50 and p99, over all requests of all rounds, of the time to the first token and
-              of the time per token after it; tokens/s of all clients together
+              of the time per token after it (of a hundred answers or fewer, p99 is the worst); tokens/s of all clients
+              together
     watch     what monitoring costs at 1, 8 and 32 requests: the time inside its code over the time of the engine's
               steps, and tokens/s with it and without, in turn; on planted (planted.py: the same layer shapes, and named
               groups to count), in this process
@@ -293,9 +294,9 @@ def watch(args: Any) -> tuple[list[str], dict[str, Any]]:
     watched = Watch(llm, "planted", WatchOptions())
     counters = watched.counters
 
-    def spent() -> tuple[float, float, int]:
-        counters.settle()
-        return counters.inline_seconds + counters.settle_seconds, counters.step_seconds, counters.steps
+    def spent() -> tuple[float, ...]:
+        reading = watched.monitor.reading()
+        return tuple(reading[f"{name}_total"] for name in ("watch_seconds", "step_seconds", "steps"))
 
     for count in args.clients:
         def speed(count: int = count) -> float:
@@ -322,7 +323,7 @@ def watch(args: Any) -> tuple[list[str], dict[str, Any]]:
     llm.close()
     return [f"Prompts of {PROMPT} ids, {NEW} new tokens each, a reading every {WatchOptions().interval:g} s as the "
             "server takes them. Counting: what the engine's thread spends on keeping routes, and whoever reads on "
-            "counting them.", "", table(rows)], {"watch": data}
+            "counting them and on the reading.", "", table(rows)], {"watch": data}
 
 
 def parts(text: str) -> list[str]:

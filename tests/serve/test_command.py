@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving import Running
 
 from deepseek.atlas import Atlas
 from deepseek.checkpoint import save_model
@@ -21,6 +21,9 @@ from deepseek.cli import main
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM
 from deepseek.serve.app import ServeOptions
+from serving import Running
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,31 @@ def test_named_experts_are_warmed_while_it_runs(folder: Path) -> None:
         assert wrong.status_code == 400 and "there are law_expert, code_expert" in wrong.json()["error"]["message"]
         listed = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]
         assert listed["deepseek"]["experts"] == ["law_expert", "code_expert"]
+    finally:
+        server.stop()
+
+
+def curls() -> Iterator[str]:
+    """The commands with curl in the README, its twin and the manual, as they stand there."""
+    for name in ("README.md", "README.zh.md", "docs/serving.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        yield from re.findall(r"^    (curl (?:.*\\\n)*.*)$", text, re.MULTILINE)
+
+
+def test_the_curl_commands_of_the_manual(folder: Path) -> None:
+    """Run by a shell; only the address is changed, to that of this server."""
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    Atlas.built_in(ModelConfig.from_file(folder), ["law_expert", "code_expert"]).save(folder)
+    server = Running(LLM(folder), ServeOptions("nf4", keys=("KEY",)))
+    try:
+        commands = list(curls())
+        assert len(commands) >= 5
+        for command in commands:
+            done = subprocess.run(command.replace("http://127.0.0.1:8000", server.url), shell=True, timeout=60,
+                                  capture_output=True, text=True)
+            answer = json.loads(done.stdout)
+            assert "error" not in answer and ("choices" in answer or "expected_coverage" in answer), (command, answer)
     finally:
         server.stop()
 

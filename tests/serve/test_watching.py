@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import random
 import shutil
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ from deepseek.watch.monitor import WatchOptions
 from serving import KEY, Running
 
 LETTERS = {"law": "early", "code": "middle", "text": "late"}
-MINUTES = 1 / 30
-EVEN = {"law": 1.0, "code": 1.0, "text": 1.0}
-SKEWED = {"law": 1.0, "text": 1.0}
+MINUTES = 0.05
+EVEN = ("law", "code", "text")
+SKEWED = ("law", "text")
 
 
 class _Hook(http.server.BaseHTTPRequestHandler):
@@ -64,13 +65,14 @@ class Watched:
         self.sent.append(answer.json())
         return self.sent[-1]
 
-    def drive(self, parts: Mapping[str, float], until: Callable[[], bool], user: str = "web") -> None:
-        """Requests of these domains until something has happened, a while at most."""
-        end, draw = time.monotonic() + 60, random.Random(0)
-        while not until():
+    def drive(self, domains: Sequence[str], until: Callable[[], bool], user: str = "web") -> None:
+        """Requests of these domains in turn until something has happened, a while at most."""
+        end = time.monotonic() + 90
+        for domain in itertools.cycle(domains):
+            if until():
+                return
             assert time.monotonic() < end, self.state()["alerts"]
-            self.ask(draw.choices(list(parts), list(parts.values()))[0], user)
-            time.sleep(0.01)
+            self.ask(domain, user)
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.client.get("/dashboard/state").json()
@@ -87,8 +89,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     _Hook.told = []
     hook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hook)
     threading.Thread(target=hook.serve_forever, daemon=True).start()
-    watch = WatchOptions(interval=0.1, minutes=MINUTES, webhook=f"http://127.0.0.1:{hook.server_port}/", price=2.0,
-                         history=folder / "history.sqlite")
+    watch = WatchOptions(interval=0.1, alert_minutes=MINUTES, price_per_hour=2.0,
+                         alert_webhook=f"http://127.0.0.1:{hook.server_port}/", history=folder / "history.sqlite")
     server = Running(LLM(planted.folder, batch_size=8), ServeOptions("planted", keys=(KEY,), watch=watch))
     with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
         yield Watched(server, _Hook.told, client, folder / "history.sqlite")
@@ -135,7 +137,7 @@ def test_metrics_agree_with_what_was_sent(watched: Watched) -> None:
     assert slots == 2 * 4 * samples["moe_dr_tokens_total", "computed"]
     assert samples["moe_dr_first_token_seconds_count",] == len(watched.sent)
     assert samples["moe_dr_process_cpus",] > 0 and samples["moe_dr_price_per_hour",] == 2.0
-    assert "client" not in watched.client.get("/metrics").text
+    assert "web" not in watched.client.get("/metrics").text  # clients have no labels
 
 
 def test_feedback_is_taken_once(watched: Watched) -> None:
@@ -153,6 +155,28 @@ def test_feedback_is_taken_once(watched: Watched) -> None:
     law, = (own for own in state["business"] if own["domain"] == "law_expert")
     assert law["satisfied"] == 0.0 and state["comments"][0]["comment"] == "wrong statute"
     assert state["figures"]["watch_seconds_total"] < state["figures"]["step_seconds_total"]
+
+
+def test_tools_and_schemas_are_judged(watched: Watched) -> None:
+    def chat(**more: Any) -> Any:
+        return watched.client.post("/v1/chat/completions", json={
+            "model": "planted", "messages": [{"role": "user", "content": "abcd"}], "seed": 1, "deepseek": {
+                "domain": "law"}} | more).json()
+
+    flag = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
+    assert chat(response_format=flag, max_tokens=50)["choices"][0]["finish_reason"] == "stop"
+    assert chat(response_format=flag, max_tokens=1)["choices"][0]["finish_reason"] == "length"
+    tool = {"type": "function", "function": {"name": "look", "parameters": {
+        "type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"],
+        "additionalProperties": False}}}
+    assert chat(tools=[tool], tool_choice="required", max_tokens=200)["choices"][0]["finish_reason"] == "tool_calls"
+    assert chat(tools=[tool], tool_choice="required", max_tokens=3)["choices"][0]["finish_reason"] == "length"
+    text = watched.client.get("/metrics").text
+    for outcome in ('schema_answers_total{domain="law_expert",outcome="valid"}',
+                    'schema_answers_total{domain="law_expert",outcome="invalid"}',
+                    'tool_calls_total{domain="law_expert",outcome="right"}',
+                    'tool_calls_total{domain="law_expert",outcome="wrong"}'):
+        assert f"moe_dr_{outcome} 1.0" in text, text
 
 
 def test_only_the_page_and_health_are_open(watched: Watched) -> None:
@@ -224,7 +248,7 @@ def test_a_real_prometheus_scrapes_it_and_its_alert_fires(watched: Watched, tmp_
         group, = ask("rules")["groups"]
         assert len(group["rules"]) == 6 and all(rule["health"] != "err" for rule in group["rules"])
         began = time.monotonic()
-        watched.drive(EVEN, lambda: time.monotonic() - began > 4)
+        watched.drive(EVEN, lambda: time.monotonic() - began > 3)
         assert not firing()
         watched.drive(SKEWED, lambda: bool(firing()))
         assert firing() == {("ExpertShareLow", "code_expert")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace as Plain
 from typing import Any
@@ -66,7 +67,7 @@ def test_counts_against_a_loop(config: ModelConfig, atlas: Atlas, data: Any) -> 
     slots: dict[tuple[int, int], int] = {}
     wanted: dict[tuple[int, int], int] = {}
     confusion: dict[tuple[str, str], int] = {}
-    conflicts = judged = 0
+    conflicts = judged = labelled = 0
     of_request: dict[int, list[float]] = {}
     for works, routing in made(data.draw, config, data.draw(st.integers(1, 4))):
         counters.step(works, routing, 0.5)
@@ -90,7 +91,8 @@ def test_counts_against_a_loop(config: ModelConfig, atlas: Atlas, data: Any) -> 
             first, second = sorted(strength.values(), reverse=True)[:2]
             judged, conflicts = judged + 1, conflicts + (first - second < CLOSE * first)
             label = {"law": "law_expert", "law_expert": "law_expert", "code": "code_expert"}.get(request.domain)
-            if label:
+            labelled += bool(label)
+            if label and first > 0:
                 best = max(NAMES, key=lambda name: strength[name])
                 confusion[label, best] = confusion.get((label, best), 0) + 1
             mine = of_request.setdefault(request.number, [0.0] * 3)
@@ -99,12 +101,14 @@ def test_counts_against_a_loop(config: ModelConfig, atlas: Atlas, data: Any) -> 
         for place in asked:
             wanted[place] = wanted.get(place, 0) + 1
     reading = counters.reading()
-    for found, expected in ((counters.slots(), slots), (counters.wanted_LE, wanted)):
+    for found, expected in ((counters.counts.slots_DLE.sum(0), slots), (counters.wanted_LE, wanted)):
         assert {(row, e): int(n) for row, own in enumerate(found) for e, n in enumerate(own) if n} == expected
-    assert {(NAMES[a], NAMES[b]): int(n) for a, own in enumerate(counters.confusion_GG)
+    assert {(NAMES[a], NAMES[b]): int(n) for a, own in enumerate(counters.counts.confusion_GG)
             for b, n in enumerate(own) if n} == confusion
     assert (reading["judged_tokens_total"], reading["conflict_tokens_total"]) == (judged, conflicts)
-    assert int(counters.conflict_GG.sum()) == conflicts
+    assert int(counters.counts.labelled_G.sum()) == labelled
+    assert reading["distinct_experts_total"] == sum(wanted.values())
+    assert int(counters.counts.conflict_GG.sum()) == conflicts
     for number, mine in of_request.items():
         assert counters.strength[number].tolist() == pytest.approx(mine, rel=1e-4)
         counters.finished(number, None, "stop", 0.1, None)
@@ -136,14 +140,64 @@ def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None
     assert reading["requests_total|law_expert|stop"] == 1 and reading["slice_tokens_total|client|a/b"] == tokens
     assert reading["conflict_requests_total"] == 0 and reading["step_seconds_total"] == 2.0
     assert 0 < reading["watch_seconds_total"] < 1
-    later = counters.reading(counters.slots())  # nothing ran since
+    later = counters.reading(counters.now())  # nothing ran since
     assert "max_vio|5" not in later
+
+
+def test_a_request_may_have_more_experts_than_others(config: ModelConfig, atlas: Atlas) -> None:
+    counters, works = Counters(config, atlas), [Plain(request=Plain(number=1, domain="law", tags={}),
+                                                      chunk=Plain(tokens=4))]
+    for top in (2, 5, 2):
+        index = torch.arange(top).repeat(4, 1)
+        counters.step(works, RoutingRecord({layer: Route(index, torch.ones(4, top), torch.zeros(4, 8))
+                                            for layer in config.moe_layers}), 0.1)
+    assert counters.now().slots_DLE.sum() == 4 * 5 * (2 + 5 + 2)
+
+
+def test_large_numbers_grow_by_one(config: ModelConfig, atlas: Atlas) -> None:
+    counters = Counters(config, atlas)
+    counters.counts.slots_DLE.fill_(1 << 33)
+    before = counters.reading()
+    counters.counts.slots_DLE[0, 0, 0] += 1
+    after = counters.reading()
+    name = "group_slots_total|code_expert|1-2"
+    assert grown(after, before, name) == 1 and 0 < grown(after, before, name.replace("slots", "expected_slots")) < 1
+
+
+def test_a_token_without_a_named_group_is_not_right(config: ModelConfig, atlas: Atlas) -> None:
+    counters = Counters(config, atlas)
+    index = torch.tensor([[5, 6]] * 3)  # in no group
+    counters.step([Plain(request=Plain(number=1, domain="code", tags={}), chunk=Plain(tokens=3))], RoutingRecord(
+        {layer: Route(index, torch.ones(3, 2), torch.zeros(3, 8)) for layer in config.moe_layers}), 0.1)
+    reading = counters.reading()
+    assert (reading["labelled_tokens_total|code_expert"], reading["right_tokens_total|code_expert"]) == (3, 0)
+
+
+def test_steps_of_a_thread_while_another_reads(config: ModelConfig, atlas: Atlas) -> None:
+    counters, over = Counters(config, atlas), threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            counters.reading()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    index = torch.tensor([[2, 3]])
+    routing = RoutingRecord({layer: Route(index, torch.ones(1, 2), torch.zeros(1, 8)) for layer in config.moe_layers})
+    for i in range(2000):
+        counters.step([Plain(request=Plain(number=i, domain="law", tags={}), chunk=Plain(tokens=1))], routing, 0.1)
+        counters.finished(i, "law", "stop", 0.1, 0.1)
+    over.set()
+    thread.join()
+    reading = counters.reading()
+    assert reading["right_tokens_total|law_expert"] == reading["judged_requests_total"] == 2000
+    assert reading["requests_total|law_expert|stop"] == 2000 and not counters.strength
 
 
 def test_domains_of_clients_stay_few(config: ModelConfig, atlas: Atlas) -> None:
     label = Counters(config, atlas).groups.label
-    assert [label(name) for name in ("law", "odd", "math", "medical_expert", "my|own", None)] == [
-        "law_expert", "odd", "math_expert", "medical_expert", "other", "unknown"]
+    assert [label(name) for name in ("law", "odd", "odd_expert", "math", "medical_expert", "my|own", None)] == [
+        "law_expert", "odd", "odd", "math_expert", "medical_expert", "other", "unknown"]
 
 
 def test_without_atlas_or_experts(tiny_config: Callable) -> None:
@@ -151,17 +205,19 @@ def test_without_atlas_or_experts(tiny_config: Callable) -> None:
     counters.step([Plain(request=Plain(number=1, domain="law", tags={}), chunk=Plain(tokens=3))], None, 0.1)
     reading = counters.reading()
     assert reading["steps_total"] == 1 and reading["slice_tokens_total|domain|law_expert"] == 3
-    assert not any(name.startswith(("slots", "max_vio", "group")) for name in reading)
+    assert not any(name.startswith(("slots", "max_vio", "group", "distinct")) for name in reading)
 
 
-def test_slices_have_an_end(config: ModelConfig) -> None:
+def test_clients_that_were_seen_last_are_remembered(config: ModelConfig) -> None:
     counters = Counters(config)
     for i in range(1000):
-        counters.step([Plain(request=Plain(number=i, domain=None, tags={"client": str(i)}), chunk=Plain(tokens=1))],
-                      None, 0.0)
+        for client in (str(i), "faithful"):
+            counters.step([Plain(request=Plain(number=i, domain="law", tags={"client": client, "language": "fr"}),
+                                 chunk=Plain(tokens=1))], None, 0.0)
+            counters.settle()
     found = values(counters.reading(), "slice_tokens_total")
-    assert len(found) < 600 and sum(n for (kind, _), n in found.items() if kind == "client") == 1000
-    assert found["client", "other"] > 400
+    assert len(found) == 256 + 2 and found["client", "faithful"] == 1000 and found["client", "999"] == 1
+    assert found["language", "fr"] == found["domain", "law_expert"] == 2000
 
 
 def test_exposition_is_what_prometheus_reads() -> None:

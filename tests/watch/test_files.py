@@ -45,7 +45,7 @@ def test_every_exported_metric_is_on_the_board() -> None:
     shown = " ".join(expressions())
     missing = [name for name, metric in METRICS.items() if metric.exported and PREFIX + name not in shown]
     assert set(missing) <= {"steps_total", "cache_free_positions", "preempted_total", "process_cpus", "resident_bytes",
-                            "gpu_memory_bytes", "expert_read_bytes_total", "refused_total"}
+                            "gpu_memory_bytes", "expert_read_bytes_total", "refused_total", "slots_total"}
 
 
 def test_the_rules_have_the_limits_of_the_server() -> None:

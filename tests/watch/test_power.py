@@ -10,6 +10,8 @@ from deepseek.watch.power import Machine, Rapl
 def zone(root: Path, name: str, energy: int, limit: int = 1_000_000_000) -> Path:
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
+    called = "psys" if name.endswith(":2") else "package-0" if name.count(":") == 1 else "core"
+    (folder / "name").write_text(f"{called}\n")
     (folder / "energy_uj").write_text(f"{energy}\n")
     (folder / "max_energy_range_uj").write_text(f"{limit}\n")
     return folder
@@ -18,11 +20,13 @@ def zone(root: Path, name: str, energy: int, limit: int = 1_000_000_000) -> Path
 def test_joules_add_up_over_packages_and_run_over(tmp_path: Path) -> None:
     one, two = zone(tmp_path, "intel-rapl:0", 5_000_000), zone(tmp_path, "intel-rapl:1", 999_000_000)
     zone(tmp_path, "intel-rapl:0:0", 1)  # cores of package 0, which has them already
+    zone(tmp_path, "intel-rapl:2", 1)  # the whole machine, the packages among it
     rapl = Rapl(tmp_path)
     assert rapl.read() == 0.0
     (one / "energy_uj").write_text("7500000\n")
     (two / "energy_uj").write_text("1000000\n")  # beyond its limit
     zone(tmp_path, "intel-rapl:0:0", 900_000_000)
+    zone(tmp_path, "intel-rapl:2", 900_000_000)
     assert rapl.read() == 2.5 + 2.0
 
 

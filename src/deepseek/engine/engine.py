@@ -13,6 +13,7 @@ another order when batches differ, and greedy tokens differ where two logits are
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -43,6 +44,7 @@ from .speculative import Drafter
 
 # told of a step that is over: what ran, in the order of its tokens, their routes, seconds; it must be quick
 Observer = Callable[[Sequence[Work], RoutingRecord | None, float], None]
+log = logging.getLogger("deepseek.engine")
 CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent pool at most
 
 
@@ -251,7 +253,10 @@ class Engine:
         if self.drafter is not None:
             self._draft(works, hidden, began, self.counters.sampled - sampled)
         if self.observer is not None:
-            self.observer(works, routing, time.perf_counter() - began)
+            try:
+                self.observer(works, routing, time.perf_counter() - began)
+            except Exception:  # whoever watches must not harm what is watched
+                log.exception("the engine's observer failed")
         return moved
 
     def _count(self, works: Sequence[Work], routing: RoutingRecord) -> None:

@@ -19,7 +19,7 @@ from ..atlas.usage import ExpertUsage
 from ..checkpoint import Dtype, expert_spans, load_model, resolve
 from ..domain import KeywordRules
 from ..errors import ConfigError, DataError, RequestError
-from ..model import CausalLM
+from ..model import CausalLM, RoutingRecord
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
 from .engine import Engine, EngineOptions, atlas_beside
@@ -243,7 +243,10 @@ class LLM:
         out = []
         for ids in everything:
             with self.engine.lock:
-                h_TH = self.model.hidden(torch.tensor([ids], device=self.model.device))[0]
+                routing = None if self.engine.residency is None else RoutingRecord()
+                h_TH = self.model.hidden(torch.tensor([ids], device=self.model.device), routing=routing)[0]
+                if self.engine.residency is not None and routing is not None:
+                    self.engine.residency.after(routing)
             out.append(h_TH.float().mean(0).cpu())
         return out, sum(map(len, everything))
 

@@ -204,7 +204,8 @@ class Residency:
             late, missed = len(new & layer.coming), [e for e in new if e not in layer.where]
             self.stats.late, self.stats.missed = self.stats.late + late, self.stats.missed + len(missed)
             layer.missed += len(missed)
-            self.missed_LE[gate, missed] += 1
+            if absent := [e for e in new if e not in layer.where or e in layer.coming]:
+                self.missed_LE[gate, absent] += 1
             layer.asked |= new
             self.stats.used += len(new & layer.foretold)
             layer.foretold -= new

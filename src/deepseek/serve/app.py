@@ -115,13 +115,14 @@ class Server:
 
         for request in requests:
             request.on_token = tell
+        late = False
         deadline, look = loop.time() + self.options.timeout, loop.time() + LOOK
         left = {request.number for request in requests}
         self.open += 1
         try:
             await asyncio.to_thread(self.llm.submit, *requests)
             while left:
-                if loop.time() >= deadline:
+                if late := loop.time() >= deadline:
                     raise ServeError(504, f"the answer took longer than {self.options.timeout:g} seconds",
                                      kind="server_error", code="timeout")
                 if loop.time() >= look:
@@ -139,10 +140,14 @@ class Server:
                 yield one
         finally:
             self.open -= 1
-            for request in requests:
-                if request.finish_reason is None:
-                    await asyncio.shield(asyncio.to_thread(self.llm.engine.abort, request))
-                self.watch.end(request)
+            # begun at once: where the client has left, every await is cancelled, again and again
+            await asyncio.shield(loop.run_in_executor(None, self._leave, requests, late))
+
+    def _leave(self, requests: Sequence[Generation], late: bool) -> None:
+        for request in requests:
+            whole = request.finish_reason is not None
+            self.llm.engine.abort(request)
+            self.watch.end(request, late and not whole)
 
     async def shut(self, seconds: float = 30.0) -> None:
         """Let open answers end, for a while; then end them."""
@@ -251,6 +256,8 @@ class Chat:
         """Count what can be told of the answers now that they are whole."""
         counters = self.server.watch.counters
         for request, text in zip(self.requests, self.texts, strict=True):
+            if request.finish_reason not in ("stop", "length"):
+                continue
             if self.tools and (text.answer.calls or not text.answer.valid):
                 counters.count("tool_calls_total", request.domain, "right" if text.answer.valid else "wrong")
             if self.constrained:

@@ -35,11 +35,13 @@ def serve(args: argparse.Namespace) -> None:
     for name in ("max_waiting", "max_body", "timeout"):
         if not getattr(args, name) > 0:
             raise ConfigError(f"{name} = {getattr(args, name)}: must be positive")
+    from ..watch.history import History
     from ..watch.monitor import WatchOptions
 
-    watch = WatchOptions(minutes=args.alert_minutes, webhook=args.alert_webhook, history=args.history,
-                         days=args.history_days, price=args.price_per_hour)
-    listener = _listen(args.host, args.port)  # before a large model is loaded
+    watch = WatchOptions(**{name: getattr(args, name) for name in (
+        "alert_minutes", "alert_webhook", "history", "history_days", "price_per_hour")})
+    History(watch.history).close()  # what cannot be is said before a large model is loaded
+    listener = _listen(args.host, args.port)
     import uvicorn
 
     from .app import ServeOptions, create_app

@@ -4,16 +4,20 @@ the routes /metrics, /v1/feedback and /dashboard."""
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import json
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
 
 import torch
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from torch import Tensor
 
 from ..engine import LLM
@@ -27,7 +31,8 @@ from .protocol import FeedbackRequest
 ANSWERS = 4096  # whose feedback is still taken
 SHORT, LONG = 20, 1000  # characters: a shorter text has no language that could be told; the rest is taken to be alike
 # the page holds its own style and script, and talks to nobody but this server
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; "
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 class Watch:
@@ -40,6 +45,8 @@ class Watch:
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
         llm.engine.observer = self.counters.step
+        # its table takes a second to load, which no request shall wait for
+        threading.Thread(target=language, args=("a text of a server that starts",), daemon=True).start()
 
     def close(self) -> None:
         self.llm.engine.observer = None
@@ -75,21 +82,23 @@ class Watch:
 
     def begin(self, answer: str, http: Request, user: str | None, text: str, requests: Sequence[Generation]) -> None:
         """The requests of an answer, before they run."""
-        tags = {"client": user or key_name(http), "language": language(text)}
+        client = "".join(c if c.isprintable() else "?" for c in user or key_name(http))
+        tags = {"client": client, "language": language(text)}
         for request in requests:
             request.tags = tags
         self.answers[answer] = requests[0].domain
         if len(self.answers) > ANSWERS:
             self.answers.popitem(last=False)
 
-    def end(self, request: Generation) -> None:
+    def end(self, request: Generation, late: bool) -> None:
+        """late: it was ended because it took too long, an error of ours."""
         assert request.finish_reason is not None and request.finished is not None
         first = None if request.first_token is None else request.first_token - request.arrived
         new = len(request.token_ids)
         each = None
         if request.first_token is not None and new > 1:
             each = (request.finished - request.first_token) / (new - 1)
-        self.counters.finished(request.number, request.domain, request.finish_reason, first, each)
+        self.counters.finished(request.number, request.domain, "error" if late else request.finish_reason, first, each)
 
 
 def key_name(http: Request) -> str:
@@ -109,10 +118,18 @@ def language(text: str) -> str:
 
 def add_routes(app: FastAPI, watch: Watch) -> None:
     page = (files("deepseek.watch") / "page.html").read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    policy = POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+    monitor, pool = watch.monitor, ThreadPoolExecutor(2, "watch")  # its own: others wait for the engine
+
+    async def answer(make: Callable[[], Any]) -> Response:
+        """As JSON, made and written beside the event loop."""
+        body = await asyncio.get_running_loop().run_in_executor(pool, lambda: json.dumps(make(), allow_nan=False))
+        return Response(body, media_type="application/json")
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        body = await asyncio.to_thread(watch.monitor.metrics)
+        body = await asyncio.get_running_loop().run_in_executor(pool, monitor.metrics)
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/v1/feedback")
@@ -121,7 +138,7 @@ def add_routes(app: FastAPI, watch: Watch) -> None:
             raise ServeError(404, f"id = {body.id!r}: is none of the last {ANSWERS:,} answers", param="id",
                              code="answer_not_found")
         domain = watch.answers[body.id]
-        if not await asyncio.to_thread(watch.monitor.history.rate, time.time(), body.id,
+        if not await asyncio.to_thread(monitor.history.rate, time.time(), body.id,
                                        watch.counters.groups.label(domain), body.rating, body.comment):
             raise ServeError(409, f"id = {body.id!r}: has been rated before", param="id", code="already_rated")
         watch.counters.count("feedback_total", domain, body.rating)
@@ -129,16 +146,16 @@ def add_routes(app: FastAPI, watch: Watch) -> None:
 
     @app.get("/dashboard", response_class=HTMLResponse)
     async def dashboard() -> HTMLResponse:
-        return HTMLResponse(page, headers={"content-security-policy": POLICY})
+        return HTMLResponse(page, headers={"content-security-policy": policy})
 
-    @app.get("/dashboard/state")
-    async def state() -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(watch.monitor.state))
+    @app.get("/dashboard/state", response_class=Response)
+    async def state() -> Response:
+        return await answer(monitor.state)
 
-    @app.get("/dashboard/heat")
-    async def heat() -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(watch.monitor.heat))
+    @app.get("/dashboard/heat", response_class=Response)
+    async def heat() -> Response:
+        return await answer(monitor.heat)
 
-    @app.get("/dashboard/series")
-    async def series(minutes: float = Query(60.0, gt=0, le=60 * 24 * 365)) -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(watch.monitor.series, minutes))
+    @app.get("/dashboard/series", response_class=Response)
+    async def series(minutes: float = Query(60.0, gt=0, le=60 * 24 * 365)) -> Response:
+        return await answer(lambda: monitor.series(minutes))

@@ -13,15 +13,18 @@ the window and the window itself. alerts.yml holds the same rules for Prometheus
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .metrics import Reading, grown, growth, values
+from .metrics import Reading, grown, values
 
+log = logging.getLogger("deepseek.watch")
 LOW = 0.30
-LEAST_SLOTS = 2000  # of a window: fewer say nothing
+LEAST_TOKENS = 1000  # of a window: fewer say nothing
+CLEAR = 0.1  # an alert is over when its value has left the limit by this share of it
 LEAST_REQUESTS = 20
 CHANGED = 0.05  # a slice is named when its part of the tokens moved by more
 
@@ -68,29 +71,29 @@ class Alerts:
         edge = next((old for at, old in reversed(self.past) if at <= time - window), None)
         found = {} if edge is None else {
             (alert.rule, alert.subject): alert for alert in self._rules(time, self.past[0][1], edge, now)}
-        for which, alert in found.items():
-            if which not in self.firing:
-                self._tell(alert, True)
-            else:
-                found[which] = Alert(**(alert.to_dict() | {"since": self.firing[which].since}))
-        for which, alert in self.firing.items():
-            if which not in found:
-                self._tell(alert, False)
-        self.firing = found
-        return list(found.values())
+        before, self.firing = self.firing, {
+            which: replace(alert, since=self.firing[which].since) if which in self.firing else alert
+            for which, alert in found.items()}
+        for which in self.firing.keys() - before.keys():
+            self._tell(self.firing[which], True)
+        for which in before.keys() - self.firing.keys():
+            self._tell(before[which], False)
+        return list(self.firing.values())
 
     def _tell(self, alert: Alert, begins: bool) -> None:
         for sink in self.sinks:
-            sink(alert, begins)
+            try:
+                sink(alert, begins)
+            except Exception:  # a full disk, say: the others are told
+                log.exception("watch: an alert could not be passed on")
 
     def _rules(self, time: float, before: Reading, edge: Reading, now: Reading) -> Iterable[Alert]:
         limits = self.limits
         over = "over a minute" if limits.minutes == 1 else f"over {limits.minutes:g} minutes"
-        slots = growth(now, edge, "slots_total")
-        if slots >= LEAST_SLOTS:
+        if grown(now, edge, "judged_tokens_total") >= LEAST_TOKENS:
             cause = _cause(before, edge, now)
             for group, ratio in ratios(now, edge).items():
-                if ratio < limits.share_low:
+                if ratio < limits.share_low * (1 + CLEAR * (("share_low", group) in self.firing)):
                     yield Alert("share_low", group, ratio, limits.share_low,
                                 f"{group} has {ratio:.0%} of its expected share of the experts' slots {over} (limit "
                                 f"{limits.share_low:.0%}): check the data distribution{cause}", time)
@@ -102,14 +105,14 @@ class Alerts:
             rated[rating] += grown(now, edge, f"feedback_total|{domain}|{rating}")
         for rule, part, whole, least, words in (
                 ("conflict_high", grown(now, edge, "conflict_tokens_total"), grown(now, edge, "judged_tokens_total"),
-                 LEAST_SLOTS, "of the tokens lie between two named groups"),
+                 LEAST_TOKENS, "of the tokens lie between two named groups"),
                 ("stall_high", grown(now, edge, "expert_stall_seconds_total"), grown(now, edge, "step_seconds_total"),
                  1.0, "of the time the engine waited for experts from disk: give more expert_memory, or warm others"),
                 ("errors_high", ended["error"], sum(ended.values()), LEAST_REQUESTS,
                  "of the requests ended in an error"),
                 ("unhappy", rated["down"], sum(rated.values()), LEAST_REQUESTS, "of the feedback is bad")):
             limit = getattr(limits, rule)
-            if whole >= least and part / whole > limit:
+            if whole >= least and part / whole > limit * (1 - CLEAR * ((rule, "") in self.firing)):
                 yield Alert(rule, "", part / whole, limit,
                             f"{part / whole:.0%} {words}, {over} (limit {limit:.0%})", time)
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,12 +31,13 @@ from ..atlas import Atlas, ExpertUsage
 from ..config import ModelConfig
 from ..domain import NAMES
 from ..model import RoutingRecord
-from .metrics import EACH, FIRST, Histogram, key, values
+from .metrics import EACH, FIRST, Histogram, key
 
+REASONS, RATINGS = ("stop", "length", "abort", "error"), ("up", "down")
 CLOSE = 0.05  # of the stronger one's strength: two groups that near are in conflict
 BANDS = 3  # of layers, that metrics are kept for
 GATHERED = 2048  # tokens whose routes wait to be counted
-SLICES = 512  # values of slices; further ones are "other"
+SLICES = 256  # values of a kind of slice that are remembered: those seen last
 
 
 class Ran(Protocol):
@@ -52,6 +54,31 @@ class _Step:
     parts: Sequence[tuple[Any, int]]  # request, tokens
     index: Sequence[Tensor]  # [T, K] a layer
     weight: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class _End:
+    number: int
+    name: str  # of the counter
+    first: float | None
+    each: float | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of routes, by now or of some minutes. slots: by label of the tokens, the first has none. labelled: tokens.
+    confusion: label, strongest. conflict: the two groups that are close, lower place first."""
+
+    slots_DLE: Tensor
+    labelled_G: Tensor
+    confusion_GG: Tensor
+    conflict_GG: Tensor
+
+    def since(self, old: Counts) -> Counts:
+        return Counts(*(now - before for now, before in zip(vars(self).values(), vars(old).values(), strict=True)))
+
+    def copy(self) -> Counts:
+        return Counts(*(own.clone() for own in vars(self).values()))
 
 
 class Groups:
@@ -82,10 +109,8 @@ class Groups:
         """The name that a domain is counted under: one of a few, whatever clients send."""
         if domain is None:
             return "unknown"
-        for name in (domain, f"{domain}_expert"):
-            if name in self.names or name in NAMES:
-                return name
-        return "other"
+        same = (domain, f"{domain}_expert", domain.removesuffix("_expert"))
+        return next((name for known in (self.names, NAMES) for name in same if name in known), "other")
 
 
 class Counters:
@@ -97,15 +122,19 @@ class Counters:
         self.lock = threading.Lock()
         self._pending: deque[_Step] = deque()
         self._gathered = 0
-        self.slots_DLE = torch.zeros(named + 1, layers, experts, dtype=torch.int64)  # by label, the first has none
+        self.counts = Counts(*(torch.zeros(shape, dtype=torch.int64) for shape in (
+            (named + 1, layers, experts), (named,), (named, named), (named, named))))
         self.wanted_LE = torch.zeros(layers, experts, dtype=torch.int64)  # once a step
-        self.confusion_GG = torch.zeros(named, named, dtype=torch.int64)  # label, strongest
-        self.conflict_GG = torch.zeros(named, named, dtype=torch.int64)  # the two that are close, lower place first
         self.strength: dict[int, Tensor] = {}  # of requests under way, [G]
-        self._over: list[int] = []  # requests that ended
+        self._told: deque[_End | str] = deque()  # requests that ended, and counters that grow by one
         self.steps = 0
         self.step_seconds = self.inline_seconds = self.settle_seconds = 0.0
-        self.numbers: Counter[str] = Counter()
+        self.numbers: dict[str, float] = defaultdict(float)
+        self.slices: dict[str, dict[str, float]] = {}  # kind -> value -> tokens, seen last comes last
+        labels = sorted({*self.groups.names, *(self.groups.label(name) for name in NAMES), "other", "unknown"})
+        for name, outcomes in (("requests_total", REASONS), ("feedback_total", RATINGS)):
+            for label in labels:  # from the start: Prometheus does not see the growth of what was not there
+                self.numbers |= {key(name, label, outcome): 0.0 for outcome in outcomes}
         self.first_token = Histogram("first_token_seconds", FIRST)
         self.per_token = Histogram("token_seconds", EACH)
 
@@ -120,8 +149,11 @@ class Counters:
         self._pending.append(_Step(parts, [r.index_TK for r in routes], [r.weight_TK for r in routes]))
         self._gathered += sum(tokens for _, tokens in parts)
         self.inline_seconds += time.perf_counter() - began
-        if self._gathered > GATHERED:
-            self.settle()
+        if self._gathered > GATHERED and self.lock.acquire(blocking=False):  # else somebody who reads counts it
+            try:
+                self._settle()
+            finally:
+                self.lock.release()
 
     def settle(self) -> None:
         """Count what has gathered."""
@@ -130,6 +162,7 @@ class Counters:
 
     def _settle(self) -> None:
         began = time.perf_counter()
+        ended = [self._told.popleft() for _ in range(len(self._told))]  # before the steps, all of which they have had
         steps = [self._pending.popleft() for _ in range(len(self._pending))]
         self._gathered = 0
         requests: dict[int, Any] = {}
@@ -142,24 +175,36 @@ class Counters:
                 self._slice(kind, value, tokens_of[number])
         if routed := [step for step in steps if step.index]:
             self._routes(routed, requests)
-        while self._over:
-            if (strength_G := self.strength.pop(self._over.pop(), None)) is not None:
+        for end in ended:
+            if isinstance(end, str):
+                self.numbers[end] += 1
+                continue
+            self.numbers[end.name] += 1
+            if end.first is not None:
+                self.first_token.add(end.first)
+            if end.each is not None:
+                self.per_token.add(end.each)
+            if (strength_G := self.strength.pop(end.number, None)) is not None:
                 self.numbers["judged_requests_total"] += 1
                 best_2 = strength_G.topk(min(2, len(strength_G))).values
-                self.numbers["conflict_requests_total"] += int(close(best_2[None])[0])
+                self.numbers["conflict_requests_total"] += int(near(best_2[None])[0])
         self.settle_seconds += time.perf_counter() - began
 
     def _slice(self, kind: str, value: str, tokens: int) -> None:
-        name = key("slice_tokens_total", kind, value)
-        if name not in self.numbers and len(values(self.numbers, "slice_tokens_total")) >= SLICES:
-            name = key("slice_tokens_total", kind, "other")
-        self.numbers[name] += tokens
+        own = self.slices.setdefault(kind, {})
+        own[value] = own.pop(value, 0.0) + tokens
+        if len(own) > SLICES:
+            del own[next(iter(own))]
 
     def _routes(self, steps: Sequence[_Step], requests: Mapping[int, Any]) -> None:
         groups, (layers, experts), numbers = self.groups, self.wanted_LE.shape, self.numbers
         named, nobody = len(groups.names), layers * experts  # the place of an index that is no expert
         # numpy for whole numbers: torch would wake its threads, which wait for the model's
-        index_TLK = np.concatenate([np.stack([own.cpu().numpy() for own in step.index], 1) for step in steps])
+        steps = sorted(steps, key=lambda step: tuple(step.index[0].shape))  # one call for all steps of a shape
+        widest = max(step.index[0].shape[1] for step in steps)  # a request may ask for more experts than others
+        alike = [list(own) for _, own in groupby(steps, key=lambda step: tuple(step.index[0].shape))]
+        index_TLK = np.concatenate([_side_by_side([step.index for step in own], widest, -1).numpy() for own in alike])
+        weight_TLK = torch.cat([_side_by_side([step.weight for step in own], widest, 0) for own in alike])
         place_TLK = index_TLK + experts * np.arange(layers)[:, None]
         if (absent_TLK := index_TLK < 0).any():
             place_TLK[absent_TLK] = nobody
@@ -170,26 +215,31 @@ class Counters:
         label_T = np.array([groups.place(groups.label(request.domain)) for request in requests.values()])[of_T]
         count_D = np.bincount(((label_T + 1)[:, None] * (nobody + 1) + place_TP).ravel(),
                               minlength=(named + 1) * (nobody + 1)).reshape(named + 1, nobody + 1)
-        self.slots_DLE += torch.from_numpy(count_D[:, :nobody]).view_as(self.slots_DLE)
+        counts = self.counts
+        counts.slots_DLE.add_(torch.from_numpy(count_D[:, :nobody]).view_as(counts.slots_DLE))
+        tokens_S = np.array([len(step.index[0]) for step in steps])
         asked = np.zeros((len(steps), nobody + 1), dtype=bool)
-        asked[np.repeat(np.arange(len(steps)), [len(step.index[0]) for step in steps])[:, None], place_TP] = True
+        asked[np.repeat(np.arange(len(steps)), tokens_S)[:, None], place_TP] = True
         self.wanted_LE += torch.from_numpy(asked[:, :nobody].sum(0)).view_as(self.wanted_LE)
+        expected = layers * experts * (1 - (1 - self.config.num_experts_per_tok / experts) ** tokens_S).sum()
+        numbers["distinct_experts_expected_total"] += float(expected)
         if not named:
             return
-        weight_TLK = torch.cat([torch.stack(tuple(step.weight), 1) for step in steps]).float().cpu()
         strength_TG = embedding_bag(torch.from_numpy(place_TP), groups.member_PG, mode="sum",
-                                    per_sample_weights=weight_TLK.flatten(1)) / groups.even_G
+                                    per_sample_weights=weight_TLK.float().flatten(1)) / groups.even_G
         best_T2 = strength_TG.topk(min(2, named), 1)
         numbers["judged_tokens_total"] += len(strength_TG)
-        pairs_C2 = best_T2.indices[close(best_T2.values)].sort(1).values
+        pairs_C2 = best_T2.indices[near(best_T2.values)].sort(1).values
         numbers["conflict_tokens_total"] += len(pairs_C2)
         if len(pairs_C2):
-            self.conflict_GG += torch.bincount(
-                pairs_C2[:, 0] * named + pairs_C2[:, 1], minlength=named * named).view(named, named)
+            counts.conflict_GG.add_(torch.bincount(
+                pairs_C2[:, 0] * named + pairs_C2[:, 1], minlength=named * named).view(named, named))
         known_T = label_T >= 0
-        self.confusion_GG += torch.from_numpy(np.bincount(
+        counts.labelled_G.add_(torch.from_numpy(np.bincount(label_T[known_T], minlength=named)))
+        known_T &= best_T2.values[:, 0].numpy() > 0  # else no named group was visited
+        counts.confusion_GG.add_(torch.from_numpy(np.bincount(
             label_T[known_T] * named + best_T2.indices[:, 0].numpy()[known_T], minlength=named * named)
-        ).view(named, named)
+        ).view(named, named))
         sum_NG = torch.zeros(len(requests), named).index_add_(0, torch.from_numpy(of_T), strength_TG)
         for number, own_G in zip(requests, sum_NG, strict=True):
             before = self.strength.get(number)
@@ -200,69 +250,74 @@ class Counters:
     def finished(self, number: int, domain: str | None, reason: str, first: float | None,
                  each: float | None) -> None:
         """A request is over. first: seconds to its first token; each: from a token to the next, mean."""
-        with self.lock:
-            self.numbers[key("requests_total", self.groups.label(domain), reason)] += 1
-            self._over.append(number)
-            if first is not None:
-                self.first_token.add(first)
-            if each is not None:
-                self.per_token.add(each)
+        self._told.append(_End(number, key("requests_total", self.groups.label(domain), reason), first, each))
 
     def count(self, name: str, domain: str | None, outcome: str) -> None:
         """One more of a counter by domain and outcome: tool_calls_total, schema_answers_total, feedback_total."""
-        with self.lock:
-            self.numbers[key(name, self.groups.label(domain), outcome)] += 1
+        self._told.append(key(name, self.groups.label(domain), outcome))
 
     def refused(self, status: int) -> None:
-        with self.lock:
-            self.numbers[key("refused_total", str(status))] += 1
+        self._told.append(key("refused_total", str(status)))
 
     # ---- figures ------------------------------------------------------------------------------------------------
 
-    def slots(self) -> Tensor:
-        """How often each expert was visited so far, [L, E]."""
-        return self.slots_DLE.sum(0)
-
-    def reading(self, before_LE: Tensor | None = None) -> dict[str, float]:
-        """All numbers by now. before_LE: slots at the begin of the last minutes, for what is said of these."""
+    def now(self) -> Counts:
+        """A copy of what is counted of routes."""
         with self.lock:
             self._settle()
-            groups = self.groups
+            return self.counts.copy()
+
+    def reading(self, before: Counts | None = None) -> dict[str, float]:
+        """All numbers by now. before: the counts at the begin of the last minutes, for what is said of these."""
+        with self.lock:
+            self._settle()
+            groups, counts = self.groups, self.counts
+            recent = counts if before is None else counts.since(before)
             out: dict[str, float] = {
                 "steps_total": self.steps, "step_seconds_total": self.step_seconds,
                 "watch_seconds_total": self.inline_seconds + self.settle_seconds}
-            out |= self.numbers | self.first_token.reading() | self.per_token.reading()
-            slots_LE = self.slots()
+            out |= dict(self.numbers) | self.first_token.reading() | self.per_token.reading()
+            out |= {key("slice_tokens_total", kind, value): tokens for kind, own in self.slices.items()
+                    for value, tokens in own.items()}
+            slots_LE = counts.slots_DLE.sum(0)
             slots_L = slots_LE.sum(1)
-            slots_LG = torch.einsum("le,leg->lg", slots_LE.float(), groups.member_LEG)
-            expected_LG = slots_L.unsqueeze(1) * groups.expected_LG
+            slots_LG = torch.einsum("le,leg->lg", slots_LE.double(), groups.member_LEG.double())
+            expected_LG = slots_L.unsqueeze(1) * groups.expected_LG.double()
             for band, rows in groups.bands.items():
                 out[key("slots_total", band)] = float(slots_L[rows].sum())
                 for g, name in enumerate(groups.names):
                     if groups.expected_LG[rows, g].any():
                         out[key("group_slots_total", name, band)] = float(slots_LG[rows, g].sum())
                         out[key("group_expected_slots_total", name, band)] = float(expected_LG[rows, g].sum())
+            if groups.layers:
+                out["distinct_experts_total"] = float(self.wanted_LE.sum())
             for g, name in enumerate(groups.names):
-                out[key("group_wanted_total", name)] = float((self.wanted_LE * groups.member_LEG[..., g]).sum())
-                if labelled := int(self.confusion_GG[g].sum()):
-                    out[key("labelled_tokens_total", name)] = labelled
-                    out[key("right_tokens_total", name)] = int(self.confusion_GG[g, g])
-                if (drift := self._drift(g)) is not None:
+                wanted_LE = self.wanted_LE * groups.member_LEG[..., g].double()
+                out[key("group_wanted_total", name)] = float(wanted_LE.sum())
+                out[key("labelled_tokens_total", name)] = int(counts.labelled_G[g])
+                out[key("right_tokens_total", name)] = int(counts.confusion_GG[g, g])
+                if (drift := self._drift(g, recent.slots_DLE[g + 1])) is not None:
                     out[key("drift", name)] = drift
-            recent_LE = slots_LE - (0 if before_LE is None else before_LE)
-        return out | balance(self.config, groups, recent_LE)
+            return out | balance(self.config, groups, recent.slots_DLE.sum(0))
 
-    def _drift(self, g: int) -> float | None:
+    def _drift(self, g: int, slots_LE: Tensor) -> float | None:
         assert self.atlas is not None
         stated = self.atlas.group(self.groups.names[g]).evidence.get("coverage_slots")
-        slots_LE = self.slots_DLE[g + 1]
         if stated is None or not slots_LE.any():
             return None
-        own_L = (slots_LE * self.groups.member_LEG[..., g]).sum(1) / slots_LE.sum(1)
+        own_L = (slots_LE * self.groups.member_LEG[..., g].double()).sum(1) / slots_LE.sum(1)
         return float(own_L.mean()) - stated
 
 
-def close(best_T2: Tensor) -> Tensor:
+def _side_by_side(steps: Sequence[Sequence[Tensor]], width: int, filler: float) -> Tensor:
+    """[T, L, width] of the layers' tensors [t, K] of steps that are all of one shape."""
+    (tokens, top), layers = steps[0][0].shape, len(steps[0])
+    own_SLtK = torch.cat([own for step in steps for own in step]).view(len(steps), layers, tokens, top).cpu()
+    own_TLK = own_SLtK.transpose(1, 2).flatten(0, 1)
+    return own_TLK if top == width else torch.nn.functional.pad(own_TLK, (0, width - top), value=filler)
+
+
+def near(best_T2: Tensor) -> Tensor:
     """Boolean [T]: whether the stronger two of the groups are in conflict. best_T2: their strengths."""
     if best_T2.shape[1] < 2:
         return torch.zeros(len(best_T2), dtype=torch.bool)

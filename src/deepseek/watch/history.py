@@ -3,16 +3,17 @@ last day, one in ten minutes before that, none after `days`."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sqlite3
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
 from .metrics import Reading
 
 HOUR, DAY = 3600.0, 86400.0
+OURS = 0x4D6F4544  # application_id: "MoED"
 _TABLES = """
 create table if not exists readings (time real primary key, numbers text not null);
 create table if not exists alerts (time real, rule text, subject text, begins integer, message text);
@@ -25,14 +26,24 @@ class History:
 
     def __init__(self, path: Path | None = None, days: float = 30.0) -> None:
         self.days, self._lock = days, threading.Lock()
+        rule = "must be a file that can be written, new or of an earlier server"
+        self._file = None
         try:
+            if path is not None:  # a lock of the whole file, beside SQLite's own of its parts
+                self._file = path.open("ab")
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._store = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False,
                                           isolation_level=None)
-            self._store.execute("pragma journal_mode = wal")
+            self._store.executescript("pragma journal_mode = wal; pragma synchronous = normal;")
+            if self._store.execute("pragma application_id").fetchone()[0] != OURS:
+                if self._store.execute("select count(*) from sqlite_master").fetchone()[0]:
+                    raise ConfigError(f"history = {str(path)!r}: {rule}: it is of another program")
+                self._store.execute(f"pragma application_id = {OURS}")
             self._store.executescript(_TABLES)
-        except sqlite3.Error as error:
-            raise ConfigError(f"history = {str(path)!r}: must be a file that can be written, new or of an earlier "
-                              f"server: {error}") from None
+        except BlockingIOError:
+            raise ConfigError(f"history = {str(path)!r}: another server uses it") from None
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"history = {str(path)!r}: {rule}: {error}") from None
 
     def add(self, time: float, reading: Reading) -> None:
         with self._lock:
@@ -51,10 +62,13 @@ class History:
     def readings(self, since: float, most: int = 240) -> list[tuple[float, Reading]]:
         """Oldest first, the newest among them; at most so many, evenly taken."""
         with self._lock:
-            rows: Sequence[tuple[float, str]] = self._store.execute(
-                "select time, numbers from readings where time >= ? order by time", (since,)).fetchall()
-        step = max(1, -(-len(rows) // most))
-        return [(time, json.loads(numbers)) for time, numbers in rows[::-step][::-1]]
+            times = [time for time, in self._store.execute(
+                "select time from readings where time >= ? order by time desc", (since,))]
+            chosen = times[:: max(1, -(-len(times) // most))]
+            places = ",".join("?" * len(chosen))
+            rows = self._store.execute(
+                f"select time, numbers from readings where time in ({places}) order by time", chosen).fetchall()
+        return [(time, json.loads(numbers)) for time, numbers in rows]
 
     def alert(self, time: float, rule: str, subject: str, begins: bool, message: str) -> None:
         with self._lock:
@@ -82,3 +96,5 @@ class History:
     def close(self) -> None:
         with self._lock:
             self._store.close()
+            if self._file is not None:
+                self._file.close()

@@ -48,9 +48,12 @@ SYSTEM = (
     _counter("group_slots", "Slots that went to a named group's experts", "group", "band"),
     _counter("group_expected_slots", "Slots that would have gone there under uniform routing", "group", "band"),
     _counter("group_wanted", "Experts of a group that a layer of a step asked for, each once", "group"),
-    _counter("group_missed", "Those of them that were not in memory", "group"),
+    _counter("group_missed", "Those of them that were not in memory, or just being read", "group"),
     _gauge("group_resident_share", "Share of a group's experts that are in memory", "group"),
-    _counter("experts_wanted", "Experts that a layer of a step asked for, each once"),
+    _counter("distinct_experts", "Experts that a layer of a step asked for, each once"),
+    _counter("distinct_experts_expected", "The same if routing were uniform: E (1 - (1 - K/E)^T) for T tokens"),
+    _counter("experts_wanted", "The same as distinct_experts, as the residency counts it, where not all experts are in "
+                               "memory"),
     _counter("experts_missed", "Those of them that were not in memory"),
     _counter("experts_late", "Those of them that were just being read"),
     _counter("experts_foretold", "Experts read ahead"),
@@ -81,7 +84,7 @@ MODEL = (
            "band"),
     _gauge("max_vio", "(largest load - mean load) / mean load of the last minutes, mean of a band", "band"),
     _gauge("dead_experts", "Experts that no token of the last minutes visited", "band"),
-    _gauge("drift", "Share of a domain's slots on the group of its name, less the share that the atlas states",
+    _gauge("drift", "Share of a domain's slots on the group of its name, less what its atlas states",
            "group"),
 )
 BUSINESS = (

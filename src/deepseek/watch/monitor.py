@@ -9,52 +9,64 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from .alerts import Alert, Alerts, Limits, ratios
-from .counters import Counters
+from .counters import Counters, Counts
 from .history import History
 from .metrics import Reading, exposition, grown, growth, key, quantile, values
 from .power import Machine
 
 MINUTE = 60.0
+COUNTS = 12  # copies of what was counted of routes that are kept of a window: its begin is that exact
 HUNDRED_MILLION = 1e8
 log = logging.getLogger("deepseek.watch")
 
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """interval: seconds between two readings. minutes: the window of shares and alerts. webhook: address that is told
-    of alerts by POST. history: SQLite file, None keeps it in memory; days: how long. price: of an hour of this machine.
-    Raises ConfigError naming option, value and rule."""
+    """interval: seconds between two readings. alert_minutes: the window of shares and alerts. alert_webhook: address
+    that is told of alerts by POST. history: SQLite file, None keeps it in memory; history_days: how long.
+    price_per_hour: of this machine. Raises ConfigError naming option, value and rule."""
 
     interval: float = 5.0
-    minutes: float = 10.0
-    webhook: str | None = None
+    alert_minutes: float = 10.0
+    alert_webhook: str | None = None
     history: Path | None = None
-    days: float = 30.0
-    price: float | None = None
+    history_days: float = 30.0
+    price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("interval", "minutes", "days"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
-        if self.price is not None and not self.price >= 0:
-            raise ConfigError(f"price = {self.price}: must be 0 or more")
-        if self.webhook is not None and not self.webhook.startswith(("http://", "https://")):
-            raise ConfigError(f"webhook = {self.webhook!r}: must begin with http:// or https://")
+        for name, most in (("interval", 3600), ("alert_minutes", 120), ("history_days", 3650)):
+            if not 0 < getattr(self, name) <= most:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be above 0 and at most {most}")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
+            raise ConfigError(f"price_per_hour = {self.price_per_hour}: must be 0 or more")
+        if self.alert_webhook is not None:
+            try:
+                parts = urlsplit(self.alert_webhook)
+                good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # a port that is none
+                good = False
+            if not good:
+                raise ConfigError(f"alert_webhook = {self.alert_webhook!r}: must be an address that begins with "
+                                  "http:// or https://")
 
 
 class Monitor:
@@ -69,13 +81,16 @@ class Monitor:
         self.options = options or WatchOptions()
         self.resident, self.missed = resident, missed
         self.machine = machine or Machine()
-        self.history = History(self.options.history, self.options.days)
-        sinks = [self._log, self._keep, *([self._post] if self.options.webhook else [])]
-        self.alerts = Alerts(Limits(minutes=self.options.minutes), sinks)
+        self.history = History(self.options.history, self.options.history_days)
+        sinks = [self._log, self._keep, *([self._post] if self.options.alert_webhook else [])]
+        self.alerts = Alerts(Limits(minutes=self.options.alert_minutes), sinks)
+        self._poster = ThreadPoolExecutor(1, "webhook")  # one: an alert's end must not overtake its beginning
         self.began = time.time()
         self._lock = threading.Lock()
-        self._machine: Reading = self.machine.read()
-        self._past: deque[tuple[float, Reading, Tensor]] = deque()  # of the last minutes
+        self._machine: Reading = {}
+        self._looked = 0.0  # seconds spent on looking
+        self._past: deque[tuple[float, Reading]] = deque()  # of the last minutes
+        self._counts: deque[tuple[float, Counts]] = deque([(self.began, counters.now())])  # some of them
         self._over = threading.Event()
         self.look()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -84,6 +99,7 @@ class Monitor:
     def close(self) -> None:
         self._over.set()
         self._thread.join()
+        self._poster.shutdown(wait=False, cancel_futures=True)
         self.history.close()
 
     def _run(self) -> None:
@@ -101,30 +117,36 @@ class Monitor:
 
     def reading(self) -> dict[str, float]:
         """Every number by now."""
-        past_LE = self._past[0][2] if self._past else None
-        out = dict(self.counters.reading(past_LE)) | dict(self.reader()) | dict(self._machine)
+        out = self.counters.reading(self._counts[0][1]) | dict(self.reader()) | dict(self._machine)
+        out["watch_seconds_total"] += self._looked
         groups = self.counters.groups
         for name, source in (("group_resident_share", self.resident()), ("group_missed_total", self.missed())):
             if source is not None and groups.names:
-                sum_G = torch.einsum("le,leg->g", source.float(), groups.member_LEG)
+                sum_G = torch.einsum("le,leg->g", source.double(), groups.member_LEG.double())
                 if name == "group_resident_share":
                     sum_G = sum_G / groups.member_LEG.sum((0, 1))
                 out |= {key(name, group): float(value) for group, value in zip(groups.names, sum_G, strict=True)}
-        if self.options.price is not None:
-            out["price_per_hour"] = self.options.price
+        if self.options.price_per_hour is not None:
+            out["price_per_hour"] = self.options.price_per_hour
         return out
 
     def look(self) -> list[Alert]:
         """Take a reading, keep it, and see what is wrong."""
         with self._lock:
-            now = time.time()
+            now, began = time.time(), time.perf_counter()
+            window = MINUTE * self.options.alert_minutes
             self._machine = self.machine.read()
+            if now - self._counts[-1][0] >= window / COUNTS:
+                self._counts.append((now, self.counters.now()))
             reading = self.reading()
-            self._past.append((now, reading, self.counters.slots()))
-            while len(self._past) > 2 and self._past[1][0] <= now - MINUTE * self.options.minutes:
-                self._past.popleft()
-            self.history.add(now, reading)
-            return self.alerts.look(now, reading)
+            self._past.append((now, reading))
+            for kept in (self._past, self._counts):
+                while len(kept) > 2 and kept[1][0] <= now - window:
+                    kept.popleft()
+            found = self.alerts.look(now, reading)
+            self.history.add(now, {name: value for name, value in reading.items() if not name.startswith("slice_")})
+            self._looked += time.perf_counter() - began
+            return found
 
     def metrics(self) -> bytes:
         """As Prometheus scrapes them."""
@@ -140,29 +162,30 @@ class Monitor:
         self.history.alert(time.time(), alert.rule, alert.subject, begins, alert.message)
 
     def _post(self, alert: Alert, begins: bool) -> None:
-        """In a thread of its own: whoever listens may be slow."""
+        """In a thread of its own: whoever listens may be slow. Its address may hold a secret: the log has its host."""
         body = json.dumps(alert.to_dict() | {"status": "firing" if begins else "over", "model": self.model}).encode()
 
         def post() -> None:
-            request = urllib.request.Request(str(self.options.webhook), body, {"content-type": "application/json"})
+            address = str(self.options.alert_webhook)
+            request = urllib.request.Request(address, body, {"content-type": "application/json"})
             try:
                 with urllib.request.urlopen(request, timeout=10):
                     pass
-            except OSError as error:
-                log.warning(json.dumps({"webhook": self.options.webhook, "error": str(error)}))
+            except (OSError, HTTPException, ValueError) as error:
+                log.warning(json.dumps({"webhook": urlsplit(address).hostname, "error": str(error)}))
 
-        threading.Thread(target=post, name="webhook", daemon=True).start()
+        self._poster.submit(post)
 
     # ---- for people ---------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Everything that is on the dashboard but the heat map and the curves, for JSON."""
         now, reading, groups = time.time(), self.reading(), self.counters.groups
-        past = list(self._past)
-        start, old = past[0][:2]
+        with self._lock:
+            past = list(self._past)
+            recent = self.counters.now().since(self._counts[0][1])
+        start, old = past[0]
         minute = next((entry for entry in past if entry[0] >= now - MINUTE), past[-1])
-        with self.counters.lock:
-            conflict, confusion = self.counters.conflict_GG.tolist(), self.counters.confusion_GG.tolist()
         share, slots = ratios(reading, old), growth(reading, old, "slots_total")
         own = []
         for g, name in enumerate(groups.names):
@@ -179,10 +202,13 @@ class Monitor:
                 "accuracy": _over(grown(reading, old, f"right_tokens_total|{name}"), labelled), "labelled": labelled,
                 "drift": reading.get(f"drift|{name}"), "resident": reading.get(f"group_resident_share|{name}"),
                 "hits": None if missed is None else _over(
-                    wanted - grown(reading, old, f"group_missed_total|{name}"), wanted)})
+                    max(0.0, wanted - grown(reading, old, f"group_missed_total|{name}")), wanted)})
         labelled = growth(reading, old, "labelled_tokens_total")
         return {
-            "model": self.model, "time": now, "began": self.began, "minutes": self.options.minutes,
+            "model": self.model, "time": now, "began": self.began, "minutes": self.options.alert_minutes,
+            "step": _over(grown(reading, old, "step_seconds_total"), grown(reading, old, "steps_total")),
+            "distinct": _over(grown(reading, old, "distinct_experts_total"),
+                              grown(reading, old, "distinct_experts_expected_total")),
             "figures": {name: value for name, value in reading.items() if "|" not in name},
             "rates": rates(minute[0], minute[1], now, reading), "window": rates(start, old, now, reading),
             "groups": own, "band_names": list(groups.bands), "bands": {
@@ -194,8 +220,10 @@ class Monitor:
                                grown(reading, old, "judged_tokens_total")),
             "conflict_requests": _over(grown(reading, old, "conflict_requests_total"),
                                        grown(reading, old, "judged_requests_total")),
-            "conflict": conflict, "confusion": confusion, "residency": residency(reading, old),
-            "energy": {source: value for (source,), value in values(reading, "joules_total").items()},
+            "conflict": recent.conflict_GG.tolist(), "confusion": recent.confusion_GG.tolist(),
+            "residency": residency(reading, old),
+            "energy": {source: grown(reading, old, f"joules_total|{source}")
+                       for (source,) in values(reading, "joules_total")},
             "business": business(reading, old), "comments": self.history.comments(),
             "alerts": [alert.to_dict() for alert in self.alerts.firing.values()], "past_alerts": self.history.alerts(),
             "slices": slices(reading, old)}
@@ -205,9 +233,7 @@ class Monitor:
         nothing ran), and its groups: layers x experts."""
         groups = self.counters.groups
         with self._lock:
-            before_LE = self._past[0][2]
-        self.counters.settle()
-        slots_LE = (self.counters.slots() - before_LE).double()
+            slots_LE = self.counters.now().since(self._counts[0][1]).slots_DLE.sum(0).double()
         sum_L1 = slots_LE.sum(1, keepdim=True)
         ratio_LE = slots_LE / sum_L1.clamp(min=1) * groups.experts
         resident_LE = self.resident()
@@ -226,17 +252,16 @@ class Monitor:
             times.append(end)
             curves.append(rates(start, old, end, now))
             own.append(ratios(now, old))
-        return {"time": times, "rates": {name: [curve[name] for curve in curves] for name in RATES},
+        return {"time": times, "rates": {name: [curve[name] for curve in curves] for name in DRAWN},
                 "groups": {name: [at.get(name) for at in own] for name in self.counters.groups.names}}
 
 
-RATES = ("tokens", "new_tokens", "requests", "first_p50", "first_p99", "each_p50", "each_p99", "running", "waiting",
-         "joules_per_token", "cost", "watch", "missed")
+DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99")
 
 
 def rates(start: float, old: Reading, end: float, now: Reading) -> dict[str, float | None]:
     """Between two readings: tokens, new_tokens and requests a second; percentiles of waits in seconds; energy in joules
-    a token; cost of 10^8 tokens; counting's share of the steps' time; misses' share of wanted experts."""
+    a token; cost of 10^8 tokens; counting's share of the steps' time."""
     seconds = max(end - start, 1e-9)
     run = grown(now, old, "tokens_total|computed") + grown(now, old, "tokens_total|cached")
     joules = None if not values(now, "joules_total") else growth(now, old, "joules_total")
@@ -247,11 +272,9 @@ def rates(start: float, old: Reading, end: float, now: Reading) -> dict[str, flo
         "first_p50": quantile(0.5, now, old, "first_token_seconds"),
         "first_p99": quantile(0.99, now, old, "first_token_seconds"),
         "each_p50": quantile(0.5, now, old, "token_seconds"), "each_p99": quantile(0.99, now, old, "token_seconds"),
-        "running": now.get("requests_running"), "waiting": now.get("requests_waiting"),
         "joules_per_token": None if joules is None else _over(joules, run),
         "cost": None if price is None else _over(price / 3600 * seconds * HUNDRED_MILLION, run),
-        "watch": _over(grown(now, old, "watch_seconds_total"), grown(now, old, "step_seconds_total")),
-        "missed": _over(grown(now, old, "experts_missed_total"), grown(now, old, "experts_wanted_total"))}
+        "watch": _over(grown(now, old, "watch_seconds_total"), grown(now, old, "step_seconds_total"))}
 
 
 def residency(now: Reading, old: Reading) -> dict[str, float | None] | None:
@@ -276,6 +299,8 @@ def business(now: Reading, old: Reading) -> list[dict[str, Any]]:
 
         ended, tools, schemas, feedback = map(parts, (
             "requests_total", "tool_calls_total", "schema_answers_total", "feedback_total"))
+        if not sum(ended.values()) + sum(feedback.values()):
+            continue
         out.append({"domain": domain, "requests": sum(ended.values()), "ended": ended,
                     "completed": _over(ended.get("stop", 0.0), sum(ended.values())),
                     "tools": _over(tools.get("right", 0.0), sum(tools.values())),

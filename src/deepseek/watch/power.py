@@ -6,6 +6,8 @@ maximum; NVML for the GPU, where the package pynvml is installed.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,13 @@ class Rapl:
     _last: dict[Path, int] = field(default_factory=dict)
 
     def read(self) -> float | None:
-        """None where there is no counter that can be read. Sub-zones (cores, DRAM within a package) are not counted
-        twice: only `intel-rapl:N` itself is read."""
+        """None where there is no counter that can be read. Only zones named `package-N` count: what else there is lies
+        within them (cores) or around them (psys), or is not always there (DRAM)."""
         seen = False
         for zone in sorted(self.root.glob("*-rapl:[0-9]*")):
-            if zone.name.count(":") != 1:
-                continue
             try:
+                if not (zone / "name").read_text().startswith("package"):
+                    continue
                 now = int((zone / "energy_uj").read_text())
                 limit = int((zone / "max_energy_range_uj").read_text())
             except (OSError, ValueError):
@@ -75,9 +77,16 @@ def _nvml() -> Any:
     except Exception:  # ImportError, or any of NVML's own errors
         return None
 
+    figures: dict[str, Callable[[], float]] = {  # each may be missing: of an older chip, of a part of one (MIG)
+        "gpu_share": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+        "gpu_memory_bytes": lambda: float(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+        "joules_total|gpu": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3}
+
     def read() -> dict[str, float]:
-        use, memory = pynvml.nvmlDeviceGetUtilizationRates(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return {"gpu_share": use.gpu / 100, "gpu_memory_bytes": float(memory.used),
-                "joules_total|gpu": pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3}
+        out = {}
+        for name, figure in figures.items():
+            with contextlib.suppress(pynvml.NVMLError):
+                out[name] = figure()
+        return out
 
     return read

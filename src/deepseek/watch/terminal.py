@@ -31,27 +31,42 @@ def watch(args: argparse.Namespace) -> None:
     if (args.url is None) == (args.files is None):
         raise ConfigError("watch: must be given either the URL of a server or --files FOLDER")
     if args.files is not None:
-        args.files.mkdir(parents=True, exist_ok=True)
-        for own in sorted((files("deepseek.watch") / "files").iterdir(), key=lambda path: path.name):
-            write_atomically(args.files / own.name, own.read_text(encoding="utf-8"))
-            print(args.files / own.name)
+        write_files(args.files)
         return
     if not args.interval > 0:
         raise ConfigError(f"interval = {args.interval}: must be positive")
     live = sys.stdout.isatty() and not args.once
+    page = view(fetch(args.url, args.api_key))
     try:
         while True:
-            page = view(fetch(args.url, args.api_key))
             print(CLEAR + page if live else page, flush=True)
             if args.once:
                 return
             time.sleep(args.interval)
+            try:
+                page = view(fetch(args.url, args.api_key))
+            except ConfigError as error:  # it may come back
+                page = str(error)
     except KeyboardInterrupt:
         return
 
 
+def write_files(folder: Path) -> None:
+    """Raises ConfigError where a file of the name is there already and says something else."""
+    for own in sorted((files("deepseek.watch") / "files").iterdir(), key=lambda path: path.name):
+        text, path = own.read_text(encoding="utf-8"), folder / own.name
+        try:
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                raise ConfigError(f"{path}: is there already and was changed: must be moved away first")
+            write_atomically(path, text)
+        except OSError as error:
+            raise ConfigError(f"files = {str(folder)!r}: must be a folder that can be written: {error}") from None
+        print(path)
+
+
 def fetch(url: str, api_key: str | None) -> dict[str, Any]:
     """The state of a server. Raises ConfigError for one that does not answer, or not like ours."""
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -62,11 +77,13 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
             state: dict[str, Any] = json.load(answer)
-            return state
+        if not isinstance(state, dict) or "figures" not in state:
+            raise ValueError("it says something else")
+        return state
     except urllib.error.HTTPError as error:
         hint = ": it needs an --api_key" if error.code == 401 and api_key is None else ""
         raise ConfigError(f"url = {url!r}: the server answers {error.code}{hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(f"url = {url!r}: no server of ours answers there: {reason}") from None
 
@@ -82,6 +99,7 @@ def view(state: dict[str, Any]) -> str:
               f"per token    p50 {_seconds(now['each_p50'])}, p99 {_seconds(now['each_p99'])}",
               f"routing      accuracy {_share(state['accuracy'])} (chance {_share(state['chance'])}), conflicts "
               f"{_share(state['conflicts'])} of tokens, {_share(state['conflict_requests'])} of requests"]
+    lines.append(f"experts      {_share(state['distinct'])} of the distinct ones that uniform routing would ask for")
     if residency is not None:
         lines.append(f"residency    hits {_share(residency['hits'])}, stalled {_share(residency['stall'])}, "
                      f"{residency['read_bytes'] / 2**20:,.0f} MiB read")
@@ -115,7 +133,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _bar(ratio: float | None) -> str:
-    """Twice the expected share fills it; the mark is at once."""
+    """Twice the expected share fills it; the mark is at the expected one."""
     filled = 0 if ratio is None else min(BAR, round(ratio * BAR / 2))
     return "".join("|" if i == BAR // 2 else "#" if i < filled else "." for i in range(BAR))
 
