@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from serving import KEY, Running
 
 from deepseek.engine import LLM
 from deepseek.serve.app import ServeOptions
 from deepseek.tokenizer import Tokenizer
+from serving import KEY, Running
 
 
 @pytest.fixture(scope="session")

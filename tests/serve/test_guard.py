@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import KEY, Running
 
 from deepseek.serve.app import ServeOptions
+from serving import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 5}
@@ -130,6 +130,8 @@ def test_an_answer_that_takes_too_long(tiny_llm: Callable[..., Any]) -> None:
         answer = httpx.post(f"{server.url}/v1/completions", timeout=60, json={
             "model": "tiny", "prompt": "fox", "max_tokens": 1900, "deepseek": {"ignore_eos": True}})
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+        reading = server.app.state.server.watch.counters.reading()
+        assert reading["requests_total|unknown|error"] == reading["refused_total|504"] == 1
         assert server.llm.engine.idle
     finally:
         server.stop()

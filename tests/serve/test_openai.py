@@ -8,9 +8,9 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from serving import KEY, Running
 
 from deepseek.engine import SamplingParams
+from serving import KEY, Running
 
 HELLO: list[Any] = [{"role": "user", "content": "the quick brown"}]
 WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": {

@@ -140,6 +140,63 @@ def test_metrics_agree_with_what_was_sent(watched: Watched) -> None:
     assert "web" not in watched.client.get("/metrics").text  # clients have no labels
 
 
+def test_clients_that_leave_are_counted_and_leave_nothing(watched: Watched) -> None:
+    counters = watched.running.app.state.server.watch.counters
+
+    def aborted() -> float:
+        return sum(v for k, v in counters.reading().items() if k.startswith("requests_total|") and k.endswith("|abort"))
+
+    before = aborted()
+    for _ in range(3):
+        with watched.client.stream("POST", "/v1/completions", json={
+                "model": "planted", "prompt": "abc", "max_tokens": 200, "n": 4, "stream": True,
+                "deepseek": {"ignore_eos": True}}) as stream:
+            next(stream.iter_lines())
+    end = time.monotonic() + 20
+    while aborted() < before + 12 or counters.strength or not watched.running.llm.engine.idle:
+        assert time.monotonic() < end, (aborted() - before, counters.strength)
+        time.sleep(0.05)
+    assert aborted() == before + 12
+
+
+def test_who_watches_cannot_harm(watched: Watched, monkeypatch: pytest.MonkeyPatch,
+                                 caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monitor, engine = watched.running.app.state.server.watch.monitor, watched.running.llm.engine
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "observer", broken)
+        assert watched.ask("law")["choices"][0]["finish_reason"] in ("stop", "length")
+    assert "the engine's observer failed" in caplog.text
+    told = []
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor.alerts, "sinks", [broken, lambda *what: told.append(what)])
+        monitor.alerts._tell("an alert", True)
+    assert told == [("an alert", True)] and "could not be passed on" in caplog.text
+
+
+def test_more_experts_for_one_request_do_not_disturb_the_counts(watched: Watched) -> None:
+    before = watched.running.app.state.server.watch.counters.reading()
+    answer = watched.client.post("/v1/completions", json={
+        "model": "planted", "prompt": "abcabc", "max_tokens": 3, "deepseek": {"experts": {"top_k": 6}}})
+    assert answer.status_code == 200 and watched.client.get("/metrics").status_code == 200
+    after = watched.running.app.state.server.watch.counters.reading()
+    usage = answer.json()["usage"]
+    grown = sum(after[k] - before[k] for k in after if k.startswith("slots_total|"))
+    assert grown == 2 * 6 * (usage["total_tokens"] - 1)
+
+
+def test_languages_are_told(watched: Watched) -> None:
+    watch, end = watched.running.app.state.server.watch, time.monotonic() + 30
+    while watch.identify is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert [watch._language(text) for text in (
+        "How can I get my deposit back from the landlord?", "房东不退押金怎么办，我可以起诉他吗", "hi", "")] == [
+            "en", "zh", "und", "und"]
+
+
 def test_feedback_is_taken_once(watched: Watched) -> None:
     answer = watched.ask("law")["id"]
     assert watched.client.post("/v1/feedback", json={

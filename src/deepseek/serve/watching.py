@@ -45,12 +45,19 @@ class Watch:
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
         llm.engine.observer = self.counters.step
-        # its table takes a second to load, which no request shall wait for
-        threading.Thread(target=language, args=("a text of a server that starts",), daemon=True).start()
+        self.identify: Callable[[str], tuple[str, float]] | None = None
+        threading.Thread(target=self._load, daemon=True).start()
 
     def close(self) -> None:
         self.llm.engine.observer = None
         self.monitor.close()
+
+    def _load(self) -> None:
+        """The table of languages: a second, which no request shall wait for."""
+        from py3langid import classify
+
+        classify("")
+        self.identify = classify
 
     # ---- what the engine says -----------------------------------------------------------------------------------
 
@@ -83,12 +90,18 @@ class Watch:
     def begin(self, answer: str, http: Request, user: str | None, text: str, requests: Sequence[Generation]) -> None:
         """The requests of an answer, before they run."""
         client = "".join(c if c.isprintable() else "?" for c in user or key_name(http))
-        tags = {"client": client, "language": language(text)}
+        tags = {"client": client, "language": self._language(text)}
         for request in requests:
             request.tags = tags
         self.answers[answer] = requests[0].domain
         if len(self.answers) > ANSWERS:
             self.answers.popitem(last=False)
+
+    def _language(self, text: str) -> str:
+        """ISO 639-1 code of a text, "und" for one too short to tell, or where the table is not there yet."""
+        if self.identify is None or (len(text.strip()) < SHORT and text.isascii()):
+            return "und"
+        return self.identify(text[:LONG])[0]
 
     def end(self, request: Generation, late: bool) -> None:
         """late: it was ended because it took too long, an error of ours."""
@@ -105,15 +118,6 @@ def key_name(http: Request) -> str:
     """A client by the hash of its API key."""
     _, _, key = http.headers.get("authorization", "").partition(" ")
     return f"key-{hashlib.sha256(key.encode()).hexdigest()[:8]}" if key else "anonymous"
-
-
-def language(text: str) -> str:
-    """ISO 639-1 code of a text, "und" for one too short to tell."""
-    if len(text.strip()) < SHORT and text.isascii():
-        return "und"
-    from py3langid import classify
-
-    return str(classify(text[:LONG])[0])
 
 
 def add_routes(app: FastAPI, watch: Watch) -> None:
