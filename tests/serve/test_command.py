@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +22,10 @@ from deepseek.atlas import Atlas
 from deepseek.checkpoint import save_model
 from deepseek.cli import main
 from deepseek.config import ModelConfig
-from deepseek.engine import LLM
+from deepseek.domain import DomainClassifier
+from deepseek.engine import LLM, SamplingParams
 from deepseek.serve.app import ServeOptions
+from deepseek.watch.history import History
 from serving import Running
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +51,37 @@ def test_named_experts_are_warmed_while_it_runs(folder: Path) -> None:
         assert listed["deepseek"]["experts"] == ["law_expert", "code_expert"]
     finally:
         server.stop()
+
+
+def test_a_classifier_says_what_requests_are_about(tiny_llm: Callable[..., Any],
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    draw = random.Random(0)
+    texts = {name: ["".join(draw.choices(letters, k=80)) for _ in range(30)]
+             for name, letters in (("law_expert", "abcdef"), ("code_expert", "uvwxyz"))}
+    llm = tiny_llm()
+    assert llm.domain_of(texts["law_expert"][0]) is None
+    llm.classifier, _ = DomainClassifier.train(
+        [text for own in texts.values() for text in own], [name for name, own in texts.items() for _ in own], bits=12)
+    for name, own in texts.items():
+        assert llm.domain_of(own[0]) == llm.requests(own[0], SamplingParams())[0].domain == name
+    assert llm.domain_of("the plaintiff and the defendant, uvwxyz uvwxyz") == "law_expert"  # rules come first
+    assert llm.domain_of("") is None
+    llm.close()
+    assert main(["serve", "nothing", "--classifier", "nowhere.npz"]) != 0
+    assert "nowhere.npz" in capsys.readouterr().err
+
+
+def test_a_history_that_cannot_be_is_said_before_the_model_is_loaded(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "nothing", "--history", str(tmp_path)]) != 0
+    assert "must be a file that can be written" in capsys.readouterr().err
+    with contextlib.closing(History(tmp_path / "other.sqlite")):
+        assert main(["serve", "nothing", "--history", str(tmp_path / "other.sqlite")]) != 0
+    assert "another server uses it" in capsys.readouterr().err
+    with contextlib.closing(sqlite3.connect(tmp_path / "foreign.sqlite")) as foreign:
+        foreign.execute("create table readings (x)")
+    assert main(["serve", "nothing", "--history", str(tmp_path / "foreign.sqlite")]) != 0
+    assert "it is of another program" in capsys.readouterr().err
 
 
 def curls() -> Iterator[str]:

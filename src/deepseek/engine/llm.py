@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..atlas.usage import ExpertUsage
 from ..checkpoint import Dtype, expert_spans, load_model, resolve
-from ..domain import KeywordRules
+from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, RequestError
 from ..model import CausalLM, RoutingRecord
 from ..tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from .residency import Residency
 from .sampler import SamplingParams
 from .warmup import Warmup, warm_up
 
+SURE = 0.6  # as in `deepseek data label`
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -70,6 +71,7 @@ class LLM:
         self.bos_id = config.bos_token_id if tokenizer is None else tokenizer.bos_id
         self.eos_ids = frozenset(config.eos_token_ids) | frozenset(() if tokenizer is None else tokenizer.eos_ids)
         self._rules = KeywordRules()
+        self.classifier: DomainClassifier | None = None  # asked where the keyword rules say nothing
         self._constraints = Constraints(tokenizer, config.vocab_size, self.eos_ids)
         self._loop = threading.Condition(self.engine.lock)
         self._thread: threading.Thread | None = None
@@ -256,8 +258,12 @@ class LLM:
             return warm_up(self.model, self.engine.residency, tuple(names), self.engine.atlas, self._folder)
 
     def domain_of(self, text: str) -> str | None:
-        """What a text is about, by keyword rules (domain.py)."""
-        return self._rules.predict(text)
+        """What a text is about: by keyword rules, else by the classifier if there is one, and sure (domain.py)."""
+        found = self._rules.predict(text)
+        if found is None and self.classifier is not None and text.strip():
+            (name,), (confidence,) = self.classifier.predict([text])
+            found = name if confidence >= SURE else None
+        return found
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 

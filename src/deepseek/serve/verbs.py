@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+from ..domain import DomainClassifier
 from ..engine.verbs import add_engine_flags, make_llm
 from ..errors import ConfigError
 
@@ -21,6 +22,8 @@ def add_serve_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max_waiting", type=int, default=256, help="requests that may queue; beyond is status 429")
     verb.add_argument("--max_body", type=int, default=4 << 20, help="bytes of a request at most")
     verb.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take")
+    verb.add_argument("--classifier", type=Path, metavar="FILE", help="classifier.npz of `deepseek data`: says what "
+                      "requests are about that name no domain and have no keywords")
     verb.add_argument("--history", type=Path, help="SQLite file for readings, alerts and feedback; none keeps them in "
                                                    "memory")
     verb.add_argument("--history_days", type=float, default=30.0, help="how long it keeps them")
@@ -41,12 +44,14 @@ def serve(args: argparse.Namespace) -> None:
     watch = WatchOptions(**{name: getattr(args, name) for name in (
         "alert_minutes", "alert_webhook", "history", "history_days", "price_per_hour")})
     History(watch.history).close()  # what cannot be is said before a large model is loaded
+    classifier = None if args.classifier is None else DomainClassifier.load(args.classifier)
     listener = _listen(args.host, args.port)
     import uvicorn
 
     from .app import ServeOptions, create_app
 
     llm = make_llm(args)
+    llm.classifier = classifier
     logging.basicConfig(level=logging.INFO if args.log else logging.WARNING, format="%(message)s", stream=sys.stderr)
     name = args.name or Path(args.model).resolve().name
     app = create_app(llm, ServeOptions(name, tuple(args.api_key), args.max_waiting, args.max_body, args.timeout,
