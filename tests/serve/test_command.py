@@ -84,6 +84,23 @@ def test_a_history_that_cannot_be_is_said_before_the_model_is_loaded(
     assert "it is of another program" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_texts_are_logged_only_if_asked(tiny_llm: Callable[..., Any], asked: bool,
+                                        caplog: pytest.LogCaptureFixture) -> None:
+    server = Running(tiny_llm(), ServeOptions("tiny", log_texts=asked))
+    try:
+        with caplog.at_level("INFO", logger="deepseek.serve"):
+            done = httpx.post(f"{server.url}/v1/completions", timeout=60, json={
+                "model": "tiny", "prompt": "a secret", "max_tokens": 4})
+    finally:
+        server.stop()
+    assert ("a secret" in caplog.text) is asked
+    if asked:
+        line, = (json.loads(r.message) for r in caplog.records if "a secret" in r.message)
+        assert line == {"request_id": done.headers["x-request-id"], "answer": done.json()["id"], "prompt": "a secret",
+                        "text": done.json()["choices"][0]["text"]}
+
+
 def curls() -> Iterator[str]:
     """The commands with curl in the README, its twin and the manual, as they stand there."""
     for name in ("README.md", "README.zh.md", "docs/serving.md"):

@@ -39,13 +39,14 @@ DONE = b"data: [DONE]\n\n"
 @dataclass(frozen=True)
 class ServeOptions:
     """name: what clients call the model. keys: empty lets everybody in. waiting: requests that may queue. body: bytes.
-    timeout: seconds that an answer may take. watch: how it is watched."""
+    timeout: seconds that an answer may take. log_texts: prompts and answers go to the log. watch: how it is watched."""
 
     name: str
     keys: tuple[str, ...] = ()
     waiting: int = 256
     body: int = 4 << 20
     timeout: float = 600.0
+    log_texts: bool = False
     watch: WatchOptions = field(default_factory=WatchOptions)
 
 
@@ -54,7 +55,7 @@ class Server:
 
     def __init__(self, llm: LLM, options: ServeOptions) -> None:
         self.llm, self.options = llm, options
-        self.watch = Watch(llm, options.name, options.watch)
+        self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts)
         self.began = int(time.time())
         self.closing = False
         self.open = 0  # answers under way

@@ -60,6 +60,7 @@ class Guard:
             taken += len(message.get("body", b""))
             return {"type": "http.disconnect"} if taken > self.body else message
 
+        scope.setdefault("state", {})["request_id"] = name
         try:
             headers = dict(scope["headers"])
             if self.keys and scope["path"] not in OPEN and not self._known(headers.get(b"authorization", b"")):

@@ -31,6 +31,8 @@ def add_serve_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--alert_webhook", help="address that is told of alerts by POST, as JSON")
     verb.add_argument("--price_per_hour", type=float, help="of this machine: gives the cost of 10^8 tokens")
     verb.add_argument("--log", action="store_true", help="a line of JSON for every request, without its text")
+    verb.add_argument("--log_texts", action="store_true",
+                      help="and one with its prompt (of a chat, the last message) and its answer")
     add_engine_flags(verb)
 
 
@@ -52,10 +54,11 @@ def serve(args: argparse.Namespace) -> None:
 
     llm = make_llm(args)
     llm.classifier = classifier
-    logging.basicConfig(level=logging.INFO if args.log else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    level = logging.INFO if args.log or args.log_texts else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     name = args.name or Path(args.model).resolve().name
     app = create_app(llm, ServeOptions(name, tuple(args.api_key), args.max_waiting, args.max_body, args.timeout,
-                                       watch))
+                                       args.log_texts, watch))
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     print(f"serving {name} on {address}/v1" + ("" if args.api_key else ", open to whoever reaches it: no --api_key")
           + f"\ndashboard: {address}/dashboard", flush=True)

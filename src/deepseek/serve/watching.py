@@ -25,7 +25,7 @@ from ..engine.request import Request as Generation
 from ..model.cache import PAGE
 from ..watch.counters import Counters
 from ..watch.monitor import Monitor, WatchOptions
-from .guard import ServeError
+from .guard import ServeError, log
 from .protocol import FeedbackRequest
 
 ANSWERS = 4096  # whose feedback is still taken
@@ -38,8 +38,10 @@ POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'
 class Watch:
     """Counts what a server does, until it is closed."""
 
-    def __init__(self, llm: LLM, name: str, options: WatchOptions) -> None:
-        self.llm = llm
+    def __init__(self, llm: LLM, name: str, options: WatchOptions, *, texts: bool = False) -> None:
+        """texts: prompts and answers go to the log."""
+        self.llm, self.texts = llm, texts
+        self.known: dict[int, dict[str, str]] = {}  # what the log says of a request with its text
         self.counters = Counters(llm.model.config, llm.engine.atlas)
         self.monitor = Monitor(name, self.counters, self._engine, options, resident=self._resident,
                                missed=self._missed)
@@ -93,6 +95,8 @@ class Watch:
         tags = {"client": client, "language": self._language(text)}
         for request in requests:
             request.tags = tags
+            if self.texts:
+                self.known[request.number] = {"request_id": http.state.request_id, "answer": answer, "prompt": text}
         self.answers[answer] = requests[0].domain
         if len(self.answers) > ANSWERS:
             self.answers.popitem(last=False)
@@ -106,6 +110,8 @@ class Watch:
     def end(self, request: Generation, late: bool) -> None:
         """late: it was ended because it took too long, an error of ours."""
         assert request.finish_reason is not None and request.finished is not None
+        if self.texts:
+            log.info(json.dumps(self.known.pop(request.number, {}) | {"text": request.text}, ensure_ascii=False))
         first = None if request.first_token is None else request.first_token - request.arrived
         new = len(request.token_ids)
         each = None
