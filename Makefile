@@ -8,6 +8,9 @@ export GOMP_SPINCOUNT ?= 1000
 # the release everything is measured with; pinned before the package, so that its open range never pulls another build
 TORCH := torch==2.13.0
 
+# most modules of the packages are never imported: Python compiles those that are, when they are
+PIP := --quiet --disable-pip-version-check --no-compile
+
 .PHONY: help demo programs test test-slow sanitize lint bench clean
 
 help:  ## what there is
@@ -19,8 +22,8 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*)
 define install
 	$(PYTHON) -c 'import sys; sys.exit("MoE-DR needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '$(1)'
+	$(BIN)/python -m pip install $(PIP) '$(TORCH)' numpy
+	$(BIN)/python -m pip install $(PIP) '$(TORCH)' -e '$(1)'
 endef
 
 $(VENV)/.core: pyproject.toml $(NATIVE)
