@@ -31,7 +31,7 @@ from ..atlas import Atlas, ExpertUsage
 from ..config import ModelConfig
 from ..domain import NAMES
 from ..model import RoutingRecord
-from .metrics import EACH, FIRST, Histogram, key
+from .metrics import Histogram, key
 
 REASONS, RATINGS = ("stop", "length", "abort", "error"), ("up", "down")
 CLOSE = 0.05  # of the stronger one's strength: two groups that near are in conflict
@@ -135,8 +135,8 @@ class Counters:
         for name, outcomes in (("requests_total", REASONS), ("feedback_total", RATINGS)):
             for label in labels:  # from the start: Prometheus does not see the growth of what was not there
                 self.numbers |= {key(name, label, outcome): 0.0 for outcome in outcomes}
-        self.first_token = Histogram("first_token_seconds", FIRST)
-        self.per_token = Histogram("token_seconds", EACH)
+        self.first_token = Histogram("first_token_seconds")
+        self.per_token = Histogram("token_seconds")
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -154,11 +154,6 @@ class Counters:
                 self._settle()
             finally:
                 self.lock.release()
-
-    def settle(self) -> None:
-        """Count what has gathered."""
-        with self.lock:
-            self._settle()
 
     def _settle(self) -> None:
         began = time.perf_counter()

@@ -9,7 +9,8 @@ Rates, shares and percentiles are of what has grown between two readings; a numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,13 +22,15 @@ EACH = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.
 
 @dataclass(frozen=True)
 class Metric:
-    """exported: also to Prometheus; False for those with more values of a label than it should keep."""
+    """exported: also to Prometheus; False for those with more values of a label than it should keep. bounds: of a
+    histogram's buckets, seconds."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     labels: tuple[str, ...]
     help: str
     exported: bool = True
+    bounds: tuple[float, ...] = ()
 
 
 def _counter(name: str, help: str, *labels: str, exported: bool = True) -> Metric:
@@ -90,8 +93,8 @@ MODEL = (
 BUSINESS = (
     _counter("requests", "Requests that ended, by finish reason (stop, length, abort, error)", "domain", "reason"),
     _counter("refused", "Requests that were refused, by status", "status"),
-    Metric("first_token_seconds", "histogram", (), "From a request's arrival to its first token"),
-    Metric("token_seconds", "histogram", (), "From a token to the next, mean of a request"),
+    Metric("first_token_seconds", "histogram", (), "From a request's arrival to its first token", bounds=FIRST),
+    Metric("token_seconds", "histogram", (), "From a token to the next, mean of a request", bounds=EACH),
     _counter("tool_calls", "Answers with calls of tools: right if all name a tool and hold what it requires", "domain",
              "outcome"),
     _counter("schema_answers", "Answers that had to match a schema: valid if they are whole", "domain", "outcome"),
@@ -128,23 +131,27 @@ def growth(now: Reading, old: Reading, name: str) -> float:
 
 def quantile(share: float, now: Reading, old: Reading, name: str) -> float | None:
     """Of the waits between two readings, linear within a bucket as Prometheus' histogram_quantile; None without any."""
-    bounds = [(float(bound), grown(now, old, f"{name}|{bound}")) for (bound,) in values(now, name) if bound != "sum"]
-    bounds.sort()
-    if not bounds or not bounds[-1][1]:
+    bounds = [(bound, grown(now, old, f"{name}|{_bound(bound)}")) for bound in (*METRICS[name].bounds, math.inf)]
+    if not bounds[-1][1]:
         return None
     rank, below, start = share * bounds[-1][1], 0.0, 0.0
     for bound, count in bounds:
         if count >= rank and count > below:
-            return start if bound == float("inf") else start + (bound - start) * (rank - below) / (count - below)
+            return start if bound == math.inf else start + (bound - start) * (rank - below) / (count - below)
         below, start = count, bound
     return start
 
 
-class Histogram:
-    """Counts of waits up to each of some bounds."""
+def _bound(bound: float) -> str:
+    """As Prometheus writes it."""
+    return "+Inf" if bound == math.inf else str(bound)
 
-    def __init__(self, name: str, bounds: Sequence[float]) -> None:
-        self.name, self.bounds, self.sum = name, (*bounds, float("inf")), 0.0
+
+class Histogram:
+    """Counts of waits up to each bound of a metric."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.bounds, self.sum = name, (*METRICS[name].bounds, math.inf), 0.0
         self.counts = [0] * len(self.bounds)
 
     def add(self, seconds: float) -> None:
@@ -153,7 +160,7 @@ class Histogram:
             self.counts[i] += seconds <= bound
 
     def reading(self) -> dict[str, float]:
-        out = {f"{self.name}|{'+Inf' if bound == float('inf') else bound}": float(count)
+        out = {f"{self.name}|{_bound(bound)}": float(count)
                for bound, count in zip(self.bounds, self.counts, strict=True)}
         return out | {f"{self.name}|sum": self.sum}
 

@@ -260,15 +260,15 @@ DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99
 
 
 def rates(start: float, old: Reading, end: float, now: Reading) -> dict[str, float | None]:
-    """Between two readings: tokens, new_tokens and requests a second; percentiles of waits in seconds; energy in joules
+    """Between two readings: tokens and new_tokens a second; percentiles of waits in seconds; energy in joules
     a token; cost of 10^8 tokens; counting's share of the steps' time."""
     seconds = max(end - start, 1e-9)
     run = grown(now, old, "tokens_total|computed") + grown(now, old, "tokens_total|cached")
-    joules = None if not values(now, "joules_total") else growth(now, old, "joules_total")
+    sources = [name for name in ("joules_total|cpu", "joules_total|gpu") if name in now]
+    joules = sum(grown(now, old, name) for name in sources) if sources else None
     price = now.get("price_per_hour")
     return {
         "tokens": run / seconds, "new_tokens": grown(now, old, "tokens_total|sampled") / seconds,
-        "requests": growth(now, old, "requests_total") / seconds,
         "first_p50": quantile(0.5, now, old, "first_token_seconds"),
         "first_p99": quantile(0.99, now, old, "first_token_seconds"),
         "each_p50": quantile(0.5, now, old, "token_seconds"), "each_p99": quantile(0.99, now, old, "token_seconds"),
