@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deepseek.engine import LLM
-from deepseek.serve.app import ServeOptions
+from deepseek.serve.service import ServeOptions
 from deepseek.tokenizer import Tokenizer
 from serving import KEY, Running
 

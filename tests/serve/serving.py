@@ -9,7 +9,8 @@ import threading
 import uvicorn
 
 from deepseek.engine import LLM
-from deepseek.serve.app import ServeOptions, create_app
+from deepseek.serve.app import create_app
+from deepseek.serve.service import ServeOptions
 
 KEY = "sk-test"
 

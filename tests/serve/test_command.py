@@ -24,7 +24,7 @@ from deepseek.cli import main
 from deepseek.config import ModelConfig
 from deepseek.domain import DomainClassifier
 from deepseek.engine import LLM, SamplingParams
-from deepseek.serve.app import ServeOptions
+from deepseek.serve.service import ServeOptions
 from deepseek.watch.history import History
 from serving import Running
 

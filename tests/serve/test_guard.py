@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deepseek.serve.app import ServeOptions
+from deepseek.serve.service import ServeOptions
 from serving import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}

@@ -26,7 +26,7 @@ from deepseek.atlas.atlas import NamedGroup, Shape
 from deepseek.cli import main
 from deepseek.engine import LLM
 from deepseek.ids import ExpertSet
-from deepseek.serve.app import ServeOptions
+from deepseek.serve.service import ServeOptions
 from deepseek.watch.monitor import WatchOptions
 from serving import KEY, Running
 

@@ -50,7 +50,8 @@ def serve(args: argparse.Namespace) -> None:
     listener = _listen(args.host, args.port)
     import uvicorn
 
-    from .app import ServeOptions, create_app
+    from .app import create_app
+    from .service import ServeOptions
 
     llm = make_llm(args)
     llm.classifier = classifier

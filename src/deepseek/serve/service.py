@@ -1,0 +1,166 @@
+"""The engine behind the routes: admission, sampling parameters, the life of a request, shutting down.
+
+The engine says through `on_token` that a request has moved; the event loop wakes, reads what is new and sends it. A
+client that leaves, a time-out and a shutdown abort the requests, whose pages go back at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fastapi import Request
+
+from ..engine import LLM, ExpertControl, SamplingParams
+from ..engine.request import Request as Generation
+from ..errors import MoEDRError
+from ..watch.monitor import WatchOptions
+from .guard import ServeError
+from .protocol import Common, EmbeddingRequest, Extension
+from .watching import Watch
+
+LOOK = 0.25  # seconds between two looks whether the client is still there
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """name: what clients call the model. keys: empty lets everybody in. waiting: requests that may queue. body: bytes.
+    timeout: seconds that an answer may take. log_texts: prompts and answers go to the log. watch: how it is watched."""
+
+    name: str
+    keys: tuple[str, ...] = ()
+    waiting: int = 256
+    body: int = 4 << 20
+    timeout: float = 600.0
+    log_texts: bool = False
+    watch: WatchOptions = field(default_factory=WatchOptions)
+
+
+class Server:
+    """Answers on one LLM."""
+
+    def __init__(self, llm: LLM, options: ServeOptions) -> None:
+        self.llm, self.options = llm, options
+        self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts)
+        self.began = int(time.time())
+        self.closing = False
+        self.open = 0  # answers under way
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    def admit(self, body: Common | EmbeddingRequest, count: int = 1) -> None:
+        """Raises ServeError for another model, and where the queue is full."""
+        if body.model != self.options.name:
+            raise ServeError(404, f"model = {body.model!r}: there is {self.options.name!r}", param="model",
+                             code="model_not_found")
+        if self.closing:
+            raise ServeError(503, "the server is shutting down", kind="server_error", headers={"retry-after": "10"})
+        waiting = len(self.llm.engine.scheduler.waiting)
+        if waiting + count > self.options.waiting:
+            raise ServeError(429, f"{waiting} requests are waiting: {self.options.waiting} may",
+                             kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
+
+    def params(self, body: Common, **more: Any) -> SamplingParams:
+        own: Extension = body.deepseek
+        experts = None if own.experts is None else ExpertControl(**own.experts.model_dump())
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        fields: dict[str, Any] = {
+            "max_tokens": body.max_tokens or self.llm.max_length, "temperature": body.temperature,
+            "top_p": body.top_p, "n": body.n, "stop": tuple(stop), "seed": body.seed, "top_k": own.top_k,
+            "min_p": own.min_p, "repetition_penalty": own.repetition_penalty, "ignore_eos": own.ignore_eos,
+            "regex": own.regex, "grammar": own.grammar, "routed": own.routed, "experts": experts}
+        return SamplingParams(**(fields | {key: value for key, value in more.items() if value is not None}))
+
+    async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncIterator[Generation]:
+        """Yields a request whenever it has moved, until all have ended. Leaving aborts them."""
+        loop, moved = asyncio.get_running_loop(), asyncio.Queue[Generation]()
+
+        def tell(one: Generation) -> None:
+            loop.call_soon_threadsafe(moved.put_nowait, one)
+
+        for request in requests:
+            request.on_token = tell
+        late = False
+        deadline, look = loop.time() + self.options.timeout, loop.time() + LOOK
+        left = {request.number for request in requests}
+        self.open += 1
+        try:
+            await asyncio.to_thread(self.llm.submit, *requests)
+            while left:
+                if late := loop.time() >= deadline:
+                    raise ServeError(504, f"the answer took longer than {self.options.timeout:g} seconds",
+                                     kind="server_error", code="timeout")
+                if loop.time() >= look:
+                    look = loop.time() + LOOK
+                    if await http.is_disconnected():
+                        return
+                try:
+                    one = await asyncio.wait_for(moved.get(), LOOK)
+                except TimeoutError:
+                    continue
+                if one.finish_reason is not None:
+                    left.discard(one.number)
+                if one.error is not None:
+                    raise one.error
+                yield one
+        finally:
+            self.open -= 1
+            # begun at once: where the client has left, every await is cancelled, again and again
+            await asyncio.shield(loop.run_in_executor(None, self._leave, requests, late))
+
+    def _leave(self, requests: Sequence[Generation], late: bool) -> None:
+        for request in requests:
+            whole = request.finish_reason is not None
+            self.llm.engine.abort(request)
+            self.watch.end(request, late and not whole)
+
+    async def shut(self, seconds: float = 30.0) -> None:
+        """Let open answers end, for a while; then end them."""
+        self.closing = True
+        until = time.monotonic() + seconds
+        while self.open and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self.llm.close)
+        await asyncio.to_thread(self.watch.close)
+
+    def extra(self, body: Common, requests: Sequence[Generation]) -> dict[str, Any]:
+        """What comes back under our own key."""
+        if not body.deepseek.routed:
+            return {}
+        layers, experts = self.llm.model.config.moe_layers, self.llm.model.config.n_routed_experts
+        choices = []
+        for request in requests:
+            if not request.routed:  # its client has left
+                return {}
+            index_TLK = torch.cat(request.routed)
+            choices.append({str(layer): torch.bincount(index_TLK[:, row].flatten().clamp(min=-1) + 1,
+                                                       minlength=experts + 1)[1:].tolist()
+                            for row, layer in enumerate(layers)})
+        return {"deepseek": {"routed": choices}}
+
+
+def usage(requests: Sequence[Generation]) -> dict[str, Any]:
+    prompt, new = len(requests[0].prompt_ids), sum(len(request.token_ids) for request in requests)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": requests[0].cached_tokens}}
+
+
+def event(body: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+
+
+async def sse(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A stream that has begun can only say in words that it failed."""
+    try:
+        async for part in stream:
+            yield part
+        yield DONE
+    except (ServeError, MoEDRError, OSError) as error:
+        body = error.body if isinstance(error, ServeError) else ServeError(500, str(error), kind="server_error").body
+        yield event(body)
