@@ -17,7 +17,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "deepseek"
 
-BOTTOM = ("errors", "files", "config", "ids", "domain", "tokenizer", "ops")  # each may import those before it
+# each may import those before it
+BOTTOM = ("errors", "files", "config", "ids", "domain", "conversation", "tokenizer", "ops")
 ABOVE: dict[str, tuple[str, ...]] = {  # and whatever these may
     "model": BOTTOM,
     "quant": ("model",),

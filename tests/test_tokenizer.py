@@ -214,9 +214,8 @@ def test_the_chat_template() -> None:
         "<|User|>  Thanks\n<|Assistant|>")
     assert small().chat(CHAT[:3], add_generation_prompt=False).endswith("2<|end_of_sentence|>")
     assert small().encode_chat(CHAT) == small().encode(small().chat(CHAT), special=True)
-    with pytest.raises(RequestError, match="role must be system, user or assistant, got tool"):
-        small().chat([{"role": "tool", "content": "x"}])
-    with pytest.raises(RequestError, match="the chat template refuses the messages"):
+    assert small().chat([{"role": "tool", "content": "x"}]) == small().chat([{"role": "user", "content": "x"}])
+    with pytest.raises(RequestError, match=r"messages\[0\].content: must be given"):
         small().chat([{"role": "user"}])
     with pytest.raises(RequestError, match="must be an object with role and content, got 'hi'"):
         small().encode_chat(["hi"])  # type: ignore[list-item]

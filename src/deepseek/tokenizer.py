@@ -16,7 +16,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from .conversation import ROLES, Style, normalize
 from .errors import ConfigError, DataError, NotFoundError, RequestError
 from .files import write_atomically, write_json
 
@@ -64,7 +65,7 @@ CHAT_TEMPLATE = (
 _USUAL = {"bos_token": ("<｜begin▁of▁sentence｜>", BOS, "<s>"), "eos_token": ("<｜end▁of▁sentence｜>", EOS, "</s>"),
           "pad_token": ("<｜▁pad▁｜>", PAD, "<pad>")}
 _THINKING = frozenset(("<think>", "</think>"))  # templates cut assistant turns at these
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text has them
+_OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode noncharacters: no text has them
 
 
 class Tokenizer:
@@ -244,32 +245,72 @@ class Tokenizer:
         """Whether the chat template reads a variable, such as `tools`."""
         return self._template is not None and re.search(rf"\b{re.escape(variable)}\b", self._template) is not None
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
-        """The conversation as the model was trained to see it. extra: further variables of the template (tools, …).
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
+             add_generation_prompt: bool = True, continue_final_message: bool = False, **extra: Any) -> str:
+        """The conversation as the model was trained to see it. To get ids use `encode_chat`.
 
-        Raises RequestError when there is no template or it refuses the messages. To get ids use `encode_chat`.
+        messages: as clients write them (`conversation.normalize`). tools: OpenAI's; they go through the template where
+        it knows tools, else in front. continue_final_message: the last message is left open, for the model to go on
+        with. extra: further variables of the template, such as V3.1's `thinking`.
+        Raises RequestError when there is no template or it refuses the messages.
         """
-        if self._template is None:
-            raise RequestError("the tokenizer has no chat template, so it takes a prompt, not messages")
-        values = {"tools": None, "documents": None, **self._names, **extra}
-        try:
-            return _compile(self._template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **values)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:  # all that wrong messages can cause
-            raise RequestError(f"the chat template refuses the messages: {error}") from None
+        return self._chat(messages, tools, add_generation_prompt, continue_final_message, extra, lambda value, _: value)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
-                    **extra: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
+                    add_generation_prompt: bool = True, continue_final_message: bool = False, **extra: Any
+                    ) -> list[int]:
         """Ids of `chat(…)`. Control tokens count where the template wrote them, not where a message quotes them."""
-        if wrong := [message for message in messages if not isinstance(message, Mapping)]:
-            raise RequestError(f"a message must be an object with role and content, got {wrong[0]!r}")
         everything, spoken = (re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
                               for names in (self._control, self._control - _THINKING))
-        marked = [_mark(message, spoken if message.get("role") == "assistant" else everything) for message in messages]
-        text = self.chat(marked, add_generation_prompt=add_generation_prompt, **_mark(extra, everything))
+        text = self._chat(messages, tools, add_generation_prompt, continue_final_message, extra,
+                          lambda value, role: _mark(value, spoken if role == "assistant" else everything))
         # between marks is quoted text; a template's own string methods may have parted a pair, so lone marks only cut
         pieces = re.split(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]", text)
         return [i for n, piece in enumerate(pieces) if piece for i in self.encode(piece, special=n % 2 == 0)]
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: bool,
+              go_on: bool, extra: Mapping[str, Any], mark: Callable[[Any, str], Any]) -> str:
+        """`chat`, with every part of what is given put through `mark`(part, role)."""
+        if self._template is None:
+            raise RequestError("the tokenizer has no chat template, so it takes a prompt, not messages")
+        plain = normalize(messages, self._roles)
+        if go_on and (not plain or plain[-1]["role"] != "assistant" or not isinstance(plain[-1]["content"], str)):
+            raise RequestError("continue_final_message: the last message must be an assistant's, with content")
+        fitted, shown = self._style.fit(plain, tools)
+        marked = [mark(message, message["role"]) for message in fitted]
+        if go_on:
+            marked[-1]["content"] += _END + " "
+        values = {**mark(dict(extra), ""), "tools": mark(shown, "")}
+        text = self._render(marked, prompt and not go_on, values)
+        if not go_on:
+            return text
+        end = text.rfind(_END)
+        if end < 0:
+            raise RequestError("continue_final_message: the chat template does not show the last message's end")
+        return text[:end] if text[end : end + 2] == _END + " " else text[:end].rstrip()  # as the template trims
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool, extra: Mapping[str, Any]) -> str:
+        assert self._template is not None
+        values = {"tools": None, "documents": None, **self._names, **extra}
+        try:
+            return _compile(self._template).render(messages=messages, add_generation_prompt=prompt, **values)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:  # all that wrong messages can cause
+            raise RequestError(f"the chat template refuses the messages: {error}") from None
+
+    @cached_property
+    def _style(self) -> Style:
+        def attempt(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
+            try:
+                return self._render(messages, True, {"tools": tools})
+            except RequestError:
+                return None
+
+        return Style.of(self._template or "", attempt)
+
+    @cached_property
+    def _roles(self) -> frozenset[str]:
+        """Roles of the template's own, beside the usual ones."""
+        return frozenset(re.findall(r"""role['"]?\]?\s*==\s*['"](\w+)['"]""", self._template or "")) - set(ROLES)
 
 
 class TokenStream:
@@ -338,7 +379,7 @@ def _compile(template: str) -> Template:
 def _mark(value: Any, control: re.Pattern[str]) -> Any:
     """`value` with every control token in its strings put between marks."""
     if isinstance(value, str):
-        return control.sub(rf"{_OPEN}\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}]", "", value))
+        return control.sub(rf"{_OPEN}\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}{_END}]", "", value))
     if isinstance(value, Mapping):
         return {key: _mark(item, control) for key, item in value.items()}
     return [_mark(item, control) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,233 @@
+"""Messages as clients and records write them -> messages as chat templates expect them.
+
+Clients send back what they were sent: null values, keys that mean nothing here, content in parts, OpenAI's former
+`function_call`. `normalize` brings all of it into one form. What is left depends on the template: whether it takes the
+arguments of a call as text or as an object, and whether it has a place for calls, tools and reasoning at all.
+`Style.of` finds that out by trial, and `Style.fit` writes the messages accordingly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import RequestError
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+         "function": "tool", "observation": "tool", "function_call": "assistant", "tool_call": "assistant"}
+CALLS = "<｜tool▁calls▁begin｜>"
+_TEXTS = ("text", "input_text", "output_text")
+
+
+def normalize(messages: Any, also: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The messages with the keys `role`, `content` (a text; None beside calls alone), and, where they say something,
+    `name`, `tool_call_id`, `reasoning_content` and `tool_calls` ({id, type, function: {name, arguments}}).
+
+    Null is "not given" and unknown keys are ignored. Text parts are joined; `developer` is `system`; `function` and
+    `observation` are `tool`; `function_call` (a key, or a role with a call as its content) is a tool call; `reasoning`
+    is `reasoning_content`; a refusal is content. also: further roles that pass as they are.
+    Raises RequestError with the place of what is malformed, such as `messages[2].content`.
+    """
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages = {messages!r:.60}: must be a list of objects")
+    return [_message(message, f"messages[{i}]", also) for i, message in enumerate(messages)]
+
+
+def _message(message: Any, place: str, also: Collection[str]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{place}: a message must be an object with role and content, got {message!r:.60}")
+    given = {key: value for key, value in message.items() if value is not None}
+    said = given.get("role")
+    if not isinstance(said, str) or (said not in ROLES and said not in also):
+        raise RequestError(f"{place}.role = {said!r:.60}: must be one of {', '.join(ROLES)}")
+    role = said if said in also else ROLES[said]
+    content = _text(given["content"], f"{place}.content", role) if "content" in given else None
+    out: dict[str, Any] = {"role": role, "content": content}
+    for key in ("name", "tool_call_id"):
+        if key in given:
+            out[key] = _string(given[key], f"{place}.{key}")
+    calls = given.get("tool_calls") or ([given["function_call"]] if given.get("function_call") else [])
+    if role != "assistant" and calls:
+        raise RequestError(f"{place}.tool_calls: only an assistant's message may have them, not one of {said!r}")
+    if said in ("function_call", "tool_call") and said not in also:
+        calls, out["content"] = _written_calls(content, f"{place}.content"), None
+    if role == "assistant":
+        reasoning = next((given[key] for key in ("reasoning_content", "reasoning") if given.get(key)), None)
+        if isinstance(reasoning, str):
+            out["reasoning_content"] = reasoning
+        if not out["content"] and isinstance(given.get("refusal"), str):
+            out["content"] = given["refusal"]
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise RequestError(f"{place}.tool_calls = {calls!r:.60}: must be a list of calls")
+        if calls:
+            out["tool_calls"] = [_call(call, f"{place}.tool_calls[{n}]") for n, call in enumerate(calls)]
+            out["content"] = out["content"] or None
+        elif out["content"] is None and "reasoning_content" in out:
+            out["content"] = ""
+    if out["content"] is None and "tool_calls" not in out:
+        raise RequestError(f"{place}.content: must be given" + (", or tool_calls" if role == "assistant" else ""))
+    return out
+
+
+def _string(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{place} = {value!r:.60}: must be a text")
+    return value
+
+
+def _text(content: Any, place: str, role: str) -> str:
+    if isinstance(content, Mapping) and role == "tool":
+        return _json(content, place)  # what a tool returned, not yet written as text
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise RequestError(f"{place} = {content!r:.60}: must be a text or a list of text parts")
+    return "".join(_part(part, f"{place}[{n}]") for n, part in enumerate(content))
+
+
+def _part(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise RequestError(f"{place} = {part!r:.60}: must be a part such as {{\"type\": \"text\", \"text\": …}}")
+    kind = part.get("type") or "text"
+    if kind == "refusal":
+        return _string(part.get("refusal"), f"{place}.refusal")
+    if kind not in _TEXTS:
+        raise RequestError(f"{place}.type = {kind!r:.60}: must be text: this model reads nothing else")
+    return _string(part.get("text"), f"{place}.text")
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise RequestError(f"{place} = {call!r:.60}: must be a call, an object with function")
+    if (kind := call.get("type") or "function") != "function":
+        raise RequestError(f"{place}.type = {kind!r:.60}: must be function")
+    function = call if call.get("function") is None and "name" in call else call.get("function")
+    if not isinstance(function, Mapping):
+        raise RequestError(f"{place}.function = {function!r:.60}: must be an object with name and arguments")
+    arguments = function.get("arguments")
+    if isinstance(arguments, Mapping):
+        arguments = dict(arguments)
+    elif arguments is None or arguments == "":
+        arguments = "{}"
+    else:
+        _string(arguments, f"{place}.function.arguments")
+    out = {"type": "function", "function": {
+        "name": _string(function.get("name"), f"{place}.function.name"), "arguments": arguments}}
+    return out if call.get("id") is None else {"id": _string(call["id"], f"{place}.id"), **out}
+
+
+def _written_calls(content: str | None, place: str) -> list[Any]:
+    """The calls in the content of a turn whose role is `function_call`: JSON, one call or a list of them."""
+    try:
+        found = json.loads(content or "")
+    except (ValueError, RecursionError):
+        raise RequestError(f"{place} = {content!r:.60}: must be a call in JSON, with name and arguments") from None
+    return found if isinstance(found, list) else [found]
+
+
+def _json(value: Any, place: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{place}: no JSON: {error}") from None
+
+
+def written(calls: Sequence[Mapping[str, Any]]) -> str:
+    """Calls (name, arguments) as DeepSeek-V3.1 writes them."""
+    return CALLS + "".join(f"<｜tool▁call▁begin｜>{call['name']}<｜tool▁sep｜>{_as_text(call['arguments'])}"
+                           "<｜tool▁call▁end｜>" for call in calls) + "<｜tool▁calls▁end｜>"
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else _json(arguments, "arguments")
+
+
+def _as_object(arguments: Any) -> Any:
+    """Arguments as an object where they are one: what a model has said need not be JSON."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a chat template has a place for. calls: how it takes the arguments of a call, "text" or "object"; None where
+    it shows no calls. beside: whether it shows calls that stand beside content. reasoning: the key of a message that it
+    reads reasoning from."""
+
+    tools: bool = False
+    calls: str | None = None
+    beside: bool = True
+    reasoning: str | None = None
+
+    @classmethod
+    def of(cls, source: str, render: Callable[[list[dict[str, Any]], list[dict[str, Any]]], str | None]) -> Style:
+        """The style of a template, found by trial. render: (messages, tools) -> text, None where it fails."""
+        def reads(name: str) -> bool:
+            return re.search(rf"\b{name}\b", source) is not None
+
+        tool = {"type": "function", "function": {
+            "name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}}
+
+        def shown(arguments: Any, content: str | None = None) -> str | None:
+            call = {"id": "probe0000", "type": "function", "function": {"name": "probename", "arguments": arguments}}
+            return render([{"role": "user", "content": "?"},
+                           {"role": "assistant", "content": content, "tool_calls": [call]},
+                           {"role": "tool", "content": "!", "name": "probename", "tool_call_id": "probe0000"}], [tool])
+
+        calls, beside = None, True
+        if reads("tool_calls"):
+            keyed: dict[str, Any] = {"probekey": "probevalue"}
+            text, made = shown(json.dumps(keyed)), shown(keyed)
+            if text is None and made is None:  # it wants something else of a conversation: go by its words
+                keyed_words = re.search(r"arguments\s*(\||\.)\s*items|arguments\s*\|\s*tojson", source)
+                calls = "object" if keyed_words else "text"
+            elif "probename" in (text or "") + (made or ""):
+                good = text is not None and "probekey" in text and '\\"probekey' not in text
+                calls = "text" if good or made is None or "probekey" not in made else "object"
+                beside = "probename" in (shown(keyed if calls == "object" else json.dumps(keyed), "beside") or "")
+        return cls(reads("tools"), calls, beside,
+                   next((key for key in ("reasoning_content", "reasoning") if reads(key)), None))
+
+    def fit(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+            ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Normalized messages as the template takes them, and its `tools`. What it has no place for becomes text: tools
+        a system message, calls V3.1's notation, results a user's message. Reasoning that has no place is left out."""
+        out = [one for message in messages for one in self._fit(dict(message))]
+        if not tools:
+            return out, None
+        if self.tools:
+            return out, [dict(tool) for tool in tools]
+        told = "Tools:\n" + "\n".join(_json(tool.get("function", tool), "tools") for tool in tools)
+        if out and out[0]["role"] == "system":
+            out[0] = {**out[0], "content": f"{told}\n\n{out[0]['content']}"}
+        else:
+            out.insert(0, {"role": "system", "content": told})
+        return out, None
+
+    def _fit(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        reasoning, calls = message.pop("reasoning_content", None), message.get("tool_calls")
+        if reasoning is not None and self.reasoning is not None:
+            message[self.reasoning] = reasoning
+        if self.calls is None and message["role"] == "tool":
+            return [{"role": "user", "content": message["content"]}]
+        if not calls:
+            return [message]
+        if self.calls is None:
+            del message["tool_calls"]
+            return [message | {"content": (message["content"] or "") + written([c["function"] for c in calls])}]
+        turn = _as_object if self.calls == "object" else _as_text
+        message["tool_calls"] = [call | {"function": call["function"] | {
+            "arguments": turn(call["function"]["arguments"])}} for call in calls]
+        if message["content"] is not None and not self.beside:
+            return [{"role": message["role"], "content": message["content"]}, message | {"content": None}]
+        return [message]
