@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from deepseek.engine import LLM
+from deepseek.serve.app import create_app
 from deepseek.serve.service import ServeOptions
 from serving import KEY, Running
 
@@ -172,3 +174,16 @@ def test_concurrent_streams_of_which_a_third_leave(tiny_llm: Callable[..., Any],
         engine.pages.check([])
     finally:
         server.stop()
+
+
+def test_pages_of_named_origins_may_ask(tiny_llm: Callable[..., LLM]) -> None:
+    from fastapi.testclient import TestClient
+
+    with TestClient(create_app(tiny_llm(), ServeOptions("tiny", keys=(KEY,), cors=("https://a.example",)))) as client:
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        first = client.options("/v1/chat/completions", headers=asked | {"origin": "https://a.example"})
+        assert first.status_code == 200 and first.headers["access-control-allow-origin"] == "https://a.example"
+        refused = client.get("/v1/models", headers={"origin": "https://a.example"})  # and the page can read why
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://a.example"
+        other = client.options("/v1/chat/completions", headers=asked | {"origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers

@@ -12,14 +12,22 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from ..engine import LLM
-from ..errors import MoEDRError, RequestError
+from ..errors import DataError, MoEDRError, RequestError
 from ..model.cache import PAGE
-from .chat import Chat
+from .chat import Chat, chat_prompt
 from .completions import Completion
 from .guard import Guard, ServeError
-from .protocol import ChatRequest, CompletionRequest, EmbeddingRequest, WarmRequest
+from .protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    WarmRequest,
+)
 from .service import ServeOptions, Server, sse
 from .watching import add_routes
 
@@ -36,6 +44,9 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     app = FastAPI(title="MoE-DR", lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(Guard, keys=options.keys, body=options.body, told=server.watch.counters.refused)
+    if options.cors:  # around the guard, since a browser asks first, without the key
+        app.add_middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=["*"], allow_headers=["*"],
+                           expose_headers=["x-request-id", "retry-after"])
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -76,11 +87,34 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
         server.admit(body)
+        if body.dimensions not in (None, size := llm.model.config.hidden_size):
+            raise ServeError(400, f"dimensions = {body.dimensions}: must be {size}, what the model has",
+                             param="dimensions")
         vectors, tokens = await asyncio.to_thread(llm.embed, body.inputs)
         data = [{"object": "embedding", "index": i, "embedding": base64.b64encode(vector.numpy().tobytes()).decode()
                  if body.encoding_format == "base64" else vector.tolist()} for i, vector in enumerate(vectors)]
         return {"object": "list", "data": data, "model": body.model, "usage": {
             "prompt_tokens": tokens, "total_tokens": tokens}, "deepseek": {"pooling": "mean of the last hidden states"}}
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        server.know(body.model if body.model is not None else options.name)
+        tokenizer = server.tokenizer
+        try:
+            ids = (await asyncio.to_thread(chat_prompt, tokenizer, body))[0] if body.prompt is None else (
+                await asyncio.to_thread(tokenizer.encode, body.prompt, bos=body.add_special_tokens))
+        except DataError as error:  # half a surrogate pair, say
+            raise ServeError(400, f"prompt: {error}", param="prompt") from None
+        names = [tokenizer.decode([i], skip_special=False) for i in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": llm.max_length, "tokens": ids, "token_strs": names}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        server.know(body.model if body.model is not None else options.name)
+        size = server.tokenizer.vocab_size
+        if outside := [i for i in body.tokens if i >= size]:
+            raise ServeError(400, f"token id {outside[0]}: must lie in the vocabulary 0..{size - 1}", param="tokens")
+        return {"prompt": await asyncio.to_thread(server.tokenizer.decode, body.tokens, skip_special=False)}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -88,8 +122,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != options.name:
-            raise ServeError(404, f"model = {name!r}: there is {options.name!r}", param="model", code="model_not_found")
+        server.know(name)
         return _model(server)
 
     @app.post("/v1/deepseek/warm")

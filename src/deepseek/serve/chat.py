@@ -13,24 +13,21 @@ from fastapi.responses import JSONResponse
 
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
+from ..tokenizer import Tokenizer
 from .answers import THINK, AnswerText, forced_schema, written
-from .guard import ServeError
-from .protocol import ChatRequest, Message, Tool
+from .protocol import ChatRequest, Message, TokenizeRequest, Tool, ToolCall
 from .service import Server, event, usage
 
 
-def chat_prompt(server: Server, body: ChatRequest) -> tuple[list[int], str]:
+def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> tuple[list[int], str]:
     """(ids, the rendered text). Tools go through the template, or in front where it knows none."""
-    tokenizer = server.llm.tokenizer
-    if tokenizer is None:
-        raise ServeError(400, "this model has no tokenizer")
-    messages = [_plain(message) for message in body.messages]
+    messages = [_plain(message) for message in body.messages or ()]
     if not tokenizer.template_knows("tool_calls"):
         messages = [_said_of_tools(message) for message in messages]
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    if body.tool_choice == "none":
+    if isinstance(body, ChatRequest) and body.tool_choice == "none":
         tools = []
-    extra: dict[str, Any] = {}
+    extra = body.variables
     if tools and tokenizer.template_knows("tools"):
         extra["tools"] = tools
     elif tools:
@@ -44,12 +41,30 @@ def chat_prompt(server: Server, body: ChatRequest) -> tuple[list[int], str]:
 
 def _plain(message: Message) -> dict[str, Any]:
     """A message as templates expect it: content one text, arguments as they were sent."""
-    out = message.model_dump(exclude_none=True)
-    content = message.content
-    out["content"] = content if isinstance(content, str) or content is None else "".join(part.text for part in content)
-    if out["role"] == "developer":
+    out: dict[str, Any] = {"role": message.role, "content": said(message)}
+    if message.role == "developer":
         out["role"] = "system"
+    if message.role == "function":
+        out["role"] = "tool"
+    if message.name is not None:
+        out["name"] = message.name
+    if message.tool_call_id is not None:
+        out["tool_call_id"] = message.tool_call_id
+    if thoughts := message.reasoning_content or message.reasoning:
+        out["reasoning_content"] = thoughts
+    calls = message.tool_calls or ([] if message.function_call is None else [ToolCall(function=message.function_call)])
+    if calls:
+        out["tool_calls"] = [call.model_dump(exclude_none=True) for call in calls]
+        for call in out["tool_calls"]:
+            if not isinstance(arguments := call["function"]["arguments"], str):
+                call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
     return out
+
+
+def said(message: Message) -> str:
+    """The text of a message, its parts joined."""
+    content = message.content or ""
+    return content if isinstance(content, str) else "".join(part.text or part.refusal for part in content)
 
 
 def _said_of_tools(message: dict[str, Any]) -> dict[str, Any]:
@@ -77,12 +92,11 @@ class Chat:
             schema = body.response_format.json_schema.json_schema
         elif body.response_format is not None and body.response_format.type == "json_object":
             schema = {"type": "object"}
-        ids, text = chat_prompt(server, body)
+        ids, text = chat_prompt(server.tokenizer, body)
         params = server.params(body, max_tokens=body.max_completion_tokens or body.max_tokens,
                                json_schema=json.dumps(schema) if schema is not None else None,
                                logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-        said = next((m for m in reversed(body.messages) if m.role == "user"), body.messages[-1])
-        question = str(_plain(said)["content"] or "")
+        question = said(next((m for m in reversed(body.messages) if m.role == "user"), body.messages[-1]))
         domain = body.deepseek.domain or server.llm.domain_of(question)
         self.requests = server.llm.requests(ids, params, domain=domain)
         server.watch.begin(self.id, http, body.user, question, self.requests)
@@ -122,8 +136,7 @@ class Chat:
     def logprobs(self, i: int, start: int = 0) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
-        tokenizer = self.server.llm.tokenizer
-        assert tokenizer is not None
+        tokenizer = self.server.tokenizer
 
         def one(token: int, logprob: float) -> dict[str, Any]:
             text = tokenizer.decode([token], skip_special=False)

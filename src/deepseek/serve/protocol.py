@@ -1,17 +1,21 @@
-"""What clients may send: OpenAI's request bodies, with what is ours under one key, `deepseek`.
+"""What clients may send: OpenAI's request bodies, vLLM's sampling fields, and what is ours under one key, `deepseek`.
 
-A field that we do not know is an error, as at OpenAI; one that we know and do not do may only have the value that does
-nothing. Bounds that depend on the model are checked where the request is made (engine/sampler.py, engine/llm.py).
+Null means "not given" for every field that has a default. A field that we do not know is an error, as at OpenAI; one
+that we know and do not do may only have a value that asks for nothing. Inside messages and tools unknown keys are
+ignored, so that an answer can be sent back as a client holds it. Bounds that depend on the model are checked where the
+request is made (engine/sampler.py, engine/llm.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 Nothing = Annotated[float, Field(strict=True, ge=0, le=0)]  # a knob that is not there may stand at zero
 Text = Annotated[str, Field(strict=True)]
@@ -19,6 +23,61 @@ Text = Annotated[str, Field(strict=True)]
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {key: value for key, value in given.items() if value is not None or key not in optional}
+
+
+class Part(Body):
+    """Of a message or a tool: unknown keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Sampling(Body):
+    """vLLM's fields, at the top level or under `deepseek`; None is "not given"."""
+
+    top_k: Annotated[int, Field(strict=True, ge=-1)] | None = None  # -1 and 0 are off
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    ignore_eos: Flag | None = None
+
+
+class Templating(Body):
+    """What a chat template is rendered with."""
+
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: Flag | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_variables(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if taken := {"messages", "tools", "add_generation_prompt", "continue_final_message"} & given.keys():
+            raise ValueError(f"must not hold {sorted(taken)[0]!r}, which is a field of its own")
+        return given
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        own = {"reasoning_effort": self.reasoning_effort, "add_generation_prompt": self.add_generation_prompt}
+        return {key: value for key, value in own.items() if value is not None} | self.chat_template_kwargs
+
+
+class Harmless(Body):
+    """OpenAI's fields that change no answer here."""
+
+    store: Flag = False
+    metadata: dict[str, Any] = {}
+    service_tier: Literal["auto", "default"] = "auto"
+    prompt_cache_key: Text | None = None
+    prompt_cache_retention: Text | None = None
+    safety_identifier: Text | None = None
+    user: Text | None = None
 
 
 class Experts(Body):
@@ -30,26 +89,23 @@ class Experts(Body):
     approx: Flag = False
 
 
-class Extension(Body):
+class Extension(Sampling):
     """domain: what the request is about, for batching by expert and for measuring routing. routed: send back how many
     of the request's tokens visited each expert. The others are SamplingParams by name."""
 
     domain: Annotated[str, Field(strict=True, min_length=1, max_length=64)] | None = None
     routed: Flag = False
     experts: Experts | None = None
-    top_k: Annotated[int, Field(strict=True, ge=0)] = 0
-    min_p: Number = 0.0
-    repetition_penalty: Number = 1.0
-    ignore_eos: Flag = False
     regex: Text | None = None
     grammar: Text | None = None
 
 
 class StreamOptions(Body):
     include_usage: Flag = False
+    include_obfuscation: Flag = False  # padding against eavesdroppers who count bytes: none is sent
 
 
-class Common(Body):
+class Common(Sampling, Harmless):
     model: Text
     max_tokens: Count | None = None
     temperature: Number = 1.0
@@ -59,62 +115,99 @@ class Common(Body):
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(strict=True, max_length=64)] | None = None
     deepseek: Extension = Extension()
     presence_penalty: Nothing = 0.0
     frequency_penalty: Nothing = 0.0
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
 
+    @model_validator(mode="after")
+    def _given_once(self) -> Common:
+        for name in Sampling.model_fields:
+            here, there = getattr(self, name), getattr(self.deepseek, name)
+            if None not in (here, there) and here != there:
+                raise ValueError(f"{name}: is {here!r}, and {there!r} under deepseek: must be given once")
+        return self
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: Text
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """SamplingParams that were given, by name."""
+        both = {name: getattr(self, name) if getattr(self, name) is not None else getattr(self.deepseek, name)
+                for name in Sampling.model_fields}
+        if both["top_k"] == -1:
+            both["top_k"] = 0
+        return {name: value for name, value in both.items() if value is not None}
 
 
-class FunctionCall(Body):
+def _parts(content: Any) -> Any:
+    """Parts that are not text are refused by name; what they hold is then checked as text."""
+    if isinstance(content, list):
+        for i, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind not in ("text", "refusal"):
+                raise ValueError(f"part {i} is of type {kind!r}: must be text")
+    return content
+
+
+class ContentPart(Part):
+    type: Literal["text", "refusal"]
+    text: Text = ""
+    refusal: Text = ""
+
+
+class FunctionCall(Part):
     name: Text
-    arguments: Text
+    arguments: Text | dict[str, Any] = "{}"
 
 
-class ToolCall(Body):
-    id: Text
+class ToolCall(Part):
+    id: Text | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+class Message(Part):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[Text | list[ContentPart] | None, BeforeValidator(_parts)] = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall] = []
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    function_call: FunctionCall | None = None  # before there were tools
     refusal: Text | None = None
 
     @model_validator(mode="after")
     def _content(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise ValueError("content: must be given")
         return self
 
 
-class Function(Body):
+class Function(Part):
     name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Text | None = None
     parameters: dict[str, Any] = {"type": "object", "properties": {}}
     strict: Flag | None = None
 
 
-class Tool(Body):
-    type: Literal["function"]
+class Tool(Part):
+    type: Literal["function"] = "function"
     function: Function
 
 
-class NamedFunction(Body):
+def _must_be_null(instead: str) -> Callable[[Any], None]:
+    def check(given: Any) -> None:
+        if given is not None:
+            raise ValueError(f"must be null: {instead} has taken its place")
+
+    return check
+
+
+class NamedFunction(Part):
     name: Text
 
 
-class NamedTool(Body):
+class NamedTool(Part):
     type: Literal["function"]
     function: NamedFunction
 
@@ -138,7 +231,7 @@ class ResponseFormat(Body):
         return self
 
 
-class ChatRequest(Common):
+class ChatRequest(Common, Templating):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: Flag = False
@@ -147,13 +240,21 @@ class ChatRequest(Common):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Flag = True
+    modalities: list[Literal["text"]] = ["text"]
+    verbosity: Literal["low", "medium", "high"] = "medium"
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    functions: Annotated[None, BeforeValidator(_must_be_null("tools"))] = None
+    function_call: Annotated[None, BeforeValidator(_must_be_null("tool_choice"))] = None
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs = true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_completion_tokens: must not stand beside max_tokens")
+        if None not in (limits := {self.max_tokens, self.max_completion_tokens}) and len(limits) > 1:
+            raise ValueError(f"max_completion_tokens: is {self.max_completion_tokens}, and max_tokens is "
+                             f"{self.max_tokens}: must be given once")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise ValueError("tools: a name comes twice")
@@ -171,8 +272,14 @@ class CompletionRequest(Common):
     prompt: Text | list[Text] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(strict=True, ge=0, le=5)] | None = None
     echo: Literal[False] = False
-    best_of: Literal[1] | None = None
+    best_of: Count | None = None
     suffix: None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of = {self.best_of}: must be n ({self.n}): every choice is sent")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -183,7 +290,8 @@ class EmbeddingRequest(Body):
     model: Text
     input: Text | list[Text] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] = "float"
-    user: Annotated[str, Field(strict=True, max_length=64)] | None = None
+    dimensions: Count | None = None
+    user: Text | None = None
 
     @property
     def inputs(self) -> list[str | list[int]]:
@@ -193,6 +301,28 @@ class EmbeddingRequest(Body):
 def _each(given: Any) -> list[str | list[int]]:
     """One text or one list of ids is a list of one."""
     return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+
+
+class TokenizeRequest(Templating):
+    """vLLM's: a prompt, or the messages of a chat. add_special_tokens: of a prompt, begin with the begin token."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: Flag = True
+    return_token_strs: Flag = False
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: must be given, or messages, and not both")
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: Text | None = None
+    tokens: list[Natural]
 
 
 class WarmRequest(Body):

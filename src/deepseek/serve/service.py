@@ -19,6 +19,7 @@ from fastapi import Request
 from ..engine import LLM, ExpertControl, SamplingParams
 from ..engine.request import Request as Generation
 from ..errors import MoEDRError
+from ..tokenizer import Tokenizer
 from ..watch.monitor import WatchOptions
 from .guard import ServeError
 from .protocol import Common, EmbeddingRequest, Extension
@@ -31,7 +32,8 @@ DONE = b"data: [DONE]\n\n"
 @dataclass(frozen=True)
 class ServeOptions:
     """name: what clients call the model. keys: empty lets everybody in. waiting: requests that may queue. body: bytes.
-    timeout: seconds that an answer may take. log_texts: prompts and answers go to the log. watch: how it is watched."""
+    timeout: seconds that an answer may take. log_texts: prompts and answers go to the log. watch: how it is watched.
+    cors: origins whose pages may ask (`*`: all)."""
 
     name: str
     keys: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class ServeOptions:
     timeout: float = 600.0
     log_texts: bool = False
     watch: WatchOptions = field(default_factory=WatchOptions)
+    cors: tuple[str, ...] = ()
 
 
 class Server:
@@ -54,11 +57,21 @@ class Server:
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self.llm.tokenizer is None:
+            raise ServeError(400, "this model has no tokenizer")
+        return self.llm.tokenizer
+
+    def know(self, model: str) -> None:
+        """Raises ServeError for another model."""
+        if model != self.options.name:
+            raise ServeError(404, f"model = {model!r}: there is {self.options.name!r}", param="model",
+                             code="model_not_found")
+
     def admit(self, body: Common | EmbeddingRequest, count: int = 1) -> None:
         """Raises ServeError for another model, and where the queue is full."""
-        if body.model != self.options.name:
-            raise ServeError(404, f"model = {body.model!r}: there is {self.options.name!r}", param="model",
-                             code="model_not_found")
+        self.know(body.model)
         if self.closing:
             raise ServeError(503, "the server is shutting down", kind="server_error", headers={"retry-after": "10"})
         waiting = len(self.llm.engine.scheduler.waiting)
@@ -72,9 +85,8 @@ class Server:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         fields: dict[str, Any] = {
             "max_tokens": body.max_tokens or self.llm.max_length, "temperature": body.temperature,
-            "top_p": body.top_p, "n": body.n, "stop": tuple(stop), "seed": body.seed, "top_k": own.top_k,
-            "min_p": own.min_p, "repetition_penalty": own.repetition_penalty, "ignore_eos": own.ignore_eos,
-            "regex": own.regex, "grammar": own.grammar, "routed": own.routed, "experts": experts}
+            "top_p": body.top_p, "n": body.n, "stop": tuple(stop), "seed": body.seed, "regex": own.regex,
+            "grammar": own.grammar, "routed": own.routed, "experts": experts} | body.sampling
         return SamplingParams(**(fields | {key: value for key, value in more.items() if value is not None}))
 
     async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncIterator[Generation]:

@@ -18,6 +18,8 @@ def add_serve_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
     verb.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     verb.add_argument("--api_key", action="append", default=[], help="clients must send it; may be given several times")
+    verb.add_argument("--cors_origin", action="append", default=[], metavar="ORIGIN",
+                      help="web pages of this origin may ask, such as https://example.org; * is all; may be repeated")
     verb.add_argument("--name", help="what clients call the model; the folder's name")
     verb.add_argument("--max_waiting", type=int, default=256, help="requests that may queue; beyond is status 429")
     verb.add_argument("--max_body", type=int, default=4 << 20, help="bytes of a request at most")
@@ -59,7 +61,7 @@ def serve(args: argparse.Namespace) -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     name = args.name or Path(args.model).resolve().name
     app = create_app(llm, ServeOptions(name, tuple(args.api_key), args.max_waiting, args.max_body, args.timeout,
-                                       args.log_texts, watch))
+                                       args.log_texts, watch, tuple(args.cors_origin)))
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     print(f"serving {name} on {address}/v1" + ("" if args.api_key else ", open to whoever reaches it: no --api_key")
           + f"\ndashboard: {address}/dashboard", flush=True)
