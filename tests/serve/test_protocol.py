@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -112,9 +114,10 @@ def client(running: Running) -> openai.OpenAI:
 
 def test_an_answer_can_be_sent_back_as_the_client_dumps_it(client: openai.OpenAI) -> None:
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {
-        "type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}}}]
-    ask: Any = dict(model="tiny", max_tokens=60, seed=1, messages=[USER], extra_body={"top_k": 5, "min_p": 0.01})
-    with client.chat.completions.stream(**ask, tools=tools, tool_choice="required") as stream:
+        "type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"],
+        "additionalProperties": False}}}]
+    ask: Any = dict(model="tiny", max_tokens=60, seed=4, messages=[USER], extra_body={"top_k": -1, "min_p": 0.001})
+    with client.chat.completions.stream(**ask | {"max_tokens": 400}, tools=tools, tool_choice="required") as stream:
         final = stream.get_final_completion().choices[0].message
     answers = [client.chat.completions.create(**ask).choices[0].message, final]
     for answer in answers:
@@ -123,9 +126,12 @@ def test_an_answer_can_be_sent_back_as_the_client_dumps_it(client: openai.OpenAI
         client.chat.completions.create(**ask | {"messages": [*back, USER], "max_tokens": 1}, tools=tools)
 
 
-def test_tokenize_and_detokenize(running: Running, client: openai.OpenAI) -> None:
-    def ask(path: str, body: dict[str, Any]) -> Any:
-        return client.with_options(base_url=running.url).post(path, body=body, cast_to=object)
+def test_tokenize_and_detokenize(running: Running) -> None:
+    def ask(path: str, body: dict[str, Any], status: int = 200) -> Any:
+        answer = httpx.post(running.url + path, content=json.dumps(body), headers={
+            "authorization": f"Bearer {KEY}", "content-type": "application/json"})
+        assert answer.status_code == status, answer.text
+        return answer.json()
 
     tokenizer = running.llm.tokenizer
     assert tokenizer is not None
@@ -138,8 +144,7 @@ def test_tokenize_and_detokenize(running: Running, client: openai.OpenAI) -> Non
     chat = ask("/tokenize", {"messages": [USER], "add_generation_prompt": False})
     assert chat["tokens"] == tokenizer.encode_chat([USER], add_generation_prompt=False)
     for body, message in (({"prompt": "x", "messages": [USER]}, "not both"), ({}, "must be given"),
-                          ({"prompt": "x", "model": "other"}, "there is 'tiny'"), ({"prompt": "\ud800"}, "surrogate")):
-        with pytest.raises(openai.APIStatusError, match=message):
-            ask("/tokenize", body)
-    with pytest.raises(openai.BadRequestError, match="must lie in the vocabulary"):
-        ask("/detokenize", {"tokens": [10**6]})
+                          ({"prompt": "\ud800"}, "surrogate")):
+        assert message in ask("/tokenize", body, 400)["error"]["message"]
+    ask("/tokenize", {"prompt": "x", "model": "other"}, 404)
+    assert "must lie in the vocabulary" in ask("/detokenize", {"tokens": [10**6]}, 400)["error"]["message"]
