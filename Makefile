@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 # most modules of the packages are never imported: Python compiles those that are, when they are
 PIP := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo programs test test-slow sanitize lint bench clean
+.PHONY: help demo programs clients test test-slow sanitize lint bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,17 @@ demo: $(VENV)/.core  ## train `nano` on Python's own library, draw its experts, 
 programs:  ## Debian's Chromium and Prometheus, for the tests that drive them (as root; without, these are skipped)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium prometheus >/dev/null
+
+$(VENV)/clients/.done: tests/clients/requirements.txt tests/clients/package.json
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install $(PIP) -r tests/clients/requirements.txt
+	mkdir -p $(VENV)/clients/node
+	cp tests/clients/package.json $(VENV)/clients/node/
+	cd $(VENV)/clients/node && npm install --silent --no-audit --no-fund
+	touch $@
+
+clients: $(VENV)/.test $(VENV)/clients/.done  ## a table of clients that others wrote, each case with its result (needs node and npm)
+	$(BIN)/python tests/clients/test_clients.py
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
