@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import jsonschema
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,3 +74,17 @@ def test_a_forced_call() -> None:
     named = forced_schema(TOOLS, NamedTool(type="function", function={"name": "time_of"}))
     assert named["properties"]["name"] == {"const": "time_of"} and len(forced_schema(TOOLS, "required")["anyOf"]) == 2
     assert run(['{"name": "wea'], tools=TOOLS, forced=True)[1]["content"] == '{"name": "wea'
+
+
+def test_references_of_a_tools_schema_stay_within_it() -> None:
+    """What pydantic writes: definitions at the root of the parameters, recursion by `#`."""
+    tree = {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}, "next": {"$ref": "#"},
+                                             "$ref": {"type": "string"}, "far": {"$ref": "https://a/b"}},
+            "$defs": {"City": {"enum": ["Paris", "Oslo"]}}}
+    schema = forced_schema([Tool(type="function", function=Function(name="trip", parameters=tree))], "required")
+    call = {"name": "trip", "arguments": {"city": "Oslo", "next": {"city": "Paris"}, "$ref": "x"}}
+    jsonschema.validate(call, schema)
+    for wrong in ({"city": "Rome"}, {"next": {"city": "Rome"}}, {"$ref": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(call | {"arguments": wrong}, schema)
+    assert schema["$defs"]["trip"]["properties"]["far"] == {"$ref": "https://a/b"}

@@ -152,8 +152,25 @@ def _holds(arguments: str, required: Any) -> bool:
 
 
 def forced_schema(tools: Sequence[Tool], choice: str | NamedTool) -> dict[str, Any]:
-    """The JSON schema of a call that must be made."""
+    """The JSON schema of a call that must be made.
+
+    A tool's parameters become a definition of their own, and their references (`#/$defs/City`) point into it: what the
+    client wrote counts from the root of its own schema.
+    """
     able = [tool.function for tool in tools if isinstance(choice, str) or tool.function.name == choice.function.name]
-    calls = [{"type": "object", "properties": {"name": {"const": function.name}, "arguments": function.parameters},
+    calls = [{"type": "object", "properties": {"name": {"const": function.name},
+                                               "arguments": {"$ref": f"#/$defs/{function.name}"}},
               "required": ["name", "arguments"], "additionalProperties": False} for function in able]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+    definitions = {function.name: _moved(function.parameters, f"#/$defs/{function.name}") for function in able}
+    return (calls[0] if len(calls) == 1 else {"anyOf": calls}) | {"$defs": definitions}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema with its references counted from `place`."""
+    def point(part: dict[str, Any]) -> dict[str, Any]:
+        reference = part.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            part["$ref"] = place + reference[1:]
+        return part
+
+    return json.loads(json.dumps(schema), object_hook=point)
