@@ -5,9 +5,6 @@ contains those characters must not turn into them. There are two views of one to
 tokens are recognised (`special=True`, for what a chat template wrote), in the plain one they are spelt out as ordinary
 text (the default). Control tokens are the added tokens marked special and those in angle brackets: DeepSeek's files
 leave `<｜User｜>` and `</think>` unmarked. `encode_chat` uses both views, each for its part of a rendered conversation.
-
-Chat templates are rendered as transformers does it (utils/chat_template_utils.py, release 5.23): jinja2's immutable
-sandbox, blocks trimmed, `tojson` without escapes.
 """
 
 from __future__ import annotations
@@ -17,21 +14,17 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from .conversation import ROLES, Style, normalize
 from .errors import ConfigError, DataError, NotFoundError, RequestError
 from .files import write_atomically, write_json
+from .templates import render
 
 # The splits of DeepSeek-V3's tokenizer.json, in order: up to three digits, Chinese and kana, everything else; the last
 # also goes over the pieces of the others.
@@ -291,11 +284,9 @@ class Tokenizer:
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool, extra: Mapping[str, Any]) -> str:
         assert self._template is not None
-        values = {"tools": None, "documents": None, **self._names, **extra}
-        try:
-            return _compile(self._template).render(messages=messages, add_generation_prompt=prompt, **values)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:  # all that wrong messages can cause
-            raise RequestError(f"the chat template refuses the messages: {error}") from None
+        values = {"tools": None, "documents": None, **self._names, **extra,
+                  "messages": messages, "add_generation_prompt": prompt}
+        return render(self._template, values, trusted=self._template == CHAT_TEMPLATE)
 
     @cached_property
     def _style(self) -> Style:
@@ -347,33 +338,6 @@ class TokenStream:
 
     def _text(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special=False)
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant says; for rendering it is transparent."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Template:
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-               separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(template)
 
 
 def _mark(value: Any, control: re.Pattern[str]) -> Any:
