@@ -25,16 +25,19 @@ from .protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    ResponsesRequest,
     TokenizeRequest,
     WarmRequest,
+    complaint,
 )
+from .responses import Response, Store
 from .service import ServeOptions, Server, sse
 from .watching import add_routes
 
 
 def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     """The ASGI application. The LLM is closed with it."""
-    server = Server(llm, options)
+    server, responses = Server(llm, options), Store()
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -50,9 +53,8 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _error(ServeError(400, f"{where}: {first['msg']}" if where else str(first["msg"]), param=where or None))
+        where, message = complaint(error.errors())
+        return _error(ServeError(400, message, param=where or None))
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
@@ -76,6 +78,22 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         one = await asyncio.to_thread(Chat, server, http, body)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
+
+    @app.post("/v1/responses")
+    async def respond(http: Request, body: ResponsesRequest) -> Any:
+        one = Response(server, responses, http, body)
+        await asyncio.to_thread(one.prepare)
+        return StreamingResponse(one.stream(http), media_type="text/event-stream") if body.stream else (
+            await one.whole(http))
+
+    @app.get("/v1/responses/{name}")
+    async def response(name: str) -> dict[str, Any]:
+        return responses.find(name).body
+
+    @app.delete("/v1/responses/{name}")
+    async def forget(name: str) -> dict[str, Any]:
+        responses.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
 
     @app.post("/v1/completions")
     async def completions(http: Request, body: CompletionRequest) -> Any:

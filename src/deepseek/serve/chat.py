@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -15,7 +15,7 @@ from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
 from ..tokenizer import Tokenizer
 from .answers import THINK, AnswerText, forced_schema, written
-from .protocol import ChatRequest, Message, TokenizeRequest, Tool, ToolCall
+from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool, ToolCall
 from .service import Server, event, usage
 
 
@@ -63,8 +63,11 @@ def _plain(message: Message) -> dict[str, Any]:
 
 def said(message: Message) -> str:
     """The text of a message, its parts joined."""
-    content = message.content or ""
-    return content if isinstance(content, str) else "".join(part.text or part.refusal for part in content)
+    return joined(message.content)
+
+
+def joined(content: str | Sequence[ContentPart] | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text or part.refusal for part in content or ())
 
 
 def _said_of_tools(message: dict[str, Any]) -> dict[str, Any]:
@@ -78,9 +81,9 @@ def _said_of_tools(message: dict[str, Any]) -> dict[str, Any]:
 class Chat:
     """One /v1/chat/completions."""
 
-    def __init__(self, server: Server, http: Request, body: ChatRequest) -> None:
+    def __init__(self, server: Server, http: Request, body: ChatRequest, name: str | None = None) -> None:
         self.server, self.body = server, body
-        self.id, self.created = f"chatcmpl-{secrets.token_hex(14)}", int(time.time())
+        self.id, self.created = name or f"chatcmpl-{secrets.token_hex(14)}", int(time.time())
         choice = body.tool_choice or ("auto" if body.tools else "none")
         self.tools: list[Tool] = [] if choice == "none" else body.tools or []
         forced = choice not in ("none", "auto")

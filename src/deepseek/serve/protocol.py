@@ -8,7 +8,7 @@ request is made (engine/sampler.py, engine/llm.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -19,6 +19,7 @@ Natural = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 Nothing = Annotated[float, Field(strict=True, ge=0, le=0)]  # a knob that is not there may stand at zero
 Text = Annotated[str, Field(strict=True)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class Body(BaseModel):
@@ -53,7 +54,7 @@ class Templating(Body):
 
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: Flag | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -78,6 +79,17 @@ class Harmless(Body):
     prompt_cache_retention: Text | None = None
     safety_identifier: Text | None = None
     user: Text | None = None
+
+
+def complaint(errors: Sequence[Any]) -> tuple[str, str]:
+    """(the field, what is wrong with it) of the first field that pydantic complains of. Of the forms that the field may
+    have, the one that got furthest; a wrong type explains what else is missing."""
+    places = [tuple(part for part in error["loc"] if part != "body") for error in errors]
+    first = places[0][:1]
+    chosen = max((i for i, place in enumerate(places) if place[:1] == first),
+                 key=lambda i: (len(places[i]), places[i][-1:] == ("type",)))
+    where = ".".join(str(part) for part in places[chosen] if part != "str" and "[" not in str(part))
+    return where, f"{where}: {errors[chosen]['msg']}" if where else str(errors[chosen]["msg"])
 
 
 class Experts(Body):
@@ -138,18 +150,21 @@ class Common(Sampling, Harmless):
         return {name: value for name, value in both.items() if value is not None}
 
 
+PARTS = ("text", "refusal", "input_text", "output_text", "reasoning_text")  # of chat, then of /v1/responses
+
+
 def _parts(content: Any) -> Any:
     """Parts that are not text are refused by name; what they hold is then checked as text."""
     if isinstance(content, list):
         for i, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind not in ("text", "refusal"):
+            if kind not in PARTS:
                 raise ValueError(f"part {i} is of type {kind!r}: must be text")
     return content
 
 
 class ContentPart(Part):
-    type: Literal["text", "refusal"]
+    type: Literal["text", "refusal", "input_text", "output_text", "reasoning_text"]
     text: Text = ""
     refusal: Text = ""
 
@@ -266,6 +281,91 @@ class ChatRequest(Common, Templating):
             if self.response_format is not None and self.response_format.type != "text":
                 raise ValueError("response_format: must be text where a tool has to be called")
         return self
+
+
+class Item(Part):
+    """Of the input of /v1/responses: a message, or what an answer before it held."""
+
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: Annotated[Text | list[ContentPart] | None, BeforeValidator(_parts)] = None
+    call_id: Text | None = None
+    name: Text | None = None
+    arguments: Text | None = None
+    output: Annotated[Text | list[ContentPart] | None, BeforeValidator(_parts)] = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Item:
+        needs = {"message": ("role", "content"), "reasoning": (), "function_call": ("call_id", "name", "arguments"),
+                 "function_call_output": ("call_id", "output")}[self.type]
+        if missing := [name for name in needs if getattr(self, name) is None]:
+            raise ValueError(f"{missing[0]}: must be given for an item of type {self.type}")
+        return self
+
+
+class FlatTool(Function):
+    """Of /v1/responses: no level between."""
+
+    type: Literal["function"]
+
+
+class FlatNamedTool(Part):
+    type: Literal["function"]
+    name: Text
+
+
+class Format(Body):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Text | None = None
+    description: Text | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: Flag | None = None
+
+    @model_validator(mode="after")
+    def _schema(self) -> Format:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("schema: must be given with type json_schema, and with it alone")
+        return self
+
+
+class TextOptions(Body):
+    format: Format = Field(default_factory=lambda: Format.model_validate({}))
+    verbosity: Literal["low", "medium", "high"] = "medium"
+
+
+class Reasoning(Body):
+    effort: Effort | None = None
+    summary: Literal["auto"] | None = None
+
+
+class ResponsesRequest(Sampling, Harmless):
+    """store: keep the response, so that it can be read and gone on from."""
+
+    model: Text
+    input: Text | Annotated[list[Item], Field(min_length=1)]
+    instructions: Text | None = None
+    max_output_tokens: Count | None = None
+    temperature: Number = 1.0
+    top_p: Number = 1.0
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
+    stream: Flag = False
+    stream_options: StreamOptions | None = None
+    tools: list[FlatTool] = []
+    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
+    parallel_tool_calls: Flag = True
+    text: TextOptions = TextOptions()
+    reasoning: Reasoning = Reasoning()
+    previous_response_id: Text | None = None
+    store: Flag = True
+    chat_template_kwargs: dict[str, Any] = {}
+    deepseek: Extension = Extension()
+    include: list[Literal["reasoning.encrypted_content"]] = []  # reasoning comes and goes unencrypted
+    truncation: Literal["disabled"] = "disabled"
+    background: Literal[False] = False
+    top_logprobs: Literal[0] = 0
+    max_tool_calls: None = None
+    conversation: None = None
+    prompt: None = None
 
 
 class CompletionRequest(Common):

@@ -1,0 +1,274 @@
+"""/v1/responses: OpenAI's other way to hold a conversation, as a translation to chat and back.
+
+Items of the input become messages, the answer becomes items of the output. What `store` keeps (in memory, the oldest go
+first) can be read, deleted, and gone on from with `previous_response_id`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from ..errors import MoEDRError
+from .chat import Chat, joined
+from .guard import ServeError
+from .protocol import ChatRequest, Item, ResponsesRequest, complaint
+from .service import Server
+
+KEPT, KEPT_CHARACTERS = 1024, 64 << 20  # responses in memory
+
+
+@dataclass(frozen=True)
+class Stored:
+    """body: the response as it was sent. messages: of the conversation so far, without instructions."""
+
+    body: dict[str, Any]
+    messages: list[dict[str, Any]]
+    size: int
+
+
+class Store:
+    """Responses by id; the oldest go where there are too many, or their texts too long."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, Stored] = OrderedDict()
+        self._size = 0
+
+    def keep(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+        one = Stored(body, messages, len(json.dumps([body, messages])))
+        self._kept[body["id"]] = one
+        self._size += one.size
+        while len(self._kept) > KEPT or self._size > KEPT_CHARACTERS:
+            self._size -= self._kept.popitem(last=False)[1].size
+
+    def find(self, name: str, param: str | None = None) -> Stored:
+        """Raises ServeError for a response that is not kept, or no longer."""
+        if name not in self._kept:
+            raise ServeError(404 if param is None else 400, f"response {name!r}: is not kept: it was not stored, or "
+                             "long ago, or by another server", param=param, code="previous_response_not_found")
+        return self._kept[name]
+
+    def delete(self, name: str) -> None:
+        self._size -= self.find(name).size
+        del self._kept[name]
+
+
+def to_messages(items: str | Sequence[Item]) -> list[dict[str, Any]]:
+    """Chat messages of an input. Calls and reasoning belong to the assistant's message that they stand beside."""
+    if isinstance(items, str):
+        return [{"role": "user", "content": items}]
+    out: list[dict[str, Any]] = []
+    mine: dict[str, Any] | None = None  # the assistant's turn under way
+    for item in items:
+        if item.type == "function_call_output":
+            out.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
+            mine = None
+        elif item.type == "message" and item.role != "assistant":
+            out.append({"role": item.role, "content": joined(item.content)})
+            mine = None
+        else:
+            if mine is None or (item.type != "function_call" and (mine["content"] or mine.get("tool_calls"))):
+                mine = {"role": "assistant", "content": ""}
+                out.append(mine)
+            if item.type == "reasoning":
+                mine["reasoning_content"] = mine.get("reasoning_content", "") + joined(item.content)
+            elif item.type == "function_call":
+                mine.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": {
+                    "name": item.name, "arguments": item.arguments}})
+            else:
+                mine["content"] = joined(item.content)
+    return out
+
+
+def to_chat(body: ResponsesRequest, messages: Sequence[dict[str, Any]]) -> ChatRequest:
+    """The chat request that asks the same. Raises ServeError where there is none."""
+    given = body.model_dump(include={"model", "temperature", "top_p", "stream", "user", "parallel_tool_calls",
+                                     "deepseek", "chat_template_kwargs", "top_k", "min_p", "repetition_penalty",
+                                     "ignore_eos", "seed"}, exclude_unset=True)
+    given["messages"] = [*([{"role": "system", "content": body.instructions}] if body.instructions else ()), *messages]
+    given["max_completion_tokens"] = body.max_output_tokens
+    given["reasoning_effort"] = body.reasoning.effort
+    given["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+                      for tool in body.tools]
+    choice = body.tool_choice
+    given["tool_choice"] = choice if choice is None or isinstance(choice, str) else {
+        "type": "function", "function": {"name": choice.name}}
+    form = body.text.format
+    given["response_format"] = {"type": form.type}
+    if form.type == "json_schema":
+        given["response_format"]["json_schema"] = form.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+    try:
+        return ChatRequest.model_validate(given)
+    except ValidationError as error:
+        where, message = complaint(error.errors())
+        raise ServeError(400, message, param=where or None) from None
+
+
+class Response:
+    """One POST /v1/responses."""
+
+    def __init__(self, server: Server, store: Store, http: Request, body: ResponsesRequest) -> None:
+        self.server, self.store, self.body = server, store, body
+        before = [] if body.previous_response_id is None else store.find(
+            body.previous_response_id, "previous_response_id").messages
+        self.messages = [*before, *to_messages(body.input)]
+        chat = to_chat(body, self.messages)
+        server.admit(chat)
+        self.id = f"resp_{secrets.token_hex(24)}"
+        self.created = int(time.time())
+        self.names: dict[str, str] = {}  # of output items
+        self.http, self.chat_body = http, chat
+        self.number = 0
+
+    def prepare(self) -> None:
+        """Everything that takes time before the engine: the template, the ids."""
+        self.chat = Chat(self.server, self.http, self.chat_body, self.id)
+
+    # ---- what is sent -------------------------------------------------------------------------------------------
+
+    def body_of(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+        body, request = self.body, self.chat.requests[0]
+        given = body.model_dump(by_alias=True, exclude_none=True)
+        out = {"id": self.id, "object": "response", "created_at": self.created, "status": status, "error": None,
+               "incomplete_details": None if status != "incomplete" else {
+                   "reason": "max_output_tokens" if request.finish_reason == "length" else request.finish_reason},
+               "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": body.model,
+               "output": output, "parallel_tool_calls": body.parallel_tool_calls, "background": False,
+               "previous_response_id": body.previous_response_id, "reasoning": {
+                   "effort": body.reasoning.effort, "summary": None},
+               "store": body.store, "temperature": body.temperature, "text": {"format": given["text"]["format"]},
+               "tool_choice": given.get("tool_choice", "auto"), "tools": given["tools"], "top_p": body.top_p,
+               "truncation": "disabled", "usage": None, "user": body.user, "metadata": body.metadata}
+        if status in ("completed", "incomplete"):
+            new, thoughts = len(request.token_ids), self.chat.texts[0].answer.reasoning
+            out["usage"] = {
+                "input_tokens": len(request.prompt_ids),
+                "input_tokens_details": {"cached_tokens": request.cached_tokens}, "output_tokens": new,
+                "output_tokens_details": {"reasoning_tokens": min(new, len(self.server.tokenizer.encode(thoughts)))},
+                "total_tokens": len(request.prompt_ids) + new}
+            out |= self.server.extra(self.chat_body, self.chat.requests)
+        return out
+
+    def item(self, kind: str, text: str, done: bool = True) -> dict[str, Any]:
+        """The reasoning or the message of the answer."""
+        name = self.names.setdefault(kind, f"{'rs' if kind == 'reasoning' else 'msg'}_{secrets.token_hex(24)}")
+        status = "completed" if done else "in_progress"
+        parts = [self.part(kind, text)] if done else []
+        if kind == "reasoning":
+            return {"id": name, "type": "reasoning", "summary": [], "content": parts, "status": status}
+        return {"id": name, "type": "message", "role": "assistant", "content": parts, "status": status}
+
+    @staticmethod
+    def part(kind: str, text: str) -> dict[str, Any]:
+        if kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def call(self, call: dict[str, Any]) -> dict[str, Any]:
+        name = self.names.setdefault(call["id"], f"fc_{secrets.token_hex(24)}")
+        return {"id": name, "type": "function_call", "call_id": call["id"], "name": call["function"]["name"],
+                "arguments": call["function"]["arguments"], "status": "completed"}
+
+    def end(self) -> dict[str, Any]:
+        """The whole response; kept, if it is to be."""
+        self.chat.judge()
+        answer = self.chat.texts[0].answer
+        output = [self.item("reasoning", answer.reasoning)] if answer.reasoning else []
+        if answer.content or not answer.calls:
+            output.append(self.item("message", answer.content))
+        output += [self.call(call) for call in answer.calls]
+        reason = self.chat.requests[0].finish_reason
+        if reason != "stop" and output[-1]["type"] != "function_call":
+            output[-1]["status"] = "incomplete"
+        body = self.body_of("completed" if reason == "stop" else "incomplete", output)
+        if self.body.store and reason in ("stop", "length"):
+            self.store.keep(body, [*self.messages, answer.message()])
+        return body
+
+    async def whole(self, http: Request) -> JSONResponse:
+        async for request in self.server.run(http, self.chat.requests):
+            self.chat.advance(request)
+        return JSONResponse(self.end())
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    def event(self, kind: str, **more: Any) -> bytes:
+        data = {"type": kind, "sequence_number": self.number, **more}
+        self.number += 1
+        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+    async def stream(self, http: Request) -> AsyncIterator[bytes]:
+        """OpenAI's events; one that fails on the way ends with `error`."""
+        try:
+            async for part in self._events(http):
+                yield part
+        except (ServeError, MoEDRError, OSError) as error:
+            about = error.body["error"] if isinstance(error, ServeError) else {"code": "server_error", "param": None}
+            yield self.event("error", code=about["code"], message=str(error), param=about["param"])
+
+    async def _events(self, http: Request) -> AsyncIterator[bytes]:
+        yield self.event("response.created", response=self.body_of("in_progress", []))
+        yield self.event("response.in_progress", response=self.body_of("in_progress", []))
+        index, open_kind = -1, ""
+        answer = self.chat.texts[0].answer
+
+        def close() -> list[bytes]:
+            """The item that has been open ends."""
+            if not open_kind:
+                return []
+            text = answer.reasoning if open_kind == "reasoning" else answer.content
+            item = self.item(open_kind, text)
+            place: dict[str, Any] = {"item_id": item["id"], "output_index": index, "content_index": 0}
+            own: dict[str, Any] = {} if open_kind == "reasoning" else {"logprobs": []}
+            return [self.event(f"response.{self._kind(open_kind)}.done", **place, text=text, **own),
+                    self.event("response.content_part.done", **place, part=self.part(open_kind, text)),
+                    self.event("response.output_item.done", output_index=index, item=item)]
+
+        async for request in self.server.run(http, self.chat.requests):
+            delta = self.chat.advance(request)
+            ended = request.finish_reason is not None
+            for kind, key in (("reasoning", "reasoning_content"), ("message", "content")):
+                text = delta.get(key, "")
+                if not text and not (ended and kind == "message" and not answer.content and not answer.calls):
+                    continue  # an answer of nothing has an empty message
+                if open_kind != kind:
+                    for part in close():
+                        yield part
+                    index, open_kind = index + 1, kind
+                    item = self.item(kind, "", done=False)
+                    yield self.event("response.output_item.added", output_index=index, item=item)
+                    yield self.event("response.content_part.added", item_id=item["id"], output_index=index,
+                                     content_index=0, part=self.part(kind, ""))
+                if text:
+                    own: dict[str, Any] = {} if kind == "reasoning" else {"logprobs": []}
+                    yield self.event(f"response.{self._kind(kind)}.delta", item_id=self.names[kind],
+                                     output_index=index, content_index=0, delta=text, **own)
+            if ended:
+                break
+        for part in close():
+            yield part
+        for call in answer.calls:
+            index += 1
+            item = self.call(call)
+            place = {"item_id": item["id"], "output_index": index}
+            yield self.event("response.output_item.added", output_index=index,
+                             item=item | {"arguments": "", "status": "in_progress"})
+            yield self.event("response.function_call_arguments.delta", **place, delta=item["arguments"])
+            yield self.event("response.function_call_arguments.done", **place, name=item["name"],
+                             arguments=item["arguments"])
+            yield self.event("response.output_item.done", output_index=index, item=item)
+        body = self.end()
+        yield self.event(f"response.{body['status']}", response=body)
+
+    @staticmethod
+    def _kind(kind: str) -> str:
+        return "reasoning_text" if kind == "reasoning" else "output_text"
