@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from deepseek.errors import ConfigError
-from deepseek.watch.history import DAY, HOUR, History
+from deepseek.watch.history import DAY, HOUR, History, HistoryError
 
 NOW = 1e9
 
@@ -49,3 +50,60 @@ def test_a_file_that_is_no_store(tmp_path: Path) -> None:
     for path in (tmp_path / "h", tmp_path / "none" / "h"):
         with pytest.raises(ConfigError, match="must be a file that can be written"):
             History(path)
+
+
+def test_a_damaged_file_is_refused_at_start(tmp_path: Path) -> None:
+    path = tmp_path / "h.sqlite"
+    history = History(path)
+    for i in range(200):
+        history.add(NOW + i, {"steps_total": float(i)})
+    history.close()
+    content = bytearray(path.read_bytes())
+    content[4096:12288] = b"\xa5" * 8192
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"must be an undamaged file|malformed"):
+        History(path)
+
+
+def test_a_full_disk_is_said_once_and_what_came_meanwhile_is_kept(tmp_path: Path,
+                                                                  caplog: pytest.LogCaptureFixture) -> None:
+    history = History(tmp_path / "h.sqlite")
+    history.add(NOW, {"steps_total": 0.0})
+    pages = history._store.execute("pragma page_count").fetchone()[0]
+    history._store.execute(f"pragma max_page_count = {pages}")
+    comment = "x" * 20_000
+    for i in range(1, 200):
+        history.add(NOW + i, {"steps_total": float(i), "x" * 1000: 1.0})
+    history.alert(NOW, "share_low", "code_expert", True, "a message")
+    with pytest.raises(HistoryError, match="cannot be written"):
+        history.rate(NOW, "cmpl-1", "law_expert", "up", comment)
+    history.thin(NOW)
+    assert len(caplog.records) == 1 and "full" in caplog.text
+    assert history.readings(0)[-1][1]["steps_total"] == 199 and history.alerts()
+    history._store.execute("pragma max_page_count = 100000")
+    assert history.rate(NOW, "cmpl-1", "law_expert", "up", comment)
+    assert "written again" in caplog.text and len(caplog.records) == 2
+    assert len(history.readings(0, most=1000)) == 200 and len(history.alerts()) == 1
+    history.close()
+
+
+def test_a_file_that_is_deleted_or_damaged_while_the_server_runs(tmp_path: Path,
+                                                                 caplog: pytest.LogCaptureFixture) -> None:
+    history = History(tmp_path / "h.sqlite")
+    (tmp_path / "h.sqlite").unlink()
+    history.add(NOW, {"steps_total": 1.0})
+    assert history.readings(0) == [(NOW, {"steps_total": 1.0})]
+    with pytest.raises(HistoryError, match="deleted or replaced"):
+        history.rate(NOW, "cmpl-1", "law_expert", "up", None)
+    history.close()
+    history = History(tmp_path / "i.sqlite")
+
+    def damaged(_: object) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    history._on_file = damaged  # type: ignore[method-assign, assignment]
+    for i in range(3):
+        history.add(NOW + i, {"steps_total": 1.0})
+    assert len(history.readings(0)) == 3 and not history.comments() and history._again == float("inf")
+    assert len(caplog.records) == 2
+    history.close()

@@ -46,7 +46,8 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     app = FastAPI(title="MoE-DR", lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = server
-    app.add_middleware(Guard, keys=options.keys, body=options.body, told=server.watch.counters.refused)
+    app.add_middleware(Guard, keys=options.keys, body=options.body, told=server.watch.counters.refused,
+                       hosts=options.hosts, bound=options.bound)
     if options.cors:  # around the guard, since a browser asks first, without the key
         app.add_middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=["*"], allow_headers=["*"],
                            expose_headers=["x-request-id", "retry-after"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import logging
 import secrets
@@ -10,12 +11,16 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from ..errors import ConfigError
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+ANY = ("0.0.0.0", "::")  # a server that listens there is reached under every address of its machine
 OPEN = ("/health", "/dashboard")  # for load balancers and browsers, which send no key; the page asks for one
+HOST_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
 log = logging.getLogger("deepseek.serve")
 
 
@@ -32,12 +37,18 @@ class ServeError(Exception):
 class Guard:
     """ASGI around the routes: whoever has no key, or sends too much, gets no further.
 
-    keys: empty lets everybody in. body: bytes of a request at most. told: of the status of a refusal. Every answer
-    carries `x-request-id`, and one line of JSON about it goes to the log: no text of prompts or answers.
+    keys: empty lets everybody in. body: bytes of a request at most. told: of the status of a refusal. bound: what the
+    server listens on. hosts: further names that a Host header may have; looked at where there is no key, so that no web
+    page reaches the server by a name of its own that it points here (DNS rebinding), and where names are given. Every
+    answer carries `x-request-id`, and one line of JSON about it goes to the log: no text of prompts or answers.
     """
 
-    def __init__(self, app: App, keys: Sequence[str], body: int, told: Callable[[int], None]) -> None:
+    def __init__(self, app: App, keys: Sequence[str], body: int, told: Callable[[int], None],
+                 hosts: Sequence[str] = (), bound: str = "127.0.0.1") -> None:
+        check_keys(keys)
         self.app, self.keys, self.body, self.told = app, [key.encode() for key in keys], body, told
+        self.hosts = frozenset((*map(check_host, hosts), bound.lower()))
+        self.looks = not keys or bool(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,6 +74,9 @@ class Guard:
         scope.setdefault("state", {})["request_id"] = name
         try:
             headers = dict(scope["headers"])
+            if self.looks and not self._here(host := headers.get(b"host", b"").decode("latin-1")):
+                raise ServeError(403, f"host = {host!r:.200}: must be a name of this machine; --allowed_host gives "
+                                 "further ones", code="host_not_allowed")
             if self.keys and scope["path"] not in OPEN and not self._known(headers.get(b"authorization", b"")):
                 raise ServeError(401, "the API key is missing or wrong: must be sent as `Authorization: Bearer KEY`",
                                  code="invalid_api_key", headers={"www-authenticate": "Bearer"})
@@ -82,6 +96,16 @@ class Guard:
             log.info(json.dumps({"request_id": name, "method": scope["method"], "path": scope["path"], "status": status,
                                  "seconds": round(time.perf_counter() - began, 4), "bytes": taken}))
 
+    def _here(self, header: str) -> bool:
+        name = host_name(header)
+        if name is None:
+            return False
+        if name in self.hosts or name == "localhost":
+            return True
+        address = _address(name)
+        # an address is nobody's name, so it cannot be pointed elsewhere
+        return address is not None and (address.is_loopback or not self.hosts.isdisjoint(ANY))
+
     def _known(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")
         return scheme.lower() == b"bearer" and any(
@@ -94,3 +118,42 @@ async def refuse(error: ServeError, send: Send) -> None:
                *((key.encode(), value.encode()) for key, value in error.headers.items())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def host_name(header: str) -> str | None:
+    """The host of a Host header: lower case, without port, brackets and the dot of a full name; None if it is none."""
+    name, bracket, port = header.strip().rpartition("]") if header.strip().startswith("[") else ("", "", "")
+    if bracket:
+        address = _address(name[1:])
+        good = address is not None and ":" in name and (not port or (port[0] == ":" and port[1:].isdecimal()))
+        return str(address) if good else None
+    name, colon, port = header.strip().partition(":")
+    if not name or (colon and not (port.isascii() and port.isdecimal())):
+        return None
+    return name.lower().removesuffix(".") or None
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def check_host(name: str) -> str:
+    """A name as Host headers are compared with it. Raises ConfigError for one that none can have."""
+    address = _address(name.strip("[]"))
+    if address is not None:
+        return str(address)
+    if host_name(name) is None or not set(name) <= set(HOST_CHARACTERS):
+        raise ConfigError(f"allowed_host = {name!r}: must be a host's name or address, without scheme, port and path")
+    return name.lower().removesuffix(".")
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """Raises ConfigError for a key that no client can send."""
+    for key in keys:
+        if not key or not all("!" <= character <= "~" for character in key):
+            raise ConfigError("api_key: must be visible ASCII characters without spaces, and not be empty"
+                              + (f": got one of {len(key)} characters" if key else ""))

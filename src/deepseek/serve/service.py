@@ -33,7 +33,8 @@ DONE = b"data: [DONE]\n\n"
 class ServeOptions:
     """name: what clients call the model. keys: empty lets everybody in. waiting: requests that may queue. body: bytes.
     timeout: seconds that an answer may take. log_texts: prompts and answers go to the log. watch: how it is watched.
-    cors: origins whose pages may ask (`*`: all)."""
+    cors: origins whose pages may ask (`*`: all).
+    bound, hosts: what it listens on, and further names in Host headers (guard.py)."""
 
     name: str
     keys: tuple[str, ...] = ()
@@ -43,6 +44,8 @@ class ServeOptions:
     log_texts: bool = False
     watch: WatchOptions = field(default_factory=WatchOptions)
     cors: tuple[str, ...] = ()
+    bound: str = "127.0.0.1"
+    hosts: tuple[str, ...] = ()
 
 
 class Server:
@@ -52,7 +55,8 @@ class Server:
         self.llm, self.options = llm, options
         self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts)
         self.began = int(time.time())
-        self.closing = False
+        self.closing = False  # nothing new is begun
+        self.ending = False  # what is open ends now
         self.open = 0  # answers under way
 
     # ---- requests -----------------------------------------------------------------------------------------------
@@ -108,6 +112,8 @@ class Server:
                 if late := loop.time() >= deadline:
                     raise ServeError(504, f"the answer took longer than {self.options.timeout:g} seconds",
                                      kind="server_error", code="timeout")
+                if self.ending:
+                    raise ServeError(503, "the server is shutting down", kind="server_error", code="shutting_down")
                 if loop.time() >= look:
                     look = loop.time() + LOOK
                     if await http.is_disconnected():
@@ -132,11 +138,17 @@ class Server:
             self.llm.engine.abort(request)
             self.watch.end(request, late and not whole)
 
-    async def shut(self, seconds: float = 30.0) -> None:
-        """Let open answers end, for a while; then end them."""
+    async def drain(self, seconds: float) -> None:
+        """Begin nothing new, let open answers end, for a while; then end them."""
         self.closing = True
         until = time.monotonic() + seconds
         while self.open and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        self.ending = True
+
+    async def shut(self, seconds: float = 30.0) -> None:
+        await self.drain(seconds)
+        while self.open:  # they look every LOOK seconds
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.llm.close)
         await asyncio.to_thread(self.watch.close)

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..domain import DomainClassifier
 from ..engine.verbs import add_engine_flags, make_llm
 from ..errors import ConfigError
+from .guard import check_host, check_keys
 
 
 def add_serve_flags(verb: argparse.ArgumentParser) -> None:
@@ -20,10 +21,17 @@ def add_serve_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--api_key", action="append", default=[], help="clients must send it; may be given several times")
     verb.add_argument("--cors_origin", action="append", default=[], metavar="ORIGIN",
                       help="web pages of this origin may ask, such as https://example.org; * is all; may be repeated")
+    verb.add_argument("--allowed_host", action="append", default=[], metavar="NAME", help="a further name by which "
+                      "clients may reach the server (Host header); may be given several times")
     verb.add_argument("--name", help="what clients call the model; the folder's name")
     verb.add_argument("--max_waiting", type=int, default=256, help="requests that may queue; beyond is status 429")
     verb.add_argument("--max_body", type=int, default=4 << 20, help="bytes of a request at most")
-    verb.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take")
+    verb.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take, from arrival")
+    verb.add_argument("--max_connections", type=int, default=1000, help="open connections at most; idle and half-sent "
+                      "ones make room, then further ones get status 503")
+    verb.add_argument("--receive_timeout", type=float, default=60.0, help="seconds in which a request must arrive")
+    verb.add_argument("--read_timeout", type=float, default=60.0, help="seconds in which a client must read")
+    verb.add_argument("--shutdown_timeout", type=float, default=30.0, help="seconds that open answers have at the end")
     verb.add_argument("--classifier", type=Path, metavar="FILE", help="classifier.npz of `deepseek data`: says what "
                       "requests are about that name no domain and have no keywords")
     verb.add_argument("--history", type=Path, help="SQLite file for readings, alerts and feedback; none keeps them in "
@@ -39,9 +47,12 @@ def add_serve_flags(verb: argparse.ArgumentParser) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    for name in ("max_waiting", "max_body", "timeout"):
-        if not getattr(args, name) > 0:
-            raise ConfigError(f"{name} = {getattr(args, name)}: must be positive")
+    for name in ("max_waiting", "max_body", "timeout", "max_connections", "receive_timeout", "read_timeout",
+                 "shutdown_timeout"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ConfigError(f"{name} = {getattr(args, name)}: must be positive and finite")
+    check_keys(args.api_key)
+    hosts = tuple(check_host(name) for name in args.allowed_host)
     from ..watch.history import History
     from ..watch.monitor import WatchOptions
 
@@ -49,9 +60,10 @@ def serve(args: argparse.Namespace) -> None:
         "alert_minutes", "alert_webhook", "history", "history_days", "price_per_hour")})
     History(watch.history).close()  # what cannot be is said before a large model is loaded
     classifier = None if args.classifier is None else DomainClassifier.load(args.classifier)
-    listener = _listen(args.host, args.port)
-    import uvicorn
+    from .connections import Limits, Process, allow_files
 
+    allow_files(args.max_connections)
+    listener = _listen(args.host, args.port)
     from .app import create_app
     from .service import ServeOptions
 
@@ -59,14 +71,15 @@ def serve(args: argparse.Namespace) -> None:
     llm.classifier = classifier
     level = logging.INFO if args.log or args.log_texts else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     name = args.name or Path(args.model).resolve().name
     app = create_app(llm, ServeOptions(name, tuple(args.api_key), args.max_waiting, args.max_body, args.timeout,
-                                       args.log_texts, watch, tuple(args.cors_origin)))
+                                       args.log_texts, watch, tuple(args.cors_origin), args.host, hosts))
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     print(f"serving {name} on {address}/v1" + ("" if args.api_key else ", open to whoever reaches it: no --api_key")
           + f"\ndashboard: {address}/dashboard", flush=True)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    uvicorn.Server(config).run(sockets=[listener])
+    limits = Limits(args.max_connections, args.receive_timeout, args.read_timeout, args.shutdown_timeout)
+    Process(app, limits, app.state.server.drain).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -24,6 +24,7 @@ from ..engine import LLM
 from ..engine.request import Request as Generation
 from ..model.cache import PAGE
 from ..watch.counters import Counters
+from ..watch.history import HistoryError
 from ..watch.monitor import Monitor, WatchOptions
 from .guard import ServeError, log
 from .protocol import FeedbackRequest
@@ -148,8 +149,14 @@ def add_routes(app: FastAPI, watch: Watch) -> None:
             raise ServeError(404, f"id = {body.id!r}: is none of the last {ANSWERS:,} answers", param="id",
                              code="answer_not_found")
         domain = watch.answers[body.id]
-        if not await asyncio.to_thread(monitor.history.rate, time.time(), body.id,
-                                       watch.counters.groups.label(domain), body.rating, body.comment):
+        try:
+            new = await asyncio.get_running_loop().run_in_executor(
+                pool, monitor.history.rate, time.time(), body.id, watch.counters.groups.label(domain), body.rating,
+                body.comment)
+        except HistoryError as error:
+            raise ServeError(503, str(error), kind="server_error", code="history_failed",
+                             headers={"retry-after": "60"}) from None
+        if not new:
             raise ServeError(409, f"id = {body.id!r}: has been rated before", param="id", code="already_rated")
         watch.counters.count("feedback_total", domain, body.rating)
         return {"object": "feedback", "id": body.id, "rating": body.rating}

@@ -1,18 +1,29 @@
 """Readings, alerts and feedback in one SQLite file. Old readings are thinned: all of the last hour, one a minute of the
-last day, one in ten minutes before that, none after `days`."""
+last day, one in ten minutes before that, none after `days`.
+
+A file that fails while the server runs (full disk, read-only, damaged, deleted) is logged once; readings and alerts go
+on in memory. It is tried again every minute, except after damage.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
+import math
+import os
 import sqlite3
 import threading
+import time as clock
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MoEDRError
 from .metrics import Reading
 
 HOUR, DAY = 3600.0, 86400.0
+AGAIN = 60.0  # seconds after which a file that failed is tried again
 OURS = 0x4D6F4544  # application_id: "MoED"
 _TABLES = """
 create table if not exists readings (time real primary key, numbers text not null);
@@ -21,11 +32,21 @@ create table if not exists feedback (time real, answer text primary key, domain 
 """
 
 
+log = logging.getLogger("deepseek.watch")
+T = TypeVar("T")
+
+
+class HistoryError(MoEDRError):
+    """The file cannot be written while the server runs."""
+
+
 class History:
-    """path: None keeps it in memory. Raises ConfigError for a file that is no such store."""
+    """path: None keeps it in memory. Raises ConfigError for a file that is no such store, or a damaged one."""
 
     def __init__(self, path: Path | None = None, days: float = 30.0) -> None:
-        self.days, self._lock = days, threading.Lock()
+        self.path, self.days, self._lock = path, days, threading.Lock()
+        self._spare: sqlite3.Connection | None = None  # in memory, while the file fails
+        self._again = 0.0
         rule = "must be a file that can be written, new or of an earlier server"
         self._file = None
         try:
@@ -34,6 +55,9 @@ class History:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._store = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False,
                                           isolation_level=None)
+            if (state := self._store.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
+                raise ConfigError(f"history = {str(path)!r}: must be an undamaged file; move it away to "
+                                  f"begin a new one: {state}")
             self._store.executescript("pragma journal_mode = wal; pragma synchronous = normal;")
             if self._store.execute("pragma application_id").fetchone()[0] != OURS:
                 if self._store.execute("select count(*) from sqlite_master").fetchone()[0]:
@@ -45,56 +69,113 @@ class History:
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"history = {str(path)!r}: {rule}: {error}") from None
 
-    def add(self, time: float, reading: Reading) -> None:
+    # ---- a file that fails --------------------------------------------------------------------------------------
+
+    def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Reading or writing, in the file, or in memory while the file fails."""
         with self._lock:
-            self._store.execute("insert or replace into readings values (?, ?)", (time, json.dumps(dict(reading))))
+            if self._spare is None or clock.monotonic() >= self._again:
+                try:
+                    return self._on_file(work)
+                except sqlite3.Error as error:
+                    spare = self._failed(error)
+            else:
+                spare = self._spare
+            return work(spare)
+
+    def _on_file(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._file is not None and self.path is not None:
+            try:
+                there = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+            except OSError:
+                there = False
+            if not there:  # SQLite would go on writing into a file without a name
+                raise sqlite3.OperationalError("the file was deleted or replaced")
+        if self._spare is not None:  # does it take what came meanwhile?
+            for table, places in (("readings", "?, ?"), ("alerts", "?, ?, ?, ?, ?")):
+                self._store.executemany(f"insert or ignore into {table} values ({places})",
+                                        self._spare.execute(f"select * from {table}").fetchall())
+                self._spare.execute(f"delete from {table}")
+        out = work(self._store)
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
+            log.warning(json.dumps({"history": str(self.path), "status": "written again"}))
+        return out
+
+    def _failed(self, error: sqlite3.Error) -> sqlite3.Connection:
+        # a full disk may get space again; damage stays (and is a plain DatabaseError)
+        self._again = clock.monotonic() + AGAIN if isinstance(error, sqlite3.OperationalError) else math.inf
+        if self._spare is None:
+            log.warning(json.dumps({"history": str(self.path), "error": str(error),
+                                    "status": "readings and alerts go on in memory, feedback is refused"}))
+            self._spare = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+            self._spare.executescript(_TABLES)
+        return self._spare
+
+    # ---- what is kept -------------------------------------------------------------------------------------------
+
+    def add(self, time: float, reading: Reading) -> None:
+        row = (time, json.dumps(dict(reading)))
+        self._do(lambda store: store.execute("insert or replace into readings values (?, ?)", row))
 
     def thin(self, now: float) -> None:
         """Drop what is too old, and what is too close together for its age."""
-        with self._lock:
+        def work(store: sqlite3.Connection) -> None:
             for table in ("readings", "alerts", "feedback"):
-                self._store.execute(f"delete from {table} where time < ?", (now - self.days * DAY,))
+                store.execute(f"delete from {table} where time < ?", (now - self.days * DAY,))
             for age, gap in ((HOUR, 60), (DAY, 600)):  # of each gap the first stays
-                self._store.execute(
+                store.execute(
                     "delete from readings where time < ?1 and time not in (select min(time) from readings "
                     "where time < ?1 group by cast(time / ?2 as integer))", (now - age, gap))
 
+        self._do(work)
+
     def readings(self, since: float, most: int = 240) -> list[tuple[float, Reading]]:
         """Oldest first, the newest among them; at most so many, evenly taken."""
-        with self._lock:
-            times = [time for time, in self._store.execute(
+        def work(store: sqlite3.Connection) -> list[tuple[float, str]]:
+            times = [time for time, in store.execute(
                 "select time from readings where time >= ? order by time desc", (since,))]
             chosen = times[:: max(1, -(-len(times) // most))]
             places = ",".join("?" * len(chosen))
-            rows = self._store.execute(
+            return store.execute(
                 f"select time, numbers from readings where time in ({places}) order by time", chosen).fetchall()
-        return [(time, json.loads(numbers)) for time, numbers in rows]
+
+        return [(time, json.loads(numbers)) for time, numbers in self._do(work)]
 
     def alert(self, time: float, rule: str, subject: str, begins: bool, message: str) -> None:
-        with self._lock:
-            self._store.execute("insert into alerts values (?, ?, ?, ?, ?)", (time, rule, subject, begins, message))
+        row = (time, rule, subject, begins, message)
+        self._do(lambda store: store.execute("insert into alerts values (?, ?, ?, ?, ?)", row))
 
     def alerts(self, most: int = 20) -> list[dict[str, object]]:
         """The newest first."""
-        with self._lock:
-            rows = self._store.execute("select * from alerts order by rowid desc limit ?", (most,)).fetchall()
+        rows = self._do(lambda store: store.execute("select * from alerts order by rowid desc limit ?",
+                                                    (most,)).fetchall())
         return [dict(zip(("time", "rule", "subject", "begins", "message"), row, strict=True)) for row in rows]
 
     def rate(self, time: float, answer: str, domain: str, rating: str, comment: str | None) -> bool:
-        """Keep feedback; False if the answer has been rated before."""
+        """Keep feedback; False if the answer has been rated before. Raises HistoryError where the file fails: memory
+        would lose it."""
         with self._lock:
-            return self._store.execute("insert or ignore into feedback values (?, ?, ?, ?, ?)",
-                                       (time, answer, domain, rating, comment)).rowcount == 1
+            try:
+                return self._on_file(lambda store: store.execute(
+                    "insert or ignore into feedback values (?, ?, ?, ?, ?)",
+                    (time, answer, domain, rating, comment)).rowcount == 1)
+            except sqlite3.Error as error:
+                self._failed(error)
+                raise HistoryError(f"history = {str(self.path)!r}: cannot be written: {error}") from None
 
     def comments(self, most: int = 5) -> list[dict[str, object]]:
         """The newest feedback with words."""
-        with self._lock:
-            rows = self._store.execute("select time, domain, rating, comment from feedback where comment is not null "
-                                       "order by time desc limit ?", (most,)).fetchall()
+        rows = self._do(lambda store: store.execute(
+            "select time, domain, rating, comment from feedback where comment is not null order by time desc limit ?",
+            (most,)).fetchall())
         return [dict(zip(("time", "domain", "rating", "comment"), row, strict=True)) for row in rows]
 
     def close(self) -> None:
         with self._lock:
             self._store.close()
+            if self._spare is not None:
+                self._spare.close()
             if self._file is not None:
                 self._file.close()

@@ -1,0 +1,177 @@
+"""Connections and the end of the process: uvicorn's, with the limits that it lacks.
+
+A request must arrive within a time, a client must read within a time, and there may be so many connections; beyond, the
+one that has been silent the longest makes room. At a signal the port stays open while open streams end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import resource
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..errors import ConfigError
+
+LINGER = 1.0  # seconds that a refused client has to read why
+SPARE = 128  # file descriptors beside the connections: weights, logs, refused clients
+
+
+@dataclass(frozen=True)
+class Limits:
+    """connections: at most. receive: seconds in which a request must be there, header and body. read: seconds in which
+    a client must take what waits for it. shutdown: seconds that open answers have after a signal."""
+
+    connections: int = 1000
+    receive: float = 60.0
+    read: float = 60.0
+    shutdown: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("connections", "receive", "read", "shutdown"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive and finite")
+
+
+class Connection(H11Protocol):
+    """One client's connection."""
+
+    def __init__(self, *args: Any, limits: Limits, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.limits = limits
+        self.refused = False
+        self._receiving: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
+        self._since = self.loop.time()  # when it last had a whole request
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections and not self._make_room():
+            self._end(503, f"there are {self.limits.connections} connections: no more may be open")
+            if len(self.connections) > self.limits.connections + SPARE // 2:
+                transport.abort()
+            return
+        self._look()
+
+    def _make_room(self) -> bool:
+        """Ends the connection that has sent no whole request for the longest."""
+        idle = [other for other in self.connections
+                if isinstance(other, Connection) and other is not self and not other.refused and other.silent]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda other: other._since)
+        oldest.transport.abort()
+        self.connections.discard(oldest)  # uvicorn takes it out a moment later: others may come before
+        return True
+
+    @property
+    def silent(self) -> bool:
+        """Whether no whole request is being answered."""
+        return self.transport.is_closing() or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    def data_received(self, data: bytes) -> None:
+        if self.refused or self.transport.is_closing():
+            return
+        super().data_received(data)
+        self._look()
+
+    def _look(self) -> None:
+        """Starts the clock of a request that is not whole, and stops that of one that is."""
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._since = self.loop.time()
+            if self._receiving is not None:
+                self._receiving.cancel()
+                self._receiving = None
+        elif self._receiving is None:
+            self._receiving = self.loop.call_later(self.limits.receive, self._too_slow)
+
+    def _too_slow(self) -> None:
+        self._end(408, f"the request was not complete after {self.limits.receive:g} seconds")
+
+    def _end(self, status: int, message: str) -> None:
+        """Says why, where no answer has begun, and closes."""
+        if self.refused or self.transport.is_closing():
+            self.transport.abort()
+            return
+        self.refused = True
+        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            body = json.dumps({"error": {"message": message, "type": kind, "param": None,
+                                         "code": "too_many_connections" if status == 503 else "request_timeout"}})
+            reason = "Service Unavailable" if status == 503 else "Request Timeout"
+            self.transport.write(f"HTTP/1.1 {status} {reason}\r\n"
+                                 f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+                                 f"connection: close\r\n\r\n{body}".encode())
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+        if self.cycle is not None and not self.cycle.response_complete:  # whoever waits for its body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.loop.call_later(LINGER, self.transport.abort)
+
+    def eof_received(self) -> None:
+        if self.refused:
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._reading = self.loop.call_later(self.limits.read, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():  # closing would wait for a client that does not read
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for clock in (self._receiving, self._reading):
+            if clock is not None:
+                clock.cancel()
+        super().connection_lost(exc)
+
+
+class Process(uvicorn.Server):
+    """drain: closes the service; returns when its answers have ended, after so many seconds at the latest."""
+
+    def __init__(self, app: Any, limits: Limits, drain: Callable[[float], Awaitable[None]]) -> None:
+        # the answers that drain() has ended get a moment to say so
+        super().__init__(uvicorn.Config(app, http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
+                                        ws="none", log_level="error", access_log=False, timeout_graceful_shutdown=5))
+        self.limits, self.drain = limits, drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets open answers end, a second one ends the process at once."""
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await self.drain(self.limits.shutdown)  # the port is open meanwhile: new requests get their 503
+        await super().shutdown(sockets)
+
+
+def allow_files(connections: int) -> None:
+    """Raise the process's limit of open files to what so many connections need. Raises ConfigError if it cannot be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = connections + 2 * SPARE
+    if hard != resource.RLIM_INFINITY and need > hard:
+        raise ConfigError(f"max_connections = {connections}: must be at most {hard - 2 * SPARE}, as this process may "
+                          f"open {hard} files (ulimit -n)")
+    if soft != resource.RLIM_INFINITY and soft < need:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))

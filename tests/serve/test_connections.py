@@ -1,0 +1,212 @@
+"""Who may connect, how slowly a client may send and read, and what a signal to end does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deepseek.cli import main
+from deepseek.errors import ConfigError
+from deepseek.serve.connections import Limits, Process
+from deepseek.serve.guard import Guard, check_host, check_keys, host_name
+from deepseek.serve.service import ServeOptions
+from deepseek.watch.monitor import WatchOptions
+from serving import Running
+
+BODY: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def tight(tiny_llm: Callable[..., Any]) -> Iterator[Running]:
+    """Few connections, little time."""
+    server = Running(tiny_llm(batch_size=4), ServeOptions("tiny"), Limits(8, receive=0.5, read=0.5, shutdown=0.5))
+    yield server
+    server.stop()
+
+
+def connect(server: Running, sent: bytes = b"") -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    own = socket.create_connection((host, int(port)), timeout=30)
+    own.sendall(sent)
+    return own
+
+
+def rest(own: socket.socket) -> bytes:
+    out = b""
+    with contextlib.suppress(ConnectionError):
+        while part := own.recv(1 << 16):
+            out += part
+    own.close()
+    return out
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "key\n", "schl\u00fcssel"])
+def test_a_key_that_no_client_can_send(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="api_key: must be visible ASCII"):
+        check_keys(["good", key])
+    assert main(["serve", "nowhere", "--api_key", key]) == 2
+    assert "api_key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("header", "name"), [
+    ("localhost", "localhost"), ("LocalHost.:8000", "localhost"), ("[::1]:80", "::1"), ("[0:0:0:0:0:0:0:1]", "::1"),
+    ("127.0.0.1:1", "127.0.0.1"), ("", None), (":80", None), ("a:b", None), ("[::1", None), ("[evil]", None),
+    ("[::1]x", None), ("a:80:90", None), ("::1", None), (".", None)])
+def test_host_names(header: str, name: str | None) -> None:
+    assert host_name(header) == name
+
+
+def test_names_that_no_host_header_can_have() -> None:
+    assert check_host("Ai.Example.") == "ai.example" and check_host("[::1]") == "::1"
+    for name in ("", "http://a", "a:80", "a/b", "a b", "*"):
+        with pytest.raises(ConfigError, match="allowed_host"):
+            check_host(name)
+
+
+@pytest.mark.parametrize(("header", "bound", "hosts", "keys", "here"), [
+    ("127.0.0.1:8000", "127.0.0.1", (), (), True), ("127.9.9.9", "127.0.0.1", (), (), True),
+    ("[::1]:8000", "::1", (), (), True), ("[::ffff:127.0.0.1]", "127.0.0.1", (), (), True),
+    ("evil.example", "127.0.0.1", (), (), False), ("localhost.evil.example", "127.0.0.1", (), (), False),
+    ("127.0.0.1.evil.example", "0.0.0.0", (), (), False), ("192.168.1.5:8000", "127.0.0.1", (), (), False),
+    ("192.168.1.5:8000", "0.0.0.0", (), (), True), ("192.168.1.5:8000", "192.168.1.5", (), (), True),
+    ("ai.example:80", "0.0.0.0", ("ai.example",), (), True), ("AI.Example.", "127.0.0.1", ("ai.example",), (), True),
+    ("evil.example", "127.0.0.1", ("ai.example",), ("k",), False), ("evil.example", "127.0.0.1", (), ("k",), True),
+    ("", "127.0.0.1", (), (), False)])
+def test_hosts(header: str, bound: str, hosts: tuple[str, ...], keys: tuple[str, ...], here: bool) -> None:
+    async def nothing(*_: Any) -> None:
+        pass
+
+    guard = Guard(nothing, keys, 1, lambda _: None, hosts, bound)
+    assert (not guard.looks or guard._here(header)) is here
+
+
+def test_a_foreign_name_is_refused_in_openais_shape(running: Running, tight: Running) -> None:
+    for path in ("/health", "/dashboard", "/v1/models"):
+        refused = httpx.get(tight.url + path, headers={"host": "evil.example"})
+        assert refused.status_code == 403 and refused.json()["error"]["code"] == "host_not_allowed"
+        assert refused.headers["x-request-id"]
+    assert httpx.get(f"{running.url}/health", headers={"host": "evil.example"}).status_code == 200  # it has a key
+
+
+@pytest.mark.parametrize("sent", [
+    b"", b"POST /v1/completions HT", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx: ",
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{",
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{"])
+def test_requests_that_do_not_arrive_are_ended(tight: Running, sent: bytes) -> None:
+    answer = rest(connect(tight, sent))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+
+
+def test_a_body_that_drips_is_ended(tight: Running) -> None:
+    own = connect(tight, b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10000\r\n\r\n")
+    with contextlib.suppress(ConnectionError):
+        for _ in range(300):
+            own.sendall(b" ")
+            time.sleep(0.02)
+        pytest.fail("it went on")
+    own.close()
+
+
+def test_half_sent_requests_make_room(tiny_llm: Callable[..., Any]) -> None:
+    server = Running(tiny_llm(), ServeOptions("tiny"), Limits(connections=8, receive=600))
+    try:
+        crowd = [connect(server, b"GET / HTTP/1.1\r\nx: ") for _ in range(40)]
+        assert httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60).status_code == 200
+        assert len(server.server.server_state.connections) <= 8
+        for own in crowd:
+            own.close()
+        with contextlib.ExitStack() as stack:  # connections that are being answered make no room
+            busy = [stack.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", timeout=60, json=BODY | {
+                "max_tokens": 1900, "stream": True, "deepseek": {"ignore_eos": True}})) for _ in range(8)]
+            answer = rest(connect(server))
+            assert answer.startswith(b"HTTP/1.1 503 ") and b"too_many_connections" in answer
+        assert [one.status_code for one in busy] == [200] * 8
+    finally:
+        server.stop()
+
+
+def test_a_client_that_does_not_read_is_ended() -> None:
+    left = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        assert (await receive())["type"] == "http.request"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(1000):  # more than the system's buffers hold
+            await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        left.set()
+
+    async def drain(_: float) -> None:
+        pass
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    process = Process(app, Limits(read=0.3), drain)
+    thread = threading.Thread(target=lambda: asyncio.run(process.serve([listener])))
+    thread.start()
+    with socket.create_connection(listener.getsockname(), timeout=30) as own:
+        own.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert left.wait(30)
+    process.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_streams_that_do_not_end_in_time_end_with_an_error(tiny_llm: Callable[..., Any]) -> None:
+    server = Running(tiny_llm(), ServeOptions("tiny"), Limits(shutdown=1.0))
+    lines: list[str] = []
+    begun = threading.Event()
+
+    def read() -> None:
+        while not lines:
+            with httpx.stream("POST", f"{server.url}/v1/completions", timeout=60, json=BODY | {
+                    "max_tokens": 2000, "stream": True, "deepseek": {"ignore_eos": True}}) as answer:
+                for line in answer.iter_lines():
+                    lines.append(line)
+                    begun.set()
+
+    slow = server.llm.engine.step
+
+    def step() -> Any:
+        time.sleep(0.05)
+        return slow()
+
+    server.llm.engine.step = step  # type: ignore[method-assign]
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert begun.wait(30)
+    server.server.should_exit = True
+    while not server.app.state.server.closing:
+        time.sleep(0.01)
+    refused = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60)
+    assert refused.status_code == 503 and refused.headers["retry-after"]
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 503
+    server.stop()
+    thread.join(10)
+    assert json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert server.llm.engine.idle and server.llm._closed
+
+
+def test_feedback_that_cannot_be_kept_is_503_and_answers_go_on(tiny_llm: Callable[..., Any], tmp_path: Path) -> None:
+    server = Running(tiny_llm(), ServeOptions("tiny", watch=WatchOptions(history=tmp_path / "h.sqlite")))
+    try:
+        (tmp_path / "h.sqlite").unlink()
+        done = httpx.post(f"{server.url}/v1/completions", timeout=60, json=BODY)
+        assert done.status_code == 200
+        refused = httpx.post(f"{server.url}/v1/feedback", json={"id": done.json()["id"], "rating": "up"})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "history_failed"
+        assert httpx.get(f"{server.url}/dashboard/state").status_code == 200
+    finally:
+        server.stop()
