@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    # Threads that wait for each other by spinning stall for whole time slices when a neighbour takes a core: training
-    # ran 4 times slower than with short spins, which cost 3 % alone (docs/log.md). Read when torch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = _parser().parse_args(argv)
     if not hasattr(args, "run"):
         args.usage()
@@ -88,11 +83,10 @@ def train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     import torch
-    from tqdm import tqdm
-
     from .data import pack_cached
     from .deepopt.trainer import Trainer
     from .model import CausalLM
+    from .progress import ProgressBar
 
     _machine(args)
     config, out = _config(args.config), Path(args.out)
@@ -106,7 +100,7 @@ def train(args: argparse.Namespace) -> None:
         raise ConfigError(f"vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
     config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None,
                           pad_token_id=tokenizer.pad_id)
-    with tqdm(desc="pack", unit=" tokens", unit_scale=True) as bar:
+    with ProgressBar(desc="pack", unit=" tokens", unit_scale=True) as bar:
         def packed(_: int, tokens: int) -> None:
             bar.update(tokens - bar.n)
 
@@ -332,9 +326,9 @@ def _training_tokenizer(args: argparse.Namespace, data: Any, config: ModelConfig
 @contextmanager
 def _tokens_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar: what it yields takes (tokens done, tokens in all)."""
-    from tqdm import tqdm
+    from .progress import ProgressBar
 
-    with tqdm(desc=text, unit=" tokens", unit_scale=True, dynamic_ncols=True) as bar:
+    with ProgressBar(desc=text, unit=" tokens", unit_scale=True) as bar:
         def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)

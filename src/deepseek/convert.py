@@ -32,7 +32,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checkpoint import (
     EXPERT_USE,
@@ -57,6 +56,7 @@ from .errors import CheckpointError, ConfigError
 from .files import replace_folder, sha256, write_json
 from .model import CausalLM
 from .ops import panels
+from .progress import ProgressBar
 from .quant import int8
 from .quant.linear import Place, Recipe, places
 from .quant.panels import quantise_panels, squared
@@ -454,7 +454,7 @@ class _Writer:
                                   f"{free / 2**30:.2f} GiB free")
         self.folder.mkdir(parents=True, exist_ok=True)
         weight_map: dict[str, str] = {}
-        with tqdm(total=total, initial=ready, unit="B", unit_scale=True, unit_divisor=1024, desc=self.out.name,
+        with ProgressBar(total=total, initial=ready, unit="B", unit_scale=True, unit_divisor=1024, desc=self.out.name,
                   disable=not progress) as bar:
             for name, parts in contents.items():
                 if name != "mtp.safetensors":

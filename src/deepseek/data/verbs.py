@@ -84,12 +84,12 @@ def _settings(args: argparse.Namespace, kind: type[S]) -> S:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from ..progress import ProgressBar
 
     from . import pipeline
 
     config = PipelineConfig.load(args.config)
-    with tqdm(unit=" records", unit_scale=True) as bar:
+    with ProgressBar(unit=" records", unit_scale=True) as bar:
         def note(step: str, records: int) -> None:
             if bar.desc != f"{step}: ":
                 bar.reset()
@@ -176,9 +176,9 @@ def report(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _bar(name: str) -> Iterator[Progress]:
-    from tqdm import tqdm
+    from ..progress import ProgressBar
 
-    with tqdm(desc=name, unit=" records", unit_scale=True) as bar:
+    with ProgressBar(desc=name, unit=" records", unit_scale=True) as bar:
         def advance(records: int) -> None:
             bar.update(records - bar.n)
 

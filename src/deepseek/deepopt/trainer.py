@@ -28,7 +28,6 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..atlas import Atlas, RoutingAccuracy
 from ..checkpoint import load_model, save_model
@@ -38,6 +37,7 @@ from ..files import write_atomically, write_json
 from ..model import CausalLM, RoutingRecord, max_violation
 from ..ops import fast_bf16
 from ..ops.loss import IGNORE
+from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
 from .plot import plot_run
 from .settings import TrainConfig
@@ -91,7 +91,7 @@ class Trainer:
         On Ctrl-C a checkpoint is written before KeyboardInterrupt goes on.
         """
         config = self.config
-        bar = tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True, desc="train")
+        bar = ProgressBar(total=config.steps, initial=self.step, unit="step", desc="train")
         log = RunLog(self.out, self.step, config.tensorboard)
         try:
             while self.step < config.steps:

@@ -81,7 +81,7 @@ def infer(args: argparse.Namespace) -> None:
 
 
 def _infer_file(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from ..progress import ProgressBar
 
     from .jobs import check_files, run_file
 
@@ -92,7 +92,7 @@ def _infer_file(args: argparse.Namespace) -> None:
     params, llm = _sampling(args), make_llm(args)
     usage = _usage(args, llm)
     counters = llm.engine.counters
-    with tqdm(unit="prompt", desc="infer", disable=None) as bar:
+    with ProgressBar(unit="prompt", desc="infer") as bar:
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)

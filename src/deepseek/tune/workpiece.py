@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..atlas import ExpertUsage, select_experts
 from ..atlas.profile import gate_scale
@@ -31,6 +30,7 @@ from ..files import write_json
 from ..ids import ExpertId, ExpertSet
 from ..model import CausalLM, RoutingRecord
 from ..model.adapter import Side, TunedExperts, fold
+from ..progress import ProgressBar
 from ..quant.linear import is_quantised
 from ..tokenizer import Tokenizer
 from .lora import LoRAAdapter
@@ -200,7 +200,7 @@ def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path, base:
     everything = RecordSet((), data.train)
     limit = max(1, config.eval_records * 4 // config.batch_size)
     batches = list(everything.valid_batches(config.batch_size, 0, limit))
-    for batch in tqdm(batches, desc="route", unit="batch", dynamic_ncols=True):
+    for batch in ProgressBar(batches, desc="route", unit="batch"):
         routing = RoutingRecord()
         batch = batch.to(model.device)
         model.hidden(batch.ids_BT, batch.real_BT, routing=routing)
@@ -217,7 +217,7 @@ def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path, base:
 
 
 def _hashed(model: CausalLM, what: str) -> dict[str, str]:
-    with tqdm(desc=what, unit="tensor", dynamic_ncols=True, leave=False) as bar:
+    with ProgressBar(desc=what, unit="tensor", leave=False) as bar:
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
