@@ -44,15 +44,16 @@ def main() -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     names = {"model": str(folder / "model"), "data": str(folder / "records.jsonl"), "steps": STEPS, "batch": BATCH,
              "length": LENGTH}
-    command = [sys.executable, "-m", "deepseek.cli", "tune", names["model"], names["data"], "--expert_tune", "1.0", "2.0",
-               "--steps", STEPS, "--batch_size", BATCH, "--max_length", LENGTH, "--general", names["data"], "--out"]
+    command = [sys.executable, "-m", "deepseek.cli", "tune", names["model"], names["data"], "--expert_tune", "1.0",
+               "2.0", "--steps", STEPS, "--batch_size", BATCH, "--max_length", LENGTH, "--general", names["data"], "--out"]
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     times: dict[str, list[float]] = {"command": [], "API": []}
     try:
         for turn in range(3):
             for name in times:
                 out = folder / f"{name}-{turn}"
-                call = [*command, out] if name == "command" else [sys.executable, "-c", API.format(out=str(out), **names)]
+                api = [sys.executable, "-c", API.format(out=str(out), **names)]
+                call = [*command, out] if name == "command" else api
                 subprocess.run([str(word) for word in call], env=clean, check=True, stdout=subprocess.DEVNULL)
                 times[name].append(seconds_a_step(out))
     finally:

@@ -63,7 +63,8 @@ def test_every_bar_is_made_here() -> None:
 
 def _python(code: str, **given: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    return subprocess.run([sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True)
+    return subprocess.run([sys.executable, "-c", code], env=environment | given, capture_output=True, text=True,
+                          check=True)
 
 
 def test_importing_the_package_sets_short_spins() -> None:

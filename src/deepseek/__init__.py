@@ -56,9 +56,9 @@ def _short_spins() -> None:
     if "torch" not in sys.modules:
         os.environ["GOMP_SPINCOUNT"] = _SPINS
     elif _libgomp_is_loaded():
-        warnings.warn("torch was imported before deepseek, so its threads wait by long spinning, which is several times "
-                      f"slower when other programs use the cores: import deepseek first, or set GOMP_SPINCOUNT={_SPINS} "
-                      "before Python starts", RuntimeWarning, stacklevel=3)
+        warnings.warn("torch was imported before deepseek, so its threads wait by long spinning, which is several "
+                      "times slower when other programs use the cores: import deepseek first, or set "
+                      f"GOMP_SPINCOUNT={_SPINS} before Python starts", RuntimeWarning, stacklevel=3)
 
 
 def _libgomp_is_loaded() -> bool:

@@ -83,6 +83,7 @@ def train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     import torch
+
     from .data import pack_cached
     from .deepopt.trainer import Trainer
     from .model import CausalLM

@@ -10,7 +10,7 @@ from tqdm import tqdm
 SECONDS = 10.0  # between two lines of a log
 
 
-class ProgressBar(tqdm):  # type: ignore[type-arg]
+class ProgressBar(tqdm):
     """tqdm for terminals and for logs: where the output is not a terminal, whole lines without carriage returns, and
     the final state once, even of a bar that a terminal would wipe."""
 
@@ -26,13 +26,12 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
             self._next = time.monotonic() + SECONDS
         return self._next is not None
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self._in_lines():
-            return bool(super().display(msg, pos))
-        if self._next is not None and time.monotonic() >= self._next:
+            super().display(msg, pos)
+        elif self._next is not None and time.monotonic() >= self._next:
             self._line()
             self._next = time.monotonic() + SECONDS
-        return True
 
     def clear(self, nolock: bool = False) -> None:
         if not self._in_lines():

@@ -73,7 +73,8 @@ def stored_fingerprint(config: ModelConfig, files: TensorFiles, dtype: torch.dty
     with torch.device("meta"):
         tensors = base_tensors(CausalLM(config.with_(num_nextn_predict_layers=0)))
     out: dict[str, str] = {}
-    for name, tensor in ProgressBar(tensors.items(), desc="hash the source", unit="tensor", leave=False, disable=not progress):
+    for name, tensor in ProgressBar(tensors.items(), desc="hash the source", unit="tensor", leave=False,
+                                    disable=not progress):
         kind, shape = torch.float32 if name.endswith("correction_bias") else dtype, tuple(tensor.shape)
         height = max(128, _ROWS // max(1, tensor[:1].numel()) // 128 * 128)
         blocks = (files.read_rows(name, start, min(start + height, shape[0]), kind)

@@ -85,7 +85,6 @@ def _settings(args: argparse.Namespace, kind: type[S]) -> S:
 
 def run(args: argparse.Namespace) -> None:
     from ..progress import ProgressBar
-
     from . import pipeline
 
     config = PipelineConfig.load(args.config)

@@ -82,7 +82,6 @@ def infer(args: argparse.Namespace) -> None:
 
 def _infer_file(args: argparse.Namespace) -> None:
     from ..progress import ProgressBar
-
     from .jobs import check_files, run_file
 
     source, target = Path(args.input), Path(args.output)
