@@ -44,8 +44,9 @@ def main() -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     names = {"model": str(folder / "model"), "data": str(folder / "records.jsonl"), "steps": STEPS, "batch": BATCH,
              "length": LENGTH}
+    flags = ["--steps", STEPS, "--batch_size", BATCH, "--max_length", LENGTH, "--general", names["data"], "--out"]
     command = [sys.executable, "-m", "deepseek.cli", "tune", names["model"], names["data"], "--expert_tune", "1.0",
-               "2.0", "--steps", STEPS, "--batch_size", BATCH, "--max_length", LENGTH, "--general", names["data"], "--out"]
+               "2.0", *flags]
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     times: dict[str, list[float]] = {"command": [], "API": []}
     try:
