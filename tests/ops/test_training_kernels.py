@@ -18,9 +18,14 @@ from deepseek import ops
 from deepseek.ops import native
 from deepseek.ops.linear import product
 
-pytestmark = pytest.mark.skipif(not native.trains(torch.ones(1, dtype=torch.bfloat16)),
-                                reason="this machine trains through torch's own kernels")
+pytestmark = pytest.mark.skipif(not native.can_train(), reason="needs the native training kernels (AVX2)")
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels run wherever they can, also where BF16 would go to units of its own."""
+    monkeypatch.setattr(native, "BF16", "native")
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -137,8 +142,19 @@ print(*(hashlib.sha256(t.detach().float().numpy().tobytes()).hexdigest() for t i
 
 
 def test_the_same_bits_from_every_instruction_set() -> None:
-    if native.isa() == "avx2":
-        pytest.skip("this machine has one instruction set to train with")
-    said = {subprocess.run([sys.executable, "-c", PROGRAM], env={**os.environ, "DEEPSEEK_ISA": isa},
-                           capture_output=True, text=True, check=True).stdout for isa in (native.isa(), "avx2")}
+    unknown = subprocess.run([sys.executable, "-c", "from deepseek import _native; _native.isa()"],
+                             capture_output=True, text=True, env={**os.environ, "DEEPSEEK_ISA": "none"})
+    able = unknown.stderr.rstrip().rpartition("have ")[2].split(", ")
+    able.remove("scalar")
+    assert native.isa() in able
+    said = {subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
+                           env={**os.environ, "DEEPSEEK_ISA": isa, "DEEPSEEK_BF16": "native"}).stdout for isa in able}
     assert len(said) == 1
+
+
+def test_the_choice_is_apart_from_the_ability(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, full = randn(2, 3, dtype=torch.bfloat16), randn(2, 3)
+    assert native.trains(half, full) and not ops.fast_bf16("cpu")
+    monkeypatch.setattr(native, "BF16", "torch")
+    assert native.can_train(half, full) and native.trains(full) and not native.trains(half, full)
+    assert ops.fast_bf16("cpu") and not native.can_train(full.double(), half)

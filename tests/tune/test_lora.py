@@ -18,6 +18,7 @@ from deepseek.convert import quantize
 from deepseek.errors import CheckpointError, ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.model.adapter import LoRAExperts, LoRALinear, side_paths
+from deepseek.ops import native
 
 IDS = torch.arange(5, 45).view(2, 20)
 
@@ -291,7 +292,11 @@ def test_impossible_fields(fields: dict[str, Any], message: str) -> None:
         LoRAAdapter(**fields)
 
 
-def test_merging_says_when_it_would_do_nothing_or_lose_too_much(base: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", ["native", "torch"])
+def test_merging_says_when_it_would_do_nothing_or_lose_too_much(
+    base: Callable[..., Path], tmp_path: Path, bf16: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "BF16", bf16)
     folder = base(torch.bfloat16)
     model = load_model(folder)
     with pytest.raises(ConfigError, match="no side paths to merge"):
@@ -306,5 +311,10 @@ def test_merging_says_when_it_would_do_nothing_or_lose_too_much(base: Callable[.
     with pytest.raises(ConfigError, match=r"merging would lose [\d.]+% of the adapter's effect .*float32"):
         LoRAAdapter.merge(model)
     # nothing has been changed by then
+    assert model.compute_dtype is None
     assert tensor_hashes(model) == before and [name for name, _ in side_paths(model)] == paths
     assert torch.equal(model(IDS), logits)
+    trained(model, 1e-6)  # so little that BF16 activations would show no effect at all
+    with pytest.raises(ConfigError, match=r"merging would lose [\d.]+% of the adapter's effect"):
+        LoRAAdapter.merge(model)
+    assert 1e-3 < LoRAAdapter.merge(trained(model)) < 0.3 and model.compute_dtype is None

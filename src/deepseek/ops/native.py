@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from functools import cache
 from typing import Any
 
 import torch
@@ -50,25 +49,45 @@ def fits(*tensors: Tensor) -> bool:
             and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors))
 
 
-@cache
+# values of oneDNN's ONEDNN_MAX_CPU_ISA that leave its BF16 products without BF16 units
+_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+
+
+def _bf16() -> str:
+    """How BF16 products are computed on the CPU: "torch" on BF16 units (AVX512-BF16, AMX) through torch, "native" on
+    FP32 units. DEEPSEEK_BF16 says which; without it, torch wherever it has units that ONEDNN_MAX_CPU_ISA leaves on."""
+    asked = os.environ.get("DEEPSEEK_BF16", "")
+    if asked not in ("", "native", "torch"):
+        raise ConfigError(f"DEEPSEEK_BF16 = {asked!r}: must be native (FP32 units) or torch (its BF16 products)")
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    units = (limit.upper() not in _WITHOUT_BF16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+             and torch.cpu._is_avx512_bf16_supported())
+    return asked or ("torch" if units else "native")
+
+
+BF16 = _bf16()
+
+
 def fast_bf16(device_type: str) -> bool:
-    """Whether BF16 products run on BF16 units of this device (then they are faster than FP32)."""
-    if device_type != "cpu":
-        return True
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
+    """Whether BF16 products go to the device's own BF16 units through torch (then they are faster than FP32)."""
+    return device_type != "cpu" or BF16 == "torch"
 
 
 def threads() -> int:
     return torch.get_num_threads()
 
 
-def trains(*tensors: Tensor) -> bool:
-    """Whether the training kernels (csrc/training.h) can take these: FP32, or BF16 where it has no units of its own,
-    in this machine's memory, the last dimension dense."""
+def can_train(*tensors: Tensor) -> bool:
+    """Whether the training kernels (csrc/training.h) can take these: FP32 or BF16 in this machine's memory, the last
+    dimension dense, on a machine with kernels for it."""
     return (native is not None and native.trains() and not torch.compiler.is_compiling()
             and all(t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
-            and {t.dtype for t in tensors} <= {torch.float32, torch.bfloat16}
-            and not (any(t.dtype == torch.bfloat16 for t in tensors) and fast_bf16("cpu")))
+            and {t.dtype for t in tensors} <= {torch.float32, torch.bfloat16})
+
+
+def trains(*tensors: Tensor) -> bool:
+    """Whether the training kernels are to take these: they can, and BF16 does not go to units of its own."""
+    return can_train(*tensors) and not (fast_bf16("cpu") and any(t.dtype == torch.bfloat16 for t in tensors))
 
 
 def kind(t: Tensor, like: Tensor | None = None) -> int:

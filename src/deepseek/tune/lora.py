@@ -71,7 +71,9 @@ class LoRAAdapter:
     def merge(model: CausalLM, *, tokens: int = 64, seed: int = 0) -> float:
         """Add the side paths to the weights, in place, and compare logits before and after on random tokens.
 
-        Returns the share of the adapter's effect on the logits that merging lost (median over tokens). Raises
+        Returns the share of the adapter's effect on the logits that merging lost: the median over the tokens that it
+        reaches, 0 where it reaches none. Activations are FP32 for this, whatever the weights are: in half precision an
+        effect below their resolution looks like none, and how much is seen depends on the machine's products. Raises
         ConfigError where there is nothing to merge or into what, or where the loss is more than rounding explains; the
         model is then what it was, side paths included.
         """
@@ -87,22 +89,23 @@ class LoRAAdapter:
         model.eval()
         generator = torch.Generator().manual_seed(seed)
         ids_BT = torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
-        beside = model(ids_BT)
+        precision, model.compute_dtype = model.compute_dtype, torch.float32
         scales = {name: module.scale for name, module in paths.items()}
-        for module in paths.values():
-            module.scale = 0.0
-        try:
-            without = model(ids_BT)
-        finally:
-            for name, module in paths.items():
-                module.scale = scales[name]
         dtype = model.model.norm.weight.dtype
         kept = {name: [weight.clone() for weight in module.folds_into()] for name, module in paths.items()}
-        fold(model)
         try:
-            merged = model(ids_BT)
-            effect = (beside - without).norm(dim=-1)
-            lost = float(((merged - beside).norm(dim=-1) / effect.clamp(min=1e-12)).median())
+            beside = model(ids_BT)
+            try:
+                for module in paths.values():
+                    module.scale = 0.0
+                without = model(ids_BT)
+            finally:
+                for name, module in paths.items():
+                    module.scale = scales[name]
+            fold(model)
+            lost_T, effect_T = (model(ids_BT) - beside).norm(dim=-1), (beside - without).norm(dim=-1)
+            reached_T = effect_T > 0
+            lost = float((lost_T / effect_T)[reached_T].median()) if reached_T.any() else 0.0
             if not lost <= (limit := LOSS.get(dtype, 0.02)):
                 raise ConfigError(f"merging would lose {min(lost, 1.0):.1%} of the adapter's effect (at most "
                                   f"{limit:.0%} is rounding in {dtype}); load the base in float32 and merge there")
@@ -112,6 +115,8 @@ class LoRAAdapter:
                     weight.copy_(was)
                 model.set_submodule(name, module)
             raise
+        finally:
+            model.compute_dtype = precision
         return lost
 
 
