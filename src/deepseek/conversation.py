@@ -8,6 +8,7 @@ arguments of a call as text or as an object, and whether it has a place for call
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -135,6 +136,17 @@ def _json(value: Any, place: str) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{place}: no JSON: {error}") from None
+
+
+def template_variables(text: str) -> dict[str, Any]:
+    """The value of the flag --chat_template_kwargs, a JSON object, for argparse."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: must be an object such as {{\"thinking\": true}}")
+    return found
 
 
 def written(calls: Sequence[Mapping[str, Any]]) -> str:

@@ -9,12 +9,13 @@ leave `<｜User｜>` and `</think>` unmarked. `encode_chat` uses both views, eac
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ CHAT_TEMPLATE = (
 _USUAL = {"bos_token": ("<｜begin▁of▁sentence｜>", BOS, "<s>"), "eos_token": ("<｜end▁of▁sentence｜>", EOS, "</s>"),
           "pad_token": ("<｜▁pad▁｜>", PAD, "<pad>")}
 _THINKING = frozenset(("<think>", "</think>"))  # templates cut assistant turns at these
+_OURS = frozenset(("messages", "add_generation_prompt", "continue_final_message"))  # variables with their own keywords
 _OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode noncharacters: no text has them
 
 
@@ -71,6 +73,7 @@ class Tokenizer:
         self._definition, self._config, self._generation = definition, dict(config or {}), dict(generation or {})
         self._full = tokenizers.Tokenizer.from_str(definition)
         self._template = template
+        self._variables: dict[str, Any] = {}
         self._added: list[dict[str, Any]] = json.loads(definition).get("added_tokens") or []
         self._skipped = frozenset(token["id"] for token in self._added if token["special"])
         self._names: dict[str, str] = {}
@@ -156,7 +159,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what decides ids: tokenizer.json, the special tokens, the chat template."""
-        parts = [self._definition, self._names, self._template]
+        parts = [self._definition, self._names, self._template, *([self._variables] if self._variables else [])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -194,6 +197,22 @@ class Tokenizer:
 
     def _id_of(self, key: str) -> int | None:
         return self._full.token_to_id(self._names[key]) if key in self._names else None
+
+    def encode_prompt(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Ids of a raw prompt, after the begin-of-sequence token where there is one. parse_special: control tokens in
+        the text count, and one that begins the sequence is not put there again; else they are ordinary text."""
+        ids = self.encode(text, special=parse_special)
+        begin = self._begin(True)
+        return ids if parse_special and begin and ids[:1] == begin else begin + ids
+
+    def control_in(self, text: str) -> str | None:
+        """The first control token that a text spells out."""
+        found = self._control_pattern.search(text)
+        return None if found is None else found[0]
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return _any_of(self._control)
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`. bos: put the bos id first. special: recognise control tokens; else they are ordinary text.
@@ -238,23 +257,42 @@ class Tokenizer:
         """Whether the chat template reads a variable, such as `tools`."""
         return self._template is not None and re.search(rf"\b{re.escape(variable)}\b", self._template) is not None
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
+    def with_variables(self, variables: Mapping[str, Any] | None) -> Tokenizer:
+        """This tokenizer, whose chat template gets these variables where a call does not say otherwise.
+
+        Raises RequestError for one that the template does not read."""
+        if not variables:
+            return self
+        self.check_variables(variables)
+        other = copy.copy(self)
+        other._variables = {**self._variables, **variables}
+        other.__dict__.pop("fingerprint", None)
+        return other
+
+    def check_variables(self, variables: Any) -> None:
+        """Raises RequestError unless these are an object of variables that the chat template reads."""
+        if not isinstance(variables, Mapping):
+            raise RequestError(f"chat_template_kwargs = {variables!r:.60}: must be an object, {{name: value}}")
+        for name in variables:
+            if name in _OURS or not isinstance(name, str) or not self.template_knows(name):
+                raise RequestError(f"chat_template_kwargs: {name!r} is no variable that the chat template reads")
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], /, *, tools: Sequence[Mapping[str, Any]] | None = None,
              add_generation_prompt: bool = True, continue_final_message: bool = False, **extra: Any) -> str:
         """The conversation as the model was trained to see it. To get ids use `encode_chat`.
 
         messages: as clients write them (`conversation.normalize`). tools: OpenAI's; they go through the template where
         it knows tools, else in front. continue_final_message: the last message is left open, for the model to go on
-        with. extra: further variables of the template, such as V3.1's `thinking`.
+        with. extra: further variables of the template, such as V3.1's `thinking`; it ignores what it does not read.
         Raises RequestError when there is no template or it refuses the messages.
         """
         return self._chat(messages, tools, add_generation_prompt, continue_final_message, extra, lambda value, _: value)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], /, *, tools: Sequence[Mapping[str, Any]] | None = None,
                     add_generation_prompt: bool = True, continue_final_message: bool = False, **extra: Any
                     ) -> list[int]:
         """Ids of `chat(…)`. Control tokens count where the template wrote them, not where a message quotes them."""
-        everything, spoken = (re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-                              for names in (self._control, self._control - _THINKING))
+        everything, spoken = self._control_pattern, _any_of(self._control - _THINKING)
         text = self._chat(messages, tools, add_generation_prompt, continue_final_message, extra,
                           lambda value, role: _mark(value, spoken if role == "assistant" else everything))
         # between marks is quoted text; a template's own string methods may have parted a pair, so lone marks only cut
@@ -273,7 +311,7 @@ class Tokenizer:
         marked = [mark(message, message["role"]) for message in fitted]
         if go_on:
             marked[-1]["content"] += _END + " "
-        values = {**mark(dict(extra), ""), "tools": mark(shown, "")}
+        values = {**mark({**self._variables, **extra}, ""), "tools": mark(shown, "")}
         text = self._render(marked, prompt and not go_on, values)
         if not go_on:
             return text
@@ -338,6 +376,11 @@ class TokenStream:
 
     def _text(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special=False)
+
+
+@lru_cache(maxsize=8)
+def _any_of(names: frozenset[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def _mark(value: Any, control: re.Pattern[str]) -> Any:

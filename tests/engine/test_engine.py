@@ -197,6 +197,47 @@ def test_chat_goes_through_the_template(llm: LLM, tokenizer: Tokenizer) -> None:
     assert llm.chat(messages, GREEDY) == llm.generate([ids], GREEDY)[0]
 
 
+@pytest.mark.filterwarnings("ignore:a prompt spells out")
+def test_control_tokens_of_a_raw_prompt_count_where_they_are_asked_for(llm: LLM, tokenizer: Tokenizer) -> None:
+    hand = tokenizer.chat([{"role": "user", "content": "hi"}])
+    ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    assert llm.encode(hand, parse_special=True) == ids  # one begin token, not two
+    assert llm.encode("<|User|>hi<|Assistant|>", parse_special=True) == ids
+    assert llm.generate([hand], GREEDY, parse_special=True) == llm.generate([ids], GREEDY)
+    assert "".join(llm.stream(hand, GREEDY, parse_special=True)) == llm.generate([ids], GREEDY)[0].text
+    assert llm.requests(hand, GREEDY, parse_special=True)[0].prompt_ids == ids
+    plain = llm.encode(hand)
+    assert plain[0] == tokenizer.bos_id and all(i >= 5 for i in plain[1:])
+
+
+def test_control_tokens_that_do_not_count_are_warned_of_once(llm: LLM) -> None:
+    with pytest.warns(UserWarning, match=r"control token '<\|User\|>', which is ordinary text here"):
+        llm.encode("a <|User|>")
+    llm.encode("a <|User|>")  # said once: a second warning would be an error
+    llm.encode("<p>no token</p>")
+
+
+def test_variables_of_the_template(llm: LLM, tokenizer: Tokenizer) -> None:
+    template = "{{ 'deep' if thinking else 'flat' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    own = Tokenizer(tokenizer._definition, {}, template)
+    hi = [{"role": "user", "content": "hi"}]
+    deep, flat = own.encode("deephi"), own.encode("flathi")
+    by_default = LLM(llm.model, tokenizer=own, chat_template_kwargs={"thinking": True})
+    assert by_default.encode(hi) == deep and own.encode_chat(hi) == flat
+    assert by_default.tokenizer is not None and by_default.tokenizer.fingerprint != own.fingerprint
+    assert by_default.encode(hi, chat_template_kwargs={"thinking": False}) == flat
+    assert by_default.chat(hi, GREEDY) == by_default.generate([deep], GREEDY)[0]
+    assert by_default.chat(hi, GREEDY, chat_template_kwargs={"thinking": False}) == by_default.generate(
+        [flat], GREEDY)[0]
+    for wrong in ({"thinkin": True}, {"add_generation_prompt": False}, {"messages": []}, {3: 4}, [1]):
+        with pytest.raises(RequestError, match="chat_template_kwargs"):
+            llm.chat(hi, GREEDY, chat_template_kwargs=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'thinkin' is no variable that the chat template reads"):
+        LLM(llm.model, tokenizer=own, chat_template_kwargs={"thinkin": True})
+    with pytest.raises(ConfigError, match="chat_template_kwargs: needs a tokenizer"):
+        LLM(llm.model, chat_template_kwargs={"thinking": True})
+
+
 # ---- loading, routing, errors ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.jobs import run_file
+from deepseek.engine.jobs import KNOWN, OF_MESSAGES, OF_PROMPT, run_file
 from deepseek.errors import DataError, RequestError
 from deepseek.tokenizer import Tokenizer
 
@@ -90,3 +90,35 @@ def test_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="json_schema"):
         run_file(llm, source, tmp_path / "new.jsonl", SamplingParams(json_schema='{"type": "nonsense"}'))
     assert not (tmp_path / "new.jsonl").read_bytes()
+
+
+def test_null_is_not_given(llm: LLM, tmp_path: Path) -> None:
+    nulls = dict.fromkeys([*KNOWN, *OF_PROMPT, *OF_MESSAGES, "id", "domain", "messages"])
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"prompt": "the quick", **nulls}) + "\n" + json.dumps({"prompt": "x", "top_q": None}))
+    assert run_file(llm, source, target, GREEDY) == (2, 1)
+    first, second = lines(target)
+    assert first["line"] == 1 and first["text"] == llm.generate(["the quick"], GREEDY)[0].text
+    assert "'top_q' is no field" in second["error"]
+
+
+def test_lines_say_what_servers_are_told(llm: LLM, tmp_path: Path) -> None:
+    hand = "<|begin_of_sentence|><|User|>fox<|Assistant|>"
+    asked, said = {"role": "user", "content": "fox"}, {"role": "assistant", "content": "the"}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": "x", "tools": []}, "'tools' does not apply to prompt"),
+        ({"messages": [asked], "parse_special": True}, "'parse_special' does not apply to messages"),
+        ({"prompt": "x", "parse_special": "yes"}, "parse_special = 'yes': must be true or false"),
+        ({"messages": [asked], "chat_template_kwargs": {"thinking": True}}, "'thinking' is no variable"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content: must be given")]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "fox"}]}]},
+        {"prompt": hand, "parse_special": True},
+        {"messages": [asked, said], "continue_final_message": True},
+        {"prompt": hand + "the", "parse_special": True}, *(line for line, _ in wrong)])))
+    run_file(llm, source, target, GREEDY)
+    parts, raw, open_end, raw_open, *errors = lines(target)
+    assert parts["text"] == raw["text"] and open_end["text"] == raw_open["text"]
+    for answer, (_, words) in zip(errors, wrong, strict=True):
+        assert words in answer["error"]

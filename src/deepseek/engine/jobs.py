@@ -1,6 +1,7 @@
 """A file of prompts -> a file of answers, line for line.
 
-    in    {"id"?, "prompt" | "messages", "domain"?, and any of SamplingParams by name}
+    in    {"id"?, "prompt" | "messages", "domain"?, any of SamplingParams by name; with a prompt "parse_special"?; with
+          messages "tools"?, "chat_template_kwargs"?, "continue_final_message"?}; null is "not given"
     out   {"id" | "line", "text", "finish_reason", "usage", "choices"?, "logprobs"?} or {"id" | "line", "error"}
 
 Answers stand in the order of the prompts. A bad line costs one error line, a blank one nothing. An output that is there
@@ -27,14 +28,18 @@ from .sampler import SamplingParams
 
 AHEAD = 4  # lines in flight, as a multiple of batch_size: what batching by expert can choose from
 KNOWN = {field.name for field in fields(SamplingParams)} - {"experts", "routed"}
+OF_PROMPT: dict[str, tuple[type, str]] = {"parse_special": (bool, "true or false")}
+OF_MESSAGES: dict[str, tuple[type, str]] = {
+    "tools": (list, "a list of tools"), "chat_template_kwargs": (dict, "an object"),
+    "continue_final_message": (bool, "true or false")}
 
 
 def run_file(
     llm: LLM, source: Path, target: Path, params: SamplingParams, progress: Callable[[int, int], None] | None = None,
-    usage: ExpertUsage | None = None,
+    usage: ExpertUsage | None = None, *, parse_special: bool = False,
 ) -> tuple[int, int]:
     """Answer what is not answered yet; (answers, errors among them) of this call. progress: told (done, all lines).
-    usage: counts the experts of what runs.
+    usage: counts the experts of what runs. parse_special: as in `LLM.generate`, for lines that do not say.
 
     Raises what `check_files` raises, RequestError for params that no line could have; and what goes wrong with the
     model or its files on the way, which is no line's fault: the same call then goes on.
@@ -47,7 +52,7 @@ def run_file(
     with target.open("a", encoding="utf-8") as out:
         while True:
             while len(flight) < AHEAD * llm.engine.options.batch_size and (line := next(lines, None)) is not None:
-                flight.append(_begin(llm, *line, params, usage))
+                flight.append(_begin(llm, *line, params, usage, parse_special))
             if not flight:
                 return written, errors
             name, group = flight[0]
@@ -96,23 +101,25 @@ def _name(number: int, line: bytes) -> tuple[dict[str, Any], dict[str, Any] | st
         return name, f"not JSON: {error}"
     if not isinstance(keys, dict):
         return name, f"{line[:40]!r}: must be an object"
-    return {"id": keys["id"]} if "id" in keys else name, keys
+    return {"id": keys["id"]} if keys.get("id") is not None else name, keys
 
 
-def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: ExpertUsage | None
-           ) -> tuple[dict[str, Any], list[Request] | str]:
+def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: ExpertUsage | None,
+           parse_special: bool) -> tuple[dict[str, Any], list[Request] | str]:
     """A line's id (or number), and its requests, under way, or what is wrong with it."""
     name, keys = _name(number, line)
     try:
         if isinstance(keys, str):
             raise RequestError(keys)
+        everywhere = KNOWN | {"domain"}
+        if unknown := set(keys) - everywhere - {"id", "prompt", "messages", *OF_PROMPT, *OF_MESSAGES}:
+            raise RequestError(f"{min(unknown)!r} is no field of a request; there are "
+                               f"{', '.join(sorted({*everywhere, *OF_PROMPT, *OF_MESSAGES}))}")
+        keys = {key: value for key, value in keys.items() if value is not None}
         given = [key for key in ("prompt", "messages") if key in keys]
         if len(given) != 1:
             raise RequestError(f"has {' and '.join(given) or 'neither prompt nor messages'}: must have one of prompt "
                                "and messages")
-        own = {key: value for key, value in keys.items() if key in KNOWN}
-        if unknown := set(keys) - KNOWN - {"id", "prompt", "messages", "domain"}:
-            raise RequestError(f"{min(unknown)!r} is no field of a request; there are {', '.join(sorted(KNOWN))}")
         prompt, domain = keys[given[0]], keys.get("domain")
         if given == ["prompt"] and not isinstance(prompt, str):
             raise RequestError(f"prompt = {prompt!r:.60}: must be a text")
@@ -121,13 +128,27 @@ def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: Ex
             raise RequestError(f"messages = {prompt!r:.60}: must be a list of objects, one at least")
         if domain is not None and not isinstance(domain, str):
             raise RequestError(f"domain = {domain!r}: must be a name")
-        group = llm.requests(prompt, replace(params, **own), domain=domain)
+        own = {key: value for key, value in keys.items() if key in KNOWN}
+        group = llm.requests(prompt, replace(params, **own), domain=domain,
+                             **{"parse_special": parse_special, **_beside(keys, given[0])})
         for request in group:
             request.usage = usage
         llm.engine.add(*group)
         return name, group
     except RequestError as error:
         return name, str(error)
+
+
+def _beside(keys: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The fields that belong to a prompt alone, or to messages alone."""
+    ours, others = (OF_PROMPT, OF_MESSAGES) if what == "prompt" else (OF_MESSAGES, OF_PROMPT)
+    if wrong := set(keys) & set(others):
+        raise RequestError(f"{min(wrong)!r} does not apply to {what}")
+    for key in set(keys) & set(ours):
+        kind, words = ours[key]
+        if not isinstance(keys[key], kind):
+            raise RequestError(f"{key} = {keys[key]!r:.60}: must be {words}")
+    return {key: keys[key] for key in ours if key in keys}
 
 
 def _answer(output: RequestOutput) -> dict[str, Any]:

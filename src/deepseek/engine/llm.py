@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import math
 import threading
+import warnings
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..atlas.usage import ExpertUsage
 from ..checkpoint import Dtype, expert_spans, load_model, resolve
+from ..conversation import normalize
 from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, RequestError
 from ..model import CausalLM, RoutingRecord
@@ -38,21 +40,25 @@ class LLM:
 
     path_or_model: a checkpoint folder, a known name, a hub id, or a CausalLM (used as it is, in evaluation mode;
     `dtype` and `device` then do not apply). tokenizer: instead of the one beside the checkpoint; a CausalLM without
-    one takes token ids only and gives no text. adapter: as in `load_model`. engine_options: those of EngineOptions.
+    one takes token ids only and gives no text. adapter: as in `load_model`. chat_template_kwargs: variables of the chat
+    template, such as V3.1's `{"thinking": True}`, for conversations that do not say otherwise. engine_options: those of
+    EngineOptions.
     Raises what `load_model` and `Tokenizer.load` raise, and ConfigError for an impossible option.
     """
 
     def __init__(
         self, path_or_model: str | Path | CausalLM, *, tokenizer: Tokenizer | None = None, dtype: Dtype = "auto",
-        device: torch.device | str = "cpu", adapter: str | Path | None = None, **engine_options: Any,
+        device: torch.device | str = "cpu", adapter: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, **engine_options: Any,
     ) -> None:
         options = EngineOptions.of(engine_options)
         atlas = folder = None
         if isinstance(path_or_model, CausalLM):
             self.model = path_or_model.eval()
+            tokenizer = _with_variables(tokenizer, chat_template_kwargs)
         else:
             folder = resolve(path_or_model)
-            tokenizer = tokenizer or Tokenizer.load(folder)
+            tokenizer = _with_variables(tokenizer or Tokenizer.load(folder), chat_template_kwargs)
             self.model = load_model(folder, dtype, device, adapter=adapter)
             atlas = atlas_beside(folder, self.model.config)
         residency = None
@@ -76,19 +82,23 @@ class LLM:
         self._loop = threading.Condition(self.engine.lock)
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._warned = False
 
     # ---- the verbs ----------------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        usage: ExpertUsage | None = None, domains: Sequence[str | None] | None = None,
+        usage: ExpertUsage | None = None, domains: Sequence[str | None] | None = None, parse_special: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt; one result a prompt, in order.
 
         prompts: each a text, a list of token ids, or a list of chat messages `{"role", "content"}`.
         params: for all, or one a prompt. usage: counts the experts that the tokens visit as they run (what the prefix
         cache serves does not run). domains: names that say what a prompt is about, for batching by expert; keyword
-        rules guess the missing ones.
+        rules guess the missing ones. parse_special: control tokens spelled out in a text count as such (a prompt from
+        a template of one's own, FIM); else they are ordinary text. chat_template_kwargs: variables of the chat template
+        for the conversations among the prompts, beside and over those of this LLM.
         Raises RequestError, before any prompt runs, for a prompt that is empty, too long or of another kind.
         """
         if isinstance(prompts, str):
@@ -102,20 +112,24 @@ class LLM:
         groups = []
         for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
-                groups.append(self.requests(prompt, one, domain=None if domains is None else domains[i]))
+                groups.append(self.requests(
+                    prompt, one, domain=None if domains is None else domains[i], parse_special=parse_special,
+                    chat_template_kwargs=chat_template_kwargs))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
         self._run([request for group in groups for request in group], usage)
         return [outcome(group) for group in groups]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, usage: ExpertUsage | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
+        parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[str]:
         """Yield the text of one prompt piece by piece; the pieces together are what `generate` returns.
 
         The prompt is checked at once, and run when the first piece is asked for; closing the iterator aborts it.
         """
-        request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1))
+        request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1), parse_special=parse_special,
+                                    chat_template_kwargs=chat_template_kwargs)
         request.usage = usage
 
         def pieces() -> Iterator[str]:
@@ -139,10 +153,11 @@ class LLM:
         return pieces()
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, usage: ExpertUsage | None = None
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> RequestOutput:
-        """The assistant's answer to a conversation of `{"role", "content"}` messages."""
-        return self.generate([messages], params, usage=usage)[0]
+        """The assistant's answer to a conversation of messages, as OpenAI's clients write them."""
+        return self.generate([messages], params, usage=usage, chat_template_kwargs=chat_template_kwargs)[0]
 
     def mix(
         self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None
@@ -267,11 +282,14 @@ class LLM:
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 
-    def requests(self, prompt: Prompt, params: SamplingParams, *, domain: str | None = None) -> list[Request]:
-        """The prompt as `params.n` requests for the engine, checked."""
+    def requests(
+        self, prompt: Prompt, params: SamplingParams, *, domain: str | None = None, parse_special: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None, **chat: Any,
+    ) -> list[Request]:
+        """The prompt as `params.n` requests for the engine, checked. The other keywords as in `encode`."""
         if params.stop:
             self._need_tokenizer("a stop string")
-        ids = self.encode(prompt)
+        ids = self.encode(prompt, parse_special=parse_special, chat_template_kwargs=chat_template_kwargs, **chat)
         if domain is None and (text := _said(prompt)):
             domain = self.domain_of(text)
         out: list[Request] = []
@@ -286,14 +304,20 @@ class LLM:
             out.append(request)
         return out
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(
+        self, prompt: Prompt, *, parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
+        **chat: Any,
+    ) -> list[int]:
         """Token ids of a prompt, as `generate` would run it: a text after the tokenizer's begin-of-sequence token, a
         conversation through its chat template, ids as they are; an empty prompt is the begin token alone.
 
+        parse_special, chat_template_kwargs: as in `generate`. chat: further keywords of `Tokenizer.encode_chat`.
         Raises RequestError for a prompt that cannot be run.
         """
+        if chat_template_kwargs is not None:
+            self._need_tokenizer("a conversation").check_variables(chat_template_kwargs)
         try:
-            ids = self._ids(prompt)
+            ids = self._ids(prompt, parse_special, {**chat, **(chat_template_kwargs or {})})
         except DataError as error:  # half a surrogate pair, say
             raise RequestError(f"the prompt is not text: {error}") from None
         if not ids:
@@ -308,13 +332,18 @@ class LLM:
                                f"context (max_position_embeddings = {self.max_length})")
         return ids
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt, parse_special: bool, chat: Mapping[str, Any]) -> list[int]:
         if isinstance(prompt, str):
-            return self._need_tokenizer("a text").encode(prompt, bos=self.bos_id is not None)
+            tokenizer = self._need_tokenizer("a text")
+            if not parse_special and not self._warned and (token := tokenizer.control_in(prompt)):
+                self._warned = True
+                warnings.warn(f"a prompt spells out the control token {token!r}, which is ordinary text here; with "
+                              "parse_special it counts as the token (said once)", stacklevel=2)
+            return tokenizer.encode_prompt(prompt, parse_special=parse_special)
         if isinstance(prompt, Sequence) and all(type(part) is int for part in prompt):
             return list(prompt)  # type: ignore[arg-type]
         if isinstance(prompt, Sequence) and all(isinstance(part, Mapping) for part in prompt):
-            return self._need_tokenizer("a conversation").encode_chat(prompt)  # type: ignore[arg-type]
+            return self._need_tokenizer("a conversation").encode_chat(prompt, **chat)  # type: ignore[arg-type]
         raise RequestError(f"{prompt!r:.80}: must be a text, a list of token ids or a list of messages")
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
@@ -354,8 +383,21 @@ def _said(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     last = prompt[-1] if prompt else None
-    content = last.get("content") if isinstance(last, Mapping) else None
-    return content if isinstance(content, str) else ""
+    try:
+        return normalize([last])[0]["content"] or "" if isinstance(last, Mapping) else ""
+    except RequestError:  # a role that only its template knows
+        return ""
+
+
+def _with_variables(tokenizer: Tokenizer | None, variables: Mapping[str, Any] | None) -> Tokenizer | None:
+    if not variables:
+        return tokenizer
+    if tokenizer is None:
+        raise ConfigError("chat_template_kwargs: needs a tokenizer, and this model was given without one")
+    try:
+        return tokenizer.with_variables(variables)
+    except RequestError as error:
+        raise ConfigError(str(error)) from None
 
 
 def outcome(group: Sequence[Request]) -> RequestOutput:

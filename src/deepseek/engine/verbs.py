@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..conversation import template_variables
 from ..errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ def add_infer_flags(verb: argparse.ArgumentParser) -> None:
     _add_model_flags(verb)
     verb.add_argument("--prompt", help="the prompt; else standard input")
     verb.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    verb.add_argument("--parse_special", action="store_true",
+                      help="control tokens spelled out in a prompt count as such (a template of one's own, FIM)")
     verb.add_argument("--input", metavar="JSONL", help="prompts, one object a line: {prompt | messages, id, …}")
     verb.add_argument("--output", metavar="JSONL", help="answers to --input, in its order; gone on with if it exists")
     verb.add_argument("--json_schema", metavar="FILE", help="a JSON schema that the text must match")
@@ -37,6 +40,8 @@ def _add_model_flags(verb: argparse.ArgumentParser) -> None:
 def add_engine_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--adapter", metavar="DIR", help="a delta or an adapter that `deepseek tune` left, to put in")
     verb.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    verb.add_argument("--chat_template_kwargs", type=template_variables, metavar="JSON",
+                      help="variables of the chat template, such as '{\"thinking\": true}'")
     verb.add_argument("--batch_size", type=int, default=32, help="requests that run together at most")
     verb.add_argument("--step_tokens", type=int, default=512, help="tokens of a step; longer prompts go in pieces")
     verb.add_argument("--policy", choices=("fcfs", "expert"), default="fcfs",
@@ -69,12 +74,15 @@ def infer(args: argparse.Namespace) -> None:
             raise ConfigError("--input: the prompts are in the file; --prompt and --chat do not apply")
         _infer_file(args)
         return
+    if args.chat and args.parse_special:
+        raise ConfigError("--parse_special: is for raw prompts; with --chat the template writes the control tokens")
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
         raise RequestError("prompt = '': must not be empty (give --prompt or text on standard input)")
     params, llm = _sampling(args), make_llm(args)
     usage = _usage(args, llm)
-    for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage):
+    for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage,
+                            parse_special=args.parse_special):
         print(piece, end="", flush=True)
     print()
     _finish(args, llm, usage)
@@ -98,7 +106,8 @@ def _infer_file(args: argparse.Namespace) -> None:
             elapsed = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{counters.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
 
-        answered, errors = run_file(llm, source, target, params, show, usage)
+        answered, errors = run_file(llm, source, target, params, show, usage,
+                                    parse_special=args.parse_special)
     print(f"{answered:,} answers written to {target}" + (f", {errors:,} of them errors" if errors else ""),
           file=sys.stderr)
     _finish(args, llm, usage)
@@ -137,7 +146,8 @@ def make_llm(args: argparse.Namespace) -> LLM:
     """The LLM of the engine's flags."""
     from .llm import LLM
 
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=args.adapter, batch_size=args.batch_size,
+    llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=args.adapter,
+              chat_template_kwargs=args.chat_template_kwargs, batch_size=args.batch_size,
               step_tokens=args.step_tokens, policy=args.policy, expert_memory=args.expert_memory,
               warmup_experts=args.warmup_experts, prefetch=not args.no_prefetch)
     if llm.warmup is not None:
