@@ -10,7 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from deepseek.serve.chat import _plain
+from deepseek.conversation import normalize
 from deepseek.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -68,6 +68,7 @@ def test_what_asks_for_nothing_is_taken(more: dict[str, Any]) -> None:
     ({"top_k": 4, "deepseek": {"top_k": 5}}, "top_k: is 4, and 5 under deepseek"),
     ({"ignore_eos": False, "deepseek": {"ignore_eos": True}}, "ignore_eos"), ({"top_k": -2}, "top_k"),
     ({"chat_template_kwargs": {"messages": []}}, "must not hold 'messages'"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "must not stand beside"),
     ({"messages": [{"role": "user", "content": None}]}, "content: must be given"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
      "part 0 is of type 'image_url': must be text"),
@@ -85,26 +86,23 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments
     ({"role": "assistant", "content": "Hi", "refusal": None, "annotations": [], "audio": None, "function_call": None,
       "tool_calls": None, "parsed": None}, {"role": "assistant", "content": "Hi"}),
     ({"role": "assistant", "content": "Hi", "tool_calls": []}, {"role": "assistant", "content": "Hi"}),
-    ({"role": "assistant", "content": None}, {"role": "assistant", "content": ""}),
-    ({"role": "assistant", "content": "Hi", "reasoning_content": "hm"},
-     {"role": "assistant", "content": "Hi", "reasoning_content": "hm"}),
     ({"role": "assistant", "content": "Hi", "reasoning": "hm", "reasoning_details": []},
      {"role": "assistant", "content": "Hi", "reasoning_content": "hm"}),
     ({"role": "assistant", "content": None, "tool_calls": [CALL | {"index": 0, "function": CALL["function"] | {
-        "parsed_arguments": {"a": 1}}}]}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
-    ({"role": "assistant", "content": "", "tool_calls": [CALL | {"type": None, "function": {
-        "name": "f", "arguments": {"a": 1}}}]}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
+        "parsed_arguments": {"a": 1}}}]}, {"role": "assistant", "content": None, "tool_calls": [CALL]}),
+    ({"role": "assistant", "content": "", "tool_calls": [CALL | {"type": None}]},
+     {"role": "assistant", "content": None, "tool_calls": [CALL]}),
     ({"role": "user", "content": [{"type": "text", "text": "a ", "cache_control": {"type": "ephemeral"}},
                                   {"type": "text", "text": "b", "annotations": []}]},
      {"role": "user", "content": "a b"}),
     ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, {"role": "assistant", "content": "no"}),
     ({"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": 1}'}},
-     {"role": "assistant", "content": "", "tool_calls": [{k: v for k, v in CALL.items() if k != "id"}]}),
+     {"role": "assistant", "content": None, "tool_calls": [{k: v for k, v in CALL.items() if k != "id"}]}),
     ({"role": "function", "name": "f", "content": "1"}, {"role": "tool", "name": "f", "content": "1"}),
     ({"role": "developer", "content": "be short"}, {"role": "system", "content": "be short"}),
 ], ids=str)
 def test_messages_are_taken_as_clients_hold_them(message: dict[str, Any], plain: dict[str, Any]) -> None:
-    assert _plain(Message.model_validate(message)) == plain
+    assert normalize([Message.model_validate(message).model_dump(exclude_none=True)]) == [plain]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +141,9 @@ def test_tokenize_and_detokenize(running: Running) -> None:
     assert ask("/detokenize", {"tokens": ids[1:]}) == {"prompt": "the fox"}
     chat = ask("/tokenize", {"messages": [USER], "add_generation_prompt": False})
     assert chat["tokens"] == tokenizer.encode_chat([USER], add_generation_prompt=False)
+    begun = {"role": "assistant", "content": "fox"}
+    chat = ask("/tokenize", {"messages": [USER, begun], "continue_final_message": True})
+    assert chat["tokens"] == tokenizer.encode_chat([USER]) + tokenizer.encode("fox")
     for body, message in (({"prompt": "x", "messages": [USER]}, "not both"), ({}, "must be given"),
                           ({"prompt": "\ud800"}, "surrogate")):
         assert message in ask("/tokenize", body, 400)["error"]["message"]

@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..conversation import CALLS
 from .protocol import NamedTool, Tool
 
 THINK, UNTHINK = "<think>", "</think>"
-CALLS = "<｜tool▁calls▁begin｜>"
 _CALL = re.compile("<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
 _FENCED = re.compile(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
@@ -116,12 +116,6 @@ class AnswerText:
         elif self._held:  # cut short, or no call after all: nothing of what was said is lost
             self.answer.valid = False
             self._put(delta, "content", self._held if self._state == "forced" else CALLS + self._held)
-
-
-def written(calls: Sequence[Mapping[str, str]]) -> str:
-    """Calls (name, arguments) as V3.1 writes them: what `AnswerText` reads."""
-    return CALLS + "".join(f"<｜tool▁call▁begin｜>{call['name']}<｜tool▁sep｜>{call['arguments']}<｜tool▁call▁end｜>"
-                           for call in calls) + "<｜tool▁calls▁end｜>"
 
 
 def _parse(text: str) -> list[tuple[str, str]]:

@@ -120,7 +120,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         server.know(body.model if body.model is not None else options.name)
         tokenizer = server.tokenizer
         try:
-            ids = (await asyncio.to_thread(chat_prompt, tokenizer, body))[0] if body.prompt is None else (
+            ids = await asyncio.to_thread(chat_prompt, tokenizer, body) if body.prompt is None else (
                 await asyncio.to_thread(tokenizer.encode, body.prompt, bos=body.add_special_tokens))
         except DataError as error:  # half a surrogate pair, say
             raise ServeError(400, f"prompt: {error}", param="prompt") from None

@@ -14,51 +14,24 @@ from fastapi.responses import JSONResponse
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
 from ..tokenizer import Tokenizer
-from .answers import THINK, AnswerText, forced_schema, written
-from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool, ToolCall
+from .answers import THINK, AnswerText, forced_schema
+from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool
 from .service import Server, event, usage
 
 
-def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> tuple[list[int], str]:
-    """(ids, the rendered text). Tools go through the template, or in front where it knows none."""
-    messages = [_plain(message) for message in body.messages or ()]
-    if not tokenizer.template_knows("tool_calls"):
-        messages = [_said_of_tools(message) for message in messages]
+def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
+    """The ids of a conversation, in the form that the template expects (conversation.py)."""
+    messages = [message.model_dump(exclude_none=True) for message in body.messages or ()]
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     if isinstance(body, ChatRequest) and body.tool_choice == "none":
         tools = []
-    extra = body.variables
-    if tools and tokenizer.template_knows("tools"):
-        extra["tools"] = tools
-    elif tools:
-        messages.insert(0, {"role": "system", "content": "Tools:\n" + "\n".join(
-            json.dumps(tool["function"], ensure_ascii=False) for tool in tools)})
+    variables = body.variables
+    if body.reasoning_effort is not None and tokenizer.template_knows("reasoning_effort"):
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
     try:
-        return tokenizer.encode_chat(messages, **extra), tokenizer.chat(messages, **extra)
+        return tokenizer.encode_chat(messages, tools=tools, **variables)
     except DataError as error:  # half a surrogate pair, say
         raise RequestError(f"a message is not text: {error}") from None
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: content one text, arguments as they were sent."""
-    out: dict[str, Any] = {"role": message.role, "content": said(message)}
-    if message.role == "developer":
-        out["role"] = "system"
-    if message.role == "function":
-        out["role"] = "tool"
-    if message.name is not None:
-        out["name"] = message.name
-    if message.tool_call_id is not None:
-        out["tool_call_id"] = message.tool_call_id
-    if thoughts := message.reasoning_content or message.reasoning:
-        out["reasoning_content"] = thoughts
-    calls = message.tool_calls or ([] if message.function_call is None else [ToolCall(function=message.function_call)])
-    if calls:
-        out["tool_calls"] = [call.model_dump(exclude_none=True) for call in calls]
-        for call in out["tool_calls"]:
-            if not isinstance(arguments := call["function"]["arguments"], str):
-                call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
-    return out
 
 
 def said(message: Message) -> str:
@@ -68,14 +41,6 @@ def said(message: Message) -> str:
 
 def joined(content: str | Sequence[ContentPart] | None) -> str:
     return content if isinstance(content, str) else "".join(part.text or part.refusal for part in content or ())
-
-
-def _said_of_tools(message: dict[str, Any]) -> dict[str, Any]:
-    """Calls and results as text, for a template that knows neither."""
-    if calls := message.get("tool_calls"):
-        text = (message["content"] or "") + written([call["function"] for call in calls])
-        return {"role": "assistant", "content": text}
-    return {"role": "user", "content": message["content"]} if message["role"] == "tool" else message
 
 
 class Chat:
@@ -95,7 +60,7 @@ class Chat:
             schema = body.response_format.json_schema.json_schema
         elif body.response_format is not None and body.response_format.type == "json_object":
             schema = {"type": "object"}
-        ids, text = chat_prompt(server.tokenizer, body)
+        ids = chat_prompt(server.tokenizer, body)
         params = server.params(body, max_tokens=body.max_completion_tokens or body.max_tokens,
                                json_schema=json.dumps(schema) if schema is not None else None,
                                logprobs=(body.top_logprobs or 0) if body.logprobs else None)
@@ -104,7 +69,8 @@ class Chat:
         self.requests = server.llm.requests(ids, params, domain=domain)
         server.watch.begin(self.id, http, body.user, question, self.requests)
         self.constrained = schema is not None and not forced
-        thinking = text.rstrip().endswith(THINK) and schema is None
+        end = server.tokenizer.decode(ids[-16:], skip_special=False)
+        thinking = end.rstrip().endswith(THINK) and schema is None
         self.texts = [AnswerText(thinking=thinking, tools=self.tools, forced=forced, parallel=body.parallel_tool_calls)
                       for _ in self.requests]
         self.sent = [0] * len(self.requests)

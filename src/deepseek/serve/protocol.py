@@ -54,6 +54,7 @@ class Templating(Body):
 
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: Flag | None = None
+    continue_final_message: Flag = False
     reasoning_effort: Effort | None = None
 
     @field_validator("chat_template_kwargs")
@@ -63,10 +64,16 @@ class Templating(Body):
             raise ValueError(f"must not hold {sorted(taken)[0]!r}, which is a field of its own")
         return given
 
+    @model_validator(mode="after")
+    def _one_end(self) -> Templating:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message: must not stand beside add_generation_prompt = true")
+        return self
+
     @property
     def variables(self) -> dict[str, Any]:
-        own = {"reasoning_effort": self.reasoning_effort, "add_generation_prompt": self.add_generation_prompt}
-        return {key: value for key, value in own.items() if value is not None} | self.chat_template_kwargs
+        own = {} if self.add_generation_prompt is None else {"add_generation_prompt": self.add_generation_prompt}
+        return self.chat_template_kwargs | own | {"continue_final_message": self.continue_final_message}
 
 
 class Harmless(Body):
