@@ -54,7 +54,7 @@ def _message(message: Any, place: str, also: Collection[str]) -> dict[str, Any]:
     if role != "assistant" and calls:
         raise RequestError(f"{place}.tool_calls: only an assistant's message may have them, not one of {said!r}")
     if said in ("function_call", "tool_call") and said not in also:
-        calls, out["content"] = _written_calls(content, f"{place}.content"), None
+        calls, out["content"] = _written_calls(content, f"{place}.content")
     if role == "assistant":
         reasoning = next((given[key] for key in ("reasoning_content", "reasoning") if given.get(key)), None)
         if isinstance(reasoning, str):
@@ -122,13 +122,17 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     return out if call.get("id") is None else {"id": _string(call["id"], f"{place}.id"), **out}
 
 
-def _written_calls(content: str | None, place: str) -> list[Any]:
-    """The calls in the content of a turn whose role is `function_call`: JSON, one call or a list of them."""
+def _written_calls(content: str | None, place: str) -> tuple[Any, str | None]:
+    """(calls, content) of a turn whose role is `function_call`; its content is JSON: a call, a list of them, or an
+    object with `tool_calls` and `content` (how records of data keep such turns)."""
     try:
         found = json.loads(content or "")
     except (ValueError, RecursionError):
         raise RequestError(f"{place} = {content!r:.60}: must be a call in JSON, with name and arguments") from None
-    return found if isinstance(found, list) else [found]
+    if isinstance(found, dict) and "tool_calls" in found:
+        beside = found.get("content")
+        return found["tool_calls"], beside if isinstance(beside, str) and beside else None
+    return (found if isinstance(found, list) else [found]), None
 
 
 def _json(value: Any, place: str) -> str:

@@ -259,3 +259,22 @@ def test_a_hugging_face_data_set(tokenizer: Tokenizer) -> None:
     found = read_records(datasets.Dataset.from_list(rows))
     assert [d.text for d in found] == [d.text for d in read_records(rows)]
     assert found[0].answer_at is not None and found[0].metadata["complexity"] == "初级"
+
+
+def test_tool_turns_are_learnt_as_the_server_reads_them() -> None:
+    call = {"type": "function", "function": {"name": "time", "arguments": {"zone": "UTC"}}}
+    trl: list[dict[str, Any]] = [{"role": "developer", "content": "Be brief."},
+           {"role": "user", "content": [{"type": "text", "text": "Now?"}]},
+           {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "12:00"},
+           {"role": "assistant", "content": "Noon.", "tool_calls": []}]
+    sharegpt = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Now?"},
+                {"from": "function_call", "value": '{"name": "time", "arguments": {"zone": "UTC"}}'},
+                {"from": "observation", "value": "12:00"}, {"from": "gpt", "value": "Noon."}]
+    tokenizer = Tokenizer.train(["now noon"], 261)
+    want = tokenizer.encode_chat(trl, add_generation_prompt=False)
+    for messages in (trl, sharegpt):
+        [document] = read_records([{"messages": messages}])
+        [example] = encode(document, tokenizer, 999)
+        assert list(example.ids) == want and len(example.learnt) == 2
+    said = tokenizer.decode(want[example.learnt[0][0] : example.learnt[0][1]], skip_special=False)
+    assert "time" in said and '{"zone": "UTC"}' in said and "12:00" not in said

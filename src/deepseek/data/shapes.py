@@ -16,20 +16,23 @@ the number of a column, from 0.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, DataError, NotFoundError
+from ..conversation import normalize, written
+from ..errors import ConfigError, DataError, NotFoundError, RequestError
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "turns", "dialogue")
 ASKING = ("instruction", "context", "body", "problem", "question", "prompt", "input", "en", "options")
 ANSWERING = ("analysis", "rationale", "solution", "canonical_solution", "long_answer", "answer", "answers", "output",
              "completion", "response", "golden", "correct", "target", "zh")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "bot": "assistant", "model": "assistant"}
+         "bot": "assistant", "model": "assistant", "developer": "system", "tool": "tool", "function": "tool",
+         "observation": "tool", "function_call": "function_call", "tool_call": "function_call"}
 DESCRIBING = {"complexity": "complexity", "lang": "language", "language": "language", "error_type": "error_type"}
 LETTERS = "ABCDEFGHIJ"
 _JOINED = ("text", "prompt", "answer")
@@ -254,8 +257,10 @@ def part_text(value: Any) -> str:
 
 
 def conversation(turns: list[Any]) -> Shaped:
-    """Turns as {role, content}, as {from, value}, or as strings that alternate between user and assistant."""
+    """Turns as {role, content}, as {from, value}, or as strings that alternate between user and assistant. Content may
+    be in parts. A turn with tool calls has the role function_call and JSON as its text (`conversation.normalize`)."""
     out: list[tuple[str, str]] = []
+    plain: list[str] = []
     for number, turn in enumerate(turns):
         if isinstance(turn, str):
             role, text = ("assistant" if number % 2 else "user"), turn
@@ -267,9 +272,31 @@ def conversation(turns: list[Any]) -> Shaped:
         if not role:
             raise DataError(f"turn {number + 1} has role {turn.get('role', turn.get('from'))!r}, "
                             f"must be one of {', '.join(ROLES)}")
+        shown = f"{role.capitalize()}: {text}"
+        if isinstance(turn, Mapping) and (not isinstance(text, str) or role == "function_call"
+                                          or turn.get("tool_calls") or turn.get("function_call")):
+            role, text, shown = _with_calls({**turn, "role": role, "content": text}, number)
         if not isinstance(text, str):
             raise DataError(f"turn {number + 1} has no text")
         out.append((role, text))
+        plain.append(shown)
     if not any(text.strip() for _, text in out):
         raise DataError("the conversation is empty")
-    return Shaped("\n\n".join(f"{role.capitalize()}: {text}" for role, text in out), tuple(out))
+    return Shaped("\n\n".join(plain), tuple(out))
+
+
+def _with_calls(turn: Mapping[str, Any], number: int) -> tuple[str, str, str]:
+    """(role, text, plain form) of a turn whose content is in parts, or that calls tools."""
+    if turn["content"] is None and not any(turn.get(key) for key in ("tool_calls", "function_call", "refusal")):
+        raise DataError(f"turn {number + 1} has no text")
+    try:
+        [message] = normalize([turn])
+        text, calls = message["content"] or "", message.get("tool_calls")
+        if not calls:
+            return message["role"], text, f"{message['role'].capitalize()}: {text}"
+        shown = text + written([call["function"] for call in calls])
+        return "function_call", json.dumps({"content": text, "tool_calls": calls}, ensure_ascii=False), (
+            f"Assistant: {shown}")
+    except (RequestError, TypeError) as error:
+        raise DataError(f"turn {number + 1} has no text or call that can be read: "
+                        f"{str(error).removeprefix('messages[0].')}") from None

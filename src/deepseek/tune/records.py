@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..conversation import Style, normalize
 from ..data import Document, ReadReport, read_documents
 from ..data.shapes import shape
 from ..data.shards import Batch, held_out_place
@@ -36,6 +37,7 @@ from ..files import write_atomically
 from ..tokenizer import Tokenizer
 from .examples import Example, Examples, pad
 
+SPEAKING = ("assistant", "function_call")  # roles whose turns are learnt
 POOL = 16  # batches whose records are sorted by length together
 
 
@@ -128,11 +130,13 @@ def encode(document: Document, tokenizer: Tokenizer, max_length: int) -> list[Ex
         starts = range(0, max(len(ids) - 1, 1), max_length)
         return [Example(tuple(piece), ((1, len(piece)),)) for start in starts
                 if len(piece := ids[start : start + max_length + 1]) > 1]
-    if not any(role == "assistant" and said.strip() for role, said in turns):
+    if not any(role in SPEAKING and said.strip() for role, said in turns):
         raise DataError(f"{place(document)}: the record has no output to learn (no turn of an assistant)")
     if not tokenizer.has_chat_template:
-        parts = [part for role, said in turns for part in ((f"{role.capitalize()}: ", False),
-                                                           (f"{said}\n\n", role == "assistant"))]
+        messages, _ = Style().fit(normalize([{"role": role, "content": said} for role, said in turns]), None)
+        parts = [part for message in messages
+                 for part in ((f"{message['role'].capitalize()}: ", False),
+                              (f"{message['content']}\n\n", message["role"] == "assistant"))]
         return [_joined(parts, tokenizer)]
     return [_spoken(document, turns, tokenizer)]
 
@@ -165,7 +169,7 @@ def _spoken(document: Document, turns: Sequence[tuple[str, str]], tokenizer: Tok
         ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
         spans = []
         for n, (role, _) in enumerate(turns):
-            if role != "assistant":
+            if role not in SPEAKING:
                 continue
             before = tokenizer.encode_chat(messages[:n], add_generation_prompt=True)
             through = tokenizer.encode_chat(messages[: n + 1], add_generation_prompt=False)
