@@ -170,7 +170,7 @@ def test_nan_logits_are_an_error() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -0.1), ("temperature", math.nan),
+    ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -0.1), ("temperature", math.nan),
     ("temperature", math.inf), ("temperature", "hot"), ("top_k", -1), ("top_k", 2.0), ("top_p", 0.0), ("top_p", 1.01),
     ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", math.inf), ("seed", 1.0),
     ("seed", 2**63), ("stop", ("",)), ("stop", (1,)), ("stop", None), ("ignore_eos", 1)])

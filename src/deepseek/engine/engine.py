@@ -163,11 +163,19 @@ class Engine:
             raise RequestError(f"prompt and max_tokens are {most} tokens: must fit the cache of "
                                f"{self.pages.count * PAGE} (cache_tokens)")
         for request in requests:
+            self._check_ids(request)
             if request.params.routed and not self.model.config.moe_layers:
                 raise RequestError("routed = True: this model has no routed experts")
             if request.params.experts is not None and request.controls is None:
                 loaded = None if self.residency is None else self.residency.loaded
                 request.controls = Controls(request.params.experts, self.model, self.atlas, loaded)
+
+    def _check_ids(self, request: Request) -> None:
+        last = self.model.config.vocab_size - 1
+        for field in ("stop_token_ids", "logit_bias"):
+            for token in getattr(request.params, field) or ():
+                if token > last:
+                    raise RequestError(f"{field}: token id {token}: must lie in the vocabulary 0..{last}")
 
     def add(self, *requests: Request) -> None:
         """Let requests wait, in this order with nobody between them. Raises RequestError for one that can never run."""
@@ -238,10 +246,16 @@ class Engine:
         self.counters.steps += 1
         sampled = self.counters.sampled
         moved: list[Request] = []
-        for work, logits_SV in zip(works, logits, strict=True):
+        for work, logits_SV, own in zip(works, logits, hidden, strict=True):
             if work.request.finish_reason is not None:  # a mate of one that failed
                 continue
             self._computed(work)
+            if work.request.unscored:
+                try:
+                    self.runner.score(work, own)
+                except Exception as error:
+                    self._fail(work.request, error)
+                    continue
             for row, logits_V in enumerate(logits_SV):
                 if row and not self._accepted(work):
                     break
@@ -347,6 +361,10 @@ class Engine:
     def _advance(self, request: Request, logits_V: torch.Tensor) -> list[Request]:
         """One more token for a request, or for all that it is coupled with."""
         moved = [request]
+        if request.limit <= 0:  # the prompt alone was asked for
+            self.counters.finished += 1
+            self._end(request, "length")
+            return moved
         if (coupling := request.coupling) is not None:
             mixed_V = coupling.offer(request, logits_V)
             if mixed_V is None:

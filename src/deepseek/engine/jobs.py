@@ -2,7 +2,8 @@
 
     in    {"id"?, "prompt" | "messages", "domain"?, any of SamplingParams by name; with a prompt "parse_special"?; with
           messages "tools"?, "chat_template_kwargs"?, "continue_final_message"?}; null is "not given"
-    out   {"id" | "line", "text", "finish_reason", "usage", "choices"?, "logprobs"?} or {"id" | "line", "error"}
+    out   {"id" | "line", "text", "finish_reason", "usage", "choices"?, "logprobs"?, "prompt_logprobs"?}, or
+          {"id" | "line", "error"}
 
 Answers stand in the order of the prompts. A bad line costs one error line, a blank one nothing. An output that is there
 already is gone on with: its lines must bear the names (id, or number of the line) of the input's first, a torn last one
@@ -154,9 +155,10 @@ def _beside(keys: Mapping[str, Any], what: str) -> dict[str, Any]:
 def _answer(output: RequestOutput) -> dict[str, Any]:
     def one(choice: RequestOutput) -> dict[str, Any]:
         out: dict[str, Any] = {"text": choice.text, "finish_reason": choice.finish_reason}
-        if choice.logprobs is not None:
-            out["logprobs"] = [{"token": p.token, "logprob": p.logprob, "top": [list(pair) for pair in p.top]}
-                               for p in choice.logprobs]
+        for field in ("logprobs", "prompt_logprobs"):
+            if (values := getattr(choice, field)) is not None:
+                out[field] = [p and {"token": p.token, "logprob": p.logprob, "top": [list(pair) for pair in p.top]}
+                              for p in values]
         return out
 
     answer = one(output) | {"usage": output.usage}

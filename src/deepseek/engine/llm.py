@@ -20,7 +20,7 @@ from ..atlas.usage import ExpertUsage
 from ..checkpoint import Dtype, expert_spans, load_model, resolve
 from ..conversation import normalize
 from ..domain import DomainClassifier, KeywordRules
-from ..errors import ConfigError, DataError, RequestError
+from ..errors import ConfigError, DataError, MoEDRError, RequestError
 from ..model import CausalLM, RoutingRecord
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
@@ -264,7 +264,11 @@ class LLM:
                 h_TH = self.model.hidden(torch.tensor([ids], device=self.model.device), routing=routing)[0]
                 if self.engine.residency is not None and routing is not None:
                     self.engine.residency.after(routing)
-            out.append(h_TH.float().mean(0).cpu())
+            mean_H = h_TH.float().mean(0).cpu()
+            if not mean_H.isfinite().all():
+                raise MoEDRError("the model's hidden states are not numbers (NaN or infinite): its weights are "
+                                 "damaged or overflow their dtype")
+            out.append(mean_H)
         return out, sum(map(len, everything))
 
     def warm_up(self, names: Sequence[str]) -> Warmup:
@@ -294,7 +298,9 @@ class LLM:
             domain = self.domain_of(text)
         out: list[Request] = []
         for i in range(params.n):
-            own = params if params.seed is None or not i else replace(params, seed=_next_seed(params.seed, i))
+            own = params if not i else replace(
+                params, prompt_logprobs=None,  # the first one's are those of all
+                seed=None if params.seed is None else _next_seed(params.seed, i))
             request = Request(
                 ids, own, limit=min(params.max_tokens, self.max_length - len(ids)), eos_ids=self.eos_ids,
                 tokenizer=self.tokenizer, vocabulary=self.model.config.vocab_size, domain=domain,

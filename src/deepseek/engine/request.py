@@ -14,7 +14,7 @@ from torch import Tensor
 from ..model.cache import Chunk
 from ..tokenizer import Tokenizer
 from .pages import PageTable, Token
-from .sampler import Logprob, SamplingParams, logprobs, sample
+from .sampler import Adjustment, Logprob, SamplingParams, finite, logprobs, penalise, sample
 
 if TYPE_CHECKING:
     from ..atlas.usage import ExpertUsage
@@ -31,7 +31,9 @@ class RequestOutput:
 
     token_ids: every sampled token, the one that ended the text included. finish_reason: "stop" (end of sequence or a
     stop string), "length" (max_tokens, or the end of the model's context), "abort" or "error". logprobs: one entry a
-    token, where they were asked for. routed: the experts each token of prompt and output visited, int64 [tokens, MoE
+    token, where they were asked for.
+    prompt_logprobs: one entry a token of the prompt, None for the first. routed: the experts each token of prompt and
+    output visited, int64 [tokens, MoE
     layers, K], where asked for; the last token, which was never run, is not among them. choices: all `n`
     continuations, this one first. cached_tokens: of the prompt, found in the prefix cache.
     """
@@ -44,6 +46,7 @@ class RequestOutput:
     routed: Tensor | None = field(default=None, compare=False)
     cached_tokens: int = field(default=0, compare=False)
     others: tuple[RequestOutput, ...] = ()
+    prompt_logprobs: tuple[Logprob | None, ...] | None = None
 
     @property
     def choices(self) -> tuple[RequestOutput, ...]:
@@ -66,24 +69,24 @@ class StopText:
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
         self.stopped = False
-        self._held = ""
+        self.held = ""
 
     def push(self, piece: str) -> str:
         """Take a piece in; returns the text that is now certain."""
         if self.stopped or not piece:
             return ""
-        held = self._held + piece
+        held = self.held + piece
         found = [(start + len(stop), start) for stop in self.stops if (start := held.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self.held = True, ""
             return held[: min(found)[1]]
         keep = next((n for n in range(len(held), 0, -1) if any(stop.startswith(held[-n:]) for stop in self.stops)), 0)
-        self._held = held[len(held) - keep :]
+        self.held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
     def flush(self) -> str:
         """The text is over: what was held back was no stop string after all."""
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return held
 
 
@@ -146,7 +149,12 @@ class Request:
         self.on_token: Callable[[Request], None] | None = None
         self.routed: list[Tensor] = []  # [tokens, layers, K] a chunk
         self.logprobs: list[Logprob] = []
-        self._pieces = tokenizer.stream() if tokenizer is not None else None
+        self.prompt_logprobs: list[Logprob | None] = [None]  # those known so far
+        self._pieces = None
+        if tokenizer is not None:
+            self._pieces = tokenizer.stream(skip_special=params.skip_special_tokens)
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        self._adjustment = Adjustment(params, self._ends, vocabulary)
         self._stop = StopText(params.stop)
         self._seen_V: Tensor | None = None
         if params.repetition_penalty != 1.0:
@@ -156,6 +164,11 @@ class Request:
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted and not known yet."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids)
 
     @property
     def prefilling(self) -> bool:
@@ -184,10 +197,24 @@ class Request:
         """Draw the next token from the logits after everything so far."""
         if self.constraint is not None:
             logits_V = self.constraint.allow(logits_V)
-        token = sample(logits_V, self.params, self.generator, self._seen_V)
+        finite(logits_V)
+        adjusted_V = self._adjustment.apply(logits_V, len(self.token_ids))
+        if self._seen_V is not None:
+            adjusted_V = penalise(adjusted_V, self.params.repetition_penalty, self._seen_V)
+        token = sample(self._adjustment.discourage(adjusted_V), self.params, self.generator, None)
         if self.params.logprobs is not None:
-            self.logprobs.append(logprobs(logits_V, token, self.params.logprobs))
+            offset = len(self.text) + len(self._stop.held)
+            self.logprobs.append(logprobs(logits_V, token, self.params.logprobs, offset))
         return token
+
+    def score(self, first: int, logits_SV: Tensor) -> None:
+        """Note the log-probabilities of the prompt's tokens that follow positions first, …; known ones stay."""
+        assert self.params.prompt_logprobs is not None
+        for position, logits_V in enumerate(logits_SV, first + 1):
+            if position == len(self.prompt_logprobs) < len(self.prompt_ids):
+                finite(logits_V)
+                self.prompt_logprobs.append(
+                    logprobs(logits_V, self.prompt_ids[position], self.params.prompt_logprobs))
 
     def append(self, token: int) -> None:
         """One more token: extend the text and decide whether this was the last."""
@@ -196,9 +223,11 @@ class Request:
         self.token_ids.append(token)
         if self._seen_V is not None:
             self._seen_V[token] = True
-        ended = token in self.eos_ids and not self.params.ignore_eos
+        self._adjustment.add(token)
+        ended = token in self._ends
         if self._pieces is not None and not ended:
-            self.text += self._stop.push(self._pieces.push(token))
+            piece = self._pieces.push(token)
+            self.text += self._stop.push(piece) if len(self.token_ids) > self.params.min_tokens else piece
         if self.constraint is not None and not ended:
             self.constraint.accept(token)
             ended = self.constraint.finished
@@ -222,4 +251,5 @@ class Request:
         return RequestOutput(
             self.text, tuple(self.token_ids), self.finish_reason, len(self.prompt_ids),
             tuple(self.logprobs) if self.params.logprobs is not None else None,
-            torch.cat(self.routed) if self.routed else None, self.cached_tokens)
+            torch.cat(self.routed) if self.routed else None, self.cached_tokens,
+            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs))

@@ -15,6 +15,8 @@ from ..model.cache import LatentPool, Pack
 from .control import Controls, combined
 from .scheduler import Work
 
+SCORED = 64  # rows of logits at a time: with a large vocabulary they are many bytes
+
 
 class Runner:
     def __init__(self, model: CausalLM, pool: LatentPool) -> None:
@@ -44,6 +46,13 @@ class Runner:
         if not len(rows_SH):
             return [hidden_TH.new_empty(0)] * len(works), list(hidden), routing
         return list(self.model.lm_head(rows_SH).float().cpu().split(wanted)), list(hidden), routing
+
+    @torch.inference_mode()
+    def score(self, work: Work, hidden_TH: Tensor) -> None:
+        """Note the log-probabilities of the prompt's tokens that follow a work's own. Raises MoEDRError for NaN."""
+        for first in range(0, work.chunk.tokens, SCORED):
+            logits_SV = self.model.lm_head(hidden_TH[first : first + SCORED]).float().cpu()
+            work.request.score(work.chunk.past + first, logits_SV)
 
 
 def part(routing: RoutingRecord, start: int, stop: int) -> RoutingRecord:

@@ -129,6 +129,8 @@ class Scheduler:
         useful = request.length - 1
         if request.params.routed:  # a route is known only where a token has run
             useful = min(useful, sum(map(len, request.routed)))
+        if request.unscored:  # a log-probability too
+            useful = min(useful, len(request.prompt_logprobs) - 1)
         if request.params.experts is not None:  # its latents are nobody else's
             useful = 0
         shared = self.pages.serve(request.table, request.filed(useful))

@@ -60,6 +60,9 @@ def _add_sampling_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0 keeps all")
     verb.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one")
     verb.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages what has been said")
+    verb.add_argument("--presence_penalty", type=float, default=0.0, help="above 0 discourages what the answer said")
+    verb.add_argument("--frequency_penalty", type=float, default=0.0, help="as above, as often as it said it")
+    verb.add_argument("--min_tokens", type=int, default=0, help="tokens before which the text does not end")
     verb.add_argument("--seed", type=int, help="makes sampling repeatable")
     verb.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
     verb.add_argument("--show_experts", action="store_true", help="print the share of tokens per expert and layer")
@@ -166,7 +169,9 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     except UnicodeDecodeError:
         raise ConfigError(f"json_schema = {schema!r}: must be UTF-8") from None
     return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-                          min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed,
+                          min_p=args.min_p, repetition_penalty=args.repetition_penalty,
+                          presence_penalty=args.presence_penalty, frequency_penalty=args.frequency_penalty,
+                          min_tokens=args.min_tokens, seed=args.seed,
                           stop=tuple(args.stop), json_schema=text)
 
 
