@@ -152,7 +152,12 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
     all_panels<8>(w, count, gated, x, row, tokens, out, ld);
 }
 
-const Kernels table = {"amx", quantise_weights, quantise, panels, dense_panels<uint16_t>,
+#if defined(DEEPSEEK_EMULATE_AMX)
+constexpr const char* kName = "amx_emulated";
+#else
+constexpr const char* kName = "amx";
+#endif
+const Kernels table = {kName, quantise_weights, quantise, panels, dense_panels<uint16_t>,
                        dense_panels<float>, rms_norm, weighted_sum, attention_block, attention_join};
 
 }  // namespace

@@ -1,0 +1,88 @@
+"""The tests that depend on the instruction set, as if on other machines: `make test-isa`, --short as CI runs it.
+
+One entry is one setting of DEEPSEEK_ISA, DEEPSEEK_BF16 or ONEDNN_MAX_CPU_ISA. An entry that this machine cannot run
+is reported with what it needs, and counts neither as passed nor as failed. Exit code 1 where an entry failed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["tests/ops/test_panels.py", "tests/ops/test_training_kernels.py::test_linear",
+         "tests/ops/test_training_kernels.py::test_norm",
+         "tests/tune/test_lora.py::test_merging_says_when_it_would_do_nothing_or_lose_too_much"]
+FULL = ["tests/ops", "tests/quant", "tests/model/test_mla.py", "tests/deepopt/test_trainer.py",
+        "tests/tune/test_lora.py", "tests/engine/test_engine.py"]
+NEEDS = {"avx2": "AVX2 and FMA", "avx512_vnni": "AVX512-VNNI", "amx": "AMX-INT8"}
+SETTINGS = {**{isa: {"DEEPSEEK_ISA": isa} for isa in ("scalar", *NEEDS)},
+            "bf16_native": {"DEEPSEEK_BF16": "native"}, "bf16_torch": {"DEEPSEEK_BF16": "torch"},
+            "onednn_avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
+
+
+def here() -> list[str]:
+    """The instruction sets of this machine and build, best first: as the error for an unknown one lists them."""
+    said = subprocess.run([sys.executable, "-c", "from deepseek import _native; _native.isa()"], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | {"DEEPSEEK_ISA": "none"}).stderr.rstrip()
+    _, marker, names = said.rpartition("this machine and build have ")
+    if not marker:
+        sys.exit(f"the native kernels do not load:\n{said}")
+    return names.split(", ")
+
+
+def run(*commands: list[str], **environment: str) -> tuple[bool, str]:
+    """Whether all commands succeeded, and the output of the last one that ran."""
+    env = {k: v for k, v in os.environ.items() if k not in ("DEEPSEEK_ISA", "DEEPSEEK_BF16", "ONEDNN_MAX_CPU_ISA")}
+    for command in commands:
+        done = subprocess.run(command, cwd=ROOT, env=env | environment, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        if done.returncode:
+            return False, done.stdout
+    return True, done.stdout
+
+
+def emulated(short: bool, known: list[str]) -> tuple[str, str]:
+    """The AMX kernels on emulated tiles (csrc/amx_emulated.h), against the scalar ones."""
+    if "avx512_vnni" not in known or not shutil.which("cmake"):
+        return "cannot run here", "needs AVX512-VNNI and cmake"
+    if short:
+        return "left out", "the short form builds no program"
+    passed, output = run(["cmake", "-S", ".", "-B", "build/sanitize", "-DDEEPSEEK_SANITIZE=ON"],
+                         ["cmake", "--build", "build/sanitize", "--parallel"], ["build/sanitize/kernels_test"],
+                         DEEPSEEK_ISA="amx_emulated")
+    return "passed" if passed else "FAILED", output
+
+
+def entry(name: str, short: bool, known: list[str]) -> tuple[str, str]:
+    """(verdict, what is to be said about it) of one entry."""
+    if name in NEEDS and name not in known:
+        return "cannot run here", f"needs {NEEDS[name]}"
+    passed, output = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
+                          *(SHORT if short else FULL)], **SETTINGS[name])
+    return "passed" if passed else "FAILED", output if not passed else output.rstrip().rpartition("\n")[2]
+
+
+def main(short: bool) -> int:
+    known, start = here(), time.monotonic()
+    with ThreadPoolExecutor(2) as pool:  # each is a process of one thread
+        results = dict(zip(SETTINGS, pool.map(lambda name: entry(name, short, known), SETTINGS), strict=True))
+    results["amx_emulated"] = emulated(short, known)
+    for name, (verdict, output) in results.items():
+        if verdict == "FAILED":
+            print(f"---- {name}\n{output}")
+    for name, (verdict, note) in results.items():
+        print(f"{name:<14}{verdict}" + (f": {note}" if verdict in ("cannot run here", "left out") else ""))
+    counts = [sum(verdict == kind for verdict, _ in results.values()) for kind in ("passed", "FAILED")]
+    print(f"{counts[0]} entries passed, {counts[1]} failed, {len(results) - sum(counts)} were not run "
+          f"({time.monotonic() - start:.0f} s)")
+    return int(counts[1] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main("--short" in sys.argv[1:]))

@@ -1,0 +1,46 @@
+"""`make test-isa`: what it says of entries that this machine cannot run, and of those that fail."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek.errors import ConfigError
+from deepseek.ops import native
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import isa
+
+
+def test_entries_that_cannot_run_are_not_counted_as_passed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(isa, "here", lambda: ["avx2", "scalar"])
+    monkeypatch.setattr(isa, "run", lambda *_, **env: (env != {"DEEPSEEK_BF16": "torch"}, "1 failed"))
+    assert isa.main(short=True) == 1
+    said = capsys.readouterr().out
+    assert "amx           cannot run here: needs AMX-INT8\n" in said and "bf16_torch    FAILED\n" in said
+    assert "---- bf16_torch\n1 failed\n" in said and "4 entries passed, 1 failed, 3 were not run" in said
+    monkeypatch.setattr(isa, "run", lambda *_, **env: (True, "2 passed"))
+    assert isa.main(short=True) == 0 and "5 entries passed, 0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "limit", "units", "chosen"), [
+    ("", "", True, "torch"), ("", "", False, "native"), ("native", "", True, "native"), ("torch", "", False, "torch"),
+    ("", "avx2", True, "native"), ("", "AVX512_CORE_VNNI", True, "native"), ("", "AVX512_CORE_AMX", True, "torch"),
+    ("torch", "AVX2", True, "torch")])
+def test_how_bf16_is_computed(
+    asked: str, limit: str, units: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BF16", asked)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(native, "_has_bf16_units", lambda: units)
+    assert native._bf16() == chosen
+
+
+def test_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BF16", "fast")
+    with pytest.raises(ConfigError, match="DEEPSEEK_BF16 = 'fast': must be native"):
+        native._bf16()
