@@ -72,7 +72,7 @@ def test_rules_are_extended_by_a_file(tmp_path: Path) -> None:
     assert KeywordRules().predict("the witness came to court") is None
     path.write_text(json.dumps({"x": ["a b", "c d"]}))
     assert KeywordRules.load(path).predict("a b and c d") == "x"
-    for bad, why in (("- a\n", "must be an object"), ("a: [", "neither YAML nor JSON"),
+    for bad, why in (("- a\n", "must be an object"), ("a: [", "not YAML"),
                      ("a: []", "must be a list of keywords"), ("a: [1]", "must be a list of keywords")):
         path.write_text(bad)
         with pytest.raises(ConfigError, match=rf"rules\.yaml: .*{why}"):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from deepseek import files
-from deepseek.files import replace_folder, sha256, write_atomically, write_json
+from deepseek.errors import ConfigError
+from deepseek.files import locked, read_yaml, replace_folder, sha256, write_atomically, write_json
 
 
 class InjectedError(RuntimeError):
@@ -185,3 +186,25 @@ def test_a_reader_never_sees_a_missing_or_partial_folder(tmp_path: Path) -> None
     reads, seen = map(int, out.split())
     assert reads > 100 and seen > 5
     assert names(tmp_path) == ["folder", "folder.stop"]
+
+
+def test_a_lock_is_for_one_at_a_time_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out"
+    with locked(path):
+        with pytest.raises(ConfigError, match=f"{path}: another process is writing it"), locked(path):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+    with pytest.raises(InjectedError), locked(path):
+        raise InjectedError
+    assert names(path.parent) == [] and names(tmp_path) == ["new"]
+
+
+def test_aliases_and_merges_that_configurations_use(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: &base {r: 1, k: [a, b]}\none: {<<: *base, r: 2}\nmany: [*base, *base]\n")
+    base = {"r": 1, "k": ["a", "b"]}
+    assert read_yaml(tmp_path / "a.yaml") == {"base": base, "one": base | {"r": 2}, "many": [base, base]}
+    (tmp_path / "empty.yaml").touch()
+    assert read_yaml(tmp_path / "empty.yaml") is None
+    (tmp_path / "rows.json").write_text(json.dumps([{"n": i} for i in range(2000)]))
+    assert read_yaml(tmp_path / "rows.json")[1999] == {"n": 1999}

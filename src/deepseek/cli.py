@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run one verb; returns the exit status: 0, 2 for what the user can mend, 1 for what failed below (disk, memory, a
+    library), 130 for Ctrl-C. A failure is one line; DEEPSEEK_DEBUG=1 shows its traceback instead."""
     args = _parser().parse_args(argv)
     if not hasattr(args, "run"):
         args.usage()
@@ -33,14 +36,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
         return 0
-    except MoEDRError as error:
-        print(f"deepseek: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
         sys.stdout = None
         return 0
+    except Exception as error:
+        if os.environ.get("DEEPSEEK_DEBUG", "0") not in ("", "0"):
+            raise
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # a full disk: Python's exit would try, and fail, once more
+            sys.stdout = None
+        with contextlib.suppress(OSError):
+            print(f"deepseek: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, MoEDRError) else 1
+
+
+def _one_line(error: Exception) -> str:
+    """What a failure says to a user. Mistakes of our own are marked, since these want their traceback."""
+    if isinstance(error, MoEDRError):
+        return str(error)
+    said = " ".join(str(error).split())
+    said = said if len(said) <= 1000 else f"{said[:1000]} …"
+    kind = type(error)
+    if isinstance(error, MemoryError) or "OutOfMemory" in kind.__name__ or (
+            isinstance(error, RuntimeError) and ("not enough memory" in said or "allocate memory" in said)):
+        return f"not enough memory{': ' if said else ''}{said}"
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}: {kind.__name__}"
+    return f"{name}{': ' if said else ''}{said} (DEEPSEEK_DEBUG=1 shows where)"
 
 
 def infer_main() -> int:

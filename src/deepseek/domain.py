@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, DataError, NotFoundError
-from .files import write_atomically
+from .files import read_yaml, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,14 +99,7 @@ class KeywordRules:
     def load(cls, path: str | Path) -> KeywordRules:
         """The built-in rules with those of a YAML or JSON file, {name: [keywords]}, added. Raises NotFoundError, or
         ConfigError naming the file."""
-        import yaml
-
-        try:
-            value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
-        except FileNotFoundError:
-            raise NotFoundError(f"{path}: no such file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: neither YAML nor JSON: {' '.join(str(error).split())}") from None
+        value = read_yaml(path)  # JSON is YAML too
         if not isinstance(value, dict) or not all(isinstance(words, list) for words in value.values()):
             raise ConfigError(f"{path}: must be an object of names, each with a list of keywords")
         keywords = {name: words.split("|") for name, words in KEYWORDS.items()}

@@ -1,21 +1,25 @@
-"""Files that are either whole or absent: atomic writes, folder replacement, hashes."""
+"""Files that are either whole or absent: atomic writes, folder replacement, locks, hashes; YAML within bounds."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import IO, Any
+
+from .errors import ConfigError, NotFoundError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_YAML_BYTES, _YAML_DEPTH = 8 << 20, 64
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
@@ -66,6 +70,94 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def take_lock(file: IO[Any], path: str | Path) -> None:
+    """Lock an open file until it is closed or the process ends. Raises ConfigError where another has it: `path` is what
+    the message names."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
+    except BlockingIOError:
+        raise ConfigError(f"{path}: another process is writing it") from None
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Let one process at a time write the file or folder `path`, by a lock on a hidden file beside it, which is removed
+    afterwards. Raises ConfigError where another process (or thread) is writing it."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.lock")
+    while True:
+        with beside.open("w") as file:
+            take_lock(file, path)
+            if not is_file_at(file, beside):  # its last holder has removed it in between
+                continue
+            try:
+                yield
+            finally:
+                beside.unlink(missing_ok=True)
+            return
+
+
+def is_file_at(file: IO[Any], path: Path) -> bool:
+    """Whether `path` still leads to this open file: it has been neither deleted nor replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name from a manifest leads out of the manifest's folder, by its spelling."""
+    path = PurePath(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value of a YAML (or JSON) file. Raises NotFoundError, or ConfigError with the file and the mistake, which may
+    be that it is larger than 8 MiB, deeper than 64 levels, or grows many times over by its aliases."""
+    import yaml
+
+    try:
+        if (size := os.stat(path).st_size) > _YAML_BYTES:
+            raise ConfigError(f"{path}: {size:,} bytes: must be at most {_YAML_BYTES:,} bytes of YAML")
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            sizes: dict[int, int] = {}
+            grown = _expanded(node, sizes, 0)
+            if grown > 10 * len(sizes) + 10_000:
+                raise ValueError(f"its aliases make {grown:,} values of {len(sizes):,}")
+            return loader.construct_document(node)  # type: ignore[no-untyped-call]
+        finally:
+            loader.dispose()  # type: ignore[no-untyped-call]
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, OSError, ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not YAML: must be nested at most {_YAML_DEPTH} deep") from None
+
+
+def _expanded(node: Any, sizes: dict[int, int], depth: int) -> int:
+    """Values under a YAML node, those of aliases counted wherever they stand. `sizes` is filled: 0 marks a node whose
+    inside is being counted."""
+    if depth > _YAML_DEPTH:
+        raise RecursionError
+    if (known := sizes.get(id(node))) is not None:
+        if not known:
+            raise ValueError("an alias stands inside what it names")
+        return known
+    sizes[id(node)] = 0
+    inside = [node.value] if isinstance(node.value, str) else node.value
+    parts = (part for item in inside for part in (item if isinstance(item, tuple) else (item,)))
+    sizes[id(node)] = total = 1 + sum(_expanded(part, sizes, depth + 1) for part in parts if not isinstance(part, str))
+    return total
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
-from .shapes import RecordMap, read_yaml
+from ..files import read_yaml
+from .shapes import RecordMap
 
 S = TypeVar("S")
 

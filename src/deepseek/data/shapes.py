@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..conversation import normalize, written
-from ..errors import ConfigError, DataError, NotFoundError, RequestError
+from ..errors import ConfigError, DataError, RequestError
+from ..files import read_yaml
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "turns", "dialogue")
 ASKING = ("instruction", "context", "body", "problem", "question", "prompt", "input", "en", "options")
@@ -135,18 +136,6 @@ class RecordMap:
             empty = self.answer if any(asked) else self.text or self.prompt
             raise DataError(f"no text under {', '.join(map(str, empty))}")
         return [_joined(asked, answered)._replace(metadata=metadata, expert=expert)]
-
-
-def read_yaml(path: str | Path) -> Any:
-    """The value of a YAML file. Raises NotFoundError, or ConfigError with the file and the place of the mistake."""
-    import yaml
-
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def shape(record: Any, mapping: RecordMap | None = None) -> list[Shaped]:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings: dict[str, Any] = {}
     if args.config:
-        from ..data.shapes import read_yaml
+        from ..files import read_yaml
 
         settings = read_yaml(args.config)
         if not isinstance(settings, dict):

@@ -1,0 +1,66 @@
+"""Failures of the machine and of libraries: one line and an exit code, the traceback where it is asked for."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek import cli
+from deepseek.errors import ConfigError
+
+
+class LibraryError(Exception):
+    pass
+
+
+LibraryError.__module__ = "polars.exceptions"
+
+
+@pytest.mark.parametrize(("error", "code", "line"), [
+    (ConfigError("n = 3: must be 4"), 2, "n = 3: must be 4"),
+    (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
+    (MemoryError(), 1, "not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "not enough memory: CUDA out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\n 8 bytes"), 1,
+     "not enough memory: DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
+    (RecursionError("maximum recursion depth exceeded"), 1, "the input is nested too deeply"),
+    (LibraryError("bad\nfile"), 1, "polars: LibraryError: bad file (DEEPSEEK_DEBUG=1 shows where)"),
+    (KeyError("x"), 1, "KeyError: 'x' (DEEPSEEK_DEBUG=1 shows where)"),
+])
+def test_a_failure_is_one_line(
+    error: Exception, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "info", fails)
+    assert cli.main(["info", "mini"]) == code
+    assert capsys.readouterr().err == f"deepseek: {line}\n"
+    monkeypatch.setenv("DEEPSEEK_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.main(["info", "mini"])
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n"
+                               for i in range(9)), "its aliases make"),
+    ("a: &a [*a]\n", "an alias stands inside"),
+    ("[" * 70 + "]" * 70, "nested at most 64 deep"),
+    ("[" * 5000, "nested at most 64 deep"),
+    ("a: " + "x" * (8 << 20), "must be at most 8,388,608 bytes"),
+    ("when: 2024-13-45\n", "month must be in 1..12"),
+    ("? [a]\n: b\n? {c: d}\n: e\n", "unhashable key"),
+    ("a: !!python/object/apply:os.system [x]\n", "could not determine a constructor"),
+])
+@pytest.mark.parametrize("verb", [["tune", "--config"], ["data", "run"]])
+def test_yaml_within_bounds(
+    verb: list[str], text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "given.yaml").write_text(text, encoding="utf-8")
+    assert cli.main([*verb, str(tmp_path / "given.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "given.yaml") in line and said in line
