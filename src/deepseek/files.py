@@ -131,9 +131,9 @@ def read_yaml(path: str | Path) -> Any:
             grown = _expanded(node, sizes, 0)
             if grown > 10 * len(sizes) + 10_000:
                 raise ValueError(f"its aliases make {grown:,} values of {len(sizes):,}")
-            return loader.construct_document(node)  # type: ignore[no-untyped-call]
+            return loader.construct_document(node)
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file") from None
     except ConfigError:
