@@ -58,6 +58,9 @@ CHAT_TEMPLATE = (
 # Spellings tried where no tokenizer_config.json names the token.
 _USUAL = {"bos_token": ("<｜begin▁of▁sentence｜>", BOS, "<s>"), "eos_token": ("<｜end▁of▁sentence｜>", EOS, "</s>"),
           "pad_token": ("<｜▁pad▁｜>", PAD, "<pad>")}
+# The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, then U+0100 and on
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 _THINKING = frozenset(("<think>", "</think>"))  # templates cut assistant turns at these
 _OURS = frozenset(("messages", "add_generation_prompt", "continue_final_message"))  # variables with their own keywords
 _OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode noncharacters: no text has them
@@ -242,6 +245,20 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids that the tokenizer does not have are left out."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text; in a byte-level vocabulary it may be part of a character."""
+        piece = self._full.id_to_token(token) or ""
+        added = any(one["id"] == token for one in self._added)
+        if not added and BYTES.keys() >= set(piece) and "ByteLevel" in self._decoder:
+            return bytes(BYTES[character] for character in piece)
+        if not added and (byte := re.fullmatch("<0x([0-9A-F]{2})>", piece)):  # how other vocabularies fall back
+            return bytes.fromhex(byte[1])
+        return self.decode([token], skip_special=False).encode()
+
+    @cached_property
+    def _decoder(self) -> str:
+        return json.dumps(json.loads(self._definition).get("decoder"))
 
     def stream(self, *, skip_special: bool = True) -> TokenStream:
         """A decoder for ids that come one at a time."""

@@ -156,7 +156,7 @@ def test_our_own_key(client: openai.OpenAI, running: Running) -> None:
     ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
     ({"messages": [{"role": "user", "content": "x" * 20_000}]}, 400, "tokens"),
     ({"n": 99}, 400, "n"),
-    ({"frequency_penalty": 1}, 400, "frequency_penalty"),
+    ({"frequency_penalty": 3}, 400, "frequency_penalty"),
     ({"tool_choice": "required"}, 400, "needs tools"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}}, 400,
      "json_schema"),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..tokenizer import Tokenizer
+from ..tokenizer import BYTES, Tokenizer
 from .sampler import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 GRAMMARS = 32  # compiled ones that are kept
 # White space without a bound lets a model write it for ever. A schema's `x-guidance` may set another pattern.
 JSON_DEFAULTS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
-# The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, then U+0100 and on
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 
 
 class Constraint:

@@ -16,7 +16,7 @@ from ..errors import DataError, RequestError
 from ..tokenizer import Tokenizer
 from .answers import THINK, AnswerText, forced_schema
 from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool
-from .service import Server, event, usage
+from .service import Server, event, floored, usage
 
 
 def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
@@ -109,10 +109,16 @@ class Chat:
 
         def one(token: int, logprob: float) -> dict[str, Any]:
             text = tokenizer.decode([token], skip_special=False)
-            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+            return {"token": text, "logprob": floored(logprob), "bytes": list(tokenizer.token_bytes(token))}
 
         return {"content": [one(p.token, p.logprob) | {"top_logprobs": [one(*pair) for pair in p.top]}
                             for p in self.requests[i].logprobs[start:]], "refusal": None}
+
+    def prompt_logprobs(self) -> dict[str, Any]:
+        """Where vLLM puts them."""
+        if self.body.sampling.get("prompt_logprobs") is None:
+            return {}
+        return {"prompt_logprobs": self.server.prompt_logprobs(self.requests[0])}
 
     async def whole(self, http: Request) -> JSONResponse:
         async for request in self.server.run(http, self.requests):
@@ -122,7 +128,7 @@ class Chat:
                     "logprobs": self.logprobs(i)} for i, text in enumerate(self.texts)]
         return JSONResponse({"id": self.id, "object": "chat.completion", "created": self.created,
                              "model": self.body.model, "choices": choices, "usage": usage(self.requests)}
-                            | self.server.extra(self.body, self.requests))
+                            | self.prompt_logprobs() | self.server.extra(self.body, self.requests))
 
     async def stream(self, http: Request) -> AsyncIterator[bytes]:
         def chunk(i: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:

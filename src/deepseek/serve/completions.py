@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
+from ..engine.request import Request as Generation
+from ..engine.sampler import Logprob
 from ..errors import RequestError
 from .protocol import CompletionRequest
-from .service import Server, event, usage
+from .service import Server, event, floored, usage
 
 
 class Completion:
@@ -21,29 +23,74 @@ class Completion:
     def __init__(self, server: Server, http: Request, body: CompletionRequest) -> None:
         self.server, self.body = server, body
         self.id, self.created = f"cmpl-{secrets.token_hex(14)}", int(time.time())
-        params = server.params(body, max_tokens=body.max_tokens or 16, logprobs=body.logprobs)
-        self.groups = []
+        asked = body.sampling.get("prompt_logprobs")
+        if body.echo and body.logprobs is not None:
+            asked = max(asked or 0, body.logprobs)
+        params = server.params(body, max_tokens=16 if body.max_tokens is None else body.max_tokens,
+                               logprobs=body.logprobs, prompt_logprobs=asked)
+        self.groups: list[list[Generation]] = []
+        self.echoes: list[tuple[str, list[int]]] = []  # of each request
         for i, prompt in enumerate(body.prompts):
             try:
                 self.groups.append(server.llm.requests(prompt, params, domain=body.deepseek.domain))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}" if len(body.prompts) > 1 else str(error)) from None
             server.watch.begin(self.id, http, body.user, prompt if isinstance(prompt, str) else "", self.groups[-1])
+            echo = self._echo(prompt, self.groups[-1][0].prompt_ids, params.skip_special_tokens) if body.echo else (
+                "", [])
+            self.echoes += [echo] * body.n
         self.requests = [request for group in self.groups for request in group]
         self.place = {request.number: i for i, request in enumerate(self.requests)}
 
-    def logprobs(self, i: int, start: int = 0, offset: int = 0) -> dict[str, Any] | None:
+    def _echo(self, prompt: str | list[int], ids: Sequence[int], skip_special: bool) -> tuple[str, list[int]]:
+        """The prompt as text, and where in it the text of each token begins; a begin token that we put there has none.
+        """
+        tokenizer, text = self.server.tokenizer, ""
+        pieces = tokenizer.stream(skip_special=skip_special and not isinstance(prompt, str))
+        ours = isinstance(prompt, str) and ids[0] == self.server.llm.bos_id and not (
+            prompt.startswith(tokenizer.decode(ids[:1], skip_special=False)))
+        offsets = []
+        for n, token in enumerate(ids):
+            offsets.append(len(text))
+            text += "" if ours and not n else pieces.push(token)
+        return prompt if isinstance(prompt, str) else text + pieces.flush(), offsets
+
+    def name(self, token: int) -> str:
+        """A token as text; one that is no whole character as OpenAI writes it, `bytes:\\xf0\\x9f`."""
+        tokenizer = self.server.llm.tokenizer
+        if tokenizer is None:
+            return str(token)
+        text = tokenizer.decode([token], skip_special=False)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes(token))
+
+    def logprobs(self, i: int, start: int = 0) -> dict[str, Any] | None:
+        """Of the tokens from `start` on; from the first on, of those of an echoed prompt before them."""
         if self.body.logprobs is None:
             return None
-        tokenizer = self.server.llm.tokenizer
-        name = (lambda token: tokenizer.decode([token], skip_special=False)) if tokenizer is not None else str
+        text, offsets = self.echoes[i]
+        request, most = self.requests[i], self.body.logprobs
+        said: list[tuple[int, Logprob | None, int]] = [
+            (p.token, p, len(text) + p.offset) for p in request.logprobs[start:]]
+        if self.body.echo and not start:
+            first = next(group[0] for group in self.groups if request in group)
+            said[:0] = zip(request.prompt_ids, first.prompt_logprobs, offsets, strict=True)
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for p in self.requests[i].logprobs[start:]:
-            out["tokens"].append(name(p.token))
-            out["token_logprobs"].append(p.logprob)
-            out["top_logprobs"].append({name(token): value for token, value in p.top})
+        for token, p, offset in said:
+            out["tokens"].append(self.name(token))
+            out["token_logprobs"].append(None if p is None else floored(p.logprob))
+            out["top_logprobs"].append(None if p is None else {
+                self.name(other): floored(value) for other, value in p.top[:most]})
             out["text_offset"].append(offset)
-            offset += len(out["tokens"][-1])
+        return out
+
+    def choice(self, i: int, text: str, start: int = 0) -> dict[str, Any]:
+        request = self.requests[i]
+        out = {"index": i, "text": text, "finish_reason": request.finish_reason, "logprobs": self.logprobs(i, start)}
+        if self.body.sampling.get("prompt_logprobs") is not None and request.finish_reason is not None:
+            out["prompt_logprobs"] = self.server.prompt_logprobs(
+                next(group[0] for group in self.groups if request in group))
         return out
 
     def head(self) -> dict[str, Any]:
@@ -56,8 +103,7 @@ class Completion:
     async def whole(self, http: Request) -> JSONResponse:
         async for _ in self.server.run(http, self.requests):
             pass
-        choices = [{"index": i, "text": request.text, "finish_reason": request.finish_reason,
-                    "logprobs": self.logprobs(i)} for i, request in enumerate(self.requests)]
+        choices = [self.choice(i, self.echoes[i][0] + request.text) for i, request in enumerate(self.requests)]
         return JSONResponse(self.head() | {"choices": choices, "usage": self.usage()}
                             | self.server.extra(self.body, self.requests))
 
@@ -66,13 +112,13 @@ class Completion:
         done = [False] * len(self.requests)
         async for request in self.server.run(http, self.requests):
             i = self.place[request.number]
-            ended, text, count = request.finish_reason is not None, request.text, len(request.logprobs)
+            ended, text = request.finish_reason is not None, self.echoes[i][0] + request.text
+            count = len(request.logprobs)
             if done[i] or (not ended and len(text) == sent[i]):
                 continue
             done[i] = ended
-            yield event(self.head() | {"choices": [{
-                "index": i, "text": text[sent[i] :], "finish_reason": request.finish_reason if ended else None,
-                "logprobs": self.logprobs(i, told[i], sent[i])}]})
+            choice = self.choice(i, text[sent[i] :], told[i])
+            yield event(self.head() | {"choices": [choice | ({} if ended else {"finish_reason": None})]})
             sent[i], told[i] = len(text), count
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield event(self.head() | {"choices": [], "usage": self.usage()})

@@ -17,8 +17,9 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
-Nothing = Annotated[float, Field(strict=True, ge=0, le=0)]  # a knob that is not there may stand at zero
 Text = Annotated[str, Field(strict=True)]
+_Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)]
+Prompts = Text | Annotated[list[Text], Field(min_length=1)] | _Ids | Annotated[list[_Ids], Field(min_length=1)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
@@ -47,6 +48,10 @@ class Sampling(Body):
     min_p: Number | None = None
     repetition_penalty: Number | None = None
     ignore_eos: Flag | None = None
+    min_tokens: Natural | None = None
+    stop_token_ids: list[Natural] | None = None
+    skip_special_tokens: Flag | None = None
+    prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
 
 
 class Templating(Body):
@@ -135,9 +140,9 @@ class Common(Sampling, Harmless):
     stream: Flag = False
     stream_options: StreamOptions | None = None
     deepseek: Extension = Extension()
-    presence_penalty: Nothing = 0.0
-    frequency_penalty: Nothing = 0.0
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    presence_penalty: Number = 0.0
+    frequency_penalty: Number = 0.0
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number] = {}
 
     @model_validator(mode="after")
     def _given_once(self) -> Common:
@@ -220,7 +225,7 @@ class Tool(Part):
 def _must_be_null(instead: str) -> Callable[[Any], None]:
     def check(given: Any) -> None:
         if given is not None:
-            raise ValueError(f"must be null: {instead} has taken its place")
+            raise ValueError(f"must be null: send {instead}")
 
     return check
 
@@ -376,11 +381,12 @@ class ResponsesRequest(Sampling, Harmless):
 
 
 class CompletionRequest(Common):
-    prompt: Text | list[Text] | list[int] | list[list[int]]
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=5)] | None = None
-    echo: Literal[False] = False
+    prompt: Prompts
+    max_tokens: Natural | None = None  # 0 runs the prompt alone, for its log-probabilities
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
+    echo: Flag = False
     best_of: Count | None = None
-    suffix: None = None
+    suffix: Annotated[None, BeforeValidator(_must_be_null("a prompt with fill-in-the-middle tokens"))] = None
 
     @model_validator(mode="after")
     def _agree(self) -> CompletionRequest:
@@ -395,7 +401,7 @@ class CompletionRequest(Common):
 
 class EmbeddingRequest(Body):
     model: Text
-    input: Text | list[Text] | list[int] | list[list[int]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None
     user: Text | None = None

@@ -89,9 +89,22 @@ class Server:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         fields: dict[str, Any] = {
             "max_tokens": body.max_tokens or self.llm.max_length, "temperature": body.temperature,
+            "presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty,
+            "logit_bias": body.logit_bias or None,
             "top_p": body.top_p, "n": body.n, "stop": tuple(stop), "seed": body.seed, "regex": own.regex,
             "grammar": own.grammar, "routed": own.routed, "experts": experts} | body.sampling
         return SamplingParams(**(fields | {key: value for key, value in more.items() if value is not None}))
+
+    def prompt_logprobs(self, request: Generation) -> list[dict[str, Any] | None]:
+        """In vLLM's form. A rank is told of the likeliest tokens alone."""
+        def one(token: int, value: float, rank: int | None) -> dict[str, Any]:
+            tokenizer = self.llm.tokenizer
+            name = None if tokenizer is None else tokenizer.decode([token], skip_special=False)
+            return {"logprob": floored(value), "rank": rank, "decoded_token": name}
+
+        return [None if p is None else {str(p.token): one(p.token, p.logprob, None)} | {
+            str(token): one(token, value, rank) for rank, (token, value) in enumerate(p.top, 1)}
+            for p in request.prompt_logprobs]
 
     async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncIterator[Generation]:
         """Yields a request whenever it has moved, until all have ended. Leaving aborts them."""
@@ -173,6 +186,11 @@ def usage(requests: Sequence[Generation]) -> dict[str, Any]:
     prompt, new = len(requests[0].prompt_ids), sum(len(request.token_ids) for request in requests)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": requests[0].cached_tokens}}
+
+
+def floored(logprob: float) -> float:
+    """JSON has no infinity."""
+    return max(logprob, -9999.0)
 
 
 def event(body: Mapping[str, Any]) -> bytes:
