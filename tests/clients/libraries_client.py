@@ -50,14 +50,14 @@ def _() -> None:
 
 @lite("tools, and the answer goes back")
 def _() -> None:
-    message = complete(tools=[WEATHER], tool_choice="required", max_tokens=500).choices[0].message
+    message = complete(tools=[WEATHER], tool_choice="required", max_tokens=1000).choices[0].message
     complete(tools=[WEATHER], messages=[*HELLO, message.model_dump(), {
         "role": "tool", "tool_call_id": message.tool_calls[0].id, "name": "weather", "content": "sunny"}])
 
 
 @lite("a pydantic model as response_format")
 def _() -> None:
-    done = complete(response_format=Trip, max_tokens=500, temperature=0)
+    done = complete(response_format=Trip, max_tokens=1000, temperature=0)
     assert Trip.model_validate_json(done.choices[0].message.content)
 
 
@@ -70,7 +70,7 @@ def _() -> None:
 
 def create(mode: instructor.Mode) -> None:
     client = instructor.from_openai(openai.OpenAI(max_retries=0), mode=mode)
-    trip = client.chat.completions.create(model=MODEL, messages=HELLO, response_model=Trip, max_tokens=500,
+    trip = client.chat.completions.create(model=MODEL, messages=HELLO, response_model=Trip, max_tokens=1000,
                                           temperature=0, max_retries=0)
     assert trip.city in City
 
@@ -97,7 +97,7 @@ def _() -> None:
             raise ValueError("never right")
 
     try:
-        client.chat.completions.create(model=MODEL, messages=HELLO, response_model=Impossible, max_tokens=500,
+        client.chat.completions.create(model=MODEL, messages=HELLO, response_model=Impossible, max_tokens=1000,
                                        temperature=0, max_retries=2)
     except openai.APIStatusError:
         raise
@@ -114,7 +114,7 @@ def _() -> None:
 
 @chain("tools, and the answer goes back")
 def _() -> None:
-    llm = ChatOpenAI(model=MODEL, max_tokens=500, max_retries=0).bind_tools([WEATHER], tool_choice="weather")
+    llm = ChatOpenAI(model=MODEL, max_tokens=1000, max_retries=0).bind_tools([WEATHER], tool_choice="weather")
     message = llm.invoke("fox")
     ChatOpenAI(model=MODEL, max_tokens=8, max_retries=0).invoke([
         HumanMessage("fox"), message, ToolMessage("sunny", tool_call_id=message.tool_calls[0]["id"])])
@@ -122,7 +122,7 @@ def _() -> None:
 
 @chain("with_structured_output")
 def _() -> None:
-    llm = ChatOpenAI(model=MODEL, max_tokens=500, max_retries=0, temperature=0)
+    llm = ChatOpenAI(model=MODEL, max_tokens=1000, max_retries=0, temperature=0)
     assert llm.with_structured_output(Trip, method="json_schema").invoke("fox").city in City
     assert llm.with_structured_output(Trip, method="function_calling").invoke("fox").city in City
 

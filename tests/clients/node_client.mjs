@@ -55,20 +55,20 @@ await run("openai (Node)", {
   },
   "tools, and the answer goes back": async () => {
     const done = await node.chat.completions.create({
-      model, messages: hello, max_tokens: 500, tools: [weather], tool_choice: "required" });
+      model, messages: hello, max_tokens: 1000, tools: [weather], tool_choice: "required" });
     const message = done.choices[0].message;
     await node.chat.completions.create({ model, max_tokens: 8, tools: [weather], messages: [
       ...hello, message, { role: "tool", tool_call_id: message.tool_calls[0].id, content: "sunny" }] });
   },
   "parse() with zod": async () => {
     const done = await node.chat.completions.parse({
-      model, messages: hello, max_tokens: 500, temperature: 0, response_format: zodResponseFormat(Trip, "trip") });
+      model, messages: hello, max_tokens: 1000, temperature: 0, response_format: zodResponseFormat(Trip, "trip") });
     ok(done.choices[0].message.parsed.city, "nothing parsed");
     await node.chat.completions.create({ model, max_tokens: 8, messages: [...hello, done.choices[0].message, ...hello] });
   },
   "runTools()": async () => {
     const runner = node.chat.completions.runTools({
-      model, messages: hello, max_tokens: 500, tool_choice: { type: "function", function: { name: "weather" } },
+      model, messages: hello, max_tokens: 1000, tool_choice: { type: "function", function: { name: "weather" } },
       tools: [{ type: "function", function: { name: "weather", parameters, parse: JSON.parse, function: () => "sunny" } }],
     }, { maxChatCompletions: 2 });
     await runner.done();
@@ -98,13 +98,13 @@ const sdk = (name, chat) => ({
     ok((await done.finishReason) !== "error", "the stream ended with an error");
   },
   [`${name}: generateObject`]: async () => {
-    const done = await generateObject({ model: chat, schema: Trip, prompt: "fox", maxOutputTokens: 500, maxRetries: 0,
+    const done = await generateObject({ model: chat, schema: Trip, prompt: "fox", maxOutputTokens: 1000, maxRetries: 0,
       temperature: 0 });
     ok(done.object.city, "no object");
   },
   [`${name}: a tool in two steps`]: async () => {
     const done = await generateText({
-      model: chat, prompt: "fox", maxOutputTokens: 500, maxRetries: 0, stopWhen: stepCountIs(2), toolChoice: "required",
+      model: chat, prompt: "fox", maxOutputTokens: 1000, maxRetries: 0, stopWhen: stepCountIs(2), toolChoice: "required",
       tools: { weather: tool({ description: "the weather", inputSchema: z.object({ city: z.enum(["Paris", "Oslo"]) }),
         execute: async () => "sunny" }) } });
     ok(done.steps.length === 2, `${done.steps.length} steps`);

@@ -32,7 +32,7 @@ def ask(**more: Any) -> Any:
 
 
 def called() -> Any:
-    return ask(tools=[WEATHER], tool_choice=FORCED, max_tokens=500).choices[0].message
+    return ask(tools=[WEATHER], tool_choice=FORCED, max_tokens=1000).choices[0].message
 
 
 @case("chat")
@@ -116,7 +116,7 @@ def _() -> None:
 
 @case(".stream(): the final message goes back")
 def _() -> None:
-    with chat.stream(model=MODEL, messages=HELLO, max_tokens=500, tools=[WEATHER], tool_choice=FORCED) as stream:
+    with chat.stream(model=MODEL, messages=HELLO, max_tokens=1000, tools=[WEATHER], tool_choice=FORCED) as stream:
         for _ in stream:
             pass
         message = stream.get_final_completion().choices[0].message
@@ -126,7 +126,7 @@ def _() -> None:
 
 @case("collected deltas go back, with their index")
 def _() -> None:
-    calls = [c.model_dump() for chunk in ask(tools=[WEATHER], tool_choice=FORCED, max_tokens=500, stream=True)
+    calls = [c.model_dump() for chunk in ask(tools=[WEATHER], tool_choice=FORCED, max_tokens=1000, stream=True)
              for c in chunk.choices[0].delta.tool_calls or ()]
     assert calls and "index" in calls[0]
     ask(messages=[*HELLO, {"role": "assistant", "content": None, "tool_calls": calls}, {
@@ -155,14 +155,14 @@ def _() -> None:
 
 @case("parse() with a pydantic model")
 def _() -> None:
-    done = chat.parse(model=MODEL, messages=HELLO, max_tokens=500, response_format=Trip, temperature=0)
+    done = chat.parse(model=MODEL, messages=HELLO, max_tokens=1000, response_format=Trip, temperature=0)
     assert done.choices[0].message.parsed.city in City
     ask(messages=[*HELLO, done.choices[0].message.model_dump(), *HELLO])
 
 
 @case("a schema, streamed")
 def _() -> None:
-    with chat.stream(model=MODEL, messages=HELLO, max_tokens=500, response_format=Trip, temperature=0) as stream:
+    with chat.stream(model=MODEL, messages=HELLO, max_tokens=1000, response_format=Trip, temperature=0) as stream:
         for _ in stream:
             pass
         assert stream.get_final_completion().choices[0].message.parsed.city in City
@@ -265,7 +265,7 @@ def _() -> None:
 def _() -> None:
     tool: Any = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
     one = client.responses.create(model=MODEL, input="the quick", tools=[tool], tool_choice="required",
-                                  max_output_tokens=500)
+                                  max_output_tokens=1000)
     call = next(item for item in one.output if item.type == "function_call")
     client.responses.create(model=MODEL, previous_response_id=one.id, tools=[tool], max_output_tokens=16, input=[
         {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}])
@@ -273,7 +273,7 @@ def _() -> None:
 
 @case("responses: parse() with a pydantic model")
 def _() -> None:
-    done = client.responses.parse(model=MODEL, input="the quick", text_format=Trip, max_output_tokens=500,
+    done = client.responses.parse(model=MODEL, input="the quick", text_format=Trip, max_output_tokens=1000,
                                   temperature=0)
     assert done.output_parsed.city in City
 
