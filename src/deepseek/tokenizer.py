@@ -63,6 +63,7 @@ _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 _THINKING = frozenset(("<think>", "</think>"))  # templates cut assistant turns at these
 _OURS = frozenset(("messages", "add_generation_prompt", "continue_final_message"))  # variables with their own keywords
+_PART = 1 << 15  # characters
 _OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode noncharacters: no text has them
 
 
@@ -241,6 +242,19 @@ class Tokenizer:
                     raise DataError(f"character {lone.start()} of a text is the lone surrogate {lone[0]!r}, "
                                     "which UTF-8 cannot hold") from None
             raise
+
+    def surely_longer(self, text: str, most: int) -> bool:
+        """Whether a text has more than `most` tokens, told from parts of it: a text of megabytes is not encoded to
+        learn that it does not fit. False where only encoding it tells."""
+        found = 0
+        for start in range(0, len(text), _PART):
+            if len(text) - start <= _PART:
+                return False  # the rest is soon encoded
+            found += len(self._plain.encode(text[start : start + _PART].encode(errors="replace").decode(),
+                                            add_special_tokens=False).ids)
+            if found > 2 * most:  # a cut may change what is beside it, but not by half
+                return True
+        return False
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids that the tokenizer does not have are left out."""

@@ -338,8 +338,16 @@ class LLM:
                                f"context (max_position_embeddings = {self.max_length})")
         return ids
 
+    def check_length(self, text: str) -> None:
+        """Raises RequestError for a text that is much too long, before all of it is encoded."""
+        if self.tokenizer is not None and self.tokenizer.surely_longer(text, self.max_length):
+            raise RequestError(f"the prompt has {len(text):,} characters, more than {2 * self.max_length:,} tokens: "
+                               f"must leave room within the model's context "
+                               f"(max_position_embeddings = {self.max_length})")
+
     def _ids(self, prompt: Prompt, parse_special: bool, chat: Mapping[str, Any]) -> list[int]:
         if isinstance(prompt, str):
+            self.check_length(prompt)
             tokenizer = self._need_tokenizer("a text")
             if not parse_special and not self._warned and (token := tokenizer.control_in(prompt)):
                 self._warned = True

@@ -47,7 +47,8 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     app = FastAPI(title="MoE-DR", lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(Guard, keys=options.keys, body=options.body, told=server.watch.counters.refused,
-                       hosts=options.hosts, bound=options.bound)
+                       hosts=options.hosts, bound=options.bound,
+                       requests=options.waiting + llm.engine.options.batch_size)
     if options.cors:  # around the guard, since a browser asks first, without the key
         app.add_middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=["*"], allow_headers=["*"],
                            expose_headers=["x-request-id", "retry-after"])
@@ -69,6 +70,10 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
         return _error(ServeError(error.status_code, str(error.detail)))
 
+    @app.exception_handler(RecursionError)
+    async def nested(_: Request, error: RecursionError) -> JSONResponse:
+        return _error(ServeError(400, "the body is nested too deeply"))
+
     @app.exception_handler(MoEDRError)
     async def broken(_: Request, error: MoEDRError) -> JSONResponse:
         return _error(ServeError(500, str(error), kind="server_error"))
@@ -76,14 +81,14 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(http: Request, body: ChatRequest) -> Any:
         server.admit(body, body.n)
-        one = await asyncio.to_thread(Chat, server, http, body)
+        one = await server.prepare(http, Chat, server, http, body)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
 
     @app.post("/v1/responses")
     async def respond(http: Request, body: ResponsesRequest) -> Any:
         one = Response(server, responses, http, body)
-        await asyncio.to_thread(one.prepare)
+        await server.prepare(http, one.prepare)
         return StreamingResponse(one.stream(http), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
 
@@ -99,41 +104,41 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(http: Request, body: CompletionRequest) -> Any:
         server.admit(body, body.n * len(body.prompts))
-        one = await asyncio.to_thread(Completion, server, http, body)
+        one = await server.prepare(http, Completion, server, http, body)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
+    async def embeddings(http: Request, body: EmbeddingRequest) -> dict[str, Any]:
         server.admit(body)
         if body.dimensions not in (None, size := llm.model.config.hidden_size):
             raise ServeError(400, f"dimensions = {body.dimensions}: must be {size}, what the model has",
                              param="dimensions")
-        vectors, tokens = await asyncio.to_thread(llm.embed, body.inputs)
+        vectors, tokens = await server.embed(http, body.inputs)
         data = [{"object": "embedding", "index": i, "embedding": base64.b64encode(vector.numpy().tobytes()).decode()
                  if body.encoding_format == "base64" else vector.tolist()} for i, vector in enumerate(vectors)]
         return {"object": "list", "data": data, "model": body.model, "usage": {
             "prompt_tokens": tokens, "total_tokens": tokens}, "deepseek": {"pooling": "mean of the last hidden states"}}
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(http: Request, body: TokenizeRequest) -> dict[str, Any]:
         server.know(body.model if body.model is not None else options.name)
         tokenizer = server.tokenizer
         try:
-            ids = await asyncio.to_thread(chat_prompt, tokenizer, body) if body.prompt is None else (
-                await asyncio.to_thread(tokenizer.encode, body.prompt, bos=body.add_special_tokens))
+            ids = await server.prepare(http, chat_prompt, llm, body) if body.prompt is None else (
+                await server.prepare(http, lambda: tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)))
         except DataError as error:  # half a surrogate pair, say
             raise ServeError(400, f"prompt: {error}", param="prompt") from None
         names = [tokenizer.decode([i], skip_special=False) for i in ids] if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": llm.max_length, "tokens": ids, "token_strs": names}
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(http: Request, body: DetokenizeRequest) -> dict[str, Any]:
         server.know(body.model if body.model is not None else options.name)
         size = server.tokenizer.vocab_size
         if outside := [i for i in body.tokens if i >= size]:
             raise ServeError(400, f"token id {outside[0]}: must lie in the vocabulary 0..{size - 1}", param="tokens")
-        return {"prompt": await asyncio.to_thread(server.tokenizer.decode, body.tokens, skip_special=False)}
+        return {"prompt": await server.prepare(http, lambda: server.tokenizer.decode(body.tokens, skip_special=False))}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

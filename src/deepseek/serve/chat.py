@@ -11,16 +11,23 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
+from ..engine import LLM
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
-from ..tokenizer import Tokenizer
 from .answers import THINK, AnswerText, forced_schema
 from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool
 from .service import Server, event, floored, usage
 
 
-def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
-    """The ids of a conversation, in the form that the template expects (conversation.py)."""
+def chat_prompt(llm: LLM, body: ChatRequest | TokenizeRequest) -> list[int]:
+    """The ids of a conversation, in the form that the template expects (conversation.py).
+
+    Raises RequestError for messages that the template refuses, and, before they are rendered, for those too long.
+    """
+    tokenizer = llm.tokenizer
+    if tokenizer is None:
+        raise RequestError("a conversation needs a tokenizer, and this model was given without one")
+    llm.check_length("".join(map(said, body.messages or ())))
     messages = [message.model_dump(exclude_none=True) for message in body.messages or ()]
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     if isinstance(body, ChatRequest) and body.tool_choice == "none":
@@ -60,7 +67,7 @@ class Chat:
             schema = body.response_format.json_schema.json_schema
         elif body.response_format is not None and body.response_format.type == "json_object":
             schema = {"type": "object"}
-        ids = chat_prompt(server.tokenizer, body)
+        ids = chat_prompt(server.llm, body)
         params = server.params(body, max_tokens=body.max_completion_tokens or body.max_tokens,
                                json_schema=json.dumps(schema) if schema is not None else None,
                                logprobs=(body.top_logprobs or 0) if body.logprobs else None)

@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -39,14 +40,17 @@ class Guard:
 
     keys: empty lets everybody in. body: bytes of a request at most. told: of the status of a refusal. bound: what the
     server listens on. hosts: further names that a Host header may have; looked at where there is no key, so that no web
-    page reaches the server by a name of its own that it points here (DNS rebinding), and where names are given. Every
+    page reaches the server by a name of its own that it points here (DNS rebinding), and where names are given.
+    requests: how many may be here, from arrival on; together they may have the bytes of 16 of the largest. Every
     answer carries `x-request-id`, and one line of JSON about it goes to the log: no text of prompts or answers.
     """
 
     def __init__(self, app: App, keys: Sequence[str], body: int, told: Callable[[int], None],
-                 hosts: Sequence[str] = (), bound: str = "127.0.0.1") -> None:
+                 hosts: Sequence[str] = (), bound: str = "127.0.0.1", requests: int | None = None) -> None:
         check_keys(keys)
         self.app, self.keys, self.body, self.told = app, [key.encode() for key in keys], body, told
+        self.requests, self.bytes = requests or math.inf, 16 * body
+        self.open = self.held = 0  # requests with a body that are here, and their bytes
         self.hosts = frozenset((*map(check_host, hosts), bound.lower()))
         self.looks = not keys or bool(hosts)
 
@@ -55,10 +59,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
         name, began, status, taken = f"req_{secrets.token_hex(12)}", time.perf_counter(), 500, 0
+        claimed, counted = 0, False
+        cut: ServeError | None = None  # why the rest of the body is not read
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status
-            if taken > self.body and status == 500:  # what is said of a body that was cut off is beside the point
+            if cut is not None and status == 500:  # what is said of a body that was cut off is beside the point
                 return
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -66,12 +72,20 @@ class Guard:
             await send(message)
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal taken
+            nonlocal taken, claimed, cut
             message = await receive()
             taken += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if taken > self.body else message
+            if taken > claimed:  # sent in chunks, without a length
+                self.held += taken - claimed
+                claimed = taken
+                if taken > self.body:
+                    cut = ServeError(413, f"the body is larger than {self.body:,} bytes", code="body_too_large")
+                elif self.held > self.bytes:
+                    cut = busy(f"the requests under way have more than {self.bytes:,} bytes")
+            return message if cut is None else {"type": "http.disconnect"}
 
         scope.setdefault("state", {})["request_id"] = name
+        scope["state"]["arrived"] = time.monotonic()
         try:
             headers = dict(scope["headers"])
             if self.looks and not self._here(host := headers.get(b"host", b"").decode("latin-1")):
@@ -81,16 +95,25 @@ class Guard:
                 raise ServeError(401, "the API key is missing or wrong: must be sent as `Authorization: Bearer KEY`",
                                  code="invalid_api_key", headers={"www-authenticate": "Bearer"})
             length = headers.get(b"content-length", b"0")
-            if length.isdigit() and int(length) > self.body:
+            if int(length) > self.body:  # h11 lets only digits through
                 raise ServeError(413, f"the body has {int(length):,} bytes: at most {self.body:,}",
                                  code="body_too_large")
+            if scope["method"] == "POST":
+                if self.open >= self.requests:
+                    raise busy(f"{self.open} requests are under way: {self.requests} may")
+                if self.held + int(length) > self.bytes:
+                    raise busy(f"the requests under way have {self.held:,} bytes: {self.bytes:,} may be held")
+                self.open, counted, claimed = self.open + 1, True, int(length)
+                self.held += claimed
             await self.app(scope, limited, answer)
-            if taken > self.body:
-                taken = 0
-                raise ServeError(413, f"the body is larger than {self.body:,} bytes", code="body_too_large")
+            if cut is not None:
+                told, cut = cut, None
+                raise told
         except ServeError as error:
             await refuse(error, answer)
         finally:
+            self.open -= counted
+            self.held -= claimed
             if status >= 400:
                 self.told(status)
             log.info(json.dumps({"request_id": name, "method": scope["method"], "path": scope["path"], "status": status,
@@ -110,6 +133,10 @@ class Guard:
         scheme, _, key = header.partition(b" ")
         return scheme.lower() == b"bearer" and any(
             hmac.compare_digest(key.strip(), own) for own in self.keys)
+
+
+def busy(message: str) -> ServeError:
+    return ServeError(429, message, kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
 
 
 async def refuse(error: ServeError, send: Send) -> None:

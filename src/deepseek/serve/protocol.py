@@ -23,6 +23,13 @@ Prompts = Text | Annotated[list[Text], Field(min_length=1)] | _Ids | Annotated[l
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
+MESSAGES, PROMPTS = 4096, 2048  # of one request
+Id = Annotated[int, Field(strict=True)]
+Ids = Annotated[list[Id], Field(min_length=1)]
+Prompts = Text | Annotated[list[Text], Field(min_length=1, max_length=PROMPTS)] | Ids | Annotated[
+    list[Ids], Field(min_length=1, max_length=PROMPTS)]
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -259,7 +266,7 @@ class ResponseFormat(Body):
 
 
 class ChatRequest(Common, Templating):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: Flag = False
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
@@ -354,7 +361,7 @@ class ResponsesRequest(Sampling, Harmless):
     """store: keep the response, so that it can be read and gone on from."""
 
     model: Text
-    input: Text | Annotated[list[Item], Field(min_length=1)]
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MESSAGES)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     temperature: Number = 1.0
@@ -421,7 +428,7 @@ class TokenizeRequest(Templating):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: Flag = True
     return_token_strs: Flag = False

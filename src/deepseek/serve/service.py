@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fastapi import Request
+from torch import Tensor
 
 from ..engine import LLM, ExpertControl, SamplingParams
 from ..engine.request import Request as Generation
@@ -25,6 +27,7 @@ from .guard import ServeError
 from .protocol import Common, EmbeddingRequest, Extension
 from .watching import Watch
 
+T = TypeVar("T")
 LOOK = 0.25  # seconds between two looks whether the client is still there
 DONE = b"data: [DONE]\n\n"
 
@@ -58,6 +61,9 @@ class Server:
         self.closing = False  # nothing new is begun
         self.ending = False  # what is open ends now
         self.open = 0  # answers under way
+        # its own: the default pool also submits and aborts, which must not wait behind megabytes of text
+        self.preparing = ThreadPoolExecutor(2, "prepare")
+        self.embedding = ThreadPoolExecutor(1, "embed")
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -82,6 +88,36 @@ class Server:
         if waiting + count > self.options.waiting:
             raise ServeError(429, f"{waiting} requests are waiting: {self.options.waiting} may",
                              kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
+
+    async def prepare(self, http: Request, work: Callable[..., T], *args: Any, pool: Executor | None = None) -> T:
+        """Runs what comes before the engine (templates, tokenizing), one after another, within the request's time."""
+        left = http.state.arrived + self.options.timeout - time.monotonic()
+        future = asyncio.get_running_loop().run_in_executor(pool or self.preparing, work, *args)
+        try:
+            return await asyncio.wait_for(future, max(left, 0.001))
+        except TimeoutError:
+            raise self._late() from None
+
+    def _late(self) -> ServeError:
+        return ServeError(504, f"the answer took longer than {self.options.timeout:g} seconds", kind="server_error",
+                          code="timeout")
+
+    async def embed(self, http: Request, prompts: Sequence[str | list[int]]) -> tuple[list[Tensor], int]:
+        """As LLM.embed, one prompt at a time: the engine's steps go on between them. Leaving ends it."""
+        self.open += 1
+        try:
+            prompts = await self.prepare(http, lambda: [self.llm.encode(prompt) for prompt in prompts])
+            vectors = []
+            for ids in prompts:
+                if self.ending:
+                    raise ServeError(503, "the server is shutting down", kind="server_error", code="shutting_down")
+                if await http.is_disconnected():
+                    break
+                (vector,), _ = await self.prepare(http, self.llm.embed, [ids], pool=self.embedding)
+                vectors.append(vector)
+            return vectors, sum(map(len, prompts))
+        finally:
+            self.open -= 1
 
     def params(self, body: Common, **more: Any) -> SamplingParams:
         own: Extension = body.deepseek
@@ -116,15 +152,14 @@ class Server:
         for request in requests:
             request.on_token = tell
         late = False
-        deadline, look = loop.time() + self.options.timeout, loop.time() + LOOK
+        deadline, look = http.state.arrived + self.options.timeout, loop.time() + LOOK
         left = {request.number for request in requests}
         self.open += 1
         try:
             await asyncio.to_thread(self.llm.submit, *requests)
             while left:
-                if late := loop.time() >= deadline:
-                    raise ServeError(504, f"the answer took longer than {self.options.timeout:g} seconds",
-                                     kind="server_error", code="timeout")
+                if late := time.monotonic() >= deadline:
+                    raise self._late()
                 if self.ending:
                     raise ServeError(503, "the server is shutting down", kind="server_error", code="shutting_down")
                 if loop.time() >= look:
@@ -163,6 +198,8 @@ class Server:
         await self.drain(seconds)
         while self.open:  # they look every LOOK seconds
             await asyncio.sleep(0.05)
+        for pool in (self.preparing, self.embedding):
+            pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.llm.close)
         await asyncio.to_thread(self.watch.close)
 
