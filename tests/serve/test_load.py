@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from deepseek.errors import RequestError
 from deepseek.serve.service import ServeOptions
@@ -105,8 +104,5 @@ def test_embeddings_leave_room_for_others_and_end_with_their_client(tiny_llm: Ca
         while server.app.state.server.open and time.monotonic() < until:
             time.sleep(0.02)
         assert count < 2000
-        llm.embed = lambda prompts: ([torch.full((4,), torch.nan)], 1)
-        broken = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "fox"}, timeout=60)
-        assert broken.status_code == 500 and broken.json()["error"]["code"] == "not_finite"
     finally:
         server.stop()

@@ -18,16 +18,12 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
-_Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)]
-Prompts = Text | Annotated[list[Text], Field(min_length=1)] | _Ids | Annotated[list[_Ids], Field(min_length=1)]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-
-
-MESSAGES, PROMPTS = 4096, 2048  # of one request
 Id = Annotated[int, Field(strict=True)]
 Ids = Annotated[list[Id], Field(min_length=1)]
+MESSAGES, PROMPTS = 4096, 2048  # of one request
 Prompts = Text | Annotated[list[Text], Field(min_length=1, max_length=PROMPTS)] | Ids | Annotated[
     list[Ids], Field(min_length=1, max_length=PROMPTS)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class Body(BaseModel):
