@@ -15,7 +15,7 @@ import torch
 
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.constraint import GRAMMARS, Constraint, Constraints
+from deepseek.engine.constraint import GRAMMARS, LIMITS, Constraint, Constraints
 from deepseek.errors import RequestError
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
@@ -267,3 +267,52 @@ def test_a_grammar_is_compiled_once_and_requests_walk_alone(constraints: Constra
     for i in range(GRAMMARS + 5):
         of(constraints, regex=f"a{{{i + 1}}}")
     assert constraints._compiled.cache_info().currsize == GRAMMARS
+
+
+def chain(count: int, link: Callable[[int], Any]) -> dict[str, Any]:
+    return {"$ref": "#/$defs/d0", "$defs": {f"d{i}": link(i + 1) for i in range(count)} | {f"d{count}": {"const": 1}}}
+
+
+@pytest.mark.parametrize("params", [
+    {"json_schema": json.dumps(chain(1000, lambda i: {"type": "object", "properties": {
+        "x": {"$ref": f"#/$defs/d{i}"}}}))},
+    {"json_schema": json.dumps(chain(1000, lambda i: {"$ref": f"#/$defs/d{i}"}))},
+    {"json_schema": json.dumps(chain(1000, lambda i: {"anyOf": [{"$ref": f"#/$defs/d{i}"}, {"const": 2}]}))},
+    {"json_schema": '{"items":' * 5000 + "{}" + "}" * 5000},
+    {"json_schema": json.dumps({"enum": ["x" * 9 + str(i) for i in range(40_000)]})},
+    {"json_schema": json.dumps({"type": "string", "pattern": "a?" * 20_000})},
+    {"json_schema": json.dumps({"type": "array", "maxItems": 10**9, "items": {"type": "string", "maxLength": 10**9}})},
+    {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1} \"x\"?\n" for i in range(2700)) + 'r2700: "y"'},
+    {"grammar": "start: s\ns: s s s | s s | /[a-z ]/"},
+    {"grammar": "start: A\nA: /" + "a?" * 20_000 + "/"},
+    {"grammar": 'start: "a"' + ' "b"?' * 10_000},
+    {"regex": "a?" * 100_000}, {"regex": "a?" * 4_000}, {"regex": "((a{1,1000}){1,1000}){1,1000}"},
+    {"regex": "(a|b|ab)*c{1000000}"}, {"regex": "(" * 4000 + "a" + ")" * 4000},
+], ids=lambda params: f"{next(iter(params))} {str(next(iter(params.values())))[:24]}")
+def test_no_grammar_ends_the_process(llm: LLM, params: dict[str, Any]) -> None:
+    """It is refused, or runs, or ends its own request with an error; another request beside it has its usual text."""
+    alone = llm.generate(["the expert"], SamplingParams(max_tokens=12, temperature=0))[0].text
+    other, = llm.requests("the expert", SamplingParams(max_tokens=12, temperature=0))
+    try:
+        group = llm.requests("x", SamplingParams(max_tokens=40, seed=0, **params))
+    except RequestError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+        group = []
+    llm.engine.add(other, *group)
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert other.text == alone
+    for request in group:
+        assert request.finish_reason is not None
+        assert request.error is None or isinstance(request.error, RequestError)
+
+
+def test_a_limit_on_the_way_is_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the end of a text that looks as if it were whole."""
+    monkeypatch.setitem(LIMITS, "max_items_in_row", 60)
+    request, = llm.requests("x", SamplingParams(max_tokens=200, seed=0, ignore_eos=True,
+                                                grammar="start: s\ns: s s s | s s | /[a-z]/"))
+    llm.engine.add(request)
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert isinstance(request.error, RequestError) and "outgrew its limits" in str(request.error)

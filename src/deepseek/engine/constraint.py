@@ -7,8 +7,12 @@ The library sees the tokenizer's tokens as the bytes they are in a text. Control
 are none and never come: text that spells `<|User|>` is allowed where it matches, the token is not. The library's own
 end of sequence is one id past the vocabulary; it stands for whichever ids end a text, for none under `ignore_eos`.
 
-Where nothing can follow, the text is finished without an end-of-sequence token. So it is where a grammar outgrows the
-library's limits on the way, or comes to a byte that no token has: a text cut short, but never one that goes astray.
+Where nothing can follow, the text is finished without an end-of-sequence token; so it is where the only way on is a
+byte that no token has. A grammar that outgrows the library's limits ends its request with an error.
+
+Grammars come from clients. Their size is bounded before anything reads them; they are compiled on a thread with a large
+stack, because the library recurses along chains of rules and references; and the library's own limits bound what a mask
+may cost (`LIMITS`; s: s s s | s s | /[a-z ]/ took 25 s a token without).
 
 Shape letters: V vocabulary.
 """
@@ -16,7 +20,10 @@ Shape letters: V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +40,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 GRAMMARS = 32  # compiled ones that are kept
+BYTES_AT_MOST = {"json_schema": 256 << 10, "regex": 8 << 10, "grammar": 64 << 10}
+PATTERN_BYTES = 8 << 10  # of a schema's patterns, of a grammar's longest line: automata grow with their square
+STACK = 256 << 20  # 20,000 chained rules need less; 2,700 need more than the usual 8 MiB
+LIMITS: Any = {"step_max_items": 20_000, "max_items_in_row": 1_000, "step_lexer_fuel": 100_000,
+               "initial_lexer_fuel": 500_000, "max_lexer_states": 50_000, "verbose_errors": False}
 # White space without a bound lets a model write it for ever. A schema's `x-guidance` may set another pattern.
 JSON_DEFAULTS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
 
@@ -49,10 +61,16 @@ class Constraint:
     def _look(self) -> bool:
         """Ask what may come next; whether there is more than the end."""
         mask = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.bool)
+        self._check()
         self.allowed_V = mask[: len(self._text_V)] & self._text_V
         more = bool(self.allowed_V.any())
         self.allowed_V[self._eos] = bool(mask[-1]) and not self._matcher.is_error()
         return more
+
+    def _check(self) -> None:
+        """Raises RequestError where the library gave up."""
+        if self._matcher.is_error() and not (why := self._matcher.get_error()).startswith("NoExtension"):  # no token
+            raise RequestError(f"the constraint outgrew its limits: {' '.join(why.split()):.200}")
 
     def allow(self, logits_V: Tensor) -> Tensor:
         """The logits with -inf for every token that may not come next."""
@@ -60,7 +78,9 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """The text goes on with `token`, one of the allowed."""
-        self.finished = not (self._matcher.consume_token(token) and self._look())
+        consumed = self._matcher.consume_token(token)
+        self._check()
+        self.finished = not (consumed and self._look())
 
 
 class Constraints:
@@ -87,7 +107,9 @@ class Constraints:
         [(field, value)] = given  # SamplingParams sees to it that there is one
         text_V = self._tokens[1]
         try:
-            matcher = self._compiled(field, _schema(value) if field == "json_schema" else value).deep_copy()
+            source = _schema(value) if field == "json_schema" else value
+            _check_size(field, source)
+            matcher = self._compiled(field, source).deep_copy()
         except (TypeError, ValueError, RecursionError) as error:  # what json and the library raise for bad input
             raise RequestError(f"{field} = {value!r:.80}: {' '.join(str(error).split()):.400}") from None
         constraint = Constraint(matcher, text_V, frozenset() if params.ignore_eos else self._eos_ids)
@@ -96,13 +118,16 @@ class Constraints:
         return constraint
 
     def _compile(self, field: str, source: str) -> LLMatcher:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        if field == "json_schema":
-            grammar = LLMatcher.grammar_from_json_schema(source, defaults=JSON_DEFAULTS)
-        else:
-            grammar = (LLMatcher.grammar_from_regex if field == "regex" else LLMatcher.grammar_from_lark)(source)
-        matcher = LLMatcher(self._tokens[0], grammar, log_level=0)
+        def compiled() -> LLMatcher:
+            if field == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(source, defaults=JSON_DEFAULTS)
+            else:
+                grammar = (LLMatcher.grammar_from_regex if field == "regex" else LLMatcher.grammar_from_lark)(source)
+            return LLMatcher(self._tokens[0], grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+
+        matcher = _with_stack(compiled)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         return matcher
@@ -149,3 +174,29 @@ def _schema(value: str | Mapping[str, Any]) -> str:
     if not isinstance(schema, dict):
         raise ValueError("must be a JSON object")
     return json.dumps(schema)
+
+
+def _check_size(field: str, source: str) -> None:
+    """Raises ValueError for what is too large to be compiled."""
+    if (size := len(source.encode())) > (most := BYTES_AT_MOST[field]):
+        raise ValueError(f"has {size:,} bytes: must be at most {most:,}")
+    patterns = sum(map(len, re.findall(r'"pattern(?:Properties)?"\s*:\s*("(?:[^"\\]|\\.)*"|\{)', source))) \
+        if field == "json_schema" else max(map(len, source.splitlines()), default=0)
+    if patterns > PATTERN_BYTES:
+        raise ValueError(f"has regular expressions of {patterns:,} characters: must be at most {PATTERN_BYTES:,}")
+
+
+_stack_lock = threading.Lock()
+
+
+def _with_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    """What `work` returns or raises, run on a thread with a large stack."""
+    with _stack_lock:  # the size is a setting of the process; a pool starts its thread at the first submission
+        usual = threading.stack_size(STACK)
+        try:
+            pool = ThreadPoolExecutor(1)
+            future = pool.submit(work)
+        finally:
+            threading.stack_size(usual)
+    with pool:
+        return future.result()

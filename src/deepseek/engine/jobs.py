@@ -60,8 +60,10 @@ def run_file(
             while not isinstance(group, str) and any(request.finish_reason is None for request in group):
                 llm.engine.step()
             flight.popleft()
-            if failed := [request for request in group if not isinstance(request, str) and request.error is not None]:
-                raise failed[0].error or AssertionError
+            if failed := [request.error for request in group if not isinstance(request, str) and request.error]:
+                if not isinstance(failed[0], RequestError):
+                    raise failed[0]
+                group = str(failed[0])  # what this line asks for came to a limit on the way
             answer = {"error": group} if isinstance(group, str) else _answer(outcome(group))
             _write(out, name | answer)
             written, errors = written + 1, errors + isinstance(group, str)
