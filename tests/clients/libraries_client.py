@@ -14,7 +14,7 @@ import openai
 from cases import HELLO, KEY, MODEL, URL, WEATHER, Cases
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 litellm.suppress_debug_info = True
 lite, structured, chain = Cases("litellm"), Cases("instructor"), Cases("langchain-openai")
@@ -28,6 +28,7 @@ class City(StrEnum):
 class Trip(BaseModel):
     """A journey."""
 
+    model_config = ConfigDict(extra="forbid")  # else a random model adds keys until max_tokens
     city: City
     again: bool
 

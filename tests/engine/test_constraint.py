@@ -269,6 +269,19 @@ def test_a_grammar_is_compiled_once_and_requests_walk_alone(constraints: Constra
     assert constraints._compiled.cache_info().currsize == GRAMMARS
 
 
+def test_reasoning_is_free_before_a_constraint(llm: LLM) -> None:
+    """As with a template that opens `<think>`: any text up to the marker, from there on what matches."""
+    ids = llm.encode("the expert")
+    params = SamplingParams(max_tokens=200, seed=0, regex="[ab]{3}", logit_bias={EOS: -100})
+    request, = llm.requests(ids, params, constraint_after="e")
+    llm.engine.add(request)
+    while not llm.engine.idle:
+        llm.engine.step()
+    free, marker, answer = request.text.partition("e")
+    assert marker and not re.fullmatch("[ab]*", free)
+    assert re.search("[ab]{3}$", answer) and request.finish_reason == "stop"
+
+
 def chain(count: int, link: Callable[[int], Any]) -> dict[str, Any]:
     return {"$ref": "#/$defs/d0", "$defs": {f"d{i}": link(i + 1) for i in range(count)} | {f"d{count}": {"const": 1}}}
 

@@ -88,3 +88,9 @@ def test_references_of_a_tools_schema_stay_within_it() -> None:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(call | {"arguments": wrong}, schema)
     assert schema["$defs"]["trip"]["properties"]["far"] == {"$ref": "https://a/b"}
+
+
+def test_a_forced_call_may_follow_reasoning() -> None:
+    call = 'because</think>{"name": "weather", "arguments": {}}'
+    text, told = run(list(call), thinking=True, tools=TOOLS, forced=True)
+    assert told["reasoning_content"] == "because" and [c["function"]["name"] for c in text.answer.calls] == ["weather"]

@@ -288,9 +288,10 @@ class LLM:
 
     def requests(
         self, prompt: Prompt, params: SamplingParams, *, domain: str | None = None, parse_special: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None, **chat: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None, constraint_after: str | None = None, **chat: Any,
     ) -> list[Request]:
-        """The prompt as `params.n` requests for the engine, checked. The other keywords as in `encode`."""
+        """The prompt as `params.n` requests for the engine, checked. constraint_after: a schema, regex or grammar
+        applies to the text after this marker. The other keywords as in `encode`."""
         if params.stop:
             self._need_tokenizer("a stop string")
         ids = self.encode(prompt, parse_special=parse_special, chat_template_kwargs=chat_template_kwargs, **chat)
@@ -304,7 +305,7 @@ class LLM:
             request = Request(
                 ids, own, limit=min(params.max_tokens, self.max_length - len(ids)), eos_ids=self.eos_ids,
                 tokenizer=self.tokenizer, vocabulary=self.model.config.vocab_size, domain=domain,
-                constraint=self._constraints.of(params))
+                constraint=self._constraints.of(params), constraint_after=constraint_after)
             request.after = out[0] if out else None
             self.engine.check(request)
             out.append(request)

@@ -122,11 +122,14 @@ class Request:
     def __init__(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, limit: int, eos_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None, vocabulary: int = 0, domain: str | None = None,
-        constraint: Constraint | None = None,
+        constraint: Constraint | None = None, constraint_after: str | None = None,
     ) -> None:
+        """constraint_after: the text up to and with this marker is free, such as the reasoning before an answer."""
         self.number = next(_numbers)
         self.prompt_ids, self.params, self.eos_ids, self.limit = list(prompt_ids), params, eos_ids, limit
         self.domain, self.constraint = domain, constraint
+        self._free: str | None = None if constraint_after is None else ""  # the text so far, while it is free
+        self._marker = constraint_after or ""
         self.tags: dict[str, str] = {}  # what else it is counted under, by whoever watches
         self.generator = params.generator()
         self.token_ids: list[int] = []
@@ -195,7 +198,7 @@ class Request:
 
     def choose(self, logits_V: Tensor) -> int:
         """Draw the next token from the logits after everything so far."""
-        if self.constraint is not None:
+        if self.constraint is not None and self._free is None:
             logits_V = self.constraint.allow(logits_V)
         finite(logits_V)
         adjusted_V = self._adjustment.apply(logits_V, len(self.token_ids))
@@ -225,12 +228,17 @@ class Request:
             self._seen_V[token] = True
         self._adjustment.add(token)
         ended = token in self._ends
+        piece = ""
         if self._pieces is not None and not ended:
             piece = self._pieces.push(token)
             self.text += self._stop.push(piece) if len(self.token_ids) > self.params.min_tokens else piece
-        if self.constraint is not None and not ended:
+        if self.constraint is not None and not ended and self._free is None:
             self.constraint.accept(token)
             ended = self.constraint.finished
+        elif self._free is not None:
+            self._free += piece
+            if self._marker in self._free:
+                self._free = None
         if ended or self._stop.stopped:
             self.end("stop")
         elif len(self.token_ids) >= self.limit:

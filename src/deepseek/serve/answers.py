@@ -91,7 +91,8 @@ class AnswerText:
             assert marker is not None
             self._put(delta, where, self._held[:at])
             self._held = self._held[at + len(marker) :]
-            self._state = "content" if self._state == "thinking" else "calls"
+            after = "forced" if self.forced else "content"
+            self._state = after if self._state == "thinking" else "calls"
             return self._state == "content" and bool(self._held)
         keep = next((n for n in range(min(len(self._held), len(marker) - 1), 0, -1) if self._held.endswith(marker[:n])),
                     0) if marker else 0

@@ -126,7 +126,8 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         tokenizer = server.tokenizer
         try:
             ids = await server.prepare(http, chat_prompt, llm, body) if body.prompt is None else (
-                await server.prepare(http, lambda: tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)))
+                await server.prepare(http, lambda: tokenizer.encode(
+                    body.prompt or "", bos=body.add_special_tokens, special=body.parse_special)))
         except DataError as error:  # half a surrogate pair, say
             raise ServeError(400, f"prompt: {error}", param="prompt") from None
         names = [tokenizer.decode([i], skip_special=False) for i in ids] if body.return_token_strs else None

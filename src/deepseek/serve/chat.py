@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from ..engine import LLM
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
-from .answers import THINK, AnswerText, forced_schema
+from .answers import THINK, UNTHINK, AnswerText, forced_schema
 from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool
 from .service import Server, event, floored, usage
 
@@ -73,11 +73,11 @@ class Chat:
                                logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         question = said(next((m for m in reversed(body.messages) if m.role == "user"), body.messages[-1]))
         domain = body.deepseek.domain or server.llm.domain_of(question)
-        self.requests = server.llm.requests(ids, params, domain=domain)
+        end = server.tokenizer.decode(ids[-16:], skip_special=False)
+        thinking = end.rstrip().endswith(THINK)
+        self.requests = server.llm.requests(ids, params, domain=domain, constraint_after=UNTHINK if thinking else None)
         server.watch.begin(self.id, http, body.user, question, self.requests)
         self.constrained = schema is not None and not forced
-        end = server.tokenizer.decode(ids[-16:], skip_special=False)
-        thinking = end.rstrip().endswith(THINK) and schema is None
         self.texts = [AnswerText(thinking=thinking, tools=self.tools, forced=forced, parallel=body.parallel_tool_calls)
                       for _ in self.requests]
         self.sent = [0] * len(self.requests)

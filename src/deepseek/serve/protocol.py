@@ -385,6 +385,7 @@ class ResponsesRequest(Sampling, Harmless):
 
 class CompletionRequest(Common):
     prompt: Prompts
+    parse_special: Flag = False  # control tokens that a text spells out count as tokens
     max_tokens: Natural | None = None  # 0 runs the prompt alone, for its log-probabilities
     logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
     echo: Flag = False
@@ -424,6 +425,7 @@ class TokenizeRequest(Templating):
 
     model: Text | None = None
     prompt: Text | None = None
+    parse_special: Flag = False
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: Flag = True
