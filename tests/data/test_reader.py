@@ -76,7 +76,7 @@ def test_instances_become_a_document_each(tmp_path: Path) -> None:
     ({"text": " \n"}, "the text is empty"),
     ({"text": "\ud800"}, "a lone surrogate"),
     (17, "must be an object, a list of turns or a string, got int"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 has role 'tool', must be one of system"),
+    ({"messages": [{"role": "critic", "content": "x"}]}, "turn 1 has role 'critic', must be one of system"),
     ({"messages": ["x", {"role": "user", "content": None}]}, "turn 2 has no text"),
     ({"messages": [{"speaker": "x"}]}, "turn 1 has neither role"),
     ({"messages": []}, "the conversation is empty"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepseek.checkpoint import load_model, save_model
@@ -91,6 +91,7 @@ def packed(model: CausalLM, texts: list[tuple[list[int], int]], draw: random.Ran
 
 
 @settings(max_examples=6, deadline=None)
+@example(seed=1408)
 @given(seed=st.integers(0, 10_000))
 def test_every_token_is_itself_in_any_pack(model: CausalLM, seed: int) -> None:
     draw = random.Random(seed)
@@ -108,8 +109,9 @@ def test_every_token_is_itself_in_any_pack(model: CausalLM, seed: int) -> None:
             assert not off_T.any()
         elif type(model) is CausalLM:
             assert off_T.max() <= 2e-4
-        else:  # kernels read activations in 8 bits: one between two codes moves its token (the worst of 1,500: 1.1 %)
-            assert off_T.median() <= 2e-4 and off_T.max() <= 0.05 * other.abs().max()
+        else:  # kernels read activations in 8 bits: one between two codes moves its token (the worst of 1,500: 1.1 %),
+            # and through attention those after it, which may be most of a text: medians say nothing here
+            assert off_T.max() <= 0.05 * other.abs().max()
 
 
 def test_routes_are_those_of_the_tokens_in_their_order(model: CausalLM) -> None:
