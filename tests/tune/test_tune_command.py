@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from samples import general, records
 
+from deepseek import MoEFineTuner
 from deepseek.cli import main
 from deepseek.tune.settings import TuneConfig
 
@@ -40,6 +41,36 @@ def test_flags_and_yaml_say_the_same(
     assert one == two
     assert main(["infer", "--model", model, "--adapter", str(tmp_path / "a" / "delta"), "--prompt", "pay",
                  "--max_tokens", "3"]) == 0
+
+
+def test_variables_of_the_template_are_the_same_from_flag_yaml_and_python(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, (law, rest), out = base(), files, tmp_path / "out"
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' and thinking %}<think>{% endif %}{{ m.content }}"
+        "{% endfor %}{{ style }}")
+    words = ["tune", str(model), law, "--general", rest, "--out", str(out), "--expert_tune", "law_expert", *QUICK]
+    flag = ["--chat_template_kwargs", '{"thinking": true, "style": [1]}']
+    assert main([*words, *flag]) == 0
+    fingerprint = json.loads((out / "settings.json").read_text())["data"]["fingerprint"]
+    (tmp_path / "tune.yaml").write_text("chat_template_kwargs: {thinking: true, style: [1]}\n")
+    assert main([*words, "--config", str(tmp_path / "tune.yaml")]) == 0  # the same run goes on: it is finished
+    settings = {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "steps": 2}
+    tuner = MoEFineTuner(model, general=Path(rest), out=out, expert_tune=["law_expert"],
+                         chat_template_kwargs={"style": (1,), "thinking": True}, **settings)
+    tuner.fit(Path(law))
+    assert json.loads((out / "settings.json").read_text())["data"]["fingerprint"] == fingerprint
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "holds a run with" in capsys.readouterr().err
+    for given, message in (('{"thinkin": 1}', "chat_template_kwargs: 'thinkin' is no variable"),
+                           ('{"messages": []}', "chat_template_kwargs: 'messages' is no variable")):
+        assert main([*words, "--chat_template_kwargs", given]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--chat_template_kwargs", "[1]"])
+    assert "must be an object such as" in capsys.readouterr().err
 
 
 def test_side_paths(base: Callable[..., Path], files: tuple[str, str], tmp_path: Path) -> None:
@@ -79,6 +110,9 @@ def test_a_pipe_is_learnt_round_by_round(
     (["MODEL", "LAW"], "lora: 3\n", "lora = 3: must be a table"),
     (["MODEL", "LAW"], "lora: {lora_alpha: x}\n", "lora_alpha = 'x': must be a positive number"),
     (["MODEL", "LAW"], "model_path: x\n", "unknown setting model_path; in the file the model is `model`"),
+    (["MODEL", "LAW"], "chat_template_kwargs: 3\n", "chat_template_kwargs = 3: must be an object of JSON values"),
+    (["MODEL", "LAW"], "chat_template_kwargs: {date: 2026-01-01}\n", "must be an object of JSON values"),
+    (["MODEL", "nowhere.jsonl"], "chat_template_kwargs: {thinking: true}\n", "'thinking' is no variable that the chat"),
     (["MODEL", "LAW"], "- 3\n", "must be a table of settings"),
     (["MODEL", "LAW", "--r", "4", "--target_modules", "query"], None, "target_modules = 'query': matches nothing"),
     (["MODEL", "LAW", "--max_length", "8"], None, "40 of 40 records are longer than max_length = 8 tokens"),

@@ -206,6 +206,12 @@ def test_a_folder_with_another_run_is_refused_before_the_base_is_read(
     folder = base()
     MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", **quick).fit(records(), steps=1)
     MoEFineTuner(folder, expert_tune="auto", out=tmp_path / "a", **quick).fit_stream(records(8), records_a_round=8)
+    path = tmp_path / "b" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["tune"]["chat_template_kwargs"]  # as an older version left it
+    path.write_text(json.dumps(settings))
+    MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", chat_template_kwargs={}, **quick).fit(
+        records(), steps=1)
     monkeypatch.setattr("deepseek.tune.workpiece.load_model", lambda *_, **__: pytest.fail("the base was read"))
     for changes, message in (({"expert_tune": ["code_expert"]}, "expert_tune"), ({"lr": 1.0}, "lr = 0.003"),
                              ({"general": general()[:3]}, "general"), ({"adapter": LoRAAdapter()}, "(expert_tune|r)")):

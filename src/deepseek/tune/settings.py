@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -46,6 +47,8 @@ class TuneConfig:
     accumulation: int = setting(1, "batches summed into one step")
     max_length: int | None = setting(None, "tokens of a record at most; 512, or the model's positions, if not given")
     overlong: str = setting("error", "longer records: error, cut or skip")
+    chat_template_kwargs: Mapping[str, Any] | None = setting(
+        None, """variables of the chat template, a JSON object such as '{"thinking": true}'""")
     warmup: float = setting(0.05, "share of the steps with a rising learning rate")
     min_lr_ratio: float = setting(0.1, "last learning rate as a share of the highest")
     weight_decay: float = setting(0.0, "AdamW's decay of matrices")
@@ -78,6 +81,8 @@ class TuneConfig:
             "warmup replay": SHARE, "seed": NATURAL, "precision": PRECISION, "device": one_of("cpu", "cuda"),
             "valid_fraction": ("must lie in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
             "score": one_of("token", "gate"), "overlong": one_of("error", "cut", "skip"),
+            "chat_template_kwargs": ("must be an object of JSON values, {name: value}, or be left out",
+                                     lambda v: v is None or (isinstance(v, dict) and _is_json(v))),
             "threshold": _or_none(("must lie in (0, 1]", lambda v: is_number(v) and 0 < v <= 1))})
 
     @classmethod
@@ -91,3 +96,11 @@ class TuneConfig:
 
 def _or_none(rule: Rule) -> Rule:
     return f"{rule[0]}, or be left out", lambda v: v is None or rule[1](v)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

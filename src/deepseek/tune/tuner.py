@@ -21,6 +21,7 @@ import sysconfig
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..checkpoint import check_targets, open_checkpoint, resolve
 from ..data import Document, ReadReport, read_documents
 from ..deepopt.settings import TrainConfig
 from ..deepopt.trainer import held_out_loss, refuse_other_run, trained
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, RequestError
 from ..files import write_json
 from ..tokenizer import Tokenizer
 from .examples import Example
@@ -41,6 +42,7 @@ from .settings import TuneConfig
 from .workpiece import Workpiece
 
 _FILLER = Document("filler", "", answer_at=None)  # beside a record that is looked at alone
+LATER = ("chat_template_kwargs",)  # settings that older runs do not have; where nothing is given they count as equal
 GENERAL_FILES = 40  # of Python's library, where no general text is given
 
 
@@ -104,6 +106,8 @@ class MoEFineTuner:
         if self.max_length >= positions:
             raise ConfigError(f"max_length = {config.max_length}: must be below the model's max_position_embeddings "
                               f"({positions})")
+        if config.chat_template_kwargs:
+            self._tokenizer.check_variables(config.chat_template_kwargs)
 
     @property
     def mode(self) -> str:
@@ -123,7 +127,7 @@ class MoEFineTuner:
         began = time.perf_counter()
         config = self._updated(epochs=epochs, steps=steps)
         self._check_apart(dataset)
-        tokenizer = Tokenizer.load(self.folder)
+        tokenizer = self._tokenizer
         data = self._record_set(each_record(dataset), tokenizer)
         if config.replay:
             if self.old is None:
@@ -153,7 +157,7 @@ class MoEFineTuner:
             raise ConfigError(f"records_a_round = {records_a_round}: must be at least 4")
         self._updated(epochs=epochs)
         self._check_apart()
-        tokenizer = Tokenizer.load(self.folder)
+        tokenizer = self._tokenizer
         general, general_name = self._general(tokenizer)
         old = read_records(self.old) if self.old is not None else []
         seen: set[str] = set()
@@ -218,6 +222,7 @@ class MoEFineTuner:
     def _settings(self, data: RecordSet, general: RecordSet) -> dict[str, dict[str, Any]]:
         """What a run that goes on in its folder must have the same, beside what the base decides."""
         kept = {k: v for k, v in asdict(self.config).items() if k not in ("device", "atlas", "steps", "epochs")}
+        kept |= {key: kept[key] or None for key in LATER}
         return {"tune": kept, "adapter": asdict(self.adapter) if self.adapter else {},
                 "chosen": {"general": general.fingerprint}}
 
@@ -254,6 +259,13 @@ class MoEFineTuner:
                 drawn += RecordSet.of([document], tokenizer, max_length=self.max_length, overlong="cut",
                                       valid_fraction=0.0).train
         return drawn[:wanted]
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        try:
+            return Tokenizer.load(self.folder).with_variables(self.config.chat_template_kwargs)
+        except RequestError as error:
+            raise ConfigError(str(error)) from None
 
     def _record_set(self, documents: Iterable[Document], tokenizer: Tokenizer) -> RecordSet:
         config = self.config

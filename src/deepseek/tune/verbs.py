@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..conversation import template_variables
 from ..errors import ConfigError, DataError
 from .settings import TuneConfig
 
@@ -35,7 +36,8 @@ def add_tune_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--target_modules", nargs="+", help="LoRA: linear modules, such as q_proj, v_proj, all-linear")
     verb.add_argument("--lora_experts", nargs="+", metavar="NAME", help="LoRA: experts that get side paths too")
     verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
-    kinds = {"atlas": str, "threshold": float, "steps": int, "max_length": int}
+    kinds: dict[str, Any] = {"chat_template_kwargs": template_variables, "atlas": str, "threshold": float,
+                             "steps": int, "max_length": int}
     for setting in fields(TuneConfig):
         flag, text, default = f"--{setting.name}", setting.metadata["help"], setting.default
         if default is False:
@@ -44,7 +46,8 @@ def add_tune_flags(verb: argparse.ArgumentParser) -> None:
             verb.add_argument(flag, nargs="+", metavar="NAME", help=text)
         else:
             shown = "" if default is None else f" ({default})"
-            verb.add_argument(flag, type=kinds.get(setting.name) or type(default), help=text + shown)
+            verb.add_argument(flag, type=kinds.get(setting.name) or type(default), help=text + shown,
+                              metavar="JSON" if setting.name == "chat_template_kwargs" else None)
 
 
 def run(args: argparse.Namespace) -> None:
