@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -78,6 +79,7 @@ class Tokenizer:
         self._full = tokenizers.Tokenizer.from_str(definition)
         self._template = template
         self._variables: dict[str, Any] = {}
+        self._warned = False
         self._added: list[dict[str, Any]] = json.loads(definition).get("added_tokens") or []
         self._skipped = frozenset(token["id"] for token in self._added if token["special"])
         self._names: dict[str, str] = {}
@@ -214,6 +216,13 @@ class Tokenizer:
         found = self._control_pattern.search(text)
         return None if found is None else found[0]
 
+    def warn_of_control(self, text: str, what: str) -> None:
+        """A warning, once, where a text whose control tokens do not count spells one out. what: `a prompt`, say."""
+        if not self._warned and (token := self.control_in(text)):
+            self._warned = True
+            warnings.warn(f"{what} spells out the control token {token!r}, which is ordinary text here; with "
+                          "parse_special it counts as the token (said once)", stacklevel=3)
+
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         return _any_of(self._control)
@@ -335,6 +344,9 @@ class Tokenizer:
         """`chat`, with every part of what is given put through `mark`(part, role)."""
         if self._template is None:
             raise RequestError("the tokenizer has no chat template, so it takes a prompt, not messages")
+        if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)
+                                  or not all(isinstance(tool, Mapping) for tool in tools)):
+            raise RequestError(f"tools = {tools!r:.60}: must be a list of objects")
         plain = normalize(messages, self._roles)
         if go_on and (not plain or plain[-1]["role"] != "assistant" or not isinstance(plain[-1]["content"], str)):
             raise RequestError("continue_final_message: the last message must be an assistant's, with content")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -206,15 +207,39 @@ def test_control_tokens_of_a_raw_prompt_count_where_they_are_asked_for(llm: LLM,
     assert llm.generate([hand], GREEDY, parse_special=True) == llm.generate([ids], GREEDY)
     assert "".join(llm.stream(hand, GREEDY, parse_special=True)) == llm.generate([ids], GREEDY)[0].text
     assert llm.requests(hand, GREEDY, parse_special=True)[0].prompt_ids == ids
+    assert llm.mix([hand, hand], None, GREEDY, parse_special=True).token_ids == llm.generate([ids], GREEDY)[0].token_ids
     plain = llm.encode(hand)
     assert plain[0] == tokenizer.bos_id and all(i >= 5 for i in plain[1:])
 
 
 def test_control_tokens_that_do_not_count_are_warned_of_once(llm: LLM) -> None:
+    llm.tokenizer = Tokenizer.train([], 261)  # one that has not warned yet
     with pytest.warns(UserWarning, match=r"control token '<\|User\|>', which is ordinary text here"):
         llm.encode("a <|User|>")
     llm.encode("a <|User|>")  # said once: a second warning would be an error
     llm.encode("<p>no token</p>")
+
+
+def test_tools_variables_and_control_tokens_in_every_function(llm: LLM, tokenizer: Tokenizer) -> None:
+    own = Tokenizer(tokenizer._definition, {}, "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+                                               "{{ style }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    mine = LLM(llm.model, tokenizer=own)
+    hi, tools = [{"role": "user", "content": "hi"}], [{"type": "function", "function": {"name": "clock"}}]
+    want = mine.generate([own.encode("clockbriefhi")], GREEDY)[0]
+    named: dict[str, Any] = {"tools": tools, "chat_template_kwargs": {"style": "brief"}}
+
+    async def last(prompt: Any, **named: Any) -> tuple[int, ...]:
+        return [tuple(request.token_ids) async for request in mine.stream_async(prompt, GREEDY, **named)][-1]
+
+    assert mine.chat(hi, GREEDY, **named) == mine.generate([hi], GREEDY, **named)[0] == want
+    assert mine.mix([hi, hi], None, GREEDY, **named).token_ids == want.token_ids
+    assert "".join(mine.stream(hi, GREEDY, **named)) == want.text
+    assert asyncio.run(last(hi, **named)) == want.token_ids
+    raw = mine.generate([own.encode_prompt("<|User|>hi", parse_special=True)], GREEDY)[0]
+    assert asyncio.run(last("<|User|>hi", parse_special=True)) == raw.token_ids
+    for wrong in ("clock", ["clock"], {"name": "clock"}):
+        with pytest.raises(RequestError, match=r"tools = .*: must be a list of objects"):
+            mine.chat(hi, GREEDY, tools=wrong)  # type: ignore[arg-type]
 
 
 def test_variables_of_the_template(llm: LLM, tokenizer: Tokenizer) -> None:

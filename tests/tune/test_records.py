@@ -229,6 +229,20 @@ def test_odd_line_ends_in_a_stored_round(odd: str, tmp_path: Path) -> None:
     assert take_round(tmp_path, iter([]), 1, set()) == [document]
 
 
+def test_control_tokens_of_a_text_count_where_they_are_asked_for() -> None:
+    tokenizer = Tokenizer.train(["now noon"], 261)
+    turns = [{"role": "user", "content": "now?"}, {"role": "assistant", "content": "noon"}]
+    [document] = read_records([{"text": tokenizer.chat(turns, add_generation_prompt=False)}])
+    [example] = encode(document, tokenizer, 99, parse_special=True)
+    assert list(example.ids) == tokenizer.encode_chat(turns, add_generation_prompt=False)  # one begin, one end
+    with pytest.warns(UserWarning, match=r"records:1 spells out the control token '<\|begin_of_sentence\|>'"):
+        data = RecordSet.of([document, document], tokenizer, max_length=999)  # said once
+    RecordSet.of([document, document], tokenizer, max_length=999)
+    assert tokenizer.decode(data.train[0].ids) == document.text
+    other = RecordSet.of([document, document], tokenizer, max_length=999, parse_special=True)
+    assert data.fingerprint != other.fingerprint and other.train[0] == example
+
+
 def test_a_user_who_has_the_last_word_is_not_learnt(tokenizer: Tokenizer) -> None:
     plain = Tokenizer(tokenizer._definition, {}, None)
     said = (("user", "pay?"), ("assistant", "coins"), ("user", "act"))

@@ -62,8 +62,9 @@ def test_variables_of_the_template_are_the_same_from_flag_yaml_and_python(
     tuner.fit(Path(law))
     assert json.loads((out / "settings.json").read_text())["data"]["fingerprint"] == fingerprint
     capsys.readouterr()
-    assert main(words) == 2
-    assert "holds a run with" in capsys.readouterr().err
+    for other in (words, [*words, *flag, "--parse_special"]):
+        assert main(other) == 2
+        assert "holds a run with" in capsys.readouterr().err
     for given, message in (('{"thinkin": 1}', "chat_template_kwargs: 'thinkin' is no variable"),
                            ('{"messages": []}', "chat_template_kwargs: 'messages' is no variable")):
         assert main([*words, "--chat_template_kwargs", given]) == 2

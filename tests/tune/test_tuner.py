@@ -208,7 +208,7 @@ def test_a_folder_with_another_run_is_refused_before_the_base_is_read(
     MoEFineTuner(folder, expert_tune="auto", out=tmp_path / "a", **quick).fit_stream(records(8), records_a_round=8)
     path = tmp_path / "b" / "settings.json"
     settings = json.loads(path.read_text())
-    del settings["tune"]["chat_template_kwargs"]  # as an older version left it
+    del settings["tune"]["chat_template_kwargs"], settings["tune"]["parse_special"]  # as an older version left it
     path.write_text(json.dumps(settings))
     MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", chat_template_kwargs={}, **quick).fit(
         records(), steps=1)

@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import math
 import threading
-import warnings
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from .warmup import Warmup, warm_up
 
 SURE = 0.6  # as in `deepseek data label`
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
@@ -82,14 +82,13 @@ class LLM:
         self._loop = threading.Condition(self.engine.lock)
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._warned = False
 
     # ---- the verbs ----------------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
         usage: ExpertUsage | None = None, domains: Sequence[str | None] | None = None, parse_special: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt; one result a prompt, in order.
 
@@ -98,7 +97,7 @@ class LLM:
         cache serves does not run). domains: names that say what a prompt is about, for batching by expert; keyword
         rules guess the missing ones. parse_special: control tokens spelled out in a text count as such (a prompt from
         a template of one's own, FIM); else they are ordinary text. chat_template_kwargs: variables of the chat template
-        for the conversations among the prompts, beside and over those of this LLM.
+        for the conversations among the prompts, beside and over those of this LLM. tools: OpenAI's, for them too.
         Raises RequestError, before any prompt runs, for a prompt that is empty, too long or of another kind.
         """
         if isinstance(prompts, str):
@@ -114,7 +113,7 @@ class LLM:
             try:
                 groups.append(self.requests(
                     prompt, one, domain=None if domains is None else domains[i], parse_special=parse_special,
-                    chat_template_kwargs=chat_template_kwargs))
+                    chat_template_kwargs=chat_template_kwargs, tools=tools))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
         self._run([request for group in groups for request in group], usage)
@@ -122,14 +121,14 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
-        parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
+        parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
     ) -> Iterator[str]:
         """Yield the text of one prompt piece by piece; the pieces together are what `generate` returns.
 
         The prompt is checked at once, and run when the first piece is asked for; closing the iterator aborts it.
         """
         request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1), parse_special=parse_special,
-                                    chat_template_kwargs=chat_template_kwargs)
+                                    chat_template_kwargs=chat_template_kwargs, tools=tools)
         request.usage = usage
 
         def pieces() -> Iterator[str]:
@@ -154,23 +153,28 @@ class LLM:
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
     ) -> RequestOutput:
-        """The assistant's answer to a conversation of messages, as OpenAI's clients write them."""
-        return self.generate([messages], params, usage=usage, chat_template_kwargs=chat_template_kwargs)[0]
+        """The assistant's answer to a conversation of messages, as OpenAI's clients write them, and so its tools. The
+        output is the text as it is; the server reads calls out of it."""
+        return self.generate([messages], params, usage=usage, chat_template_kwargs=chat_template_kwargs, tools=tools)[0]
 
     def mix(
-        self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None
+        self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None,
+        *, parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
     ) -> RequestOutput:
         """One continuation of several prompts at once: they advance together, and each token is drawn from the weighted
-        mean of their distributions (weights: positive, all equal if not given). The output is the first prompt's."""
+        mean of their distributions (weights: positive, all equal if not given). The output is the first prompt's. The
+        other keywords as in `generate`."""
         weights = [1.0] * len(prompts) if weights is None else list(weights)
         if not prompts or len(weights) != len(prompts) or not all(
                 isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights):
             raise RequestError(f"weights = {weights}: must be positive numbers, one for each of {len(prompts)} "
                                "prompts, one at least")
         params = replace(params or SamplingParams(), n=1)
-        requests = [self.requests(prompt, params)[0] for prompt in prompts]
+        requests = [self.requests(prompt, params, parse_special=parse_special, tools=tools,
+                                  chat_template_kwargs=chat_template_kwargs)[0] for prompt in prompts]
         shortest = min(request.limit for request in requests)
         coupling = Coupling(weights)
         for request in requests:
@@ -184,11 +188,14 @@ class LLM:
         return requests[0].output()
 
     async def stream_async(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, domain: str | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, domain: str | None = None,
+        parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
     ) -> AsyncIterator[Request]:
         """Yields the request whenever it has new tokens, until it has ended; its `text` and `token_ids` grow. Any
-        number may run at once. Leaving the iteration aborts the request. Raises what went wrong with it on the way."""
-        request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1), domain=domain)
+        number may run at once. Leaving the iteration aborts the request. Raises what went wrong with it on the way.
+        The other keywords as in `generate`."""
+        request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1), domain=domain, tools=tools,
+                                    parse_special=parse_special, chat_template_kwargs=chat_template_kwargs)
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def tell(_: Request) -> None:
@@ -350,10 +357,8 @@ class LLM:
         if isinstance(prompt, str):
             self.check_length(prompt)
             tokenizer = self._need_tokenizer("a text")
-            if not parse_special and not self._warned and (token := tokenizer.control_in(prompt)):
-                self._warned = True
-                warnings.warn(f"a prompt spells out the control token {token!r}, which is ordinary text here; with "
-                              "parse_special it counts as the token (said once)", stacklevel=2)
+            if not parse_special:
+                tokenizer.warn_of_control(prompt, "a prompt")
             return tokenizer.encode_prompt(prompt, parse_special=parse_special)
         if isinstance(prompt, Sequence) and all(type(part) is int for part in prompt):
             return list(prompt)  # type: ignore[arg-type]

@@ -113,8 +113,9 @@ def _all_paths(items: Sequence[str | Path]) -> bool:
     return all(there)
 
 
-def encode(document: Document, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """One example, or several windows of plain text. Raises DataError for a record with nothing to learn."""
+def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_special: bool = False) -> list[Example]:
+    """One example, or several windows of plain text. parse_special: control tokens that plain text spells out count;
+    else they are ordinary text, and a warning says so once. Raises DataError for a record with nothing to learn."""
     turns = document.turns
     if not turns and document.answer_at is not None:
         prompt, answer = document.text[: document.answer_at], document.text[document.answer_at :]
@@ -124,7 +125,9 @@ def encode(document: Document, tokenizer: Tokenizer, max_length: int) -> list[Ex
             return [_joined([(prompt, False), (answer, True)], tokenizer)]
         turns = (("user", prompt.removesuffix("\n")), ("assistant", answer))
     if not turns:
-        ids = _framed(tokenizer.encode(document.text), tokenizer)
+        if not parse_special:
+            tokenizer.warn_of_control(document.text, place(document))
+        ids = _framed(tokenizer.encode(document.text, special=parse_special), tokenizer)
         if len(ids) < 2:
             raise DataError(f"{place(document)}: the text is empty")
         starts = range(0, max(len(ids) - 1, 1), max_length)
@@ -200,7 +203,7 @@ class RecordSet:
 
     @classmethod
     def of(cls, documents: Iterable[Document], tokenizer: Tokenizer, *, max_length: int, overlong: str = "error",
-           valid_fraction: float = 0.1, seed: int = 0) -> RecordSet:
+           valid_fraction: float = 0.1, seed: int = 0, parse_special: bool = False) -> RecordSet:
         """Tokenise, hold out, check. Raises DataError for a record without output, for over-long ones (overlong
         "error"), and where nothing is left to train on."""
         sides = (Examples(), Examples())
@@ -210,7 +213,7 @@ class RecordSet:
         count = 0
         for document in documents:
             count += 1
-            examples = encode(document, tokenizer, max_length)
+            examples = encode(document, tokenizer, max_length, parse_special)
             if max(len(e.ids) for e in examples) > max_length + 1:
                 long.append((place(document), len(examples[0].ids)))
                 if overlong != "cut":

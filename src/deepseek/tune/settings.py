@@ -49,6 +49,7 @@ class TuneConfig:
     overlong: str = setting("error", "longer records: error, cut or skip")
     chat_template_kwargs: Mapping[str, Any] | None = setting(
         None, """variables of the chat template, a JSON object such as '{"thinking": true}'""")
+    parse_special: bool = setting(False, "control tokens that `text` records spell out count as tokens")
     warmup: float = setting(0.05, "share of the steps with a rising learning rate")
     min_lr_ratio: float = setting(0.1, "last learning rate as a share of the highest")
     weight_decay: float = setting(0.0, "AdamW's decay of matrices")

@@ -42,7 +42,7 @@ from .settings import TuneConfig
 from .workpiece import Workpiece
 
 _FILLER = Document("filler", "", answer_at=None)  # beside a record that is looked at alone
-LATER = ("chat_template_kwargs",)  # settings that older runs do not have; where nothing is given they count as equal
+LATER = ("chat_template_kwargs", "parse_special")  # settings that older runs lack: equal to theirs where not given
 GENERAL_FILES = 40  # of Python's library, where no general text is given
 
 
@@ -164,7 +164,8 @@ class MoEFineTuner:
         refused = self.out / "refused.jsonl"
 
         def check(document: Document) -> None:
-            RecordSet.of([document, _FILLER], tokenizer, max_length=self.max_length, overlong=self.config.overlong)
+            RecordSet.of([document, _FILLER], tokenizer, max_length=self.max_length, overlong=self.config.overlong,
+                         parse_special=self.config.parse_special)
 
         waiting = fresh(stream, seen, refused, check)
         work: Workpiece | None = None
@@ -257,7 +258,7 @@ class MoEFineTuner:
                 break
             if digest(document) not in hidden:
                 drawn += RecordSet.of([document], tokenizer, max_length=self.max_length, overlong="cut",
-                                      valid_fraction=0.0).train
+                                      valid_fraction=0.0, parse_special=self.config.parse_special).train
         return drawn[:wanted]
 
     @cached_property
@@ -270,7 +271,7 @@ class MoEFineTuner:
     def _record_set(self, documents: Iterable[Document], tokenizer: Tokenizer) -> RecordSet:
         config = self.config
         return RecordSet.of(documents, tokenizer, max_length=self.max_length, overlong=config.overlong,
-                            valid_fraction=config.valid_fraction, seed=config.seed)
+                            valid_fraction=config.valid_fraction, seed=config.seed, parse_special=config.parse_special)
 
     def _general(self, tokenizer: Tokenizer) -> tuple[RecordSet, str]:
         """General text as held-out windows, and its name."""
@@ -286,7 +287,7 @@ class MoEFineTuner:
         limit = self.config.eval_records
         spread = [documents[i * len(documents) // limit] for i in range(limit)] if len(documents) > limit else documents
         everything = RecordSet.of(spread, tokenizer, max_length=self.max_length, overlong="cut",
-                                  valid_fraction=0.0)
+                                  valid_fraction=0.0, parse_special=self.config.parse_special)
         return RecordSet((), everything.train), name
 
     def _train_config(self, data: RecordSet) -> TrainConfig:
