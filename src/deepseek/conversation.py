@@ -142,6 +142,42 @@ def _json(value: Any, place: str) -> str:
         raise RequestError(f"{place}: no JSON: {error}") from None
 
 
+def tools_of(value: Any) -> list[dict[str, Any]]:
+    """The tools of a record, as OpenAI's clients write them. value: a list of them or of bare functions, or its JSON.
+
+    Raises RequestError for what is no tool."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"tools = {value!r:.60}: not JSON: {error}") from None
+    if not value:
+        return []
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise RequestError(f"tools = {value!r:.60}: must be a list of tools")
+    out = []
+    for n, tool in enumerate(value):
+        function = tool if isinstance(tool, Mapping) and tool.get("function") is None else (
+            tool["function"] if isinstance(tool, Mapping) else None)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RequestError(f"tools[{n}] = {tool!r:.60}: must be a tool, an object with function and its name")
+        beside = {} if function is tool else {key: one for key, one in tool.items() if one is not None}
+        out.append({"type": "function"} | beside | {"function": {
+            key: one for key, one in function.items() if one is not None and (function is not tool or key != "type")}})
+    return out
+
+
+def of_turns(turns: Sequence[Sequence[str]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Messages and tools of a record's turns, (role, text); the tools stand in front, as JSON of the role `tools`."""
+    tools = json.loads(turns[0][1]) if turns and turns[0][0] == "tools" else None
+    return [{"role": role, "content": text} for role, text in turns[tools is not None :]], tools
+
+
+def told(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Tools as text, for a reader that has no place for them."""
+    return "Tools:\n" + "\n".join(_json(tool.get("function", tool), "tools") for tool in tools)
+
+
 def template_variables(text: str) -> dict[str, Any]:
     """The value of the flag --chat_template_kwargs, a JSON object, for argparse."""
     try:
@@ -223,11 +259,10 @@ class Style:
             return out, None
         if self.tools:
             return out, [dict(tool) for tool in tools]
-        told = "Tools:\n" + "\n".join(_json(tool.get("function", tool), "tools") for tool in tools)
         if out and out[0]["role"] == "system":
-            out[0] = {**out[0], "content": f"{told}\n\n{out[0]['content']}"}
+            out[0] = {**out[0], "content": f"{told(tools)}\n\n{out[0]['content']}"}
         else:
-            out.insert(0, {"role": "system", "content": told})
+            out.insert(0, {"role": "system", "content": told(tools)})
         return out, None
 
     def _fit(self, message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from deepseek.data import Document, ReadReport, encode, pack, shards
+from deepseek.data import Document, ReadReport, encode, pack, read_documents, shards
 from deepseek.data.encode import Encoder
 from deepseek.domain import KEYWORDS, KeywordRules
 from deepseek.errors import DataError
@@ -147,6 +147,15 @@ def test_tables_are_cut_by_characters_too(tmp_path: Path, monkeypatch: pytest.Mo
     found = list(shards._blocks([table, table[:0]]))
     assert pl.concat(found)["text"].to_list() == texts
     assert len(found) > 2
+
+
+def test_tools_are_packed_through_the_template(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, "tools": tools}))
+    [(_, ids)] = shards.encode_documents(list(read_documents([tmp_path / "a.jsonl"], ReadReport())), tokenizer())
+    want = tokenizer().encode_chat(turns, tools=tools, add_generation_prompt=False)
+    assert ids == want != tokenizer().encode_chat(turns, add_generation_prompt=False)
 
 
 def test_a_refused_conversation_leaves_its_neighbours(tmp_path: Path) -> None:

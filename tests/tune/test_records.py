@@ -15,6 +15,7 @@ import torch
 from samples import general, records
 
 from deepseek.data import Document
+from deepseek.data.records import to_documents, to_table
 from deepseek.errors import DataError
 from deepseek.ops.loss import IGNORE
 from deepseek.tokenizer import Tokenizer
@@ -227,6 +228,58 @@ def test_odd_line_ends_in_a_stored_round(odd: str, tmp_path: Path) -> None:
     document = Document(f"one{odd}two", "here")
     assert take_round(tmp_path, iter([document]), 1, set()) == [document]
     assert take_round(tmp_path, iter([]), 1, set()) == [document]
+
+
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+
+
+def test_tools_are_shown_to_the_model_as_in_a_request(tmp_path: Path) -> None:
+    plain = Tokenizer.train(["now noon"], 261)
+    knows = Tokenizer(plain._definition, {}, "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+                      "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    turns = [{"role": "user", "content": "now?"}, {"role": "assistant", "content": "noon"}]
+    for tools in ([TOOL], json.dumps([TOOL]), [TOOL["function"]], [TOOL | {"strict": None}]):
+        record = {"messages": turns, "tools": tools}
+        [document] = read_records([record])
+        for tokenizer in (plain, knows):
+            [example] = encode(document, tokenizer, 999)
+            assert list(example.ids) == tokenizer.encode_chat(turns, tools=[TOOL], add_generation_prompt=False)
+            assert "noon" in learnt(record, tokenizer, 999) and "clock" not in learnt(record, tokenizer, 999)
+        assert knows.decode(example.ids).startswith("[clock]user:now?")
+    bare = Tokenizer(plain._definition, {}, None)
+    [example] = encode(document, bare, 999)
+    assert '"clock"' in bare.decode(example.ids) and learnt(record, bare, 999) == f"noon\n\n{EOS}"
+    [without] = read_records([{"messages": turns, "tools": None}])
+    assert without.turns == document.turns[1:] and tune_records.digest(without) != tune_records.digest(document)
+    assert take_round(tmp_path, iter([document]), 1, set()) == take_round(tmp_path, iter([]), 1, set()) == [document]
+    for odd, rule in (("clock", "not JSON"), (["clock"], r"tools\[0\] = 'clock': must be a tool"),
+                      ({"name": "clock"}, "must be a list"), ([{"function": {}}], r"tools\[0\]")):
+        with pytest.raises(DataError, match=rf"record 1: tools.*{rule}|record 1: {rule}"):
+            read_records([{"messages": turns, "tools": odd}])
+
+
+@pytest.mark.parametrize("tools", [None, [TOOL]])
+def test_of_prompt_and_completion_the_completion_is_learnt(tools: Any, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "time", "arguments": {"zone": "UTC"}}}
+    prompt = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+              {"role": "tool", "content": "12:00"}, {"role": "assistant", "content": "before\n\nAssistant: x"},
+              {"role": "user", "content": "now?"}]
+    completion = [{"role": "assistant", "content": "noon"}]
+    tokenizer = Tokenizer.train(["now noon"], 261)
+    bare = Tokenizer(tokenizer._definition, {}, None)
+    for record in ({"prompt": prompt, "completion": completion, "tools": tools},
+                   {"prompt": prompt, "completion": "noon", "tools": tools}):
+        (tmp_path / "a.jsonl").write_text(json.dumps(record))
+        [document], [same] = read_records([record]), read_records(tmp_path / "a.jsonl")
+        [again] = to_documents(to_table([document]))
+        assert document.turns == same.turns == again.turns and document.answer_at == same.answer_at == again.answer_at
+        assert document.answer_at is not None and document.text[document.answer_at :] == "Assistant: noon"
+        [example] = encode(document, tokenizer, 999)
+        assert list(example.ids) == tokenizer.encode_chat(prompt + completion, tools=tools, add_generation_prompt=False)
+        assert learnt(record, tokenizer, 999) == f"noon{EOS}" and learnt(record, bare, 999) == f"noon\n\n{EOS}"
+    assert learnt({"prompt": "now?", "completion": completion}, tokenizer) == f"noon{EOS}"
+    with pytest.raises(DataError, match="no turn of an assistant"):
+        learnt({"prompt": prompt, "completion": [{"role": "user", "content": "?"}]}, tokenizer)
 
 
 def test_control_tokens_of_a_text_count_where_they_are_asked_for() -> None:

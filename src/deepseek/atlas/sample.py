@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..conversation import of_turns
 from ..data import Document
 from ..errors import ConfigError, DataError, RequestError
 from ..files import sha256
@@ -116,9 +117,9 @@ def _encode(name: str, texts: Sequence[Document], tokenizer: Tokenizer) -> Itera
         if not _spoken(document, tokenizer):
             yield next(plain)
             continue
-        messages = [{"role": role, "content": text} for role, text in document.turns]
+        messages, tools = of_turns(document.turns)
         try:
-            ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+            ids = tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=False)
         except RequestError as error:
             raise DataError(f"{name}: {document.source}: {error}") from None
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

@@ -31,7 +31,8 @@ ENGLISH = [" the ", " of ", " and ", " to ", " is ", " in ", " a ", " you ", "Th
 
 @dataclass(frozen=True)
 class Document:
-    """One text. turns: (role, text) of a conversation, roles system, user and assistant; `text` is its plain form.
+    """One text. turns: (role, text) of a conversation, roles system, user, assistant, tool, function_call (calls as
+    JSON), and tools (a list of them as JSON, in front); `text` is its plain form.
     expert: the name of the experts that it is for. answer_at: offset where the answer begins, so that
     text[:answer_at] is what was asked, with the newline between; None where nothing was, or several things were."""
 

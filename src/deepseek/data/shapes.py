@@ -5,7 +5,9 @@ conversation under one of CONVERSATIONS, or at least one key of ASKING and one o
 joined in the order of those two tuples, a line each, which covers question/answer, problem/analysis,
 instruction/input/output, prompt/completion and their relatives. `choices`, or columns choice0, choice1, …, become
 lettered options, and an answer that is an index among them becomes its letter (MMLU). `questions` beside `table` or
-`paragraphs` (TAT-QA) is one text, asked at the end. Keys are compared without regard to case.
+`paragraphs` (TAT-QA) is one text, asked at the end. Prompt and completion may be lists of messages (TRL): one
+conversation, of which the completion is the answer. `tools` beside messages are kept. Keys are compared without regard
+to case.
 
 Beside these an object may have `expert` (a name) and `metadata` (an object); `complexity`, `language` (or `lang`) and
 `error_type` at the top level count as metadata too.
@@ -23,7 +25,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..conversation import normalize, written
+from ..conversation import normalize, of_turns, told, tools_of, written
 from ..errors import ConfigError, DataError, RequestError
 from ..files import read_yaml
 
@@ -177,7 +179,9 @@ def _recognised(keys: dict[str, Any]) -> list[Shaped]:
     if isinstance(keys.get("text"), str):  # MBPP has the task under `text` and its solution under `code`
         found = _joined([keys["text"]], [part_text(keys.get("code"))])
     elif said := [keys[key] for key in CONVERSATIONS if isinstance(keys.get(key), list)]:
-        found = conversation(said[0])
+        found = conversation(said[0], _tools(keys))
+    elif talk := _prompt_and_completion(keys):
+        found = conversation(talk[0] + talk[1], _tools(keys), len(talk[0]))
     elif isinstance(keys.get("questions"), list):  # TAT-QA, SQuAD: a table and paragraphs, then questions about them
         table = keys.get("table")
         rows = table.get("table") if isinstance(table, Mapping) else table
@@ -198,6 +202,27 @@ def _recognised(keys: dict[str, Any]) -> list[Shaped]:
     if isinstance(keys.get("metadata"), Mapping):
         metadata |= keys["metadata"]
     return [found._replace(metadata=metadata, expert=_expert(keys.get("expert")))]
+
+
+def _tools(keys: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return tools_of(keys.get("tools") or keys.get("functions"))
+    except RequestError as error:
+        raise DataError(str(error)) from None
+
+
+def _prompt_and_completion(keys: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    """The turns of both where one of them is a list of messages; a text beside it is a turn."""
+    def is_talk(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(map(is_turn, value))
+
+    asked, answered = ([keys[key] for key in names if keys.get(key)] for names in (ASKING, ANSWERING))
+    if not asked or not answered or not any(map(is_talk, asked + answered)):
+        return None
+    first, second = ([turn for part in parts
+                      for turn in (part if is_talk(part) else [{"role": role, "content": part_text(part)}])]
+                     for role, parts in (("user", asked), ("assistant", answered)))
+    return first, second
 
 
 def _lettered(keys: dict[str, Any]) -> dict[str, Any]:
@@ -245,33 +270,47 @@ def part_text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def conversation(turns: list[Any]) -> Shaped:
+def conversation(turns: list[Any], tools: list[dict[str, Any]] | None = None, asked: int | None = None) -> Shaped:
     """Turns as {role, content}, as {from, value}, or as strings that alternate between user and assistant. Content may
-    be in parts. A turn with tool calls has the role function_call and JSON as its text (`conversation.normalize`)."""
-    out: list[tuple[str, str]] = []
-    plain: list[str] = []
-    for number, turn in enumerate(turns):
-        if isinstance(turn, str):
-            role, text = ("assistant" if number % 2 else "user"), turn
-        elif is_turn(turn):
-            role = ROLES.get(str(turn.get("role", turn.get("from"))).lower(), "")
-            text = turn.get("content", turn.get("value"))
-        else:
-            raise DataError(f"turn {number + 1} has neither role and content nor from and value")
-        if not role:
-            raise DataError(f"turn {number + 1} has role {turn.get('role', turn.get('from'))!r}, "
-                            f"must be one of {', '.join(ROLES)}")
-        shown = f"{role.capitalize()}: {text}"
-        if isinstance(turn, Mapping) and (not isinstance(text, str) or role == "function_call"
-                                          or turn.get("tool_calls") or turn.get("function_call")):
-            role, text, shown = _with_calls({**turn, "role": role, "content": text}, number)
-        if not isinstance(text, str):
-            raise DataError(f"turn {number + 1} has no text")
-        out.append((role, text))
-        plain.append(shown)
-    if not any(text.strip() for _, text in out):
+    be in parts. A turn with tool calls has the role function_call and JSON as its text (`conversation.normalize`);
+    tools are a first turn of the role tools. asked: so many turns are the prompt, and what follows is its answer."""
+    said = [_turn(turn, number) for number, turn in enumerate(turns)]
+    if not any(text.strip() for _, text, _ in said):
         raise DataError("the conversation is empty")
-    return Shaped("\n\n".join(plain), tuple(out))
+    if tools:
+        said.insert(0, ("tools", json.dumps(tools, ensure_ascii=False), told(tools)))
+    plain = [shown for *_, shown in said]
+    at = None if asked is None else sum(len(shown) + 2 for shown in plain[: asked + bool(tools)])
+    return Shaped("\n\n".join(plain), tuple((role, text) for role, text, _ in said), at)
+
+
+def turns_asked(turns: Turns, answer_at: int) -> int:
+    """How many messages of a conversation come before the place in its plain form where the answer begins."""
+    messages, tools = of_turns(turns)
+    at = len(told(tools)) + 2 if tools else 0
+    for number, message in enumerate(messages):
+        if at >= answer_at:
+            return number
+        at += len(_turn(message, number)[2]) + 2
+    return len(messages)
+
+
+def _turn(turn: Any, number: int) -> tuple[str, str, str]:
+    """(role, text, plain form)."""
+    if isinstance(turn, str):
+        role, text = ("assistant" if number % 2 else "user"), turn
+    elif is_turn(turn):
+        role = ROLES.get(str(turn.get("role", turn.get("from"))).lower(), "")
+        text = turn.get("content", turn.get("value"))
+    else:
+        raise DataError(f"turn {number + 1} has neither role and content nor from and value")
+    if not role:
+        raise DataError(f"turn {number + 1} has role {turn.get('role', turn.get('from'))!r}, "
+                        f"must be one of {', '.join(ROLES)}")
+    if isinstance(turn, Mapping) and (not isinstance(text, str) or role == "function_call"
+                                      or turn.get("tool_calls") or turn.get("function_call")):
+        return _with_calls({**turn, "role": role, "content": text}, number)
+    return role, text, f"{role.capitalize()}: {text}"
 
 
 def _with_calls(turn: Mapping[str, Any], number: int) -> tuple[str, str, str]:

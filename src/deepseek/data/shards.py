@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..conversation import of_turns
 from ..errors import ConfigError, DataError, NotFoundError, RequestError
 from ..files import replace_folder, sha256, write_json
 from ..tokenizer import Tokenizer
@@ -348,9 +349,9 @@ def _encode(table: polars.DataFrame, encoder: Encoder) -> _Encoded:
     else:
         said: list[list[int] | None] = []
         for row, (turns, source, line) in enumerate(table.select("turns", "source", "line").iter_rows()):
-            messages = [{"role": role, "content": text} for role, text in json.loads(turns)] if turns else []
+            messages, tools = of_turns(json.loads(turns) if turns else [])
             try:
-                said.append(tokenizer.encode_chat(messages, add_generation_prompt=False) if turns else [])
+                said.append(tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=False) if turns else [])
             except RequestError as error:
                 said.append(None)
                 refused.append((row, source, line, str(error)))

@@ -1,6 +1,7 @@
 """Records -> padded batches that teach answers, not questions.
 
-    a conversation       through the chat template; what the assistant says is learnt, its end token included
+    a conversation       through the chat template, its tools too; what the assistant says is learnt, its end token
+                         included; of prompt and completion (TRL's lists of messages) in the completion alone
     prompt and answer    as a conversation of two turns where the tokenizer has a template, else prompt, answer, eos
     plain text           bos, text, eos; all of it is learnt; a long one is cut into windows
 
@@ -20,7 +21,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..conversation import Style, normalize
+from ..conversation import Style, normalize, of_turns
 from ..data import Document, ReadReport, read_documents
-from ..data.shapes import shape
+from ..data.shapes import shape, turns_asked
 from ..data.shards import Batch, held_out_place
 from ..errors import DataError, RequestError
 from ..files import write_atomically
@@ -124,6 +125,7 @@ def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_spec
         if not tokenizer.has_chat_template:
             return [_joined([(prompt, False), (answer, True)], tokenizer)]
         turns = (("user", prompt.removesuffix("\n")), ("assistant", answer))
+        document = replace(document, answer_at=None)
     if not turns:
         if not parse_special:
             tokenizer.warn_of_control(document.text, place(document))
@@ -133,15 +135,18 @@ def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_spec
         starts = range(0, max(len(ids) - 1, 1), max_length)
         return [Example(tuple(piece), ((1, len(piece)),)) for start in starts
                 if len(piece := ids[start : start + max_length + 1]) > 1]
-    if not any(role in SPEAKING and said.strip() for role, said in turns):
+    messages, tools = of_turns(turns)
+    asked = 0 if document.answer_at is None else turns_asked(turns, document.answer_at)
+    if not any(message["role"] in SPEAKING and message["content"].strip() for message in messages[asked:]):
         raise DataError(f"{place(document)}: the record has no output to learn (no turn of an assistant)")
     if not tokenizer.has_chat_template:
-        messages, _ = Style().fit(normalize([{"role": role, "content": said} for role, said in turns]), None)
-        parts = [part for message in messages
+        fitted, _ = Style().fit(normalize(messages), tools)
+        asked += len(fitted) - len(messages)  # tools may stand in front
+        parts = [part for n, message in enumerate(fitted)
                  for part in ((f"{message['role'].capitalize()}: ", False),
-                              (f"{message['content']}\n\n", message["role"] == "assistant"))]
+                              (f"{message['content']}\n\n", n >= asked and message["role"] == "assistant"))]
         return [_joined(parts, tokenizer)]
-    return [_spoken(document, turns, tokenizer)]
+    return [_spoken(document, messages, tools, asked, tokenizer)]
 
 
 def place(document: Document) -> str:
@@ -166,16 +171,17 @@ def _joined(parts: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Example:
     return Example(tuple(ids), tuple(spans))
 
 
-def _spoken(document: Document, turns: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> Example:
-    messages = [{"role": role, "content": said} for role, said in turns]
+def _spoken(document: Document, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None,
+            asked: int, tokenizer: Tokenizer) -> Example:
+    """asked: so many messages are the prompt, of which nothing is learnt."""
     try:
-        ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+        ids = tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=False)
         spans = []
-        for n, (role, _) in enumerate(turns):
-            if role not in SPEAKING:
+        for n, message in enumerate(messages):
+            if n < asked or message["role"] not in SPEAKING:
                 continue
-            before = tokenizer.encode_chat(messages[:n], add_generation_prompt=True)
-            through = tokenizer.encode_chat(messages[: n + 1], add_generation_prompt=False)
+            before = tokenizer.encode_chat(messages[:n], tools=tools, add_generation_prompt=True)
+            through = tokenizer.encode_chat(messages[: n + 1], tools=tools, add_generation_prompt=False)
             # a prompt for generation may open what a record writes otherwise (DeepSeek-R1's begins to think)
             start = next((i for i, (a, b) in enumerate(zip(before, through, strict=False)) if a != b),
                          min(len(before), len(through)))
