@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -279,7 +280,9 @@ def test_mtp_announced_but_absent_is_left_out(saved: Path) -> None:
 @pytest.mark.parametrize(("index", "message"), [
     ('{"weight_map": {"a": "../other/model.safetensors"}}', "'../other/model.safetensors' leads out of the folder"),
     ('{"weight_map": {"a": "/etc/x.safetensors"}}', "leads out of the folder"),
-    ('{"weight_map": {"a": ".."}}', "missing"),
+    ('{"weight_map": {"a": ".."}}', "leads out of the folder"),
+    ('{"weight_map": {"a": "model.safetensors/../../x"}}', "leads out of the folder"),
+    ('{"weight_map": {"a": "sub/x.safetensors"}}', "leads out of the folder"),
     ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors: the file is missing"),
     ('{"weight_map": {"a": "model.safetensors"}}', "the index names 1 tensors that its files do not hold, first a"),
     ("{", "not a weight index"),
@@ -294,6 +297,17 @@ def test_an_index_that_cannot_be_followed(saved: Path, index: str, message: str)
     with pytest.raises(CheckpointError) as caught:
         load_model(saved)
     assert message in str(caught.value) and str(saved) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../secret", "sub/../../secret", "/etc/passwd", "a\0b"])
+def test_a_manifest_that_leads_out(saved: Path, name: str) -> None:
+    (saved.parent / "secret").touch()
+    entries = json.loads((saved / MANIFEST).read_text())
+    entries["files"][name] = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    (saved / MANIFEST).write_text(json.dumps(entries))
+    with pytest.raises(CheckpointError) as caught:
+        load_model(saved)
+    assert str(caught.value) == f"{saved / MANIFEST}: {name!r} leads out of the folder"
 
 
 def test_weights_quantised_by_other_tools_are_refused(saved: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepseek import cli
+from deepseek.config import ModelConfig
 from deepseek.errors import ConfigError
+from deepseek.files import locked, take_lock
 
 
 class LibraryError(Exception):
@@ -43,6 +47,31 @@ def test_a_failure_is_one_line(
     monkeypatch.setenv("DEEPSEEK_DEBUG", "1")
     with pytest.raises(type(error)):
         cli.main(["info", "mini"])
+
+
+@pytest.mark.parametrize("words", [
+    ["data", "tokenizer", "DATA", "--out", "OUT"],
+    ["data", "validate", "DATA", "--out", "OUT"],
+    ["train", "mini", "DATA", "--out", "OUT"],
+    ["quantize", "MODEL", "OUT"],
+    ["quantize", "MODEL", "OUT", "--format", "bf16"],
+    ["atlas", "profile", "MODEL", "--data", "a=DATA", "b=DATA", "--out", "OUT"],
+    ["infer", "--model", "MODEL", "--input", "DATA", "--output", "OUT"],
+], ids=lambda words: " ".join(word for word in words[:2] if word.islower()))
+def test_what_another_process_writes_is_left_alone(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text('{"text": "a"}\n' * 3)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(ModelConfig.preset("mini").to_dict()))
+    names = {"DATA": str(data), "OUT": str(out), "MODEL": str(tmp_path / "model"), "a=DATA": f"a={data}",
+             "b=DATA": f"b={data}"}
+    with locked(out), ExitStack() as stack:
+        if words[0] == "infer":  # goes on with what is in the file, and locks the file itself
+            take_lock(stack.enter_context(out.open("ab")), out)
+        assert cli.main([names.get(word, word) for word in words]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"deepseek: {out}: another process is writing it"
 
 
 @pytest.mark.parametrize(("text", "said"), [

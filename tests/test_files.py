@@ -197,7 +197,49 @@ def test_a_lock_is_for_one_at_a_time_and_leaves_nothing(tmp_path: Path) -> None:
             pass
     with pytest.raises(InjectedError), locked(path):
         raise InjectedError
-    assert names(path.parent) == [] and names(tmp_path) == ["new"]
+    assert names(tmp_path) == []
+    with locked(path):
+        write_atomically(path, "kept")
+    assert names(tmp_path / "new") == ["out"]
+
+
+def test_a_lock_writes_nothing_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "notes")
+    with locked(tmp_path / "out"):
+        pass
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_folder_whose_parent_cannot_be_written_is_locked_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    (tmp_path / "mount").mkdir()
+    with locked(tmp_path / "mount"):
+        assert names(tmp_path) == ["mount"]
+        with pytest.raises(ConfigError, match="another process is writing it"), locked(tmp_path / "mount"):
+            pass
+    with locked(tmp_path / "mount"), locked("/"):  # which has no name beside which to lie
+        pass
+
+
+def test_a_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
+    child = textwrap.dedent(f"""
+        import sys
+        from deepseek.files import locked
+        with locked({str(tmp_path / 'out')!r}):
+            print("mine", flush=True)
+            sys.stdin.read()
+        """)
+    with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"mine\n"
+        with pytest.raises(ConfigError, match="out: another process is writing it"), locked(tmp_path / "out"):
+            pass
+        process.kill()
+    with locked(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
 
 
 def test_aliases_and_merges_that_configurations_use(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from .watch.terminal import add_watch_flags
 from .watch.terminal import watch as watch_server
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .config import ModelConfig
     from .tokenizer import Tokenizer
 
@@ -98,16 +100,25 @@ def info(args: argparse.Namespace) -> None:
 
 def data_tokenizer(args: argparse.Namespace) -> None:
     from .data import ReadReport, read_documents
+    from .files import locked
     from .tokenizer import Tokenizer
 
     report = ReadReport()
-    tokenizer = Tokenizer.train((document.text for document in read_documents(args.data, report)), args.vocab_size)
-    tokenizer.save(args.out)
+    with locked(args.out):
+        tokenizer = Tokenizer.train((document.text for document in read_documents(args.data, report)), args.vocab_size)
+        tokenizer.save(args.out)
     print(report.summary())
     print(f"{tokenizer.vocab_size:,} tokens written to {args.out}")
 
 
 def train(args: argparse.Namespace) -> None:
+    from .files import locked
+
+    with locked(args.out):  # from the tokenizer on; the trainer locks its folder in its turn
+        _train(args)
+
+
+def _train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     import torch
@@ -194,13 +205,10 @@ def quantize(args: argparse.Namespace) -> None:
 def atlas_profile(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from .atlas import Atlas, profile
-    from .atlas.atlas import FILE, Shape
-    from .atlas.show import table
-    from .checkpoint import load_model, resolve
-    from .config import ModelConfig
-    from .data import ReadReport, list_files, read_documents
-    from .tokenizer import Tokenizer
+    from .atlas.atlas import FILE
+    from .checkpoint import resolve
+    from .data import list_files
+    from .files import locked
 
     _machine(args)
     named = _named_paths(args.data, "data")
@@ -211,6 +219,19 @@ def atlas_profile(args: argparse.Namespace) -> None:
     folder = resolve(args.model)
     out = Path(args.out).expanduser() if args.out else folder / FILE
     out = out / FILE if out.is_dir() else out
+    with locked(out):
+        _profile(args, named, folder, out)
+
+
+def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path, out: Path) -> None:
+    from .atlas import Atlas, profile
+    from .atlas.atlas import Shape
+    from .atlas.show import table
+    from .checkpoint import load_model
+    from .config import ModelConfig
+    from .data import ReadReport, read_documents
+    from .tokenizer import Tokenizer
+
     known = Atlas.load(out) if out.is_file() else None
     if known is not None:
         if known.shape != (shape := Shape.of(ModelConfig.from_file(folder))):
@@ -256,8 +277,6 @@ def atlas_show(args: argparse.Namespace) -> None:
 
 
 def atlas_compare(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from .atlas import Atlas
     from .atlas.atlas import FILE, Shape
     from .atlas.compare import Trace, compare, trace

@@ -53,7 +53,7 @@ from .checkpoint import (
 )
 from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
-from .files import replace_folder, sha256, write_json
+from .files import locked, replace_folder, sha256, write_json
 from .model import CausalLM
 from .ops import panels
 from .progress import ProgressBar
@@ -142,16 +142,18 @@ def quantize(
 
     keep: patterns (fnmatch) of weight names that stay as they are; one weight keeps its whole MLP, or all the routed
     experts of its layer. resume: go on with what an interrupted call has left in `out`.partial.
-    Raises CheckpointError, ConfigError or NotFoundError; `out` appears whole or not at all.
+    Raises CheckpointError, ConfigError or NotFoundError; `out` appears whole or not at all. Another process that writes
+    `out` is an error, and so is a text beside the weights that is a link out of the checkpoint.
     """
     recipe = Recipe(format, tuple(keep))
-    out = _free(out, source, overwrite)
-    config, before, files = open_checkpoint(source)
-    if before is not None:
-        raise ConfigError(f"{files.folder}: is quantised already ({before.format}): convert it back first "
-                          "(`deepseek quantize IN OUT --format bf16`)")
-    return quantize_tensors(config, files, out, recipe, resume=resume, progress=progress, shard_bytes=shard_bytes,
-                            note_source=True)
+    with locked(out):
+        out = _free(out, source, overwrite)
+        config, before, files = open_checkpoint(source)
+        if before is not None:
+            raise ConfigError(f"{files.folder}: is quantised already ({before.format}): convert it back first "
+                              "(`deepseek quantize IN OUT --format bf16`)")
+        return quantize_tensors(config, files, out, recipe, resume=resume, progress=progress, shard_bytes=shard_bytes,
+                                note_source=True)
 
 
 def quantize_tensors(
@@ -184,15 +186,16 @@ def dequantize(
     """
     if dtype not in _PLAIN:
         raise ConfigError(f"dtype = {dtype!r}: must be one of {', '.join(_PLAIN)}")
-    out = _free(out, source, overwrite)
-    config, recipe, files = open_checkpoint(source)
-    if recipe is not None:
-        load_model(files.folder)  # maps, and checks every tensor
-    plan, mtp = _plan_plain(config, recipe, files, _PLAIN[dtype])
-    writer = _Writer(out, {"dtype": dtype, "shard_bytes": shard_bytes}, files, resume)
-    writer.write(_divide(plan, shard_bytes) | ({"mtp.safetensors": mtp} if mtp else {}), {}, progress)
-    keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
-    writer.publish(keys | {"torch_dtype": dtype})
+    with locked(out):
+        out = _free(out, source, overwrite)
+        config, recipe, files = open_checkpoint(source)
+        if recipe is not None:
+            load_model(files.folder)  # maps, and checks every tensor
+        plan, mtp = _plan_plain(config, recipe, files, _PLAIN[dtype])
+        writer = _Writer(out, {"dtype": dtype, "shard_bytes": shard_bytes}, files, resume)
+        writer.write(_divide(plan, shard_bytes) | ({"mtp.safetensors": mtp} if mtp else {}), {}, progress)
+        keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
+        writer.publish(keys | {"torch_dtype": dtype})
     return out
 
 
@@ -419,7 +422,8 @@ class _Writer:
     """The staging folder `OUT.partial` and its journal; left in place by whatever interrupts the work."""
 
     def __init__(self, out: Path, key: dict[str, Any], files: TensorFiles, resume: bool) -> None:
-        self.out, self.source = out.resolve(), files.folder
+        self.out = out.resolve()
+        self.texts = _texts(files.folder)  # refused before the weights are converted
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         sources = [files.folder / "config.json", *sorted(files.folder.glob("*.safetensors"))]
         self.key = key | {"source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}}
@@ -474,11 +478,8 @@ class _Writer:
     def publish(self, config: dict[str, Any]) -> None:
         """config.json, the source's small files and the manifest; then the folder becomes OUT."""
         write_json(self.folder / "config.json", config)
-        ours = {"config.json", INDEX, MANIFEST, REPORT, EXPERT_USE}
-        for file in self.source.iterdir():
-            small = file.suffix in (".json", ".jinja", ".txt", ".model", ".md") or file.name.startswith("LICENSE")
-            if small and file.is_file() and file.name not in ours:
-                shutil.copyfile(file, self.folder / file.name)
+        for file in self.texts:
+            shutil.copyfile(file, self.folder / file.name)
         (self.folder / JOURNAL).unlink()
         entries = {path.name: self.done.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
                    for path in sorted(self.folder.iterdir())}
@@ -487,6 +488,23 @@ class _Writer:
             for path in list(self.folder.iterdir()):
                 path.rename(staging / path.name)
         self.folder.rmdir()
+
+
+def _texts(folder: Path) -> list[Path]:
+    """The small files that go along with the weights. Raises CheckpointError for a link that leads out of the folder;
+    those of the hub's cache lead to its own blobs."""
+    ours = {"config.json", INDEX, MANIFEST, REPORT, EXPERT_USE}
+    home = folder.resolve()
+    homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    found = []
+    for file in sorted(folder.iterdir()):
+        small = file.suffix in (".json", ".jinja", ".txt", ".model", ".md") or file.name.startswith("LICENSE")
+        if small and file.is_file() and file.name not in ours:
+            if not any((target := file.resolve()).is_relative_to(allowed) for allowed in homes):
+                raise CheckpointError(f"{file}: leads out of the checkpoint, to {target}: put a copy in its place, or "
+                                      "remove it")
+            found.append(file)
+    return found
 
 
 def _write_file(path: Path, parts: list[_Part], progress: Callable[[int], object]) -> dict[str, Any]:

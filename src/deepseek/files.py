@@ -72,7 +72,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def take_lock(file: IO[Any], path: str | Path) -> None:
+def take_lock(file: IO[Any] | int, path: str | Path) -> None:
     """Lock an open file until it is closed or the process ends. Raises ConfigError where another has it: `path` is what
     the message names."""
     try:
@@ -84,12 +84,22 @@ def take_lock(file: IO[Any], path: str | Path) -> None:
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """Let one process at a time write the file or folder `path`, by a lock on a hidden file beside it, which is removed
-    afterwards. Raises ConfigError where another process (or thread) is writing it."""
+    afterwards, and with it the parents made for it that are still empty. A folder whose parent cannot be written (a
+    mount of a container) is locked itself. Raises ConfigError where another process (or thread) is writing it."""
     path = Path(path).resolve()
+    beside = path.parent / f".{path.name}.lock"
+    if path.is_dir() and not os.access(path.parent, os.W_OK):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            take_lock(folder, path)
+            yield
+        finally:
+            os.close(folder)
+        return
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.lock")
     while True:
-        with beside.open("w") as file:
+        with beside.open("a") as file:
             take_lock(file, path)
             if not is_file_at(file, beside):  # its last holder has removed it in between
                 continue
@@ -97,6 +107,9 @@ def locked(path: str | Path) -> Iterator[None]:
                 yield
             finally:
                 beside.unlink(missing_ok=True)
+                for parent in made:
+                    with contextlib.suppress(OSError):  # in use
+                        parent.rmdir()
             return
 
 
@@ -104,7 +117,7 @@ def is_file_at(file: IO[Any], path: Path) -> bool:
     """Whether `path` still leads to this open file: it has been neither deleted nor replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deepseek import convert
 from deepseek.checkpoint import MANIFEST, TORCH_DTYPES, load_model, save_model
 from deepseek.convert import _Part, _write_file, dequantize
 from deepseek.errors import CheckpointError, ConfigError
+from deepseek.files import locked
 
 
 def test_what_cannot_be_converted(source: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +48,51 @@ def test_what_cannot_be_converted(source: Callable, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     quiet(folder, "int8", overwrite=True)
     assert contents(out) != before
+
+
+def test_another_process_writes_the_same_folder(source: Callable) -> None:
+    folder = source()
+    out = folder.parent / "new" / "x"
+    for work in (lambda: convert.quantize(folder, out, "nf4"), lambda: dequantize(folder, out)):
+        with locked(out), pytest.raises(ConfigError, match="x: another process is writing it"):
+            work()
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tokenizer.json", "chat_template.jinja", "LICENSE"])
+def test_a_text_that_is_a_link_out_of_the_checkpoint(source: Callable, name: str) -> None:
+    folder = source()
+    secret = folder.parent / "secret"
+    secret.write_text("key")
+    (folder / name).symlink_to(secret)
+    for work in (lambda: quiet(folder, name="x"), lambda: dequantize(folder, folder.parent / "x", progress=False)):
+        with pytest.raises(CheckpointError, match=f"{name}: leads out of the checkpoint, to {secret}"):
+            work()
+    assert not list(folder.parent.glob("*x*"))
+    (folder / name).unlink()
+    (folder / "inside.md").write_text("ours")
+    (folder / name).symlink_to("inside.md")
+    out, _ = quiet(folder, name="x")
+    assert (out / name).read_text() == "ours" and not (out / name).is_symlink()
+
+
+def test_links_of_the_hub_cache_are_followed(source: Callable) -> None:
+    folder = source()
+    (folder / "README.md").write_text("card")
+    cache = folder.parent / "models--owner--name"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        file.rename(blobs / f"b-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/b-{file.name}")
+    quantise = partial(convert.quantize, snapshot, folder.parent / "x", "int8", progress=False)
+    quantise()
+    assert (folder.parent / "x" / "README.md").read_text() == "card"
+    (snapshot / "notes.txt").symlink_to("../../other")
+    (cache / "other").write_text("")
+    with pytest.raises(CheckpointError, match=r"notes\.txt: leads out of the checkpoint"):
+        quantise(overwrite=True)
 
 
 def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:

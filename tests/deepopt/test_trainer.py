@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -144,9 +145,20 @@ def test_other_settings_in_the_same_folder_are_refused(data: TokenShards, tmp_pa
 
 def test_two_trainers_in_one_folder_are_refused(data: TokenShards, tmp_path: Path) -> None:
     first = Trainer(new_model(), data, SETTINGS, tmp_path)
-    with pytest.raises(ConfigError, match="another process is training"):
+    with pytest.raises(ConfigError, match="another process is writing it"):
         Trainer(new_model(), data, SETTINGS, tmp_path)
     assert first.step == 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_folder_deleted_during_the_run(data: TokenShards, tmp_path: Path, whole: bool) -> None:
+    out, log = tmp_path / "out", tmp_path / "out" / "log.jsonl"
+
+    def delete(record: dict) -> None:
+        shutil.rmtree(out) if whole else log.unlink()
+
+    with pytest.raises(ConfigError, match=r"log\.jsonl: was deleted or replaced during the run"):
+        Trainer(new_model(), data, replace(SETTINGS, steps=3), out).run(delete)
 
 
 def test_altered_checkpoint_is_refused_by_name(data: TokenShards, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.jobs import KNOWN, OF_MESSAGES, OF_PROMPT, run_file
-from deepseek.errors import DataError, RequestError
+from deepseek.engine.jobs import KNOWN, OF_MESSAGES, OF_PROMPT, check_files, run_file
+from deepseek.errors import ConfigError, DataError, RequestError
+from deepseek.files import take_lock
 from deepseek.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0)
@@ -89,7 +90,33 @@ def test_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
             run_file(llm, place, target, GREEDY)
     with pytest.raises(RequestError, match="json_schema"):
         run_file(llm, source, tmp_path / "new.jsonl", SamplingParams(json_schema='{"type": "nonsense"}'))
-    assert not (tmp_path / "new.jsonl").read_bytes()
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_one_process_at_a_time_writes_the_output(llm: LLM, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "fox"}\n')
+    with out.open("ab") as held:
+        take_lock(held, out)
+        for work in (partial(check_files, source, out), partial(run_file, llm, source, out, GREEDY)):
+            with pytest.raises(ConfigError, match=r"out\.jsonl: another process is writing it"):
+                work()
+    assert not out.read_bytes() and run_file(llm, source, out, GREEDY) == (1, 0)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_output_deleted_during_the_run(llm: LLM, tmp_path: Path, replaced: bool) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "fox"}\n' * 3)
+
+    def delete(done: int, _: int) -> None:
+        out.unlink()
+        if replaced:
+            out.write_text("")
+
+    with pytest.raises(DataError, match=r"out\.jsonl: was deleted or replaced while answers were written to it"):
+        run_file(llm, source, out, GREEDY, delete)
+    assert run_file(llm, source, out, GREEDY) == (3, 0) and len(lines(out)) == 3
 
 
 def test_null_is_not_given(llm: LLM, tmp_path: Path) -> None:

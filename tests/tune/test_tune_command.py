@@ -12,6 +12,7 @@ from samples import general, records
 
 from deepseek import MoEFineTuner
 from deepseek.cli import main
+from deepseek.files import locked
 from deepseek.tune.settings import TuneConfig
 
 
@@ -132,6 +133,19 @@ def test_bad_input_is_one_line(
     assert main(["tune", *words, "--out", str(tmp_path / "out")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("deepseek: ")]
     assert message in line
+
+
+def test_what_another_process_writes_is_left_alone(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(base()), tmp_path / "new" / "out"
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with locked(out):
+        for data in (files[0], "-"):
+            assert main(["tune", model, data, "--out", str(out)]) == 2
+            assert f"deepseek: {out}: another process is writing it\n" in capsys.readouterr().err
+    assert not out.parent.exists()
 
 
 def test_every_setting_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import sha256, write_json
+from ..files import leads_out, sha256, write_json
 from ..quant import fp8
 from .names import INDEX, weight_map_of
 
@@ -67,7 +67,7 @@ class TensorFiles:
         if (self.folder / "mtp.safetensors").is_file():
             names.append("mtp.safetensors")
         for name in names:
-            if Path(name).name != name:
+            if Path(name).name != name or leads_out(name):
                 raise CheckpointError(f"{index}: {name!r} leads out of the folder")
             if not (self.folder / name).is_file():
                 raise CheckpointError(f"{self.folder / name}: the file is missing")
@@ -165,6 +165,8 @@ def check_manifest(folder: Path, *, weights: bool = True) -> None:
         expected = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest}: not a manifest: {error}") from None
+    if outside := [name for name in entries if leads_out(name)]:
+        raise CheckpointError(f"{manifest}: {outside[0]!r} leads out of the folder")
     for file, size_then, digest in expected:
         if not file.is_file():
             raise CheckpointError(f"{file}: the file is missing")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..config import PRESETS, ModelConfig
 from ..errors import CheckpointError, NotFoundError
+from ..files import leads_out
 from ..model import CausalLM
 from ..ops import panels
 from ..quant.linear import Place, Recipe, places
@@ -76,6 +77,8 @@ def weight_map_of(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError("a file name is not a string")
+        if outside := [file for file in weight_map.values() if leads_out(file)]:
+            raise ValueError(f"{outside[0]!r} leads out of the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a weight index: {error}") from None
     return weight_map

@@ -3,7 +3,6 @@ twice."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import DataError
-from ..files import replace_folder, write_json
+from ..files import locked, replace_folder, write_json
 from .records import record_files
 
 FORMAT = 1
@@ -39,7 +38,7 @@ class Done:
 def run_step(name: str, out: str | Path, given: list[Any], work: Callable[[Path], dict[str, Any]]) -> Done:
     """Let `work` fill an empty folder that then takes the place of `out`, unless `out` was made of the same `given`.
 
-    What an earlier run left when it was killed is removed. Raises DataError where another process is at it.
+    What an earlier run left when it was killed is removed. Raises ConfigError where another process is at it.
     """
     out = Path(out)
     fingerprint = hashlib.sha256(json.dumps([FORMAT, name, given], default=str).encode()).hexdigest()
@@ -47,12 +46,7 @@ def run_step(name: str, out: str | Path, given: list[Any], work: Callable[[Path]
         return Done(out, False, known["seconds"], known["counts"])
     if out.exists() and not known and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is not empty and not the result of a step; it is left alone")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{out}: another process is writing it") from None
+    with locked(out):
         for stale in out.parent.iterdir():
             if re.fullmatch(rf"\.{{1,2}}{re.escape(out.name)}(\.[0-9a-f]{{8}}){{1,2}}", stale.name) and stale.is_dir():
                 shutil.rmtree(stale)

@@ -15,7 +15,6 @@ is the CPU's and, where the model is on a GPU, that GPU's.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
@@ -33,7 +32,7 @@ from ..atlas import Atlas, RoutingAccuracy
 from ..checkpoint import load_model, save_model
 from ..data.shards import Batch
 from ..errors import CheckpointError, ConfigError
-from ..files import write_atomically, write_json
+from ..files import is_file_at, take_lock, write_atomically, write_json
 from ..model import CausalLM, RoutingRecord, max_violation
 from ..ops import fast_bf16
 from ..ops.loss import IGNORE
@@ -247,10 +246,7 @@ class Trainer:
     def _claim_folder(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = (self.out / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
-        except BlockingIOError:
-            raise ConfigError(f"{self.out}: another process is training in this folder") from None
+        take_lock(self._lock, self.out)
         for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")):  # of a killed write
             shutil.rmtree(leftover)
         settings = self._settings()
@@ -340,7 +336,7 @@ class RunLog:
     """log.jsonl: one line a record, flushed at once; TensorBoard events beside it if asked."""
 
     def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
-        path = out / "log.jsonl"
+        self._path = path = out / "log.jsonl"
         write_atomically(path, "".join(line for record, line in read_log(path) if record["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
         self._board: Any = None
@@ -355,6 +351,9 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if not is_file_at(self._file, self._path):
+            raise ConfigError(f"{self._path}: was deleted or replaced during the run; the same command goes on from "
+                              "what is left")
         if self._board is not None:
             for key, value in record.items():
                 if key != "step":

@@ -16,13 +16,15 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from ..atlas.usage import ExpertUsage
 from ..errors import DataError, RequestError
+from ..files import is_file_at, take_lock
 from .llm import LLM, outcome
 from .request import Request, RequestOutput
 from .sampler import SamplingParams
@@ -45,12 +47,11 @@ def run_file(
     Raises what `check_files` raises, RequestError for params that no line could have; and what goes wrong with the
     model or its files on the way, which is no line's fault: the same call then goes on.
     """
-    total, done = check_files(source, target)
     llm.requests([0], params)
     written = errors = 0
     flight: deque[tuple[dict[str, Any], list[Request] | str]] = deque()
-    lines = islice(_lines(source), done, None)
-    with target.open("a", encoding="utf-8") as out:
+    with _opened(source, target) as (out, total, done):
+        lines = islice(_lines(source), done, None)
         while True:
             while len(flight) < AHEAD * llm.engine.options.batch_size and (line := next(lines, None)) is not None:
                 flight.append(_begin(llm, *line, params, usage, parse_special))
@@ -66,6 +67,9 @@ def run_file(
                 group = str(failed[0])  # what this line asks for came to a limit on the way
             answer = {"error": group} if isinstance(group, str) else _answer(outcome(group))
             _write(out, name | answer)
+            if not is_file_at(out, target):
+                raise DataError(f"{target}: was deleted or replaced while answers were written to it, and they are "
+                                "lost: the same command answers from what is there now")
             written, errors = written + 1, errors + isinstance(group, str)
             if progress is not None:
                 progress(done + written, total)
@@ -74,16 +78,31 @@ def run_file(
 def check_files(source: Path, target: Path) -> tuple[int, int]:
     """(lines of the input, those of them that the output answers). A torn last line of the output is cut off.
 
-    Raises DataError where the input cannot be read, the output cannot be written or belongs to another input.
+    Raises DataError where the input cannot be read, the output cannot be written or belongs to another input, and
+    ConfigError where another process is writing the output.
     """
-    try:
-        if not source.is_file():
-            raise DataError(f"{source}: must be a file: it is read twice")
-        total = sum(1 for _ in _lines(source))
-        target.touch()
-        answers = _finished(target)
-    except OSError as error:
-        raise DataError(f"{error.filename or target}: {error.strerror}") from None
+    with _opened(source, target) as (_, total, done):
+        return total, done
+
+
+@contextmanager
+def _opened(source: Path, target: Path) -> Iterator[tuple[IO[bytes], int, int]]:
+    """The output, locked for this process, and what `check_files` returns."""
+    with ExitStack() as stack:
+        try:
+            if not source.is_file():
+                raise DataError(f"{source}: must be a file: it is read twice")
+            total = sum(1 for _ in _lines(source))
+            out = stack.enter_context(target.open("a+b"))
+            take_lock(out, target)
+            answers = _finished(out, target)
+        except OSError as error:
+            raise DataError(f"{error.filename or target}: {error.strerror}") from None
+        _compare(source, target, total, answers)
+        yield out, total, len(answers)
+
+
+def _compare(source: Path, target: Path, total: int, answers: list[dict[str, Any]]) -> None:
     if len(answers) > total:
         raise DataError(f"{target}: has {len(answers)} answers for the {total} lines of {source}: it belongs to "
                         "another input")
@@ -91,7 +110,6 @@ def check_files(source: Path, target: Path) -> tuple[int, int]:
         if (asked := _name(number, line)[0]) != answer:
             raise DataError(f"{target}: has the answer to {answer} where {source} asks {asked}: it belongs to another "
                             "input")
-    return total, len(answers)
 
 
 def _name(number: int, line: bytes) -> tuple[dict[str, Any], dict[str, Any] | str]:
@@ -173,25 +191,24 @@ def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _finished(target: Path) -> list[dict[str, Any]]:
+def _finished(file: IO[bytes], target: Path) -> list[dict[str, Any]]:
     """The names of the output's whole lines; a torn end is cut off."""
     names: list[dict[str, Any]] = []
-    with target.open("r+b") as file:
-        end = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                keys = json.loads(line)
-                names.append({"id": keys["id"]} if "id" in keys else {"line": keys["line"]})
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f"{target}: line {len(names) + 1} is no answer: it is another file") from None
-            end += len(line)
-        file.truncate(end)
+    end = file.seek(0)
+    for line in file:
+        if not line.endswith(b"\n"):
+            break
+        try:
+            keys = json.loads(line)
+            names.append({"id": keys["id"]} if "id" in keys else {"line": keys["line"]})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(f"{target}: line {len(names) + 1} is no answer: it is another file") from None
+        end += len(line)
+    file.truncate(end)
     return names
 
 
-def _write(out: TextIO, answer: Mapping[str, Any]) -> None:
-    out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+def _write(out: IO[bytes], answer: Mapping[str, Any]) -> None:
+    out.write((json.dumps(answer, ensure_ascii=False) + "\n").encode())
     out.flush()
     os.fsync(out.fileno())

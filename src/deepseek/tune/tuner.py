@@ -31,7 +31,7 @@ from ..data import Document, ReadReport, read_documents
 from ..deepopt.settings import TrainConfig
 from ..deepopt.trainer import held_out_loss, refuse_other_run, trained
 from ..errors import ConfigError, DataError, RequestError
-from ..files import write_json
+from ..files import locked, write_json
 from ..tokenizer import Tokenizer
 from .examples import Example
 from .loop import Tuning
@@ -124,6 +124,10 @@ class MoEFineTuner:
         read, for an empty data set, a record without output or an over-long one, and ConfigError when `out` holds a run
         with other settings, or one of `out` and the data lies inside the other.
         """
+        with locked(self.out):
+            return self._fit(dataset, epochs, steps)
+
+    def _fit(self, dataset: Any, epochs: float | None, steps: int | None) -> TuneReport:
         began = time.perf_counter()
         config = self._updated(epochs=epochs, steps=steps)
         self._check_apart(dataset)
@@ -152,6 +156,11 @@ class MoEFineTuner:
         every round's held-out records after every round, backward transfer and forgetting; "before" is the loss on a
         round's records when they arrived.
         """
+        with locked(self.out):
+            return self._fit_stream(stream, records_a_round, rounds, epochs)
+
+    def _fit_stream(self, stream: Iterable[Any], records_a_round: int, rounds: int | None,
+                    epochs: float | None) -> TuneReport:
         began = time.perf_counter()
         if records_a_round < 4:
             raise ConfigError(f"records_a_round = {records_a_round}: must be at least 4")
