@@ -164,6 +164,33 @@ def test_a_client_that_does_not_read_is_ended() -> None:
     assert not thread.is_alive()
 
 
+def test_half_a_request_is_not_waited_for_at_the_end(tiny_llm: Callable[..., Any]) -> None:
+    server = Running(tiny_llm(), ServeOptions("tiny"), Limits(shutdown=1))
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as half, socket.create_connection(
+            (host, int(port)), timeout=30) as idle:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
+        idle.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert b"200 OK" in idle.recv(1 << 16)
+        server.stop()
+        assert b"shutting_down" in half.recv(1 << 16)
+
+
+@pytest.mark.parametrize("length", [b"x", b"-1", b"", b"\xb2", b"9" * 5000])
+def test_lengths_that_are_none(length: bytes) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def nobody(*_: Any) -> None:
+        pytest.fail("let through")
+
+    asyncio.run(Guard(nobody, ["key"], 100, lambda _: None)(
+        {"type": "http", "method": "POST", "path": "/health", "headers": [(b"content-length", length)]}, nobody, send))
+    assert sent[0]["status"] == 400
+
+
 def test_streams_that_do_not_end_in_time_end_with_an_error(tiny_llm: Callable[..., Any]) -> None:
     server = Running(tiny_llm(), ServeOptions("tiny"), Limits(shutdown=1.0))
     lines: list[str] = []

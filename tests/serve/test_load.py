@@ -39,6 +39,12 @@ def test_what_cannot_fit_is_refused(running: Running, path: str, body: dict[str,
     assert refused.status_code == 400 and refused.json()["error"]["message"], refused.text
 
 
+def test_a_long_text_is_not_tokenized(running: Running) -> None:
+    refused = post(running, "/tokenize", {"prompt": "the quick brown fox " * 40_000})
+    assert refused.status_code == 400 and "must leave room" in refused.json()["error"]["message"]
+    assert post(running, "/tokenize", {"prompt": ""}).json()["count"] == 1
+
+
 def test_a_long_text_is_not_encoded_whole(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = running.llm.tokenizer
     assert tokenizer is not None
@@ -59,8 +65,9 @@ def test_bytes_under_way_are_bounded(tiny_llm: Callable[..., Any]) -> None:
             own.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10000\r\n\r\n{")
             waiting.append(own)
         body = {"model": "tiny", "prompt": "fox", "max_tokens": 2}
+        until = time.monotonic() + 60  # all of them arrive before
         while (answer := httpx.post(f"{server.url}/v1/completions", json=body)).status_code == 200:
-            pass  # until all of them have arrived
+            assert time.monotonic() < until
         assert answer.status_code == 429 and answer.headers["retry-after"]
         assert answer.json()["error"]["code"] == "queue_full"
 
@@ -71,8 +78,9 @@ def test_bytes_under_way_are_bounded(tiny_llm: Callable[..., Any]) -> None:
                           headers={"content-type": "application/json"}).status_code == 429
         for own in waiting:
             own.close()
+        until = time.monotonic() + 60
         while httpx.post(f"{server.url}/v1/completions", json=body).status_code == 429:
-            pass
+            assert time.monotonic() < until
     finally:
         server.stop()
 

@@ -123,11 +123,14 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/tokenize")
     async def tokenize(http: Request, body: TokenizeRequest) -> dict[str, Any]:
         server.know(body.model if body.model is not None else options.name)
-        tokenizer = server.tokenizer
+        tokenizer, prompt = server.tokenizer, body.prompt
         try:
-            ids = await server.prepare(http, chat_prompt, llm, body) if body.prompt is None else (
-                await server.prepare(http, lambda: tokenizer.encode(
-                    body.prompt or "", bos=body.add_special_tokens, special=body.parse_special)))
+            if prompt is None:
+                ids = await server.prepare(http, chat_prompt, llm, body)
+            else:
+                llm.check_length(prompt)
+                ids = await server.prepare(http, lambda: tokenizer.encode(
+                    prompt, bos=body.add_special_tokens, special=body.parse_special))
         except DataError as error:  # half a surrogate pair, say
             raise ServeError(400, f"prompt: {error}", param="prompt") from None
         names = [tokenizer.decode([i], skip_special=False) for i in ids] if body.return_token_strs else None

@@ -56,7 +56,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections and not self._make_room():
-            self._end(503, f"there are {self.limits.connections} connections: no more may be open")
+            self._end(503, "too_many_connections",
+                      f"there are {self.limits.connections} connections: no more may be open")
             if len(self.connections) > self.limits.connections + SPARE // 2:
                 transport.abort()
             return
@@ -95,9 +96,14 @@ class Connection(H11Protocol):
             self._receiving = self.loop.call_later(self.limits.receive, self._too_slow)
 
     def _too_slow(self) -> None:
-        self._end(408, f"the request was not complete after {self.limits.receive:g} seconds")
+        self._end(408, "request_timeout", f"the request was not complete after {self.limits.receive:g} seconds")
 
-    def _end(self, status: int, message: str) -> None:
+    def leave(self) -> None:
+        """The server ends: half a request is not waited for."""
+        if self.conn.their_state is h11.SEND_BODY and not self.refused:
+            self._end(503, "shutting_down", "the server is shutting down")
+
+    def _end(self, status: int, code: str, message: str) -> None:
         """Says why, where no answer has begun, and closes."""
         if self.refused or self.transport.is_closing():
             self.transport.abort()
@@ -106,7 +112,7 @@ class Connection(H11Protocol):
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             kind = "server_error" if status >= 500 else "invalid_request_error"
             body = json.dumps({"error": {"message": message, "type": kind, "param": None,
-                                         "code": "too_many_connections" if status == 503 else "request_timeout"}})
+                                         "code": code}})
             reason = "Service Unavailable" if status == 503 else "Request Timeout"
             self.transport.write(f"HTTP/1.1 {status} {reason}\r\n"
                                  f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -163,6 +169,9 @@ class Process(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         await self.drain(self.limits.shutdown)  # the port is open meanwhile: new requests get their 503
+        for connection in [*self.server_state.connections]:
+            if isinstance(connection, Connection):
+                connection.leave()
         await super().shutdown(sockets)
 
 

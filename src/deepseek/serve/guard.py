@@ -95,7 +95,9 @@ class Guard:
                 raise ServeError(401, "the API key is missing or wrong: must be sent as `Authorization: Bearer KEY`",
                                  code="invalid_api_key", headers={"www-authenticate": "Bearer"})
             length = headers.get(b"content-length", b"0")
-            if int(length) > self.body:  # h11 lets only digits through
+            if not length.isdigit() or len(length) > 20:  # h11 lets no other through; servers differ
+                raise ServeError(400, f"content-length = {length!r:.40}: must be a number of bytes")
+            if int(length) > self.body:
                 raise ServeError(413, f"the body has {int(length):,} bytes: at most {self.body:,}",
                                  code="body_too_large")
             if scope["method"] == "POST":

@@ -195,7 +195,8 @@ class Server:
         self.ending = True
 
     async def shut(self, seconds: float = 30.0) -> None:
-        await self.drain(seconds)
+        if not self.ending:  # else it has drained already
+            await self.drain(seconds)
         while self.open:  # they look every LOOK seconds
             await asyncio.sleep(0.05)
         for pool in (self.preparing, self.embedding):
