@@ -146,9 +146,9 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     """The tools of a record, as OpenAI's clients write them. value: a list of them or of bare functions, or its JSON.
 
     Raises RequestError for what is no tool."""
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
             raise RequestError(f"tools = {value!r:.60}: not JSON: {error}") from None
     if not value:

@@ -249,7 +249,8 @@ def test_tools_are_shown_to_the_model_as_in_a_request(tmp_path: Path) -> None:
     bare = Tokenizer(plain._definition, {}, None)
     [example] = encode(document, bare, 999)
     assert '"clock"' in bare.decode(example.ids) and learnt(record, bare, 999) == f"noon\n\n{EOS}"
-    [without] = read_records([{"messages": turns, "tools": None}])
+    [without, *others] = read_records([{"messages": turns, "tools": none} for none in (None, [], "[]", " ")])
+    assert all(other.turns == without.turns for other in others)
     assert without.turns == document.turns[1:] and tune_records.digest(without) != tune_records.digest(document)
     assert take_round(tmp_path, iter([document]), 1, set()) == take_round(tmp_path, iter([]), 1, set()) == [document]
     for odd, rule in (("clock", "not JSON"), (["clock"], r"tools\[0\] = 'clock': must be a tool"),
