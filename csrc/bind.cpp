@@ -182,8 +182,6 @@ NB_MODULE(_native, m) {
         release());
 
   // ---- training: a Heads comes as (address, batch step, head step, row step, width) ---------------------------------
-  m.def("trains", [] { return training_kernels() != nullptr; });
-
   m.def("product",
         [](uintptr_t a, int64_t a_stride, int a_kind, bool a_transposed, uintptr_t b, int64_t b_stride, int b_kind,
            bool b_transposed, int64_t rows, int64_t columns, int64_t inner, uintptr_t out, int out_kind, int threads) {

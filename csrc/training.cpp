@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kBlockStrips = 8;  // strips of the left factor that meet one block of the right factor in the cache
 
-const TrainingKernels& table() { return *training_kernels(); }
+const TrainingKernels& table() { return training_kernels(); }
 
 void* at(const void* p, int64_t element, Kind kind) {
   return const_cast<char*>(static_cast<const char*>(p)) + element * bytes_of(kind);
@@ -147,10 +147,10 @@ Matrix head_of(const Heads& h, int64_t b, int64_t n, Kind kind) {
 
 }  // namespace
 
-const TrainingKernels* training_kernels() {
-  if (&kernels() == avx512_kernels || &kernels() == amx_kernels) return avx512_training;
-  if (&kernels() == avx2_kernels) return avx2_training;
-  return nullptr;
+const TrainingKernels& training_kernels() {
+  if (&kernels() == avx512_kernels || &kernels() == amx_kernels) return *avx512_training;
+  if (&kernels() == avx2_kernels) return *avx2_training;
+  return *scalar_training;
 }
 
 void product(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, int64_t rows, int64_t columns,

@@ -25,7 +25,7 @@ struct Matrix {
   const int64_t* index = nullptr;
 };
 
-// What an instruction set provides for training: AVX-512 also for machines with AMX, none for plain ones.
+// What an instruction set provides for training; that of AVX-512 also serves machines with AMX.
 struct TrainingKernels {
   int64_t rows, columns;  // of the tile that is summed in registers
   int64_t strip;          // floats of a packed strip of the left factor: tile rows x kDepth
@@ -68,11 +68,12 @@ struct TrainingKernels {
                     float* dw);
 };
 
+extern const TrainingKernels* const scalar_training;
 extern const TrainingKernels* const avx2_training;
 extern const TrainingKernels* const avx512_training;
 
-// That of the instruction set in use (kernels.h), or null.
-const TrainingKernels* training_kernels();
+// That of the instruction set in use (kernels.h).
+const TrainingKernels& training_kernels();
 
 // Everything below: `threads` at most, memory of this machine, shapes checked by the caller.
 

@@ -69,6 +69,8 @@ def _bf16() -> str:
 
 
 BF16 = _bf16()
+# without vector instructions torch is faster, but whoever asks for the plain kernels gets them
+CHOSEN = isa() != "scalar" or os.environ.get("DEEPSEEK_ISA") == "scalar"
 
 
 def fast_bf16(device_type: str) -> bool:
@@ -82,15 +84,16 @@ def threads() -> int:
 
 def can_train(*tensors: Tensor) -> bool:
     """Whether the training kernels (csrc/training.h) can take these: FP32 or BF16 in this machine's memory, the last
-    dimension dense, on a machine with kernels for it."""
-    return (native is not None and native.trains() and not torch.compiler.is_compiling()
+    dimension dense."""
+    return (native is not None and not torch.compiler.is_compiling()
             and all(t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
             and {t.dtype for t in tensors} <= {torch.float32, torch.bfloat16})
 
 
 def trains(*tensors: Tensor) -> bool:
-    """Whether the training kernels are to take these: they can, and BF16 does not go to units of its own."""
-    return can_train(*tensors) and not (fast_bf16("cpu") and any(t.dtype == torch.bfloat16 for t in tensors))
+    """Whether the training kernels are to take these: they can, torch is not faster than this instruction set's, and
+    BF16 does not go to units of its own."""
+    return CHOSEN and can_train(*tensors) and not (fast_bf16("cpu") and any(t.dtype == torch.bfloat16 for t in tensors))
 
 
 def kind(t: Tensor, like: Tensor | None = None) -> int:

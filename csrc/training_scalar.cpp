@@ -1,0 +1,5 @@
+#include "training_lanes.h"
+
+namespace deepseek {
+const TrainingKernels* const scalar_training = &training;
+}  // namespace deepseek
