@@ -39,7 +39,8 @@ from .sampler import SamplingParams
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-GRAMMARS = 32  # compiled ones that are kept
+GRAMMARS, LARGE = 32, 4  # compiled ones that are kept; of those with more than SMALL bytes, which may hold 100 MB
+SMALL = 2 << 10
 BYTES_AT_MOST = {"json_schema": 256 << 10, "regex": 8 << 10, "grammar": 64 << 10}
 PATTERN_BYTES = 8 << 10  # of a schema's patterns, of a grammar's longest line: automata grow with their square
 STACK = 256 << 20  # 20,000 chained rules need less; 2,700 need more than the usual 8 MiB
@@ -92,7 +93,7 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer | None, vocabulary: int, eos_ids: frozenset[int]) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._eos_ids = frozenset(i for i in eos_ids if i < vocabulary)
-        self._compiled = lru_cache(GRAMMARS)(self._compile)
+        self._compiled, self._large = lru_cache(GRAMMARS)(self._compile), lru_cache(LARGE)(self._compile)
 
     def of(self, params: SamplingParams) -> Constraint | None:
         """The constraint of one request, None if it asks for none.
@@ -109,7 +110,8 @@ class Constraints:
         try:
             source = _schema(value) if field == "json_schema" else value
             _check_size(field, source)
-            matcher = self._compiled(field, source).deep_copy()
+            compiled = self._compiled if len(source) <= SMALL else self._large
+            matcher = compiled(field, source).deep_copy()
         except (TypeError, ValueError, RecursionError) as error:  # what json and the library raise for bad input
             raise RequestError(f"{field} = {value!r:.80}: {' '.join(str(error).split()):.400}") from None
         constraint = Constraint(matcher, text_V, frozenset() if params.ignore_eos else self._eos_ids)
