@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from deepseek import info as accounts
+from deepseek import memory
 from deepseek.config import PRESETS, ModelConfig
 from deepseek.errors import RequestError
 from deepseek.info import (
@@ -92,9 +93,9 @@ def test_monotonic_facts(name: str) -> None:
     info = describe(CONFIGS[name])
     sizes = [info.in_format(format).weights for format in ("NF4", "FP8", "BF16", "FP32")]
     assert sizes == sorted(set(sizes))
-    for memory in info.memory:
-        assert memory.read <= memory.resident < memory.weights
-        assert memory.read < memory.dense_read <= memory.weights
+    for own in info.memory:
+        assert own.read <= own.resident < own.weights
+        assert own.read < own.dense_read <= own.weights
     assert info.active < info.total and info.flops < info.dense_flops and info.latency_bound > 1
     assert info.cache_per_token < info.plain_cache_per_token
 
@@ -233,8 +234,10 @@ def test_container_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     for name, text in {"memory.max": f"{2 * GIB}\n", "memory.current": f"{GIB}\n", "cpu.max": "150000 100000\n",
                        "memory.stat": f"anon 5\ninactive_file {GIB // 2}\n"}.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(machine_module, "_cgroups", lambda _, file: [p for p in [tmp_path / file] if p.exists()])
-    total, available = machine_module._ram()
+    found = lambda _, file: [p for p in [tmp_path / file] if p.exists()]  # noqa: E731
+    monkeypatch.setattr(machine_module, "cgroups", found)
+    monkeypatch.setattr(memory, "cgroups", found)
+    total, available = memory.ram()
     assert total == 2 * GIB and available <= 2 * GIB - GIB + GIB // 2
     assert machine_module._cores() <= 2
 

@@ -123,14 +123,19 @@ def _train(args: argparse.Namespace) -> None:
 
     import torch
 
+    from . import info as accounting
     from .data import pack_cached
     from .deepopt.trainer import Trainer
+    from .memory import check_memory
     from .model import CausalLM
     from .progress import ProgressBar
 
     _machine(args)
     config, out = _config(args.config), Path(args.out)
     data = _training_data(args, config)
+    if args.device == "cpu":
+        numbers = accounting.describe(config).total
+        check_memory(16 * numbers, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
     for source in [place for places in data.values() for place in places] if isinstance(data, dict) else data:
         if out.resolve().is_relative_to(Path(source).resolve()):
             raise ConfigError(f"out = {out}: must not lie inside DATA ({source}), or the run would read its own logs")

@@ -180,6 +180,9 @@ class ModelConfig:
     # ---- checks -----------------------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
+        for key, most in _AT_MOST.items():
+            value = getattr(self, key)
+            _need(key, value, f"must be at most {most:,}", not _is_int(value, most + 1))
         for key in (
             "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size moe_intermediate_size "
             "n_routed_experts num_experts_per_tok n_group topk_group moe_layer_freq kv_lora_rank "
@@ -209,6 +212,8 @@ class ModelConfig:
         if self.topk_method == "noaux_tc":
             _need("n_group", groups, f"needs two experts a group at least (n_routed_experts {experts}): "
                   "a group's score is the sum of its two best", groups == 1 or experts // groups >= 2)
+        _need("num_hidden_layers", self.num_hidden_layers, f"with n_routed_experts = {experts} there would be more "
+              f"than {_EXPERTS_AT_MOST:,} experts", self.num_hidden_layers * experts <= _EXPERTS_AT_MOST)
         last = self.vocab_size - 1
         for token in self.eos_token_ids:
             _need("eos_token_id", token, f"must lie in 0..vocab_size-1 ({last})", _is_int(token, 0) and token <= last)
@@ -229,14 +234,22 @@ class ModelConfig:
         if strict is None:
             # transformers keeps our mark when it writes, and adds keys of its own
             strict = "moe_dr" in keys and "transformers_version" not in keys
-        if isinstance(ours := keys.get("moe_dr"), Mapping):
+        ours = keys.get("moe_dr")
+        if ours is not None and not isinstance(ours, Mapping):
+            raise ConfigError(f"{origin}: moe_dr = {ours!r:.60}: must be an object")
+        if ours is not None:
             version = ours.get("format")
-            if not isinstance(version, int):
+            if not isinstance(version, int) or not _is_int(version, 1):
                 raise ConfigError(f"{origin}: moe_dr.format = {version!r}: must be a positive integer")
             if version > FORMAT:
                 raise ConfigError(f"{origin}: moe_dr.format = {version} is newer than this program reads ({FORMAT})")
         extra: dict[str, Any] = {}
-        kept = set(ours.get("kept", ())) if isinstance(ours, Mapping) else set()
+        kept = () if ours is None else ours.get("kept", ())
+        if not isinstance(kept, list | tuple) or not all(isinstance(key, str) for key in kept):
+            raise ConfigError(f"{origin}: moe_dr.kept = {kept!r:.60}: must be a list of keys")
+        names = keys.get("architectures")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ConfigError(f"{origin}: architectures = {names!r:.60}: must be a list of names")
         values = _read_generation(keys, strict, origin)
         if "rope_theta" in keys:
             values["rope_theta"] = keys.pop("rope_theta")
@@ -277,7 +290,9 @@ class ModelConfig:
             keys = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise NotFoundError(f"{path}: no such file") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, half a character
             raise ConfigError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(keys, dict):
             raise ConfigError(f"{path}: must be a JSON object, got {type(keys).__name__}")
@@ -319,17 +334,31 @@ _NULL_MEANS_DEFAULT = {"n_group", "topk_group", "n_shared_experts", "topk_method
                        "attention_bias", "rope_interleave", "num_nextn_predict_layers", "moe_layer_freq", "v_head_dim"}
 
 
+# Far beyond any published model, and small enough that nothing is allocated or counted for hours before the tensors
+# are looked at.
+_AT_MOST = {
+    "num_hidden_layers": 4096, "num_nextn_predict_layers": 64, "n_routed_experts": 1 << 16, "n_shared_experts": 1024,
+    "vocab_size": 1 << 24, "max_position_embeddings": 1 << 31, "num_attention_heads": 1 << 14,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank",
+                     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1 << 20)}
+_EXPERTS_AT_MOST = 1 << 20
+
+
 def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300  # no NaN either
 
 
 def _need(key: str, value: object, rule: str, holds: bool) -> None:
     if not holds:
-        raise ConfigError(f"{key} = {value!r}: {rule}")
+        try:
+            shown = f"{value!r:.60}"
+        except ValueError:  # an integer of thousands of digits
+            shown = "a number of thousands of digits"
+        raise ConfigError(f"{key} = {shown}: {rule}")
 
 
 # What transformers assumes where a downloaded file leaves a key out (its configuration classes, release 5.23).
@@ -346,6 +375,8 @@ def _read_generation(keys: dict[str, Any], strict: bool, origin: str) -> dict[st
     """Which generation of the architecture the keys describe, and that generation's defaults."""
     kind = keys.pop("model_type", None)
     known = tuple(ARCHITECTURES)  # a tuple: compares, where a set would hash what may be a list
+    if kind is not None and not isinstance(kind, str):
+        raise ConfigError(f"{origin}: model_type = {kind!r:.60}: must be one of {', '.join(ARCHITECTURES)}")
     if kind not in known:  # other model types publish V3 weights under V3's architecture name
         names = keys.get("architectures") or []
         kind = next((k for k, name in ARCHITECTURES.items() if name in names), kind or "deepseek_v3")
@@ -360,10 +391,12 @@ def _read_generation(keys: dict[str, Any], strict: bool, origin: str) -> dict[st
 
 def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> None:
     """`rope_scaling` (the published files) or `rope_parameters` (transformers 5) -> rope_theta and yarn."""
-    scaling = keys.pop("rope_scaling", None) or keys.pop("rope_parameters", None) or {}
-    keys.pop("rope_parameters", None)
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"{origin}: rope_scaling = {scaling!r}: must be an object or null")
+    scaling: Any = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        given = keys.pop(key, None)
+        if not isinstance(given, Mapping | None):
+            raise ConfigError(f"{origin}: {key} = {given!r:.60}: must be an object or null")
+        scaling = given or scaling
     scaling = dict(scaling)
     named = (scaling.pop("type", None), scaling.pop("rope_type", None))
     kinds = [kind for kind in named if kind is not None] or ["default"]
@@ -381,9 +414,9 @@ def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> Non
     known = {f.name for f in fields(YarnScaling)}
     if unknown := sorted(set(scaling) - known):
         raise ConfigError(f"{origin}: rope_scaling: unknown key {', '.join(unknown)}")
-    given = {k: v for k, v in scaling.items() if v is not None}
+    stated = {k: v for k, v in scaling.items() if v is not None}
     try:
-        values["yarn"] = YarnScaling(**{"factor": None, "original_max_position_embeddings": None} | given)
+        values["yarn"] = YarnScaling(**{"factor": None, "original_max_position_embeddings": None} | stated)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, write_json
+from ..memory import check_memory
 from ..model import CausalLM
 from ..model.adapter import PARTS_APART
 from ..model.layers import rotary_frequencies
@@ -24,6 +25,7 @@ from .files import Span, TensorFiles, write_manifest
 from .names import INDEX, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
 
 SHARD_BYTES = 5 << 30
+_LAYER, _EXPERT = (re.compile(pattern) for pattern in (r"^model\.layers\.(\d+)\.", r"\.experts\.(\d+)\."))
 
 Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -42,6 +44,10 @@ def open_checkpoint(
     files = TensorFiles(folder, verify=verify if verify is not None else True if recipe is None else "small")
     if config.num_nextn_predict_layers and not any(f"layers.{config.num_hidden_layers}." in name for name in files):
         config = config.with_(num_nextn_predict_layers=0)
+    for key, pattern in (("num_hidden_layers", _LAYER), ("n_routed_experts", _EXPERT)):
+        found = max((int(match[1]) + 1 for name in files if (match := pattern.search(name))), default=0)
+        if found and found < (want := getattr(config, key)):  # before a model of that size is made
+            raise CheckpointError(f"{folder}: config.json has {key} = {want}, the tensors {found}")
     return config, recipe, files
 
 
@@ -66,9 +72,13 @@ def load_model(
             raise ConfigError(f"dtype = {dtype}: a quantised checkpoint computes in float32 (auto)")
         model = _fill_quantised(model, recipe, files, device)
     else:
-        model.to(_dtype_of("auto" if adapter else dtype, files)).to_empty(device=device)
+        _check(model, files)
+        model.to(_dtype_of("auto" if adapter else dtype, files))
+        if torch.device(device).type == "cpu":
+            check_memory(sum(tensor.nbytes for tensor in model.state_dict().values()), str(files.folder))
+        model.to_empty(device=device)
         _restore_buffers(model, config)
-        _fill(model, files, files.folder)
+        _fill(model, files)
     if adapter is not None:
         apply(model, adapter, verify=verify is not False)
         model.requires_grad_(False)
@@ -116,24 +126,32 @@ _DERIVED = re.compile(
     r".*(_scale_inv|rotary_emb\.inv_freq)|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 
 
-def _fill(model: CausalLM, files: TensorFiles, folder: Path) -> None:
-    used: set[str] = set()
-    missing: list[str] = []
+def _parts(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor as files have it: its name there, and the part of the model that it fills."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            used.add(name)
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            for disk_name, part in disk_parts(name, model.config):
+                yield disk_name, tensor.data if part is None else tensor.data[part[0]][part[1]]
+
+
+def _check(model: CausalLM, files: TensorFiles) -> None:
+    """Raises CheckpointError where names or shapes are not the model's, which may be on the meta device."""
+    used = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    missing: list[str] = []
+    for name, place in _parts(model):
+        if name not in files:
+            missing.append(name)
             continue
-        for disk_name, part in disk_parts(name, model.config):
-            if disk_name not in files:
-                missing.append(disk_name)
-                continue
-            used.add(disk_name)
-            place = tensor.data if part is None else tensor.data[part[0]][part[1]]
-            if files.shape(disk_name) != tuple(place.shape):
-                raise CheckpointError(f"{folder}: {disk_name} has shape {files.shape(disk_name)}, "
-                                      f"config.json asks for {tuple(place.shape)}")
-            place.copy_(files.read(disk_name, place.dtype))
+        used.add(name)
+        if files.shape(name) != tuple(place.shape):
+            raise CheckpointError(f"{files.folder}: {name} has shape {files.shape(name)}, config.json asks for "
+                                  f"{tuple(place.shape)}")
     check_names(files, used, missing)
+
+
+def _fill(model: CausalLM, files: TensorFiles) -> None:
+    for name, place in _parts(model):
+        place.copy_(files.read(name, place.dtype))
 
 
 def check_names(files: TensorFiles, used: set[str], missing: list[str]) -> None:

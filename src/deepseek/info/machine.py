@@ -8,9 +8,10 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..memory import cgroups, ram
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def measure_machine(folder: str | Path = ".") -> Machine:
     import psutil
     import torch
 
-    (cpu, instructions), (memory, available) = _cpu(), _ram()
+    (cpu, instructions), (memory, available) = _cpu(), ram()
     cores, cache = _cores(), _last_level_cache()
     size = min(max(256 << 20, 2 * cache), 2 << 30, available // 4)
     gpus = []
@@ -111,46 +112,14 @@ def _last_level_cache() -> int:
     return sum(size for (level, _), size in sizes.items() if level == top)
 
 
-def _cgroups(controller: str, file: str) -> Iterator[Path]:
-    """The files of this process's control group and of those above it, version 2 or 1, that exist."""
-    table = Path("/proc/self/cgroup")
-    for line in table.read_text().splitlines() if table.exists() else ():
-        _, controllers, inside = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup", controllers and controller)
-        group = root / inside.lstrip("/")
-        for folder in [group, *group.parents]:
-            if folder.is_relative_to(root) and (folder / file).exists():
-                yield folder / file
-
-
 def _cores() -> int:
     """Cores that this process may use: affinity, and a container's quota rounded up."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quotas = [path.read_text().split() for path in _cgroups("cpu", "cpu.max")]
+    quotas = [path.read_text().split() for path in cgroups("cpu", "cpu.max")]
     quotas += [[path.read_text().strip(), path.with_name("cpu.cfs_period_us").read_text().strip()]
-               for path in _cgroups("cpu", "cpu.cfs_quota_us")]
+               for path in cgroups("cpu", "cpu.cfs_quota_us")]
     for quota, period in quotas:
         if quota.isdecimal():  # no limit reads "max" or -1
             cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(cores, 1)
-
-
-def _ram() -> tuple[int, int]:
-    """(total, available) bytes, within a container's limits; page cache that can be dropped counts as available."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    files = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
-    for limit_file, usage_file in files.items():
-        for path in _cgroups("memory", limit_file):
-            limit = path.read_text().strip()
-            if limit.isdecimal() and int(limit) < memory.total:
-                used = int(path.with_name(usage_file).read_text())
-                stat = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
-                dropped = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-                total, available = min(total, int(limit)), min(available, int(limit) - used + dropped)
-    return total, max(available, 0)

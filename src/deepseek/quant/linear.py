@@ -17,7 +17,7 @@ Shape letters: T tokens, H hidden, K experts a token, O rows of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -62,17 +62,24 @@ class Recipe:
 
         Raises ConfigError naming `origin` for a method, version or format that is not read here.
         """
-        keys = config.extra.get("quantization_config") or {}
+        keys = config.extra.get("quantization_config")
+        if keys is None:
+            return None
+        if not isinstance(keys, Mapping):
+            raise ConfigError(f"{origin}: quantization_config = {keys!r:.60}: must be an object")
         method = keys.get("quant_method", "fp8")
         if method == "fp8":
             return None
         if method != METHOD:
             raise ConfigError(f"{origin}: quantization_config.quant_method = {method!r}: must be {METHOD} or "
                               "DeepSeek's fp8, others are not read here")
-        if (version := keys.get("version")) != VERSION:
+        keep = keys.get("keep", ())
+        if not isinstance(keep, list | tuple) or not all(isinstance(name, str) for name in keep):
+            raise ConfigError(f"{origin}: quantization_config.keep = {keep!r:.60}: must be a list of names")
+        if (version := keys.get("version")) != VERSION or isinstance(version, bool):
             raise ConfigError(f"{origin}: quantization_config.version = {version!r}: this program reads {VERSION}")
         try:
-            return cls(str(keys.get("format")), tuple(map(str, keys.get("keep", ()))))
+            return cls(str(keys.get("format")), tuple(keep))
         except ConfigError as error:
             raise ConfigError(f"{origin}: quantization_config.{error}") from None
 
