@@ -2,9 +2,8 @@
 
 They come with checkpoints, so whoever made the files wrote a program that runs here. jinja2's sandbox keeps it from
 Python's objects, not from working without end (`'a' * 10**10`, nested loops, lists that hold themselves twice), much of
-it inside of one C call that no check between operations sees. So a worker process renders: the kernel ends it when it
-has computed too long, its memory is limited, and this process's threads go on meanwhile. Workers are kept for the next
-conversation and end with this process. Our own template needs none.
+it inside of one C call that no check between operations sees. So a worker process renders (workers.py). Our own
+template needs none.
 
 Rendering is transformers' (utils/chat_template_utils.py, release 5.23): jinja2's immutable sandbox, blocks trimmed,
 `tojson` without escapes.
@@ -12,16 +11,9 @@ Rendering is transformers' (utils/chat_template_utils.py, release 5.23): jinja2'
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -32,8 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import RequestError
-
-_KEPT = 4  # idle workers
+from .workers import WorkerError, Workers, serve
 
 
 @dataclass(frozen=True)
@@ -61,30 +52,14 @@ def render(template: str, values: Mapping[str, Any], *, trusted: bool = False) -
     if trusted:
         return _answer(_attempt(template, values, LIMITS.text))
     try:
-        given = json.dumps({"template": template, "values": values, "limits": asdict(LIMITS)})
+        answer = WORKERS.ask({"template": template, "values": values, "text": LIMITS.text}, seconds=LIMITS.seconds,
+                              memory=LIMITS.memory)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"the variables of the chat template must be JSON: {error}") from None
-    worker = _take()
-    try:
-        assert worker.stdin is not None and worker.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            worker.stdin.write(given.encode() + b"\n")
-            worker.stdin.flush()
-        reply = worker.stdout.readline()
-    except BaseException:  # an interrupt, say: its reply must not become another conversation's
-        _end(worker)
-        raise
-    if not reply.endswith(b"\n"):
-        _end(worker)
-        if worker.returncode == -signal.SIGPROF:
-            raise RequestError("the chat template computes too long for this conversation: more than "
-                               f"{_seconds(LIMITS.seconds, len(given)):g} seconds")
-        raise RequestError(f"the chat template ended the process that renders it (status {worker.returncode})")
-    answer = json.loads(reply)
-    if "limit" in answer:
-        _end(worker)
-    else:
-        _keep(worker)
+    except WorkerError as ended:
+        raise RequestError("the chat template computes too long for this conversation: more than "
+                           f"{ended.seconds:g} seconds" if ended.late else
+                           f"the chat template ended the process that renders it (status {ended.status})") from None
     return _answer(answer)
 
 
@@ -100,7 +75,7 @@ def _attempt(template: str, values: Mapping[str, Any], most: int) -> dict[str, s
     try:
         text = _compile(template).render(**values)
     except MemoryError:
-        return {"limit": f"more than {LIMITS.memory:,} bytes of memory"}
+        return {"limit": "more memory than it may have"}
     except RecursionError:
         return {"limit": "it nests too deeply"}
     except Exception as error:  # a template is a program: wrong messages, and its own mistakes, can raise anything
@@ -110,72 +85,16 @@ def _attempt(template: str, values: Mapping[str, Any], most: int) -> dict[str, s
     return {"text": text}
 
 
-def _seconds(seconds: float, given: int) -> float:
-    return seconds * (1 + given // (4 << 20))
-
-
-# ---- workers ---------------------------------------------------------------------------------------------------------
-
-_idle: list[subprocess.Popen[bytes]] = []
-_owner = os.getpid()
-_lock = threading.Lock()
-
-
-def _take() -> subprocess.Popen[bytes]:
-    global _owner
-    with _lock:
-        if _owner != os.getpid():  # after a fork the workers are the parent's
-            _idle.clear()
-            _owner = os.getpid()
-        while _idle:
-            if (worker := _idle.pop()).poll() is None:
-                return worker
-    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deepseek.templates import work; work()"
-    try:
-        return subprocess.Popen([sys.executable, "-c", code, json.dumps(sys.path)], stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE)
-    except OSError as error:
-        raise RequestError(f"the chat template needs a process that renders it: {error.strerror}") from None
-
-
-def _keep(worker: subprocess.Popen[bytes]) -> None:
-    with _lock:
-        if len(_idle) < _KEPT:
-            _idle.append(worker)
-            return
-    _end(worker)
-
-
-def _end(worker: subprocess.Popen[bytes]) -> None:
-    worker.kill()
-    with contextlib.suppress(BrokenPipeError):
-        worker.communicate()
-
-
-@atexit.register
-def _end_all() -> None:
-    if _owner == os.getpid():
-        while _idle:
-            _end(_idle.pop())
-
-
 def work() -> None:
-    """A worker: a conversation a line in, its text a line out, until the input ends."""
-    import resource
+    """A worker: conversations in, their texts out."""
+    def answer(asked: dict[str, Any]) -> dict[str, str]:
+        given = len(json.dumps(asked["values"]))
+        return _attempt(asked["template"], asked["values"], max(asked["text"], 4 * given))
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin.buffer:
-        asked = json.loads(line)
-        limits = Limits(**asked["limits"])
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        with contextlib.suppress(ValueError, OSError):  # not every system can; the time is limited everywhere
-            resource.setrlimit(resource.RLIMIT_AS, (limits.memory, hard))
-        signal.setitimer(signal.ITIMER_PROF, _seconds(limits.seconds, len(line)))  # SIGPROF ends the process
-        answer = _attempt(asked["template"], asked["values"], max(limits.text, 4 * len(line)))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
-        sys.stdout.buffer.flush()
+    serve(answer)
+
+
+WORKERS = Workers(__name__)
 
 
 # ---- jinja2 ----------------------------------------------------------------------------------------------------------

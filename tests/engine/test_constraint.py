@@ -15,8 +15,9 @@ import torch
 
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.constraint import GRAMMARS, LIMITS, Constraint, Constraints
+from deepseek.engine.constraint import GRAMMARS, Constraint, Constraints
 from deepseek.errors import RequestError
+from deepseek.grammars import LIMITS
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
 

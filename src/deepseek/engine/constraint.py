@@ -10,10 +10,7 @@ end of sequence is one id past the vocabulary; it stands for whichever ids end a
 Where nothing can follow, the text is finished without an end-of-sequence token; so it is where the only way on is a
 byte that no token has. A grammar that outgrows the library's limits ends its request with an error.
 
-Grammars come from clients. Their size is bounded before anything reads them; they are compiled on a thread with a large
-stack, because the library recurses along chains of rules and references; and the library's own limits bound what a mask
-may cost (`LIMITS`): with DeepSeek-V3's vocabulary a schema's mask takes below 1 ms, and `s: s s s | s s | /[a-z ]/`
-is refused after 20 ms, where the library's own limits let it take 0.5 s a token.
+Grammars come from clients, and are compiled within limits (grammars.py).
 
 Shape letters: V vocabulary.
 """
@@ -21,10 +18,7 @@ Shape letters: V vocabulary.
 from __future__ import annotations
 
 import json
-import re
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..grammars import compile_grammar
 from ..tokenizer import BYTES, Tokenizer
 from .sampler import SamplingParams
 
@@ -42,13 +37,6 @@ if TYPE_CHECKING:
 
 GRAMMARS, LARGE = 32, 4  # compiled ones that are kept; of those with more than SMALL bytes, which may hold 100 MB
 SMALL = 2 << 10
-BYTES_AT_MOST = {"json_schema": 256 << 10, "regex": 8 << 10, "grammar": 64 << 10}
-PATTERN_BYTES = 8 << 10  # of a schema's patterns, of a grammar's longest line: automata grow with their square
-STACK = 256 << 20  # 20,000 chained rules need less; 2,700 need more than the usual 8 MiB
-LIMITS: Any = {"step_max_items": 10_000, "max_items_in_row": 500, "step_lexer_fuel": 100_000,
-               "initial_lexer_fuel": 500_000, "max_lexer_states": 50_000, "verbose_errors": False}
-# White space without a bound lets a model write it for ever. A schema's `x-guidance` may set another pattern.
-JSON_DEFAULTS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
 
 
 class Constraint:
@@ -110,7 +98,6 @@ class Constraints:
         text_V = self._tokens[1]
         try:
             source = _schema(value) if field == "json_schema" else value
-            _check_size(field, source)
             compiled = self._compiled if len(source) <= SMALL else self._large
             matcher = compiled(field, source).deep_copy()
         except (TypeError, ValueError, RecursionError) as error:  # what json and the library raise for bad input
@@ -121,19 +108,7 @@ class Constraints:
         return constraint
 
     def _compile(self, field: str, source: str) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits
-
-        def compiled() -> LLMatcher:
-            if field == "json_schema":
-                grammar = LLMatcher.grammar_from_json_schema(source, defaults=JSON_DEFAULTS)
-            else:
-                grammar = (LLMatcher.grammar_from_regex if field == "regex" else LLMatcher.grammar_from_lark)(source)
-            return LLMatcher(self._tokens[0], grammar, log_level=0, limits=LLParserLimits(**LIMITS))
-
-        matcher = _with_stack(compiled)
-        if matcher.is_error():
-            raise ValueError(matcher.get_error())
-        return matcher
+        return compile_grammar(self._tokens[0], field, source)
 
     @cached_property
     def _tokens(self) -> tuple[LLTokenizer, Tensor]:
@@ -177,29 +152,3 @@ def _schema(value: str | Mapping[str, Any]) -> str:
     if not isinstance(schema, dict):
         raise ValueError("must be a JSON object")
     return json.dumps(schema)
-
-
-def _check_size(field: str, source: str) -> None:
-    """Raises ValueError for what is too large to be compiled."""
-    if (size := len(source.encode())) > (most := BYTES_AT_MOST[field]):
-        raise ValueError(f"has {size:,} bytes: must be at most {most:,}")
-    patterns = sum(map(len, re.findall(r'"pattern(?:Properties)?"\s*:\s*("(?:[^"\\]|\\.)*"|\{)', source))) \
-        if field == "json_schema" else max(map(len, source.splitlines()), default=0)
-    if patterns > PATTERN_BYTES:
-        raise ValueError(f"has regular expressions of {patterns:,} characters: must be at most {PATTERN_BYTES:,}")
-
-
-_stack_lock = threading.Lock()
-
-
-def _with_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
-    """What `work` returns or raises, run on a thread with a large stack."""
-    with _stack_lock:  # the size is a setting of the process; a pool starts its thread at the first submission
-        usual = threading.stack_size(STACK)
-        try:
-            pool = ThreadPoolExecutor(1)
-            future = pool.submit(work)
-        finally:
-            threading.stack_size(usual)
-    with pool:
-        return future.result()

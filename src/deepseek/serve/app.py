@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from .. import grammars, templates
 from ..engine import LLM
 from ..errors import DataError, MoEDRError, RequestError
 from ..model.cache import PAGE
@@ -41,6 +42,8 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        for workers in (templates.WORKERS, grammars.WORKERS):  # the first request should not wait for them
+            await asyncio.to_thread(workers.start)
         yield
         await server.shut()
 
