@@ -19,11 +19,11 @@ from converting import contents, header, quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepseek import LLM, SamplingParams, Tokenizer, convert, info
+from deepseek import LLM, SamplingParams, Tokenizer, info
 from deepseek.checkpoint import MANIFEST, TensorFiles, fingerprint, load_model, save_model, tensor_hashes
 from deepseek.cli import main
 from deepseek.config import ModelConfig
-from deepseek.convert import REPORT, dequantize
+from deepseek.convert import REPORT, dequantize, writing
 from deepseek.errors import ConfigError
 from deepseek.ops.panels import Quantised, unpack, unpack_mlp
 from deepseek.quant import fp8, int8, nf4
@@ -144,7 +144,7 @@ def test_large_matrices_are_cut_into_row_blocks(source: Callable, monkeypatch: p
     """The size of the blocks cannot be seen in the result."""
     folder = source(torch.float32, vocab_size=700, intermediate_size=300)
     whole, _ = quiet(folder)
-    monkeypatch.setattr(convert, "_CHUNK", 1)  # as few as rows go together: 128
+    monkeypatch.setattr(writing, "CHUNK", 1)  # as few as rows go together: 128
     cut, _ = quiet(folder, name="cut")
     for file in ("model.safetensors", "config.json"):
         assert (whole / file).read_bytes() == (cut / file).read_bytes()
@@ -330,8 +330,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(source: Callable) -> None
     code = f"""
 import os, signal
 from deepseek import convert
-write = convert._write_file
-convert._write_file = lambda path, parts, progress: write(
+from deepseek.convert import writing
+write = writing.write_file
+writing.write_file = lambda path, parts, progress: write(
     path, parts, progress if "-00004-" not in path.name else lambda n: os.kill(os.getpid(), signal.SIGKILL))
 convert.quantize({str(folder)!r}, {str(folder.parent / "killed")!r}, shard_bytes=100_000, progress=False)
 """
@@ -350,14 +351,14 @@ convert.quantize({str(folder)!r}, {str(folder.parent / "killed")!r}, shard_bytes
 
 def test_the_beginning_of_another_conversion_is_refused(source: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = source()
-    write = convert._write_file
+    write = writing.write_file
 
     def fail(path: Path, *rest: Any) -> Any:
         if "-00002-" in path.name:
             raise KeyboardInterrupt
         return write(path, *rest)
 
-    monkeypatch.setattr(convert, "_write_file", fail)
+    monkeypatch.setattr(writing, "write_file", fail)
     with pytest.raises(KeyboardInterrupt):
         quiet(folder, shard_bytes=100_000)
     monkeypatch.undo()
@@ -378,6 +379,7 @@ import pathlib, resource, torch
 from deepseek import convert
 from deepseek.checkpoint import disk_parts
 from deepseek.config import ModelConfig
+from deepseek.convert import writing
 from deepseek.files import write_json
 from deepseek.model import CausalLM
 
@@ -391,10 +393,10 @@ def write(folder, config):
     with torch.device("meta"):
         tensors = [(on_disk, tuple(t.shape if part is None else t[part[0]][part[1]].shape))
                    for name, t in CausalLM(config).state_dict().items() for on_disk, part in disk_parts(name, config)]
-    parts = [convert._Part(name, "F32", shape, lambda s=shape: iter([torch.randn(s)])) for name, shape in tensors]
+    parts = [writing.Part(name, "F32", shape, lambda s=shape: iter([torch.randn(s)])) for name, shape in tensors]
     folder.mkdir()
     write_json(folder / "config.json", config.to_dict())
-    return convert._write_file(folder / "model.safetensors", parts, lambda n: None)["bytes"]
+    return writing.write_file(folder / "model.safetensors", parts, lambda n: None)["bytes"]
 
 def there_and_back(folder):
     convert.quantize(folder, f"{{folder}}4", progress=False)

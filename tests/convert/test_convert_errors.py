@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from deepseek import convert
 from deepseek.checkpoint import MANIFEST, TORCH_DTYPES, load_model, save_model
-from deepseek.convert import _Part, _write_file, dequantize
+from deepseek.convert import dequantize
+from deepseek.convert.writing import Part, write_file
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import locked
 
@@ -40,8 +42,8 @@ def test_what_cannot_be_converted(source: Callable, monkeypatch: pytest.MonkeyPa
             bad()
         assert message in str(caught.value)
     assert contents(out) == before and not list(folder.parent.glob("x*"))
-    usage = convert.shutil.disk_usage(folder)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     with pytest.raises(CheckpointError, match=r"x: 0\.00 GiB are to be written and the disk has 0\.00 GiB free"):
         quiet(folder, name="x")
     assert not list(folder.parent.glob("x*"))
@@ -101,8 +103,8 @@ def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     edit(tensors)
     kinds = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-    parts = [_Part(name, kinds[t.dtype], tuple(t.shape), lambda t=t: iter([t])) for name, t in tensors.items()]
-    _write_file(file, sorted(parts, key=lambda part: part.rank), lambda _: None)
+    parts = [Part(name, kinds[t.dtype], tuple(t.shape), lambda t=t: iter([t])) for name, t in tensors.items()]
+    write_file(file, sorted(parts, key=lambda part: part.rank), lambda _: None)
     (folder / MANIFEST).unlink()
 
 

@@ -12,7 +12,7 @@ same, but for two rows of one table:
 MTP tensors are written to `mtp.safetensors`, outside the index, unless the model has V3's 61 layers: transformers
 skips `model.layers.61.*` by name and would report any other extra layer as unexpected.
 
-A quantised checkpoint (docs/formats.md, written by convert.py) has packed tensors in the places of its weights. They
+A quantised checkpoint (docs/formats.md, written by convert) has packed tensors in the places of its weights. They
 are not read but mapped: a module's weights are views of the file.
 
 What we write carries `manifest.json` with the size and SHA-256 of every file; reading refuses, by name, a file that is

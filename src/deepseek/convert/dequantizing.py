@@ -1,0 +1,111 @@
+"""Quantised or FP8 checkpoint -> plain Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import (
+    TORCH_DTYPES,
+    TensorFiles,
+    check_names,
+    disk_parts,
+    load_model,
+    open_checkpoint,
+    outside_index,
+    quantised_places,
+    units,
+)
+from ..config import ModelConfig
+from ..errors import ConfigError
+from ..files import locked
+from ..model import CausalLM
+from ..ops import panels
+from ..quant.linear import Place, Recipe
+from .writing import SHARD_BYTES, Part, Writer, copied, divide, free_folder, row_blocks
+
+_PLAIN = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def dequantize(
+    source: str | Path, out: str | Path, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", *,
+    overwrite: bool = False, resume: bool = True, progress: bool = True, shard_bytes: int = 5 * SHARD_BYTES,
+) -> Path:
+    """Write a plain Hugging Face checkpoint with the values of a quantised one (or of an FP8 one); returns its path.
+
+    Arguments and errors as in `quantize`.
+    """
+    if dtype not in _PLAIN:
+        raise ConfigError(f"dtype = {dtype!r}: must be one of {', '.join(_PLAIN)}")
+    with locked(out):
+        out = free_folder(out, source, overwrite)
+        config, recipe, files = open_checkpoint(source)
+        if recipe is not None:
+            load_model(files.folder)  # maps, and checks every tensor
+        plan, mtp = _plan_plain(config, recipe, files, _PLAIN[dtype])
+        writer = Writer(out, {"dtype": dtype, "shard_bytes": shard_bytes}, files, resume)
+        writer.write(divide(plan, shard_bytes) | ({"mtp.safetensors": mtp} if mtp else {}), {}, progress)
+        keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
+        writer.publish(keys | {"torch_dtype": dtype})
+    return out
+
+
+def _plan_plain(
+    config: ModelConfig, recipe: Recipe | None, files: TensorFiles, kind: str
+) -> tuple[list[Part], list[Part]]:
+    """The tensors of the plain checkpoint, those of its mtp.safetensors apart; in all as `save_model` writes it."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+    made: dict[str, Callable[[], Iterator[Tensor]]] = {}
+    for place in quantised_places(model, recipe) if recipe is not None else ():
+        assert recipe is not None
+        for unit in units(place, config):
+            made |= {name: partial(_unpack, files, place, unit.stem, which, recipe.bits, TORCH_DTYPES[kind])
+                     for which, name in enumerate(unit.weights)}
+    main: list[Part] = []
+    mtp: list[Part] = []
+    used: set[str] = set()
+    missing: list[str] = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        parts = mtp if outside_index(name, config) else main
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            used.add(name)
+            continue
+        for on_disk, part in disk_parts(name, config):
+            shape = tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape)
+            dtype = "F32" if name.endswith("correction_bias") else kind
+            used.add(on_disk)
+            if on_disk not in made and on_disk not in files:
+                missing.append(on_disk)
+            parts.append(Part(on_disk, dtype, shape, made.get(on_disk) or partial(copied, files, on_disk, dtype)))
+    if recipe is None:
+        check_names(files, used, missing)
+    return sorted(main, key=lambda part: part.rank), sorted(mtp, key=lambda part: part.rank)
+
+
+def _unpack(
+    files: TensorFiles, place: Place, stem: str, which: int, bits: panels.Bits, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Row blocks of the weight number `which` of a unit (0; or gate 0, up 1, down 2)."""
+    if place.kind == "table":
+        for start, stop in row_blocks((place.rows, place.columns)):
+            code_OK = files.read_rows(f"{stem}.codes", start, stop)
+            yield panels.Quantised(code_OK, None, files.read_rows(f"{stem}.step", start, stop)).dequantise().to(dtype)
+        return
+    rows, columns = (place.columns, place.rows) if which == 2 else (place.rows, place.columns)
+    in_turns = place.kind != "matrix" and which < 2  # gate and up
+    width, offset = panels.panel_bytes(columns, bits), 0
+    if which == 2:
+        offset = 2 * panels.matrix_bytes(place.rows, place.columns, bits)
+    for start, stop in row_blocks((rows, columns)):
+        first, last = start // panels.ROWS, -(-stop // panels.ROWS)
+        step = width * (2 if in_turns else 1)
+        data = files.read_bytes(f"{stem}.packed", offset + first * step, offset + last * step)
+        if in_turns:
+            data = data.view(-1, 2, width)[:, which].flatten()
+        yield panels.unpack(data, stop - start, columns, bits).dequantise().to(dtype)

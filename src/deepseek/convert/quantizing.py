@@ -1,0 +1,245 @@
+"""Plain or FP8 checkpoint -> four or eight bits (docs/formats.md)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import (
+    TensorFiles,
+    check_names,
+    disk_parts,
+    open_checkpoint,
+    packed_bytes,
+    quantised_places,
+    stored_dtype,
+    stored_fingerprint,
+    units,
+)
+from ..config import ModelConfig
+from ..errors import CheckpointError, ConfigError
+from ..files import locked, write_json
+from ..model import CausalLM
+from ..ops import panels
+from ..quant import int8
+from ..quant.linear import Recipe, places
+from ..quant.panels import quantise_panels, squared
+from .writing import REPORT, SHARD_BYTES, Part, Writer, copied, divide, free_folder, row_blocks
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion made of the weights.
+
+    bytes: of all safetensors files. parameters: of the source, tied ones once. kept: what `keep` left as it was.
+    squares: weight name -> (sum of squared errors, sum of squared weights).
+    """
+
+    format: str
+    parameters: int
+    bytes: int
+    kept: tuple[str, ...]
+    squares: Mapping[str, tuple[float, float]]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bytes * 8 / self.parameters
+
+    @property
+    def error(self) -> float:
+        """||W - W'|| / ||W|| over everything that was quantised."""
+        return self._grouped(lambda _: "all").get("all", 0.0)
+
+    def by_layer(self) -> dict[str, float]:
+        return self._grouped(lambda name: m[1] if (m := re.match(r"model\.layers\.(\d+)\.", name)) else None)
+
+    def by_kind(self) -> dict[str, float]:
+        return self._grouped(lambda name: re.sub(r"^model\.(layers\.\d+\.)?|\.\d+|\.weight$", "", name))
+
+    def by_expert(self) -> dict[str, float]:
+        """Layer and index of a routed expert, "3.17", -> its error."""
+        return self._grouped(lambda name: f"{m[1]}.{m[2]}" if (
+            m := re.match(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.", name)) else None)
+
+    def _grouped(self, key: Callable[[str], str | None]) -> dict[str, float]:
+        sums: dict[str, tuple[float, float]] = {}
+        for name, (error, weight) in self.squares.items():
+            if (group := key(name)) is not None:
+                before = sums.get(group, (0.0, 0.0))
+                sums[group] = before[0] + error, before[1] + weight
+        return {group: math.sqrt(error / weight) if weight else 0.0 for group, (error, weight) in sums.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": self.format, "parameters": self.parameters, "bytes": self.bytes,
+                "bits_per_weight": self.bits_per_weight, "kept": list(self.kept), "relative_error": {
+                    "all": self.error, "layers": self.by_layer(), "kinds": self.by_kind(), "experts": self.by_expert(),
+                    "weights": {name: math.sqrt(e / w) if w else 0.0 for name, (e, w) in self.squares.items()}}}
+
+    def table(self, worst: int = 8) -> str:
+        """For a terminal: size, error by layer and kind, the worst experts."""
+        lines = [f"{self.format}: {self.bits_per_weight:.3f} bits a weight, {self.parameters:,} weights, "
+                 f"{self.bytes / 2**20:,.1f} MiB; relative error {self.error:.4f}"]
+        if self.kept:
+            lines.append(f"kept as they were: {', '.join(self.kept)}")
+        experts = self.by_expert()
+        ranked = sorted(experts, key=experts.__getitem__, reverse=True)[:worst]
+        for title, errors in (("kind", self.by_kind()), ("layer", self.by_layer()),
+                              ("worst experts", {f"layer {e.replace('.', ' expert ')}": experts[e] for e in ranked})):
+            if errors:
+                lines += ["", f"{title:<36}error", *(f"  {name:<34}{error:.4f}" for name, error in errors.items())]
+        return "\n".join(lines)
+
+
+def quantize(
+    source: str | Path, out: str | Path, format: Literal["nf4", "int8"] = "nf4", *, keep: Iterable[str] = (),
+    overwrite: bool = False, resume: bool = True, progress: bool = True, shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Write the quantised form (docs/formats.md) of a checkpoint: a folder, a known name or a hub id, of BF16, FP32 or
+    DeepSeek's FP8. Memory does not grow with the model.
+
+    keep: patterns (fnmatch) of weight names that stay as they are; one weight keeps its whole MLP, or all the routed
+    experts of its layer. resume: go on with what an interrupted call has left in `out`.partial.
+    Raises CheckpointError, ConfigError or NotFoundError; `out` appears whole or not at all. Another process that writes
+    `out` is an error, and so is a text beside the weights that is a link out of the checkpoint.
+    """
+    recipe = Recipe(format, tuple(keep))
+    with locked(out):
+        out = free_folder(out, source, overwrite)
+        config, before, files = open_checkpoint(source)
+        if before is not None:
+            raise ConfigError(f"{files.folder}: is quantised already ({before.format}): convert it back first "
+                              "(`deepseek quantize IN OUT --format bf16`)")
+        return quantize_tensors(config, files, out, recipe, resume=resume, progress=progress, shard_bytes=shard_bytes,
+                                note_source=True)
+
+
+def quantize_tensors(
+    config: ModelConfig, files: TensorFiles, out: Path, recipe: Recipe, *, resume: bool = True, progress: bool = True,
+    shard_bytes: int = SHARD_BYTES, note_source: bool = False,
+) -> Report:
+    """`quantize` for tensors that come from anything that reads like a checkpoint; `out` must be free. note_source:
+    read them once more for the fingerprint by which adapters know the checkpoint that this one was made from."""
+    squares: dict[str, tuple[float, float]] = {}
+    plan, kept, parameters = _plan_quantised(config, recipe, files, squares)
+    key = {"quantise": recipe.to_dict(), "shard_bytes": shard_bytes}
+    writer = Writer(out, key, files, resume)
+    size = writer.write(divide(plan, shard_bytes), squares, progress)
+    report = Report(recipe.format, parameters, size, kept, squares)
+    write_json(writer.folder / REPORT, report.to_dict())
+    about = recipe.to_dict()
+    if note_source:
+        about["source"] = stored_fingerprint(config, files, stored_dtype(files), progress)
+    writer.publish(config.to_dict() | {"quantization_config": about})
+    return report
+
+
+def _plan_quantised(
+    config: ModelConfig, recipe: Recipe, files: TensorFiles, squares: dict[str, tuple[float, float]]
+) -> tuple[list[Part], tuple[str, ...], int]:
+    """(the parts in order, what is kept, parameters of the source)."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+    chosen = quantised_places(model, recipe)
+    candidates = [(place, units(place, config)) for place in places(model)]
+    for pattern in recipe.keep:
+        if not any(fnmatchcase(w, pattern) for _, made in candidates for unit in made for w in unit.weights):
+            raise ConfigError(f"keep = {pattern!r}: no weight that could be quantised has such a name")
+    tied = config.tie_word_embeddings
+    both = not tied or not {"lm_head", "model.embed_tokens"} & {place.module for place in chosen}
+    parts: list[Part] = []
+    used: set[str] = {"lm_head.weight"} if tied else set()
+    missing: list[str] = []
+
+    def source_of(name: str, shape: tuple[int, ...]) -> str:
+        name = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
+        used.add(name)
+        if name not in files:
+            missing.append(name)
+        elif files.shape(name) != shape:
+            raise CheckpointError(f"{files.folder}: {name} has shape {files.shape(name)}, config.json asks for {shape}")
+        return name
+
+    for place in chosen:
+        wide, narrow = (place.rows, place.columns), (place.columns, place.rows)
+        shapes = [wide, wide, narrow] if place.kind in ("mlp", "experts") else [wide]
+        for unit in units(place, config):
+            sources = [source_of(name, shape) for name, shape in zip(unit.weights, shapes, strict=True)]
+            encode = partial(quantise_panels, bits=recipe.bits)
+            matrices = [partial(_blocks, files, source, name, squares, encode)
+                        for source, name in zip(sources, unit.weights, strict=True)]
+            if place.kind == "table":
+                table = partial(_blocks, files, sources[0], unit.weights[0], squares, _table)
+                parts += [Part(f"{unit.stem}.codes", "I8", wide, partial(_codes, table)),
+                          Part(f"{unit.stem}.step", "F32", wide[:1], partial(_steps, table))]
+            else:
+                size = packed_bytes(place, recipe.bits)
+                write = matrices[0] if place.kind == "matrix" else partial(_mlp, matrices, size)
+                parts.append(Part(f"{unit.stem}.packed", "U8", (size,), write))
+    inside = tuple(f"{place.module}." for place in chosen)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (name.startswith(inside) and not name.endswith(".bias")) or (tied and both and name == "lm_head.weight"):
+            continue
+        for on_disk, part in disk_parts(name, config):
+            source = source_of(on_disk, tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape))
+            if source in files:
+                kind = files.dtype(source)
+                kind = "BF16" if kind == "F8_E4M3" else kind
+                parts.append(Part(on_disk, kind, files.shape(source), partial(copied, files, source, kind)))
+    check_names(files, used, missing)
+    kept = tuple(made[0].stem.removesuffix(".0") if place.kind == "experts" else made[0].stem
+                 for place, made in candidates if place not in chosen)
+    counted = (n for n in used if not n.endswith("correction_bias") and not (tied and n == "lm_head.weight"))
+    numbers = sum(math.prod(files.shape(name)) for name in counted)
+    return sorted(parts, key=lambda part: part.rank), kept, numbers
+
+
+_Squares = dict[str, tuple[float, float]]  # name of a weight -> (squared error, squared weight)
+
+
+def _blocks(
+    files: TensorFiles, source: str, name: str, squares: _Squares, encode: Callable[[Tensor], tuple[_T, float, float]]
+) -> Iterator[_T]:
+    """Row blocks of one matrix, encoded; its squares are entered when it has been walked through."""
+    error = weight = 0.0
+    for start, stop in row_blocks(files.shape(source)):
+        w = files.read_rows(source, start, stop, torch.float32)
+        encoded, lost, square = encode(w)
+        if not math.isfinite(square) and not bool(w.isfinite().all()):
+            raise CheckpointError(f"{files.file(source)}: {source} holds values that are not finite")
+        error, weight = error + lost, weight + square
+        yield encoded
+    squares[name] = error, weight
+
+
+def _table(w: Tensor) -> tuple[panels.Quantised, float, float]:
+    q = int8.quantise(w)
+    return q, squared(w - q.dequantise()), squared(w)
+
+
+def _codes(table: Callable[[], Iterator[panels.Quantised]]) -> Iterator[Tensor]:
+    return (q.code_OK for q in table())
+
+
+def _steps(table: Callable[[], Iterator[panels.Quantised]]) -> Iterator[Tensor]:
+    return (q.step_O for q in table())
+
+
+def _mlp(matrices: Sequence[Callable[[], Iterator[Tensor]]], size: int) -> Iterator[Tensor]:
+    gate, up, down = (matrix() for matrix in matrices)
+    written = 0
+    for part in chain((torch.stack(pair, 1) for pair in zip(gate, up, strict=True)), down):
+        written += part.numel()
+        yield part
+    yield torch.zeros(size - written, dtype=torch.uint8)

@@ -1,0 +1,202 @@
+"""Parts of a result, divided into files, and the folder that is written in steps (see the top of this room)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import EXPERT_USE, INDEX, MANIFEST, PAGE, TORCH_DTYPES, TensorFiles
+from ..errors import CheckpointError, ConfigError
+from ..files import replace_folder, sha256, write_json
+from ..progress import ProgressBar
+
+SHARD_BYTES = 1 << 30  # what a crash can cost
+REPORT = "quantisation.json"
+JOURNAL = "journal.json"
+CHUNK = 1 << 20  # weights that are converted at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One tensor of the result. chunks: makes its bytes, as contiguous tensors one after the other."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sorts a file: padded ranges, packed matrices, then by the size of the elements."""
+        if self.dtype == "U8":
+            return (0 if ".mlp." in self.name else 1), 0
+        return 2, -TORCH_DTYPES[self.dtype].itemsize
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Row blocks of about CHUNK numbers: multiples of 128, which FP8 blocks and panels divide."""
+    height = max(128, CHUNK // math.prod(shape[1:]) // 128 * 128)
+    return ((start, min(start + height, shape[0])) for start in range(0, shape[0], height))
+
+
+def copied(files: TensorFiles, name: str, kind: str) -> Iterator[Tensor]:
+    return (files.read_rows(name, *rows, dtype=TORCH_DTYPES[kind]) for rows in row_blocks(files.shape(name)))
+
+
+def divide(parts: list[Part], shard_bytes: int) -> dict[str, list[Part]]:
+    """File name -> its parts, in order, as many as fit into shard_bytes."""
+    shards: list[list[Part]] = [[]]
+    room = shard_bytes
+    for part in parts:
+        if part.bytes > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(part)
+        room -= part.bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def free_folder(out: str | Path, source: str | Path, overwrite: bool) -> Path:
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out = {out}: must be a folder, this is a file")
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise ConfigError(f"out = {out}: must not be the source")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ConfigError(f"out = {out}: must be a new or an empty folder (or give overwrite)")
+    return out
+
+
+class Writer:
+    """The staging folder `OUT.partial` and its journal; left in place by whatever interrupts the work."""
+
+    def __init__(self, out: Path, key: dict[str, Any], files: TensorFiles, resume: bool) -> None:
+        self.out = out.resolve()
+        self.texts = _texts(files.folder)  # refused before the weights are converted
+        self.folder = self.out.with_name(f"{self.out.name}.partial")
+        sources = [files.folder / "config.json", *sorted(files.folder.glob("*.safetensors"))]
+        self.key = key | {"source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}}
+        self.done: dict[str, dict[str, Any]] = {}
+        self.squares: dict[str, list[float]] = {}
+        if not resume and self.folder.exists():
+            shutil.rmtree(self.folder)
+        if (self.folder / JOURNAL).is_file():
+            self._continue(self.folder / JOURNAL)
+
+    def _continue(self, journal: Path) -> None:
+        try:
+            entries = json.loads(journal.read_text(encoding="utf-8"))
+            key, done, self.squares = entries["key"], entries["files"], entries["squares"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{journal}: not a journal ({error}): remove {self.folder}") from None
+        if key != self.key:
+            raise ConfigError(f"{self.folder}: holds the beginning of another conversion (other source, format or "
+                              "patterns): remove it to start this one")
+        self.done = {name: entry for name, entry in done.items() if self._whole(name, entry)}
+
+    def write(
+        self, contents: dict[str, list[Part]], squares: dict[str, tuple[float, float]], progress: bool
+    ) -> int:
+        """Write the files that the journal does not hold; returns the bytes of all. `squares` is filled."""
+        squares.update({name: (error, weight) for name, (error, weight) in self.squares.items()})
+        total = sum(part.bytes for parts in contents.values() for part in parts)
+        ready = sum(part.bytes for name in self.done for part in contents[name])
+        disk = next(folder for folder in self.folder.parents if folder.exists())
+        if (free := shutil.disk_usage(disk).free) < (need := round(1.01 * (total - ready)) + (1 << 20)):
+            raise CheckpointError(f"{self.out}: {need / 2**30:.2f} GiB are to be written and the disk has "
+                                  f"{free / 2**30:.2f} GiB free")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weight_map: dict[str, str] = {}
+        with ProgressBar(total=total, initial=ready, unit="B", unit_scale=True, unit_divisor=1024, desc=self.out.name,
+                  disable=not progress) as bar:
+            for name, parts in contents.items():
+                if name != "mtp.safetensors":
+                    weight_map |= {part.name: name for part in parts}
+                if name not in self.done:
+                    self.done[name] = write_file(self.folder / name, parts, bar.update)
+                    write_json(self.folder / JOURNAL, {"key": self.key, "files": self.done, "squares": squares})
+        if len(set(weight_map.values())) > 1:
+            size = sum(part.bytes for name, parts in contents.items() if name in weight_map.values() for part in parts)
+            write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        return sum(entry["bytes"] for entry in self.done.values())
+
+    def _whole(self, name: str, entry: dict[str, Any]) -> bool:
+        file = self.folder / name
+        return file.is_file() and file.stat().st_size == entry["bytes"] and sha256(file) == entry["sha256"]
+
+    def publish(self, config: dict[str, Any]) -> None:
+        """config.json, the source's small files and the manifest; then the folder becomes OUT."""
+        write_json(self.folder / "config.json", config)
+        for file in self.texts:
+            shutil.copyfile(file, self.folder / file.name)
+        (self.folder / JOURNAL).unlink()
+        entries = {path.name: self.done.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                   for path in sorted(self.folder.iterdir())}
+        write_json(self.folder / MANIFEST, {"format": 1, "files": entries})
+        with replace_folder(self.out) as staging:
+            for path in list(self.folder.iterdir()):
+                path.rename(staging / path.name)
+        self.folder.rmdir()
+
+
+def _texts(folder: Path) -> list[Path]:
+    """The small files that go along with the weights. Raises CheckpointError for a link that leads out of the folder;
+    those of the hub's cache lead to its own blobs."""
+    ours = {"config.json", INDEX, MANIFEST, REPORT, EXPERT_USE}
+    home = folder.resolve()
+    homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    found = []
+    for file in sorted(folder.iterdir()):
+        small = file.suffix in (".json", ".jinja", ".txt", ".model", ".md") or file.name.startswith("LICENSE")
+        if small and file.is_file() and file.name not in ours:
+            if not any((target := file.resolve()).is_relative_to(allowed) for allowed in homes):
+                raise CheckpointError(f"{file}: leads out of the checkpoint, to {target}: put a copy in its place, or "
+                                      "remove it")
+            found.append(file)
+    return found
+
+
+def write_file(path: Path, parts: list[Part], progress: Callable[[int], object]) -> dict[str, Any]:
+    """Write a safetensors file whose data begins at a whole page; returns its size and SHA-256."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for part in parts:
+        header[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [end, end + part.bytes]}
+        end += part.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    digest = hashlib.sha256()
+    unfinished = path.with_name(f"{path.name}.part")
+    with unfinished.open("wb") as file:
+        def put(data: Any) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            written = 0
+            for chunk in part.chunks():
+                put(data := chunk.contiguous().flatten().view(torch.uint8).numpy().data)
+                written += data.nbytes
+                progress(data.nbytes)
+            assert written == part.bytes, f"{part.name}: {written} bytes of {part.bytes}"
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+    return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
