@@ -3,9 +3,10 @@
 A grammar can be a program against the one who compiles it: 1,000 references in a chain overflow the stack, "a?"
 100,000 times takes gigabytes, an ambiguous rule takes seconds a token. So its size is bounded before anything reads
 it; a worker process compiles it first and takes its first mask, within limits of time and memory; and only what has
-passed is compiled here, on a thread with the same large stack. The library's own limits bound what a mask may cost:
-with DeepSeek-V3's vocabulary a schema's mask takes below 1 ms, and `s: s s s | s s | /[a-z ]/` is refused after 20 ms,
-where the library's defaults let it take 0.5 s a token.
+passed is compiled here, on a thread with the same large stack. What a mask may cost is bounded by the library's limits:
+with DeepSeek-V3's vocabulary an ambiguous rule such as `s: s s s | s s | /[a-z ]/` may take 0.5 s a token before they
+end it, and a schema of 60 optional fields must not be refused; so masks are computed beside the engine's steps
+(engine/constraint.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BYTES_AT_MOST = {"json_schema": 256 << 10, "regex": 8 << 10, "grammar": 64 << 10
 PATTERN_BYTES = 8 << 10  # of a schema's patterns, of a grammar's longest line: automata grow with their square
 STACK = 256 << 20  # 20,000 chained rules need less; 2,700 need more than the usual 8 MiB
 SECONDS, MEMORY = 5.0, 1 << 30  # of the worker
-LIMITS: Any = {"step_max_items": 10_000, "max_items_in_row": 500, "step_lexer_fuel": 100_000,
+LIMITS: Any = {"step_max_items": 50_000, "max_items_in_row": 2_000, "step_lexer_fuel": 200_000,
                "initial_lexer_fuel": 500_000, "max_lexer_states": 50_000, "verbose_errors": False}
 # White space without a bound lets a model write it for ever. A schema's `x-guidance` may set another pattern.
 JSON_DEFAULTS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}

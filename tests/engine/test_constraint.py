@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM, SamplingParams
 from deepseek.engine.constraint import GRAMMARS, Constraint, Constraints
+from deepseek.engine.request import Request
 from deepseek.errors import RequestError
 from deepseek.grammars import LIMITS
 from deepseek.model import CausalLM
@@ -330,3 +332,92 @@ def test_a_limit_on_the_way_is_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatc
     while not llm.engine.idle:
         llm.engine.step()
     assert isinstance(request.error, RequestError) and "outgrew its limits" in str(request.error)
+
+
+def slow(request: Request, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let every mask of a request wait for the event that is returned."""
+    assert request.constraint is not None
+    gate, advance = threading.Event(), request.constraint._advance
+
+    def wait_and_advance(token: int) -> tuple[torch.Tensor, bool]:
+        assert gate.wait(30)
+        return advance(token)
+
+    monkeypatch.setattr(request.constraint, "_advance", wait_and_advance)
+    return gate
+
+
+def test_others_go_on_while_a_mask_is_computed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=30, seed=3, regex="[a-c]{20,25}")
+    usual = llm.generate(["x"], params)[0].text
+    late, = llm.requests("x", params)
+    other, = llm.requests("the expert", SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+    gate = slow(late, monkeypatch)
+    llm.engine.add(late, other)
+    while other.finish_reason is None:
+        llm.engine.step()
+    assert late.finish_reason is None and late.pending and len(late.token_ids) == 1
+    assert llm.engine.step() == []  # nothing to do but to wait
+    gate.set()
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert late.text == usual and late.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("ends", ["limit", "grammar", "error", "abort"])
+def test_a_request_that_waits_for_its_mask_ends_as_any(llm: LLM, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """Its caller is told when the mask is there; its pages go back."""
+    request, = llm.requests("x", SamplingParams(max_tokens=1 if ends == "limit" else 9, seed=3,
+                                                regex="[ab]" if ends == "grammar" else "[ab]{9}"))
+    told: list[str | None] = []
+    request.on_token = lambda one: told.append(one.finish_reason)
+    free, gate = llm.engine.pages.available, slow(request, monkeypatch)
+    if ends == "error":
+        monkeypatch.setattr(request.constraint, "_check", lambda: (_ for _ in ()).throw(RequestError("outgrew")))
+    llm.engine.add(request)
+    for _ in range(3):
+        llm.engine.step()
+    assert told == [None] and request.pending
+    if ends == "abort":
+        llm.engine.abort(request)
+    gate.set()
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert told[-1] == request.finish_reason == {"limit": "length", "grammar": "stop"}.get(ends, ends)
+    assert llm.engine.pages.available == free and (ends == "error") == isinstance(request.error, RequestError)
+
+
+def test_a_request_steps_back_while_it_waits_for_its_mask(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=30, seed=5, regex="[a-c]{20,25}")
+    usual = llm.generate(["x"], params)[0].text
+    other, = llm.requests("the expert", SamplingParams(max_tokens=3, ignore_eos=True))
+    request, = llm.requests("x", params)
+    gate = slow(request, monkeypatch)
+    llm.engine.add(other, request)
+    while not request.pending:
+        llm.engine.step()
+    llm.engine.scheduler._step_back(request)
+    while other.finish_reason is None:
+        llm.engine.step()
+    assert llm.engine.scheduler.waiting == [request]
+    gate.set()
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert request.text == usual
+
+
+def test_late_masks_do_not_hold_up_fast_ones(llm: LLM, constraints: Constraints, tokenizer: Tokenizer) -> None:
+    """Those that were late once wait for one another, on a thread of their own."""
+    gate, [a] = threading.Event(), tokenizer.encode("a")
+    late = [of(constraints, regex="a*") for _ in range(8)]
+    for one in late:
+        one._late = True
+        one._advance = lambda token: (torch.ones(1), not gate.wait(30))  # type: ignore[method-assign]
+        one.accept(a)
+    fast = of(constraints, regex="a{3}")
+    for _ in range(3):
+        fast.accept(a)
+        assert fast.settle(30)
+    assert fast.finished and all(one.pending for one in late)
+    gate.set()
+    assert all(one.settle(30) and not one.finished for one in late)

@@ -10,7 +10,10 @@ end of sequence is one id past the vocabulary; it stands for whichever ids end a
 Where nothing can follow, the text is finished without an end-of-sequence token; so it is where the only way on is a
 byte that no token has. A grammar that outgrows the library's limits ends its request with an error.
 
-Grammars come from clients, and are compiled within limits (grammars.py).
+Grammars come from clients, and are compiled within limits (grammars.py). Masks are computed on threads of their own:
+the library releases the interpreter's lock, so the masks of a batch are computed side by side, and a request whose mask
+takes long misses steps without holding up the others (engine.py). Constraints that were late once share one thread of
+low priority, so that nobody's fast mask waits behind their slow ones.
 
 Shape letters: V vocabulary.
 """
@@ -18,12 +21,17 @@ Shape letters: V vocabulary.
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,28 +47,80 @@ GRAMMARS, LARGE = 32, 4  # compiled ones that are kept; of those with more than 
 SMALL = 2 << 10
 
 
-class Constraint:
-    """What one text may go on with. finished: nothing can follow what was accepted."""
+LATE = 0.005  # seconds after which a mask is computed with low priority from then on
+NICENESS = 10  # of that thread: about a tenth of a busy core
 
-    def __init__(self, matcher: LLMatcher, text_V: Tensor, eos_ids: frozenset[int]) -> None:
+
+def _yield_to_others() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+_PUNCTUAL = ThreadPoolExecutor(2, "masks")
+_LATE = ThreadPoolExecutor(1, "late-masks", initializer=_yield_to_others if hasattr(os, "setpriority") else None)
+
+
+class Constraint:
+    """What one text may go on with.
+
+    `accept` starts the computation of the next mask; whoever reads it waits for it, whoever need not wait asks `settle`.
+    """
+
+    def __init__(self, matcher: LLMatcher, text_V: np.ndarray, eos_ids: frozenset[int]) -> None:
         """matcher: nobody else's. text_V: True for tokens that are text. eos_ids: end it."""
         self._matcher, self._text_V, self._eos = matcher, text_V, sorted(eos_ids)
-        self.finished = False
-        self._look()
+        self._future: Future[tuple[Tensor, bool]] | None = None
+        self._late = False
+        self._finished = False
+        self._allowed_V = self._look()[0]
 
-    def _look(self) -> bool:
-        """Ask what may come next; whether there is more than the end."""
-        mask = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.bool)
+    def _look(self) -> tuple[Tensor, bool]:
+        """Ask what may come next; whether there is more than the end. No torch operation, which could start threads."""
+        mask = np.frombuffer(self._matcher.compute_logit_bias(), dtype=bool)
         self._check()
-        self.allowed_V = mask[: len(self._text_V)] & self._text_V
-        more = bool(self.allowed_V.any())
-        self.allowed_V[self._eos] = bool(mask[-1]) and not self._matcher.is_error()
-        return more
+        allowed_V = mask[: len(self._text_V)] & self._text_V
+        more = bool(allowed_V.any())
+        allowed_V[self._eos] = bool(mask[-1]) and not self._matcher.is_error()
+        return torch.from_numpy(allowed_V), more
 
     def _check(self) -> None:
         """Raises RequestError where the library gave up."""
         if self._matcher.is_error() and not (why := self._matcher.get_error()).startswith("NoExtension"):  # no token
             raise RequestError(f"the constraint outgrew its limits: {' '.join(why.split()):.200}")
+
+    def _advance(self, token: int) -> tuple[Tensor, bool]:
+        start = time.thread_time()
+        consumed = self._matcher.consume_token(token)
+        self._check()
+        allowed_V, more = self._look()
+        self._late = self._late or time.thread_time() - start > LATE
+        return allowed_V, not (consumed and more)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the mask after the last token is not known yet."""
+        return self._future is not None
+
+    def settle(self, seconds: float | None = None) -> bool:
+        """Wait for the mask, for ever or `seconds` at most; whether it is known.
+
+        Raises RequestError where the grammar outgrew its limits.
+        """
+        if self._future is not None and wait((self._future,), seconds).done:
+            future, self._future = self._future, None
+            self._allowed_V, self._finished = future.result()
+        return self._future is None
+
+    @property
+    def allowed_V(self) -> Tensor:
+        """True for every token that may come next."""
+        self.settle()
+        return self._allowed_V
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow what was accepted."""
+        self.settle()
+        return self._finished
 
     def allow(self, logits_V: Tensor) -> Tensor:
         """The logits with -inf for every token that may not come next."""
@@ -68,9 +128,8 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """The text goes on with `token`, one of the allowed."""
-        consumed = self._matcher.consume_token(token)
-        self._check()
-        self.finished = not (consumed and self._look())
+        self.settle()
+        self._future = (_LATE if self._late else _PUNCTUAL).submit(self._advance, token)
 
 
 class Constraints:
@@ -111,7 +170,7 @@ class Constraints:
         return compile_grammar(self._tokens[0], field, source)
 
     @cached_property
-    def _tokens(self) -> tuple[LLTokenizer, Tensor]:
+    def _tokens(self) -> tuple[LLTokenizer, np.ndarray]:
         """The library's view of the tokenizer, and a boolean [V]: True for tokens that are text."""
         if self._tokenizer is None:
             raise RequestError("constrained output needs a tokenizer, and this model was given without one")
@@ -121,7 +180,7 @@ class Constraints:
             raise RequestError("constrained output needs the package llguidance (pip install 'moe-dr[llguidance]')"
                                ) from None
         tokens = _Tokens(self._tokenizer, self._vocabulary, self._eos_ids)
-        return LLTokenizer(TokenizerWrapper(tokens)), torch.tensor(list(map(bool, tokens.tokens[: self._vocabulary])))
+        return LLTokenizer(TokenizerWrapper(tokens)), np.array(list(map(bool, tokens.tokens[: self._vocabulary])))
 
 
 class _Tokens:

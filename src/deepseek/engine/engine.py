@@ -45,6 +45,7 @@ from .speculative import Drafter
 # told of a step that is over: what ran, in the order of its tokens, their routes, seconds; it must be quick
 Observer = Callable[[Sequence[Work], RoutingRecord | None, float], None]
 log = logging.getLogger("deepseek.engine")
+PATIENCE, WAIT = 0.005, 0.02  # seconds for the masks of a step's requests; where nothing else is to be done
 CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent pool at most
 
 
@@ -222,6 +223,7 @@ class Engine:
         """Run one step; the requests that got a token. What goes wrong ends the requests that it concerns: their
         `error` says why, and nobody else notices."""
         with self.lock:
+            settled = self._settle(0.0)
             works = self.scheduler.schedule()
             moved: list[Request] = []
             try:
@@ -230,10 +232,29 @@ class Engine:
             except Exception as error:  # the model's, or the disk's: nobody's tokens can be trusted
                 for work in works:
                     self._fail(work.request, error)
+            settled += self._settle(PATIENCE if works else WAIT)
             failed = [work.request for work in works if work.request.error is not None]
-            for request in {one.number: one for one in (*moved, *failed)}.values():
+            for request in {one.number: one for one in (*moved, *failed, *settled)}.values():
                 self._tell(request)
             return moved
+
+    def _settle(self, seconds: float) -> list[Request]:
+        """Wait for pending constraints, for all of them together `seconds` at most; the requests that have ended."""
+        deadline = time.monotonic() + seconds
+        ended = []
+        for request in [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.pending]:
+            try:
+                if request.settle(max(0.0, deadline - time.monotonic())) and request.finish_reason is not None:
+                    self._finished(request)
+                    ended.append(request)
+            except Exception as error:  # its grammar's
+                self._fail(request, error)
+                ended += [request] if request.coupling is None else request.coupling.members
+        return ended
+
+    def _finished(self, request: Request) -> None:
+        self.counters.finished += 1
+        self._end(request)
 
     def _run(self, works: Sequence[Work]) -> list[Request]:
         watched = self.residency is not None or self.observer is not None
@@ -257,9 +278,9 @@ class Engine:
                     self._fail(work.request, error)
                     continue
             for row, logits_V in enumerate(logits_SV):
-                if row and not self._accepted(work):
-                    break
                 try:
+                    if row and not self._accepted(work):
+                        break
                     moved += self._advance(work.request, logits_V)
                 except Exception as error:  # its logits', or its grammar's
                     self._fail(work.request, error)
@@ -312,7 +333,8 @@ class Engine:
         """Whether a request goes on behind its draft: it is what was drawn."""
         assert self.drafter is not None
         request = work.request
-        if request.finish_reason is not None or request.token_ids[-1] != work.draft:
+        if (request.finish_reason is not None or request.token_ids[-1] != work.draft or not request.settle(PATIENCE)
+                or request.finish_reason is not None):
             return False
         self.drafter.stats.accepted += 1
         request.computed += 1
@@ -362,8 +384,8 @@ class Engine:
         """One more token for a request, or for all that it is coupled with."""
         moved = [request]
         if request.limit <= 0:  # the prompt alone was asked for
-            self.counters.finished += 1
-            self._end(request, "length")
+            request.end("length")
+            self._finished(request)
             return moved
         if (coupling := request.coupling) is not None:
             mixed_V = coupling.offer(request, logits_V)
@@ -376,8 +398,7 @@ class Engine:
             one.append(token)
             self.counters.sampled += 1
             if one.finish_reason is not None:
-                self.counters.finished += 1
-                self._end(one)
+                self._finished(one)
         return moved
 
 

@@ -174,6 +174,11 @@ class Request:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids)
 
     @property
+    def pending(self) -> bool:
+        """Whether it has to wait for its constraint before it can run."""
+        return self.constraint is not None and self.constraint.pending
+
+    @property
     def prefilling(self) -> bool:
         return self.computed < len(self.prompt_ids)
 
@@ -220,7 +225,7 @@ class Request:
                     logprobs(logits_V, self.prompt_ids[position], self.params.prompt_logprobs))
 
     def append(self, token: int) -> None:
-        """One more token: extend the text and decide whether this was the last."""
+        """One more token: extend the text and decide whether this was the last; where it is `pending`, `settle` will."""
         if self.first_token is None:
             self.first_token = time.monotonic()
         self.token_ids.append(token)
@@ -232,17 +237,29 @@ class Request:
         if self._pieces is not None and not ended:
             piece = self._pieces.push(token)
             self.text += self._stop.push(piece) if len(self.token_ids) > self.params.min_tokens else piece
-        if self.constraint is not None and not ended and self._free is None:
-            self.constraint.accept(token)
-            ended = self.constraint.finished
-        elif self._free is not None:
+        if ended or self._stop.stopped:
+            self.end("stop")
+            return
+        if self._free is not None:
             self._free += piece
             if self._marker in self._free:
                 self._free = None
-        if ended or self._stop.stopped:
+        elif self.constraint is not None:
+            self.constraint.accept(token)
+        self.settle(0.0)
+
+    def settle(self, seconds: float | None = None) -> bool:
+        """Wait `seconds` at most for what the constraint says of the last token; whether it is known if it ended.
+
+        Raises RequestError where the grammar outgrew its limits.
+        """
+        if self.constraint is not None and not self.constraint.settle(seconds):
+            return False
+        if self.constraint is not None and self.constraint.finished:
             self.end("stop")
         elif len(self.token_ids) >= self.limit:
             self.end("length")
+        return True
 
     def end(self, reason: FinishReason) -> None:
         """The reason is set last: whoever reads it in another thread then reads the whole text."""

@@ -6,7 +6,7 @@ A step has room for `step_tokens` tokens and `batch_size` requests:
     2. requests whose prompts have begun: the next piece, in the order of their arrival
     3. waiting ones, while there is room: the policy says which
 
-A request's pages are got before it runs. Where there are none, the youngest running request gives its own back and
+A request whose constraint is still at work on its next mask misses the step. A request's pages are got before it runs. Where there are none, the youngest running request gives its own back and
 waits again, first in the queue; what it had computed and is still in the tree of prefixes serves it later.
 
 Policies:
@@ -76,10 +76,10 @@ class Scheduler:
             self.pages.file(request.table, request.filed(request.computed if positions is None else positions))
 
     def schedule(self) -> list[Work]:
-        """The work of the next step; those of a prompt first. Empty only where nothing is to be done."""
+        """The work of the next step; those of a prompt first. Empty where all there are wait for their constraints."""
         budget, self.steps = self.step_tokens, self.steps + 1
         work: list[Work] = []
-        ready = [request for request in self.running if request.computed < request.length]
+        ready = [request for request in self.running if request.computed < request.length and not request.pending]
         if sum(1 + (request.draft is not None) for request in ready if not request.prefilling) > budget:
             for request in ready:  # a draft must not take the place of another's token
                 request.draft = None
@@ -145,8 +145,8 @@ class Scheduler:
         return True
 
     def _next(self) -> Request | None:
-        able = [request for request in self.waiting if request.after is None or not request.after.prefilling
-                or request.after.finish_reason is not None]
+        able = [request for request in self.waiting if not request.pending and (
+            request.after is None or not request.after.prefilling or request.after.finish_reason is not None)]
         if not able:
             return None
         couplings = [request.coupling for request in self.running if request.coupling is not None]
