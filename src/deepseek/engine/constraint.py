@@ -62,7 +62,7 @@ _LATE = ThreadPoolExecutor(1, "late-masks", initializer=_yield_to_others if hasa
 class Constraint:
     """What one text may go on with.
 
-    `accept` starts the computation of the next mask; whoever reads it waits for it, whoever need not wait asks `settle`.
+    `accept` starts the computation of the next mask. Reading it waits for it; `settle` waits as long as is wanted.
     """
 
     def __init__(self, matcher: LLMatcher, text_V: np.ndarray, eos_ids: frozenset[int]) -> None:
@@ -111,7 +111,7 @@ class Constraint:
         return self._future is None
 
     @property
-    def allowed_V(self) -> Tensor:
+    def allowed_V(self) -> Tensor:  # noqa: N802
         """True for every token that may come next."""
         self.settle()
         return self._allowed_V

@@ -6,8 +6,9 @@ A step has room for `step_tokens` tokens and `batch_size` requests:
     2. requests whose prompts have begun: the next piece, in the order of their arrival
     3. waiting ones, while there is room: the policy says which
 
-A request whose constraint is still at work on its next mask misses the step. A request's pages are got before it runs. Where there are none, the youngest running request gives its own back and
-waits again, first in the queue; what it had computed and is still in the tree of prefixes serves it later.
+A request whose constraint is still at work on its next mask misses the step. A request's pages are got before it runs.
+Where there are none, the youngest running request gives its own back and waits again, first in the queue; what it had
+computed and is still in the tree of prefixes serves it later.
 
 Policies:
 
