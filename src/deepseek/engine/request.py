@@ -225,7 +225,7 @@ class Request:
                     logprobs(logits_V, self.prompt_ids[position], self.params.prompt_logprobs))
 
     def append(self, token: int) -> None:
-        """One more token: extend the text and decide whether this was the last. Where it is then `pending`, `settle` decides."""
+        """One more token: extend the text; decide whether this was the last, or leave that to `settle`."""
         if self.first_token is None:
             self.first_token = time.monotonic()
         self.token_ids.append(token)
