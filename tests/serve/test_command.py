@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
 import shutil
@@ -127,21 +128,23 @@ def test_the_curl_commands_of_the_manual(folder: Path) -> None:
 
 
 def test_serve_answers_and_ends(folder: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "deepseek.cli", "serve", str(folder), "--port", "0", "--api_key",
-                                "k", "--log"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "deepseek.cli", "serve", str(folder), "--port", "0", "--log"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"DEEPSEEK_API_KEY": (key := "k-from-the-environment")})
     try:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
         assert line.startswith("serving tiny on http://127.0.0.1:"), process.stderr.read()
+        assert "open to whoever" not in line
         url = line.split(" on ")[1].strip()
         if shutil.which("curl"):
             said = subprocess.run(
-                ["curl", "-s", f"{url}/chat/completions", "-H", "Authorization: Bearer k", "-H",
+                ["curl", "-s", f"{url}/chat/completions", "-H", f"Authorization: Bearer {key}", "-H",
                  "Content-Type: application/json", "-d", json.dumps({
                      "model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "a secret"}]})],
                 capture_output=True, text=True, timeout=60, check=True).stdout
             assert json.loads(said)["choices"][0]["message"]["role"] == "assistant"
-        with httpx.stream("POST", f"{url}/completions", headers={"authorization": "Bearer k"}, timeout=60, json={
+        with httpx.stream("POST", f"{url}/completions", headers={"authorization": f"Bearer {key}"}, timeout=60, json={
                 "model": "tiny", "prompt": "a secret", "max_tokens": 300, "stream": True,
                 "deepseek": {"ignore_eos": True}}) as answer:
             lines = answer.iter_lines()
@@ -149,7 +152,9 @@ def test_serve_answers_and_ends(folder: Path) -> None:
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(60) in (0, -signal.SIGTERM)
-        log = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
+        said = process.stderr.read()
+        log = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        assert key not in said
         assert [entry["status"] for entry in log] == [200] * len(log) and log[-1]["path"] == "/v1/completions"
         assert "secret" not in json.dumps(log) and all(entry["request_id"].startswith("req_") for entry in log)
     finally:

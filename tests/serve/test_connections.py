@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -17,8 +18,9 @@ import pytest
 
 from deepseek.cli import main
 from deepseek.errors import ConfigError
+from deepseek.keys import check_keys, find_keys
 from deepseek.serve.connections import Limits, Process
-from deepseek.serve.guard import Guard, check_host, check_keys, host_name
+from deepseek.serve.guard import Guard, check_host, host_name
 from deepseek.serve.service import ServeOptions
 from deepseek.watch.monitor import WatchOptions
 from serving import Running
@@ -56,6 +58,44 @@ def test_a_key_that_no_client_can_send(key: str, capsys: pytest.CaptureFixture[s
         check_keys(["good", key])
     assert main(["serve", "nowhere", "--api_key", key]) == 2
     assert "api_key" in capsys.readouterr().err
+
+
+def test_flags_and_files_come_before_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"one\r\n\n  two \n")
+    assert find_keys() == []
+    for given, files, keys in ((["flag"], [], ["flag"]), ([], [file], ["one", "two"]),
+                               (["flag"], [file], ["flag", "one", "two"]), ([], [], ["variable"])):
+        monkeypatch.setenv("DEEPSEEK_API_KEY", " variable\n")
+        assert find_keys(given, files) == keys
+        assert "DEEPSEEK_API_KEY" not in os.environ  # no worker inherits it
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", "a b", "schl\u00fcssel"])
+def test_a_blank_key_leaves_no_server_open(blank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("DEEPSEEK_API_KEY", blank)
+    assert main(["serve", "nowhere"]) == 2
+    assert "DEEPSEEK_API_KEY: must be visible ASCII" in (said := capsys.readouterr().err)
+    assert not blank.strip() or blank not in said
+    file = tmp_path / "keys"
+    file.write_text(blank)
+    assert main(["serve", "nowhere", "--api_key_file", str(file)]) == 2
+    assert f"api_key_file = '{file}': " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (None, "No such file"), (b"\xff\xfe", "must be text"), (b"k\n" * (1 << 16), "65,536 bytes at most")])
+def test_a_file_that_holds_no_keys(data: bytes | None, words: str, tmp_path: Path,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys"
+    if data is not None:
+        file.write_bytes(data)
+    for command in (["serve", "nowhere"], ["watch", "http://127.0.0.1:1"]):
+        assert main([*command, "--api_key_file", str(file)]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["serve", "nowhere", "--api_key_file", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("header", "name"), [

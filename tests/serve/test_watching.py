@@ -256,12 +256,17 @@ def test_the_heat_map_and_the_curves(watched: Watched) -> None:
     assert max(v for v in series["rates"]["new_tokens"] if v is not None) > 0
 
 
-def test_the_view_in_a_terminal(watched: Watched, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_view_in_a_terminal(watched: Watched, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
     watched.ask("code")
     assert main(["watch", watched.running.url, "--api_key", KEY, "--once"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("planted   up ") and "code_expert" in out and "new tokens/s" in out and "###" in out
-    for args, words in ((["watch", watched.running.url, "--once"], "answers 401: it needs an --api_key"),
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    assert main(["watch", watched.running.url, "--api_key_file", str(tmp_path / "key"), "--once"]) == 0
+    monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
+    assert main(["watch", watched.running.url, "--once"]) == 0
+    for args, words in ((["watch", watched.running.url, "--once"], "answers 401: it needs an API key"),
                         (["watch", "http://127.0.0.1:9", "--once"], "no server of ours answers there"),
                         (["watch", "ftp://x", "--once"], "must begin with http"), (["watch"], "either the URL")):
         assert main(args) != 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -161,6 +161,10 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         done = await asyncio.to_thread(llm.warm_up, body.experts)
         return {"experts": done.experts, "of": done.of, "bytes": done.bytes, "seconds": done.seconds,
                 "expected_coverage": done.expected}
+
+    @app.api_route("/", methods=["GET", "HEAD"])
+    async def start() -> RedirectResponse:
+        return RedirectResponse("dashboard")
 
     @app.get("/health")
     async def health() -> JSONResponse:

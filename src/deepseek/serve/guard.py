@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..keys import check_keys
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -20,7 +21,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ANY = ("0.0.0.0", "::")  # a server that listens there is reached under every address of its machine
-OPEN = ("/health", "/dashboard")  # for load balancers and browsers, which send no key; the page asks for one
+OPEN = ("/", "/health", "/dashboard")  # for load balancers and browsers, which send no key; the page asks for one
 HOST_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
 log = logging.getLogger("deepseek.serve")
 
@@ -178,11 +179,3 @@ def check_host(name: str) -> str:
     if host_name(name) is None or not set(name) <= set(HOST_CHARACTERS):
         raise ConfigError(f"allowed_host = {name!r}: must be a host's name or address, without scheme, port and path")
     return name.lower().removesuffix(".")
-
-
-def check_keys(keys: Sequence[str]) -> None:
-    """Raises ConfigError for a key that no client can send."""
-    for key in keys:
-        if not key or not all("!" <= character <= "~" for character in key):
-            raise ConfigError("api_key: must be visible ASCII characters without spaces, and not be empty"
-                              + (f": got one of {len(key)} characters" if key else ""))

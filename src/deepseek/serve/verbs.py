@@ -11,14 +11,18 @@ from pathlib import Path
 from ..domain import DomainClassifier
 from ..engine.verbs import add_engine_flags, make_llm
 from ..errors import ConfigError
-from .guard import check_host, check_keys
+from ..keys import find_keys
+from .guard import check_host
 
 
 def add_serve_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", help="a checkpoint folder or a hub id")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
     verb.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    verb.add_argument("--api_key", action="append", default=[], help="clients must send it; may be given several times")
+    verb.add_argument("--api_key", action="append", default=[], help="clients must send it; may be given several "
+                      "times; a list of processes shows it")
+    verb.add_argument("--api_key_file", action="append", default=[], metavar="FILE", help="the same, a key a line; "
+                      "without either the variable DEEPSEEK_API_KEY counts")
     verb.add_argument("--cors_origin", action="append", default=[], metavar="ORIGIN",
                       help="web pages of this origin may ask, such as https://example.org; * is all; may be repeated")
     verb.add_argument("--allowed_host", action="append", default=[], metavar="NAME", help="a further name by which "
@@ -51,7 +55,7 @@ def serve(args: argparse.Namespace) -> None:
                  "shutdown_timeout"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ConfigError(f"{name} = {getattr(args, name)}: must be positive and finite")
-    check_keys(args.api_key)
+    keys = find_keys(args.api_key, args.api_key_file)
     hosts = tuple(check_host(name) for name in args.allowed_host)
     from ..watch.history import History
     from ..watch.monitor import WatchOptions
@@ -73,10 +77,10 @@ def serve(args: argparse.Namespace) -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     name = args.name or Path(args.model).resolve().name
-    app = create_app(llm, ServeOptions(name, tuple(args.api_key), args.max_waiting, args.max_body, args.timeout,
+    app = create_app(llm, ServeOptions(name, tuple(keys), args.max_waiting, args.max_body, args.timeout,
                                        args.log_texts, watch, tuple(args.cors_origin), args.host, hosts))
     address = "http://{}:{}".format(*listener.getsockname()[:2])
-    print(f"serving {name} on {address}/v1" + ("" if args.api_key else ", open to whoever reaches it: no --api_key")
+    print(f"serving {name} on {address}/v1" + ("" if keys else ", open to whoever reaches it: no API key")
           + f"\ndashboard: {address}/dashboard", flush=True)
     limits = Limits(args.max_connections, args.receive_timeout, args.read_timeout, args.shutdown_timeout)
     Process(app, limits, app.state.server.drain).run(sockets=[listener])

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..keys import find_keys
 
 BAR = 20  # characters of a bar; the mark is at the expected share
 CLEAR = "\x1b[H\x1b[J"
@@ -20,7 +21,9 @@ CLEAR = "\x1b[H\x1b[J"
 
 def add_watch_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("url", nargs="?", help="of the server, like http://127.0.0.1:8000")
-    verb.add_argument("--api_key", help="where the server wants one")
+    verb.add_argument("--api_key", help="where the server wants one; a list of processes shows it")
+    verb.add_argument("--api_key_file", metavar="FILE", help="the same, the first line of a file; without either the "
+                      "variable DEEPSEEK_API_KEY counts")
     verb.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
     verb.add_argument("--once", action="store_true", help="look once and end")
     verb.add_argument("--files", type=Path, metavar="FOLDER",
@@ -35,8 +38,12 @@ def watch(args: argparse.Namespace) -> None:
         return
     if not args.interval > 0:
         raise ConfigError(f"interval = {args.interval}: must be positive")
+    if args.api_key is not None and args.api_key_file is not None:
+        raise ConfigError("--api_key and --api_key_file: must not be given together")
+    keys = find_keys(*([] if given is None else [given] for given in (args.api_key, args.api_key_file)))
+    key = keys[0] if keys else None
     live = sys.stdout.isatty() and not args.once
-    page = view(fetch(args.url, args.api_key))
+    page = view(fetch(args.url, key))
     try:
         while True:
             print(CLEAR + page if live else page, flush=True)
@@ -44,7 +51,7 @@ def watch(args: argparse.Namespace) -> None:
                 return
             time.sleep(args.interval)
             try:
-                page = view(fetch(args.url, args.api_key))
+                page = view(fetch(args.url, key))
             except ConfigError as error:  # it may come back
                 page = str(error)
     except KeyboardInterrupt:
@@ -81,7 +88,8 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
             raise ValueError("it says something else")
         return state
     except urllib.error.HTTPError as error:
-        hint = ": it needs an --api_key" if error.code == 401 and api_key is None else ""
+        missing = error.code == 401 and api_key is None
+        hint = ": it needs an API key (--api_key, --api_key_file or DEEPSEEK_API_KEY)" if missing else ""
         raise ConfigError(f"url = {url!r}: the server answers {error.code}{hint}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
