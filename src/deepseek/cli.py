@@ -231,6 +231,7 @@ def atlas_profile(args: argparse.Namespace) -> None:
 def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path, out: Path) -> None:
     from .atlas import Atlas, profile
     from .atlas.atlas import Shape
+    from .atlas.profile import doubts, verdict
     from .atlas.show import table
     from .checkpoint import load_model
     from .config import ModelConfig
@@ -238,24 +239,20 @@ def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path
     from .tokenizer import Tokenizer
 
     known = Atlas.load(out) if out.is_file() else None
-    if known is not None:
-        if known.shape != (shape := Shape.of(ModelConfig.from_file(folder))):
-            raise ConfigError(f"out = {out}: holds the atlas of another model: {known.shape}; this one has {shape}")
-        if taken := [name for name in named if name in known and known.group(name).kind == "built-in"]:
-            raise ConfigError(f"{taken[0]}: is built into the model; measure it under another name, or write to "
-                              "another --out")
+    if known is not None and known.shape != (shape := Shape.of(ModelConfig.from_file(folder))):
+        raise ConfigError(f"out = {out}: holds the atlas of another model: {known.shape}; this one has {shape}")
     report = ReadReport()
     tokenizer, model = Tokenizer.load(folder), load_model(folder, device=args.device)
     with _tokens_bar("profile") as advance:
         measured = profile(model, tokenizer, {name: read_documents(places, report) for name, places in named.items()},
                            score=args.score, threshold=args.threshold, seq_len=args.seq_len, tokens=args.tokens,
-                           seed=args.seed, progress=advance)
+                           seed=args.seed, progress=advance, atlas=known)
     if report.problems:
         print(report.summary())
     if not measured.names:
-        raise DataError("; ".join(f"{refusal.name} is {refusal.reason}" for refusal in measured.refused))
+        raise DataError("; ".join(verdict(refusal.name, refusal.reason) for refusal in measured.refused))
     (known.updated(measured) if known else measured).save(out)
-    print(table(measured))
+    print("\n".join([table(measured), *doubts(measured)]))
     if len(named) == 1:
         print("One name alone shows that its experts are stable, not that they are its own: other text, under a second "
               "name, would.")

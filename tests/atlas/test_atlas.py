@@ -86,6 +86,32 @@ def test_a_newer_measurement_replaces_what_it_speaks_of(tiny_config: Config) -> 
         old.updated(Atlas(Shape.of(tiny_config(n_group=8)), []))
 
 
+def test_what_training_built_in_keeps_its_place_and_its_experts(tiny_config: Config) -> None:
+    shape = Shape.of(tiny_config())
+    old = Atlas(shape, [group("a", "1.0", kind="built-in"), group("b", "1.1"), group("c", "1.2", kind="built-in")])
+    more = NamedGroup("a", "built-in", old["a"], evidence={"coverage_slots": 0.5})
+    assert old.updated(Atlas(shape, [group("d", "1.4"), more])).names == ("a", "b", "c", "d")
+    assert old.updated(Atlas(shape, [more])).group("a").evidence == {"coverage_slots": 0.5}
+    for newer in (Atlas(shape, [group("a", "1.0")]), Atlas(shape, [group("c", "1.3", kind="built-in")]),
+                  Atlas(shape, [], [Refusal("a", "chance")])):
+        with pytest.raises(ConfigError, match=r"[ac]: is built into the model, so its experts stay"):
+            old.updated(newer)
+
+
+def test_an_atlas_says_what_it_holds(tiny_config: Config, measured: Atlas) -> None:
+    built = Atlas.built_in(tiny_config(), ["law_expert", "x"], {"x": {"routing_accuracy": 0.875}})
+    assert str(built).splitlines() == [
+        "Atlas of 2 names over 2 layers x 16 experts, 4 a token, 4 routing groups",
+        "  law_expert  built-in, 8 experts in 2 layers; no evidence",
+        "  x           built-in, 8 experts in 2 layers; routing_accuracy 0.875"]
+    lines = repr(measured).splitlines()
+    assert lines[0].startswith("Atlas of 3 names over 2 layers x 16 experts") and len(lines) == 5
+    assert lines[1].startswith("  early   measured, 8 experts in 2 layers; ")
+    assert "% of its own text's slots, " in lines[1] and "25.0% if routing were even, 24 documents, 7" in lines[1]
+    assert lines[4].startswith("  refused: mixed: no better than chance")
+    assert str(Atlas(built.shape, [group("a", "1.0")])).splitlines()[0].startswith("Atlas of 1 name over")
+
+
 def test_experts_that_do_not_exist(tiny_config: Config) -> None:
     config = tiny_config()
     for bad in ("0.3", "3.0", "1.16"):

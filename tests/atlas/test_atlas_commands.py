@@ -12,8 +12,11 @@ import torch
 from planting import LETTERS, Planted, text
 
 from deepseek import Atlas, load_model, save_model
+from deepseek.atlas import NamedGroup
+from deepseek.atlas.atlas import Shape
 from deepseek.cli import main
 from deepseek.data import Document
+from deepseek.ids import ExpertSet
 from deepseek.tokenizer import Tokenizer
 
 FLAGS = ("--threshold", "0.9", "--seq_len", "32", "--tokens", "1500")
@@ -88,17 +91,44 @@ def test_nothing_but_chance_is_an_error_and_writes_nothing(model: Path, data: di
     assert "; b is no better than chance" in err and not (model / "atlas.json").exists()
 
 
-def test_what_training_built_in_stays(model: Path, data: dict[str, Path], deepseek: Run) -> None:
+def test_what_training_built_in_stays_and_gets_evidence(planted: Planted, model: Path, data: dict[str, Path],
+                                                         deepseek: Run) -> None:
     config = load_model(model).config
-    Atlas.built_in(config, ["early_expert"]).save(model)
-    status, _, err = deepseek("profile", model, "--data", *named(data, "early", "late"), *FLAGS)
-    assert status == 2 and "early_expert: is built into the model; measure it under another name" in err
-    assert deepseek("profile", model, "--data", f"first={data['early']}", *named(data, "late"), *FLAGS)[0] == 0
-    assert {name: Atlas.load(model).group(name).kind for name in Atlas.load(model)} == {
-        "early_expert": "built-in", "first": "measured", "late_expert": "measured"}
+    experts = ExpertSet(sorted(planted.experts["early"]))
+    trained = NamedGroup("early_expert", "built-in", experts, evidence={"routing_accuracy": 0.875})
+    Atlas(Shape.of(config), [trained]).save(model)
+    before = deepseek("show", model)[1]
+    assert before.splitlines()[2].split() == ["early_expert", "built-in", "8", "4", *"--------"]
+    status, out, _ = deepseek("profile", model, "--data", *named(data, "early", "late"), *FLAGS)
+    assert status == 0 and "stays" not in out
+    atlas = Atlas.load(model)
+    assert atlas.names == ("early_expert", "late_expert") and atlas["early_expert"] == experts
+    early = atlas.group("early_expert")
+    assert early.kind == "built-in" and early.evidence["routing_accuracy"] == 0.875
+    shown = deepseek("show", model)[1]
+    row, = (line.split() for line in shown.splitlines() if line.startswith("early_expert  built-in"))
+    assert float(row[4][:-1]) > 95 and float(row[5][:-1]) < 5 and row[8] == "25.0%" and row.count("-") == 1
+    measured = f"{early.evidence['documents']} documents, {early.evidence['tokens']:,} tokens"
+    assert f"early_expert: {measured}, routing_accuracy 0.875" in shown
+    # again, with text that is not its own
+    wrong = f"early_expert={data['middle']}"
+    status, out, _ = deepseek("profile", model, "--data", wrong, *named(data, "late"), *FLAGS)
+    assert status == 0 and "early_expert is no better than chance: its 8 experts carry" in out
+    assert "it stays, since training built it in" in out and Atlas.load(model)["early_expert"] == experts
     elsewhere = model.parent / "other.json"
     assert deepseek("profile", model, "--data", *named(data, "early", "late"), "--out", elsewhere, *FLAGS)[0] == 0
     assert Atlas.load(elsewhere).group("early_expert").kind == "measured"
+
+
+def test_too_few_documents_are_not_called_chance(model: Path, data: dict[str, Path], deepseek: Run) -> None:
+    few = model.parent / "few.jsonl"
+    lines = data["mixed"].read_text().splitlines()
+    few.write_text("\n".join(json.dumps({"text": "".join(json.loads(line)["text"] for line in lines[i::7])})
+                             for i in range(7)))
+    words = [f"{name}={few}" for name in ("a", "b")]
+    status, _, err = deepseek("profile", model, "--data", *words, *FLAGS)
+    assert status == 2 and err.splitlines()[-1].startswith("deepseek: a has too little evidence (7 documents): its ")
+    assert "; b has too little evidence (7 documents)" in err and "no better than chance" not in err
 
 
 def test_compare_follows_the_names(planted: Planted, model: Path, data: dict[str, Path], deepseek: Run) -> None:
@@ -121,7 +151,7 @@ def test_compare_follows_the_names(planted: Planted, model: Path, data: dict[str
     ("profile M --data a=nowhere.txt", "nowhere.txt: no such file or folder"),
     ("profile nowhere --data a=EARLY --out x.json", "nowhere: no such folder here"),
     ("profile owner/name --data a=EARLY", "out: must be given, because owner/name is not a local folder"),
-    ("profile M --data a=SHORT b=EARLY", "a: too little text: 1 windows"),
+    ("profile M --data a=SHORT b=EARLY", "a: too little evidence (1 document): too little text: 1 windows"),
     ("profile M --data a=EMPTY b=EARLY", "empty"),
     ("profile M --data a=EARLY b=LATE --threshold 2", "threshold = 2.0: must lie above 0"),
     ("profile M --data a=EARLY b=LATE --seq_len 9999", "seq_len = 9999: must lie in 2..256"),

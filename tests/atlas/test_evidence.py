@@ -14,10 +14,13 @@ from deepseek.atlas.evidence import (
     Routed,
     coverage,
     holm,
+    lift_needed,
     members,
     random_experts_p,
     rank_correlation,
     select,
+    share_as_large,
+    shuffled_lifts,
     shuffled_p,
     unit_coverage,
 )
@@ -65,6 +68,16 @@ def test_nothing_to_tell_apart_gives_one_and_a_clear_lift_the_least() -> None:
     clear = np.concatenate((np.full(20, 0.9), np.full(20, 0.1)))
     assert shuffled_p(clear, np.ones(40), (20, 20), 0, 0) == 1 / 5000
     assert shuffled_p(clear, np.ones(40), (20, 20), 1, 0) == 1.0  # the wrong way round
+
+
+@pytest.mark.parametrize("level", [0.5, 0.05, 0.05 / 3, 1e-4, 1e-9])
+def test_the_lift_that_is_needed_is_the_least_one_with_a_low_p(level: float) -> None:
+    found_U = np.random.default_rng(1).random(30)
+    _, drawn_P = shuffled_lifts(found_U, np.ones(30), (10, 20), 0, 0)
+    needed = lift_needed(drawn_P, level)
+    assert share_as_large(needed, drawn_P) >= level, "not yet"
+    above = share_as_large(needed + 1e-9, drawn_P)
+    assert above < level or needed == drawn_P[-1]  # no lift has a p below 1 / 5000
 
 
 def test_random_experts_is_the_share_of_all_groups() -> None:

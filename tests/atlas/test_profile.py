@@ -12,16 +12,16 @@ import torch
 from planting import LETTERS, K, Planted, text
 
 from deepseek import convert
-from deepseek.atlas import profile
-from deepseek.atlas.atlas import Measurement
+from deepseek.atlas import Atlas, NamedGroup, profile
+from deepseek.atlas.atlas import Measurement, Shape
 from deepseek.atlas.evidence import Routed
-from deepseek.atlas.profile import judge
+from deepseek.atlas.profile import doubts, judge, verdict
 from deepseek.atlas.sample import Window, draw, route
 from deepseek.checkpoint import load_model
 from deepseek.config import ModelConfig
 from deepseek.data import Document
 from deepseek.errors import ConfigError, DataError
-from deepseek.ids import ExpertId
+from deepseek.ids import ExpertId, ExpertSet
 from deepseek.model import CausalLM, RoutingRecord
 
 SMALL = dict(threshold=0.9, seq_len=32, tokens=1500)
@@ -100,6 +100,91 @@ def test_a_single_name_is_held_against_random_experts(planted: Planted) -> None:
                    {"even": Measurement("token", 0.2, 1024, (), (), 64, 0)}, {"even": 16})
     assert [refusal.name for refusal in chance.refused] == ["even"]
     assert "other names" not in chance.refused[0].reason
+
+
+def built_in(planted: Planted, *names: str, as_name: str = "") -> Atlas:
+    """An atlas whose names training built in, as it were."""
+    return Atlas(Shape.of(planted.model.config), [
+        NamedGroup(as_name or name, "built-in", ExpertSet(sorted(planted.experts[name])),
+                   evidence={"routing_accuracy": 0.9, "coverage_slots_others": 0.77}) for name in names])
+
+
+@pytest.mark.parametrize("score", ["token", "gate"])
+def test_a_name_of_training_gets_evidence_and_keeps_its_experts(planted: Planted, score: str) -> None:
+    known = built_in(planted, "early", "late")
+    data = {name: text(name) for name in ("late", "middle", "early")}
+    found = profile(planted.model, planted.tokenizer, data, score=score, atlas=known, **SMALL)
+    assert {name: found.group(name).kind for name in found} == {
+        "late": "built-in", "middle": "measured", "early": "built-in"}
+    for name in ("early", "late"):
+        group = found.group(name)
+        assert group.experts == known.group(name).experts, "in the same order"
+        assert group.evidence["routing_accuracy"] == 0.9, "what training said stays"
+        assert group.evidence["coverage_slots"] > 0.95 and group.evidence["coverage_slots_others"] < 0.05
+        assert group.evidence["coverage_uniform"] == K / 16 and group.evidence["p_adjusted"] < 0.05
+        assert group.evidence["documents"] == 24 and group.evidence["tokens"] == group.measured.tokens > 500
+        assert "stability_jaccard" not in group.evidence, "nothing was selected"
+        kind = "slots" if score == "token" else "weight"  # of all documents, none of which chose the experts
+        assert sum(group.scores) / 2 == pytest.approx(group.evidence[f"coverage_{kind}"], rel=1e-6)
+    both = known.updated(found)
+    assert both.names == ("early", "late", "middle") and not doubts(both)
+    alone = profile(planted.model, planted.tokenizer, {"early": text("early")}, atlas=both, **SMALL).group("early")
+    assert "coverage_slots_others" not in alone.evidence, "nothing is left of an earlier measurement"
+
+
+def test_a_name_of_training_stays_whatever_its_text_does(planted: Planted) -> None:
+    """Its text visits others' experts; one of the data's other names stands all the same."""
+    known = built_in(planted, "early", as_name="odd")
+    data = {"odd": text("late"), "middle": text("middle")}
+    found = profile(planted.model, planted.tokenizer, data, atlas=known, **SMALL)
+    assert found.names == ("odd", "middle") and not found.refused
+    assert found.group("odd").evidence["coverage_slots"] < 0.05 and found.group("odd").evidence["p_adjusted"] > 0.5
+    [line] = doubts(found)
+    assert line.startswith("odd is no better than chance: its 8 experts carry ") and "it stays, since training" in line
+    few = profile(planted.model, planted.tokenizer, {"odd": text("late", 3, 900), "middle": text("middle")},
+                  atlas=known, **SMALL)
+    assert doubts(few)[0].startswith("odd has too little evidence (3 documents): ")
+    other = Atlas.built_in(planted.model.config.with_(n_routed_experts=32), ["odd"])
+    with pytest.raises(ConfigError, match="the atlas was made for another shape: 2 layers x 32 experts"):
+        profile(planted.model, planted.tokenizer, data, atlas=other, **SMALL)
+
+
+def test_a_refusal_says_whether_more_text_may_help(planted: Planted) -> None:
+    def mixed(documents: int, characters: int) -> list[Document]:
+        return [document for own in zip(*(text(name, 10, characters, seed=5) for name in LETTERS), strict=True)
+                for document in own][:documents]
+
+    data = {"early": text("early"), "late": text("late")}
+    few, many = (profile(planted.model, planted.tokenizer, data | {"mixed": documents}, **SMALL).refused
+                 for documents in (mixed(7, 900), mixed(30, 120)))
+    assert [r.name for r in few] == [r.name for r in many] == ["mixed"]
+    assert few[0].reason.startswith("too little evidence (7 documents): its ") and "chance: its" not in few[0].reason
+    assert many[0].reason.startswith("no better than chance: its ") and "too little" not in many[0].reason
+    assert verdict("x", few[0].reason).startswith("x has too") and verdict("x", many[0].reason).startswith("x is no")
+
+
+@pytest.mark.parametrize(("documents", "spread", "reason"), [
+    (40, 0.02, "no better than chance"), (40, 0.2, "no better than chance"), (8, 0.4, "too little evidence (8 doc"),
+    (7, 0.02, "too little evidence (7 documents)"), (1, 0.02, "too little evidence (1 document)")])
+def test_evidence_is_too_little_where_a_large_lead_could_be_chance(documents: int, spread: float, reason: str) -> None:
+    """Eight documents that differ wildly among themselves cannot say that nothing is there; forty can."""
+    config = ModelConfig.preset("nano")
+
+    def drawn(units: int, seed: int) -> Routed:
+        generator = np.random.default_rng(seed)
+        habit_UE = generator.dirichlet(np.full(16, 1 / (16 * spread**2)), units)
+        slots = [generator.multinomial(256, habit_UE) for _ in config.moe_layers]
+        return Routed(np.full(units, 64.0), np.stack(slots, 1).astype(float), np.stack(slots, 1) / 4.0)
+
+    refused = 0
+    for seed in range(6):
+        routed = {"own": drawn(max(8, documents), seed), "other": drawn(40, seed + 99)}
+        how = Measurement("token", 0.2, 0, (), (), 64, seed)
+        found = judge(config, routed, dict.fromkeys(routed, how), {"own": documents, "other": 40})
+        own = [r for r in found.refused if r.name == "own"]
+        refused += len(own)
+        assert all(r.reason.startswith(reason) for r in own), own
+    assert refused >= 4
 
 
 def test_scores_are_those_of_a_loop_without_the_beginning_padding_and_scaling(planted: Planted) -> None:
@@ -228,6 +313,6 @@ def test_no_names_no_experts_no_text_and_too_little(planted: Planted) -> None:
         profile(dense, planted.tokenizer, everything())
     with pytest.raises(DataError, match="late: there is no text"):
         profile(planted.model, planted.tokenizer, everything() | {"late": []})
-    with pytest.raises(DataError, match="late: too little text: 1 windows of at most 256 tokens from 1 documents, must "
-                                        "be at least 8"):
+    with pytest.raises(DataError, match=r"late: too little evidence \(1 document\): too little text: 1 windows of at "
+                                        "most 256 tokens, must be at least 8"):
         profile(planted.model, planted.tokenizer, everything() | {"late": text("late", 1, 30)})

@@ -6,13 +6,16 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from deepseek.atlas import Atlas, RoutingAccuracy
+from deepseek.atlas import Atlas, RoutingAccuracy, profile
 from deepseek.atlas.accuracy import settled
+from deepseek.atlas.profile import doubts
+from deepseek.checkpoint import load_model
 from deepseek.config import ModelConfig
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt.settings import TrainConfig
@@ -21,6 +24,7 @@ from deepseek.errors import ConfigError
 from deepseek.model import CausalLM, Route, RoutingRecord, group_weight
 from deepseek.model.gate import Gate, group_guidance_loss
 from deepseek.tokenizer import Tokenizer
+from deepseek.watch.counters import Counters
 
 NAMES = ("prose_expert", "ledger_expert", "code_expert")
 WORDS = {"prose_expert": "the river ran past an old house and nobody saw its windows shine".split(),
@@ -48,10 +52,19 @@ def run(shards: tuple[TokenShards, Tokenizer], config: ModelConfig, out: Path, *
     return [record for record, _ in read_log(out / "log.jsonl")]
 
 
+@pytest.fixture(scope="module")
+def guided(shards: tuple[TokenShards, Tokenizer], tiny_config: Callable[..., ModelConfig],
+           tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A trained model, and the log of its training."""
+    out = tmp_path_factory.mktemp("guided")
+    return out / "model", run(shards, tiny_config(), out)
+
+
 def test_guided_text_finds_its_group_and_unguided_text_does_not(
-    shards: tuple[TokenShards, Tokenizer], tiny_config: Callable[..., ModelConfig], tmp_path: Path
+    shards: tuple[TokenShards, Tokenizer], tiny_config: Callable[..., ModelConfig], tmp_path: Path,
+    guided: tuple[Path, list[dict[str, Any]]]
 ) -> None:
-    log = run(shards, tiny_config(), tmp_path / "guided")
+    folder, log = guided
     assert log[-1]["routing_accuracy"] > 0.95
     assert log[-1]["routing_accuracy_of"].keys() == set(NAMES)
     assert log[0]["guide_loss"] > 3 * log[-2]["guide_loss"]
@@ -59,11 +72,55 @@ def test_guided_text_finds_its_group_and_unguided_text_does_not(
     assert twin[-1]["routing_accuracy"] < 0.7 and "guide_loss" not in twin[0]
     # across groups the load follows the domains (the fourth group has none); within them the bias keeps it even
     assert log[-1]["max_vio_across_groups"] > 0.4 > log[-1]["max_vio_within_groups"]
-    atlas = Atlas.load(tmp_path / "guided" / "model")
+    atlas = Atlas.load(folder)
     assert atlas.names == NAMES and len(atlas["ledger_expert"]) == 2 * 4
     assert atlas["ledger_expert"].by_layer() == {1: [4, 5, 6, 7], 2: [4, 5, 6, 7]}
     assert atlas.group("code_expert").evidence["routing_accuracy"] > 0.9
     assert not (tmp_path / "unguided" / "model" / "atlas.json").exists()
+
+
+def test_a_trained_model_is_profiled_and_watched(
+    shards: tuple[TokenShards, Tokenizer], guided: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    """Evidence of held-out text joins the names of training; a further name within one of them changes nothing of what
+    a server says of their routing; drift is there, and small on text of the kind that was profiled."""
+    (_, tokenizer), (folder, _) = shards, guided
+    model, trained = load_model(folder), Atlas.load(folder)
+
+    def text(name: str, seed: int, documents: int = 20) -> list[Document]:
+        draw = random.Random(f"{name}/{seed}")
+        return [Document(" ".join(draw.choices(WORDS[name], k=60)), name) for _ in range(documents)]
+
+    first = profile(model, tokenizer, {name: text(name, 1) for name in NAMES}, seq_len=64, atlas=trained)
+    atlas = trained.updated(first)
+    assert atlas.names == NAMES and not first.refused and not doubts(first)
+    for name in NAMES:
+        evidence = atlas.group(name).evidence
+        assert atlas[name] == trained[name] and evidence["routing_accuracy"] == trained.group(name).evidence[
+            "routing_accuracy"]
+        assert evidence["coverage_slots"] > 2 * evidence["coverage_slots_others"] and evidence["documents"] == 20
+    code = {"dialect": text("code_expert", 2), "other": text("ledger_expert", 2)}
+    more = profile(model, tokenizer, code, threshold=0.3, seq_len=64, atlas=atlas)
+    assert set(more["dialect"]) < set(atlas["code_expert"]), "as in the complaint: some of its experts, the busiest"
+
+    def served(atlas: Atlas) -> dict[str, float]:
+        counters = Counters(model.config, atlas)
+        for number, name in enumerate(NAMES):
+            for document in text(name, 3, 4):
+                ids = tokenizer.encode(document.text, bos=True)
+                routing = RoutingRecord()
+                with torch.no_grad():
+                    model.hidden(torch.tensor([ids]), routing=routing)
+                works: Any = [SimpleNamespace(request=SimpleNamespace(number=number, domain=name, tags={}),
+                                              chunk=SimpleNamespace(tokens=len(ids)))]
+                counters.step(works, routing, 0.1)
+        return counters.reading()
+
+    before, after = served(trained), served(atlas.updated(more))
+    for name in NAMES:
+        right = before[f"right_tokens_total|{name}"]
+        assert after[f"right_tokens_total|{name}"] == right > 0.8 * before[f"labelled_tokens_total|{name}"]
+        assert f"drift|{name}" not in before and abs(after[f"drift|{name}"]) < 0.1
 
 
 def test_more_names_than_groups_are_refused(

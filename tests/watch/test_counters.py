@@ -173,6 +173,104 @@ def test_a_token_without_a_named_group_is_not_right(config: ModelConfig, atlas: 
     assert (reading["labelled_tokens_total|code_expert"], reading["right_tokens_total|code_expert"]) == (3, 0)
 
 
+def routed(config: ModelConfig, share: float, seed: int, size: int = 4) -> tuple[list[Any], RoutingRecord]:
+    """Tokens of `code` and `law` by turns, whose experts are of the first or second routing group with chance `share`,
+    else of any; within a group two experts are visited far more than the other two."""
+    generator, tokens = torch.Generator().manual_seed(seed), 400
+    weights_TE = torch.full((tokens, config.n_routed_experts), (1 - share) / config.n_routed_experts)
+    for t in range(tokens):
+        first = t // 10 % 2 * size
+        weights_TE[t, first : first + size] += share / size * torch.tensor([1.9, 1.7, 0.2, 0.2])
+    routes = {layer: Route(torch.multinomial(weights_TE, 2, generator=generator),
+                           torch.rand(tokens, 2, generator=generator), torch.zeros(tokens, config.n_routed_experts))
+              for layer in config.moe_layers}
+    works = [Plain(request=Plain(number=i, domain=("code", "law")[i % 2], tags={}), chunk=Plain(tokens=10))
+             for i in range(tokens // 10)]
+    return works, RoutingRecord(routes)
+
+
+def built(config: ModelConfig, *more: NamedGroup) -> Atlas:
+    """Two routing groups of four are named; text of the other two is nobody's."""
+    return Atlas(Shape.of(config), [*Atlas.built_in(config, ["code_expert", "law_expert"]).groups, *more])
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+def test_names_of_training_are_judged_as_in_training(tiny_config: Callable, share: float) -> None:
+    """The strongest of all routing groups, those without a name too, is the same as deepopt's evaluation has it."""
+    config = tiny_config(num_experts_per_tok=2, bos_token_id=None)
+    works, routing = routed(config, share, 1)
+    counters = Counters(config, built(config))
+    counters.step(works, routing, 0.1)
+    reading = counters.reading()
+    strength_TG = torch.zeros(400, 4)
+    for route in routing.routes.values():
+        strength_TG.scatter_add_(1, route.index_TK // 4, route.weight_TK)
+    best_T, label_T = strength_TG.argmax(1), torch.arange(400) // 10 % 2
+    for g, name in enumerate(("code_expert", "law_expert")):
+        assert reading[f"right_tokens_total|{name}"] == int((best_T == g)[label_T == g].sum())
+        assert reading[f"labelled_tokens_total|{name}"] == 200
+    top_T2 = strength_TG.topk(2).values
+    assert reading["conflict_tokens_total"] == int((top_T2[:, 0] - top_T2[:, 1] < CLOSE * top_T2[:, 0]).sum())
+    assert counters.groups.chance([200, 200]) == 0.25
+
+
+def test_nothing_that_is_profiled_changes_what_is_said_of_names_of_training(tiny_config: Callable) -> None:
+    config = tiny_config(num_experts_per_tok=2)
+
+    def tag(name: str, *experts: int) -> NamedGroup:
+        return NamedGroup(name, "measured", ExpertSet(ExpertId(layer, e) for layer in config.moe_layers
+                                                      for e in experts))
+
+    def counted(atlas: Atlas) -> tuple[Counters, dict[str, float]]:
+        counters = Counters(config, atlas)
+        for seed in range(3):
+            counters.step(*routed(config, 0.6, seed), 0.1)
+        for number in range(40):
+            counters.finished(number, None, "stop", 0.1, None)
+        return counters, counters.reading()
+
+    plain, before = counted(built(config))
+    assert 0.5 < before["right_tokens_total|code_expert"] / before["labelled_tokens_total|code_expert"] < 0.95
+    tags = {"nested": tag("hot", 0, 1), "the same": tag("again", 0, 1, 2, 3), "across": tag("both", 0, 4),
+            "around": tag("wide", *range(12)), "beside": tag("free", 8, 9), "one": tag("single", 0)}
+    for own in (*([one] for one in tags.values()), list(tags.values())):
+        counters, after = counted(built(config, *own))
+        assert {name: after[name] for name in before if "slots" not in name and "watch" not in name} == {
+            name: value for name, value in before.items() if "slots" not in name and "watch" not in name}
+        assert counters.counts.confusion_GG[:2, :2].equal(plain.counts.confusion_GG)
+        assert not counters.counts.confusion_GG[:2, 2:].any() and not counters.counts.conflict_GG[2:].any()
+
+
+def test_a_measured_name_is_held_against_those_of_other_experts(tiny_config: Callable) -> None:
+    """`hot` lies within code_expert: of its text, law_expert is a rival and code_expert is not; without names of
+    training, a name within another changes nothing of the other one either."""
+    config = tiny_config(num_experts_per_tok=2, num_hidden_layers=2)
+
+    def tag(name: str, *experts: int) -> NamedGroup:
+        return NamedGroup(name, "measured", ExpertSet(ExpertId(1, e) for e in experts))
+
+    def right(atlas: Atlas, domain: str, *experts: int) -> float:
+        counters = Counters(config, atlas)
+        index = torch.tensor([experts] * 5)
+        counters.step([Plain(request=Plain(number=1, domain=domain, tags={}), chunk=Plain(tokens=5))], RoutingRecord(
+            {1: Route(index, torch.ones(5, 2), torch.zeros(5, 16))}), 0.1)
+        return counters.reading()[f"right_tokens_total|{domain}"] / 5
+
+    atlas = built(config, tag("hot", 0, 1), tag("far", 12, 13))
+    assert right(atlas, "hot", 0, 2) == 1.0, "code_expert is stronger by nothing but the same experts"
+    assert right(atlas, "hot", 4, 5) == right(atlas, "hot", 2, 3) == 0.0
+    assert right(atlas, "hot", 0, 12) == right(atlas, "far", 12, 13) == 1.0
+    assert Counters(config, atlas).groups.chance([0, 0, 7, 0]) == pytest.approx(1 / 3)  # beside law_expert and far
+    measured = Atlas(Shape.of(config), [tag("law", 0, 1, 2, 3), tag("contracts", 0, 1), tag("code", 4, 5)])
+    assert right(measured, "law", 0, 1) == right(measured, "contracts", 0, 3) == 1.0
+    assert right(measured, "law", 4, 5) == right(measured, "contracts", 4, 5) == 0.0
+    counters = Counters(config, measured)
+    index = torch.tensor([[0, 1]])
+    counters.step([Plain(request=Plain(number=1, domain="law", tags={}), chunk=Plain(tokens=1))], RoutingRecord(
+        {1: Route(index, torch.ones(1, 2), torch.zeros(1, 16))}), 0.1)
+    assert counters.reading()["conflict_tokens_total"] == 0, "two names of the same experts are in no conflict"
+
+
 def test_steps_of_a_thread_while_another_reads(config: ModelConfig, atlas: Atlas) -> None:
     counters, over = Counters(config, atlas), threading.Event()
 

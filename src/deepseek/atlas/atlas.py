@@ -1,8 +1,9 @@
 """The atlas: the file beside a checkpoint that gives sets of experts their names, and the evidence for each.
 
-    built-in   training bound one of the gate's routing groups to the name: the same experts in every layer
+    built-in   training bound one of the gate's routing groups to the name: the same experts in every layer; profiling
+               adds evidence and leaves the experts as they are
     measured   profiling chose the experts that a domain's text visits most, and held-out text confirmed them
-    refused    a name whose experts held-out text did not confirm; kept with the reason, so that nobody asks twice
+    refused    a name whose experts held-out text did not confirm; kept with the reason
 
 docs/experts.md defines the terms, the figures and the file. An atlas is a value: nothing in it changes once made.
 """
@@ -26,6 +27,10 @@ FORMAT = 1
 FILE = "atlas.json"
 
 Kind = Literal["built-in", "measured"]
+# what profiling says of a name; all other evidence is of whoever made the entry
+MEASURED = frozenset({"experts", "tokens", "documents", "coverage_slots", "coverage_slots_others", "coverage_weight",
+                      "coverage_weight_others", "coverage_uniform", "p", "p_adjusted", "lift_needed",
+                      "stability_jaccard", "stability_rank"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class NamedGroup:
-    """A name and its experts, by descending score. scores: one for each of them; empty where nothing was measured."""
+    """A name and its experts: by descending score where they were measured, as the routing group has them where they
+    were built in. scores: one for each of them; empty where nothing was measured."""
 
     name: str
     kind: Kind
@@ -149,6 +155,17 @@ class Atlas:
     def groups(self) -> tuple[NamedGroup, ...]:
         return tuple(self._groups.values())
 
+    def __repr__(self) -> str:
+        """A line a name: its experts and layers, and what is known of it."""
+        lines = [f"Atlas of {count(len(self), 'name')} over {self.shape}"]
+        width = max(map(len, self), default=0)
+        for group in self.groups:
+            layers = group.experts.by_layer()
+            lines.append(f"  {group.name:{width}}  {group.kind}, {count(len(group.experts), 'expert')} in "
+                         f"{count(len(layers), 'layer')}; {_summary(group.evidence)}")
+        lines += [f"  refused: {refusal.name}: {refusal.reason}" for refusal in self.refused]
+        return "\n".join(lines)
+
     def check_fits(self, config: ModelConfig) -> None:
         """Raises ConfigError for the first expert that a model of this configuration does not have."""
         for group in self.groups:
@@ -158,11 +175,25 @@ class Atlas:
                                       f"its {_span(config.moe_layers)} have experts 0..{config.n_routed_experts - 1}")
 
     def updated(self, newer: Atlas) -> Atlas:
-        """This atlas with what `newer` says about the names that it measured. Raises ConfigError for another shape."""
+        """This atlas with what `newer` says about the names that it measured; built-in ones keep their places.
+
+        Raises ConfigError for another shape, and for a built-in name that `newer` gives other experts or refuses.
+        """
         if newer.shape != self.shape:
             raise ConfigError(f"atlases of models of different shapes: {self.shape}; {newer.shape}")
         said = {*newer.names, *(refusal.name for refusal in newer.refused)}
-        return Atlas(self.shape, [*(g for g in self.groups if g.name not in said), *newer.groups],
+        kept: list[NamedGroup] = []
+        for group in self.groups:
+            if group.kind == "built-in" and group.name in said:
+                found = newer._groups.get(group.name)
+                if found is None or (found.kind, set(found.experts)) != (group.kind, set(group.experts)):
+                    raise ConfigError(f"{group.name}: is built into the model, so its experts stay: "
+                                      "profile(…, atlas=…) adds evidence to them")
+                kept.append(found)
+            elif group.name not in said:
+                kept.append(group)
+        placed = {group.name for group in kept}
+        return Atlas(self.shape, [*kept, *(g for g in newer.groups if g.name not in placed)],
                      [*(r for r in self.refused if r.name not in said), *newer.refused])
 
     # ---- the file ---------------------------------------------------------------------------------------------
@@ -230,6 +261,22 @@ def jaccard(a: Iterable[ExpertId], b: Iterable[ExpertId]) -> float:
     """|a ∩ b| / |a ∪ b|; 1 for two empty sets."""
     first, second = set(a), set(b)
     return len(first & second) / len(first | second) if first | second else 1.0
+
+
+def count(number: int, what: str) -> str:
+    """`1 expert`, `1,234 experts`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _summary(evidence: Mapping[str, float]) -> str:
+    """The evidence in half a line: what profiling found, else the figures that there are."""
+    if "coverage_slots" not in evidence:
+        return ", ".join(f"{key} {value:.4g}" for key, value in evidence.items()) or "no evidence"
+    parts = [f"{evidence['coverage_slots']:.1%} of its own text's slots"]
+    parts += [f"{evidence[key]:.1%} {of}" for key, of in (
+        ("coverage_slots_others", "of other text's"), ("coverage_uniform", "if routing were even")) if key in evidence]
+    parts += [count(int(evidence[key]), key[:-1]) for key in ("documents", "tokens") if key in evidence]
+    return ", ".join(parts)
 
 
 def _span(layers: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ Shape letters: U units, L layers, E experts, P permutations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,13 @@ def shuffled_p(coverage_U: np.ndarray, tokens_U: np.ndarray, sizes: Sequence[int
     every assignment of the labels to the units is as likely as the one seen; p = (1 + those of PERMUTATIONS random ones
     whose lift is at least the one seen) / (1 + PERMUTATIONS).
     """
+    return share_as_large(*shuffled_lifts(coverage_U, tokens_U, sizes, own, seed))
+
+
+def shuffled_lifts(
+    coverage_U: np.ndarray, tokens_U: np.ndarray, sizes: Sequence[int], own: int, seed: int
+) -> tuple[float, np.ndarray]:
+    """(the lift of domain `own`, those of PERMUTATIONS random assignments of the labels, ascending)."""
     starts = np.cumsum([0, *sizes[:-1]])
 
     def lifts(order_PU: np.ndarray) -> np.ndarray:
@@ -88,14 +96,21 @@ def shuffled_p(coverage_U: np.ndarray, tokens_U: np.ndarray, sizes: Sequence[int
         found_PD = carried_PD / np.add.reduceat(tokens_PU, starts, 1)
         return found_PD[:, own] - np.delete(found_PD, own, 1).mean(1)
 
-    seen = lifts(np.arange(len(tokens_U))[None])[0]
     generator = np.random.default_rng(seed)
-    as_large = 0
-    for begin in range(0, PERMUTATIONS, CHUNK):
-        draws = min(CHUNK, PERMUTATIONS - begin)
-        order_PU = generator.random((draws, len(tokens_U))).argsort(1)
-        as_large += int((lifts(order_PU) >= seen - ULP).sum())
-    return (1 + as_large) / (1 + PERMUTATIONS)
+    drawn = [lifts(generator.random((min(CHUNK, PERMUTATIONS - begin), len(tokens_U))).argsort(1))
+             for begin in range(0, PERMUTATIONS, CHUNK)]
+    return float(lifts(np.arange(len(tokens_U))[None])[0]), np.sort(np.concatenate(drawn))
+
+
+def share_as_large(seen: float, drawn_P: np.ndarray) -> float:
+    """p of a lift among those of random assignments."""
+    return (1 + int((drawn_P >= seen - ULP).sum())) / (1 + PERMUTATIONS)
+
+
+def lift_needed(drawn_P: np.ndarray, level: float) -> float:
+    """The lift above which p is below `level`, or as low as it can be."""
+    spared = max(0, math.ceil(level * (1 + PERMUTATIONS)) - 2)  # so many may be as large
+    return float(drawn_P[-1 - spared])
 
 
 def random_experts_p(share_LE: np.ndarray, mask_LE: np.ndarray, seed: int) -> float:

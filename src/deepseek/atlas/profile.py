@@ -6,6 +6,9 @@
     4. judge      the second half, which the selection has not seen, gives coverage beside what chance would give, and
                   a test over documents; what does not pass is refused, with its figures (evidence.py)
 
+A name that training built in has its experts already: nothing is selected, both halves judge, and it stays whatever
+they say.
+
 docs/experts.md has the definitions and says why the test is this one.
 
 Shape letters: U units (documents, or bundles of them), L layers, E experts, K experts a token, B windows, T tokens.
@@ -24,25 +27,28 @@ from ..errors import ConfigError, DataError
 from ..model import CausalLM
 from ..model.gate import rule
 from ..tokenizer import Tokenizer
-from .atlas import Atlas, Measurement, NamedGroup, Refusal, Shape, jaccard
+from .atlas import MEASURED, Atlas, Measurement, NamedGroup, Refusal, Shape, count, jaccard
 from .evidence import (
     LEVEL,
     Routed,
     coverage,
     holm,
+    lift_needed,
     members,
     random_experts_p,
     rank_correlation,
     select,
-    shuffled_p,
+    share_as_large,
+    shuffled_lifts,
     unit_coverage,
 )
-from .sample import Sample, draw, route, window_length
+from .sample import LEAST_DOCUMENTS, Sample, draw, route, window_length
 from .selection import THRESHOLDS, Score
 
 UNITS = 64  # documents are dealt into so many bundles at most
 LEAST_UNITS = 8
 SPLITS = 10  # random halvings for stability
+AGAIN = 0.5  # evidence is too little where a lead of half of what other text, or even routing, gives could be chance
 
 Progress = Callable[[int, int], None]
 
@@ -50,17 +56,21 @@ Progress = Callable[[int, int], None]
 def profile(
     model: CausalLM, tokenizer: Tokenizer, data: Mapping[str, Iterable[Document]], *, score: Score = "token",
     threshold: float | None = None, seq_len: int | None = None, tokens: int = 1 << 16, seed: int = 0,
-    progress: Progress | None = None
+    progress: Progress | None = None, atlas: Atlas | None = None,
 ) -> Atlas:
     """An atlas of the names in `data`, measured on the model that is given, whatever its format.
 
     data: {name: documents}. score, threshold: ESFT's token scores (0.2) or gate scores (0.1). tokens: to sample for
     each name, in windows of at most seq_len (512, or what the model takes if that is less). progress: called with
-    (tokens done, tokens in all).
-    Names that are no better than chance are in `refused`, with the reason. Raises ConfigError for an impossible setting
-    or a model without routed experts, DataError, naming the name, where there is too little text.
+    (tokens done, tokens in all). atlas: the model's so far; names that training built in keep its experts and get
+    their evidence (`atlas.updated(…)` of the result holds all names).
+    Names that are no better than chance, or of which there is too little evidence, are in `refused`, with the reason.
+    Raises ConfigError for an impossible setting or a model without routed experts, DataError, naming the name, where
+    there is too little text.
     """
     config = model.config
+    if atlas is not None and atlas.shape != Shape.of(config):
+        raise ConfigError(f"the atlas was made for another shape: {atlas.shape}; the model has {Shape.of(config)}")
     if score not in THRESHOLDS:
         raise ConfigError(f"score = {score!r}: must be token or gate")
     threshold = THRESHOLDS[score] if threshold is None else threshold
@@ -75,9 +85,9 @@ def profile(
                for name, documents in data.items()}
     for name, sample in samples.items():
         if sample.units < LEAST_UNITS:
-            raise DataError(f"{name}: too little text: {sample.units} windows of at most {seq_len} tokens from "
-                            f"{sample.documents} documents, must be at least {LEAST_UNITS} (more text, or a smaller "
-                            "seq_len)")
+            raise DataError(f"{name}: too little evidence ({count(sample.documents, 'document')}): too little text: "
+                            f"{sample.units} windows of at most {seq_len} tokens, must be at least {LEAST_UNITS} (more "
+                            "text, or a smaller seq_len)")
     total = sum(sample.tokens for sample in samples.values())
     done = 0
 
@@ -91,7 +101,7 @@ def profile(
     measured = {name: Measurement(score, threshold, sample.tokens, sample.files,
                                   tuple(other for other in samples if other != name), seq_len, seed)
                 for name, sample in samples.items()}
-    return judge(config, routed, measured, {name: sample.documents for name, sample in samples.items()})
+    return judge(config, routed, measured, {name: sample.documents for name, sample in samples.items()}, atlas)
 
 
 def _measure(model: CausalLM, sample: Sample, tokenizer: Tokenizer, advance: Callable[[int], None]) -> Routed:
@@ -126,49 +136,61 @@ def gate_scale(config: ModelConfig) -> float:
 
 
 def judge(config: ModelConfig, routed: Mapping[str, Routed], measured: Mapping[str, Measurement],
-          documents: Mapping[str, int]) -> Atlas:
-    """Select, hold against the held-out half, and sort into groups and refusals."""
+          documents: Mapping[str, int], atlas: Atlas | None = None) -> Atlas:
+    """Select, hold against the held-out half, and sort into groups and refusals. atlas: has the built-in names."""
     layers, experts = config.moe_layers, config.n_routed_experts
+    given = {group.name: group for group in atlas.groups if group.kind == "built-in"} if atlas is not None else {}
     halves: dict[str, tuple[Routed, Routed]] = {}
     for place, (name, units) in enumerate(routed.items()):
         order_U = np.random.default_rng([measured[name].seed, place]).permutation(len(units.tokens_U))
         middle = len(order_U) // 2
         halves[name] = units.part(order_U[:middle]), units.part(order_U[middle:])
-    names, held = list(halves), [second for _, second in halves.values()]
+    names, held, whole = list(halves), [second for _, second in halves.values()], list(routed.values())
     candidates: list[NamedGroup] = []
     for own, name in enumerate(names):
-        how = measured[name]
-        chosen, scores = select(halves[name][0].scores(how.score), layers, how.threshold)
+        how, known = measured[name], given.get(name)
+        if known is None:
+            parts = held
+            chosen, scores = select(halves[name][0].scores(how.score), layers, how.threshold)
+        else:  # no text had a part in the choice, so all of it may judge
+            parts, chosen = whole, known.experts
+            scores_LE = whole[own].scores(how.score)
+            scores = tuple(float(scores_LE[layers.index(layer), index]) for layer, index in chosen)
         mask_LE = members(chosen, layers, experts)
         evidence: dict[str, float] = {"experts": len(chosen), "tokens": how.tokens, "documents": documents[name]}
         for kind in ("slots", "weight"):
-            found = [coverage(getattr(part, f"{kind}_ULE"), part.tokens_U, mask_LE) for part in held]
+            found = [coverage(getattr(part, f"{kind}_ULE"), part.tokens_U, mask_LE) for part in parts]
             evidence[f"coverage_{kind}"] = found[own]
             if len(found) > 1:
                 evidence[f"coverage_{kind}_others"] = float(np.mean(found[:own] + found[own + 1 :]))
         evidence["coverage_uniform"] = float(mask_LE.mean())
-        evidence["p"] = _p(held, own, mask_LE, how)
-        evidence |= _stability(routed[name], layers, how)
-        candidates.append(NamedGroup(name, "measured", chosen, scores, evidence, how))
+        evidence |= _test(parts, own, mask_LE, how)
+        stability = _stability(routed[name], layers, how)
+        if known is not None:  # a selection that was not made cannot be stable
+            del stability["stability_jaccard"]
+            evidence = {key: value for key, value in known.evidence.items() if key not in MEASURED} | evidence
+        candidates.append(NamedGroup(name, "built-in" if known else "measured", chosen, scores, evidence | stability,
+                                     how))
     groups, refused = [], []
     for group, adjusted in zip(candidates, holm([group.evidence["p"] for group in candidates]), strict=True):
-        found_all = {**group.evidence, "p_adjusted": adjusted}
-        if adjusted < LEVEL:
-            groups.append(replace(group, evidence=found_all))
+        group = replace(group, evidence={**group.evidence, "p_adjusted": adjusted})
+        if adjusted < LEVEL or group.kind == "built-in":
+            groups.append(group)
         else:
-            reason = _reason(found_all, measured[group.name].score)
-            refused.append(Refusal(group.name, reason, found_all, group.measured))
+            refused.append(Refusal(group.name, _reason(group), group.evidence, group.measured))
     return Atlas(Shape.of(config), groups, refused)
 
 
-def _p(held: list[Routed], own: int, mask_LE: np.ndarray, how: Measurement) -> float:
-    amounts = [part.weight_ULE if how.score == "gate" else part.slots_ULE for part in held]
-    if len(held) == 1:
+def _test(parts: list[Routed], own: int, mask_LE: np.ndarray, how: Measurement) -> dict[str, float]:
+    """p, and the lift that would have passed (a single name has none)."""
+    amounts = [part.weight_ULE if how.score == "gate" else part.slots_ULE for part in parts]
+    if len(parts) == 1:
         amount_LE = amounts[0].sum(0)
-        return random_experts_p(amount_LE / amount_LE.sum(1, keepdims=True), mask_LE, how.seed)
-    return shuffled_p(np.concatenate([unit_coverage(amount, mask_LE) for amount in amounts]),
-                      np.concatenate([part.tokens_U for part in held]), [len(part.tokens_U) for part in held], own,
-                      how.seed)
+        return {"p": random_experts_p(amount_LE / amount_LE.sum(1, keepdims=True), mask_LE, how.seed)}
+    seen, drawn_P = shuffled_lifts(
+        np.concatenate([unit_coverage(amount, mask_LE) for amount in amounts]),
+        np.concatenate([part.tokens_U for part in parts]), [len(part.tokens_U) for part in parts], own, how.seed)
+    return {"p": share_as_large(seen, drawn_P), "lift_needed": lift_needed(drawn_P, LEVEL / len(parts))}
 
 
 def _stability(units: Routed, layers: tuple[int, ...], how: Measurement) -> dict[str, float]:
@@ -184,10 +206,29 @@ def _stability(units: Routed, layers: tuple[int, ...], how: Measurement) -> dict
     return {"stability_jaccard": float(np.mean(overlaps)), "stability_rank": float(np.mean(correlations))}
 
 
-def _reason(evidence: Mapping[str, float], score: str) -> str:
-    kind, of = ("weight", "gate weight") if score == "gate" else ("slots", "routed slots")
-    others = evidence.get(f"coverage_{kind}_others")
+def _reason(group: NamedGroup) -> str:
+    """Why held-out text does not confirm a name: it goes elsewhere, or there is too little of it to say."""
+    evidence, how = group.evidence, group.measured
+    assert how is not None
+    kind, of = ("weight", "gate weight") if how.score == "gate" else ("slots", "routed slots")
+    others, even = evidence.get(f"coverage_{kind}_others"), evidence["coverage_uniform"]
+    needed, documents = evidence.get("lift_needed", 0.0), int(evidence["documents"])
     beside = "" if others is None else f", {others:.1%} of the other names'"
-    return (f"no better than chance: its {evidence['experts']} experts carry {evidence[f'coverage_{kind}']:.1%} of the "
-            f"{of} of its own held-out text{beside}, and {evidence['coverage_uniform']:.1%} if routing were even "
-            f"(p = {evidence['p_adjusted']:.3f}, must be below {LEVEL})")
+    figures = (f"its {evidence['experts']} experts carry {evidence[f'coverage_{kind}']:.1%} of the {of} of its own "
+               f"held-out text{beside}, and {even:.1%} if routing were even (p = {evidence['p_adjusted']:.3f}, must be "
+               f"below {LEVEL})")
+    if documents >= LEAST_DOCUMENTS and needed <= AGAIN * max(others or 0.0, even):
+        return f"no better than chance: {figures}"
+    told = f"; a lead of {needed:.1%} would have been told from chance" if needed else ""
+    return f"too little evidence ({count(documents, 'document')}): {figures}{told}; more documents may settle it"
+
+
+def verdict(name: str, reason: str) -> str:
+    """A refusal as a sentence."""
+    return f"{name} {'has' if reason.startswith('too little') else 'is'} {reason}"
+
+
+def doubts(atlas: Atlas) -> list[str]:
+    """Names that training built in, which therefore stay, and that held-out text does not confirm, a sentence each."""
+    return [f"{verdict(group.name, _reason(group))}; it stays, since training built it in" for group in atlas.groups
+            if group.kind == "built-in" and group.evidence.get("p_adjusted", 0.0) >= LEVEL]

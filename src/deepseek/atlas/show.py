@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from textwrap import wrap
 
 from ..ids import ExpertId
-from .atlas import Atlas, Measurement, NamedGroup, Refusal
+from .atlas import MEASURED, Atlas, Measurement, NamedGroup, Refusal, count
 from .draw import claims, colours
 
 HEAD = ("name", "kind", "experts", "a layer", "slots", "others", "weight", "others", "even", "halves", "ranks", "p")
@@ -45,9 +45,16 @@ def _row(group: NamedGroup) -> tuple[str, ...]:
 
 
 def _other_evidence(atlas: Atlas) -> list[str]:
-    """What built-in names were trained with, in the words of whoever wrote it down."""
-    return [f"{group.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in group.evidence.items())
-            for group in atlas.groups if group.evidence and group.measured is None]
+    """What there is beside the table: how much text was measured; of built-in names, what their training wrote down."""
+    lines = []
+    for group in atlas.groups:
+        measured = [count(int(group.evidence[key]), key[:-1]) for key in ("documents", "tokens")
+                    if key in group.evidence and group.measured]
+        other = [f"{key} {value:.4g}" for key, value in group.evidence.items()
+                 if group.kind == "built-in" and not (group.measured and key in MEASURED)]
+        if measured or other:
+            lines.append(f"{group.name}: {', '.join([*measured, *other])}")
+    return lines
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -4,12 +4,17 @@ A named group is a set of experts in some layers. The strength of a group at a t
 its experts over the layers, divided by what an even router would give it, so that large groups are not favoured.
 Domains and groups go by one name: text of `law` or `law_expert` is labelled for the group `law_expert`.
 
+Which groups are rivals, of which the strongest counts: those that training built in are the gate's own, share no expert
+and are rivals of each other and of the routing groups without a name, as in training. A measured name is a tag beside
+them: its rivals are all names but those with which it shares more than half of the smaller one's experts, since these
+are two names of the same experts. So nothing that is profiled changes what is said of names that training built in.
+
 The engine knows nothing of this: it calls `step` with what it ran, which keeps the routes and returns. They are counted
 together, many steps at a time, when somebody reads or much has gathered: a few large tensor operations instead of many
 small ones in every step.
 
 Shape letters: T tokens, L MoE layers, K experts a token, E experts, P = L x K places of a token, N requests, G named
-groups, D = G + 1 labels.
+groups, D = G + 1 labels, R rivals: the named groups first, then the routing groups without a name.
 """
 
 from __future__ import annotations
@@ -94,12 +99,57 @@ class Groups:
             for expert in atlas[name]:
                 self.member_LEG[row_of[expert.layer], expert.index, g] = 1.0
         self.expected_LG = self.member_LEG.sum(1) / max(self.experts, 1)  # share of a layer's slots if all are even
-        nobody_1G = torch.zeros(1, len(self.names))
-        self.member_PG = torch.cat([self.member_LEG.flatten(0, 1), nobody_1G])  # places, and one for no expert
-        self.even_G = self.expected_LG.sum(0).clamp(min=1e-9)
+        built_in = [] if atlas is None else [group.kind == "built-in" for group in atlas.groups]
+        member_ER = self._rivals(config, built_in)
+        nobody_1R = torch.zeros(1, member_ER.shape[1])
+        self.member_PR = torch.cat([member_ER, nobody_1R])  # places, and one for no expert
+        self.even_R = member_ER.sum(0).div(max(self.experts, 1)).clamp(min=1e-9)
+        self.chance_G = 1 / self.against_RR[: len(self.names)].sum(1).clamp(min=1).double()
         rows = torch.arange(len(self.layers)).tensor_split(min(BANDS, max(1, len(self.layers))))
         ends = [(self.layers[int(own[0])], self.layers[int(own[-1])]) for own in rows if len(own)]
         self.bands = {str(a) if a == b else f"{a}-{b}": own for (a, b), own in zip(ends, rows, strict=False)}
+
+    def _rivals(self, config: ModelConfig, built_in: Sequence[bool]) -> Tensor:
+        """The members of each rival, [L E, R]. Sets against_RR: whom each is held against, itself included; and
+        contest_R: who takes part in what is asked of every token, whatever its label."""
+        named_ER = self.member_LEG.flatten(0, 1)
+        columns = [named_ER]
+        if any(built_in):
+            taken_E = named_ER[:, torch.tensor(built_in)].any(1)
+            for group in torch.arange(self.experts).tensor_split(config.n_group):
+                own_LE = torch.zeros(len(self.layers), self.experts)
+                own_LE[:, group] = 1.0
+                if not (own_E := own_LE.flatten())[taken_E].any():
+                    columns.append(own_E.unsqueeze(1))
+        member_ER = torch.cat(columns, 1)
+        named, rivals = named_ER.shape[1], member_ER.shape[1]
+        shared_RR, size_R = member_ER.T @ member_ER, member_ER.sum(0)
+        gate_R = torch.tensor([*built_in, *[True] * (rivals - named)], dtype=torch.bool)  # one of its own groups
+        apart_RR = shared_RR <= torch.minimum(size_R, size_R.unsqueeze(1)) / 2
+        apart_RR[:, named:] = False
+        self.against_RR = torch.where(gate_R.unsqueeze(1), gate_R, apart_RR) | torch.eye(rivals, dtype=torch.bool)
+        self.contest_R = gate_R if any(built_in) else torch.ones(rivals, dtype=torch.bool)
+        return member_ER
+
+    def strongest(self, strength_NR: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(place, strength) of the strongest of each label's rivals, itself included."""
+        best = strength_NR.masked_fill(~self.against_RR[label_N], -1.0).max(1)
+        return best.indices, best.values
+
+    def near(self, strength_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """(boolean [N]: whether the strongest of all and the strongest of its rivals are in conflict; who they are, the
+        lower place first, [N, 2])."""
+        first = strength_NR.masked_fill(~self.contest_R, -1.0).max(1, keepdim=True)
+        rivals_NR = (self.against_RR[first.indices[:, 0]] & self.contest_R).scatter(1, first.indices, False)
+        second = strength_NR.masked_fill(~rivals_NR, -1.0).max(1, keepdim=True)
+        close_N1 = (second.values >= 0) & (first.values - second.values < CLOSE * first.values)
+        return close_N1[:, 0], torch.cat([first.indices, second.indices], 1).sort(1).values
+
+    def chance(self, labelled: Sequence[float]) -> float | None:
+        """Routing accuracy of tokens that go to any of their rivals alike. labelled: tokens of each group."""
+        weight_G = torch.tensor(labelled, dtype=torch.float64)
+        weight_G = weight_G if weight_G.any() else torch.ones_like(weight_G)
+        return float((weight_G * self.chance_G).sum() / weight_G.sum()) if len(weight_G) else None
 
     def place(self, domain: str | None) -> int:
         """Of the group that bears a domain's name, -1 for none."""
@@ -125,7 +175,7 @@ class Counters:
         self.counts = Counts(*(torch.zeros(shape, dtype=torch.int64) for shape in (
             (named + 1, layers, experts), (named,), (named, named), (named, named))))
         self.wanted_LE = torch.zeros(layers, experts, dtype=torch.int64)  # once a step
-        self.strength: dict[int, Tensor] = {}  # of requests under way, [G]
+        self.strength: dict[int, Tensor] = {}  # of requests under way, [R]
         self._told: deque[_End | str] = deque()  # requests that ended, and counters that grow by one
         self.steps = 0
         self.step_seconds = self.inline_seconds = self.settle_seconds = 0.0
@@ -179,10 +229,9 @@ class Counters:
                 self.first_token.add(end.first)
             if end.each is not None:
                 self.per_token.add(end.each)
-            if (strength_G := self.strength.pop(end.number, None)) is not None:
+            if (strength_R := self.strength.pop(end.number, None)) is not None:
                 self.numbers["judged_requests_total"] += 1
-                best_2 = strength_G.topk(min(2, len(strength_G))).values
-                self.numbers["conflict_requests_total"] += int(near(best_2[None])[0])
+                self.numbers["conflict_requests_total"] += int(self.groups.near(strength_R[None])[0])
         self.settle_seconds += time.perf_counter() - began
 
     def _slice(self, kind: str, value: str, tokens: int) -> None:
@@ -220,25 +269,25 @@ class Counters:
         numbers["distinct_experts_expected_total"] += float(expected)
         if not named:
             return
-        strength_TG = embedding_bag(torch.from_numpy(place_TP), groups.member_PG, mode="sum",
-                                    per_sample_weights=weight_TLK.float().flatten(1)) / groups.even_G
-        best_T2 = strength_TG.topk(min(2, named), 1)
-        numbers["judged_tokens_total"] += len(strength_TG)
-        pairs_C2 = best_T2.indices[near(best_T2.values)].sort(1).values
-        numbers["conflict_tokens_total"] += len(pairs_C2)
-        if len(pairs_C2):
-            counts.conflict_GG.add_(torch.bincount(
-                pairs_C2[:, 0] * named + pairs_C2[:, 1], minlength=named * named).view(named, named))
-        known_T = label_T >= 0
-        counts.labelled_G.add_(torch.from_numpy(np.bincount(label_T[known_T], minlength=named)))
-        known_T &= best_T2.values[:, 0].numpy() > 0  # else no named group was visited
-        counts.confusion_GG.add_(torch.from_numpy(np.bincount(
-            label_T[known_T] * named + best_T2.indices[:, 0].numpy()[known_T], minlength=named * named)
-        ).view(named, named))
-        sum_NG = torch.zeros(len(requests), named).index_add_(0, torch.from_numpy(of_T), strength_TG)
-        for number, own_G in zip(requests, sum_NG, strict=True):
+        strength_TR = embedding_bag(torch.from_numpy(place_TP), groups.member_PR, mode="sum",
+                                    per_sample_weights=weight_TLK.float().flatten(1)) / groups.even_R
+        numbers["judged_tokens_total"] += len(strength_TR)
+        close_T, pair_T2 = groups.near(strength_TR)
+        numbers["conflict_tokens_total"] += int(close_T.sum())
+        pair_C2 = pair_T2[close_T & (pair_T2[:, 1] < named)]
+        counts.conflict_GG.add_(torch.bincount(
+            pair_C2[:, 0] * named + pair_C2[:, 1], minlength=named * named).view(named, named))
+        known_T = torch.from_numpy(label_T >= 0)
+        label_C = torch.from_numpy(label_T)[known_T]
+        counts.labelled_G.add_(torch.bincount(label_C, minlength=named))
+        best_C, strength_C = groups.strongest(strength_TR[known_T], label_C)
+        found_C = (strength_C > 0) & (best_C < named)  # else no named group was visited, or one without a name more
+        counts.confusion_GG.add_(torch.bincount(
+            label_C[found_C] * named + best_C[found_C], minlength=named * named).view(named, named))
+        sum_NR = torch.zeros(len(requests), strength_TR.shape[1]).index_add_(0, torch.from_numpy(of_T), strength_TR)
+        for number, own_R in zip(requests, sum_NR, strict=True):
             before = self.strength.get(number)
-            self.strength[number] = own_G if before is None else before + own_G
+            self.strength[number] = own_R if before is None else before + own_R
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -310,13 +359,6 @@ def _side_by_side(steps: Sequence[Sequence[Tensor]], width: int, filler: float) 
     own_SLtK = torch.cat([own for step in steps for own in step]).view(len(steps), layers, tokens, top).cpu()
     own_TLK = own_SLtK.transpose(1, 2).flatten(0, 1)
     return own_TLK if top == width else torch.nn.functional.pad(own_TLK, (0, width - top), value=filler)
-
-
-def near(best_T2: Tensor) -> Tensor:
-    """Boolean [T]: whether the stronger two of the groups are in conflict. best_T2: their strengths."""
-    if best_T2.shape[1] < 2:
-        return torch.zeros(len(best_T2), dtype=torch.bool)
-    return best_T2[:, 0] - best_T2[:, 1] < CLOSE * best_T2[:, 0]
 
 
 def balance(config: ModelConfig, groups: Groups, slots_LE: Tensor) -> dict[str, float]:

@@ -215,7 +215,8 @@ class Monitor:
                 band: {name: reading.get(f"{name}|{band}") for name in ("routing_entropy", "max_vio", "dead_experts")}
                 for band in groups.bands},
             "entropy_most": float(torch.tensor(float(max(groups.experts, 1))).log()),
-            "accuracy": _over(growth(reading, old, "right_tokens_total"), labelled), "chance": _over(1, len(own)),
+            "accuracy": _over(growth(reading, old, "right_tokens_total"), labelled), "chance": groups.chance(
+                [group["labelled"] for group in own]),
             "conflicts": _over(grown(reading, old, "conflict_tokens_total"),
                                grown(reading, old, "judged_tokens_total")),
             "conflict_requests": _over(grown(reading, old, "conflict_requests_total"),
