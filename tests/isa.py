@@ -1,15 +1,17 @@
 """The tests that depend on the instruction set, as if on other machines: `make test-isa`, --short as CI runs it.
 
-One entry is one setting of DEEPSEEK_ISA, DEEPSEEK_BF16 or ONEDNN_MAX_CPU_ISA. An entry that this machine cannot run
-is reported with what it needs, and counts neither as passed nor as failed. Exit code 1 where an entry failed.
+One entry is one setting of DEEPSEEK_ISA, DEEPSEEK_BF16 or ONEDNN_MAX_CPU_ISA. `amx_emulated` is a build of the native
+kernels whose AMX tiles are plain C++ (csrc/amx_emulated.h); emulated/sitecustomize.py puts it in place of the
+installed one. An entry that this machine cannot run is reported with what it needs, and counts neither as passed nor
+as failed. Exit code 1 where an entry failed.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,10 @@ SHORT = ["tests/ops/test_panels.py", "tests/ops/test_training_kernels.py::test_n
 FULL = ["tests/ops", "tests/quant", "tests/model/test_mla.py", "tests/deepopt/test_trainer.py",
         "tests/tune/test_lora.py", "tests/engine/test_engine.py"]
 NEEDS = {"avx2": "AVX2 and FMA", "avx512_vnni": "AVX512-VNNI", "amx": "AMX-INT8"}
+EMULATED = "amx_emulated"
 SETTINGS = {**{isa: {"DEEPSEEK_ISA": isa} for isa in ("scalar", *NEEDS)},
+            EMULATED: {"DEEPSEEK_ISA": EMULATED, "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(ROOT / "tests/emulated"), os.environ.get("PYTHONPATH"))))},
             "bf16_native": {"DEEPSEEK_BF16": "native"}, "bf16_torch": {"DEEPSEEK_BF16": "torch"},
             "onednn_avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
 
@@ -35,35 +40,38 @@ def here() -> list[str]:
     return names.split(", ")
 
 
-def run(*commands: list[str], **environment: str) -> tuple[bool, str]:
-    """Whether all commands succeeded, and the output of the last one that ran."""
+def run(*command: str, **environment: str) -> tuple[bool, str]:
+    """Whether the command succeeded, and its output."""
     env = {k: v for k, v in os.environ.items() if k not in ("DEEPSEEK_ISA", "DEEPSEEK_BF16", "ONEDNN_MAX_CPU_ISA")}
-    for command in commands:
-        done = subprocess.run(command, cwd=ROOT, env=env | environment, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
-        if done.returncode:
-            return False, done.stdout
-    return True, done.stdout
+    done = subprocess.run(command, cwd=ROOT, env=env | environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    return not done.returncode, done.stdout
 
 
-def emulated(short: bool, known: list[str]) -> tuple[str, str]:
-    """The AMX kernels on emulated tiles (csrc/amx_emulated.h), against the scalar ones."""
-    if "avx512_vnni" not in known or not shutil.which("cmake"):
-        return "cannot run here", "needs AVX512-VNNI and cmake"
-    if short:
-        return "left out", "the short form builds no program"
-    passed, output = run(["cmake", "-S", ".", "-B", "build/sanitize", "-DDEEPSEEK_SANITIZE=ON"],
-                         ["cmake", "--build", "build/sanitize", "--parallel"], ["build/sanitize/kernels_test"],
-                         DEEPSEEK_ISA="amx_emulated")
-    return "passed" if passed else "FAILED", output
+def build_emulated() -> tuple[bool, str]:
+    """The module with emulated tiles, in build/emulated, if its sources changed. pip brings what the build needs."""
+    library = ROOT / "build/emulated" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", *(ROOT / "csrc").iterdir()]
+    if library.is_file() and library.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        return True, ""
+    return run(sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", ".",
+               "--wheel-dir", "build/emulated", "--config-settings", "build-dir=build/emulated",
+               "--config-settings", "cmake.define.DEEPSEEK_EMULATE_AMX=ON")
 
 
 def entry(name: str, short: bool, known: list[str]) -> tuple[str, str]:
     """(verdict, what is to be said about it) of one entry."""
-    if name in NEEDS and name not in known:
-        return "cannot run here", f"needs {NEEDS[name]}"
-    passed, output = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
-                          *(SHORT if short else FULL)], **SETTINGS[name])
+    needs = "avx512_vnni" if name == EMULATED else name
+    if needs in NEEDS and needs not in known:
+        return "cannot run here", f"needs {NEEDS[needs]}"
+    if name == EMULATED:
+        if short:
+            return "left out", "the short form builds no module"
+        built, output = build_emulated()
+        if not built:
+            return "FAILED", output
+    passed, output = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow",
+                         *(SHORT if short else FULL), **SETTINGS[name])
     return "passed" if passed else "FAILED", output if not passed else output.rstrip().rpartition("\n")[2]
 
 
@@ -71,12 +79,11 @@ def main(short: bool) -> int:
     known, start = here(), time.monotonic()
     with ThreadPoolExecutor(2) as pool:  # each is a process of one thread
         results = dict(zip(SETTINGS, pool.map(lambda name: entry(name, short, known), SETTINGS), strict=True))
-    results["amx_emulated"] = emulated(short, known)
     for name, (verdict, output) in results.items():
         if verdict == "FAILED":
             print(f"---- {name}\n{output}")
     for name, (verdict, note) in results.items():
-        print(f"{name:<14}{verdict}" + (f": {note}" if verdict in ("cannot run here", "left out") else ""))
+        print(f"{name:<14}{verdict}" + (f": {note}" if verdict != "FAILED" else ""))
     counts = [sum(verdict == kind for verdict, _ in results.values()) for kind in ("passed", "FAILED")]
     print(f"{counts[0]} entries passed, {counts[1]} failed, {len(results) - sum(counts)} were not run "
           f"({time.monotonic() - start:.0f} s)")

@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that finds cases.py; an empty value unsets a variable."""
-    env = os.environ | {"PYTHONPATH": str(HERE), "DEEPSEEK_ISA": "", "DEEPSEEK_PURE": ""} | environment
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "DEEPSEEK_ISA": "", "DEEPSEEK_PURE": ""} | environment
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=300)
 
 
