@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
 from .engine.verbs import add_chat_flags, add_infer_flags
-from .errors import ConfigError, DataError, MoEDRError
+from .errors import ConfigError, DataError, MoEDRError, nearest
 from .serve.verbs import add_serve_flags
 from .tune.verbs import add_tune_flags
 from .watch.terminal import add_watch_flags
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.usage()
         return 2
     try:
+        warnings.showwarning = _show_warning
         args.run(args)
         sys.stdout.flush()
         return 0
@@ -53,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             print(f"deepseek: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, MoEDRError) else 1
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None,
+                  line: str | None = None) -> None:
+    """Ours are for the user; a library's says where it comes from."""
+    where = "" if issubclass(category, UserWarning) and f"{os.sep}deepseek{os.sep}" in filename else (
+        f" ({category.__name__}, {filename}:{lineno})")
+    print(f"deepseek: warning: {message}{where}", file=file or sys.stderr)
 
 
 def _one_line(error: Exception) -> str:
@@ -82,6 +92,8 @@ def infer_main() -> int:
 
 
 def info(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from . import info as accounting
 
     described = accounting.describe(_config(args.model), name=args.model, context=args.context)
@@ -96,6 +108,8 @@ def info(args: argparse.Namespace) -> None:
         print(json.dumps(accounting.to_json(described, **extra), indent=2))
     else:
         print(accounting.render(described, **extra))
+        print(f"try:   deepseek infer --model {args.model} --prompt '…'" if Path(args.model).is_dir() else
+              f"try:   deepseek train {args.model} DATA --out runs/first")
 
 
 def data_tokenizer(args: argparse.Namespace) -> None:
@@ -108,7 +122,8 @@ def data_tokenizer(args: argparse.Namespace) -> None:
         tokenizer = Tokenizer.train((document.text for document in read_documents(args.data, report)), args.vocab_size)
         tokenizer.save(args.out)
     print(report.summary())
-    print(f"{tokenizer.vocab_size:,} tokens written to {args.out}")
+    print(f"{tokenizer.vocab_size:,} tokens written to {args.out}\n"
+          f"try:   deepseek train nano DATA --tokenizer {args.out} --out runs/first")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -204,7 +219,7 @@ def quantize(args: argparse.Namespace) -> None:
     else:
         report = convert.quantize(args.source, args.out, args.format, keep=args.keep, overwrite=args.overwrite)
         print(report.table())
-    print(f"model: {args.out}")
+    print(f"model: {args.out}\ntry:   deepseek infer --model {args.out} --prompt '…'")
 
 
 def atlas_profile(args: argparse.Namespace) -> None:
@@ -256,7 +271,7 @@ def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path
     if len(named) == 1:
         print("One name alone shows that its experts are stable, not that they are its own: other text, under a second "
               "name, would.")
-    print(f"atlas: {out}")
+    print(f"atlas: {out}\ntry:   deepseek atlas show {out} --png experts.png")
 
 
 def atlas_show(args: argparse.Namespace) -> None:
@@ -276,6 +291,8 @@ def atlas_show(args: argparse.Namespace) -> None:
     if args.html:
         write_atomically(args.html, page(atlas))
         print(f"page: {args.html}")
+    print(f"try:   deepseek atlas show {args.place} --html atlas.html" if not args.html else
+          "try:   deepseek tune MODEL DATA --expert_tune NAME")
 
 
 def atlas_compare(args: argparse.Namespace) -> None:
@@ -309,6 +326,7 @@ def atlas_compare(args: argparse.Namespace) -> None:
             return trace(load_model(folder, device=args.device), sample, tokenizer, advance)
 
     print(compare(traced(folders[0]), traced(folders[1]), atlas).table())
+    print(f"try:   deepseek atlas show {args.second}")
 
 
 # ---- what verbs share ---------------------------------------------------------------------------------------------
@@ -413,10 +431,31 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, and suggests the nearest spelling of a flag or a command that it does not know."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(flag.partition('=')[0], flags)}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {known})"
+                                                 f"{nearest(str(value), map(str, action.choices))}")
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(prog="deepseek", formatter_class=_Formatter,
+    parser = _Parser(prog="deepseek", formatter_class=_Formatter,
                                      description="MoE-DR: an open implementation of the DeepSeek-V3 system")
     parser.add_argument("--version", action="version", version=f"moe-dr {__version__}")
     parser.set_defaults(usage=parser.print_help)

@@ -12,7 +12,6 @@ an unknown key is a typing error and refused.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import warnings
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, NotFoundError
+from .errors import ConfigError, NotFoundError, nearest
 
 FORMAT = 1
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
@@ -268,9 +267,7 @@ class ModelConfig:
             elif key in _FOREIGN:
                 extra[key] = value
             elif strict and key not in kept:
-                close = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise ConfigError(f"{origin}: unknown key {key} = {value!r}{hint}")
+                raise ConfigError(f"{origin}: unknown key {key} = {value!r}{nearest(key, known)}")
             else:
                 warnings.warn(f"{origin}: unknown key {key} = {value!r} is kept but has no effect", stacklevel=2)
                 extra[key] = value
@@ -302,7 +299,7 @@ class ModelConfig:
     def preset(cls, name: str) -> ModelConfig:
         """One of PRESETS by name. Raises NotFoundError listing them."""
         if name not in PRESETS:
-            raise NotFoundError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
+            raise NotFoundError(f"no preset named {name!r}; there are {', '.join(PRESETS)}{nearest(name, PRESETS)}")
         return cls.from_dict(PRESETS[name], strict=True, origin=name)
 
     def to_dict(self) -> dict[str, Any]:

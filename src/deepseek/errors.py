@@ -12,6 +12,9 @@ Users see one line of these; `assert` is kept for our own invariants.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class MoEDRError(Exception):
     """Base of every error that is meant for the user."""
@@ -35,3 +38,9 @@ class NotFoundError(MoEDRError, FileNotFoundError):
 
 class RequestError(MoEDRError, ValueError):
     """A prompt or sampling parameter is out of range."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name that is spelled most like `name`, else nothing."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import PRESETS, ModelConfig
-from ..errors import CheckpointError, NotFoundError
+from ..errors import CheckpointError, NotFoundError, nearest
 from ..files import leads_out
 from ..model import CausalLM
 from ..ops import panels
@@ -21,20 +21,24 @@ PAGE = 4096  # a packed MLP begins at a multiple of it, and is padded to one
 
 
 def resolve(name: str | Path) -> Path:
-    """A checkpoint folder for a path, a known name (`deepseek-v3`) or a hub id: local first, then cache, then hub.
+    """A checkpoint folder for a path, a known name (`deepseek-v3`) or a hub id: local first, then cache, then hub. The
+    folder of a run stands for the model in it.
 
     Raises NotFoundError that says everything that was tried.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise NotFoundError(f"{path}: the folder has no config.json, so it is not a checkpoint")
-        return path
+        if (path / "config.json").is_file():
+            return path
+        if (path / "model" / "config.json").is_file():
+            return path / "model"
+        raise NotFoundError(f"{path}: {_no_checkpoint(path)}")
     if path.is_file():
         raise NotFoundError(f"{path}: a checkpoint is a folder, this is a file")
     repo = HUB_NAMES.get(str(name).lower(), str(name))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or str(name).startswith((".", "/", "~")):
-        hint = " (it is a preset: `deepseek train` can start from it)" if str(name) in PRESETS else ""
+        hint = " (it is a preset: `deepseek train` can start from it)" if str(name) in PRESETS else nearest(
+            str(name), [*HUB_NAMES, *PRESETS])
         raise NotFoundError(f"{name}: no such folder here, and not the form of a hub id (owner/name){hint}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -59,6 +63,19 @@ def resolve(name: str | Path) -> Path:
     if absent := _absent(folder):  # the hub was out of reach, or the repository holds no safetensors
         raise NotFoundError(f"{name}: no such folder here, and hub id {repo} came without {absent}")
     return folder
+
+
+def _no_checkpoint(folder: Path) -> str:
+    """Why a folder without config.json is none."""
+    if not any(folder.iterdir()):
+        return "the folder is empty"
+    for adapter in ("delta", "adapter"):
+        if (folder / adapter).is_dir():
+            return (f"the folder is of a tuning, which left {folder / adapter}: give the base model, and this as its "
+                    "adapter")
+    if (folder / "settings.json").is_file():
+        return "the folder is a run that has not finished: there is no model in it yet"
+    return "the folder has no config.json, so it is not a checkpoint"
 
 
 def _absent(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from ..files import read_yaml
 from .shapes import RecordMap
 
@@ -153,7 +153,7 @@ def settings_of(kind: type[S], keys: Mapping[str, Any], where: str = "") -> S:
     names = [setting.name for setting in fields(kind)]  # type: ignore[arg-type]
     for key in keys:
         if key not in names:
-            raise ConfigError(f"{where}unknown key {key!r}: the keys are {', '.join(names)}")
+            raise ConfigError(f"{where}unknown key {key!r}: the keys are {', '.join(names)}{nearest(str(key), names)}")
     try:
         return kind(**keys)
     except ConfigError as error:

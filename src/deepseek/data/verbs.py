@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
             bar.write(_line(name, done))
     print((Path(config.out) / "report" / "report.txt").read_text(encoding="utf-8"))
     print(f"tokens: {Path(config.out) / 'pack'}\npage:   {Path(config.out) / 'report' / 'report.html'}")
+    _try_training(Path(config.out) / "split")
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -121,6 +122,7 @@ def validate(args: argparse.Namespace) -> None:
         print(f"  {count:,} {reason}")
     if done.counts["quarantined"]:
         print(f"quarantine: {Path(args.out) / 'quarantine.jsonl'}")
+    _try(f"data dedup {args.out} --out DEDUPED")
 
 
 def dedup(args: argparse.Namespace) -> None:
@@ -130,6 +132,7 @@ def dedup(args: argparse.Namespace) -> None:
         done = dedup(args.source, args.out, _settings(args, DedupSettings), workers=args.workers, progress=progress)
     print(_line("dedup", done))
     print(f"dropped: {Path(args.out) / 'dropped.csv'}")
+    _try(f"data label {args.out} --out LABELLED")
 
 
 def label(args: argparse.Namespace) -> None:
@@ -146,6 +149,7 @@ def label(args: argparse.Namespace) -> None:
             float(key): tuple(value) for key, value in told["at"].items()}, told["calibration_error"]).table())
     elif told:
         print(f"no classifier: {told['why']}")
+    _try(f"data report {args.out} --out REPORT")
 
 
 def split(args: argparse.Namespace) -> None:
@@ -154,6 +158,7 @@ def split(args: argparse.Namespace) -> None:
     with _bar("split") as progress:
         done = split(args.source, args.out, _settings(args, SplitSettings), progress=progress)
     print(_line("split", done))
+    _try_training(Path(args.out))
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -163,6 +168,7 @@ def pack(args: argparse.Namespace) -> None:
         done = pack(args.source, args.out, _settings(args, PackSettings), held_out=_settings(args, SplitSettings),
                     experts=args.experts, progress=progress)
     print(_line("pack", done))
+    _try(f"data report {args.source} --out REPORT")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -171,6 +177,19 @@ def report(args: argparse.Namespace) -> None:
     report(args.source, args.out)
     print((Path(args.out) / "report.txt").read_text(encoding="utf-8"))
     print(f"page: {Path(args.out) / 'report.html'}")
+    _try(f"data split {args.source} --out SPLIT")
+
+
+def _try_training(split: Path) -> None:
+    names = sorted(folder.parent.name for folder in split.glob("*/train"))
+    _try(f"train small --experts {' '.join(f'{name}={split / name}/train' for name in names)} --out runs/named"
+         if len(names) > 1 and all(name.isidentifier() for name in names) else
+         f"train nano {split} --out runs/first")
+
+
+def _try(command: str) -> None:
+    """The command that often comes next."""
+    print(f"try:   deepseek {command}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -28,7 +28,7 @@ from ..atlas import Atlas
 from ..atlas.atlas import Shape
 from ..atlas.usage import ExpertUsage
 from ..config import ModelConfig
-from ..errors import ConfigError, RequestError
+from ..errors import ConfigError, RequestError, nearest
 from ..model import CausalLM, RoutingRecord
 from ..model.cache import PAGE, Chunk, LatentPool
 from ..ops.native import native
@@ -47,6 +47,21 @@ Observer = Callable[[Sequence[Work], RoutingRecord | None, float], None]
 log = logging.getLogger("deepseek.engine")
 PATIENCE, WAIT = 0.005, 0.02  # seconds for the masks of a step's requests; where nothing else is to be done
 CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent pool at most
+
+
+class EngineSettings(TypedDict, total=False):
+    """EngineOptions as keyword arguments, for type checkers and editors."""
+
+    batch_size: int
+    step_tokens: int
+    cache_tokens: int | None
+    prefix_cache: bool
+    policy: Policy
+    age_limit: float
+    expert_memory: int | str | None
+    warmup_experts: str | Sequence[str]
+    prefetch: bool
+    speculate: bool
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,7 @@ class EngineOptions:
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in known]:
             raise ConfigError(f"{unknown[0]} = {options[unknown[0]]!r}: is no option of the engine; there are "
-                              f"{', '.join(known)}")
+                              f"{', '.join(known)}{nearest(unknown[0], known)}")
         return cls(**options)
 
 

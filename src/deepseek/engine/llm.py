@@ -6,11 +6,12 @@ import asyncio
 import atexit
 import math
 import threading
+import warnings
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ from ..errors import ConfigError, DataError, MoEDRError, RequestError
 from ..model import CausalLM, RoutingRecord
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
-from .engine import Engine, EngineOptions, atlas_beside
+from .engine import Engine, EngineOptions, EngineSettings, atlas_beside
 from .request import Coupling, Request, RequestOutput
 from .residency import Residency
-from .sampler import SamplingParams
+from .sampler import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
 SURE = 0.6  # as in `deepseek data label`
@@ -49,9 +50,9 @@ class LLM:
     def __init__(
         self, path_or_model: str | Path | CausalLM, *, tokenizer: Tokenizer | None = None, dtype: Dtype = "auto",
         device: torch.device | str = "cpu", adapter: str | Path | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None, **engine_options: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None, **engine_options: Unpack[EngineSettings],
     ) -> None:
-        options = EngineOptions.of(engine_options)
+        options = EngineOptions.of({**engine_options})
         atlas = folder = None
         if isinstance(path_or_model, CausalLM):
             self.model = path_or_model.eval()
@@ -86,30 +87,36 @@ class LLM:
     # ---- the verbs ----------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
         usage: ExpertUsage | None = None, domains: Sequence[str | None] | None = None, parse_special: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[RequestOutput]:
         """Continue every prompt; one result a prompt, in order.
 
-        prompts: each a text, a list of token ids, or a list of chat messages `{"role", "content"}`.
-        params: for all, or one a prompt. usage: counts the experts that the tokens visit as they run (what the prefix
-        cache serves does not run). domains: names that say what a prompt is about, for batching by expert; keyword
-        rules guess the missing ones. parse_special: control tokens spelled out in a text count as such (a prompt from
-        a template of one's own, FIM); else they are ordinary text. chat_template_kwargs: variables of the chat template
-        for the conversations among the prompts, beside and over those of this LLM. tools: OpenAI's, for them too.
+        prompts: each a text, a list of token ids, or a list of chat messages `{"role", "content"}`; or one such prompt.
+        params: for all, or one a prompt. sampling: SamplingParams by name, over `params`. usage: counts the experts
+        that the tokens visit as they run (what the prefix cache serves does not run). domains: names that say what a
+        prompt is about, for batching by expert; keyword rules guess the missing ones. parse_special: control tokens
+        spelled out in a text count as such (a prompt from a template of one's own, FIM); else they are ordinary text.
+        chat_template_kwargs: variables of the chat template for the conversations among the prompts, beside and over
+        those of this LLM. tools: OpenAI's, for them too.
         Raises RequestError, before any prompt runs, for a prompt that is empty, too long or of another kind.
         """
-        if isinstance(prompts, str):
-            raise RequestError(f"prompts = {prompts!r}: must be a list of prompts, not one text")
+        if isinstance(prompts, str) or (prompts and all(isinstance(part, int | Mapping) for part in prompts)):
+            every: Sequence[Prompt] = [cast(Prompt, prompts)]
+        else:
+            every = cast(Sequence[Prompt], prompts)
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+            params = [self._params(params, sampling)] * len(every)
+        else:
+            params = [self._params(one, sampling) for one in params]
         for what, given in (("params", params), ("domains", domains)):
-            if given is not None and len(given) != len(prompts):
+            if given is not None and len(given) != len(every):
                 raise RequestError(f"{what} has {len(given)} entries: must be one for all or one for each of "
-                                   f"the {len(prompts)} prompts")
+                                   f"the {len(every)} prompts")
         groups = []
-        for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+        for i, (prompt, one) in enumerate(zip(every, params, strict=True)):
             try:
                 groups.append(self.requests(
                     prompt, one, domain=None if domains is None else domains[i], parse_special=parse_special,
@@ -122,12 +129,13 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
         parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the text of one prompt piece by piece; the pieces together are what `generate` returns.
 
         The prompt is checked at once, and run when the first piece is asked for; closing the iterator aborts it.
         """
-        request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1), parse_special=parse_special,
+        request, *_ = self.requests(prompt, replace(self._params(params, sampling), n=1), parse_special=parse_special,
                                     chat_template_kwargs=chat_template_kwargs, tools=tools)
         request.usage = usage
 
@@ -154,15 +162,17 @@ class LLM:
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
         """The assistant's answer to a conversation of messages, as OpenAI's clients write them, and so its tools. The
         output is the text as it is; the server reads calls out of it."""
-        return self.generate([messages], params, usage=usage, chat_template_kwargs=chat_template_kwargs, tools=tools)[0]
+        return self.generate([messages], params, usage=usage, chat_template_kwargs=chat_template_kwargs, tools=tools,
+                             **sampling)[0]
 
     def mix(
         self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None,
         *, parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Tools | None = None,
+        tools: Tools | None = None, **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
         """One continuation of several prompts at once: they advance together, and each token is drawn from the weighted
         mean of their distributions (weights: positive, all equal if not given). The output is the first prompt's. The
@@ -172,7 +182,7 @@ class LLM:
                 isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights):
             raise RequestError(f"weights = {weights}: must be positive numbers, one for each of {len(prompts)} "
                                "prompts, one at least")
-        params = replace(params or SamplingParams(), n=1)
+        params = replace(self._params(params, sampling), n=1)
         requests = [self.requests(prompt, params, parse_special=parse_special, tools=tools,
                                   chat_template_kwargs=chat_template_kwargs)[0] for prompt in prompts]
         shortest = min(request.limit for request in requests)
@@ -190,11 +200,12 @@ class LLM:
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, *, domain: str | None = None,
         parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> AsyncIterator[Request]:
         """Yields the request whenever it has new tokens, until it has ended; its `text` and `token_ids` grow. Any
         number may run at once. Leaving the iteration aborts the request. Raises what went wrong with it on the way.
         The other keywords as in `generate`."""
-        request, *_ = self.requests(prompt, replace(params or SamplingParams(), n=1), domain=domain, tools=tools,
+        request, *_ = self.requests(prompt, replace(self._params(params, sampling), n=1), domain=domain, tools=tools,
                                     parse_special=parse_special, chat_template_kwargs=chat_template_kwargs)
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
@@ -292,6 +303,14 @@ class LLM:
         return found
 
     # ---- prompts ------------------------------------------------------------------------------------------------
+
+    def _params(self, params: SamplingParams | None, sampling: SamplingOptions) -> SamplingParams:
+        """Warns of more tokens than the model has positions for: the text ends there, whatever was asked for."""
+        given = replace(params or SamplingParams(), **sampling)  # type: ignore[arg-type]
+        if given.max_tokens >= self.max_length and given.max_tokens != SamplingParams.max_tokens:
+            warnings.warn(f"max_tokens = {given.max_tokens}: prompt and text end at the model's context of "
+                          f"{self.max_length} tokens (max_position_embeddings)", stacklevel=3)
+        return given
 
     def requests(
         self, prompt: Prompt, params: SamplingParams, *, domain: str | None = None, parse_special: bool = False,

@@ -19,9 +19,9 @@ Shape letters: V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,9 +30,38 @@ from ..errors import MoEDRError, RequestError
 from .control import ExpertControl
 
 
+class SamplingOptions(TypedDict, total=False):
+    """SamplingParams as keyword arguments, for type checkers and editors."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    skip_special_tokens: bool
+    ignore_eos: bool
+    n: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    grammar: str | None
+    experts: ExpertControl | None
+    routed: bool
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is continued. Names and defaults are those of the OpenAI and vLLM interfaces.
+    """How one request is continued. Names are those of the OpenAI and vLLM interfaces; temperature and top_p default to
+    what DeepSeek recommends for its models (the server's to OpenAI's, which are 1).
 
     max_tokens: new tokens at most; 0 runs the prompt alone. temperature: 0 is greedy. top_k: 0 is off. top_p,
     repetition_penalty: 1 is off. min_p: 0 is off. seed: None draws a fresh one. stop: strings that end the text and are
@@ -48,10 +77,10 @@ class SamplingParams:
     Raises RequestError naming field, value and rule.
     """
 
-    max_tokens: int = 128
-    temperature: float = 1.0
+    max_tokens: int = 256
+    temperature: float = 0.6
     top_k: int = 0
-    top_p: float = 1.0
+    top_p: float = 0.95
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from ..errors import ConfigError, RequestError
 if TYPE_CHECKING:
     from .llm import LLM
     from .sampler import SamplingParams
+
+COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) ends it"  # of chat
 
 
 def add_infer_flags(verb: argparse.ArgumentParser) -> None:
@@ -89,6 +92,9 @@ def infer(args: argparse.Namespace) -> None:
         print(piece, end="", flush=True)
     print()
     _finish(args, llm, usage)
+    if sys.stdout.isatty():  # text in a pipe is the answer alone
+        print(f"try:   deepseek infer --model {args.model} --show_experts --prompt '…'" if not args.show_experts else
+              f"try:   deepseek serve {args.model}", file=sys.stderr)
 
 
 def _infer_file(args: argparse.Namespace) -> None:
@@ -118,12 +124,15 @@ def _infer_file(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     params, llm = _sampling(args), make_llm(args)
+    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+        raise RequestError(f"{args.model}: has no chat template, so it is a base model, which continues text and does "
+                           f"not answer: deepseek infer --model {args.model} --prompt '…'")
     usage = _usage(args, llm)
     messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
     start = len(messages)
     interactive = sys.stdin.isatty()
     if interactive:
-        print("Type a message; /reset forgets the conversation, /exit (or Ctrl-D) ends it.")
+        print(f"Type a message; {COMMANDS}.")
     while True:
         if interactive:
             print("\n> ", end="", flush=True)
@@ -134,6 +143,9 @@ def chat(args: argparse.Namespace) -> None:
             del messages[start:]
             continue
         if not line.strip():
+            continue
+        if command := re.fullmatch(r"(/[a-z_]+)(\s.*)?", line.strip(), re.IGNORECASE):
+            print(f"{command[1]}: no such command; {COMMANDS}", file=sys.stderr)
             continue
         messages.append({"role": "user", "content": line.rstrip("\n")})
         answer = ""

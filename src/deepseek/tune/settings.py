@@ -20,7 +20,7 @@ from ..deepopt.settings import (
     one_of,
     setting,
 )
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class TuneConfig:
             raise ConfigError("expert_tune and expert_freeze exclude each other: the first trains these experts alone, "
                               "the second all but these")
         if isinstance(self.expert_tune, str) and self.expert_tune != "auto":
-            raise ConfigError(f"expert_tune = {self.expert_tune!r}: must be a list of names, or auto")
+            object.__setattr__(self, "expert_tune", (self.expert_tune,))
         if isinstance(self.expert_freeze, str):
-            raise ConfigError(f"expert_freeze = {self.expert_freeze!r}: must be a list of names")
+            object.__setattr__(self, "expert_freeze", (self.expert_freeze,))
         for key in ("expert_tune", "expert_freeze"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str) and not value:
@@ -91,7 +91,8 @@ class TuneConfig:
         """Raises ConfigError for a setting that there is not, listing those that there are."""
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(settings) - set(known)):
-            raise ConfigError(f"unknown setting {', '.join(unknown)}; there are {', '.join(known)}")
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; there are {', '.join(known)}"
+                              f"{nearest(unknown[0], known)}")
         return cls(**settings)
 
 
