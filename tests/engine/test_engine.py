@@ -330,8 +330,6 @@ def test_bad_prompts_are_named_before_any_prompt_runs(llm: LLM, prompt: Any, mes
 
 
 def test_bad_calls(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="list of prompts, not one text"):
-        llm.generate("abc", GREEDY)
     with pytest.raises(RequestError, match="params has 1 entries: must be one for all or one for each of the 2"):
         llm.generate(["a", "b"], [GREEDY])
     with pytest.raises(ConfigError, match="batch_size = 0: must be an integer >= 1"):

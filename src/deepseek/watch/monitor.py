@@ -216,7 +216,7 @@ class Monitor:
                 for band in groups.bands},
             "entropy_most": float(torch.tensor(float(max(groups.experts, 1))).log()),
             "accuracy": _over(growth(reading, old, "right_tokens_total"), labelled), "chance": groups.chance(
-                [group["labelled"] for group in own]),
+                [grown(reading, old, f"labelled_tokens_total|{name}") for name in groups.names]),
             "conflicts": _over(grown(reading, old, "conflict_tokens_total"),
                                grown(reading, old, "judged_tokens_total")),
             "conflict_requests": _over(grown(reading, old, "conflict_requests_total"),
