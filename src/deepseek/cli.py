@@ -215,11 +215,22 @@ def quantize(args: argparse.Namespace) -> None:
     if args.format == "bf16":
         if args.keep:
             raise ConfigError(f"keep = {args.keep!r}: has a meaning only with nf4 and int8")
+        if args.adapter:
+            raise ConfigError(f"adapter = {args.adapter!r}: has a meaning only with nf4 and int8 (`deepseek merge IN "
+                              "ADAPTER OUT` writes a plain checkpoint)")
         convert.dequantize(args.source, args.out, overwrite=args.overwrite)
     else:
-        report = convert.quantize(args.source, args.out, args.format, keep=args.keep, overwrite=args.overwrite)
+        report = convert.quantize(args.source, args.out, args.format, keep=args.keep, adapter=args.adapter,
+                                  overwrite=args.overwrite)
         print(report.table())
     print(f"model: {args.out}\ntry:   deepseek infer --model {args.out} --prompt '…'")
+
+
+def merge(args: argparse.Namespace) -> None:
+    from . import convert
+
+    print(convert.merge(args.model, args.adapter, args.out, args.dtype, overwrite=args.overwrite))
+    print(f"model: {args.out}\ntry:   deepseek quantize {args.out} {args.out}-nf4")
 
 
 def atlas_profile(args: argparse.Namespace) -> None:
@@ -523,6 +534,16 @@ def _parser() -> argparse.ArgumentParser:
                       help="bits of a weight; bf16 writes a plain checkpoint of a quantised one")
     verb.add_argument("--keep", nargs="+", action="extend", default=[], metavar="PATTERN",
                       help="weights that stay as they are, such as 'lm_head.*' or 'model.layers.0.*'")
+    verb.add_argument("--adapter", metavar="DIR", help="a delta or a LoRA adapter of IN, to merge in first")
+    verb.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
+
+    verb = _verb(verbs, "merge", merge, "write the checkpoint that a delta or a LoRA adapter makes of its base; the "
+                 "same command goes on after a stop")
+    verb.add_argument("model", metavar="MODEL", help="the base: a checkpoint folder or a hub id (BF16, FP32 or FP8)")
+    verb.add_argument("adapter", metavar="ADAPTER", help="a delta or an adapter that `deepseek tune` or peft left")
+    verb.add_argument("out", metavar="OUT", help="folder to write")
+    verb.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                      help="of the weights; auto is MODEL's, or float32 where that would lose what the adapter adds")
     verb.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
 
     verb = _verb(verbs, "infer", infer, "complete a prompt, printing text as it comes")

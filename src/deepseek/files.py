@@ -13,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from .errors import ConfigError, NotFoundError
 
@@ -42,6 +42,11 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Pretty JSON, UTF-8, atomically."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def no_constant(word: str) -> NoReturn:
+    """For json's parse_constant: NaN and Infinity are no JSON, though Python reads and writes them."""
+    raise ValueError(f"{word} is no JSON")
 
 
 @contextlib.contextmanager

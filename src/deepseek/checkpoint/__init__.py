@@ -21,6 +21,7 @@ truncated or altered. Official FP8 weights (`weight_scale_inv`) are dequantised 
 
 from __future__ import annotations
 
+from .adapted import AdaptedFiles
 from .adapters import attach_adapter, check_targets, save_adapter, save_delta
 from .files import EXPERT_USE, MANIFEST, TORCH_DTYPES, Span, TensorFiles, check_manifest, write_manifest
 from .identity import base_tensors, fingerprint, stored_fingerprint, tensor_hashes
@@ -28,9 +29,9 @@ from .models import Dtype, check_names, expert_spans, load_model, open_checkpoin
 from .names import INDEX, PAGE, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
 
 __all__ = [
-    "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "Dtype", "Span", "TensorFiles", "attach_adapter",
-    "base_tensors", "check_manifest", "check_names", "check_targets", "disk_parts", "expert_spans", "fingerprint",
-    "load_model", "open_checkpoint", "outside_index", "packed_bytes", "quantised_places", "resolve", "save_adapter",
-    "save_delta", "save_model", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units",
-    "write_manifest",
+    "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "AdaptedFiles", "Dtype", "Span", "TensorFiles",
+    "attach_adapter", "base_tensors", "check_manifest", "check_names", "check_targets", "disk_parts", "expert_spans",
+    "fingerprint", "load_model", "open_checkpoint", "outside_index", "packed_bytes", "quantised_places", "resolve",
+    "save_adapter", "save_delta", "save_model", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype",
+    "units", "write_manifest",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,14 +38,16 @@ class TensorFiles:
     Raises CheckpointError naming the file for anything missing, truncated or altered.
     """
 
-    def __init__(self, folder: Path, *, verify: bool | Literal["small"] = True) -> None:
+    def __init__(self, folder: Path, *, verify: bool | Literal["small"] = True, names: Sequence[str] = ()) -> None:
+        """names: the files to read; those of a checkpoint if not given."""
         self.folder = folder
         if verify:
             check_manifest(folder, weights=verify is True)
         self._where: dict[str, Any] = {}
         self._file: dict[str, Path] = {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
-        for file in self._files():
+        self._indexed: dict[str, str] = {}
+        for file in [folder / name for name in names] or self._files():
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -58,7 +60,6 @@ class TensorFiles:
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
-        self._indexed: dict[str, str] = {}
         if index.is_file():
             self._indexed = weight_map_of(index)
             names = sorted(set(self._indexed.values()))
@@ -86,6 +87,10 @@ class TensorFiles:
         """As safetensors spells it: F32, BF16, F8_E4M3, …"""
         return self._where[name].get_slice(name).get_dtype()
 
+    def metadata(self) -> dict[str, str]:
+        """Of all files together."""
+        return {k: v for handle in set(self._where.values()) for k, v in (handle.metadata() or {}).items()}
+
     def file(self, name: str) -> Path:
         return self._file[name]
 
@@ -100,7 +105,7 @@ class TensorFiles:
         """The same for rows start..stop alone, copied from the file and not mapped, so that a walk over a large
         checkpoint never has more than these in memory. Of an FP8 matrix `start` must be a multiple of 128."""
         _, *rest = shape = self.shape(name)
-        kind = TORCH_DTYPES[self.dtype(name)]
+        kind = TORCH_DTYPES[self._where[name].get_slice(name).get_dtype()]
         row = math.prod(rest) * kind.itemsize
         stop = min(stop, shape[0])
         data = self.read_bytes(name, start * row, stop * row)

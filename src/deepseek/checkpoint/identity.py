@@ -118,10 +118,11 @@ def source_of(model: CausalLM) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def check_base(model: CausalLM, made_for: Sequence[str], what: object) -> None:
-    """Raises CheckpointError, naming `what`, unless one of these fingerprints is the model's own or its source's."""
-    there = [fingerprint(tensor_hashes(model), model.config), *filter(None, [source_of(model)])]
+def check_base(there: Sequence[str], made_for: Sequence[str], what: object, name: str = "") -> None:
+    """Raises CheckpointError, naming `what`, unless one of the fingerprints `there`, a base's own and its source's, is
+    one that the adapter was made for. name: where the adapter's base was."""
     if not set(there) & set(made_for):
         wanted, found = (" or ".join(f"{value[:16]}…" for value in values) for values in (made_for, there))
-        raise CheckpointError(f"{what}: made for another base: its hash is {wanted or 'not given'}, that of this model "
-                              f"{found}")
+        raise CheckpointError(f"{what}: made for another base: its hash is {wanted}{f' ({name})' if name else ''}, "
+                              f"that of this model {found}: names and shapes are the same; weights, or what "
+                              "config.json says of their use, are not")

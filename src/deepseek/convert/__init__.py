@@ -1,4 +1,4 @@
-"""Checkpoint -> checkpoint, some megabytes at a time: quantise, and back.
+"""Checkpoint -> checkpoint, some megabytes at a time: quantise, and back; merge an adapter.
 
     1. plan     from config.json and the names and shapes of the source: every tensor of the result, in its order and
                 with its size, divided into files. What is missing or too big for the disk is an error here
@@ -17,7 +17,8 @@ the size of its elements.
 from __future__ import annotations
 
 from .dequantizing import dequantize
+from .merging import PROVENANCE, Merged, merge
 from .quantizing import Report, quantize, quantize_tensors
 from .writing import REPORT
 
-__all__ = ["REPORT", "Report", "dequantize", "quantize", "quantize_tensors"]
+__all__ = ["PROVENANCE", "REPORT", "Merged", "Report", "dequantize", "merge", "quantize", "quantize_tensors"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from ..ops import panels
 from ..quant.linear import Place, Recipe
 from .writing import SHARD_BYTES, Part, Writer, copied, divide, free_folder, row_blocks
 
-_PLAIN = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def dequantize(
@@ -40,22 +40,37 @@ def dequantize(
 
     Arguments and errors as in `quantize`.
     """
-    if dtype not in _PLAIN:
-        raise ConfigError(f"dtype = {dtype!r}: must be one of {', '.join(_PLAIN)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     with locked(out):
-        out = free_folder(out, source, overwrite)
+        out = free_folder(out, overwrite, source)
         config, recipe, files = open_checkpoint(source)
         if recipe is not None:
             load_model(files.folder)  # maps, and checks every tensor
-        plan, mtp = _plan_plain(config, recipe, files, _PLAIN[dtype])
-        writer = Writer(out, {"dtype": dtype, "shard_bytes": shard_bytes}, files, resume)
-        writer.write(divide(plan, shard_bytes) | ({"mtp.safetensors": mtp} if mtp else {}), {}, progress)
-        keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
-        writer.publish(keys | {"torch_dtype": dtype})
+        plan = plan_plain(config, recipe, files, DTYPES[dtype])
+        write_plain(config, files, out, plan, dtype, {"dtype": dtype}, resume=resume, progress=progress,
+                    shard_bytes=shard_bytes, also={})
     return out
 
 
-def _plan_plain(
+def write_plain(
+    config: ModelConfig, files: TensorFiles, out: Path, plan: tuple[list[Part], list[Part]], dtype: str,
+    key: dict[str, Any], *, resume: bool, progress: bool, shard_bytes: int, also: Mapping[str, Any],
+) -> None:
+    """Write the two parts of a plan as a plain checkpoint. also: further JSON files beside it."""
+    main, mtp = plan
+    writer = Writer(out, key | {"shard_bytes": shard_bytes}, files, resume)
+    writer.write(divide(main, shard_bytes) | ({"mtp.safetensors": mtp} if mtp else {}), {}, progress)
+    writer.publish(plain_keys(config, dtype), also)
+
+
+def plain_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a plain checkpoint."""
+    keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
+    return keys | {"torch_dtype": dtype}
+
+
+def plan_plain(
     config: ModelConfig, recipe: Recipe | None, files: TensorFiles, kind: str
 ) -> tuple[list[Part], list[Part]]:
     """The tensors of the plain checkpoint, those of its mtp.safetensors apart; in all as `save_model` writes it."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import (
+    AdaptedFiles,
     TensorFiles,
     check_names,
     disk_parts,
@@ -28,12 +29,14 @@ from ..checkpoint import (
 )
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import locked, write_json
+from ..files import locked
 from ..model import CausalLM
 from ..ops import panels
 from ..quant import int8
 from ..quant.linear import Recipe, places
 from ..quant.panels import quantise_panels, squared
+from .dequantizing import plain_keys
+from .merging import dtype_name, provenance
 from .writing import REPORT, SHARD_BYTES, Part, Writer, copied, divide, free_folder, row_blocks
 
 _T = TypeVar("_T")
@@ -104,23 +107,28 @@ class Report:
 
 def quantize(
     source: str | Path, out: str | Path, format: Literal["nf4", "int8"] = "nf4", *, keep: Iterable[str] = (),
-    overwrite: bool = False, resume: bool = True, progress: bool = True, shard_bytes: int = SHARD_BYTES,
+    adapter: str | Path | None = None, overwrite: bool = False, resume: bool = True, progress: bool = True,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Report:
     """Write the quantised form (docs/formats.md) of a checkpoint: a folder, a known name or a hub id, of BF16, FP32 or
     DeepSeek's FP8. Memory does not grow with the model.
 
     keep: patterns (fnmatch) of weight names that stay as they are; one weight keeps its whole MLP, or all the routed
-    experts of its layer. resume: go on with what an interrupted call has left in `out`.partial.
+    experts of its layer. adapter: a delta or a LoRA adapter to merge in first; the result has the bytes that `merge`
+    and then `quantize` give. resume: go on with what an interrupted call has left in `out`.partial.
     Raises CheckpointError, ConfigError or NotFoundError; `out` appears whole or not at all. Another process that writes
     `out` is an error, and so is a text beside the weights that is a link out of the checkpoint.
     """
     recipe = Recipe(format, tuple(keep))
     with locked(out):
-        out = free_folder(out, source, overwrite)
+        out = free_folder(out, overwrite, source, adapter)
         config, before, files = open_checkpoint(source)
         if before is not None:
             raise ConfigError(f"{files.folder}: is quantised already ({before.format}): convert it back first "
                               "(`deepseek quantize IN OUT --format bf16`)")
+        if adapter is not None:
+            files = AdaptedFiles.open(files, config, adapter, progress=progress)
+            config = ModelConfig.from_dict(plain_keys(config, dtype_name(files)), origin=str(source))  # as merge writes
         return quantize_tensors(config, files, out, recipe, resume=resume, progress=progress, shard_bytes=shard_bytes,
                                 note_source=True)
 
@@ -137,11 +145,10 @@ def quantize_tensors(
     writer = Writer(out, key, files, resume)
     size = writer.write(divide(plan, shard_bytes), squares, progress)
     report = Report(recipe.format, parameters, size, kept, squares)
-    write_json(writer.folder / REPORT, report.to_dict())
     about = recipe.to_dict()
     if note_source:
         about["source"] = stored_fingerprint(config, files, stored_dtype(files), progress)
-    writer.publish(config.to_dict() | {"quantization_config": about})
+    writer.publish(config.to_dict() | {"quantization_config": about}, {REPORT: report.to_dict()} | provenance(files))
     return report
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import EXPERT_USE, INDEX, MANIFEST, PAGE, TORCH_DTYPES, TensorFiles
+from ..checkpoint import EXPERT_USE, INDEX, MANIFEST, PAGE, TORCH_DTYPES, AdaptedFiles, TensorFiles
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, sha256, write_json
 from ..progress import ProgressBar
@@ -72,12 +72,14 @@ def divide(parts: list[Part], shard_bytes: int) -> dict[str, list[Part]]:
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def free_folder(out: str | Path, source: str | Path, overwrite: bool) -> Path:
+def free_folder(out: str | Path, overwrite: bool, *sources: str | Path | None) -> Path:
+    """`out`, which must be none of the sources, and new or empty unless it is to be overwritten."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out = {out}: must be a folder, this is a file")
-    if out.exists() and Path(source).exists() and out.samefile(source):
-        raise ConfigError(f"out = {out}: must not be the source")
+    for source in (Path(source) for source in sources if source is not None):
+        if out.exists() and source.exists() and out.samefile(source):
+            raise ConfigError(f"out = {out}: must not be the source")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ConfigError(f"out = {out}: must be a new or an empty folder (or give overwrite)")
     return out
@@ -90,8 +92,9 @@ class Writer:
         self.out = out.resolve()
         self.texts = _texts(files.folder)  # refused before the weights are converted
         self.folder = self.out.with_name(f"{self.out.name}.partial")
-        sources = [files.folder / "config.json", *sorted(files.folder.glob("*.safetensors"))]
-        self.key = key | {"source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}}
+        self.key = key | {"source": _stamps(files.folder, "config.json")}
+        if isinstance(files, AdaptedFiles):
+            self.key["adapter"] = _stamps(files.adapter.folder, files.adapter.about)
         self.done: dict[str, dict[str, Any]] = {}
         self.squares: dict[str, list[float]] = {}
         if not resume and self.folder.exists():
@@ -140,11 +143,12 @@ class Writer:
         file = self.folder / name
         return file.is_file() and file.stat().st_size == entry["bytes"] and sha256(file) == entry["sha256"]
 
-    def publish(self, config: dict[str, Any]) -> None:
-        """config.json, the source's small files and the manifest; then the folder becomes OUT."""
-        write_json(self.folder / "config.json", config)
+    def publish(self, config: dict[str, Any], also: Mapping[str, Any]) -> None:
+        """config.json, the source's small files, further JSON files and the manifest; then the folder becomes OUT."""
         for file in self.texts:
             shutil.copyfile(file, self.folder / file.name)
+        for name, value in {"config.json": config, **also}.items():
+            write_json(self.folder / name, value)
         (self.folder / JOURNAL).unlink()
         entries = {path.name: self.done.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
                    for path in sorted(self.folder.iterdir())}
@@ -153,6 +157,12 @@ class Writer:
             for path in list(self.folder.iterdir()):
                 path.rename(staging / path.name)
         self.folder.rmdir()
+
+
+def _stamps(folder: Path, about: str) -> dict[str, list[int]]:
+    """Size and time of the files that a conversion reads."""
+    paths = [folder / about, *sorted(folder.glob("*.safetensors"))]
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 def _texts(folder: Path) -> list[Path]:

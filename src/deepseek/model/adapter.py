@@ -19,6 +19,7 @@ Shape letters: T tokens, H hidden, I intermediate, K experts a token, E experts,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -39,6 +40,7 @@ FRIENDLY = {"q_proj": ("q_proj", "q_b_proj"), "k_proj": ("kv_b_proj",), "v_proj"
 @dataclass(frozen=True)
 class Side:
     """Which side paths a model gets. targets: names of linear modules, as peft takes them. experts: {layer: [index]}.
+    use_rslora: the scale is alpha / sqrt(r) (arXiv 2312.03732).
 
     Raises ConfigError naming field, rule and value.
     """
@@ -48,18 +50,19 @@ class Side:
     lora_dropout: float = 0.0
     targets: tuple[str, ...] = ()
     experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ConfigError(f"r = {self.r!r}: must be an integer >= 1")
-        if not isinstance(self.lora_alpha, int | float) or not self.lora_alpha > 0:
+        if not isinstance(self.lora_alpha, int | float) or not 0 < self.lora_alpha < math.inf:
             raise ConfigError(f"lora_alpha = {self.lora_alpha!r}: must be a positive number")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must lie in [0, 1)")
 
     @property
     def scale(self) -> float:
-        return self.lora_alpha / self.r
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class _SomeExperts(nn.Module):
@@ -140,8 +143,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
-        """The base with the side path added to its matrix."""
-        self.base.weight += self.delta().to(self.base.weight.dtype)
+        """The base with the side path added to its matrix, in float32 and rounded once."""
+        self.base.weight.copy_(self.base.weight.float() + self.delta())
         return self.base
 
 
@@ -199,7 +202,7 @@ class LoRAExperts(_SomeExperts):
         """The base with the side paths added to its experts."""
         for place, expert in enumerate(self.chosen):
             for weight, delta in zip(self.base.dense(expert), self.delta(place), strict=True):
-                weight += delta.to(weight.dtype)
+                weight.copy_(weight.float() + delta)
         return self.base
 
 
