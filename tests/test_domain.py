@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deepseek.domain import KEYWORDS, NAMES, DomainClassifier, HeldOutReport, KeywordRules, _sequences
+from deepseek.domain import (
+    KEYWORDS,
+    NAMES,
+    DomainClassifier,
+    HeldOutReport,
+    KeywordRules,
+    _sequences,
+    coincidences,
+)
 from deepseek.errors import ConfigError, DataError, NotFoundError
 
 WORDS = {"law": "court judge appeal verdict plaintiff 法院 判决 原告".split(),
@@ -97,6 +106,44 @@ def test_it_learns_and_says_how_sure_it_is() -> None:
     assert sure[3] == 0, "nothing was said"
     assert np.allclose(classifier.probabilities(texts[:5])[0].sum(1), 1)
     assert classifier.predict([])[0] == []
+
+
+ENGLISH = "the judge and the jury of that old town went home when it was all over and done with".split()
+FRENCH = "le juge et les jurés de cette vieille ville sont rentrés chez eux quand tout était fini".split()
+CHINESE = "这座 古老 城镇 的 法官 和 陪审团 在 一切 结束 之后 都 回家 了 我们 也 走 吧".split()
+
+
+def in_language(words: list[str], count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(words, k=40)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("spoken", "coincide"), [
+    ({"law": [CHINESE], "code": [ENGLISH]}, {"en": "code", "zh": "law"}),
+    ({"law": [FRENCH], "code": [ENGLISH]}, {"en": "code", "fr": "law"}),
+    ({"law": [CHINESE], "code": [ENGLISH], "cook": [ENGLISH]}, {"zh": "law"}),
+    ({"law": [CHINESE, ENGLISH], "code": [ENGLISH]}, {"zh": "law"}),
+    ({"law": [CHINESE, ENGLISH], "code": [ENGLISH, CHINESE]}, {}),
+    ({"law": [ENGLISH], "code": [ENGLISH]}, {}),
+    ({"law": [CHINESE] * 20 + [ENGLISH], "code": [ENGLISH] * 20 + [CHINESE]}, {"en": "code", "zh": "law"}),
+    ({"law": [ENGLISH] * 12 + [CHINESE], "code": [ENGLISH]}, {}),  # too few to be what law is known by
+])
+def test_a_name_that_is_a_language_is_warned_of(spoken: dict[str, list[list[str]]], coincide: dict[str, str]) -> None:
+    texts, names = [], []
+    for name, parts in spoken.items():
+        for i, words in enumerate(parts):
+            texts += in_language(words, 84 // len(parts), i)
+        names += [name] * (len(texts) - len(names))
+    assert coincidences({name: [t for t, own in zip(texts, names, strict=True) if own == name]
+                         for name in spoken}) == coincide
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, report = DomainClassifier.train(texts, names, bits=10, epochs=1)
+    assert report.coincide == coincide and len(told) == bool(coincide)
+    for code, name in coincide.items():
+        for said in (str(told[0].message), report.table()):
+            assert f"nearly all texts in {code} are {name}" in said and "may learn the language instead" in said
+    assert ("coincide" in report.table()) == bool(coincide)
 
 
 def test_equal_texts_give_equal_bytes(tmp_path: Path) -> None:

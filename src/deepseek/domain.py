@@ -13,6 +13,9 @@ trained by AdaGrad on pieces of MIN_PIECE to PIECE characters cut at random out 
 and a long document are judged alike. A share of the texts is held out by a hash of their content; a temperature is
 fitted on one half of it, accuracy and calibration are reported on the other. Same texts, same seed, same bytes.
 
+Where nearly all texts in a language bear one name, the classifier can tell the name by the language, and then every
+text in it gets that name: training says so.
+
 Left out: words and their inverse frequencies (Chinese has no spaces), and hidden layers (a linear model over
 character sequences separates domains nearly as well, and costs a table look-up a character).
 
@@ -25,6 +28,8 @@ import hashlib
 import io
 import json
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, DataError, NotFoundError
 from .files import read_yaml, write_atomically
+from .language import NONE, language
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +46,9 @@ MIN_WORDS = 2
 LENGTHS = (2, 3, 4)  # of hashed sequences, in characters
 READ = 1000  # characters that the classifier looks at; the rest of a text is taken to be like them
 MIN_PIECE, PIECE = 24, 400
+LOOKED_AT = 100  # texts of a name whose language is determined
+ALONE = 0.9  # a language coincides with a name that has so much of it, were all names equally frequent
+NOTABLE = 0.2  # and whose own texts are in it as often as that
 
 KEYWORDS: dict[str, str] = {  # separated by |
     "text_expert": "chapter|said he|said she|preface|volume|novel|poem|poet|essay|narrator|once upon a time|"
@@ -191,12 +200,14 @@ class HeldOutReport:
     """What the classifier makes of texts it has not seen, each cut to a piece of up to PIECE characters.
 
     confusion: [true name][predicted name] counts. at: {confidence: (share of texts at least so sure, accuracy among
-    them)}. calibration_error: mean distance of confidence and accuracy over ten equal ranges of confidence."""
+    them)}. calibration_error: mean distance of confidence and accuracy over ten equal ranges of confidence. coincide:
+    {language: the name that nearly all of its texts bear}."""
 
     names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     at: Mapping[float, tuple[float, float]] = field(default_factory=dict)
     calibration_error: float = 0.0
+    coincide: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -220,7 +231,7 @@ class HeldOutReport:
                      f"calibration error {self.calibration_error:.1%}")
         lines += [f"  confidence >= {sure:.2f}: {share:.1%} of the texts, {right:.1%} of them right"
                   for sure, (share, right) in self.at.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *([told] if (told := told_by_language(self.coincide)) else [])])
 
 
 class DomainClassifier:
@@ -236,7 +247,8 @@ class DomainClassifier:
         learning_rate: float = 0.5, seed: int = 0, progress: Callable[[int, int], None] | None = None,
     ) -> tuple[DomainClassifier, HeldOutReport]:
         """Learn from texts and their names. Raises DataError where there are fewer than two names, or a name has too
-        few texts to hold one out. progress: called with (batches done, batches)."""
+        few texts to hold one out; warns where a name and a language coincide. progress: called with (batches done,
+        batches)."""
         import numpy as np
 
         if len(texts) != len(names):
@@ -296,7 +308,11 @@ class DomainClassifier:
         for k in range(len(labels)):
             half[np.flatnonzero(y_N[held] == k)[::2]] = True
         model.temperature = _fit_temperature(logits_NK[half], y_N[held][half])
-        return model, _report(labels, _softmax(logits_NK[~half] / model.temperature), y_N[held][~half])
+        coincide = coincidences({name: [texts[int(i)] for i in np.flatnonzero(y_N == k)[np.linspace(
+            0, (y_N == k).sum() - 1, LOOKED_AT, dtype=int)]] for k, name in enumerate(labels)})
+        if coincide:
+            warnings.warn(told_by_language(coincide), stacklevel=2)
+        return model, _report(labels, _softmax(logits_NK[~half] / model.temperature), y_N[held][~half], coincide)
 
     def predict(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
         """(names, confidences_N) of the likeliest domains; a text without a sequence gets confidence 0."""
@@ -420,7 +436,24 @@ def _fit_temperature(logits_NK: np.ndarray, y_N: np.ndarray) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def _report(names: tuple[str, ...], p_NK: np.ndarray, y_N: np.ndarray) -> HeldOutReport:
+def coincidences(texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """{language: the name that nearly all texts in it bear}, of the texts of every name."""
+    share: dict[str, dict[str, float]] = {}  # of each language in a name's texts
+    for name, own in texts.items():
+        for code, count in Counter(map(language, own)).items():
+            share.setdefault(code, {})[name] = count / len(own)
+    return {code: best for code, of in sorted(share.items()) if code != NONE
+            if of[best := max(of, key=of.__getitem__)] >= max(NOTABLE, ALONE * sum(of.values()))}
+
+
+def told_by_language(coincide: Mapping[str, str]) -> str:
+    """Names and languages that coincide, as a warning; nothing where none do."""
+    pairs = ", ".join(f"nearly all texts in {code} are {name}" for code, name in coincide.items())
+    return pairs and (f"names and languages coincide: {pairs}; the classifier may learn the language instead of the "
+                      "domain: add texts of other names in it")
+
+
+def _report(names: tuple[str, ...], p_NK: np.ndarray, y_N: np.ndarray, coincide: Mapping[str, str]) -> HeldOutReport:
     import numpy as np
 
     best, sure = p_NK.argmax(1), p_NK.max(1)
@@ -431,4 +464,4 @@ def _report(names: tuple[str, ...], p_NK: np.ndarray, y_N: np.ndarray) -> HeldOu
     bins = np.minimum((sure * 10).astype(int), 9)
     error = sum(abs(float(right[bins == b].mean() - sure[bins == b].mean())) * float((bins == b).mean())
                 for b in range(10) if (bins == b).any())
-    return HeldOutReport(names, tuple(tuple(map(int, row)) for row in confusion), at, error)
+    return HeldOutReport(names, tuple(tuple(map(int, row)) for row in confusion), at, error, coincide)

@@ -372,6 +372,10 @@ def test_the_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "validate: 149 read, 149 kept, 0 quarantined" in printed
     assert "calibration error" in printed
+    told = "names and languages coincide: nearly all texts in en are law_expert; the classifier may learn the language"
+    assert printed.count(told) == 1, "code says nothing in English"
+    assert cli.main(["data", "label", at("d"), "--out", at("l"), "--confidence", "0.5"]) == 0
+    assert told in capsys.readouterr().out, "also where the step is not run again"
     assert "law_expert" in printed.split("label from")[1]
     assert cli.main(["data", "dedup", at("v"), "--out", at("d"), "--threshold", "0.9"]) == 0
     assert "(unchanged)" in capsys.readouterr().out

@@ -193,8 +193,8 @@ def test_languages_are_told(watched: Watched) -> None:
         assert time.monotonic() < end
         time.sleep(0.05)
     assert [watch._language(text) for text in (
-        "How can I get my deposit back from the landlord?", "房东不退押金怎么办，我可以起诉他吗", "hi", "")] == [
-            "en", "zh", "und", "und"]
+        "How can I get my deposit back from the landlord?", "房东不退押金怎么办，我可以起诉他吗", "hi", "",
+        "hello world", "please do")] == ["en", "zh", "und", "und", "und", "und"]
 
 
 def test_feedback_is_taken_once(watched: Watched) -> None:

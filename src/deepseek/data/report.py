@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..domain import told_by_language
 from .records import record_files
 from .step import Done, about, input_fingerprint, run_step
 
@@ -108,6 +109,8 @@ def _story(steps: Mapping[str, Any]) -> list[str]:
         told = one.get("classifier", {})
         if told.get("trained"):
             lines.append(f"classifier {told['macro']:.1%} of held-out texts right, mean of {len(told['names'])} names")
+        if told.get("coincide"):
+            lines.append(f"           {told_by_language(told['coincide'])}")
     if one := steps.get("split"):
         held = sum(sides["valid"] for sides in one["by_expert"].values())
         lines.append(f"split      {one['read'] - held:,} to train on, {held:,} held out")

@@ -15,6 +15,7 @@ reading order, and gives the same records however many workers it has.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -167,13 +168,16 @@ def _trained(
     if len(learnt) < 2:
         return None, {"trained": False, "why": f"needs two names with {LEAST_TEXTS} given labels each, there are "
                       + (", ".join(f"{name}: {len(texts)}" for name, texts in sample.items()) or "none")}
-    classifier, report = DomainClassifier.train(
-        [text for texts in learnt.values() for text in texts],
-        [name for name, texts in learnt.items() for _ in texts], seed=settings.seed)
+    with warnings.catch_warnings():  # what the report says is shown each time, this would be once
+        warnings.simplefilter("ignore", UserWarning)
+        classifier, report = DomainClassifier.train(
+            [text for texts in learnt.values() for text in texts],
+            [name for name, texts in learnt.items() for _ in texts], seed=settings.seed)
     return classifier, {
         "trained": True, "texts": {name: len(texts) for name, texts in learnt.items()}, "names": report.names,
         "confusion": report.confusion, "accuracy": report.accuracy, "macro": report.macro,
-        "calibration_error": report.calibration_error, "at": {f"{k:.2f}": v for k, v in report.at.items()}}
+        "calibration_error": report.calibration_error, "at": {f"{k:.2f}": v for k, v in report.at.items()},
+        "coincide": report.coincide}
 
 
 def _tried(rules: KeywordRules, sample: dict[str, list[str]], allowed: set[str]) -> dict[str, Any]:

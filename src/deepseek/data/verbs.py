@@ -146,7 +146,8 @@ def label(args: argparse.Namespace) -> None:
     told = done.counts.get("classifier", {})
     if told.get("trained"):
         print(HeldOutReport(tuple(told["names"]), tuple(map(tuple, told["confusion"])), {
-            float(key): tuple(value) for key, value in told["at"].items()}, told["calibration_error"]).table())
+            float(key): tuple(value) for key, value in told["at"].items()}, told["calibration_error"],
+            told.get("coincide", {})).table())
     elif told:
         print(f"no classifier: {told['why']}")
     _try(f"data report {args.out} --out REPORT")

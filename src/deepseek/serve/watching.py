@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..engine import LLM
 from ..engine.request import Request as Generation
+from ..language import NONE, language
 from ..model.cache import PAGE
 from ..watch.counters import Counters
 from ..watch.history import HistoryError
@@ -30,7 +31,6 @@ from .guard import ServeError, log
 from .protocol import FeedbackRequest
 
 ANSWERS = 4096  # whose feedback is still taken
-SHORT, LONG = 20, 1000  # characters: a shorter text has no language that could be told; the rest is taken to be alike
 # the page holds its own style and script, and talks to nobody but this server
 POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -48,7 +48,7 @@ class Watch:
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
         llm.engine.observer = self.counters.step
-        self.identify: Callable[[str], tuple[str, float]] | None = None
+        self.identify: Callable[[str], str] | None = None
         threading.Thread(target=self._load, daemon=True).start()
 
     def close(self) -> None:
@@ -57,10 +57,8 @@ class Watch:
 
     def _load(self) -> None:
         """The table of languages: a second, which no request shall wait for."""
-        from py3langid import classify
-
-        classify("")
-        self.identify = classify
+        language("")
+        self.identify = language
 
     # ---- what the engine says -----------------------------------------------------------------------------------
 
@@ -103,10 +101,8 @@ class Watch:
             self.answers.popitem(last=False)
 
     def _language(self, text: str) -> str:
-        """ISO 639-1 code of a text, "und" for one too short to tell, or where the table is not there yet."""
-        if self.identify is None or (len(text.strip()) < SHORT and text.isascii()):
-            return "und"
-        return self.identify(text[:LONG])[0]
+        """As `language`, or "und" where the table is not there yet."""
+        return NONE if self.identify is None else self.identify(text)
 
     def end(self, request: Generation, late: bool) -> None:
         """late: it was ended because it took too long, an error of ours."""

@@ -187,7 +187,7 @@ class Monitor:
         start, old = past[0]
         minute = next((entry for entry in past if entry[0] >= now - MINUTE), past[-1])
         share, slots = ratios(reading, old), growth(reading, old, "slots_total")
-        own = []
+        own: list[dict[str, Any]] = []
         for g, name in enumerate(groups.names):
             labelled = grown(reading, old, f"labelled_tokens_total|{name}")
             wanted = grown(reading, old, f"group_wanted_total|{name}")
