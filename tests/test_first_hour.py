@@ -21,7 +21,9 @@ from deepseek.engine.sampler import SamplingOptions
 from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
+from deepseek.tune.records import each_record
 from deepseek.tune.settings import TuneConfig
+from deepseek.tune.tuner import _run_folder
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +167,25 @@ def test_keyword_arguments_are_typed_one_by_one(options: Any, settings: Any) -> 
 def test_one_name_of_experts_needs_no_list(name: str) -> None:
     assert getattr(TuneConfig.of(**{name: "code_expert"}), name) == ("code_expert",)
     assert TuneConfig.of(expert_tune="auto").expert_tune == "auto"
+
+
+@pytest.mark.parametrize("library", ["polars", "polars lazy", "pandas"])
+def test_a_frame_is_a_data_set(library: str) -> None:
+    """A record a row; a missing value is no value."""
+    name, _, lazy = library.partition(" ")
+    frame = pytest.importorskip(name, reason=f"needs {name}").DataFrame(
+        {"input": ["a", "b"], "output": ["c", "d"], "system": ["s", None]})
+    documents = [*each_record(frame.lazy() if lazy else frame)]
+    expected = [*each_record([{"input": "a", "output": "c", "system": "s"}, {"input": "b", "output": "d"}])]
+    assert [one.text for one in documents] == [one.text for one in expected] and len(documents) == 2
+
+
+def test_runs_of_two_models_have_two_folders(tmp_path: Path) -> None:
+    folders = [tmp_path / run / "model" for run in ("law", "code", "old/law")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    runs = [_run_folder(str(folder), folder) for folder in folders]
+    assert len({*runs}) == 3 and runs[0].name.startswith("law-tuned-")
+    assert _run_folder(f"{folders[0]}/../model", folders[0]) == runs[0]
+    assert _run_folder("owner/name", Path("cache/1")).name.startswith("name-tuned-")
+    assert _run_folder("owner/name", Path("cache/1")) == _run_folder("owner/name", Path("cache/2"))

@@ -155,6 +155,9 @@ def _train(args: argparse.Namespace) -> None:
         if out.resolve().is_relative_to(Path(source).resolve()):
             raise ConfigError(f"out = {out}: must not lie inside DATA ({source}), or the run would read its own logs")
     settings = TrainConfig(**{setting.name: getattr(args, setting.name) for setting in fields(TrainConfig)})
+    if settings.seq_len > config.max_position_embeddings:
+        warnings.warn(f"seq_len = {settings.seq_len}: the model's positions end at {config.max_position_embeddings} "
+                      "(max_position_embeddings): what it learns beyond them is used nowhere", stacklevel=1)
     tokenizer = _training_tokenizer(args, data, config, out)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")

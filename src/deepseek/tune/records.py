@@ -65,14 +65,15 @@ def read_records(dataset: Any, report: ReadReport | None = None) -> list[Documen
 
 def each_record(dataset: Any, report: ReadReport | None = None) -> Iterator[Document]:
     """The documents of a path (or several), of records (objects, strings, lists of turns), of documents, or of anything
-    that iterates over these, a Hugging Face data set included. A string alone is a path; a list of strings is one of
-    paths if they all lead somewhere, else of texts.
+    that iterates over these, such as a Hugging Face data set; or of a polars or pandas frame, a record a row. A string
+    alone is a path; a list of strings is one of paths if they all lead somewhere, else of texts.
 
     Raises DataError for no record at all, and for one that cannot be read, naming its place; problems of files go to
     `report` instead where one that is not strict is given.
     """
     if isinstance(dataset, str | Path):
         dataset = [Path(dataset)]
+    dataset = _rows(dataset)
     if isinstance(dataset, Mapping):
         raise DataError(f"dataset: must be a path, a list or an iterable of records, got one object with keys "
                         f"{', '.join(map(str, list(dataset)[:5]))} (a data set by splits? give one of them)")
@@ -97,6 +98,19 @@ def document_of(record: Any, number: int) -> list[Document]:
                 for one in shape(record)]
     except DataError as error:
         raise DataError(f"record {number}: {error}") from None
+
+
+def _rows(dataset: Any) -> Any:
+    """The rows of a frame as records, without its missing values; anything else as it is."""
+    if hasattr(dataset, "collect") and hasattr(dataset, "collect_schema"):  # polars, lazy
+        dataset = dataset.collect()
+    if hasattr(dataset, "iter_rows"):  # polars
+        rows = dataset.iter_rows(named=True)
+        return ({key: value for key, value in row.items() if value is not None} for row in rows)
+    if hasattr(dataset, "itertuples") and hasattr(dataset, "to_dict"):  # pandas, where NaN is a missing value
+        rows = dataset.astype(object).where(dataset.notna(), None).to_dict("records")
+        return ({str(key): value for key, value in row.items() if value is not None} for row in rows)
+    return dataset
 
 
 def _is_paths(dataset: Any) -> bool:

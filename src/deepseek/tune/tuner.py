@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import sysconfig
@@ -54,9 +55,9 @@ class MoEFineTuner:
 
     model_path: a checkpoint folder or hub id. adapter: a LoRAAdapter, to train side paths alone. general: text that
     must not be forgotten (a path or several, or documents); Python's own library where none is given. old: records to
-    replay (with `replay`), such as those of an earlier tuning. out: folder of the run (MODEL-tuned if not given); the
-    same call goes on with a run that was stopped. save: "auto" writes a delta where experts are tuned, an adapter for
-    LoRA, else a whole checkpoint; "delta" and "full" what they say.
+    replay (with `replay`), such as those of an earlier tuning. out: folder of the run (MODEL-tuned-HASH if not given,
+    the hash of where MODEL is); the same call goes on with a run that was stopped. save: "auto" writes a delta where
+    experts are tuned, an adapter for LoRA, else a whole checkpoint; "delta" and "full" what they say.
     """
 
     def __init__(self, model_path: str | Path, *, adapter: LoRAAdapter | None = None, general: Any = None,
@@ -77,7 +78,7 @@ class MoEFineTuner:
         if config.threshold is not None and config.expert_tune != "auto":
             raise ConfigError(f"threshold = {config.threshold}: has a meaning only with expert_tune = auto")
         self.folder, self.model_path = resolve(model_path), str(model_path)
-        self.out = Path(out) if out is not None else Path(f"{self.folder.name}-tuned")
+        self.out = Path(out) if out is not None else _run_folder(self.model_path, self.folder)
         beside = self.folder / "atlas.json"
         self.atlas = Atlas.load(config.atlas or beside) if config.atlas or beside.is_file() else None
         names = adapter.experts if adapter else config.expert_freeze or config.expert_tune
@@ -345,6 +346,15 @@ class MoEFineTuner:
             raise AssertionError(f"{len(moved)} frozen tensors changed, first {moved[0]}")
         print(report.table())
         return report
+
+
+def _run_folder(model: str, folder: Path) -> Path:
+    """The folder of a run that is given none: another one for every model, the same whenever it is tuned."""
+    where = folder.resolve()
+    local = Path(model).expanduser().is_dir()
+    stem = (where.parent if where.name == "model" else where).name if local else model.rpartition("/")[2]
+    digest = hashlib.sha256((str(where) if local else model).encode()).hexdigest()
+    return Path(f"{stem}-tuned-{digest[:6]}")
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:

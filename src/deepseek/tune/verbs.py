@@ -24,7 +24,7 @@ def add_tune_flags(verb: argparse.ArgumentParser) -> None:
                       help="records: files or folders (see `deepseek data`), or - for JSON lines on standard input, "
                            "learnt round by round")
     verb.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win over it")
-    verb.add_argument("--out", help="folder of the run (MODEL-tuned)")
+    verb.add_argument("--out", help="folder of the run (MODEL-tuned-HASH, of where MODEL is)")
     verb.add_argument("--general", nargs="+", metavar="PATH", help="text that must not be forgotten, to measure it")
     verb.add_argument("--old", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
     verb.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
