@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from deepseek.engine import LLM, SamplingParams
 from deepseek.engine.speculative import TERM, TRIAL, Gain, _Choice
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
+from deepseek.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,33 @@ def test_the_faster_kind_of_step_is_taken_and_tried_again() -> None:
 
 def test_without_a_module_there_are_no_drafts(tiny_config: Callable, random_model: Callable) -> None:
     assert LLM(random_model(tiny_config())).engine.drafter is None
+
+
+def test_a_constraint_may_end_the_text_on_a_draft(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask after a token is awaited before the draft behind it counts; the request leaves at once where it ends."""
+    pytest.importorskip("llguidance", reason="needs llguidance")
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    tokenizer = Tokenizer(json.dumps({"model": {"type": "BPE", "vocab": {c: i for i, c in enumerate("abcdefghijkl")},
+                                                "merges": []}, "decoder": level, "pre_tokenizer": level}))
+    asked = params(regex="[a-f]{20}", max_tokens=30)
+    want = LLM(model, tokenizer=tokenizer, speculate=False).generate([[3, 1, 4]], asked)[0]
+    assert want.finish_reason == "stop" and len(want.token_ids) == 20
+    llm = LLM(model, tokenizer=tokenizer)
+    drafter = llm.engine.drafter
+    assert drafter is not None
+    monkeypatch.setattr(drafter.gain.of(1), "drafts", lambda: True)
+
+    def oracle(run: Any) -> None:
+        for request, chunk, _ in run:
+            request.followed = chunk.past + chunk.tokens
+            request.draft = want.token_ids[min(len(request.token_ids), 19)]
+
+    monkeypatch.setattr(drafter, "draft", oracle)
+    request, = llm.requests([3, 1, 4], asked)
+    slept = request.constraint._advance  # type: ignore[union-attr]
+    monkeypatch.setattr(request.constraint, "_advance", lambda token: (time.sleep(0.001), slept(token))[1])
+    llm.engine.add(request)
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert request.text == want.text and request.finish_reason == "stop" and drafter.stats.accepted > 0
+    assert llm.engine.counters.finished == 1 and not llm.engine.scheduler.running

@@ -348,8 +348,10 @@ class Engine:
         """Whether a request goes on behind its draft: it is what was drawn."""
         assert self.drafter is not None
         request = work.request
-        if (request.finish_reason is not None or request.token_ids[-1] != work.draft or not request.settle(PATIENCE)
-                or request.finish_reason is not None):
+        if request.finish_reason is not None or request.token_ids[-1] != work.draft or not request.settle(PATIENCE):
+            return False
+        if request.finish_reason is not None:  # its constraint's last token, as is known now
+            self._finished(request)
             return False
         self.drafter.stats.accepted += 1
         request.computed += 1
