@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -250,3 +253,21 @@ def test_aliases_and_merges_that_configurations_use(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "empty.yaml") is None
     (tmp_path / "rows.json").write_text(json.dumps([{"n": i} for i in range(2000)]))
     assert read_yaml(tmp_path / "rows.json")[1999] == {"n": 1999}
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("1e-5", 1e-5), ("3e-4", 3e-4), ("1E5", 1e5), ("-2e3", -2e3), ("+1.5e2", 150.0), ("1.e3", 1e3), (".5e1", 5.0),
+    ("-.5", -0.5), ("1.0e-5", 1e-5), ("0.5", 0.5), ("5.", 5.0), ("1e+06", 1e6), ("3", 3), ("-7", -7),
+    (".inf", math.inf), ("'1e-5'", "1e-5"), ("1e", "1e"), ("e5", "e5"), ("1e5x", "1e5x"),
+    ("1.2.3", "1.2.3"), ("v1e5", "v1e5"), (".", "."),
+    ("1e5-2", "1e5-2"), ("true", True)])
+def test_numbers_in_yaml_are_those_of_its_present_version(text: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"lr: {text}\nall: [{text}]\n")
+    found = read_yaml(tmp_path / "a.yaml")
+    assert found == {"lr": value, "all": [value]} and type(found["lr"]) is type(value)
+
+
+def test_nothing_reads_yaml_by_another_way() -> None:
+    source = Path(__file__).parents[1] / "src" / "deepseek"
+    assert [path.name for path in source.rglob("*.py") if re.search(r"import yaml|yaml\.", path.read_text())] == [
+        "files.py"]

@@ -9,9 +9,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePath
 from typing import IO, Any, NoReturn
 
@@ -20,6 +22,8 @@ from .errors import ConfigError, NotFoundError
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _YAML_BYTES, _YAML_DEPTH = 8 << 20, 64
+# YAML 1.2, 10.3.2, without integers
+_YAML_FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
@@ -140,7 +144,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         if (size := os.stat(path).st_size) > _YAML_BYTES:
             raise ConfigError(f"{path}: {size:,} bytes: must be at most {_YAML_BYTES:,} bytes of YAML")
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        loader = _yaml_loader()(Path(path).read_text(encoding="utf-8"))
         try:
             node = loader.get_single_node()
             if node is None:
@@ -160,6 +164,18 @@ def read_yaml(path: str | Path) -> Any:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not YAML: must be nested at most {_YAML_DEPTH} deep") from None
+
+
+@cache
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader, which follows YAML 1.1, with YAML 1.2's rule for floats too: 1e-5 is a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789"))
+    return Loader
 
 
 def _expanded(node: Any, sizes: dict[int, int], depth: int) -> int:

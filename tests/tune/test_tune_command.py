@@ -36,7 +36,7 @@ def test_flags_and_yaml_say_the_same(
     assert "all unchanged, by SHA-256" in capsys.readouterr().out
     (tmp_path / "tune.yaml").write_text(
         f"model: {model}\ndata: [{law}]\ngeneral: [{rest}]\nexpert_tune: [law_expert]\nsteps: 2\nbatch_size: 4\n"
-        f"max_length: 64\nlr: 9.0\neval_records: 8\nout: {tmp_path / 'b'}\n")
+        f"max_length: 64\nlr: 9e-0\neval_records: 8\nout: {tmp_path / 'b'}\n")
     assert main(["tune", "--config", str(tmp_path / "tune.yaml"), "--lr", "3e-3"]) == 0  # the flag wins
     one, two = ((tmp_path / out / "delta" / "delta.safetensors").read_bytes() for out in "ab")
     assert one == two
