@@ -13,13 +13,15 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import RequestError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "function": "tool", "observation": "tool", "function_call": "assistant", "tool_call": "assistant"}
 CALLS = "<｜tool▁calls▁begin｜>"
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message that hold what was thought before it
+THINK, THOUGHT = "<think>", "</think>"
 _TEXTS = ("text", "input_text", "output_text")
 
 
@@ -29,7 +31,7 @@ def normalize(messages: Any, also: Collection[str] = ()) -> list[dict[str, Any]]
 
     Null is "not given" and unknown keys are ignored. Text parts are joined; `developer` is `system`; `function` and
     `observation` are `tool`; `function_call` (a key, or a role with a call as its content) is a tool call; `reasoning`
-    is `reasoning_content`; a refusal is content. also: further roles that pass as they are.
+    and `thinking` are `reasoning_content`; a refusal is content. also: further roles that pass as they are.
     Raises RequestError with the place of what is malformed, such as `messages[2].content`.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
@@ -56,7 +58,7 @@ def _message(message: Any, place: str, also: Collection[str]) -> dict[str, Any]:
     if said in ("function_call", "tool_call") and said not in also:
         calls, out["content"] = _written_calls(content, f"{place}.content")
     if role == "assistant":
-        reasoning = next((given[key] for key in ("reasoning_content", "reasoning") if given.get(key)), None)
+        reasoning = next((given[key] for key in REASONING if given.get(key)), None)
         if isinstance(reasoning, str):
             out["reasoning_content"] = reasoning
         if not out["content"] and isinstance(given.get("refusal"), str):
@@ -167,10 +169,29 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     return out
 
 
-def of_turns(turns: Sequence[Sequence[str]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Messages and tools of a record's turns, (role, text); the tools stand in front, as JSON of the role `tools`."""
-    tools = json.loads(turns[0][1]) if turns and turns[0][0] == "tools" else None
-    return [{"role": role, "content": text} for role, text in turns[tools is not None :]], tools
+class Conversation(NamedTuple):
+    """What a record's turns say. messages: an assistant's may have `learn`, False where it is not to be learnt.
+    variables: of the chat template, for this conversation."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = {}
+
+
+def to_turns(conversation: Conversation) -> tuple[tuple[str, str], ...]:
+    """A conversation as (role, text) turns. A message with more than role and content is its JSON, of the role
+    `message`; tools and variables stand in front, as JSON of the roles `tools` and `variables`."""
+    front = [(name, _json(value, name)) for name, value in (("tools", conversation.tools),
+                                                            ("variables", conversation.variables)) if value]
+    return (*front, *((message["role"], message["content"]) if message.keys() == {"role", "content"}
+                      else ("message", _json(message, "message")) for message in conversation.messages))
+
+
+def of_turns(turns: Sequence[Sequence[str]]) -> Conversation:
+    """The conversation that `to_turns` wrote."""
+    front = {role: json.loads(text) for role, text in turns[:2] if role in ("tools", "variables")}
+    return Conversation([json.loads(text) if role == "message" else {"role": role, "content": text}
+                         for role, text in turns[len(front) :]], front.get("tools"), front.get("variables", {}))
 
 
 def told(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -193,6 +214,73 @@ def written(calls: Sequence[Mapping[str, Any]]) -> str:
     """Calls (name, arguments) as DeepSeek-V3.1 writes them."""
     return CALLS + "".join(f"<｜tool▁call▁begin｜>{call['name']}<｜tool▁sep｜>{_as_text(call['arguments'])}"
                            "<｜tool▁call▁end｜>" for call in calls) + "<｜tool▁calls▁end｜>"
+
+
+# ---- reasoning ------------------------------------------------------------------------------------------------------
+
+
+def parted(message: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """(reasoning of a key of its own, reasoning in the content with its tags, the message without either) of a
+    normalized message. In a content it reaches to the last `</think>` and the white space that follows."""
+    content, own = message["content"] or "", message.get("reasoning_content", "")
+    answer = content[content.rfind(THOUGHT) + len(THOUGHT) :].lstrip() if THOUGHT in content else content
+    inside = content[: len(content) - len(answer)]
+    if squeezed(own) in squeezed(inside):
+        own = ""
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return own, inside, rest | {"content": answer if answer or not message.get("tool_calls") else None}
+
+
+def thought(own: str, inside: str, opened: str | None = None) -> str:
+    """Reasoning (the first two of `parted`) as a model says it before its answer. opened: the white space between the
+    `<think>` that ends a prompt and the prompt's end; None where the prompt opens no thought."""
+    gap = "" if opened == "" else "\n"
+    text = (f"{THINK}{gap}{own.strip(chr(10))}{gap}{THOUGHT}{gap}{gap}" if own else "") + inside
+    if opened is not None and text.lstrip().startswith(THINK):
+        text = text.lstrip().removeprefix(THINK)
+        while opened and text[:1] == opened[:1]:
+            text, opened = text[1:], opened[1:]
+    return text
+
+
+def thought_in(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A normalized message whose reasoning, if it has any, is part of its content."""
+    own, inside, bare = parted(message)
+    return {**bare, "content": thought(own, inside) + (bare["content"] or "")} if own else dict(message)
+
+
+def left_out(message: Mapping[str, Any], text: str) -> str | None:
+    """What a text does not show of an assistant's normalized message, up to white space; None where all is there."""
+    shown = squeezed(text)
+
+    def lacks(said: str) -> bool:  # as it is, or as JSON or Python write it inside of quotes
+        return squeezed(said) not in shown and not any(squeezed(spelling[1:-1]) in shown for spelling in (
+            json.dumps(said), json.dumps(said, ensure_ascii=False), repr(said)))
+
+    own, inside, bare = parted(message)
+    if any(map(lacks, [own, *re.split(f"{THINK}|{THOUGHT}", inside)])):
+        return "reasoning"
+    if lacks(bare["content"] or ""):
+        return "content"
+    for call in message.get("tool_calls") or ():
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        if lacks(name) or ((not isinstance(arguments, str) or lacks(arguments)) and
+                           any(map(lacks, _texts(_as_object(arguments))))):
+            return f"call of {name}"
+    return None
+
+
+def squeezed(text: str) -> str:
+    """A text whose white space is single blanks."""
+    return " ".join(text.split())
+
+
+def _texts(value: Any) -> list[str]:
+    """All strings inside of a value, keys included."""
+    if isinstance(value, Mapping):
+        return [text for key, item in value.items() for text in (str(key), *_texts(item))]
+    return [text for item in value for text in _texts(item)] if isinstance(value, list | tuple) else (
+        [value] if isinstance(value, str) else [])
 
 
 def _as_text(arguments: Any) -> str:
@@ -280,5 +368,6 @@ class Style:
         message["tool_calls"] = [call | {"function": call["function"] | {
             "arguments": turn(call["function"]["arguments"])}} for call in calls]
         if message["content"] is not None and not self.beside:
-            return [{"role": message["role"], "content": message["content"]}, message | {"content": None}]
+            return [{k: v for k, v in message.items() if k != "tool_calls"},
+                    {"role": message["role"], "content": None, "tool_calls": message["tool_calls"]}]
         return [message]

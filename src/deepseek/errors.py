@@ -6,6 +6,7 @@
     ├── DataError        (ValueError)         an input text or record cannot be read: names the file
     ├── NotFoundError    (FileNotFoundError)  a name is neither a preset, a path nor reachable on the hub
     └── RequestError     (ValueError)         a prompt or a sampling parameter is out of range
+        └── LeftOutError                      a chat template does not show what an assistant's turn says
 
 Users see one line of these; `assert` is kept for our own invariants.
 """
@@ -38,6 +39,10 @@ class NotFoundError(MoEDRError, FileNotFoundError):
 
 class RequestError(MoEDRError, ValueError):
     """A prompt or sampling parameter is out of range."""
+
+
+class LeftOutError(RequestError):
+    """A chat template does not show something that a turn says."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from .conversation import ROLES, Style, normalize
+from .conversation import ROLES, THINK, THOUGHT, Style, normalize
 from .errors import ConfigError, DataError, NotFoundError, RequestError
 from .files import write_atomically, write_json
 from .templates import render
@@ -62,7 +62,7 @@ _USUAL = {"bos_token": ("<｜begin▁of▁sentence｜>", BOS, "<s>"), "eos_token
 # The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, then U+0100 and on
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
-_THINKING = frozenset(("<think>", "</think>"))  # templates cut assistant turns at these
+_THINKING = frozenset((THINK, THOUGHT))  # templates cut assistant turns at these
 _OURS = frozenset(("messages", "add_generation_prompt", "continue_final_message"))  # variables with their own keywords
 _PART = 1 << 15  # characters
 _OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode noncharacters: no text has them
@@ -332,12 +332,32 @@ class Tokenizer:
                     add_generation_prompt: bool = True, continue_final_message: bool = False, **extra: Any
                     ) -> list[int]:
         """Ids of `chat(…)`. Control tokens count where the template wrote them, not where a message quotes them."""
-        everything, spoken = self._control_pattern, _any_of(self._control - _THINKING)
-        text = self._chat(messages, tools, add_generation_prompt, continue_final_message, extra,
-                          lambda value, role: _mark(value, spoken if role == "assistant" else everything))
+        return self.encode_marked(self.marked_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, **extra))
+
+    def marked_chat(self, messages: Sequence[Mapping[str, Any]], /, *,
+                    tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = True,
+                    continue_final_message: bool = False, **extra: Any) -> str:
+        """`chat(…)` with marks around every control token that is quoted. An assistant's `<think>` is none."""
+        return self._chat(messages, tools, add_generation_prompt, continue_final_message, extra,
+                          lambda value, role: self.marked(value) if role == "assistant"
+                          else _mark(value, self._control_pattern))
+
+    def marked(self, said: Any) -> Any:
+        """What an assistant says, with marks around the control tokens that it quotes."""
+        return _mark(said, _any_of(self._control - _THINKING))
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text with marks."""
         # between marks is quoted text; a template's own string methods may have parted a pair, so lone marks only cut
         pieces = re.split(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]", text)
         return [i for n, piece in enumerate(pieces) if piece for i in self.encode(piece, special=n % 2 == 0)]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `with_variables` has set."""
+        return dict(self._variables)
 
     def _chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: bool,
               go_on: bool, extra: Mapping[str, Any], mark: Callable[[Any, str], Any]) -> str:
@@ -347,7 +367,7 @@ class Tokenizer:
         if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)
                                   or not all(isinstance(tool, Mapping) for tool in tools)):
             raise RequestError(f"tools = {tools!r:.60}: must be a list of objects")
-        plain = normalize(messages, self._roles)
+        plain = normalize(messages, self.roles)
         if go_on and (not plain or plain[-1]["role"] != "assistant" or not isinstance(plain[-1]["content"], str)):
             raise RequestError("continue_final_message: the last message must be an assistant's, with content")
         fitted, shown = self._style.fit(plain, tools)
@@ -380,7 +400,7 @@ class Tokenizer:
         return Style.of(self._template or "", attempt)
 
     @cached_property
-    def _roles(self) -> frozenset[str]:
+    def roles(self) -> frozenset[str]:
         """Roles of the template's own, beside the usual ones."""
         return frozenset(re.findall(r"""role['"]?\]?\s*==\s*['"](\w+)['"]""", self._template or "")) - set(ROLES)
 
@@ -424,6 +444,11 @@ class TokenStream:
 @lru_cache(maxsize=8)
 def _any_of(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def unmarked(text: str) -> str:
+    """A text of `marked_chat` without its marks."""
+    return re.sub(f"[{_OPEN}{_CLOSE}]", "", text)
 
 
 def _mark(value: Any, control: re.Pattern[str]) -> Any:

@@ -185,7 +185,7 @@ def test_a_map_says_which_column_is_what(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"txt": "a"}, "map: unknown key 'txt': the keys are text, prompt, answer, messages, expert, metadata, header"),
+    ({"txt": "a"}, "map: unknown key 'txt': the keys are text, prompt, answer, messages, system,"),
     ({"text": "a", "prompt": "b", "answer": "c"}, "one of text, messages, or prompt with answer; it has text, prompt"),
     ({"prompt": "b"}, "it has prompt"),
     ({"answer": "b"}, "it has answer"),

@@ -21,7 +21,8 @@ from deepseek.ops.loss import IGNORE
 from deepseek.tokenizer import Tokenizer
 from deepseek.tune import records as tune_records
 from deepseek.tune.examples import Example, Examples, pad
-from deepseek.tune.records import POOL, RecordSet, each_record, encode, fresh, places, read_records, take_round
+from deepseek.tune.records import POOL, RecordSet, each_record, encode, places, read_records
+from deepseek.tune.streams import fresh, take_round
 
 
 def learnt(record: Any, tokenizer: Tokenizer, max_length: int = 200) -> str:

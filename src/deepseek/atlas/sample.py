@@ -25,6 +25,7 @@ from ..data import Document
 from ..errors import ConfigError, DataError, RequestError
 from ..files import sha256
 from ..model import CausalLM, RoutingRecord
+from ..spoken import encode_conversation
 from ..tokenizer import Tokenizer
 
 SEQ_LEN = 512
@@ -117,9 +118,10 @@ def _encode(name: str, texts: Sequence[Document], tokenizer: Tokenizer) -> Itera
         if not _spoken(document, tokenizer):
             yield next(plain)
             continue
-        messages, tools = of_turns(document.turns)
+        messages, tools, variables = of_turns(document.turns)
         try:
-            ids = tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=False)
+            tokenizer.check_variables(variables)
+            ids = encode_conversation(messages, tokenizer, tools=tools, **variables)
         except RequestError as error:
             raise DataError(f"{name}: {document.source}: {error}") from None
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

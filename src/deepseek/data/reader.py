@@ -31,9 +31,12 @@ from typing import Any, BinaryIO, cast
 
 from ..errors import ConfigError, DataError, NotFoundError
 from .records import COLUMNS, Document, collect, to_documents
-from .shapes import RecordMap, is_turn, known_keys, shape
+from .shapes import RecordMap, known_keys, shape
+from .turns import is_turn
 
 PIECE_BYTES = 4 << 20
+NOT_LEARNT = "records that ask not to be learnt"
+UNUSED_KEYS = 2000  # that are counted at most: some data have a new one in every record
 ROWS = 10_000  # of a Parquet file in memory at a time
 Named = Mapping[str, Sequence["str | Path"]]  # expert name -> its files and folders
 
@@ -54,13 +57,15 @@ class Problem:
 
 @dataclass
 class ReadReport:
-    """What was read and what was not. strict: raise DataError at the first problem."""
+    """What was read and what was not. skipped: files and records by kind. unused: keys of records that mean nothing
+    here. strict: raise DataError at the first problem."""
 
     strict: bool = False
     files: int = 0
     documents: int = 0
     characters: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -74,11 +79,19 @@ class ReadReport:
         if self.strict:
             raise DataError(str(self.problems[-1]))
 
+    def notes(self, most: int = 12) -> list[str]:
+        """A line about keys that were not used, if there were any."""
+        if not self.unused:
+            return []
+        told = ", ".join(f"{key} ({count:,})" for key, count in self.unused.most_common(most))
+        return [f"keys of records that were not used: {told}" + (", …" if len(self.unused) > most else "")]
+
     def summary(self, limit: int = 20) -> str:
         """A few lines for people: totals, then problems by kind, then the first `limit` of them by place."""
         skipped = ", ".join(f"{n} {kind}" for kind, n in sorted(self.skipped.items()))
         lines = [f"{self.documents:,} documents, {self.characters:,} characters from {self.files:,} files"
                  + (f"; skipped {skipped}" if skipped else "")]
+        lines += self.notes()
         if self.problems:
             kinds = ", ".join(f"{n:,} {reason}" for reason, n in self.counts.most_common())
             lines += [f"{len(self.problems):,} problems: {kinds}", *(f"  {p}" for p in self.problems[:limit])]
@@ -271,12 +284,9 @@ def read_lines(
             report.problem(source, number, "not JSON", str(error), text.rstrip("\r\n"))
             continue
         try:
-            found = shape(value, mapping)
+            yield from documents_of(value, source, number, report, mapping)
         except DataError as error:
             report.problem(source, number, "unusable record", str(error), text.rstrip("\r\n"))
-            continue
-        for one in found:
-            yield Document(one.text, source, number, one.turns, one.expert, one.metadata, one.answer_at)
 
 
 def _read_json(
@@ -300,13 +310,25 @@ def _documents(
 ) -> Iterator[Document]:
     for number, record in records:
         try:
-            found = shape(record, mapping)
+            yield from documents_of(record, source, number, report, mapping)
         except DataError as error:
             raw = json.dumps(record, ensure_ascii=False, default=str)
             report.problem(source, number, "unusable record", str(error), raw)
-            continue
-        for one in found:
-            yield Document(one.text, source, number, one.turns, one.expert, one.metadata, one.answer_at)
+
+
+def documents_of(
+    record: Any, source: str, number: int | None, report: ReadReport, mapping: RecordMap | None = None
+) -> list[Document]:
+    """The documents of one record, which is counted in `report` where it asks to be left out, as are its keys that mean
+    nothing. Raises DataError where it cannot be used."""
+    found = shape(record, mapping)
+    if not found:
+        report.skipped[NOT_LEARNT] += 1
+    for one in found:
+        report.unused.update(one.unused)
+    if len(report.unused) > UNUSED_KEYS:
+        report.unused = Counter(dict(report.unused.most_common(UNUSED_KEYS // 2)))
+    return [Document(one.text, source, number, one.turns, one.expert, one.metadata, one.answer_at) for one in found]
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------

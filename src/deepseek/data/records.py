@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, NotFoundError
-from .shapes import Turns
+from .turns import Turns
 
 if TYPE_CHECKING:
     import polars
@@ -31,8 +31,7 @@ ENGLISH = [" the ", " of ", " and ", " to ", " is ", " in ", " a ", " you ", "Th
 
 @dataclass(frozen=True)
 class Document:
-    """One text. turns: (role, text) of a conversation, roles system, user, assistant, tool, function_call (calls as
-    JSON), and tools (a list of them as JSON, in front); `text` is its plain form.
+    """One text. turns: (role, text) of a conversation (`conversation.to_turns`); `text` is its plain form.
     expert: the name of the experts that it is for. answer_at: offset where the answer begins, so that
     text[:answer_at] is what was asked, with the newline between; None where nothing was, or several things were."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..domain import told_by_language
+from .reader import ReadReport
 from .records import record_files
 from .step import Done, about, input_fingerprint, run_step
 
@@ -100,6 +101,7 @@ def _story(steps: Mapping[str, Any]) -> list[str]:
         why = ", ".join(f"{count:,} {reason}" for reason, count in one["reasons"].items())
         lines.append(f"read       {one['read']:,} from {one['files']:,} files: {one['kept']:,} kept, "
                      f"{one['quarantined']:,} quarantined" + (f" ({why})" if why else ""))
+        lines += ReadReport(unused=Counter(one["unused"])).notes()
     if one := steps.get("dedup"):
         lines.append(f"duplicates {one['exact']:,} exact, {one['near']:,} near (Jaccard >= {one['threshold']}); "
                      f"{one['kept']:,} stay")

@@ -5,9 +5,15 @@ conversation under one of CONVERSATIONS, or at least one key of ASKING and one o
 joined in the order of those two tuples, a line each, which covers question/answer, problem/analysis,
 instruction/input/output, prompt/completion and their relatives. `choices`, or columns choice0, choice1, …, become
 lettered options, and an answer that is an index among them becomes its letter (MMLU). `questions` beside `table` or
-`paragraphs` (TAT-QA) is one text, asked at the end. Prompt and completion may be lists of messages (TRL): one
-conversation, of which the completion is the answer. `tools` beside messages are kept. Keys are compared without regard
-to case.
+`paragraphs` (TAT-QA) is one text, asked at the end. Prompt and completion may be (lists of) messages (TRL): one
+conversation, of which the completion is the answer. Keys are compared without regard to case.
+
+Beside a conversation, or a question and its answer, these are used: a system prompt (SYSTEM), `tools` or `functions`,
+`chat_template_kwargs`; beside a question and its answer also `history` (alpaca: earlier pairs, learnt too) and what was
+thought before the answer (THINKING). A record that says `weight: 0` or `train: false` is left out.
+
+Refused are records with two readings, such as an answer beside `text`, and those of which a part would be lost:
+preferences, images. Keys that mean nothing are counted (`Shaped.unused`).
 
 Beside these an object may have `expert` (a name) and `metadata` (an object); `complexity`, `language` (or `lang`) and
 `error_type` at the top level count as metadata too.
@@ -19,51 +25,66 @@ the number of a column, from 0.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..conversation import normalize, of_turns, told, tools_of, written
+from ..conversation import squeezed, tools_of
 from ..errors import ConfigError, DataError, RequestError
 from ..files import read_yaml
+from .turns import PARTIAL, Turns, filled, flag, is_talk, pairs, speaks, talk
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "turns", "dialogue")
 ASKING = ("instruction", "context", "body", "problem", "question", "prompt", "input", "en", "options")
 ANSWERING = ("analysis", "rationale", "solution", "canonical_solution", "long_answer", "answer", "answers", "output",
              "completion", "response", "golden", "correct", "target", "zh")
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "bot": "assistant", "model": "assistant", "developer": "system", "tool": "tool", "function": "tool",
-         "observation": "tool", "function_call": "function_call", "tool_call": "function_call"}
+ALSO_ANSWERING = ("summary", "highlights", "headline", "translation", "reply", "label", "labels", "sql")  # beside text
+SYSTEM = ("system", "system_prompt", "system_message")
+THINKING = ("reasoning_content", "reasoning", "thinking", "thought", "think", "complex_cot", "cot", "chain_of_thought")
+TOOLS = ("tools", "functions")
+VARIABLES = "chat_template_kwargs"
 DESCRIBING = {"complexity": "complexity", "lang": "language", "language": "language", "error_type": "error_type"}
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 LETTERS = "ABCDEFGHIJ"
-_JOINED = ("text", "prompt", "answer")
+_SWITCH = ("on", "off", "yes", "no", "true", "false")  # `reasoning` says in some sets whether there is any
+_JOINED = ("text", "prompt", "answer", "reasoning")
+_BESIDE = ("system", "tools", "history", "reasoning", VARIABLES)
 
-Turns = tuple[tuple[str, str], ...]
 Column = str | int
 
 
 class Shaped(NamedTuple):
-    """What a record says. answer_at: offset in `text` where its answer begins, None where it has none or several."""
+    """What a record says. answer_at: offset in `text` where its answer begins, None where it has none or several.
+    unused: its keys that mean nothing here."""
 
     text: str
     turns: Turns = ()
     answer_at: int | None = None
     metadata: Mapping[str, Any] = {}
     expert: str | None = None
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RecordMap:
     """Which columns of a record are what: `text`, or `messages`, or `prompt` and `answer` (several are joined by
-    newlines). metadata: {name: column}. header: whether the first row of a table names its columns; if not given, it
-    does unless all columns here are numbers. Raises ConfigError for a combination that says nothing."""
+    newlines; each may be a message or a list of them). Beside the last two: system, tools, chat_template_kwargs, and
+    beside prompt and answer history and reasoning. metadata: {name: column}. header: whether the first row of a table
+    names its columns; if not given, it does unless all columns here are numbers. Raises ConfigError for a combination
+    that says nothing."""
 
     text: tuple[Column, ...] = ()
     prompt: tuple[Column, ...] = ()
     answer: tuple[Column, ...] = ()
     messages: tuple[Column, ...] = ()
+    system: tuple[Column, ...] = ()
+    history: tuple[Column, ...] = ()
+    reasoning: tuple[Column, ...] = ()
+    tools: tuple[Column, ...] = ()
+    chat_template_kwargs: tuple[Column, ...] = ()
     expert: tuple[Column, ...] = ()
     metadata: tuple[tuple[str, Column], ...] = ()
     header: bool | None = None
@@ -73,10 +94,15 @@ class RecordMap:
         if len(given) != 1 or bool(self.prompt) != bool(self.answer):
             raise ConfigError(f"map: must have one of text, messages, or prompt with answer; it has "
                               f"{', '.join([*given, *(['answer'] if self.answer else [])]) or 'none'}")
+        for name in _BESIDE:
+            where = ("prompt",) if name in ("history", "reasoning") else ("prompt", "messages")
+            if getattr(self, name) and given[0] not in where:
+                raise ConfigError(f"map: {name}: has no place beside {given[0]}, only beside {' or '.join(where)}")
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (*self.text, *self.prompt, *self.answer, *self.messages, *self.expert, *(c for _, c in self.metadata))
+        return (*(c for field in fields(self) if field.name not in ("metadata", "header")
+                  for c in getattr(self, field.name)), *(c for _, c in self.metadata))
 
     @classmethod
     def from_dict(cls, keys: Any) -> RecordMap:
@@ -113,43 +139,65 @@ class RecordMap:
 
     def shape(self, record: Any) -> list[Shaped]:
         """As `shape`, by this map. Raises DataError where a column is missing or empty."""
+        used: set[str] = set()
+
         def look(column: Column) -> Any:
             if isinstance(record, Mapping) and str(column) in record:
-                return record[str(column)]
+                used.add(str(column))
+                return checked(record[str(column)], str(column))
             value = list(record.values()) if isinstance(record, Mapping) and isinstance(column, int) else record
-            for step in [column] if isinstance(column, int) else column.split("."):
+            steps = [column] if isinstance(column, int) else column.split(".")
+            used.add(list(record)[column] if isinstance(column, int) and isinstance(record, Mapping)
+                     and column < len(record) else str(steps[0]))
+            for step in steps:
                 if isinstance(value, Mapping) and step in value:
                     value = value[step]
                 elif isinstance(value, list) and str(step).isdecimal() and int(step) < len(value):
                     value = value[int(step)]
                 else:
                     raise DataError(f"there is no column {column!r}")
-            return value
+            return checked(value, str(column))
 
         expert = _expert(look(self.expert[0])) if self.expert else None
         metadata = {name: look(column) for name, column in self.metadata}
+        beside = {name: look(columns[0]) for name in _BESIDE if (columns := getattr(self, name))}
+        if self.reasoning:
+            beside["reasoning"] = _joined([part_text(look(c)) for c in self.reasoning], []).text
         if self.messages:
             said = look(self.messages[0])
+            said = _parsed(said) if isinstance(said, str) else said
             if not isinstance(said, list):
                 raise DataError(f"column {self.messages[0]!r} must be a list of turns")
-            return [conversation(said)._replace(metadata=metadata, expert=expert)]
-        asked, answered = ([part_text(look(c)) for c in columns] for columns in (self.text or self.prompt, self.answer))
-        if not any(asked) or (self.answer and not any(answered)):
-            empty = self.answer if any(asked) else self.text or self.prompt
-            raise DataError(f"no text under {', '.join(map(str, empty))}")
-        return [_joined(asked, answered)._replace(metadata=metadata, expert=expert)]
+            found = _conversation(said, **beside)
+        else:
+            asked, answered = ([look(c) for c in columns] for columns in (self.text or self.prompt, self.answer))
+            if not any(map(_says, asked)) or (self.answer and not any(map(_says, answered))):
+                empty = self.answer if any(map(_says, asked)) else self.text or self.prompt
+                raise DataError(f"no text under {', '.join(map(str, empty))}")
+            found = _asked_and_answered(asked, answered, **beside)
+        unused = [] if not isinstance(record, Mapping) else [
+            key for key, value in record.items() if key not in used and filled(value)]
+        return [found._replace(metadata=metadata, expert=expert, unused=(*found.unused, *unused))]
 
 
 def shape(record: Any, mapping: RecordMap | None = None) -> list[Shaped]:
-    """What one record says; more than one where it holds several instances. Raises DataError, saying why it cannot."""
+    """What one record says; more than one where it holds several instances, none where it asks to be left out. Raises
+    DataError, saying why it cannot."""
+    try:
+        return _shape(record, mapping)
+    except RecursionError:
+        raise DataError("is nested too deeply") from None
+
+
+def _shape(record: Any, mapping: RecordMap | None) -> list[Shaped]:
     if mapping is not None:
         found = mapping.shape(record)
     elif isinstance(record, str):
         found = [_joined([record], [])]
     elif isinstance(record, list):
-        found = [conversation(record)]
+        found = [_conversation(checked(record))]
     elif isinstance(record, Mapping):
-        found = _recognised({str(key).lower(): value for key, value in record.items()})
+        found = _recognised({str(key).lower(): value for key, value in checked(record).items()})
     else:
         raise DataError(f"must be an object, a list of turns or a string, got {type(record).__name__}")
     for one in found:
@@ -160,76 +208,203 @@ def shape(record: Any, mapping: RecordMap | None = None) -> list[Shaped]:
     return found
 
 
+def checked(value: Any, key: str = "") -> Any:
+    """The value. Raises DataError, naming the key, for a number inside that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{key or 'the record'} = {value}: must be a number that JSON has, a text or null")
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if not isinstance(item, str):
+                checked(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for n, item in enumerate(value):
+            if not isinstance(item, str):
+                checked(item, f"{key}[{n}]")
+    return value
+
+
 def known_keys(names: list[str]) -> bool:
     """Whether these look like the names of columns rather than a first record."""
     low = {name.lower().strip() for name in names}
     asked = low & {*ASKING, "choices", "choice0"}
-    return len(low) == len(names) and bool("text" in low or low & {*CONVERSATIONS} or (asked and low & {*ANSWERING}))
-
-
-def is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+    return len(low) == len(names) and bool("text" in low or low & {*CONVERSATIONS, "chosen", "rejected"}
+                                           or (asked and low & {*ANSWERING}))
 
 
 def _recognised(keys: dict[str, Any]) -> list[Shaped]:
-    if isinstance(keys.get("instances"), list):  # self-instruct: one instruction, several inputs and outputs
-        rest = {key: value for key, value in keys.items() if key != "instances"}
-        return [one for instance in keys["instances"] if isinstance(instance, Mapping)
-                for one in _recognised({**rest, **instance})]
-    if isinstance(keys.get("text"), str):  # MBPP has the task under `text` and its solution under `code`
-        found = _joined([keys["text"]], [part_text(keys.get("code"))])
-    elif said := [keys[key] for key in CONVERSATIONS if isinstance(keys.get(key), list)]:
-        found = conversation(said[0], _tools(keys))
-    elif talk := _prompt_and_completion(keys):
-        found = conversation(talk[0] + talk[1], _tools(keys), len(talk[0]))
-    elif isinstance(keys.get("questions"), list):  # TAT-QA, SQuAD: a table and paragraphs, then questions about them
-        table = keys.get("table")
+    given = {key: value for key, value in keys.items() if filled(value)}
+    _refuse(given)
+    if not all(flag(key, given[key]) for key in ("weight", "train") if key in given):
+        return []
+    if isinstance(given.get("instances"), list):  # self-instruct: one instruction, several inputs and outputs
+        rest = {key: value for key, value in given.items() if key != "instances"}
+        if not all(isinstance(instance, Mapping) for instance in given["instances"]):
+            raise DataError("instances: must be a list of objects")
+        return [one for instance in given["instances"] for one in _recognised(
+            rest | {str(key).lower(): value for key, value in instance.items()})]
+    used = {"weight", "train", "expert", *DESCRIBING}
+    if (found := _read(given, used)) is None:
+        names = ", ".join(sorted(keys)[:12]) + (", …" if len(keys) > 12 else "")
+        raise DataError("the conversation is empty" if any(isinstance(keys.get(key), list) for key in CONVERSATIONS)
+                        else f"no text, and no filled question and answer, under a known key; it has {names or 'none'}")
+    metadata = {name: given[key] for key, name in DESCRIBING.items() if given.get(key)}
+    if isinstance(given.get("metadata"), Mapping):
+        metadata |= given["metadata"]
+        used.add("metadata")
+    return [found._replace(metadata=metadata, expert=_expert(given.get("expert")), unused=(
+        *found.unused, *(key for key in given if key not in used)))]
+
+
+def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
+    """What the keys of a record say, by the one reading that they have, whose keys join `used`; None where they have
+    none."""
+    if "choice0" in given or "choices" in given:
+        used |= {key for key in given if re.fullmatch(r"choices|choice\d", key)}
+        given = _lettered(given)
+    asked, answered = ([key for key in names if _says(given.get(key))] for names in (ASKING, ANSWERING))
+    thinking = [key for key in THINKING if isinstance(given.get(key), str) and given[key].lower() not in _SWITCH]
+    beside = [key for key in (*SYSTEM, *TOOLS, VARIABLES) if key in given]
+    if isinstance(given.get("text"), str):  # MBPP has the task under `text` and its solution under `code`
+        others = [*(key for key in (*CONVERSATIONS, *ALSO_ANSWERING, "history") if key in given), *asked, *answered,
+                  *thinking, *beside]
+        _one_reading("text", others)
+        used |= {"text", "code"}
+        return _joined([given["text"]], [part_text(given.get("code"))])
+    if talks := [key for key in CONVERSATIONS if isinstance(given.get(key), list)]:
+        turns = given[talks[0]]
+        everyone, assistant = (squeezed(" ".join(_strings(said))) for said in (
+            turns, [turn for n, turn in enumerate(turns) if speaks(turn, n)]))
+        new = [key for keys, said in ((asked, everyone), (answered, assistant)) for key in keys
+               if squeezed(" ".join(_strings(given[key]))) not in said]  # the others repeat what the turns say
+        _one_reading(talks[0], [*talks[1:], *(["history"] if "history" in given else []), *thinking, *new])
+        used |= {talks[0], *beside}
+        return _conversation(turns, talks[0], **_beside(given))
+    if asked and answered:
+        _one_reading(f"{asked[0]} and {answered[0]}", thinking[1:])
+        used |= {*asked, *answered, *thinking, *beside, "history"}
+        return _asked_and_answered(
+            [given[key] for key in asked], [given[key] for key in answered], **_beside(given),
+            history=given.get("history"), reasoning=given[thinking[0]] if thinking else "")
+    if isinstance(given.get("questions"), list):  # TAT-QA, SQuAD: a table and paragraphs, then questions about them
+        used |= {"table", "paragraphs", "questions"}
+        table = given.get("table")
         rows = table.get("table") if isinstance(table, Mapping) else table
         parts = [" | ".join(map(str, row)) for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
-        parts += [part_text(item.get("text")) for item in keys.get("paragraphs") or () if isinstance(item, Mapping)]
-        parts += [part_text(item.get(key)) for item in keys["questions"] if isinstance(item, Mapping)
+        parts += [part_text(item.get("text")) for item in given.get("paragraphs") or () if isinstance(item, Mapping)]
+        parts += [part_text(item.get(key)) for item in given["questions"] if isinstance(item, Mapping)
                   for key in ("question", "answer")]
-        found = _joined(parts, [])
-    else:
-        if "choice0" in keys or "choices" in keys:
-            keys = _lettered(keys)
-        asked, answered = ([part_text(keys[key]) for key in names if key in keys] for names in (ASKING, ANSWERING))
-        if not (any(asked) and any(answered)):
-            names = ", ".join(sorted(keys)[:12]) + (", …" if len(keys) > 12 else "")
-            raise DataError(f"no text, and no filled question and answer, under a known key; it has {names or 'none'}")
-        found = _joined(asked, answered)
-    metadata = {name: keys[key] for key, name in DESCRIBING.items() if keys.get(key)}
-    if isinstance(keys.get("metadata"), Mapping):
-        metadata |= keys["metadata"]
-    return [found._replace(metadata=metadata, expert=_expert(keys.get("expert")))]
+        return _joined(parts, [])
+    return None
 
 
-def _tools(keys: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _refuse(given: Mapping[str, Any]) -> None:
+    """Raises DataError for a record of which something that counts would be lost, naming the key and what to do."""
+    if pair := [key for key in given if re.match(r"(chosen|rejected)(_|$)", key)]:
+        raise DataError(f"{', '.join(pair)}: preferences, and nothing is learnt from a comparison here; to learn the "
+                        "preferred answers, give a map (prompt: prompt, answer: chosen; or messages: chosen)")
+    if "kto_tag" in given or (isinstance(given.get("label"), bool) and "text" not in given):
+        key = "kto_tag" if "kto_tag" in given else "label"
+        raise DataError(f"{key} = {given[key]!r}: a judgement, and answers are learnt here whatever it says; keep the "
+                        f"good ones, without {key}")
+    if lost := [key for key in (*NOT_TEXT, *PARTIAL) if key in given]:
+        raise DataError(f"{lost[0]}: " + ("this model reads nothing but text" if lost[0] in NOT_TEXT else
+                        "has no meaning here: a turn is learnt or not (weight: 0 in the message)")
+                        + "; a map can leave it out")
+
+
+def _one_reading(reading: str, others: Sequence[str]) -> None:
+    if others:
+        raise DataError(f"has two readings, {reading} alone or with {', '.join(dict.fromkeys(others))}: say with a map "
+                        "which columns count")
+
+
+def _beside(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside a conversation, by the keywords of `_conversation`, from the keys of a record."""
+    system = [given[key] for key in SYSTEM if key in given]
+    if len(set(map(str, system))) > 1:
+        raise DataError(f"{', '.join(key for key in SYSTEM if key in given)}: two system prompts")
+    return {"system": system[0] if system else None, "tools": next((given[key] for key in TOOLS if key in given), None),
+            VARIABLES: given.get(VARIABLES)}
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
     try:
-        return tools_of(keys.get("tools") or keys.get("functions"))
+        return tools_of(value)
     except RequestError as error:
         raise DataError(str(error)) from None
 
 
-def _prompt_and_completion(keys: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
-    """The turns of both where one of them is a list of messages; a text beside it is a turn."""
-    def is_talk(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and all(map(is_turn, value))
+def _conversation(turns: list[Any], name: str | None = None, *, asked: int | None = None, system: Any = None,
+                  tools: Any = None, reasoning: str = "", chat_template_kwargs: Any = None) -> Shaped:
+    """A conversation and what stands beside it. name: the key of the turns."""
+    variables = chat_template_kwargs
+    if isinstance(variables, str):
+        variables = _parsed(variables)
+    if not isinstance(variables, Mapping | None):
+        raise DataError(f"{VARIABLES} = {variables!r:.60}: must be an object, {{name: value}}")
+    if not isinstance(system, str | None):
+        raise DataError(f"system = {system!r:.60}: must be a text")
+    found = talk(turns, asked=asked, system=system or "", reasoning=reasoning, tools=_tools(tools), variables={
+        key: value for key, value in (variables or {}).items() if value is not None})
+    return Shaped(found.text, found.turns, found.answer_at, unused=tuple(
+        f"{name or 'messages'}[].{key}" for key in found.unused))
 
-    asked, answered = ([keys[key] for key in names if keys.get(key)] for names in (ASKING, ANSWERING))
-    if not asked or not answered or not any(map(is_talk, asked + answered)):
-        return None
-    first, second = ([turn for part in parts
-                      for turn in (part if is_talk(part) else [{"role": role, "content": part_text(part)}])]
-                     for role, parts in (("user", asked), ("assistant", answered)))
-    return first, second
+
+def _asked_and_answered(asked: list[Any], answered: list[Any], *, history: Any = None, reasoning: str = "",
+                        **beside: Any) -> Shaped:
+    """A question and its answer: a text where both are texts and nothing stands beside them, else a conversation."""
+    beside["tools"] = _tools(beside.get("tools"))
+    if not any(map(is_talk, asked + answered)) and not history and not reasoning and not any(beside.values()):
+        return _joined([part_text(part) for part in asked], [part_text(part) for part in answered])
+    if history and any(map(is_talk, asked)):
+        raise DataError("history: the prompt is a list of messages already; put the pairs there")
+    earlier = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(
+        pairs(history) if history else ())]
+    first, second = (_as_turns(part, role) for part, role in ((asked, "user"), (answered, "assistant")))
+    return _conversation([*earlier, *first, *second], asked=None if history else len(first), reasoning=reasoning,
+                         **beside)
+
+
+def _as_turns(parts: list[Any], role: str) -> list[Any]:
+    """Texts and messages as turns; texts that follow each other are one."""
+    out: list[Any] = []
+    joins = False
+    for part in parts:
+        if is_talk(part):
+            out, joins = out + (part if isinstance(part, list) else [part]), False
+        elif (text := part_text(part)) and joins:
+            out[-1] = {"role": role, "content": _joined([out[-1]["content"], text], []).text}
+        elif text:
+            out, joins = [*out, {"role": role, "content": text}], True
+    return out
+
+
+def _says(value: Any) -> bool:
+    return is_talk(value) or bool(part_text(value))
+
+
+def _strings(value: Any) -> list[str]:
+    """All texts inside of a value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [text for item in value for text in _strings(item)] if isinstance(value, list) else [part_text(value)]
+
+
+def _parsed(text: str) -> Any:
+    """The value of a text that is JSON, else the text."""
+    try:
+        return checked(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
 
 
 def _lettered(keys: dict[str, Any]) -> dict[str, Any]:
     """MMLU: choices as lettered options, the index of the right one as its letter."""
-    choices = keys.get("choices")
-    if not isinstance(choices, list):
-        choices = [keys[f"choice{i}"] for i in range(len(LETTERS)) if f"choice{i}" in keys]
+    choices = keys.get("choices", [keys[f"choice{i}"] for i in range(len(LETTERS)) if f"choice{i}" in keys])
+    if isinstance(choices, Mapping) and isinstance(choices.get("text"), list):  # ARC: {text: […], label: […]}
+        choices = choices["text"]
+    if not isinstance(choices, list) or not all(isinstance(choice, str | int | float) for choice in choices):
+        raise DataError(f"choices = {choices!r:.60}: must be a list of texts")
     answer = str(keys.get("answer", ""))
     if answer.isdecimal() and int(answer) < len(choices):
         answer = LETTERS[int(answer)] if len(choices) <= len(LETTERS) else answer
@@ -268,63 +443,3 @@ def part_text(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value if isinstance(value, str) else ""
-
-
-def conversation(turns: list[Any], tools: list[dict[str, Any]] | None = None, asked: int | None = None) -> Shaped:
-    """Turns as {role, content}, as {from, value}, or as strings that alternate between user and assistant. Content may
-    be in parts. A turn with tool calls has the role function_call and JSON as its text (`conversation.normalize`);
-    tools are a first turn of the role tools. asked: so many turns are the prompt, and what follows is its answer."""
-    said = [_turn(turn, number) for number, turn in enumerate(turns)]
-    if not any(text.strip() for _, text, _ in said):
-        raise DataError("the conversation is empty")
-    if tools:
-        said.insert(0, ("tools", json.dumps(tools, ensure_ascii=False), told(tools)))
-    plain = [shown for *_, shown in said]
-    at = None if asked is None else sum(len(shown) + 2 for shown in plain[: asked + bool(tools)])
-    return Shaped("\n\n".join(plain), tuple((role, text) for role, text, _ in said), at)
-
-
-def turns_asked(turns: Turns, answer_at: int) -> int:
-    """How many messages of a conversation come before the place in its plain form where the answer begins."""
-    messages, tools = of_turns(turns)
-    at = len(told(tools)) + 2 if tools else 0
-    for number, message in enumerate(messages):
-        if at >= answer_at:
-            return number
-        at += len(_turn(message, number)[2]) + 2
-    return len(messages)
-
-
-def _turn(turn: Any, number: int) -> tuple[str, str, str]:
-    """(role, text, plain form)."""
-    if isinstance(turn, str):
-        role, text = ("assistant" if number % 2 else "user"), turn
-    elif is_turn(turn):
-        role = ROLES.get(str(turn.get("role", turn.get("from"))).lower(), "")
-        text = turn.get("content", turn.get("value"))
-    else:
-        raise DataError(f"turn {number + 1} has neither role and content nor from and value")
-    if not role:
-        raise DataError(f"turn {number + 1} has role {turn.get('role', turn.get('from'))!r}, "
-                        f"must be one of {', '.join(ROLES)}")
-    if isinstance(turn, Mapping) and (not isinstance(text, str) or role == "function_call"
-                                      or turn.get("tool_calls") or turn.get("function_call")):
-        return _with_calls({**turn, "role": role, "content": text}, number)
-    return role, text, f"{role.capitalize()}: {text}"
-
-
-def _with_calls(turn: Mapping[str, Any], number: int) -> tuple[str, str, str]:
-    """(role, text, plain form) of a turn whose content is in parts, or that calls tools."""
-    if turn["content"] is None and not any(turn.get(key) for key in ("tool_calls", "function_call", "refusal")):
-        raise DataError(f"turn {number + 1} has no text")
-    try:
-        [message] = normalize([turn])
-        text, calls = message["content"] or "", message.get("tool_calls")
-        if not calls:
-            return message["role"], text, f"{message['role'].capitalize()}: {text}"
-        shown = text + written([call["function"] for call in calls])
-        return "function_call", json.dumps({"content": text, "tool_calls": calls}, ensure_ascii=False), (
-            f"Assistant: {shown}")
-    except (RequestError, TypeError) as error:
-        raise DataError(f"turn {number + 1} has no text or call that can be read: "
-                        f"{str(error).removeprefix('messages[0].')}") from None

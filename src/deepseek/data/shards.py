@@ -34,6 +34,7 @@ from torch import Tensor
 from ..conversation import of_turns
 from ..errors import ConfigError, DataError, NotFoundError, RequestError
 from ..files import replace_folder, sha256, write_json
+from ..spoken import encode_conversation
 from ..tokenizer import Tokenizer
 from .encode import Encoder, flat, join, spread
 from .reader import Document, Named, ReadReport, list_files, read_documents
@@ -349,9 +350,10 @@ def _encode(table: polars.DataFrame, encoder: Encoder) -> _Encoded:
     else:
         said: list[list[int] | None] = []
         for row, (turns, source, line) in enumerate(table.select("turns", "source", "line").iter_rows()):
-            messages, tools = of_turns(json.loads(turns) if turns else [])
+            messages, tools, variables = of_turns(json.loads(turns) if turns else [])
             try:
-                said.append(tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=False) if turns else [])
+                tokenizer.check_variables(variables)
+                said.append(encode_conversation(messages, tokenizer, tools=tools, **variables) if turns else [])
             except RequestError as error:
                 said.append(None)
                 refused.append((row, source, line, str(error)))

@@ -18,7 +18,7 @@ from ..errors import DataError
 from ..files import locked, replace_folder, write_json
 from .records import record_files
 
-FORMAT = 1
+FORMAT = 2  # of what is read from records: another one makes every step run again
 FILE = "step.json"
 
 Given = TypeVar("Given")

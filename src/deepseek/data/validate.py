@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..errors import DataError
-from .reader import Named, ReadReport, is_hub, list_files, read_documents, read_file, read_lines
+from .reader import UNUSED_KEYS, Named, ReadReport, is_hub, list_files, read_documents, read_file, read_lines
 from .records import Document, Parts, to_table
 from .settings import ValidateSettings
 from .shapes import RecordMap
@@ -85,6 +85,7 @@ def read_all(
     total: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     skipped = hidden.skipped
+    unused: Counter[str] = Counter()
     kept_of: Counter[str] = Counter()
     first: dict[str, str] = {}
 
@@ -103,6 +104,7 @@ def read_all(
             total.update({key: found[key] for key in ("kept", "characters", "files")})
             reasons.update(found["reasons"])
             skipped.update(found["skipped"])
+            unused.update(found["unused"])
             kept_of[places[unit.number]] += found["kept"]
             if found["problems"]:
                 first.setdefault(places[unit.number], found["problems"][0])
@@ -117,6 +119,7 @@ def read_all(
             raise DataError(f"{place}: {what}" + (f"; {first[place]}" if place in first else ""))
     return {"read": total["kept"] + reasons.total(), "kept": total["kept"], "quarantined": reasons.total(),
             "reasons": dict(reasons.most_common()), "files": total["files"], "skipped": dict(skipped),
+            "unused": dict(unused.most_common(UNUSED_KEYS)),
             "characters": total["characters"]}
 
 
@@ -167,7 +170,8 @@ def _read_unit(unit: Unit, folder: Path, checks: Checks) -> dict[str, Any]:
             parts.add(table)
         parts.close()
     return {"kept": parts.rows, "characters": characters, "files": report.files, "skipped": report.skipped,
-            "reasons": report.reasons, "problems": [str(problem) for problem in report.problems]}
+            "unused": report.unused, "reasons": report.reasons,
+            "problems": [str(problem) for problem in report.problems]}
 
 
 def _documents(unit: Unit, report: ReadReport, checks: Checks) -> Iterator[Document]:

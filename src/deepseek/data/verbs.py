@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def validate(args: argparse.Namespace) -> None:
+    from .reader import ReadReport
     from .steps import validate
 
     sources: dict[str, list[str]] = {"": args.data} if args.data else {}
@@ -120,6 +122,10 @@ def validate(args: argparse.Namespace) -> None:
     print(_line("validate", done))
     for reason, count in done.counts["reasons"].items():
         print(f"  {count:,} {reason}")
+    for kind, count in done.counts["skipped"].items():
+        print(f"  left out: {count:,} {kind}")
+    for line in ReadReport(unused=Counter(done.counts["unused"])).notes():
+        print(line)
     if done.counts["quarantined"]:
         print(f"quarantine: {Path(args.out) / 'quarantine.jsonl'}")
     _try(f"data dedup {args.out} --out DEDUPED")

@@ -1,7 +1,9 @@
 """Records -> padded batches that teach answers, not questions.
 
-    a conversation       through the chat template, its tools too; what the assistant says is learnt, its end token
-                         included; of prompt and completion (TRL's lists of messages) in the completion alone
+    a conversation       through the chat template, its tools too; what the assistant says is learnt, reasoning, calls
+                         and end token included (spoken.py), where no flag says otherwise; of prompt and completion
+                         (TRL's lists of messages) in the completion alone. Where the template writes a turn otherwise
+                         when others follow it, as it does with reasoning, a record gives several examples
     prompt and answer    as a conversation of two turns where the tokenizer has a template, else prompt, answer, eos
     plain text           bos, text, eos; all of it is learnt; a long one is cut into windows
 
@@ -19,9 +21,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,16 +31,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..conversation import Style, normalize, of_turns
-from ..data import Document, ReadReport, read_documents
-from ..data.shapes import shape, turns_asked
+from ..conversation import Style, normalize, of_turns, parted, thought_in
+from ..data import Document, ReadReport, RecordMap, read_documents
+from ..data.reader import documents_of
 from ..data.shards import Batch, held_out_place
-from ..errors import DataError, RequestError
-from ..files import write_atomically
+from ..data.turns import turns_asked
+from ..errors import DataError, LeftOutError, RequestError
+from ..spoken import encode_turn
 from ..tokenizer import Tokenizer
 from .examples import Example, Examples, pad
 
-SPEAKING = ("assistant", "function_call")  # roles whose turns are learnt
+PROCEED = ("for reasoning give variables of the template that let the model think, such as --chat_template_kwargs "
+           """'{"thinking": true}', or set reasoning to drop; for the rest take a tokenizer whose template shows it""")
 POOL = 16  # batches whose records are sorted by length together
 
 
@@ -58,19 +62,25 @@ def places(dataset: Any) -> list[Path]:
     return found
 
 
-def read_records(dataset: Any, report: ReadReport | None = None) -> list[Document]:
+def read_records(
+    dataset: Any, report: ReadReport | None = None, mapping: RecordMap | None = None
+) -> list[Document]:
     """`each_record` as a list."""
-    return list(each_record(dataset, report))
+    return list(each_record(dataset, report, mapping))
 
 
-def each_record(dataset: Any, report: ReadReport | None = None) -> Iterator[Document]:
+def each_record(
+    dataset: Any, report: ReadReport | None = None, mapping: RecordMap | None = None
+) -> Iterator[Document]:
     """The documents of a path (or several), of records (objects, strings, lists of turns), of documents, or of anything
     that iterates over these, such as a Hugging Face data set; or of a polars or pandas frame, a record a row. A string
-    alone is a path; a list of strings is one of paths if they all lead somewhere, else of texts.
+    alone is a path; a list of strings is one of paths if they all lead somewhere, else of texts. mapping: what the
+    columns of records are.
 
-    Raises DataError for no record at all, and for one that cannot be read, naming its place; problems of files go to
-    `report` instead where one that is not strict is given.
+    Raises DataError for no record at all, and for one that cannot be read, naming its place; problems go to `report`
+    instead where one that is not strict is given.
     """
+    report = report or ReadReport(strict=True)
     if isinstance(dataset, str | Path):
         dataset = [Path(dataset)]
     dataset = _rows(dataset)
@@ -78,9 +88,10 @@ def each_record(dataset: Any, report: ReadReport | None = None) -> Iterator[Docu
         raise DataError(f"dataset: must be a path, a list or an iterable of records, got one object with keys "
                         f"{', '.join(map(str, list(dataset)[:5]))} (a data set by splits? give one of them)")
     if _is_paths(dataset):
-        documents = read_documents(dataset, report or ReadReport(strict=True))
+        documents = read_documents(dataset, report, mapping)
     else:
-        documents = (document for n, record in enumerate(dataset, 1) for document in document_of(record, n))
+        documents = (document for n, record in enumerate(dataset, 1)
+                     for document in documents_in(record, n, report, mapping))
     empty = True
     for document in documents:
         empty = False
@@ -89,15 +100,17 @@ def each_record(dataset: Any, report: ReadReport | None = None) -> Iterator[Docu
         raise DataError("dataset: holds no record")
 
 
-def document_of(record: Any, number: int) -> list[Document]:
-    """The documents of one record that lies in memory."""
+def documents_in(record: Any, number: int, report: ReadReport, mapping: RecordMap | None) -> list[Document]:
+    """The documents of one record that lies in memory; a problem is reported."""
     if isinstance(record, Document):
         return [record]
     try:
-        return [Document(one.text, "records", number, one.turns, one.expert, one.metadata, one.answer_at)
-                for one in shape(record)]
+        return documents_of(record, "records", number, report, mapping)
     except DataError as error:
-        raise DataError(f"record {number}: {error}") from None
+        if report.strict:
+            raise DataError(f"record {number}: {error}") from None
+        report.problem("records", number, "unusable record", str(error))
+        return []
 
 
 def _rows(dataset: Any) -> Any:
@@ -128,17 +141,24 @@ def _all_paths(items: Sequence[str | Path]) -> bool:
     return all(there)
 
 
-def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_special: bool = False) -> list[Example]:
-    """One example, or several windows of plain text. parse_special: control tokens that plain text spells out count;
-    else they are ordinary text, and a warning says so once. Raises DataError for a record with nothing to learn."""
+def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_special: bool = False,
+           reasoning: str = "learn", switched: Counter[str] | None = None) -> list[Example]:
+    """One example, or several: windows of plain text, turns of a conversation that the template writes otherwise when
+    others follow them. parse_special: control tokens that plain text spells out count; else they are ordinary text, and
+    a warning says so once. reasoning: learn, or drop. switched: counts the turns for which a variable of the template
+    was set, so that they may have reasoning.
+
+    Raises DataError for a record with nothing to learn, LeftOutError where the template leaves out what is to be.
+    """
     turns = document.turns
     if not turns and document.answer_at is not None:
         prompt, answer = document.text[: document.answer_at], document.text[document.answer_at :]
         if not answer.strip():
             raise DataError(f"{place(document)}: the record has no output to learn")
-        if not tokenizer.has_chat_template:
-            return [_joined([(prompt, False), (answer, True)], tokenizer)]
         turns = (("user", prompt.removesuffix("\n")), ("assistant", answer))
+        if not tokenizer.has_chat_template:
+            [message] = _messages(turns[1:], reasoning)
+            return [_joined([(prompt, False), (message["content"], True)], tokenizer)]
         document = replace(document, answer_at=None)
     if not turns:
         if not parse_special:
@@ -149,23 +169,46 @@ def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_spec
         starts = range(0, max(len(ids) - 1, 1), max_length)
         return [Example(tuple(piece), ((1, len(piece)),)) for start in starts
                 if len(piece := ids[start : start + max_length + 1]) > 1]
-    messages, tools = of_turns(turns)
+    said, tools, variables = of_turns(turns)
     asked = 0 if document.answer_at is None else turns_asked(turns, document.answer_at)
-    if not any(message["role"] in SPEAKING and message["content"].strip() for message in messages[asked:]):
-        raise DataError(f"{place(document)}: the record has no output to learn (no turn of an assistant)")
-    if not tokenizer.has_chat_template:
-        fitted, _ = Style().fit(normalize(messages), tools)
-        asked += len(fitted) - len(messages)  # tools may stand in front
-        parts = [part for n, message in enumerate(fitted)
-                 for part in ((f"{message['role'].capitalize()}: ", False),
-                              (f"{message['content']}\n\n", n >= asked and message["role"] == "assistant"))]
-        return [_joined(parts, tokenizer)]
-    return [_spoken(document, messages, tools, asked, tokenizer)]
+    messages = _messages(turns, reasoning)
+    learnt = [n for n, message in enumerate(messages) if n >= asked and message["role"] == "assistant"
+              and said[n].get("learn", True) and _says(message)]
+    if not learnt:
+        raise DataError(f"{place(document)}: the record has no output to learn (no turn of an assistant"
+                        + (" that its flags leave to learn)" if any("learn" in message for message in said) else ")"))
+    try:
+        if not tokenizer.has_chat_template:
+            if variables:
+                raise RequestError("chat_template_kwargs: the tokenizer has no chat template")
+            return [_bare(messages, tools, learnt, tokenizer)]
+        tokenizer.check_variables(variables)
+        return _spoken(messages, tools, variables, learnt, tokenizer, Counter() if switched is None else switched)
+    except LeftOutError as error:
+        raise LeftOutError(f"{place(document)}: {error}") from None
+    except RequestError as error:
+        raise DataError(f"{place(document)}: {error}") from None
+
+
+def _messages(turns: Sequence[Sequence[str]], reasoning: str) -> list[dict[str, Any]]:
+    """Normalized messages of turns, without reasoning where it is to be dropped."""
+    messages = normalize(of_turns(turns).messages)
+    return messages if reasoning == "learn" else [
+        parted(message)[2] if message["role"] == "assistant" else message for message in messages]
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    return bool((message["content"] or "").strip() or message.get("reasoning_content") or message.get("tool_calls"))
 
 
 def place(document: Document) -> str:
     """Where a record stands, for messages."""
     return document.source if document.line is None else f"{document.source}:{document.line}"
+
+
+def digest(document: Document) -> str:
+    """SHA-256 of a document's text."""
+    return hashlib.sha256(document.text.encode()).hexdigest()
 
 
 def _framed(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
@@ -185,33 +228,38 @@ def _joined(parts: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Example:
     return Example(tuple(ids), tuple(spans))
 
 
-def _spoken(document: Document, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None,
-            asked: int, tokenizer: Tokenizer) -> Example:
-    """asked: so many messages are the prompt, of which nothing is learnt."""
-    try:
-        ids = tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=False)
-        spans = []
-        for n, message in enumerate(messages):
-            if n < asked or message["role"] not in SPEAKING:
-                continue
-            before = tokenizer.encode_chat(messages[:n], tools=tools, add_generation_prompt=True)
-            through = tokenizer.encode_chat(messages[: n + 1], tools=tools, add_generation_prompt=False)
-            # a prompt for generation may open what a record writes otherwise (DeepSeek-R1's begins to think)
-            start = next((i for i, (a, b) in enumerate(zip(before, through, strict=False)) if a != b),
-                         min(len(before), len(through)))
-            if ids[: len(through)] != through:
-                raise DataError(f"{place(document)}: the chat template writes turn {n + 1} differently when others "
-                                "follow it, so what is to be learnt cannot be told apart; split the record there")
-            spans.append((start, len(through)))
-    except RequestError as error:
-        raise DataError(f"{place(document)}: {error}") from None
-    return Example(tuple(ids), tuple(spans))
+def _bare(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, learnt: Sequence[int],
+          tokenizer: Tokenizer) -> Example:
+    """A conversation without a chat template: `Role: text` and an empty line, turn by turn."""
+    parts: list[tuple[str, bool]] = []
+    for n in range(len(messages)):
+        fitted, _ = Style().fit([thought_in(messages[n])], tools if n == 0 else None)
+        for message in fitted:
+            parts += [(f"{message['role'].capitalize()}: ", False), (
+                f"{message['content']}\n\n", n in learnt and message["role"] == "assistant")]
+    return _joined(parts, tokenizer)
+
+
+def _spoken(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None,
+            variables: Mapping[str, Any], learnt: Sequence[int], tokenizer: Tokenizer, switched: Counter[str]
+            ) -> list[Example]:
+    """One example where each turn that is learnt goes on from the one before, else several."""
+    out: list[Example] = []
+    for n in learnt:
+        turn = encode_turn(messages, n, tokenizer, tools=tools, **variables)
+        if turn.switch:
+            switched[turn.switch] += 1
+        goes_on = bool(out) and list(out[-1].ids) == turn.ids[: len(out[-1].ids)] and turn.start >= len(out[-1].ids)
+        before = out.pop().learnt if goes_on else ()
+        out.append(Example(tuple(turn.ids), (*before, (turn.start, len(turn.ids)))))
+    return out
 
 
 class RecordSet:
     """Training and held-out examples of one data set, as `Trainer` wants them."""
 
     experts: tuple[str, ...] = ()
+    switched: Mapping[str, int] = {}  # variables of the template that turns with reasoning needed, and how many did
 
     def __init__(
         self, train: Iterable[Example], valid: Iterable[Example], held_out: frozenset[str] = frozenset()
@@ -223,19 +271,27 @@ class RecordSet:
 
     @classmethod
     def of(cls, documents: Iterable[Document], tokenizer: Tokenizer, *, max_length: int, overlong: str = "error",
-           valid_fraction: float = 0.1, seed: int = 0, parse_special: bool = False) -> RecordSet:
+           valid_fraction: float = 0.1, seed: int = 0, parse_special: bool = False, reasoning: str = "learn"
+           ) -> RecordSet:
         """Tokenise, hold out, check. Raises DataError for a record without output, for over-long ones (overlong
-        "error"), and where nothing is left to train on."""
+        "error") and those of which the chat template leaves something out, counted, and where nothing is left to train
+        on."""
         sides = (Examples(), Examples())
         held_out: set[str] = set()
         long: list[tuple[str, int]] = []
+        lost: list[str] = []
+        switched = Counter[str]()
         waiting: tuple[float, list[Example], str] | None = None
         count = 0
         for document in documents:
             count += 1
-            examples = encode(document, tokenizer, max_length, parse_special)
-            if max(len(e.ids) for e in examples) > max_length + 1:
-                long.append((place(document), len(examples[0].ids)))
+            try:
+                examples = encode(document, tokenizer, max_length, parse_special, reasoning, switched)
+            except LeftOutError as error:
+                lost.append(str(error))
+                continue
+            if (longest := max(len(e.ids) for e in examples)) > max_length + 1:
+                long.append((place(document), longest))
                 if overlong != "cut":
                     continue
                 examples = [cut for e in examples if (cut := _cut(e, max_length))]
@@ -245,6 +301,9 @@ class RecordSet:
             sides[one[0] < valid_fraction].extend(one[1])
             if one[0] < valid_fraction:
                 held_out.add(one[2])
+        if lost:
+            raise DataError(f"{len(lost)} of {count} records have something to learn that the chat template leaves out "
+                            f"(first {lost[0]}); {PROCEED}")
         if long and overlong == "error":
             raise DataError(f"{len(long)} of {count} records are longer than max_length = {max_length} tokens (first "
                             f"{long[0][0]} with {long[0][1]}); raise max_length, or set overlong to cut or skip")
@@ -257,7 +316,9 @@ class RecordSet:
                             + (f" ({len(long)} are longer than max_length = {max_length})" if long else ""))
         if valid_fraction and not sides[1]:
             raise DataError("dataset: has a single record; at least two are needed, one to learn and one to hold out")
-        return cls(*sides, frozenset(held_out))
+        data = cls(*sides, frozenset(held_out))
+        data.switched = switched
+        return data
 
     @property
     def fingerprint(self) -> str:
@@ -315,65 +376,3 @@ def _cut(example: Example, max_length: int) -> Example | None:
     ids = example.ids[: max_length + 1]
     spans = tuple((start, min(end, len(ids))) for start, end in example.learnt if start < len(ids))
     return Example(ids, spans) if spans else None
-
-
-# ---- streams ----------------------------------------------------------------------------------------------------
-
-
-def fresh(
-    stream: Iterable[Any], seen: set[str], refused: Path, check: Callable[[Document], object]
-) -> Iterator[Document]:
-    """The documents of a stream whose text is new; their hashes join `seen`. What cannot be used (`check` raises
-    DataError) is appended to the file `refused`, with the reason."""
-    for number, record in enumerate(stream, 1):
-        try:
-            documents = document_of(record, number)
-            for document in documents:
-                check(document)
-        except DataError as error:
-            refused.parent.mkdir(parents=True, exist_ok=True)
-            with refused.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"reason": str(error), "record": record}, default=str) + "\n")
-            continue
-        for document in documents:
-            if (known := digest(document)) not in seen:
-                seen.add(known)
-                yield document
-
-
-def take_round(folder: Path, waiting: Iterator[Document], size: int, seen: set[str]) -> list[Document]:
-    """`size` documents, or what is left of the stream: those that the folder has, then new ones, each written to it as
-    it comes, so that a killed run loses none."""
-    whole, partly = folder / "records.jsonl", folder / "incoming.jsonl"
-    if whole.is_file():
-        return stored(whole, seen)
-    documents = stored(partly, seen) if partly.is_file() else []
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(partly, "".join(map(_line, documents)))  # without a line that a kill has torn
-    with partly.open("a", encoding="utf-8") as file:
-        for document in itertools.islice(waiting, max(0, size - len(documents))):
-            file.write(_line(document))
-            file.flush()
-            documents.append(document)
-    if len(documents) == size:
-        partly.rename(whole)
-    return documents
-
-
-def stored(path: Path, seen: set[str]) -> list[Document]:
-    """What `take_round` wrote; the hashes join `seen`. A last line that is not whole is left out."""
-    documents = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        keys = json.loads(line)
-        documents.append(Document(**keys | {"turns": tuple((role, said) for role, said in keys["turns"])}))
-        seen.add(digest(documents[-1]))
-    return documents
-
-
-def _line(document: Document) -> str:
-    return json.dumps(asdict(document), default=str) + "\n"
-
-
-def digest(document: Document) -> str:
-    """SHA-256 of a document's text."""
-    return hashlib.sha256(document.text.encode()).hexdigest()

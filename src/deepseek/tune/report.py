@@ -32,6 +32,7 @@ class TuneReport:
     result: str
     result_bytes: int
     rounds: Sequence[Sequence[float]] = ()  # of a stream: [t][i], loss on round i's held-out records after round t
+    notes: Sequence[str] = ()  # about the records: keys that were not used, some that were left out
 
     @property
     def gained(self) -> float:

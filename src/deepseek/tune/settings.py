@@ -50,6 +50,7 @@ class TuneConfig:
     chat_template_kwargs: Mapping[str, Any] | None = setting(
         None, """variables of the chat template, a JSON object such as '{"thinking": true}'""")
     parse_special: bool = setting(False, "control tokens that `text` records spell out count as tokens")
+    reasoning: str = setting("learn", "what assistants' turns say they thought: learn or drop")
     warmup: float = setting(0.05, "share of the steps with a rising learning rate")
     min_lr_ratio: float = setting(0.1, "last learning rate as a share of the highest")
     weight_decay: float = setting(0.0, "AdamW's decay of matrices")
@@ -82,6 +83,7 @@ class TuneConfig:
             "warmup replay": SHARE, "seed": NATURAL, "precision": PRECISION, "device": one_of("cpu", "cuda"),
             "valid_fraction": ("must lie in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
             "score": one_of("token", "gate"), "overlong": one_of("error", "cut", "skip"),
+            "reasoning": one_of("learn", "drop"),
             "chat_template_kwargs": ("must be an object of JSON values, {name: value}, or be left out",
                                      lambda v: v is None or (isinstance(v, dict) and _is_json(v))),
             "threshold": _or_none(("must lie in (0, 1]", lambda v: is_number(v) and 0 < v <= 1))})

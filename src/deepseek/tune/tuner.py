@@ -16,10 +16,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -28,7 +30,7 @@ from typing import Any
 
 from ..atlas import Atlas
 from ..checkpoint import check_targets, open_checkpoint, resolve
-from ..data import Document, ReadReport, read_documents
+from ..data import Document, ReadReport, RecordMap, read_documents
 from ..deepopt.settings import TrainConfig
 from ..deepopt.trainer import held_out_loss, refuse_other_run, trained
 from ..errors import ConfigError, DataError, RequestError
@@ -37,13 +39,17 @@ from ..tokenizer import Tokenizer
 from .examples import Example
 from .loop import Tuning
 from .lora import LoRAAdapter, named_experts
-from .records import RecordSet, digest, each_record, fresh, places, read_records, take_round
+from .records import RecordSet, digest, each_record, places, read_records
 from .report import TuneReport
 from .settings import TuneConfig
+from .show import show
+from .streams import fresh, take_round
 from .workpiece import Workpiece
 
 _FILLER = Document("filler", "", answer_at=None)  # beside a record that is looked at alone
-LATER = ("chat_template_kwargs", "parse_special")  # settings that older runs lack: equal to theirs where not given
+# settings that older runs lack, and the values that are as theirs
+LATER: dict[str, tuple[Any, ...]] = {
+    "chat_template_kwargs": ({}, None), "parse_special": (False,), "reasoning": ("learn",)}
 GENERAL_FILES = 40  # of Python's library, where no general text is given
 
 
@@ -55,17 +61,21 @@ class MoEFineTuner:
 
     model_path: a checkpoint folder or hub id. adapter: a LoRAAdapter, to train side paths alone. general: text that
     must not be forgotten (a path or several, or documents); Python's own library where none is given. old: records to
-    replay (with `replay`), such as those of an earlier tuning. out: folder of the run (MODEL-tuned-HASH if not given,
-    the hash of where MODEL is); the same call goes on with a run that was stopped. save: "auto" writes a delta where
-    experts are tuned, an adapter for LoRA, else a whole checkpoint; "delta" and "full" what they say.
+    replay (with `replay`), such as those of an earlier tuning. map: which columns of records, and of old ones, are what
+    (a RecordMap, its keys, or a YAML file), where their names do not say it. out: folder of the run (MODEL-tuned-HASH
+    if not given, the hash of where MODEL is); the same call goes on with a run that was stopped. save: "auto" writes a
+    delta where experts are tuned, an adapter for LoRA, else a whole checkpoint; "delta" and "full" what they say.
     """
 
     def __init__(self, model_path: str | Path, *, adapter: LoRAAdapter | None = None, general: Any = None,
-                 old: Any = None, out: str | Path | None = None, save: str = "auto", **settings: Any) -> None:
+                 old: Any = None, map: RecordMap | Mapping[str, Any] | str | Path | None = None,
+                 out: str | Path | None = None, save: str = "auto", **settings: Any) -> None:
         """Raises ConfigError for an impossible setting, NotFoundError for a model that is nowhere, RequestError for a
         name of experts that the atlas does not have, listing those it has. No weight is read before `fit`."""
         config = self.config = TuneConfig.of(**settings)
         self.adapter, self.general, self.old, self.save = adapter, general, old, save
+        self.map = RecordMap.load(map) if isinstance(map, str | Path) else (
+            RecordMap.from_dict(map) if map is not None and not isinstance(map, RecordMap) else map)
         if save not in ("auto", "delta", "full"):
             raise ConfigError(f"save = {save!r}: must be auto, delta or full")
         if adapter is not None and (save == "delta" or config.expert_tune is not None or config.expert_freeze or (
@@ -133,18 +143,33 @@ class MoEFineTuner:
         config = self._updated(epochs=epochs, steps=steps)
         self._check_apart(dataset)
         tokenizer = self._tokenizer
-        data = self._record_set(each_record(dataset), tokenizer)
+        report = ReadReport(strict=True)
+        data = self._record_set(each_record(dataset, report, self.map), tokenizer)
+        notes = _notes(report, [data])
+        print(*notes, sep="\n", end="\n" if notes else "")
         if config.replay:
             if self.old is None:
                 raise ConfigError(f"replay = {config.replay}: needs old records to replay (old=…)")
-            data.train.extend(self._replayed(read_records(self.old), data, [data], tokenizer))
+            data.train.extend(self._replayed(read_records(self.old, mapping=self.map), data, [data], tokenizer))
         general, general_name = self._general(tokenizer)
         refuse_other_run(self.out, self._known(data, general), whole=False)
         work = Workpiece.load(self, tokenizer, data)
         tuning = self._tuning(work, data, general, self.out, began)
         before = tuning.before()
         tuning.run()
-        return self._conclude(work, [tuning], [data], before, general_name, began)
+        return self._conclude(work, [tuning], [data], before, general_name, began, notes)
+
+    def show(self, dataset: Any, count: int = 5) -> None:
+        """Print what would be learnt of the first `count` records, decoded; nothing is trained. `-` begins what the
+        model is shown, `+` what it learns."""
+        if count < 1:
+            raise ConfigError(f"show_records = {count}: must be at least 1")
+        report = ReadReport()
+        documents = itertools.islice(each_record(dataset, report, self.map), count)
+        for line in show(documents, self._tokenizer, self.max_length, parse_special=self.config.parse_special,
+                         reasoning=self.config.reasoning):
+            print(line)
+        print(*map(str, report.problems[:count]), *_notes(report, []), sep="\n")
 
     def fit_stream(self, stream: Iterable[Any], *, records_a_round: int = 256, rounds: int | None = None,
                    epochs: float | None = None) -> TuneReport:
@@ -169,15 +194,16 @@ class MoEFineTuner:
         self._check_apart()
         tokenizer = self._tokenizer
         general, general_name = self._general(tokenizer)
-        old = read_records(self.old) if self.old is not None else []
+        old = read_records(self.old, mapping=self.map) if self.old is not None else []
+        report = ReadReport(strict=True)
         seen: set[str] = set()
         refused = self.out / "refused.jsonl"
 
         def check(document: Document) -> None:
             RecordSet.of([document, _FILLER], tokenizer, max_length=self.max_length, overlong=self.config.overlong,
-                         parse_special=self.config.parse_special)
+                         parse_special=self.config.parse_special, reasoning=self.config.reasoning)
 
-        waiting = fresh(stream, seen, refused, check)
+        waiting = fresh(stream, seen, refused, check, report, self.map)
         work: Workpiece | None = None
         sets: list[RecordSet] = []
         tunings: list[Tuning] = []
@@ -213,7 +239,10 @@ class MoEFineTuner:
             raise DataError("stream: ended before a round was full")
         weights = [each.held_out_tokens for each in sets]
         before |= {"eval_loss": _mean(arrived, weights)}
-        return self._conclude(work, tunings, sets, before, general_name, began, losses, _mean(losses[-1], weights))
+        notes = _notes(report, sets)
+        print(*notes, sep="\n", end="\n" if notes else "")
+        return self._conclude(work, tunings, sets, before, general_name, began, notes, losses,
+                              _mean(losses[-1], weights))
 
     def _updated(self, **changes: Any) -> TuneConfig:
         given = {key: value for key, value in changes.items() if value is not None}
@@ -233,7 +262,7 @@ class MoEFineTuner:
     def _settings(self, data: RecordSet, general: RecordSet) -> dict[str, dict[str, Any]]:
         """What a run that goes on in its folder must have the same, beside what the base decides."""
         kept = {k: v for k, v in asdict(self.config).items() if k not in ("device", "atlas", "steps", "epochs")}
-        kept |= {key: kept[key] or None for key in LATER}
+        kept |= {key: None for key, values in LATER.items() if kept[key] in values}
         return {"tune": kept, "adapter": asdict(self.adapter) if self.adapter else {},
                 "chosen": {"general": general.fingerprint}}
 
@@ -268,7 +297,8 @@ class MoEFineTuner:
                 break
             if digest(document) not in hidden:
                 drawn += RecordSet.of([document], tokenizer, max_length=self.max_length, overlong="cut",
-                                      valid_fraction=0.0, parse_special=self.config.parse_special).train
+                                      valid_fraction=0.0, parse_special=self.config.parse_special,
+                                      reasoning=self.config.reasoning).train
         return drawn[:wanted]
 
     @cached_property
@@ -281,7 +311,8 @@ class MoEFineTuner:
     def _record_set(self, documents: Iterable[Document], tokenizer: Tokenizer) -> RecordSet:
         config = self.config
         return RecordSet.of(documents, tokenizer, max_length=self.max_length, overlong=config.overlong,
-                            valid_fraction=config.valid_fraction, seed=config.seed, parse_special=config.parse_special)
+                            valid_fraction=config.valid_fraction, seed=config.seed, parse_special=config.parse_special,
+                            reasoning=config.reasoning)
 
     def _general(self, tokenizer: Tokenizer) -> tuple[RecordSet, str]:
         """General text as held-out windows, and its name."""
@@ -297,7 +328,8 @@ class MoEFineTuner:
         limit = self.config.eval_records
         spread = [documents[i * len(documents) // limit] for i in range(limit)] if len(documents) > limit else documents
         everything = RecordSet.of(spread, tokenizer, max_length=self.max_length, overlong="cut",
-                                  valid_fraction=0.0, parse_special=self.config.parse_special)
+                                  valid_fraction=0.0, parse_special=self.config.parse_special,
+                                  reasoning=self.config.reasoning)
         return RecordSet((), everything.train), name
 
     def _train_config(self, data: RecordSet) -> TrainConfig:
@@ -315,7 +347,8 @@ class MoEFineTuner:
 
     def _conclude(
         self, work: Workpiece, tunings: Sequence[Tuning], sets: Sequence[RecordSet], before: Mapping[str, float],
-        general_name: str, began: float, rounds: Sequence[Sequence[float]] = (), domain_after: float | None = None,
+        general_name: str, began: float, notes: Sequence[str] = (), rounds: Sequence[Sequence[float]] = (),
+        domain_after: float | None = None,
     ) -> TuneReport:
         tuning = tunings[-1]
         after = tuning.last or tuning.evaluate()
@@ -337,7 +370,7 @@ class MoEFineTuner:
             experts={} if self.mode == "full" else {str(k): v for k, v in work.experts.by_layer().items()},
             seconds=time.perf_counter() - began + sum(each.seconds_before for each in tunings),
             result=str(result), result_bytes=sum(f.stat().st_size for f in result.rglob("*") if f.is_file()),
-            rounds=rounds)
+            rounds=rounds, notes=notes)
         write_json(self.out / "report.json", asdict(report) | {
             "gained": report.gained, "forgotten": report.forgotten, "backward_transfer": report.backward_transfer,
             "forgetting": report.forgetting})
@@ -355,6 +388,16 @@ def _run_folder(model: str, folder: Path) -> Path:
     stem = (where.parent if where.name == "model" else where).name if local else model.rpartition("/")[2]
     digest = hashlib.sha256((str(where) if local else model).encode()).hexdigest()
     return Path(f"{stem}-tuned-{digest[:6]}")
+
+
+def _notes(report: ReadReport, sets: Sequence[RecordSet]) -> list[str]:
+    """What is to be said of the records that were read, a line each."""
+    switched = Counter[str]()
+    for each in sets:
+        switched.update(each.switched)
+    return [*report.notes(), *(f"left out: {count:,} {kind}" for kind, count in report.skipped.items()), *(
+        f"{count:,} turns with reasoning are learnt after a prompt with {name} = true" for name, count in
+        switched.items())]
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:

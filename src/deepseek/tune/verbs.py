@@ -27,6 +27,9 @@ def add_tune_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", help="folder of the run (MODEL-tuned-HASH, of where MODEL is)")
     verb.add_argument("--general", nargs="+", metavar="PATH", help="text that must not be forgotten, to measure it")
     verb.add_argument("--old", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
+    verb.add_argument("--map", metavar="YAML", help="which column of a record is what, where its name does not say it")
+    verb.add_argument("--show_records", type=int, metavar="N",
+                      help="print what would be learnt of the first N records, and stop")
     verb.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
     verb.add_argument("--records_a_round", type=int, help="records of standard input that make a round (256)")
     verb.add_argument("--rounds", type=int, help="rounds after which standard input is left (its end)")
@@ -79,15 +82,20 @@ def run(args: argparse.Namespace) -> None:
         if settings.get(key, "-") not in ("-", ["-"]):
             value = settings[key]
             settings[key] = [Path(place) for place in ([value] if isinstance(value, str) else value)]
-    model, data, size, rounds = (settings.pop(key, None) for key in ("model", "data", "records_a_round", "rounds"))
+    model, data, size, rounds, shown = (settings.pop(key, None) for key in (
+        "model", "data", "records_a_round", "rounds", "show_records"))
     if not model or not data:
         raise ConfigError("model and data must be given, on the command line or in the file of --config")
     if odd := sorted({"model_path", "adapter"} & set(settings)):
         raise ConfigError(f"unknown setting {odd[0]}; in the file the model is `model`, side paths are `lora`")
     tuner = MoEFineTuner(model, adapter=LoRAAdapter(**lora) if lora else None, **settings)
-    if data in ("-", ["-"]):
-        lines = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
-        tuner.fit_stream(lines, records_a_round=256 if size is None else size, rounds=rounds)
+    piped = data in ("-", ["-"])
+    if piped:
+        data = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
+    if shown is not None:
+        tuner.show(data, shown)
+    elif piped:
+        tuner.fit_stream(data, records_a_round=256 if size is None else size, rounds=rounds)
     else:
         tuner.fit(data)
 
