@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +72,7 @@ def test_profile_show_and_profile_again(planted: Planted, model: Path, data: dic
     status, out, _ = deepseek("show", model, "--png", picture, "--html", written)
     assert status == 0 and "early_expert  measured" in out and "overlap (Jaccard)" in out
     assert picture.read_bytes().startswith(b"\x89PNG") and "late_expert" in written.read_text()
-    assert deepseek("show", model / "atlas.json")[1] == out.split("map: ")[0]
+    assert deepseek("show", model / "atlas.json")[1].split("try: ")[0] == out.split("map: ")[0]
 
     # another name joins what is there
     assert deepseek("profile", model, "--data", *named(data, "middle", "early"), *FLAGS)[0] == 0
@@ -129,6 +131,34 @@ def test_too_few_documents_are_not_called_chance(model: Path, data: dict[str, Pa
     status, _, err = deepseek("profile", model, "--data", *words, *FLAGS)
     assert status == 2 and err.splitlines()[-1].startswith("deepseek: a has too little evidence (7 documents): its ")
     assert "; b has too little evidence (7 documents)" in err and "no better than chance" not in err
+
+
+def test_infer_and_chat_name_the_experts(planted: Planted, model: Path, capsys: pytest.CaptureFixture[str],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name first, then by index; without an atlas by index alone."""
+    def said(*words: str, typed: str = "") -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert main([words[0], "--model", str(model), "--max_tokens", "2", "--temperature", "0", *words[1:]]) == 0
+        out = capsys.readouterr()
+        return out.out, out.err
+
+    line = r"late_expert  +(\d+) % of the slots, (\d\.\d) times even routing\n"
+    prompt = "--prompt", "qrstuvwxyz" * 5
+    assert "times even routing" not in said("infer", *prompt, "--show_experts")[1]
+    groups = [NamedGroup(f"{name}_expert", "measured", ExpertSet(sorted(own)))
+              for name, own in planted.experts.items()]
+    Atlas(Shape.of(planted.model.config), groups).save(model)
+    err = said("infer", *prompt, "--show_experts")[1]
+    found = re.match(line, err)
+    assert found and int(found[1]) > 90 and 3.5 < float(found[2]) <= 4.0
+    assert err.index("early_expert") < err.index("\n\nExpert usage: ") < err.index("MaxVio")
+    assert said("infer", *prompt)[1] == "", "only where it is asked for"
+    out, err = said("chat", typed=f"{'qrstuvwxyz' * 5}\n/experts\n/exit\n")
+    assert re.search(line, out) and "Expert usage: " in out
+    assert re.match(line, err) and len(err.splitlines()) == 3, "at the end of a conversation the names alone"
+    err = said("chat", "--show_experts", typed=f"{'qrstuvwxyz' * 5}\n")[1]
+    assert len(re.findall(line, err)) == 1 and "Expert usage: " in err
+    assert said("chat", typed="/exit\n") == ("", "")
 
 
 def test_compare_follows_the_names(planted: Planted, model: Path, data: dict[str, Path], deepseek: Run) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek.atlas import ExpertUsage
+from deepseek.atlas import Atlas, ExpertUsage, NamedGroup
+from deepseek.atlas.atlas import Shape
 from deepseek.config import ModelConfig
 from deepseek.errors import ConfigError, DataError
+from deepseek.ids import ExpertId, ExpertSet
 from deepseek.model import CausalLM, Route, RoutingRecord
 
 
@@ -60,6 +62,27 @@ def test_counts_are_those_of_a_loop_and_padding_counts_for_nothing(
             assert float(usage.weight()[row, expert]) == pytest.approx(weights[layer, expert] / 23)
     assert torch.allclose(usage.share().sum(1), torch.tensor(4.0, dtype=torch.float64))
     assert usage.uniform_share == 4 / 16
+
+
+def test_names_by_their_share_of_the_slots(tiny_config: Callable[..., ModelConfig]) -> None:
+    config = tiny_config()
+    atlas = Atlas(Shape.of(config), [
+        NamedGroup(name, "measured", ExpertSet(ExpertId(*pair) for pair in own)) for name, own in {
+            "code_expert": [(1, 0), (2, 0), (2, 1), (2, 2)], "law": [(1, 3)], "idle_expert": [(2, 15)]}.items()])
+    usage = ExpertUsage(config)
+    assert usage.named(atlas) == "" and usage.named(Atlas(Shape.of(config), [])) == ""
+    usage.tokens = 10
+    usage.counts_LE[0, 0], usage.counts_LE[0, 3], usage.counts_LE[0, 9] = 10, 20, 10
+    usage.counts_LE[1, 0], usage.counts_LE[1, 9] = 10, 30
+    # even routing gives an expert of a layer 40 / 16 slots: code_expert 10 of 80, law 2.5
+    assert usage.named(atlas).splitlines() == ["law           25 % of the slots, 8.0 times even routing",
+                                               "code_expert   25 % of the slots, 2.0 times even routing",
+                                               "idle_expert    0 % of the slots, 0.0 times even routing"]
+    usage.counts_LE *= 0
+    usage.counts_LE[0, 0] = usage.counts_LE[1, 0] = 40
+    assert usage.named(atlas).startswith("code_expert  100 % of the slots, 8.0 times even routing\n")
+    with pytest.raises(ConfigError, match="the atlas was made for another shape: 2 layers x 8 experts"):
+        usage.named(Atlas.built_in(tiny_config(n_routed_experts=8), ["x"]))
 
 
 def test_figures_follow_their_definitions(tiny_config: Callable[..., ModelConfig]) -> None:

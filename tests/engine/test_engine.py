@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.atlas import ExpertUsage
+from deepseek.atlas import Atlas, ExpertUsage
 from deepseek.checkpoint import save_model
 from deepseek.config import ModelConfig
+from deepseek.convert import quantize
 from deepseek.engine import LLM, RequestOutput, SamplingParams, request
 from deepseek.engine.request import StopText
 from deepseek.errors import ConfigError, NotFoundError, RequestError
@@ -66,6 +67,23 @@ def greedy_loop(model: CausalLM, prompt: list[int], steps: int) -> tuple[int, ..
 
 
 # ---- the same tokens as the slow twin -------------------------------------------------------------------------------
+
+
+def test_print_says_what_an_llm_holds(llm: LLM, tmp_path: Path) -> None:
+    folder = save_model(llm.model, tmp_path / "model", tokenizer=llm.tokenizer,
+                        add=lambda place: Atlas.built_in(llm.model.config, ["law_expert", "x"]).save(place))
+    lines = str(LLM(folder)).splitlines()
+    assert lines[0].startswith(f"LLM of {folder}: ") and " parameters, 3 layers, 2 of them with 16 exp" in lines[0]
+    assert lines[0].endswith("; float32 on cpu") and lines[1] == "  context: 256 tokens"
+    assert lines[2].startswith("  tokenizer: 261 tokens, with") and lines[3:] == ["  experts by name: law_expert, x"]
+    quantize(folder, tmp_path / "int8", "int8")
+    small = LLM(tmp_path / "int8", expert_memory="1MiB")
+    assert "; int8 on cpu\n" in repr(small) and "expert memory: 1048576 bytes" in repr(small)
+    small.close()
+    assert repr(small).endswith("\n  closed")
+    alone = repr(LLM(llm.model)).splitlines()
+    assert alone[0].startswith("LLM of a model in memory: ") and "none, so prompts are token ids" in alone[2]
+    assert alone[3] == "  experts by name: none"
 
 
 def test_a_batch_of_mixed_lengths_equals_the_uncached_loop_and_each_prompt_alone(llm: LLM) -> None:

@@ -137,6 +137,23 @@ def test_a_half_precision_base_learns_from_small_steps(
     assert load_model(folder, torch.float32, adapter=tmp_path / "out" / "delta").lm_head.weight.dtype == torch.float32
 
 
+def test_print_says_what_is_tuned(base: Callable[..., Path], quick: dict[str, Any]) -> None:
+    folder = base()
+    for settings, trains in (
+            ({"expert_tune": ["law_expert"]}, "8 experts in 2 layers (law_expert)"),
+            ({"expert_tune": ["1.3"], "train_router": True, "lr": 3e-4}, "1 expert in 1 layer (1.3), the router"),
+            ({"expert_tune": "auto"}, "the experts that the records visit most"),
+            ({}, "everything"),
+            ({"expert_freeze": ["law_expert"]}, "everything but 8 experts in 2 layers (law_expert)"),
+            ({"adapter": LoRAAdapter(r=4, experts=["law_expert"])},
+             "side paths of rank 4 on q_proj, 8 experts in 2 layers (law_expert)")):
+        lines = str(MoEFineTuner(folder, out="somewhere", **{"lr": 1e-5, "max_length": 64} | settings)).splitlines()
+        assert lines[0].startswith(f"MoEFineTuner of {folder}: ") and lines[0].endswith(
+            " K parameters, 3 layers, 2 of them with 16 experts, 4 a token")
+        assert lines[1] == f"  trains: {trains}" and f"lr {settings.get('lr', 1e-5):g}, " in lines[2]
+        assert "at most 64 tokens" in lines[2] and "law_expert" in lines[3] and lines[4] == "  out: somewhere"
+
+
 def test_a_delta_refuses_another_base(base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path) -> None:
     folder = base()
     MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), steps=1)

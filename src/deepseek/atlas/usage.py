@@ -3,6 +3,8 @@
 Definitions, per layer, over T counted tokens that visit K of E experts each:
 
     share      tokens that visited the expert / T; under uniform routing K/E
+    slots      of a named group: visits of its experts / all visits, over all layers; under uniform routing the share
+               that its experts are of all
     weight     the sum of the gate's weights for the expert / T
     MaxVio     (largest count - mean count) / mean count (arXiv 2408.15664); 0 is perfect balance
     diversity  exp(H) / E with H the entropy (nats) of the counts as a distribution: 1 when all experts are used
@@ -24,7 +26,9 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import ConfigError, DataError
 from ..model import RoutingRecord, expert_load, max_violation
+from .atlas import Atlas
 from .draw import frame, save_png
+from .evidence import members
 
 FORMAT = 1
 WIDTH = 100  # columns of the table
@@ -119,6 +123,23 @@ class ExpertUsage:
             vio, diversity = float(self.max_vio().mean()), float(self.diversity().mean())
             lines.append(f"{'mean':>5}  {vio:>6.2f}  {diversity:>9.2f}  {float(self.dead().double().mean()):>4.1f}")
         return "\n".join(lines)
+
+    def named(self, atlas: Atlas) -> str:
+        """One line a name, the most favoured first: its share of the slots, and how many times that is of uniform
+        routing's; empty before the first token. Raises ConfigError for an atlas of a model of another shape."""
+        if (atlas.shape.layers, atlas.shape.experts) != (self.layers, self.experts):
+            raise ConfigError(f"the atlas was made for another shape: {atlas.shape}; counted were {len(self.layers)} "
+                              f"layers x {self.experts} experts")
+        slots_L = self.counts_LE.sum(1).double()
+        rows: list[tuple[float, str, float]] = []
+        for name in atlas if self.tokens else ():
+            member_LE = torch.from_numpy(members(atlas[name], self.layers, self.experts))
+            even = float((slots_L * member_LE.double().mean(1)).sum())
+            found = float(self.counts_LE[member_LE].sum())
+            rows.append((found / even if even else 0.0, name, found / float(slots_L.sum())))
+        width = max(map(len, atlas), default=0)
+        return "\n".join(f"{name:{width}}  {share:4.0%} of the slots, {ratio:.1f} times even routing".replace("%", " %")
+                         for ratio, name, share in sorted(rows, key=lambda row: (-row[0], row[1])))
 
     def save_heat_map(self, path: str | Path) -> None:
         """Draw layers x experts as a PNG; the colour is share / uniform share, white at 1. The file appears whole.

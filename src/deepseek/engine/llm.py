@@ -21,7 +21,8 @@ from ..checkpoint import Dtype, expert_spans, load_model, resolve
 from ..conversation import normalize
 from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, MoEDRError, RequestError
-from ..model import CausalLM, RoutingRecord
+from ..model import CausalLM, RoutingRecord, describe
+from ..quant.linear import Recipe, is_quantised
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
 from .engine import Engine, EngineOptions, EngineSettings, atlas_beside
@@ -83,6 +84,24 @@ class LLM:
         self._loop = threading.Condition(self.engine.lock)
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._adapter = adapter
+
+    def __repr__(self) -> str:
+        """What it holds: the model and its format, the context, the tokenizer, the experts by name, the adapter."""
+        model, tokenizer, atlas = self.model, self.tokenizer, self.engine.atlas
+        recipe = Recipe.of(model.config, "the model") if is_quantised(model) else None
+        stored = recipe.format if recipe else str(model.lm_head.weight.dtype).removeprefix("torch.")
+        chat = "with" if tokenizer is not None and tokenizer.has_chat_template else "without"
+        lines = [f"LLM of {self._folder or 'a model in memory'}: {describe(model.config)}; {stored} on {model.device}",
+                 f"  context: {self.max_length:,} tokens",
+                 "  tokenizer: none, so prompts are token ids" if tokenizer is None else
+                 f"  tokenizer: {tokenizer.vocab_size:,} tokens, {chat} a chat template",
+                 f"  experts by name: {', '.join(atlas or ()) or 'none'}"]
+        if self._adapter is not None:
+            lines.append(f"  adapter: {self._adapter}")
+        if self.engine.residency is not None:
+            lines.append(f"  expert memory: {self.engine.options.expert_memory} bytes, the other experts on disk")
+        return "\n".join([*lines, *(["  closed"] if self._closed else [])])
 
     # ---- the verbs ----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .llm import LLM
     from .sampler import SamplingParams
 
-COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) ends it"  # of chat
+COMMANDS = "/reset forgets the conversation, /experts shows who answered, /exit (or Ctrl-D) ends it"  # of chat
 
 
 def add_infer_flags(verb: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def _add_sampling_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--min_tokens", type=int, default=0, help="tokens before which the text does not end")
     verb.add_argument("--seed", type=int, help="makes sampling repeatable")
     verb.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
-    verb.add_argument("--show_experts", action="store_true", help="print the share of tokens per expert and layer")
+    verb.add_argument("--show_experts", action="store_true", help="print the experts' use, by name and by layer")
     verb.add_argument("--expert_map", metavar="PNG", help="save that table as a heat map")
 
 
@@ -127,7 +127,7 @@ def chat(args: argparse.Namespace) -> None:
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
         raise RequestError(f"{args.model}: has no chat template, so it is a base model, which continues text and does "
                            f"not answer: deepseek infer --model {args.model} --prompt '…'")
-    usage = _usage(args, llm)
+    usage = _usage(args, llm, named=True)
     messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
     start = len(messages)
     interactive = sys.stdin.isatty()
@@ -144,6 +144,9 @@ def chat(args: argparse.Namespace) -> None:
             continue
         if not line.strip():
             continue
+        if line.strip() == "/experts":
+            print(_experts(llm, usage))
+            continue
         if command := re.fullmatch(r"(/[a-z_]+)(\s.*)?", line.strip(), re.IGNORECASE):
             print(f"{command[1]}: no such command; {COMMANDS}", file=sys.stderr)
             continue
@@ -154,6 +157,9 @@ def chat(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": answer})
+    if not (args.show_experts or args.expert_map) and llm.engine.atlas is not None and (
+            told := usage.named(llm.engine.atlas)):
+        print(told, file=sys.stderr)
     _finish(args, llm, usage)
 
 
@@ -187,12 +193,20 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
                           stop=tuple(args.stop), json_schema=text)
 
 
-def _usage(args: argparse.Namespace, llm: LLM) -> Any:
-    """Counted for --show_experts and --expert_map, and where experts come and go, for the next warm-up."""
+def _usage(args: argparse.Namespace, llm: LLM, named: bool = False) -> Any:
+    """Counted for --show_experts and --expert_map, where experts come and go, for the next warm-up, and in any case if
+    they are to be `named`."""
     from ..atlas import ExpertUsage
 
-    wanted = args.show_experts or args.expert_map or llm.warmup is not None or llm.engine.residency is not None
+    wanted = (named or args.show_experts or args.expert_map or llm.warmup is not None
+              or llm.engine.residency is not None)
     return ExpertUsage(llm.model.config) if wanted else None
+
+
+def _experts(llm: LLM, usage: Any) -> str:
+    """Which experts the tokens visited: by name, where an atlas lies beside the model, then by index."""
+    named = "" if llm.engine.atlas is None else usage.named(llm.engine.atlas)
+    return f"{named}\n\n{usage.table()}" if named else usage.table()
 
 
 def _finish(args: argparse.Namespace, llm: LLM, usage: Any) -> None:
@@ -212,7 +226,7 @@ def _finish(args: argparse.Namespace, llm: LLM, usage: Any) -> None:
         except OSError as error:  # the answers are out, and a shared model may well be read-only
             print(f"the experts' use is not recorded in {folder}: {error.strerror}", file=sys.stderr)
     if args.show_experts or args.expert_map:
-        print(usage.table(), file=sys.stderr)
+        print(_experts(llm, usage), file=sys.stderr)
     if args.expert_map:
         usage.save_heat_map(args.expert_map)
         print(f"heat map: {args.expert_map}", file=sys.stderr)

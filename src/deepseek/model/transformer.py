@@ -315,6 +315,17 @@ class CausalLM(nn.Module):
         return ops.linear_cross_entropy(h_BTH.reshape(-1, h_BTH.shape[-1]), self.lm_head.weight, labels_BT.reshape(-1))
 
 
+def describe(config: ModelConfig) -> str:
+    """`7.4 M parameters, 5 layers, 4 of them with 16 experts, 4 a token`, as of a model without its MTP modules."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in CausalLM(config.with_(num_nextn_predict_layers=0)).parameters())
+    power = min((len(str(size)) - 1) // 3, 3)
+    moe = len(config.moe_layers)
+    experts = f", {moe} of them with {config.n_routed_experts} experts, {config.num_experts_per_tok} a token"
+    return (f"{size / 1e3**power:,.1f}{('', ' K', ' M', ' B')[power]} parameters, {config.num_hidden_layers} layers"
+            f"{experts if moe else ''}")
+
+
 def _mask_over_cache(mask_BT: Tensor | None, cache: LatentCache | None, ids_BT: Tensor) -> Tensor | None:
     """The padding mask over cached positions and new ones, or None where nothing is padding."""
     if mask_BT is not None:
@@ -346,4 +357,4 @@ def _visible(mask_BS: Tensor | None, ids_BT: Tensor, past: int) -> Visible | Non
     return None if mask_BS is None and past == 0 else Visible(mask_BS, batch, tokens, past, ids_BT.device)
 
 
-__all__ = ["IGNORE", "CausalLM", "LatentCache", "LatentPool", "Pack", "RoutingRecord", "TrainingLoss"]
+__all__ = ["IGNORE", "CausalLM", "LatentCache", "LatentPool", "Pack", "RoutingRecord", "TrainingLoss", "describe"]

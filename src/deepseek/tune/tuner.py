@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from ..atlas import Atlas
+from ..atlas.atlas import count
 from ..checkpoint import check_targets, open_checkpoint, resolve
 from ..data import Document, ReadReport, RecordMap, read_documents
 from ..deepopt.settings import TrainConfig
 from ..deepopt.trainer import held_out_loss, refuse_other_run, trained
 from ..errors import ConfigError, DataError, RequestError
 from ..files import locked, write_json
+from ..model import describe
 from ..tokenizer import Tokenizer
 from .examples import Example
 from .loop import Tuning
@@ -119,6 +121,31 @@ class MoEFineTuner:
                               f"({positions})")
         if config.chat_template_kwargs:
             self._tokenizer.check_variables(config.chat_template_kwargs)
+
+    def __repr__(self) -> str:
+        """What is tuned, of which model, how, and where it goes."""
+        config, adapter, named = self.config, self.adapter, self.named
+        names = adapter.experts if adapter else config.expert_tune or config.expert_freeze
+        listed = "" if named is None else (
+            f"{count(len(named), 'expert')} in {count(len(named.by_layer()), 'layer')} "
+            f"({', '.join(map(str, names or ()))})")
+        if adapter is not None:
+            targets = [*adapter.side({}).targets, *([listed] if adapter.experts else [])]
+            what = f"side paths of rank {adapter.r} on {', '.join(targets)}"
+        elif config.expert_tune is not None:
+            what = listed or "the experts that the records visit most"
+        else:
+            what = f"everything but {listed}" if listed else "everything"
+        also = [part for key, part in (("shared_experts", "the shared experts"), ("train_router", "the router"),
+                                       ("non_expert_modules", "all that is neither expert nor router"))
+                if getattr(config, key) and config.expert_tune is not None]
+        length = count(config.steps, "step") if config.steps else f"epochs {config.epochs:g}"
+        return "\n".join([
+            f"MoEFineTuner of {self.model_path}: {describe(self.model_config)}",
+            f"  trains: {', '.join([what, *also])}",
+            f"  settings: lr {config.lr:g}, {length}, batches of {config.batch_size * config.accumulation} records of "
+            f"at most {self.max_length:,} tokens, on {config.device}",
+            f"  experts by name: {', '.join(self.atlas or ()) or 'none'}", f"  out: {self.out}"])
 
     @property
     def mode(self) -> str:
