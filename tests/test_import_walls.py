@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "deepseek"
 
 # each may import those before it
 BOTTOM = ("errors", "files", "keys", "memory", "progress", "config", "ids", "language", "domain", "conversation",
-          "workers", "templates", "grammars", "tokenizer", "spoken", "ops")
+          "workers", "templates", "grammars", "tiktokens", "tokenizer", "spoken", "ops")
 ABOVE: dict[str, tuple[str, ...]] = {  # and whatever these may
     "model": BOTTOM,
     "quant": ("model",),

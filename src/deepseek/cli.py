@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
 from .engine.verbs import add_chat_flags, add_infer_flags
-from .errors import ConfigError, DataError, MoEDRError, nearest
+from .errors import ConfigError, DataError, MoEDRError, nearest, printable
 from .serve.verbs import add_serve_flags
 from .tune.verbs import add_tune_flags
 from .watch.terminal import add_watch_flags
@@ -68,8 +68,8 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 def _one_line(error: Exception) -> str:
     """What a failure says to a user. Mistakes of our own are marked, since these want their traceback."""
     if isinstance(error, MoEDRError):
-        return str(error)
-    said = " ".join(str(error).split())
+        return printable(str(error))
+    said = printable(" ".join(str(error).split()))
     said = said if len(said) <= 1000 else f"{said[:1000]} …"
     kind = type(error)
     if isinstance(error, MemoryError) or "OutOfMemory" in kind.__name__ or (

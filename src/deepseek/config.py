@@ -12,7 +12,6 @@ an unknown key is a typing error and refused.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -20,7 +19,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, NotFoundError, nearest
+from .errors import ConfigError, NotFoundError, nearest, printable, shown
+from .files import not_finite, read_json
 
 FORMAT = 1
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
@@ -73,7 +73,7 @@ class YarnScaling:
             _need(f"rope_scaling.{key}", value, "must be a positive number", _is_number(value))
         for key in ("mscale", "mscale_all_dim", "attention_factor"):
             value = getattr(self, key)
-            _need(f"rope_scaling.{key}", value, "must be a number >= 0", value in (0, None) or _is_number(value))
+            _need(f"rope_scaling.{key}", value, "must be a number >= 0", _equals(value, 0, None) or _is_number(value))
         _need("rope_scaling.truncate", self.truncate, "must be true or false", isinstance(self.truncate, bool))
 
     @property
@@ -235,23 +235,21 @@ class ModelConfig:
             strict = "moe_dr" in keys and "transformers_version" not in keys
         ours = keys.get("moe_dr")
         if ours is not None and not isinstance(ours, Mapping):
-            raise ConfigError(f"{origin}: moe_dr = {ours!r:.60}: must be an object")
+            raise ConfigError(f"{origin}: moe_dr = {shown(ours)}: must be an object")
         if ours is not None:
             version = ours.get("format")
             if not isinstance(version, int) or not _is_int(version, 1):
-                raise ConfigError(f"{origin}: moe_dr.format = {version!r}: must be a positive integer")
+                raise ConfigError(f"{origin}: moe_dr.format = {shown(version)}: must be a positive integer")
             if version > FORMAT:
                 raise ConfigError(f"{origin}: moe_dr.format = {version} is newer than this program reads ({FORMAT})")
         extra: dict[str, Any] = {}
         kept = () if ours is None else ours.get("kept", ())
         if not isinstance(kept, list | tuple) or not all(isinstance(key, str) for key in kept):
-            raise ConfigError(f"{origin}: moe_dr.kept = {kept!r:.60}: must be a list of keys")
+            raise ConfigError(f"{origin}: moe_dr.kept = {shown(kept)}: must be a list of keys")
         names = keys.get("architectures")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ConfigError(f"{origin}: architectures = {names!r:.60}: must be a list of names")
+            raise ConfigError(f"{origin}: architectures = {shown(names)}: must be a list of names")
         values = _read_generation(keys, strict, origin)
-        if "rope_theta" in keys:
-            values["rope_theta"] = keys.pop("rope_theta")
         _read_rope(keys, values, origin)
         known = {f.name for f in fields(cls)} - {"extra", "yarn"}
         for key, value in keys.items():
@@ -260,17 +258,20 @@ class ModelConfig:
                     continue
                 values[key] = tuple(value) if key == "eos_token_id" and isinstance(value, list) else value
             elif key in _DANGEROUS:
-                if value not in _DANGEROUS[key]:
-                    raise ConfigError(f"{origin}: {key} = {value!r} changes the mathematics and is not supported "
+                if not _equals(value, *_DANGEROUS[key]):
+                    raise ConfigError(f"{origin}: {key} = {shown(value)} changes the mathematics and is not supported "
                                       f"(only {_DANGEROUS[key][-1]!r} is)")
                 extra[key] = value
             elif key in _FOREIGN:
                 extra[key] = value
             elif strict and key not in kept:
-                raise ConfigError(f"{origin}: unknown key {key} = {value!r}{nearest(key, known)}")
+                raise ConfigError(f"{origin}: unknown key {printable(key)} = {shown(value)}{nearest(key, known)}")
             else:
-                warnings.warn(f"{origin}: unknown key {key} = {value!r} is kept but has no effect", stacklevel=2)
+                warnings.warn(f"{origin}: unknown key {printable(key)} = {shown(value)} is kept but has no effect",
+                              stacklevel=2)
                 extra[key] = value
+        if odd := not_finite(extra):
+            raise ConfigError(f"{origin}: {printable(odd)}: must be a number of JSON, or text")
         if missing := [key for key in _REQUIRED if key not in values]:
             raise ConfigError(f"{origin}: missing key {', '.join(missing)}")
         try:
@@ -282,18 +283,11 @@ class ModelConfig:
     def from_file(cls, path: str | Path, *, strict: bool | None = None) -> ModelConfig:
         """Read a config.json, or the one inside a checkpoint folder."""
         path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            keys = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise NotFoundError(f"{path}: no such file") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, half a character
-            raise ConfigError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(keys, dict):
-            raise ConfigError(f"{path}: must be a JSON object, got {type(keys).__name__}")
-        return cls.from_dict(keys, strict=strict, origin=str(path))
+        if path.is_dir():
+            path = path / "config.json"
+            if path.exists() and not path.is_file():  # a pipe has no end
+                raise ConfigError(f"{path}: must be a file")
+        return cls.from_dict(read_json(path, ConfigError, finite=False), strict=strict, origin=str(path))
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
@@ -351,11 +345,12 @@ def _is_number(value: object) -> bool:
 
 def _need(key: str, value: object, rule: str, holds: bool) -> None:
     if not holds:
-        try:
-            shown = f"{value!r:.60}"
-        except ValueError:  # an integer of thousands of digits
-            shown = "a number of thousands of digits"
-        raise ConfigError(f"{key} = {shown}: {rule}")
+        raise ConfigError(f"{key} = {shown(value)}: {rule}")
+
+
+def _equals(value: object, *options: object) -> bool:
+    """Whether a value of a file is one of these. For Python True is 1 and False is 0; in a file they are not."""
+    return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in options)
 
 
 # What transformers assumes where a downloaded file leaves a key out (its configuration classes, release 5.23).
@@ -373,12 +368,12 @@ def _read_generation(keys: dict[str, Any], strict: bool, origin: str) -> dict[st
     kind = keys.pop("model_type", None)
     known = tuple(ARCHITECTURES)  # a tuple: compares, where a set would hash what may be a list
     if kind is not None and not isinstance(kind, str):
-        raise ConfigError(f"{origin}: model_type = {kind!r:.60}: must be one of {', '.join(ARCHITECTURES)}")
+        raise ConfigError(f"{origin}: model_type = {shown(kind)}: must be one of {', '.join(ARCHITECTURES)}")
     if kind not in known:  # other model types publish V3 weights under V3's architecture name
         names = keys.get("architectures") or []
         kind = next((k for k, name in ARCHITECTURES.items() if name in names), kind or "deepseek_v3")
     if kind not in known:
-        raise ConfigError(f"{origin}: model_type = {kind!r}: must be one of {', '.join(ARCHITECTURES)}")
+        raise ConfigError(f"{origin}: model_type = {shown(kind)}: must be one of {', '.join(ARCHITECTURES)}")
     for new, old in _NEWER_SPELLING.items():
         if new in keys:
             keys.setdefault(old, keys.pop(new))
@@ -387,33 +382,51 @@ def _read_generation(keys: dict[str, Any], strict: bool, origin: str) -> dict[st
 
 
 def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> None:
-    """`rope_scaling` (the published files) or `rope_parameters` (transformers 5) -> rope_theta and yarn."""
-    scaling: Any = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        given = keys.pop(key, None)
-        if not isinstance(given, Mapping | None):
-            raise ConfigError(f"{origin}: {key} = {given!r:.60}: must be an object or null")
-        scaling = given or scaling
-    scaling = dict(scaling)
+    """`rope_scaling` (the published files) or `rope_parameters` (transformers 5) -> rope_theta and yarn. Where a file
+    has both, or a base in two places, they must agree."""
+    found = {key: _one_rope(key, scaling, origin) for key in ("rope_scaling", "rope_parameters")
+             if (scaling := keys.pop(key, None)) is not None}
+    bases = {f"{key}.rope_theta": theta for key, (theta, _) in found.items() if theta is not None}
+    if "rope_theta" in keys:
+        bases["rope_theta"] = keys.pop("rope_theta")
+    for name, theta in bases.items():
+        _need(f"{origin}: {name}", theta, "must be a positive number", _is_number(theta))
+    kinds = {key: yarn for key, (_, yarn) in found.items() if yarn != "no type"}
+    for said in (bases, kinds):
+        first, *others = said.values() or (None,)
+        if any(other != first for other in others):
+            raise ConfigError(f"{origin}: {' and '.join(said)} differ: {shown([first, *others], 200)}")
+    if bases:
+        values["rope_theta"] = next(iter(bases.values()))
+    if kinds and isinstance(yarn := next(iter(kinds.values())), YarnScaling):
+        values["yarn"] = yarn
+
+
+def _one_rope(key: str, given: Any, origin: str) -> tuple[Any, YarnScaling | str | None]:
+    """(rope_theta or None; YaRN, None for plain positions, or "no type" where nothing is said about that)."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{origin}: {key} = {shown(given)}: must be an object or null")
+    scaling = dict(given)
     named = (scaling.pop("type", None), scaling.pop("rope_type", None))
-    kinds = [kind for kind in named if kind is not None] or ["default"]
-    kind = kinds[0] if kinds[0] == kinds[-1] else kinds
-    if "rope_theta" in scaling:
-        values["rope_theta"] = scaling.pop("rope_theta")
-    if kind == "default":
-        if (part := scaling.pop("partial_rotary_factor", None)) not in _DANGEROUS["partial_rotary_factor"]:
-            raise ConfigError(f"{origin}: partial_rotary_factor = {part!r} changes the mathematics and is unsupported")
+    kinds = [kind for kind in named if kind is not None]
+    kind = None if not kinds else kinds[0] if kinds[0] == kinds[-1] else kinds
+    theta = scaling.pop("rope_theta", None)
+    if kind in (None, "default"):
+        part = scaling.pop("partial_rotary_factor", None)
+        if not _equals(part, *_DANGEROUS["partial_rotary_factor"]):
+            raise ConfigError(f"{origin}: {key}.partial_rotary_factor = {shown(part)} changes the mathematics and is "
+                              "unsupported")
         if scaling:
-            raise ConfigError(f"{origin}: rope_scaling has {', '.join(scaling)} but no type")
-        return
+            raise ConfigError(f"{origin}: {key} has {printable(', '.join(scaling))} but no type")
+        return theta, "no type" if kind is None else None
     if kind != "yarn":
-        raise ConfigError(f"{origin}: rope_scaling.type = {kind!r}: must be 'yarn' or 'default'")
+        raise ConfigError(f"{origin}: {key}.type = {shown(kind)}: must be 'yarn' or 'default'")
     known = {f.name for f in fields(YarnScaling)}
     if unknown := sorted(set(scaling) - known):
-        raise ConfigError(f"{origin}: rope_scaling: unknown key {', '.join(unknown)}")
+        raise ConfigError(f"{origin}: {key}: unknown key {printable(', '.join(unknown))}")
     stated = {k: v for k, v in scaling.items() if v is not None}
     try:
-        values["yarn"] = YarnScaling(**{"factor": None, "original_max_position_embeddings": None} | stated)
+        return theta, YarnScaling(**{"factor": None, "original_max_position_embeddings": None} | stated)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
 

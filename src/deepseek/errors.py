@@ -49,3 +49,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name that is spelled most like `name`, else nothing."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which would reach the terminal, spelled out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value from a file as an error cites it: its repr, at most so long, whatever it is."""
+    try:
+        return f"{value!r:.{most}}"
+    except ValueError:
+        return "a number of thousands of digits"
+    except RecursionError:
+        return "a value that is nested too deeply"

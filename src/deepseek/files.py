@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -17,7 +18,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import IO, Any, NoReturn
 
-from .errors import ConfigError, NotFoundError
+from .errors import ConfigError, DataError, MoEDRError, NotFoundError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -51,6 +52,68 @@ def write_json(path: str | Path, value: Any) -> None:
 def no_constant(word: str) -> NoReturn:
     """For json's parse_constant: NaN and Infinity are no JSON, though Python reads and writes them."""
     raise ValueError(f"{word} is no JSON")
+
+
+def read_json(
+    path: str | Path, error: type[MoEDRError] = DataError, what: str = "", *, finite: bool = True
+) -> dict[str, Any]:
+    """The object of a JSON file. Raises NotFoundError, or `error` with the file, `what` it then is not ("not an index")
+    and the mistake: another kind of value, no UTF-8, no JSON (a lone surrogate is none, nor are NaN and numbers beyond
+    floats, if `finite`), one key with two values."""
+    path = Path(path)
+    start = f"{path}: {what}: " if what else f"{path}: "
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_object)
+        if finite and (odd := not_finite(value)):
+            raise ValueError(f"{odd} is no number of JSON")
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file") from None
+    except OSError as failure:
+        raise error(f"{start}cannot be read: {failure.strerror or failure}") from None
+    except UnicodeEncodeError:
+        raise error(f"{start}not valid JSON: a text has half a character (a lone surrogate)") from None
+    except UnicodeDecodeError as failure:
+        raise error(f"{start}not valid JSON: {not_utf8(failure)}") from None
+    except (ValueError, RecursionError) as failure:  # a number of thousands of digits, say
+        raise error(f"{start}not valid JSON: {failure}") from None
+    if not isinstance(value, dict):
+        raise error(f"{start}must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        for key, item in pairs:
+            if repr(item) != repr(value[key]):
+                raise ValueError(f"the key {key!r:.60} comes twice with different values")
+    return value
+
+
+def not_finite(value: Any) -> str | None:
+    """The first number in a value that JSON has not, with the keys that lead to it; None where there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{value}"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next((f"{key}: {odd}" for key, item in items if (odd := not_finite(item))), None)
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What is wrong with a text, for a message that names its file."""
+    return f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
+
+
+def read_text(path: str | Path, error: type[MoEDRError] = DataError) -> str:
+    """The text of a UTF-8 file. Raises `error` with the file and the mistake."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as failure:
+        raise error(f"{path}: cannot be read: {failure.strerror or failure}") from None
+    except UnicodeDecodeError as failure:
+        raise error(f"{path}: {not_utf8(failure)}") from None
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ leave `<｜User｜>` and `</think>` unmarked. `encode_chat` uses both views, eac
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from .conversation import ROLES, THINK, THOUGHT, Style, normalize
-from .errors import ConfigError, DataError, NotFoundError, RequestError
-from .files import write_atomically, write_json
+from .errors import ConfigError, DataError, MoEDRError, NotFoundError, RequestError, shown
+from .files import not_utf8, read_json, read_text, write_atomically, write_json
 from .templates import render
+from .tiktokens import BYTES, FILE, convert
 
 # The splits of DeepSeek-V3's tokenizer.json, in order: up to three digits, Chinese and kana, everything else; the last
 # also goes over the pieces of the others.
@@ -59,9 +61,6 @@ CHAT_TEMPLATE = (
 # Spellings tried where no tokenizer_config.json names the token.
 _USUAL = {"bos_token": ("<｜begin▁of▁sentence｜>", BOS, "<s>"), "eos_token": ("<｜end▁of▁sentence｜>", EOS, "</s>"),
           "pad_token": ("<｜▁pad▁｜>", PAD, "<pad>")}
-# The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, then U+0100 and on
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 _THINKING = frozenset((THINK, THOUGHT))  # templates cut assistant turns at these
 _OURS = frozenset(("messages", "add_generation_prompt", "continue_final_message"))  # variables with their own keywords
 _PART = 1 << 15  # characters
@@ -96,7 +95,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a folder with tokenizer.json (or tokenizer.json.gz), or such a file and its neighbours.
+        """Read a folder with tokenizer.json (or tokenizer.json.gz, or tiktoken.model), or such a file and its
+        neighbours.
 
         Raises NotFoundError or DataError, naming the file.
         """
@@ -104,21 +104,21 @@ class Tokenizer:
         folder = path if path.is_dir() else path.parent
         tried = [path / "tokenizer.json", path / "tokenizer.json.gz"] if path.is_dir() else [path]
         file = next((file for file in tried if file.is_file()), None)
-        if file is None:
-            raise NotFoundError(f"{tried[0]}: no such file")
-        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        template = config.pop("chat_template", None)
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if file is None and not (path / FILE).is_file():
+            raise NotFoundError(f"{tried[0]}: no such file{_other_kind(folder)}")
+        config = _settings(folder / "special_tokens_map.json") | _settings(folder / "tokenizer_config.json")
+        template = _template_of(config.pop("chat_template", None), folder / "tokenizer_config.json")
         if (jinja := folder / "chat_template.jinja").is_file():
-            template = jinja.read_text(encoding="utf-8")
-        generation = _read_json(folder / "generation_config.json")
-        try:
+            template = read_text(jinja)
+        generation = _generation(folder / "generation_config.json")
+        if file is None:
+            text, config = convert(path, config)
+            with _failing(f"{path / FILE}: not a tokenizer"):
+                return cls(text, config, template, generation)
+        with _failing(f"{file}: not a tokenizer"):
             raw = file.read_bytes()
             text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
             return cls(text, config, template, generation)
-        except Exception as error:  # the tokenizers library raises bare Exception for a bad definition
-            raise DataError(f"{file}: not a tokenizer: {error}") from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
@@ -179,7 +179,8 @@ class Tokenizer:
         definition = json.loads(self._definition)
         for token in definition.get("added_tokens") or []:
             token["special"] = token["content"] in self._control
-        plain = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        with _failing("the tokenizer fails"):
+            plain = tokenizers.Tokenizer.from_str(json.dumps(definition))
         plain.encode_special_tokens = True
         return plain
 
@@ -243,14 +244,15 @@ class Tokenizer:
 
     def _batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         view = self._full if special else self._plain
-        try:
-            return [encoding.ids for encoding in view.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError:
-            for text in texts:
-                if lone := re.search("[\ud800-\udfff]", text):
-                    raise DataError(f"character {lone.start()} of a text is the lone surrogate {lone[0]!r}, "
-                                    "which UTF-8 cannot hold") from None
-            raise
+        with _failing("the tokenizer fails"):
+            try:
+                return [encoding.ids for encoding in view.encode_batch_fast(list(texts), add_special_tokens=False)]
+            except TypeError:
+                for text in texts:
+                    if lone := re.search("[\ud800-\udfff]", text):
+                        raise DataError(f"character {lone.start()} of a text is the lone surrogate {lone[0]!r}, "
+                                        "which UTF-8 cannot hold") from None
+                raise
 
     def surely_longer(self, text: str, most: int) -> bool:
         """Whether a text has more than `most` tokens, told from parts of it: a text of megabytes is not encoded to
@@ -460,13 +462,62 @@ def _mark(value: Any, control: re.Pattern[str]) -> Any:
     return [_mark(item, control) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _other_kind(folder: Path) -> str:
+    """What a folder has in the place of a tokenizer.json, for the end of a message."""
+    for name, what in (("tokenizer.model", "SentencePiece's"), ("vocab.json", "slow tokenizers'"),
+                       ("vocab.txt", "WordPiece's")):
+        if (folder / name).is_file():
+            return (f"; {name} is {what} format: let transformers write a tokenizer.json "
+                    "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))")
+    return ""
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """DataError for what the tokenizers library raises: bare Exceptions, and panics, which are not even those."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{what}: {not_utf8(error)}") from None
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError | MoEDRError):
+            raise
+        said = str(error) if isinstance(error, ValueError) or type(error) is Exception else repr(error)
+        raise DataError(f"{what}: {' '.join(said.split()):.500}") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json or the like, {} where there is none. Raises DataError where a special token is no text."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: must be a JSON object, got {type(value).__name__}")
+    keys = read_json(path)
+    for key in _USUAL:
+        token = keys.get(key)
+        token = token.get("content", 0) if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise DataError(f"{path}: {key} = {shown(keys[key])}: must be a text, an object with its content, or null")
+    return keys
+
+
+def _template_of(value: Any, path: Path) -> str | None:
+    """A chat template; of several, by name, the default one."""
+    if isinstance(value, list):
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value):
+            raise DataError(f"{path}: chat_template = {shown(value)}: must be a text, or a list of objects with name "
+                            "and template")
+        value = {entry["name"]: entry.get("template", 0) for entry in value}.get("default")
+    if not isinstance(value, str | None):
+        raise DataError(f"{path}: chat_template = {shown(value)}: must be a text")
     return value
+
+
+def _generation(path: Path) -> dict[str, Any]:
+    """generation_config.json, {} where there is none. Raises DataError for an eos_token_id that is no id."""
+    if not path.is_file():
+        return {}
+    keys = read_json(path)
+    ends = keys.get("eos_token_id")
+    for token in ends if isinstance(ends, list) else [ends]:
+        if token is not None and not (type(token) is int and 0 <= token < 1 << 31):
+            raise DataError(f"{path}: eos_token_id = {shown(ends)}: must be a token id, a list of them, or null")
+    return keys

@@ -10,7 +10,6 @@ docs/experts.md defines the terms, the figures and the file. An atlas is a value
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,8 +18,8 @@ from typing import Any, Literal
 
 from ..checkpoint import MANIFEST
 from ..config import ModelConfig
-from ..errors import ConfigError, DataError, NotFoundError, RequestError
-from ..files import write_json
+from ..errors import CheckpointError, ConfigError, DataError, NotFoundError, RequestError
+from ..files import read_json, write_json
 from ..ids import ExpertId, ExpertSet
 
 FORMAT = 1
@@ -207,11 +206,13 @@ class Atlas:
         path = Path(path).expanduser()
         file = path / FILE if path.is_dir() else path
         try:
-            return cls._from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise NotFoundError(f"{file}: no such file; `deepseek atlas profile MODEL --data NAME=FILE …` measures "
-                                "an atlas, `deepseek train --experts NAME=PATH …` builds one in") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls._from_dict(read_json(file, what="not an atlas"))
+        except NotFoundError as error:
+            raise NotFoundError(f"{error}; `deepseek atlas profile MODEL --data NAME=FILE …` measures an atlas, "
+                                "`deepseek train --experts NAME=PATH …` builds one in") from None
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             why = str(error) if isinstance(error, ValueError) else repr(error)
             raise DataError(f"{file}: not an atlas: {why}") from None
 
@@ -221,8 +222,8 @@ class Atlas:
         file = path / FILE if path.is_dir() else path
         manifest = file.parent / MANIFEST
         if manifest.is_file():  # a checkpoint's weights do not change; what is known of them may
-            listed = json.loads(manifest.read_text(encoding="utf-8"))
-            if listed["files"].pop(file.name, None) is not None:
+            listed = read_json(manifest, CheckpointError)
+            if isinstance(listed.get("files"), dict) and listed["files"].pop(file.name, None) is not None:
                 write_json(manifest, listed)
         write_json(file, self._to_dict())
 

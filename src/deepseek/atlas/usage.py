@@ -186,12 +186,18 @@ class ExpertUsage:
         try:
             keys: dict[str, Any] = json.loads(text)
             if keys["format"] != FORMAT:
-                raise ValueError(f"format = {keys['format']!r}: must be {FORMAT}")
-            usage._start(tuple(keys["layers"]), keys["experts"], keys["top_k"])
-            shape = usage.counts_LE.shape
-            usage.tokens = keys["tokens"]
-            usage.counts_LE = torch.tensor(keys["counts"], dtype=torch.int64).view(shape)
-            usage.weights_LE = torch.tensor(keys["weights"], dtype=torch.float64).view(shape)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise DataError(f"expert usage: not what to_json writes: {error!r}") from None
+                raise ValueError(f"format = {keys['format']!r:.60}: must be {FORMAT}")
+            layers, experts, top_k, tokens = (keys[key] for key in ("layers", "experts", "top_k", "tokens"))
+            if not all(type(number) is int and number >= 0 for number in (*layers, experts, top_k, tokens)):
+                raise ValueError("layers, experts, top_k and tokens must be integers >= 0")
+            counts_LE = torch.tensor(keys["counts"], dtype=torch.int64)
+            weights_LE = torch.tensor(keys["weights"], dtype=torch.float64)
+            if not counts_LE.shape == weights_LE.shape == (len(layers), experts):
+                raise ValueError(f"counts and weights must be tables of {len(layers)} x {experts}")
+            if not (bool((counts_LE >= 0).all()) and bool(weights_LE.isfinite().all())):
+                raise ValueError("counts and weights must be numbers >= 0")
+        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
+            raise DataError(f"expert usage: not what to_json writes: {error!r:.200}") from None
+        usage._start(tuple(layers), experts, top_k)
+        usage.tokens, usage.counts_LE, usage.weights_LE = tokens, counts_LE, weights_LE
         return usage

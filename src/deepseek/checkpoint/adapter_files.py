@@ -11,7 +11,6 @@ writes (deepseek-ai/ESFT: expert_cfg.json beside the tensors of the tuned expert
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, NotFoundError
-from ..files import no_constant
+from ..files import read_json
 from ..model import CausalLM
 from ..model.adapter import Side, linears
 from .adapter_keys import (
@@ -289,15 +288,7 @@ def _what_else(folder: Path) -> str:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
-        if not isinstance(value, dict):
-            raise ValueError(f"must be an object, got {type(value).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return value
+    return read_json(path, CheckpointError, "not valid")
 
 
 def _tensors(folder: Path, about: str) -> TensorFiles:

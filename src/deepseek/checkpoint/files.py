@@ -12,16 +12,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import leads_out, sha256, write_json
-from ..quant import fp8
-from .names import INDEX, weight_map_of
+from ..errors import CheckpointError, shown
+from ..files import leads_out, read_json, sha256, write_json
+from ..quant import fp8, int4
+from .names import INDEX, other_weights, weight_map_of
 
 MANIFEST = "manifest.json"
 EXPERT_USE = "expert_use.json"  # which experts ran (engine/warmup.py): grows beside a checkpoint, no part of it
 # as safetensors spells the dtypes that weights have
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}
+                "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32}
+_WEIGHTS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I4")
 
 
 class Span(NamedTuple):
@@ -33,7 +34,8 @@ class Span(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of a checkpoint folder, read one at a time; FP8 weights come out dequantised.
+    """The tensors of a checkpoint folder, read one at a time; DeepSeek's FP8 and compressed-tensors' int4 come out
+    dequantised, the latter (three tensors on disk) under the weight's name.
 
     Raises CheckpointError naming the file for anything missing, truncated or altered.
     """
@@ -51,12 +53,17 @@ class TensorFiles:
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
+                raise CheckpointError(f"{file}: not a whole safetensors file: {_pointer(file) or error}") from None
             for key in handle.keys():  # noqa: SIM118 - not a dict
+                if key in self._where:
+                    raise CheckpointError(f"{file}: {key} is also in {self._file[key].name}")
                 self._where[key], self._file[key] = handle, file
         if missing := sorted(set(self._indexed) - set(self._where)):
             raise CheckpointError(f"{folder}: the index names {len(missing)} tensors that its files do not hold, "
                                   f"first {missing[0]}")
+        self._int4: dict[str, tuple[int, ...]] = {}
+        for stem in [name.removesuffix(int4.PARTS[0]) for name in self._where if name.endswith(f".{int4.PARTS[0]}")]:
+            self._int4[f"{stem}weight"] = self._shape_of(stem)
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
@@ -71,41 +78,77 @@ class TensorFiles:
             if Path(name).name != name or leads_out(name):
                 raise CheckpointError(f"{index}: {name!r} leads out of the folder")
             if not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.folder / name}: the file is missing")
+                instead = "" if self._indexed else other_weights(self.folder)
+                raise CheckpointError(f"{self.folder / name}: the file is missing{instead}")
         return [self.folder / name for name in names]
 
+    def _shape_of(self, stem: str) -> tuple[int, ...]:
+        """That of an int4 weight. Raises CheckpointError for a part that is missing, or that is not read here."""
+        file = self._file[stem + int4.PARTS[0]]
+        for part in int4.PARTS:
+            if stem + part not in self._where:
+                raise CheckpointError(f"{file}: {stem}{int4.PARTS[0]} is there and {stem}{part} is not")
+        for part in ("weight_zero_point", "weight_g_idx"):
+            if stem + part in self._where:
+                raise CheckpointError(f"{file}: {stem}{part}: int4 weights with it are not read here")
+        stored = self._where[stem + int4.PARTS[2]].get_tensor(stem + int4.PARTS[2])
+        shape = tuple(stored.tolist()) if stored.dtype in (torch.int64, torch.int32) and stored.shape == (2,) else ()
+        rows = self._where[stem + int4.PARTS[0]].get_slice(stem + int4.PARTS[0]).get_shape()[:1]
+        if len(shape) != 2 or not 0 < shape[1] <= 1 << 31 or [shape[0]] != rows:
+            raise CheckpointError(f"{file}: {stem}{int4.PARTS[2]} is {shown(stored.flatten()[:4].tolist())}: must be "
+                                  "the rows and columns of the weight")
+        return shape
+
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._where or name in self._int4
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        hidden = {name.removesuffix("weight") + part for name in self._int4 for part in int4.PARTS}
+        return iter([*(name for name in self._where if name not in hidden), *self._int4])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return self._int4.get(name) or tuple(self._where[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors spells it: F32, BF16, F8_E4M3, …"""
-        return self._where[name].get_slice(name).get_dtype()
+        """As safetensors spells it: F32, BF16, F8_E4M3, …; I4 for compressed-tensors' int4."""
+        return "I4" if name in self._int4 else self._where[name].get_slice(name).get_dtype()
 
     def metadata(self) -> dict[str, str]:
         """Of all files together."""
         return {k: v for handle in set(self._where.values()) for k, v in (handle.metadata() or {}).items()}
 
     def file(self, name: str) -> Path:
-        return self._file[name]
+        return self._file[name.removesuffix("weight") + int4.PARTS[0] if name in self._int4 else name]
+
+    def check_plain(self, name: str) -> None:
+        """Raises CheckpointError unless the tensor is of a kind that weights have."""
+        if (kind := self.dtype(name)) not in _WEIGHTS:
+            raise CheckpointError(f"{self.file(name)}: {name} is {kind}: weights must be {', '.join(_WEIGHTS)}")
+        if kind == "F8_E4M3":
+            self._scale_of(name)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, dequantised where it is FP8, in `dtype` if given.
 
         A view of the mapped file where nothing is to be converted: it costs no memory, and must not be written to.
         """
+        if name in self._int4:
+            return self.read_rows(name, 0, self._int4[name][0], dtype)
         return self._plain(name, self._where[name].get_tensor(name), 0, dtype)
 
     def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """The same for rows start..stop alone, copied from the file and not mapped, so that a walk over a large
         checkpoint never has more than these in memory. Of an FP8 matrix `start` must be a multiple of 128."""
+        if name in self._int4:
+            packed, scale = (self.read_rows(name.removesuffix("weight") + part, start, stop) for part in int4.PARTS[:2])
+            try:
+                return int4.dequantise(packed, scale, self._int4[name][1], dtype or torch.bfloat16)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.file(name)}: {name}: {error}") from None
         _, *rest = shape = self.shape(name)
-        kind = TORCH_DTYPES[self._where[name].get_slice(name).get_dtype()]
+        if (spelt := self._where[name].get_slice(name).get_dtype()) not in TORCH_DTYPES:
+            raise CheckpointError(f"{self.file(name)}: {name} is {spelt}: must be one of {', '.join(TORCH_DTYPES)}")
+        kind = TORCH_DTYPES[spelt]
         row = math.prod(rest) * kind.itemsize
         stop = min(stop, shape[0])
         data = self.read_bytes(name, start * row, stop * row)
@@ -132,11 +175,17 @@ class TensorFiles:
         start, stop = header[name]["data_offsets"]
         return Span(file, begin + start, stop - start)
 
+    def _scale_of(self, name: str) -> str:
+        """The name of an FP8 weight's scales. Raises CheckpointError where they are missing or no numbers."""
+        if (scale := f"{name}_scale_inv") not in self:
+            raise CheckpointError(f"{self.folder}: {name} is FP8 but {scale} is missing")
+        if (kind := self.dtype(scale)) not in ("F64", "F32", "F16", "BF16"):
+            raise CheckpointError(f"{self.file(scale)}: {scale} is {kind}: must be F32 (or F64, F16, BF16)")
+        return scale
+
     def _plain(self, name: str, tensor: Tensor, start: int, dtype: torch.dtype | None) -> Tensor:
         if tensor.dtype == torch.float8_e4m3fn:
-            scale = f"{name}_scale_inv"
-            if scale not in self:
-                raise CheckpointError(f"{self.folder}: {name} is FP8 but {scale} is missing")
+            scale = self._scale_of(name)
             if start % fp8.BLOCK:
                 raise ValueError(f"start = {start}: must be a multiple of {fp8.BLOCK} in an FP8 matrix")
             scales = self.read(scale)
@@ -148,6 +197,13 @@ class TensorFiles:
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {name}: {error}") from None
         return tensor if dtype is None else tensor.to(dtype)
+
+
+def _pointer(file: Path) -> str:
+    """What a small text is that stands in the place of weights."""
+    with file.open("rb") as stream:
+        return "it is a pointer of Git LFS: run `git lfs pull` in its folder" if stream.read(40).startswith(
+            b"version https://git-lfs") else ""
 
 
 def write_manifest(folder: Path) -> None:
@@ -165,14 +221,17 @@ def check_manifest(folder: Path, *, weights: bool = True) -> None:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return
-    try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        expected = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest}: not a manifest: {error}") from None
-    if outside := [name for name in entries if leads_out(name)]:
-        raise CheckpointError(f"{manifest}: {outside[0]!r} leads out of the folder")
-    for file, size_then, digest in expected:
+    entries = read_json(manifest, CheckpointError, "not a manifest").get("files")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{manifest}: not a manifest: files = {shown(entries)}: must be an object")
+    for name, entry in entries.items():
+        if leads_out(name):
+            raise CheckpointError(f"{manifest}: {name!r:.80} leads out of the folder")
+        if not (isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)):
+            raise CheckpointError(f"{manifest}: not a manifest: {name:.80} has {shown(entry)}: must have bytes and "
+                                  "sha256")
+    for name, entry in entries.items():
+        file, size_then, digest = folder / name, entry["bytes"], entry["sha256"]
         if not file.is_file():
             raise CheckpointError(f"{file}: the file is missing")
         if (size := file.stat().st_size) != size_then:

@@ -143,6 +143,7 @@ def _check(model: CausalLM, files: TensorFiles) -> None:
             missing.append(name)
             continue
         used.add(name)
+        files.check_plain(name)
         if files.shape(name) != tuple(place.shape):
             raise CheckpointError(f"{files.folder}: {name} has shape {files.shape(name)}, config.json asks for "
                                   f"{tuple(place.shape)}")

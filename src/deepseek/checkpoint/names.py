@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from ..config import PRESETS, ModelConfig
-from ..errors import CheckpointError, NotFoundError, nearest
-from ..files import leads_out
+from ..errors import CheckpointError, NotFoundError, nearest, shown
+from ..files import leads_out, read_json
 from ..model import CausalLM
 from ..ops import panels
 from ..quant.linear import Place, Recipe, places
@@ -34,7 +34,9 @@ def resolve(name: str | Path) -> Path:
             return path / "model"
         raise NotFoundError(f"{path}: {_no_checkpoint(path)}")
     if path.is_file():
-        raise NotFoundError(f"{path}: a checkpoint is a folder, this is a file")
+        what, advice = _foreign(path.name)
+        raise NotFoundError(f"{path}: a checkpoint is a folder, this is a file" + (f" of {what}: {advice}" if what else
+                                                                                   ""))
     repo = HUB_NAMES.get(str(name).lower(), str(name))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or str(name).startswith((".", "/", "~")):
         hint = " (it is a preset: `deepseek train` can start from it)" if str(name) in PRESETS else nearest(
@@ -43,7 +45,7 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.jinja"]
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model"]
     cached = "is not in the local cache"
     try:
         folder = Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
@@ -75,7 +77,7 @@ def _no_checkpoint(folder: Path) -> str:
                     "adapter")
     if (folder / "settings.json").is_file():
         return "the folder is a run that has not finished: there is no model in it yet"
-    return "the folder has no config.json, so it is not a checkpoint"
+    return "the folder has no config.json, so it is not a checkpoint" + other_weights(folder)
 
 
 def _absent(folder: Path) -> str | None:
@@ -90,15 +92,54 @@ def _absent(folder: Path) -> str | None:
 
 def weight_map_of(index: Path) -> dict[str, str]:
     """Tensor name -> file name. Raises CheckpointError naming the index."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError("a file name is not a string")
-        if outside := [file for file in weight_map.values() if leads_out(file)]:
-            raise ValueError(f"{outside[0]!r} leads out of the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a weight index: {error}") from None
+    weight_map = read_json(index, CheckpointError, "not a weight index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: not a weight index: weight_map = {shown(weight_map)}: must be an object with "
+                              "the file of every tensor")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise CheckpointError(f"{index}: not a weight index: the file of {name:.80} is {shown(file)}: must be a "
+                                  "file name")
+        if leads_out(file):
+            raise CheckpointError(f"{index}: not a weight index: {file!r:.80} leads out of the folder")
     return weight_map
+
+
+# Weights of other programs, by how their files' names end, and what to do with them. Pickles execute code when they are
+# read, so they are not read here.
+_PICKLES = ("pickled weights", "they can run code when they are read: let transformers convert them "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)), or get the model's safetensors")
+_ELSEWHERE = "get the model's safetensors in Hugging Face's layout"
+_FOREIGN = {
+    ".gguf": ("GGUF", f"llama.cpp runs it; here, {_ELSEWHERE} (`deepseek quantize` makes four bits of them)"),
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"), _PICKLES),
+    ".distcp": ("torch's distributed checkpoints", "gather and convert them where they were trained, to safetensors"),
+    **dict.fromkeys((".h5", ".msgpack", ".onnx", ".npz", ".mlmodel", ".tflite", ".engine"),
+                    ("weights of another program", _ELSEWHERE))}
+
+
+def _foreign(name: str) -> tuple[str, str]:
+    """(what a file's weights are, what to do), empty for a file that is no weights of another program's."""
+    if name.endswith((".safetensors", INDEX)):
+        return "safetensors", "name its folder"
+    odd = name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
+    return ("", "") if odd else _FOREIGN.get(PurePath(name).suffix.lower(), ("", ""))
+
+
+def other_weights(folder: Path) -> str:
+    """What a folder has in the place of a checkpoint, for the end of a message: "" for nothing known."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(path.name for path in folder.iterdir()):
+        if (kind := _foreign(name))[0] and not name.endswith(INDEX):
+            found.setdefault(kind, []).append(name)
+    plain = found.pop(("safetensors", "name its folder"), [])
+    if plain:
+        return f": it has {_listed(plain)} and no {INDEX} that says what is in them"
+    return "".join(f": it has {what} ({_listed(files)}): {advice}" for (what, advice), files in found.items())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 # ---- the one name map -------------------------------------------------------------------------------------------

@@ -95,8 +95,11 @@ def plan_plain(
             shape = tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape)
             dtype = "F32" if name.endswith("correction_bias") else kind
             used.add(on_disk)
-            if on_disk not in made and on_disk not in files:
-                missing.append(on_disk)
+            if on_disk not in made:
+                if on_disk not in files:
+                    missing.append(on_disk)
+                elif recipe is None:
+                    files.check_plain(on_disk)
             parts.append(Part(on_disk, dtype, shape, made.get(on_disk) or partial(copied, files, on_disk, dtype)))
     if recipe is None:
         check_names(files, used, missing)

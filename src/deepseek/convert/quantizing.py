@@ -110,8 +110,8 @@ def quantize(
     adapter: str | Path | None = None, overwrite: bool = False, resume: bool = True, progress: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> Report:
-    """Write the quantised form (docs/formats.md) of a checkpoint: a folder, a known name or a hub id, of BF16, FP32 or
-    DeepSeek's FP8. Memory does not grow with the model.
+    """Write the quantised form (docs/formats.md) of a checkpoint: a folder, a known name or a hub id, of BF16, FP32,
+    DeepSeek's FP8 or compressed-tensors' int4. Memory does not grow with the model.
 
     keep: patterns (fnmatch) of weight names that stay as they are; one weight keeps its whole MLP, or all the routed
     experts of its layer. adapter: a delta or a LoRA adapter to merge in first; the result has the bytes that `merge`
@@ -174,7 +174,9 @@ def _plan_quantised(
         used.add(name)
         if name not in files:
             missing.append(name)
-        elif files.shape(name) != shape:
+            return name
+        files.check_plain(name)
+        if files.shape(name) != shape:
             raise CheckpointError(f"{files.folder}: {name} has shape {files.shape(name)}, config.json asks for {shape}")
         return name
 
@@ -202,7 +204,7 @@ def _plan_quantised(
             source = source_of(on_disk, tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape))
             if source in files:
                 kind = files.dtype(source)
-                kind = "BF16" if kind == "F8_E4M3" else kind
+                kind = "BF16" if kind in ("F8_E4M3", "I4") else kind
                 parts.append(Part(on_disk, kind, files.shape(source), partial(copied, files, source, kind)))
     check_names(files, used, missing)
     kept = tuple(made[0].stem.removesuffix(".0") if place.kind == "experts" else made[0].stem

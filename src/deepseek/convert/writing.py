@@ -19,6 +19,8 @@ from ..checkpoint import EXPERT_USE, INDEX, MANIFEST, PAGE, TORCH_DTYPES, Adapte
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, sha256, write_json
 from ..progress import ProgressBar
+from ..tiktokens import FILE as TIKTOKEN
+from ..tokenizer import Tokenizer
 
 SHARD_BYTES = 1 << 30  # what a crash can cost
 REPORT = "quantisation.json"
@@ -91,6 +93,9 @@ class Writer:
     def __init__(self, out: Path, key: dict[str, Any], files: TensorFiles, resume: bool) -> None:
         self.out = out.resolve()
         self.texts = _texts(files.folder)  # refused before the weights are converted
+        names = {path.name for path in self.texts}
+        converted = TIKTOKEN in names and not names & {"tokenizer.json", "tokenizer.json.gz"}
+        self.tokenizer = Tokenizer.load(files.folder) if converted else None
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.key = key | {"source": _stamps(files.folder, "config.json")}
         if isinstance(files, AdaptedFiles):
@@ -132,7 +137,11 @@ class Writer:
                 if name != "mtp.safetensors":
                     weight_map |= {part.name: name for part in parts}
                 if name not in self.done:
-                    self.done[name] = write_file(self.folder / name, parts, bar.update)
+                    try:
+                        self.done[name] = write_file(self.folder / name, parts, bar.update)
+                    except CheckpointError:  # the source is at fault: mended, it is another source
+                        shutil.rmtree(self.folder)
+                        raise
                     write_json(self.folder / JOURNAL, {"key": self.key, "files": self.done, "squares": squares})
         if len(set(weight_map.values())) > 1:
             size = sum(part.bytes for name, parts in contents.items() if name in weight_map.values() for part in parts)
@@ -147,6 +156,8 @@ class Writer:
         """config.json, the source's small files, further JSON files and the manifest; then the folder becomes OUT."""
         for file in self.texts:
             shutil.copyfile(file, self.folder / file.name)
+        if self.tokenizer is not None:
+            self.tokenizer.save(self.folder)
         for name, value in {"config.json": config, **also}.items():
             write_json(self.folder / name, value)
         (self.folder / JOURNAL).unlink()

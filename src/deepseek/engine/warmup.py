@@ -117,8 +117,8 @@ def recorded_use(model: CausalLM, folder: Path | None) -> ExpertUsage | None:
 def _read(file: Path) -> ExpertUsage | None:
     """A damaged file counts as none: it is a habit that is lost, and the next run writes it anew."""
     try:
-        return ExpertUsage.from_json(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, DataError):
+        return ExpertUsage.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, UnicodeDecodeError, DataError):
         return None
 
 

@@ -28,11 +28,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import ModelConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..model import CausalLM, Route
 from ..model.experts import MoE, RoutedExperts
 from ..model.layers import MLP, Linear
 from ..ops.panels import Bits, unpack, unpack_mlp
+from . import int4
 
 METHOD, VERSION = "moe_dr", 1
 
@@ -58,7 +59,7 @@ class Recipe:
 
     @classmethod
     def of(cls, config: ModelConfig, origin: str) -> Recipe | None:
-        """That of a checkpoint's config, None where the weights are plain or DeepSeek's FP8.
+        """That of a checkpoint's config, None where the weights are plain, DeepSeek's FP8 or int4 (int4.py).
 
         Raises ConfigError naming `origin` for a method, version or format that is not read here.
         """
@@ -66,18 +67,21 @@ class Recipe:
         if keys is None:
             return None
         if not isinstance(keys, Mapping):
-            raise ConfigError(f"{origin}: quantization_config = {keys!r:.60}: must be an object")
+            raise ConfigError(f"{origin}: quantization_config = {shown(keys)}: must be an object")
         method = keys.get("quant_method", "fp8")
         if method == "fp8":
             return None
+        if method == int4.METHOD:
+            int4.check(keys, origin)
+            return None
         if method != METHOD:
-            raise ConfigError(f"{origin}: quantization_config.quant_method = {method!r}: must be {METHOD} or "
-                              "DeepSeek's fp8, others are not read here")
+            raise ConfigError(f"{origin}: quantization_config.quant_method = {shown(method)}: must be {METHOD}, "
+                              "DeepSeek's fp8 or compressed-tensors' int4, others are not read here")
         keep = keys.get("keep", ())
         if not isinstance(keep, list | tuple) or not all(isinstance(name, str) for name in keep):
-            raise ConfigError(f"{origin}: quantization_config.keep = {keep!r:.60}: must be a list of names")
+            raise ConfigError(f"{origin}: quantization_config.keep = {shown(keep)}: must be a list of names")
         if (version := keys.get("version")) != VERSION or isinstance(version, bool):
-            raise ConfigError(f"{origin}: quantization_config.version = {version!r}: this program reads {VERSION}")
+            raise ConfigError(f"{origin}: quantization_config.version = {shown(version)}: this program reads {VERSION}")
         try:
             return cls(str(keys.get("format")), tuple(keep))
         except ConfigError as error:
