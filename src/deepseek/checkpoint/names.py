@@ -70,7 +70,7 @@ def resolve(name: str | Path) -> Path:
 def _no_checkpoint(folder: Path) -> str:
     """Why a folder without config.json is none."""
     if not any(folder.iterdir()):
-        return "the folder is empty"
+        return "the folder has no config.json: the folder is empty"
     for adapter in ("delta", "adapter"):
         if (folder / adapter).is_dir():
             return (f"the folder is of a tuning, which left {folder / adapter}: give the base model, and this as its "
