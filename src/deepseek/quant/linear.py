@@ -75,8 +75,8 @@ class Recipe:
             int4.check(keys, origin)
             return None
         if method != METHOD:
-            raise ConfigError(f"{origin}: quantization_config.quant_method = {shown(method)}: must be {METHOD}, "
-                              "DeepSeek's fp8 or compressed-tensors' int4, others are not read here")
+            raise ConfigError(f"{origin}: quantization_config.quant_method = {shown(method)}: must be {METHOD} or "
+                              "DeepSeek's fp8, or compressed-tensors with int4; others are not read here")
         keep = keys.get("keep", ())
         if not isinstance(keep, list | tuple) or not all(isinstance(name, str) for name in keep):
             raise ConfigError(f"{origin}: quantization_config.keep = {shown(keep)}: must be a list of names")
