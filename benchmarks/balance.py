@@ -18,9 +18,9 @@ import torch
 
 from deepseek.config import ModelConfig
 from deepseek.data import Document, TokenShards, pack
+from deepseek.deepopt.loop import TrainingLoop, read_log
 from deepseek.deepopt.plot import smooth
 from deepseek.deepopt.settings import TrainConfig
-from deepseek.deepopt.trainer import Trainer, read_log
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
 from harness import RESULTS, arguments, machine, table, versions, write_result
@@ -41,7 +41,7 @@ def skewed_text() -> list[Document]:
 def run(name: str, speed: float, data: TokenShards, settings: TrainConfig, folder: Path) -> list[dict]:
     config = ModelConfig.preset("nano").with_(num_nextn_predict_layers=0)
     model = CausalLM(config).init_weights(torch.Generator().manual_seed(0))
-    Trainer(model, data, replace(settings, bias_speed=speed), folder / name).run()
+    TrainingLoop(model, data, replace(settings, bias_speed=speed), folder / name).run()
     return [record for record, _ in read_log(folder / name / "log.jsonl")]
 
 

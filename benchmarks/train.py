@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 
 from deepseek.config import ModelConfig
+from deepseek.deepopt.loop import make_optimizer
 from deepseek.deepopt.settings import TrainConfig
-from deepseek.deepopt.trainer import make_optimizer
 from deepseek.info import describe
 from deepseek.model import CausalLM
 from harness import alternate, arguments, gemm_gflops, machine, ratio, table, versions, write_result

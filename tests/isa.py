@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SHORT = ["tests/ops/test_panels.py", "tests/ops/test_training_kernels.py::test_norm",
          "tests/tune/test_lora.py::test_merging_says_when_it_would_do_nothing_or_lose_too_much"]
-FULL = ["tests/ops", "tests/quant", "tests/model/test_mla.py", "tests/deepopt/test_trainer.py",
+FULL = ["tests/ops", "tests/quant", "tests/model/test_mla.py", "tests/deepopt/test_loop.py",
         "tests/tune/test_lora.py", "tests/engine/test_engine.py"]
 NEEDS = {"avx2": "AVX2 and FMA", "avx512_vnni": "AVX512-VNNI", "amx": "AMX-INT8"}
 EMULATED = "amx_emulated"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoint import save_model as save_model
     from .config import ModelConfig as ModelConfig
     from .convert import quantize as quantize
+    from .deepopt import Trainer as Trainer
     from .engine import LLM as LLM
     from .engine import SamplingParams as SamplingParams
     from .engine import dynamic_batching as dynamic_batching
@@ -36,6 +37,7 @@ _WHERE = {
     "ModelConfig": "config",
     "SamplingParams": "engine",
     "Tokenizer": "tokenizer",
+    "Trainer": "deepopt",
     "dynamic_batching": "engine",
     "load_model": "checkpoint",
     "quantize": "convert",

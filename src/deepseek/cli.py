@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
 from .engine.verbs import add_chat_flags, add_infer_flags
 from .errors import ConfigError, DataError, MoEDRError, nearest, printable
+from .interrupts import Stopped, handled
 from .serve.verbs import add_serve_flags
 from .tune.verbs import add_tune_flags
 from .watch.terminal import add_watch_flags
@@ -24,24 +27,26 @@ from .watch.terminal import watch as watch_server
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .config import ModelConfig
-    from .tokenizer import Tokenizer
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for what the user can mend, 1 for what failed below (disk, memory, a
-    library), 130 for Ctrl-C. A failure is one line; DEEPSEEK_DEBUG=1 shows its traceback instead."""
-    args = _parser().parse_args(argv)
+    library), 130 for Ctrl-C, 143 for SIGTERM. A failure is one line; DEEPSEEK_DEBUG=1 shows its traceback instead."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words)
     if not hasattr(args, "run"):
         args.usage()
         return 2
     try:
         warnings.showwarning = _show_warning
-        args.run(args)
+        with contextlib.nullcontext() if args.run is serve else handled(hard=True):
+            args.run(args)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        with contextlib.suppress(OSError):
+            for note in getattr(error, "__notes__", ()):
+                print(f"deepseek: stopped: {note}\nresume: {shlex.join(['deepseek', *words])}", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
         sys.stdout = None
         return 0
@@ -95,8 +100,9 @@ def info(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from . import info as accounting
+    from .checkpoint import find_config
 
-    described = accounting.describe(_config(args.model), name=args.model, context=args.context)
+    described = accounting.describe(find_config(args.model), name=args.model, context=args.context)
     priced = args.price_per_hour is not None and args.tokens_per_second is None
     machine = accounting.measure_machine() if args.machine or priced else None
     fits = accounting.fit(described, machine, context=args.context) if machine else None
@@ -127,61 +133,31 @@ def data_tokenizer(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    from .files import locked
+    from dataclasses import replace
 
-    with locked(args.out):  # from the tokenizer on; the trainer locks its folder in its turn
-        _train(args)
-
-
-def _train(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    import torch
-
-    from . import info as accounting
-    from .data import pack_cached
     from .deepopt.trainer import Trainer
-    from .memory import check_memory
-    from .model import CausalLM
-    from .progress import ProgressBar
 
     _machine(args)
-    config, out = _config(args.config), Path(args.out)
-    data = _training_data(args, config)
-    if args.device == "cpu":
-        numbers = accounting.describe(config).total
-        check_memory(16 * numbers, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
-    for source in [place for places in data.values() for place in places] if isinstance(data, dict) else data:
-        if out.resolve().is_relative_to(Path(source).resolve()):
-            raise ConfigError(f"out = {out}: must not lie inside DATA ({source}), or the run would read its own logs")
-    settings = TrainConfig(**{setting.name: getattr(args, setting.name) for setting in fields(TrainConfig)})
-    if settings.seq_len > config.max_position_embeddings:
-        warnings.warn(f"seq_len = {settings.seq_len}: the model's positions end at {config.max_position_embeddings} "
-                      "(max_position_embeddings): what it learns beyond them is used nowhere", stacklevel=1)
-    tokenizer = _training_tokenizer(args, data, config, out)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(f"vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
-    config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None,
-                          pad_token_id=tokenizer.pad_id)
-    with ProgressBar(desc="pack", unit=" tokens", unit_scale=True) as bar:
-        def packed(_: int, tokens: int) -> None:
-            bar.update(tokens - bar.n)
-
-        shards, report = pack_cached(data, tokenizer, out / "tokens", valid_fraction=args.valid_fraction,
-                                     progress=packed)
-    if report is not None:
-        print(report.summary())
-    torch.manual_seed(settings.seed)
-    model = CausalLM(config).init_weights(torch.Generator().manual_seed(settings.seed)).to(args.device)
-    trainer = Trainer(model, shards, settings, out, tokenizer)
-    per_step = settings.batch_size * settings.accumulation * settings.seq_len
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {shards.train_tokens:,} tokens "
-          f"({settings.steps * per_step / shards.train_tokens:.2f} epochs), "
-          f"{str(model.compute_dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-          + (f"; continuing after step {trainer.step}" if trainer.step else ""))
-    trainer.run()
-    print(f"model: {out / 'model'}\nloss:  {out / 'loss.png'}\nlog:   {out / 'log.jsonl'}\n"
-          f"try:   deepseek-infer --model {out / 'model'} --prompt '…'")
+    names = [setting.name for setting in fields(TrainConfig)]
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    words = [word for word in (args.config, *args.data) if word is not None]
+    out, where = args.out, {"device": args.device}
+    where |= {} if args.valid_fraction is None else {"valid_fraction": args.valid_fraction}
+    if not words and args.from_model is None and not args.experts and args.tokenizer is None:
+        leg = {key: given.pop(key) for key in ("steps", "lr", "min_lr_ratio", "warmup_steps") if key in given}
+        trainer, data = replace(Trainer.resume(out, device=args.device, **leg), **given), None
+        if args.valid_fraction not in (None, trainer.valid_fraction):
+            raise ConfigError(f"valid_fraction = {args.valid_fraction}: the run in {out} has {trainer.valid_fraction}")
+    else:
+        if args.from_model is not None and words and _is_config(words[0]):
+            raise ConfigError(f"CONFIG = {words[0]!r}: does not go with --from {args.from_model}, which brings its own "
+                              "configuration; leave it out")
+        config = words.pop(0) if args.from_model is None and words else None
+        data = _training_data(words, args.experts)
+        trainer = Trainer(config, out=out, from_model=args.from_model, tokenizer=args.tokenizer, **where, **given)
+    model = trainer.fit(data)
+    print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"
+          f"try:   deepseek-infer --model {model} --prompt '…'")
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -346,36 +322,29 @@ def atlas_compare(args: argparse.Namespace) -> None:
 # ---- what verbs share ---------------------------------------------------------------------------------------------
 
 
-def _config(name: str) -> ModelConfig:
-    """A preset, a config.json, a checkpoint folder or hub id; local first."""
+def _is_config(word: str) -> bool:
+    """Whether a word that stands where DATA is expected means a configuration."""
     from pathlib import Path
 
     from .config import PRESETS, ModelConfig
 
-    path = Path(name).expanduser()
-    if path.exists():
-        return ModelConfig.from_file(path, strict=True if path.is_file() else None)
-    if name in PRESETS:
-        return ModelConfig.preset(name)
-    from .checkpoint import resolve
+    path = Path(word)
+    if not path.exists():
+        return word in PRESETS
+    try:
+        return (path / "config.json").is_file() if path.is_dir() else (
+            path.suffix == ".json" and path.stat().st_size < 1 << 20 and bool(ModelConfig.from_file(path)))
+    except MoEDRError:
+        return path.name == "config.json"
 
-    return ModelConfig.from_file(resolve(name))
 
-
-def _training_data(args: argparse.Namespace, config: ModelConfig) -> Any:
+def _training_data(words: Sequence[str], experts: Sequence[str] | None) -> Any:
     """DATA, or {expert name: its paths} of --experts; a bare DATA beside them is text without a name."""
-    if not args.experts:
-        if not args.data:
+    if not experts:
+        if not words:
             raise ConfigError("data: at least one DATA or --experts NAME=PATH must be given")
-        return args.data
-    named: dict[str, list[str]] = _named_paths(args.experts, "experts")
-    if config.n_group < max(2, len(named)):
-        raise ConfigError(f"n_group = {config.n_group}: must be at least 2, and one for each of the {len(named)} "
-                          f"expert names ({', '.join(named)})")
-    if config.topk_group >= config.n_group:
-        raise ConfigError(f"topk_group = {config.topk_group}: must be below n_group ({config.n_group}), or the gate "
-                          "never chooses between named groups")
-    return named | ({"": args.data} if args.data else {})
+        return words
+    return _named_paths(experts, "experts") | ({"": words} if words else {})
 
 
 def _named_paths(words: Sequence[str], flag: str) -> dict[str, list[str]]:
@@ -388,21 +357,6 @@ def _named_paths(words: Sequence[str], flag: str) -> dict[str, list[str]]:
                               "made of letters, digits and _")
         named.setdefault(name, []).append(path)
     return named
-
-
-def _training_tokenizer(args: argparse.Namespace, data: Any, config: ModelConfig, out: Any) -> Tokenizer:
-    """The one given, the one of an earlier start of this run, or one trained on the data."""
-    from .data import ReadReport, read_documents
-    from .files import replace_folder
-    from .tokenizer import Tokenizer
-
-    folder = args.tokenizer or out / "tokenizer"
-    if not args.tokenizer and not (folder / "tokenizer.json").is_file():
-        print(f"training a tokenizer of {config.vocab_size:,} tokens on the data", flush=True)
-        trained = Tokenizer.train((d.text for d in read_documents(data, ReadReport())), config.vocab_size)
-        with replace_folder(folder) as staging:
-            trained.save(staging)
-    return Tokenizer.load(folder)
 
 
 @contextmanager
@@ -492,18 +446,26 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--out", required=True, help="folder to write")
     add_verbs(steps, _verb)
 
-    verb = _verb(verbs, "train", train, "train a model from scratch; the same command continues a stopped run")
-    verb.add_argument("config", metavar="CONFIG", help="a preset or a config.json")
+    verb = _verb(verbs, "train", train, "train a model from scratch or from a checkpoint; the same command, or --out "
+                 "alone, continues a stopped run, more --steps extend it")
+    verb.add_argument("config", nargs="?", metavar="CONFIG", help="a preset or a config.json; not with --from")
     verb.add_argument("data", nargs="*", metavar="DATA", help="text, code, JSONL or folders of them")
     verb.add_argument("--experts", nargs="+", action="extend", metavar="NAME=PATH",
                       help="text by expert: binds the routing groups to these names; a name may come several times")
     verb.add_argument("--out", required=True, help="folder of the run")
+    verb.add_argument("--from", dest="from_model", metavar="MODEL", help="a checkpoint folder or a hub id: starts from "
+                      "its weights, with its configuration, tokenizer and names; all parameters are trained")
     verb.add_argument("--tokenizer", help="folder of a tokenizer; else one is trained on the data")
-    verb.add_argument("--valid_fraction", type=float, default=0.01, help="share of the documents held out")
+    verb.add_argument("--valid_fraction", type=float, default=argparse.SUPPRESS,
+                      help="share of the documents held out (default: 0.01)")
+    verb.set_defaults(valid_fraction=None)
     _device_flags(verb)
-    for setting in fields(TrainConfig):
-        kind: dict[str, Any] = {"action": "store_true"} if setting.default is False else {"type": type(setting.default)}
-        verb.add_argument(f"--{setting.name}", default=setting.default, help=setting.metadata["help"], **kind)
+    for setting in fields(TrainConfig):  # no default here: what is not given is the run's, where one goes on
+        kind: dict[str, Any] = {"action": "store_true"} if setting.default is False else {
+            "type": type(setting.default or 0.0)}
+        shown = f" (default: {setting.default})" if setting.default else ""
+        verb.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, help=setting.metadata["help"] + shown, **kind)
+        verb.set_defaults(**{setting.name: None})
 
     verb = _verb(verbs, "atlas", None, "experts by name: measure, show and compare them")
     steps = verb.add_subparsers(title="steps", metavar="STEP")

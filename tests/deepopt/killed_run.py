@@ -1,4 +1,4 @@
-"""Train, be killed, go on: run by test_trainer.py in a process of its own.
+"""Train, be killed, go on: run by test_loop.py in a process of its own.
 
     python killed_run.py FOLDER KILLS SEED
 
@@ -24,8 +24,8 @@ import torch
 
 from deepseek.config import ModelConfig
 from deepseek.data import Document, TokenShards, pack
+from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.settings import TrainConfig
-from deepseek.deepopt.trainer import Trainer
 from deepseek.files import sha256
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ SETTINGS = TrainConfig(steps=30, batch_size=2, seq_len=32, warmup_steps=5, eval_
 
 def train(out: Path, data: TokenShards) -> None:
     model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
-    Trainer(model, data, SETTINGS, out).run()
+    TrainingLoop(model, data, SETTINGS, out).run()
 
 
 def fork(out: Path, data: TokenShards) -> int:

@@ -18,8 +18,8 @@ from deepseek.atlas.profile import doubts
 from deepseek.checkpoint import load_model
 from deepseek.config import ModelConfig
 from deepseek.data import Document, TokenShards, pack
+from deepseek.deepopt.loop import TrainingLoop, read_log
 from deepseek.deepopt.settings import TrainConfig
-from deepseek.deepopt.trainer import Trainer, read_log
 from deepseek.errors import ConfigError
 from deepseek.model import CausalLM, Route, RoutingRecord, group_weight
 from deepseek.model.gate import Gate, group_guidance_loss
@@ -48,7 +48,7 @@ def run(shards: tuple[TokenShards, Tokenizer], config: ModelConfig, out: Path, *
     model = CausalLM(config).init_weights(torch.Generator().manual_seed(0))
     settings = {"steps": 40, "batch_size": 8, "seq_len": 64, "lr": 1e-2, "warmup_steps": 5, "eval_every": 40,
                 "save_every": 20, "precision": "fp32", "balance_weight": 0.0, "bias_speed": 1e-2} | settings
-    Trainer(model, data, TrainConfig(**settings), out, tokenizer).run()
+    TrainingLoop(model, data, TrainConfig(**settings), out, tokenizer).run()
     return [record for record, _ in read_log(out / "log.jsonl")]
 
 

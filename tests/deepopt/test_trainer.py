@@ -1,199 +1,282 @@
-"""The trainer: settings, loop, log, plot, checkpoints, and that a killed run ends in the same bytes."""
+"""`Trainer` and `deepseek train`: from scratch, from a checkpoint, gone on with, extended."""
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
-import subprocess
-import sys
-from dataclasses import replace
+import random
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from deepseek.data import Document, TokenShards, pack
+from deepseek import Atlas, Trainer, load_model
+from deepseek.atlas import profile
+from deepseek.checkpoint import base_tensors, save_model
+from deepseek.cli import main
+from deepseek.config import ModelConfig
+from deepseek.convert import quantize
+from deepseek.deepopt.loop import read_log
 from deepseek.deepopt.settings import TrainConfig
-from deepseek.deepopt.trainer import Trainer, checkpoints, random_state, read_log, set_random_state
-from deepseek.errors import CheckpointError, ConfigError
-from deepseek.files import sha256
-from deepseek.model import CausalLM
-from deepseek.ops import native
+from deepseek.errors import ConfigError, NotFoundError
 from deepseek.tokenizer import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-from killed_run import SETTINGS, TINY
+QUICK: dict[str, Any] = {"batch_size": 2, "seq_len": 16, "warmup_steps": 2, "eval_every": 50, "eval_batches": 2,
+                         "precision": "fp32", "valid_fraction": 0.2}
+FLAGS = [word for key, value in QUICK.items() for word in (f"--{key}", str(value))]
+NAMES = ("prose_expert", "ledger_expert")
+WORDS = {"prose_expert": "the river ran past an old house and nobody saw its windows shine".split(),
+         "ledger_expert": "paid 31 coins on 7 may to account 4402 balance 918 credit".split(),
+         "code_expert": "def f ( x ) : return x + 1 if else for in range".split()}
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek.deepopt.loop.plot_run", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
-    sentences = [f"the {a} {b} the {c} ." for a in ("red", "old", "big") for b in ("fox sees", "cat eats", "dog likes")
-                 for c in ("moon", "river", "bread", "song")]
-    documents = [Document(" ".join(sentences[i % 36 : i % 36 + 9]) + f" {i}", f"story {i}") for i in range(60)]
-    tokenizer = Tokenizer.train((d.text for d in documents), TINY.vocab_size)
-    return pack(documents, tokenizer, tmp_path_factory.mktemp("data") / "tokens", valid_fraction=0.1)
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of records for every name, a tokenizer and a config.json."""
+    root, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
+    for name, words in WORDS.items():
+        (root / f"{name}.jsonl").write_text("".join(
+            json.dumps({"text": " ".join(draw.choices(words, k=40))}) + "\n" for _ in range(20)))
+    Tokenizer.train([" ".join(draw.choices([word for words in WORDS.values() for word in words], k=4000))], 300).save(root / "words")
+    config = ModelConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        moe_intermediate_size=16, n_routed_experts=12, num_experts_per_tok=2, n_group=3, topk_group=1, kv_lora_rank=16,
+        qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=12, max_position_embeddings=128,
+        num_nextn_predict_layers=1)
+    (root / "config.json").write_text(json.dumps(config.to_dict()))
+    return root
 
 
-def new_model() -> CausalLM:
-    return CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module")
+def base(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with two built-in names of three groups."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepseek.deepopt.loop.plot_run", lambda *_: None)
+        return Trainer(texts / "config.json", out=tmp_path_factory.mktemp("base"), tokenizer=texts / "words", steps=6,
+                       **QUICK).fit({name: texts / f"{name}.jsonl" for name in NAMES})
 
 
-def weights(out: Path) -> tuple[str, str]:
-    return sha256(out / "model" / "model.safetensors"), sha256(out / "model" / "mtp.safetensors")
+def rates(out: Path) -> list[float]:
+    return [record["lr"] for record, _ in read_log(out / "log.jsonl") if "lr" in record]
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("steps", 0), ("steps", 1.5), ("batch_size", -1), ("lr", 0.0), ("lr", math.nan), ("clip", -1.0), ("beta2", 1.0),
-    ("warmup_steps", -1), ("precision", "fp8"), ("weight_decay", math.inf), ("steps", True), ("lr", "x"), ("seed", 0.5),
-    ("beta1", None)])
-def test_impossible_setting_is_named(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"{key} = .*must"):
-        TrainConfig(**{key: value})
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return base_tensors(load_model(folder))
 
 
-def test_learning_rate_warms_up_and_ends_low() -> None:
-    config = TrainConfig(steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.1)
-    rates = [config.learning_rate(step) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[100] == pytest.approx(0.1)
+def same(a: Path, b: Path) -> bool:
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_run_learns_and_leaves_everything(data: TokenShards, tmp_path: Path) -> None:
-    seen: list[dict] = []
-    Trainer(new_model(), data, replace(SETTINGS, tensorboard=True), tmp_path).run(seen.append)
-    records = [record for record, _ in read_log(tmp_path / "log.jsonl")]
-    steps, held_out = [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
-    assert [r["step"] for r in steps] == list(range(1, 31)) and steps == seen
-    assert [r["step"] for r in held_out] == [10, 20, 30]
-    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"] and held_out[-1]["eval_loss"] < held_out[0]["eval_loss"]
-    assert all(r["max_vio"] >= 0 and r["mtp_loss"] > 0 and r["balance_loss"] >= 0.9 for r in steps)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000028", "checkpoint-000030"]
-    assert list((tmp_path / "tensorboard").glob("events*"))
-    assert not list(tmp_path.glob(".checkpoint*"))
+def test_it_says_what_it_holds_and_does_what_the_command_does(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = texts / "prose_expert.jsonl"
+    trainer = Trainer(texts / "config.json", out=tmp_path / "a", tokenizer=str(texts / "words"), steps=4, **QUICK)
+    assert "config.json from scratch" in repr(trainer) and "4 steps of 2 x 16 tokens, lr 0.001" in repr(trainer)
+    assert repr(trainer).endswith("nothing is trained yet")
+    seen: list[dict[str, Any]] = []
+    model = trainer.fit(given, on_step=seen.append)
+    assert model == tmp_path / "a" / "model" and [record["step"] for record in seen] == [1, 2, 3, 4]
+    assert repr(trainer).endswith(f"finished: {model}")
+    assert main(["train", str(texts / "config.json"), str(given), "--out", str(tmp_path / "b"), "--tokenizer",
+                 str(texts / "words"), "--steps", "4", *FLAGS]) == 0
+    assert "try:   deepseek-infer --model" in capsys.readouterr().out
+    assert same(model, tmp_path / "b" / "model")
+    names = {field.name for field in fields(Trainer)}
+    assert {field.name for field in fields(TrainConfig)} < names and {"config", "out", "from_model"} < names
 
 
-@pytest.mark.parametrize(("precision", "bf16", "tolerance"), [
-    ("fp32", "native", 2e-3), ("bf16", "native", 2e-2), ("bf16", "torch", 2e-2)])
-def test_losses_are_the_recorded_ones(data: TokenShards, tmp_path: Path, precision: str, bf16: str, tolerance: float,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refactor that changes a loss is not a refactor. Tolerance: another order of FP32 sums; in BF16 also products
-    rounded otherwise, which moves near ties of the gate. `auto` would take FP32 or BF16 as the machine has units."""
-    monkeypatch.setattr(native, "BF16", bf16)
-    seen: list[dict] = []
-    Trainer(new_model(), data, replace(SETTINGS, precision=precision), tmp_path).run(seen.append)
-    golden = json.loads(GOLDEN.read_text())
-    for key, values in golden.items():
-        assert [r[key] for r in seen][: len(values)] == pytest.approx(values, rel=tolerance), key
+def test_a_finished_run_is_extended_by_more_steps(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, out = texts / "prose_expert.jsonl", tmp_path / "run"
+    command = ["train", str(texts / "config.json"), str(given), "--out", str(out), "--tokenizer", str(texts / "words"),
+               *FLAGS]
+    assert main([*command, "--steps", "6", "--lr", "1e-2"]) == 0
+    first = rates(out)
+    assert main([*command, "--steps", "10", "--lr", "1e-2"]) == 0  # the same command with more steps
+    assert "extended from 6 to 10 steps: lr from 0.001 up to 0.01 in 2 steps, then down to 0.001" in (
+        capsys.readouterr().out)
+    assert rates(out)[:6] == first and len(rates(out)) == 10
+    assert rates(out)[6:8] == pytest.approx([0.0055, 0.01]) and rates(out)[9] < rates(out)[8] < 0.011
+    assert main(["train", "--out", str(out), "--steps", "12", "--lr", "2e-3"]) == 0  # or no more than that
+    assert rates(out)[10:] == pytest.approx([0.0015, 0.002])
+    assert main(["train", "--out", str(out)]) == 0 and len(rates(out)) == 12  # nothing is left to do
+    capsys.readouterr()
+    assert main([*command, "--steps", "10", "--lr", "1e-2"]) == 2
+    assert "steps = 10:" in (said := capsys.readouterr().err) and "a run of 12 steps, which can grow, not" in said
+    for flag, message in (("--lr", "holds a run with lr = 0.002, this one has 5.0"),
+                          ("--batch_size", "holds a run with batch_size = 2, this one has 5"),
+                          ("--valid_fraction", "valid_fraction = 0.5: the run in")):
+        assert main(["train", "--out", str(out), flag, "0.5" if "valid" in flag else "5"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["train", "--out", str(out), "--steps", "14", "--batch_size", "5"]) == 2
+    assert "holds a run with batch_size" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="nowhere: holds no run to go on with"):
+        Trainer.resume(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds no run to go on with"):
+        Trainer(out=tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_interrupted_run_continues_bit_by_bit(data: TokenShards, tmp_path: Path, precision: str) -> None:
-    config = replace(SETTINGS, steps=12, precision=precision, accumulation=2, save_every=100)
-    Trainer(new_model(), data, config, tmp_path / "calm").run()
+def test_an_extension_that_was_stopped_goes_on_and_one_that_has_not_begun_can_be_changed(
+    texts: Path, tmp_path: Path
+) -> None:
+    given = texts / "prose_expert.jsonl"
+    for out in ("calm", "stopped"):
+        Trainer(texts / "config.json", out=tmp_path / out, tokenizer=texts / "words", steps=4, **QUICK).fit(given)
+    Trainer.resume(tmp_path / "calm", steps=9).fit()
 
-    def interrupt(record: dict) -> None:
-        if record["step"] == 7:
-            raise KeyboardInterrupt
+    def stop(at: int) -> Any:
+        def on_step(record: dict[str, Any]) -> None:
+            if record["step"] == at:
+                raise KeyboardInterrupt
+        return on_step
 
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(new_model(), data, config, tmp_path / "stopped").run(interrupt)
-    second = Trainer(new_model(), data, config, tmp_path / "stopped")
-    assert second.step == 7
-    second.run()
-    assert weights(tmp_path / "calm") == weights(tmp_path / "stopped")
-    calm, stopped = ([record for record, _ in read_log(tmp_path / run / "log.jsonl")] for run in ("calm", "stopped"))
-    for record in (*calm, *stopped):
-        record.pop("tokens_per_second", None)
-    assert calm == stopped
-
-
-def test_gradient_checkpointing_changes_nothing(data: TokenShards, tmp_path: Path) -> None:
-    for name, flag in (("plain", False), ("recomputed", True)):
-        Trainer(new_model(), data, replace(SETTINGS, steps=4, gradient_checkpointing=flag), tmp_path / name).run()
-    assert weights(tmp_path / "plain") == weights(tmp_path / "recomputed")
-
-
-def killed(folder: Path, kills: int) -> dict:
-    script = Path(__file__).parent / "killed_run.py"
-    done = subprocess.run([sys.executable, str(script), str(folder), str(kills), "1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        Trainer.resume(tmp_path / "stopped", steps=9).fit(on_step=stop(7))
+    assert "step 7 of 9 is saved in" in caught.value.__notes__[0]
+    trainer = Trainer.resume(tmp_path / "stopped")
+    assert trainer.steps == 9 and repr(trainer).endswith("step 7 is saved")
+    trainer.fit()
+    assert same(tmp_path / "calm" / "model", tmp_path / "stopped" / "model")
+    # a mistyped number of steps, before its first step is saved
+    settings = tmp_path / "calm" / "settings.json"
+    about = json.loads(settings.read_text())
+    assert [leg["steps"] for leg in about["legs"]] == [4]
+    about["legs"].append({key: about["train"][key] for key in about["legs"][0]})
+    about["train"]["steps"] = 9000
+    settings.write_text(json.dumps(about))
+    assert Trainer.resume(tmp_path / "calm").steps == 9
 
 
-def test_killed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    result = killed(tmp_path, 6)
-    assert result["kills"] >= 6 and result["killed"] == result["calm"]
+def test_other_data_leaves_the_run_as_it_was(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def trainer(steps: int) -> Trainer:
+        return Trainer(texts / "config.json", out=out, tokenizer=texts / "words", steps=steps, **QUICK)
+
+    trainer(2).fit(texts / "prose_expert.jsonl")
+    with pytest.raises(ConfigError, match="holds a run on other data"):
+        trainer(4).fit(texts / "ledger_expert.jsonl")
+    Tokenizer.train(["other words"], 262).save(tmp_path / "other")
+    with pytest.raises(ConfigError, match="holds a run with another tokenizer"):
+        Trainer(texts / "config.json", out=out, tokenizer=tmp_path / "other", steps=4, **QUICK).fit(
+            texts / "prose_expert.jsonl")
+    Trainer.resume(out, steps=4).fit()
+    assert len(rates(out)) == 4
 
 
-@pytest.mark.slow
-def test_run_killed_often_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    result = killed(tmp_path, 150)
-    print(result)
-    assert result["kills"] >= 150 and result["during_writes"] >= 10 and result["killed"] == result["calm"]
+# ---- from a checkpoint --------------------------------------------------------------------------------------------
 
 
-def test_other_settings_in_the_same_folder_are_refused(data: TokenShards, tmp_path: Path) -> None:
-    config = replace(SETTINGS, steps=1)
-    Trainer(new_model(), data, config, tmp_path).run()
-    with pytest.raises(ConfigError, match=r"holds a run with lr = 0\.003, this one has 0\.1"):
-        Trainer(new_model(), data, replace(config, lr=0.1), tmp_path)
+def test_training_goes_on_from_a_checkpoint(
+    base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights, tokenizer, configuration and names; all parameters move; the rate is its own."""
+    out, given = tmp_path / "out", str(texts / "code_expert.jsonl")
+    assert main(["train", given, "--from", str(base), "--out", str(out), "--steps", "3", *FLAGS]) == 0
+    assert "lr 0.0001" in capsys.readouterr().out and max(rates(out)) == 1e-4
+    before, after = load_model(base), load_model(out / "model")
+    still = [name for name, tensor in base_tensors(before).items() if torch.equal(tensor, base_tensors(after)[name])]
+    assert not [name for name in still if "correction_bias" not in name]
+    worst = max(float((a - b).abs().max()) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert 0 < worst <= 4 * 1e-4  # not from scratch: AdamW moves a weight by about lr a step
+    assert Tokenizer.load(out / "model").fingerprint == Tokenizer.load(base).fingerprint
+    assert after.config.to_dict() == before.config.to_dict()
+    assert Atlas.load(out / "model").names == NAMES  # nothing was said of names: they stay
+    # without its base a run goes on, with another one it does not
+    assert main(["train", "--out", str(out), "--steps", "4"]) == 0
+    assert len(rates(out)) == 4 and rates(out)[3] <= 1e-4
+    with torch.no_grad():
+        before.model.norm.weight[0] += 1
+    other = save_model(before, tmp_path / "other", tokenizer=Tokenizer.load(base))
+    assert main(["train", given, "--from", str(other), "--out", str(out), "--steps", "5", *FLAGS]) == 2
+    assert "holds a run with base" in capsys.readouterr().err
 
 
-def test_two_trainers_in_one_folder_are_refused(data: TokenShards, tmp_path: Path) -> None:
-    first = Trainer(new_model(), data, SETTINGS, tmp_path)
-    with pytest.raises(ConfigError, match="another process is writing it"):
-        Trainer(new_model(), data, SETTINGS, tmp_path)
-    assert first.step == 0
+def test_names_of_a_checkpoint_keep_their_groups(base: Path, texts: Path, tmp_path: Path) -> None:
+    """Text of one old name and a new one: the new one gets the next group, the old ones keep theirs."""
+    model = Trainer(from_model=base, out=tmp_path / "a", steps=2, **QUICK | {"seq_len": 64}).fit(
+        {"code_expert": texts / "code_expert.jsonl", "ledger_expert": texts / "ledger_expert.jsonl"})
+    atlas = Atlas.load(model)
+    assert atlas.names == (*NAMES, "code_expert")
+    assert atlas["code_expert"].by_layer() == {1: [8, 9, 10, 11], 2: [8, 9, 10, 11]}
+    assert {name: "routing_accuracy" in atlas.group(name).evidence for name in atlas} == {
+        "prose_expert": False, "ledger_expert": True, "code_expert": True}
+    about = json.loads((tmp_path / "a" / "tokens" / "shards.json").read_text())
+    assert about["experts"] == [*NAMES, "code_expert"]
+    with pytest.raises(ConfigError, match=r"one for each of the 4 expert names \(prose_expert, ledger_expert, x, y\)"):
+        Trainer(from_model=base, out=tmp_path / "b", steps=2, **QUICK).fit({"x": texts, "y": texts})
+    # names that were measured stay beside the built-in ones, with the evidence of the base
+    measured = tmp_path / "measured"
+    save_model(load_model(base), measured, tokenizer=Tokenizer.load(base))
+    tokenizer = Tokenizer.load(base)
+    from deepseek.data import ReadReport, read_documents
+    found = profile(load_model(base), tokenizer, {
+        name: read_documents([texts / f"{name}.jsonl"], ReadReport()) for name in ("code_expert", "prose_expert")},
+        seq_len=32)
+    Atlas.load(base).updated(found).save(measured)
+    kinds = {group.name: group.kind for group in Atlas.load(measured).groups}
+    model = Trainer(from_model=measured, out=tmp_path / "c", steps=1, **QUICK).fit(texts / "code_expert.jsonl")
+    assert {group.name: group.kind for group in Atlas.load(model).groups} == kinds
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_folder_deleted_during_the_run(data: TokenShards, tmp_path: Path, whole: bool) -> None:
-    out, log = tmp_path / "out", tmp_path / "out" / "log.jsonl"
-
-    def delete(record: dict) -> None:
-        shutil.rmtree(out) if whole else log.unlink()
-
-    with pytest.raises(ConfigError, match=r"log\.jsonl: was deleted or replaced during the run"):
-        Trainer(new_model(), data, replace(SETTINGS, steps=3), out).run(delete)
-
-
-def test_altered_checkpoint_is_refused_by_name(data: TokenShards, tmp_path: Path) -> None:
-    Trainer(new_model(), data, replace(SETTINGS, steps=2), tmp_path).run()
-    victim = checkpoints(tmp_path)[-1] / "optimizer.safetensors"
-    content = bytearray(victim.read_bytes())
-    content[-1] ^= 1
-    victim.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: altered"):
-        Trainer(new_model(), data, replace(SETTINGS, steps=2), tmp_path)
-
-
-def test_the_random_state_of_a_gpu_is_kept_where_one_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = torch.arange(16, dtype=torch.uint8)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: held.clone())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: held.copy_(state))
-    state = random_state(torch.device("cuda"))
-    drawn = torch.rand(3)
-    held += 1
-    set_random_state(state, torch.device("cpu"))  # what a GPU has drawn is of no use to a CPU
-    assert torch.equal(torch.rand(3), drawn) and held[0] == 1
-    set_random_state(state, torch.device("cuda"))
-    assert torch.equal(held, torch.arange(16, dtype=torch.uint8))
-    assert random_state(torch.device("cpu")).keys() == {"rng"}
+@pytest.mark.parametrize(("words", "message"), [
+    (["nano", "TEXT", "--from", "BASE"], "CONFIG = 'nano': does not go with --from"),
+    (["CONFIG", "TEXT", "--from", "BASE"], "does not go with --from"),
+    (["BASE", "TEXT", "--from", "BASE"], "does not go with --from"),
+    (["TEXT", "--from", "BASE", "--tokenizer", "OTHER"], "is another than that of"),
+    (["--from", "BASE"], "at least one DATA or --experts NAME=PATH must be given"),
+    (["TEXT", "--from", "FOUR"], "is quantised, and quantised weights cannot be trained"),
+    (["TEXT", "--from", "nowhere"], "nowhere: no such folder here"),
+    (["CONFIG"], "at least one DATA or --experts NAME=PATH must be given"),
+    ([], "holds no run to go on with"),
+    (["--tokenizer", "OTHER"], "at least one DATA"),
+])
+def test_what_does_not_go_together_is_refused(
+    base: Path, texts: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Tokenizer.train(["other words"], 262).save(tmp_path / "other")
+    if "FOUR" in words:
+        quantize(base, tmp_path / "four")
+    names = {"TEXT": texts / "code_expert.jsonl", "BASE": base, "CONFIG": texts / "config.json",
+             "OTHER": tmp_path / "other", "FOUR": tmp_path / "four"}
+    words = [str(names.get(word, word)) for word in words]
+    assert main(["train", *words, "--out", str(tmp_path / "out"), "--steps", "1", *FLAGS]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "tokens").exists()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_dropout_on_a_gpu_goes_on_where_it_was() -> None:
-    device = torch.device("cuda")
-    state, ones = random_state(device), torch.ones(64, device=device)
-    first = torch.nn.functional.dropout(ones)
-    set_random_state(state, device)
-    assert torch.equal(torch.nn.functional.dropout(ones), first)
+def test_impossible_settings_are_named(texts: Path, base: Path, tmp_path: Path) -> None:
+    for settings, message in (({"steps": 0}, "steps = 0: must be"), ({"device": "tpu"}, "device = 'tpu': must be"),
+                              ({"valid_fraction": 1.0}, "valid_fraction = 1.0: must be"),
+                              ({"from_model": base}, "does not go with from_model")):
+        with pytest.raises(ConfigError, match=message):
+            Trainer("nano", out=tmp_path, **settings)
+    trainer = Trainer(texts / "config.json", out=tmp_path / "out", **QUICK)
+    for data, error, message in ((None, ConfigError, "data: must be given"), ([], ConfigError, "at least one path"),
+                                 ({"law expert": texts}, ConfigError, "must be made of letters"),
+                                 ({"law_expert": []}, ConfigError, "data of law_expert: must name at least one path"),
+                                 ("nowhere", NotFoundError, "nowhere: no such file")):
+        with pytest.raises(error, match=message):
+            trainer.fit(data)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
-def test_torn_last_log_line_is_dropped(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert [r["step"] for r, _ in read_log(tmp_path / "log.jsonl")] == [1]
+def test_a_half_precision_checkpoint_stays_one(base: Path, texts: Path, tmp_path: Path) -> None:
+    from deepseek.checkpoint import to_dtype
+
+    half = save_model(to_dtype(load_model(base), torch.bfloat16), tmp_path / "half", tokenizer=Tokenizer.load(base))
+    model = Trainer(from_model=half, out=tmp_path / "out", steps=2, lr=1e-3, **QUICK).fit(texts / "code_expert.jsonl")
+    assert load_model(model).lm_head.weight.dtype == torch.bfloat16
+    assert load_model(tmp_path / "out" / "checkpoint-000002").lm_head.weight.dtype == torch.float32
+    model = Trainer.resume(tmp_path / "out", steps=3).fit()
+    assert load_model(model).lm_head.weight.dtype == torch.bfloat16

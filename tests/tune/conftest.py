@@ -52,7 +52,7 @@ def plots() -> None:
 def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a tiny run."""
     if "plots" not in request.fixturenames:
-        monkeypatch.setattr("deepseek.deepopt.trainer.plot_run", lambda *_: None)
+        monkeypatch.setattr("deepseek.deepopt.loop.plot_run", lambda *_: None)
 
 
 @pytest.fixture

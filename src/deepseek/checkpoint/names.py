@@ -80,6 +80,16 @@ def _no_checkpoint(folder: Path) -> str:
     return "the folder has no config.json, so it is not a checkpoint" + other_weights(folder)
 
 
+def find_config(name: str | Path) -> ModelConfig:
+    """The configuration of a preset, a config.json, a checkpoint folder or a hub id; local first."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return ModelConfig.from_file(path, strict=True)
+    if str(name) in PRESETS and not path.exists():
+        return ModelConfig.preset(str(name))
+    return ModelConfig.from_file(resolve(name))
+
+
 def _absent(folder: Path) -> str | None:
     """The first file that a whole checkpoint would have and `folder` has not. Caches are shared between programs."""
     names = ["config.json"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint import EXPERT_USE, INDEX, MANIFEST, PAGE, TORCH_DTYPES, AdaptedFiles, TensorFiles
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, sha256, write_json
+from ..interrupts import kept
 from ..progress import ProgressBar
 from ..tiktokens import FILE as TIKTOKEN
 from ..tokenizer import Tokenizer
@@ -131,8 +132,9 @@ class Writer:
                                   f"{free / 2**30:.2f} GiB free")
         self.folder.mkdir(parents=True, exist_ok=True)
         weight_map: dict[str, str] = {}
-        with ProgressBar(total=total, initial=ready, unit="B", unit_scale=True, unit_divisor=1024, desc=self.out.name,
-                  disable=not progress) as bar:
+        with kept(lambda: f"{len(self.done)} of {len(contents)} files are whole in {self.folder}"), ProgressBar(
+                total=total, initial=ready, unit="B", unit_scale=True, unit_divisor=1024, desc=self.out.name,
+                disable=not progress) as bar:
             for name, parts in contents.items():
                 if name != "mtp.safetensors":
                     weight_map |= {part.name: name for part in parts}

@@ -167,16 +167,19 @@ def _cut(tokens: np.ndarray, experts: np.ndarray | None, starts: Sequence[int], 
 
 
 def pack_cached(paths: Sequence[str | Path] | Named, tokenizer: Tokenizer, folder: str | Path, *,
-                valid_fraction: float = 0.01, seed: int = 0, strict: bool = False,
-                progress: Progress | None = None) -> tuple[TokenShards, ReadReport | None]:
+                valid_fraction: float = 0.01, seed: int = 0, strict: bool = False, progress: Progress | None = None,
+                names: Sequence[str] = (), expect: str | None = None) -> tuple[TokenShards, ReadReport | None]:
     """Read and pack `paths`, unless `folder` holds the same: equal paths, sizes, times, names, tokenizer and split.
 
-    Returns the shards and what was read, None where nothing had to be. Raises as `read_documents` and `pack` do.
+    Returns the shards and what was read, None where nothing had to be. names: the expert names in the order that
+    counts, some perhaps without text; else those of `paths`. Raises as `read_documents` and `pack` do.
     """
     named: Named = paths if isinstance(paths, Mapping) else {"": paths}
     files = [(name, str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
              for name, places in named.items() for file in list_files(places)]
-    parts = [FORMAT, files, tokenizer.fingerprint, valid_fraction, seed]
+    names = names or tuple(filter(None, named))
+    parts = [FORMAT, files, tokenizer.fingerprint, valid_fraction, seed,
+             *([names] if [*names] != [*filter(None, named)] else [])]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if (Path(folder) / "shards.json").is_file():
         shards = TokenShards.open(folder)
@@ -184,28 +187,28 @@ def pack_cached(paths: Sequence[str | Path] | Named, tokenizer: Tokenizer, folde
             return shards, None
     report = ReadReport(strict=strict)
     shards = pack(read_documents(paths, report), tokenizer, folder, valid_fraction=valid_fraction, seed=seed,
-                  progress=progress, report=report, fingerprint=fingerprint,
-                  experts=tuple(filter(None, named)))
+                  progress=progress, report=report, fingerprint=fingerprint, experts=names, expect=expect)
     return shards, report
 
 
 def pack(documents: Iterable[Document], tokenizer: Tokenizer, folder: str | Path, *, valid_fraction: float = 0.01,
          seed: int = 0, progress: Progress | None = None, report: ReadReport | None = None,
-         fingerprint: str | None = None, experts: Sequence[str] = ()) -> TokenShards:
+         fingerprint: str | None = None, experts: Sequence[str] = (), expect: str | None = None) -> TokenShards:
     """Tokenise `documents` into `folder`, which appears whole or not at all; a few batches of them are in memory.
 
     valid_fraction: share to hold out, in [0, 1). seed: another one holds out other documents. progress: called with
     (documents, tokens) so far. report: takes conversations that the chat template refuses; without it they raise
     DataError, as does an input without a token. experts: the names that documents bear, in the order that counts.
+    expect: the fingerprint that the shards must have; others are a ConfigError, which leaves `folder` as it was.
     """
     return pack_tables(_tables(documents), tokenizer, folder, valid_fraction=valid_fraction, seed=seed,
-                       progress=progress, report=report, fingerprint=fingerprint, experts=experts)
+                       progress=progress, report=report, fingerprint=fingerprint, experts=experts, expect=expect)
 
 
 def pack_tables(tables: Iterable[polars.DataFrame], tokenizer: Tokenizer, folder: str | Path, *,
                 valid_fraction: float = 0.01, seed: int = 0, progress: Progress | None = None,
                 report: ReadReport | None = None, fingerprint: str | None = None,
-                experts: Sequence[str] = ()) -> TokenShards:
+                experts: Sequence[str] = (), expect: str | None = None) -> TokenShards:
     """As `pack`, from tables of records with the columns PACKED (records.py)."""
     if not 0 <= valid_fraction < 1:
         raise ConfigError(f"valid_fraction = {valid_fraction}: must be at least 0 and below 1")
@@ -243,6 +246,9 @@ def pack_tables(tables: Iterable[polars.DataFrame], tokenizer: Tokenizer, folder
         for file in (*tokens, *names):
             file.flush()
         write_json(staging / "shards.json", about)
+        if expect is not None and (packed := TokenShards.open(staging).fingerprint) != expect:
+            raise ConfigError(f"{Path(folder).parent} holds a run on other data (the tokens' fingerprint is "
+                              f"{expect[:16]}…, here {packed[:16]}…); choose another --out or remove the folder")
     return TokenShards.open(folder)
 
 

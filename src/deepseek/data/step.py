@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ..errors import DataError
 from ..files import locked, replace_folder, write_json
+from ..interrupts import kept
 from .records import record_files
 
 FORMAT = 2  # of what is read from records: another one makes every step run again
@@ -51,7 +52,8 @@ def run_step(name: str, out: str | Path, given: list[Any], work: Callable[[Path]
             if re.fullmatch(rf"\.{{1,2}}{re.escape(out.name)}(\.[0-9a-f]{{8}}){{1,2}}", stale.name) and stale.is_dir():
                 shutil.rmtree(stale)
         began = time.perf_counter()
-        with replace_folder(out) as staging:
+        unfinished = f"{out} is not written, as its step was not finished; the steps before it are kept"
+        with kept(unfinished), replace_folder(out) as staging:
             counts = work(staging)
             seconds = time.perf_counter() - began
             write_json(staging / FILE, {"step": name, "fingerprint": fingerprint, "seconds": round(seconds, 3),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -94,10 +95,15 @@ def read_all(
             for unit in units:
                 yield _read_unit(unit, folder, checks)
             return
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal,
+                                 (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C is the parent's
             waiting = [pool.submit(_read_unit, unit, folder, checks) for unit in units]
-            for future in waiting:
-                yield future.result()
+            try:
+                for future in waiting:
+                    yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     with (folder / "quarantine.jsonl").open("wb") as quarantine:
         for unit, found in zip(units, results(), strict=True):

@@ -4,7 +4,7 @@ tables have in common. Imports no torch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,11 @@ def check(settings: object, rules: Mapping[str, Rule]) -> None:
                 raise ConfigError(f"{name} = {value!r}: {text}")
 
 
-@dataclass(frozen=True)
+# settings of a leg of the learning rate's schedule; `warmup` is tuning's
+SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Defaults follow DeepSeek-V3 (arXiv 2412.19437, section 4.2) where they carry over to small models: betas, decay,
     clipping, bias speed, MTP weight, balance weight. Raises ConfigError naming setting, rule and value."""
@@ -56,7 +60,7 @@ class TrainConfig:
     batch_size: int = setting(16, "sequences a batch")
     seq_len: int = setting(256, "tokens a sequence")
     accumulation: int = setting(1, "batches summed into one step")
-    lr: float = setting(1e-3, "highest learning rate")
+    lr: float = setting(None, "highest learning rate; 1e-3, or 1e-4 where training starts from a checkpoint")
     min_lr_ratio: float = setting(0.1, "last learning rate as a share of it")
     warmup_steps: int = setting(50, "steps of linear warm-up")
     beta1: float = setting(0.9, "AdamW's first beta")
@@ -77,15 +81,39 @@ class TrainConfig:
     tensorboard: bool = setting(False, "write TensorBoard events")
 
     def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", 1e-3)
         check(self, {
             "steps batch_size seq_len accumulation eval_every eval_batches save_every keep": COUNT,
             "lr clip": POSITIVE,
             "min_lr_ratio weight_decay mtp_weight balance_weight bias_speed guide_weight": NOT_NEGATIVE,
             "warmup_steps seed": NATURAL, "beta1 beta2": SHARE, "precision": PRECISION})
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to min_lr_ratio * lr at the last step."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(done, 1))))
+
+@dataclass(frozen=True)
+class Leg:
+    """A stretch of a run, up to step `steps`, with a warm-up and a cosine of its own. A run has one; every extension by
+    more steps adds one."""
+
+    steps: int
+    lr: float
+    min_lr_ratio: float
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Leg:
+        return cls(config.steps, config.lr, config.min_lr_ratio, config.warmup_steps)
+
+
+def learning_rate(legs: Sequence[Leg], step: int) -> float:
+    """Of a leg: linear warm-up from the last rate of the leg before (0 in the first), then a cosine down to
+    min_lr_ratio * lr at its last step."""
+    begin, base = 0, 0.0
+    for leg in legs:
+        if step < leg.steps or leg is legs[-1]:
+            break
+        begin, base = leg.steps, leg.min_lr_ratio * leg.lr
+    if (taken := step - begin) < leg.warmup_steps:
+        return base + (leg.lr - base) * (taken + 1) / leg.warmup_steps
+    done = (taken - leg.warmup_steps) / max(1, leg.steps - begin - leg.warmup_steps)
+    return leg.lr * (leg.min_lr_ratio + (1 - leg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(done, 1))))

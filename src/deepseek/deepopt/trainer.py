@@ -1,380 +1,306 @@
-"""The training loop, and why a killed run continues bit by bit.
+"""Trainer: what `deepseek train` does, from Python.
 
-Everything that the next step depends on is either a pure function of the step number (which windows of the data come,
-the learning rate) or part of the checkpoint (weights, gate biases, AdamW's moments, the random state). A checkpoint is
-one folder that appears in one rename, so at any instant the newest `checkpoint-N` is whole; a run that was killed
-starts again from it and takes the same steps with the same numbers. The log is cut back to that step. The random state
-is the CPU's and, where the model is on a GPU, that GPU's.
-
-    OUT/settings.json           what the run was started with; another setting in the same folder is refused
-    OUT/tokens/                 the packed data
-    OUT/checkpoint-000200/      a Hugging Face checkpoint, with optimizer.safetensors and trainer.json beside it
-    OUT/log.jsonl, loss.png     one line a step and one an evaluation; the curve
-    OUT/model/                  the finished model
+    1. start      a configuration (from scratch), or a checkpoint (`from_model`): its weights, configuration, tokenizer
+                  and names
+    2. tokenizer  the checkpoint's, the one given, or one trained on the data; kept in OUT/tokenizer
+    3. shards     the data, packed into OUT/tokens
+    4. steps      loop.py
 """
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from ..atlas import Atlas, RoutingAccuracy
-from ..checkpoint import load_model, save_model
-from ..data.shards import Batch
-from ..errors import CheckpointError, ConfigError
-from ..files import is_file_at, take_lock, write_atomically, write_json
-from ..model import CausalLM, RoutingRecord, max_violation
-from ..ops import fast_bf16
-from ..ops.loss import IGNORE
+from ..atlas import Atlas
+from ..atlas.atlas import FILE
+from ..checkpoint import find_config, fingerprint, load_model, open_checkpoint, resolve, stored_dtype, tensor_hashes
+from ..config import ModelConfig
+from ..data import ReadReport, TokenShards, list_files, pack_cached, read_documents
+from ..data.settings import check_names
+from ..errors import ConfigError
+from ..files import locked, replace_folder
+from ..interrupts import handled, kept
+from ..memory import check_memory
+from ..model import CausalLM
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
-from .plot import plot_run
-from .settings import TrainConfig
+from .loop import TrainingLoop, checkpoints, kept_in, run_in, step_of
+from .settings import TrainConfig, check, one_of
 
-CHECKPOINT = "checkpoint-{:06d}"
-SETTINGS = "settings.json"
-
-
-class Windows(Protocol):
-    """What a trainer learns from: `TokenShards`, or records of its own kind."""
-
-    experts: tuple[str, ...]
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch: ...
-
-    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]: ...
+Paths = str | Path | Sequence[str | Path]
+CONTINUED_LR = 1e-4  # where training starts from a checkpoint
 
 
-class Trainer:
-    """Trains `model` in place on `data` and leaves everything under `out`.
+@dataclass(frozen=True, repr=False)
+class Trainer(TrainConfig):
+    """Trains a model on text, from scratch or from a checkpoint, and goes on with a run that was stopped.
 
-    Starts from the newest checkpoint in `out` if there is one. Raises ConfigError when `out` holds a run with other
-    settings.
+        model = Trainer("nano", out="runs/notes", steps=300).fit("notes/")
+        model = Trainer(from_model=model, out="runs/law").fit({"law_expert": "data/law", "": "data/rest"})
+        model = Trainer.resume("runs/law", steps=2000).fit()
+
+    config: a preset, a config.json, a checkpoint folder or hub id whose configuration is taken, or a ModelConfig.
+    from_model: a checkpoint whose weights, configuration, tokenizer and names are taken. out: folder of the run.
+    tokenizer: a folder; else one is trained on the data. All other settings: TrainConfig. Raises ConfigError naming
+    setting, rule and value.
     """
 
-    def __init__(self, model: CausalLM, data: Windows, config: TrainConfig, out: str | Path,
-                 tokenizer: Tokenizer | None = None) -> None:
-        self.model, self.data, self.config, self.tokenizer = model, data, config, tokenizer
-        self.out = Path(out)
-        self.step = 0
-        self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
-        self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
-        self.model.compute_dtype = compute_dtype(config, model.device)
-        self.model.gradient_checkpointing = config.gradient_checkpointing
-        self.optimizer = make_optimizer(model, config)
-        self.gates = [block.gate for block in model.moe_blocks().values()]
-        self.guided = self.within_groups = bool(data.experts) and config.guide_weight > 0
-        self._busy = False  # inside a step, where weights and step number do not belong together
-        _names_fit(model, data.experts)
-        self._claim_folder()
-        self._resume()
+    config: str | Path | ModelConfig | None = None
+    out: str | Path = field(kw_only=True)
+    from_model: str | Path | None = field(default=None, kw_only=True)
+    tokenizer: str | Path | None = field(default=None, kw_only=True)
+    valid_fraction: float = field(default=0.01, kw_only=True)
+    device: str = field(default="cpu", kw_only=True)
 
-    # ---- the loop ---------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        if self.lr is None and self.from_model is not None:
+            object.__setattr__(self, "lr", CONTINUED_LR)
+        super().__post_init__()
+        check(self, {"device": one_of("cpu", "cuda"), "valid_fraction": (
+            "must be at least 0 and below 1", lambda v: isinstance(v, int | float) and 0 <= v < 1)})
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device = 'cuda': this torch finds no GPU")
+        if self.config is not None and self.from_model is not None:
+            raise ConfigError(f"config = {str(self.config)!r}: does not go with from_model ({self.from_model}), which "
+                              "brings its own configuration")
+        if self.config is None and self.from_model is None and run_in(Path(self.out)) is None:
+            raise ConfigError(f"config and from_model: one of them must be given, as {self.out} holds no run to go on "
+                              "with")
 
-    def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> CausalLM:
-        """Take the remaining steps; returns the model, which is also saved in OUT/model.
+    @classmethod
+    def resume(cls, out: str | Path, *, steps: int | None = None, lr: float | None = None,
+               min_lr_ratio: float | None = None, warmup_steps: int | None = None, device: str = "cpu") -> Trainer:
+        """The run in `out` as it was started; `fit()` takes the steps that are left. steps: more of them extend the
+        run by a leg of the schedule with its own warm-up and cosine (and lr, min_lr_ratio, warmup_steps, if given)."""
+        if (run := run_in(Path(out))) is None:
+            raise ConfigError(f"out = {out}: holds no run to go on with")
+        given = {"steps": steps, "lr": lr, "min_lr_ratio": min_lr_ratio, "warmup_steps": warmup_steps}
+        return cls(out=out, device=device, valid_fraction=run.get("about", {}).get("valid_fraction", 0.01),
+                   **run["train"] | {key: value for key, value in given.items() if value is not None})
 
-        On Ctrl-C a checkpoint is written before KeyboardInterrupt goes on.
+    def __repr__(self) -> str:
+        out, run = Path(self.out), run_in(Path(self.out))
+        start = self.config if self.from_model is None else f"from {self.from_model}"
+        if isinstance(start, ModelConfig):
+            start = f"a {start.model_type} of {start.num_hidden_layers} layers x {start.n_routed_experts} experts"
+        found = checkpoints(out)
+        state = ("nothing is trained yet" if not found else f"finished: {out / 'model'}"
+                 if step_of(found[-1]) == self.steps and (out / "model").is_dir() else
+                 f"step {step_of(found[-1])} is saved")
+        return (f"Trainer: {start or 'goes on with the run'}{' from scratch' if self.config is not None else ''}, in "
+                f"{out}: {self.steps:,} steps of {self.batch_size * self.accumulation} x {self.seq_len} tokens, lr "
+                f"{self.lr:g}, {self.precision}, {self.device}; "
+                + (state if run is not None else "nothing is trained yet"))
+
+    # ---- the run ------------------------------------------------------------------------------------------------
+
+    def fit(self, data: Paths | Mapping[str, Paths] | None = None, *,
+            on_step: Callable[[dict[str, Any]], None] | None = None) -> Path:
+        """Train on `data`; returns OUT/model, a checkpoint.
+
+        data: text, code, JSON lines or folders of them, or {expert name: its text}, which binds the routing groups to
+        the names in this order ("" is text without a name); None goes on with the data of the run in `out`. on_step:
+        told of every step, as log.jsonl is. Raises ConfigError when `out` holds a run with other settings or data,
+        and what reading, packing and loading raise, before any step.
+
+        Ctrl-C and SIGTERM: the step is finished and saved, then KeyboardInterrupt is raised; the same call goes on.
         """
-        config = self.config
-        bar = ProgressBar(total=config.steps, initial=self.step, unit="step", desc="train")
-        log = RunLog(self.out, self.step, config.tensorboard)
-        try:
-            while self.step < config.steps:
-                began = time.perf_counter()
-                record = self.train_step()
-                record["tokens_per_second"] = round(self._tokens / (time.perf_counter() - began))
-                log.write(record)
-                bar.set_postfix_str(f"loss {record['loss']:.3f}  MaxVio {record['max_vio']:.2f}  "
-                                    f"{record['tokens_per_second']:,} tokens/s")
-                bar.update()
-                if on_step is not None:
-                    on_step(record)
-                last = self.step == config.steps
-                if last or self.step % config.eval_every == 0:
-                    log.write(evaluation := self.evaluate())
-                    bar.write(f"step {self.step}: held-out loss {evaluation['eval_loss']:.4f} "
-                              f"(perplexity {math.exp(min(evaluation['eval_loss'], 50)):.1f})"
-                              + (f"\n{self.accuracy.table()}" if self.accuracy and self.data.experts else ""))
-                    plot_run(self.out / "log.jsonl", self.out / "loss.png")
-                if last or self.step % config.save_every == 0:
-                    self.save()
-        except KeyboardInterrupt:
-            if self._busy:
-                bar.write(f"stopped inside step {self.step + 1}; the same command continues from the last checkpoint")
-            else:
-                self.save()
-                bar.write(f"stopped after step {self.step}; the same command continues from there")
-            raise
-        finally:
-            bar.close()
-            log.close()
-        self.model.eval()
-        self._finish()
-        return self.model
+        out = Path(self.out)
+        with locked(out), handled(), kept(lambda: kept_in(out)):
+            return self._fit(data, on_step)
 
-    def train_step(self) -> dict[str, Any]:
-        """One optimiser step; returns its log record."""
-        config, model = self.config, self.model
-        model.train()
-        rate = config.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        sums = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0} | ({"guide_loss": 0.0} if self.guided else {})
-        load_LE: Tensor | None = None
-        first = self.step * config.accumulation
-        batches = [self.data.batch(first + micro, config.batch_size, config.seq_len, seed=config.seed)
-                   for micro in range(config.accumulation)]
-        self._tokens = sum(int(b.ids_BT.numel() if b.real_BT is None else b.real_BT.sum()) for b in batches)
-        counts = [int((batch.labels_BT != IGNORE).sum()) for batch in batches]
-        self._busy = True
-        for batch, count in zip(batches, counts, strict=True):
-            batch, share = batch.to(model.device), count / max(sum(counts), 1)  # as if all were one batch
-            result = model.loss(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, mtp_weight=config.mtp_weight,
-                                balance_weight=config.balance_weight, guide_weight=config.guide_weight,
-                                group_BT=batch.expert_BT if self.guided else None)
-            (result.total * share).backward()
-            for key, value in (("loss", result.main), ("mtp_loss", result.mtp), ("balance_loss", result.balance),
-                               ("guide_loss", result.guide)):
-                if value is not None:
-                    sums[key] += value.item() * share
-            load_LE = result.load_LE if load_LE is None else load_LE + result.load_LE
-        if not math.isfinite(sums["loss"]):
-            raise ConfigError(f"lr = {config.lr}: the loss became {sums['loss']} at step {self.step + 1}; a lower one "
-                              f"may help (the last checkpoint is whole)")
-        norm = torch.nn.utils.clip_grad_norm_(list(trained(model).values()), config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        assert load_LE is not None
-        if config.bias_speed:
-            for gate, load_E in zip(self.gates, load_LE, strict=False):  # without MTP loss its gate saw nothing
-                if hasattr(gate, "e_score_correction_bias"):
-                    gate.update_bias(load_E, config.bias_speed, within_groups=self.within_groups)
-        self.step += 1
-        self._busy = False
-        max_vio = float(max_violation(load_LE).mean()) if load_LE.numel() else 0.0
-        return {"step": self.step, **sums, "lr": rate, "grad_norm": float(norm), "max_vio": max_vio}
+    train = fit
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
-        """Mean loss per token over held-out windows; where the data has expert names, how well routing follows them
-        (`RoutingAccuracy.record`; the counts stay in `accuracy`)."""
-        self.model.eval()
-        self.accuracy = RoutingAccuracy(self.model.config, self.data.experts)
-        loss = held_out_loss(self.model, self.data, self.config, self.accuracy if self.data.experts else None)
-        return {"step": self.step, "eval_loss": loss} | (self.accuracy.record() if self.data.experts else {})
-
-    # ---- checkpoints ------------------------------------------------------------------------------------------
-
-    def save(self) -> Path:
-        """Write checkpoint-STEP and drop all but the newest `keep`."""
-        def add(folder: Path) -> None:
-            moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
-                       for key, value in state.items() if key in ("exp_avg", "exp_avg_sq", "step")}
-            save_file(moments | random_state(self.model.device), folder / "optimizer.safetensors")
-            seconds = self.seconds_before + time.perf_counter() - self.began
-            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(seconds, 3)})
-
-        path = self._write(self.out / CHECKPOINT.format(self.step), add)
-        for old in checkpoints(self.out)[: -self.config.keep]:
-            shutil.rmtree(old)
-        return path
-
-    def _optimizer_state(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, parameter in trained(self.model).items():
-            if parameter in self.optimizer.state:
-                yield name, self.optimizer.state[parameter]
-
-    # what a subclass may keep elsewhere
-
-    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
-        """Write the state of the model, and what `add` puts beside it, as one folder."""
-        return save_model(self.model, path, tokenizer=self.tokenizer, add=add)
-
-    def _read(self, folder: Path) -> None:
-        """Take the state of the model back."""
-        restored = load_model(folder, dtype=torch.float32, device=self.model.device)
-        self.model.load_state_dict(restored.state_dict())
-
-    def _finish(self) -> None:
-        if self.guided and self.accuracy is None:  # nothing was left to train
-            self.evaluate()
-        save_model(self.model, self.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
+    def _fit(self, data: Paths | Mapping[str, Paths] | None, on_step: Callable[[dict[str, Any]], None] | None) -> Path:
+        out, places = Path(self.out), _by_name(data)
+        run = run_in(out)
+        if places is None and run is None:
+            raise ConfigError(f"data: must be given, as {out} holds no run to go on with")
+        for source in (source for each in (places or {}).values() for source in each):
+            if out.resolve().is_relative_to(Path(source).resolve()):
+                raise ConfigError(f"out = {out}: must not lie inside DATA ({source}), or the run would read its own "
+                                  "logs")
+        start = self._start(run)
+        config, names = start.config, _names_of(start, places)
+        for _ in list_files([place for each in (places or {}).values() for place in each]):
+            pass  # a wrong path is said before anything is made
+        if self.seq_len > config.max_position_embeddings:
+            warnings.warn(f"seq_len = {self.seq_len}: the model's positions end at {config.max_position_embeddings} "
+                          "(max_position_embeddings): what it learns beyond them is used nowhere", stacklevel=4)
+        if self.device == "cpu":
+            with torch.device("meta"):
+                numbers = sum(p.numel() for p in CausalLM(config).parameters())
+            check_memory(16 * numbers, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
+        tokenizer = self._tokenizer(start, places)
+        if self.config is not None:
+            config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None,
+                                  pad_token_id=tokenizer.pad_id)
+        shards = self._shards(places, names, tokenizer, run)
+        torch.manual_seed(self.seed)
+        model, settings = self._model(start, config, run)
+        if start.atlas is not None and run is None:
+            start.atlas.save(out / FILE)  # a run goes on without its base
+        loop = TrainingLoop(
+            model, shards, TrainConfig(**self._settings()), out, tokenizer, settings=settings, atlas=start.atlas,
+            dtype=start.dtype, about=run["about"] if run else {
+                "config": None if self.config is None else str(self.config), "valid_fraction": self.valid_fraction,
+                "from_model": None if self.from_model is None else str(resolve(self.from_model).absolute()),
+                "dtype": str(start.dtype).removeprefix("torch.")})
+        per_step = self.batch_size * self.accumulation * self.seq_len
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {shards.train_tokens:,} tokens "
+              f"({self.steps * per_step / shards.train_tokens:.2f} epochs), "
+              f"{str(model.compute_dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, lr {self.lr:g}"
+              + (f"; continuing after step {loop.step}" if loop.step else ""), flush=True)
+        if len(loop.legs) > 1 and loop.step < self.steps:
+            before = loop.legs[-2]
+            print(f"extended from {before.steps} to {self.steps} steps: lr from {before.lr * before.min_lr_ratio:g} up "
+                  f"to {self.lr:g} in {self.warmup_steps} steps, then down to {self.lr * self.min_lr_ratio:g}",
+                  flush=True)
+        loop.run(on_step)
+        return out / "model"
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same for a run to go on in its folder."""
-        return {"train": asdict(self.config), "model": self.model.config.to_dict(),
-                "data": {"fingerprint": self.data.fingerprint}}
+        return {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__}
 
-    def _add_atlas(self, folder: Path) -> None:
-        if self.guided:
-            accuracy = self.accuracy.by_name() if self.accuracy else {}
-            Atlas.built_in(self.model.config, self.data.experts, {
-                name: {"routing_accuracy": found} for name, found in accuracy.items()}).save(folder)
+    def _start(self, run: Mapping[str, Any] | None) -> _Start:
+        """What is known before any weight is read."""
+        if self.from_model is not None:
+            folder = resolve(self.from_model)
+            config, recipe, files = open_checkpoint(folder, verify=False)
+            if recipe is not None:
+                raise ConfigError(f"from_model = {self.from_model}: is quantised, and quantised weights cannot be "
+                                  "trained: start from the checkpoint it was made from, or convert it back "
+                                  "(`deepseek quantize IN OUT --format bf16`)")
+            atlas = Atlas.load(folder / FILE) if (folder / FILE).is_file() else None
+            if atlas is not None:
+                atlas.check_fits(config)
+            return _Start(config, stored_dtype(files), atlas, folder)
+        if self.config is not None:
+            config = self.config if isinstance(self.config, ModelConfig) else find_config(self.config)
+            if not isinstance(self.config, ModelConfig) and any(Path(self.config).glob("*.safetensors")):
+                print(f"the weights in {self.config} are not used, its configuration is; from_model (--from) starts "
+                      "from the weights", flush=True)
+            return _Start(config)
+        assert run is not None
+        about = run.get("about", {})
+        base = about.get("from_model") if not checkpoints(Path(self.out)) else None
+        return _Start(ModelConfig.from_dict(run["model"], origin=str(self.out)),
+                      getattr(torch, about.get("dtype", "float32")),
+                      Atlas.load(Path(self.out)) if (Path(self.out) / FILE).is_file() else None,
+                      base and resolve(base))
 
-    def _resume(self) -> None:
-        found = checkpoints(self.out)
-        if not found:
-            return
-        folder = found[-1]
-        self._read(folder)  # checks the manifest, optimizer.safetensors included
-        moments = load_file(folder / "optimizer.safetensors")
-        about = json.loads((folder / "trainer.json").read_text())
-        self.step, self.seconds_before = about["step"], about.get("seconds", 0.0)
-        set_random_state(moments, self.model.device)
-        for name, parameter in trained(self.model).items():
-            if f"{name}.exp_avg" not in moments:
-                continue
-            self.optimizer.state[parameter] = {
-                "step": moments.get(f"{name}.step", torch.tensor(float(self.step))).to(parameter.device),
-                **{key: moments[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
-            }
+    def _tokenizer(self, start: _Start, places: Mapping[str, Sequence[str | Path]] | None) -> Tokenizer:
+        """The checkpoint's, the one given, that of an earlier start of this run, or one trained on the data."""
+        folder, given = Path(self.out) / "tokenizer", start.folder or self.tokenizer
+        there = (folder / "tokenizer.json").is_file()
+        if given is not None:
+            tokenizer = Tokenizer.load(given)
+            if self.tokenizer is not None and Tokenizer.load(self.tokenizer).fingerprint != tokenizer.fingerprint:
+                raise ConfigError(f"tokenizer = {self.tokenizer}: is another than that of {given}, with which its "
+                                  "weights were trained; leave it out")
+        elif there:
+            return _fitting(Tokenizer.load(folder), start.config)
+        elif places is None:  # a run of an older version, whose tokenizer was given
+            found = checkpoints(Path(self.out))
+            if not found:
+                raise ConfigError(f"out = {self.out}: has no tokenizer; give the run's first command again")
+            tokenizer = Tokenizer.load(found[-1])
+        else:
+            print(f"training a tokenizer of {start.config.vocab_size:,} tokens on the data", flush=True)
+            tokenizer = Tokenizer.train((d.text for d in read_documents(places, ReadReport())), start.config.vocab_size)
+        if there and Tokenizer.load(folder).fingerprint != tokenizer.fingerprint and run_in(Path(self.out)):
+            raise ConfigError(f"{self.out} holds a run with another tokenizer than {given}; choose another --out or "
+                              "remove the folder")
+        if not there or Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+            with replace_folder(folder) as staging:
+                _fitting(tokenizer, start.config).save(staging)
+        return _fitting(tokenizer, start.config)
 
-    def _claim_folder(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.out / ".lock").open("w")
-        take_lock(self._lock, self.out)
-        for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")):  # of a killed write
-            shutil.rmtree(leftover)
-        settings = self._settings()
-        refuse_other_run(self.out, settings)
-        if not (self.out / SETTINGS).exists():
-            write_json(self.out / SETTINGS, settings)
+    def _shards(self, places: Mapping[str, Sequence[str | Path]] | None, names: Sequence[str], tokenizer: Tokenizer,
+                run: Mapping[str, Any] | None) -> TokenShards:
+        folder = Path(self.out) / "tokens"
+        if places is None:
+            return TokenShards.open(folder)
+        with ProgressBar(desc="pack", unit=" tokens", unit_scale=True) as bar:
+            def packed(_: int, tokens: int) -> None:
+                bar.update(tokens - bar.n)
 
+            shards, report = pack_cached(places, tokenizer, folder, valid_fraction=self.valid_fraction, names=names,
+                                         progress=packed, expect=run["data"]["fingerprint"] if run else None)
+        if report is not None:
+            print(report.summary())
+        return shards
 
-def refuse_other_run(out: Path, settings: Mapping[str, Mapping[str, Any]], *, whole: bool = True) -> None:
-    """Raises ConfigError where `out` holds a run with other settings, by part and key. whole: these are all settings,
-    so one that only the run has counts too."""
-    path = out / SETTINGS
-    if not path.is_file():
-        return
-    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
-    for part in new:
-        before = old.get(part, {})
-        for key in sorted(set(new[part]) | (set(before) if whole else set())):
-            if before.get(key) != new[part].get(key):
-                raise ConfigError(f"{out} holds a run with {key} = {before.get(key)!r}, this one has "
-                                  f"{new[part].get(key)!r}; choose another --out or remove the folder")
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """What torch draws from next, on the CPU and, if `device` is a GPU, there, where dropout has a state of its own."""
-    state = {"rng": torch.get_rng_state()}
-    return state | {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Take `random_state` back; a GPU's is kept as it is where the run was on a CPU before."""
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
-
-
-def _names_fit(model: CausalLM, names: tuple[str, ...]) -> None:
-    groups = model.config.n_group
-    if len(names) > groups:
-        raise ConfigError(f"{len(names)} expert names ({', '.join(names)}): the model has {groups} routing groups, "
-                          f"n_group must be at least {len(names)}")
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """BF16 where asked, or where `auto` finds BF16 units; else FP32. Weights and moments stay FP32."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device.type))
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that want a gradient, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    def _model(
+        self, start: _Start, config: ModelConfig, run: Mapping[str, Any] | None
+    ) -> tuple[CausalLM, dict[str, Any]]:
+        """The model before its first step, and what identifies the checkpoint that it comes from."""
+        if start.folder is not None:
+            model = load_model(start.folder, torch.float32, self.device).requires_grad_(True)
+            return model, {"base": {"base": fingerprint(tensor_hashes(model), model.config)}}
+        model = CausalLM(config).init_weights(torch.Generator().manual_seed(self.seed)).to(self.device)
+        return model, {"base": run["base"]} if run and self.config is None and "base" in run else {}
 
 
-@torch.no_grad()
-def held_out_loss(
-    model: CausalLM, data: Windows, config: TrainConfig, accuracy: RoutingAccuracy | None = None
-) -> float:
-    """Mean loss per token over the held-out windows; `accuracy` counts their routes too."""
-    model.eval()
-    total, count = 0.0, 0
-    for batch in data.valid_batches(config.batch_size, config.seq_len, config.eval_batches):
-        batch = batch.to(model.device)
-        routing = RoutingRecord()
-        n = int((batch.labels_BT != IGNORE).sum())
-        total += model.loss(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, routing=routing).main.item() * n
-        count += n
-        if accuracy is not None:
-            accuracy.add(routing, batch.expert_BT, batch.ids_BT)
-    return total / max(count, 1)
+class _Start(NamedTuple):
+    """What a run starts from. dtype: of the weights it leaves. folder: of the checkpoint whose weights are taken."""
+
+    config: ModelConfig
+    dtype: torch.dtype = torch.float32
+    atlas: Atlas | None = None
+    folder: Path | None = None
+
+    def built_in(self) -> list[str]:
+        """The names of the checkpoint's routing groups, in their order."""
+        if self.atlas is None:
+            return []
+        groups = [group for group in self.atlas.groups if group.kind == "built-in"]
+        names = [group.name for group in sorted(groups, key=lambda group: min(e.index for e in group.experts))]
+        bound = Atlas.built_in(self.config, names)
+        if any(set(bound[name]) != set(self.atlas[name]) for name in names):
+            raise ConfigError(f"{self.folder}: the names built in ({', '.join(names)}) are not those of its first "
+                              "routing groups, so that text cannot be bound to them; train it without names")
+        return names
 
 
-def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, norms and biases do not."""
-    parameters = list(trained(model).values())
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+def _by_name(data: Paths | Mapping[str, Paths] | None) -> dict[str, list[str | Path]] | None:
+    """{name: its paths}, under "" those without a name."""
+    if data is None:
+        return None
+    named = data if isinstance(data, Mapping) else {"": data}
+    places = {name: [paths] if isinstance(paths, str | Path) else list(paths) for name, paths in named.items()}
+    check_names((), tuple(filter(None, places)))
+    if empty := [name for name, paths in places.items() if not paths]:
+        raise ConfigError(f"data{f' of {empty[0]}' if empty[0] else ''}: must name at least one path")
+    if not places:
+        raise ConfigError("data: must name at least one path")
+    return places
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoint folders under `out`, oldest first."""
-    return sorted(path for path in out.glob("checkpoint-[0-9]*") if path.is_dir())
+def _names_of(start: _Start, places: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The names of the routing groups, in their order: those built into the checkpoint, then new ones. None where no
+    text has a name."""
+    config, given = start.config, [name for name in places or () if name]
+    if not given:
+        return ()
+    built = start.built_in()
+    names = (*built, *(name for name in given if name not in built))
+    if config.n_group < max(2, len(names)):
+        raise ConfigError(f"n_group = {config.n_group}: must be at least 2, and one for each of the {len(names)} "
+                          f"expert names ({', '.join(names)})")
+    if config.topk_group >= config.n_group:
+        raise ConfigError(f"topk_group = {config.topk_group}: must be below n_group ({config.n_group}), or the gate "
+                          "never chooses between named groups")
+    return names
 
 
-class RunLog:
-    """log.jsonl: one line a record, flushed at once; TensorBoard events beside it if asked."""
-
-    def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
-        self._path = path = out / "log.jsonl"
-        write_atomically(path, "".join(line for record, line in read_log(path) if record["step"] <= step))
-        self._file = path.open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ConfigError("tensorboard = True: needs the package tensorboard "
-                                  "(pip install 'moe-dr[tensorboard]')") from None
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if not is_file_at(self._file, self._path):
-            raise ConfigError(f"{self._path}: was deleted or replaced during the run; the same command goes on from "
-                              "what is left")
-        if self._board is not None:
-            for key, value in record.items():
-                if key != "step":
-                    self._board.add_scalar(key, value, record["step"])
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def read_log(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """(record, line) of every whole line; a last line torn by a kill is dropped."""
-    if not path.exists():
-        return []
-    out = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        try:
-            out.append((json.loads(line), line))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}: line {len(out) + 1} is not JSON: {error}") from None
-    return out
+def _fitting(tokenizer: Tokenizer, config: ModelConfig) -> Tokenizer:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
+    return tokenizer

@@ -25,6 +25,7 @@ from typing import IO, Any
 from ..atlas.usage import ExpertUsage
 from ..errors import DataError, RequestError
 from ..files import is_file_at, take_lock
+from ..interrupts import kept
 from .llm import LLM, outcome
 from .request import Request, RequestOutput
 from .sampler import SamplingParams
@@ -50,7 +51,8 @@ def run_file(
     llm.requests([0], params)
     written = errors = 0
     flight: deque[tuple[dict[str, Any], list[Request] | str]] = deque()
-    with _opened(source, target) as (out, total, done):
+    with _opened(source, target) as (out, total, done), kept(
+            lambda: f"{done + written:,} of {total:,} answers are in {target}"):
         lines = islice(_lines(source), done, None)
         while True:
             while len(flight) < AHEAD * llm.engine.options.batch_size and (line := next(lines, None)) is not None:

@@ -274,9 +274,7 @@ class CausalLM(nn.Module):
         """
         routing = RoutingRecord() if routing is None else routing
         mask_BT = None if mask_BT is None else mask_BT.bool()
-        ends_padded = mask_BT is not None and bool((mask_BT[:, :-1] | ~mask_BT[:, 1:]).all())
-        # nothing looks at padding that comes after it
-        h_BTH = self.hidden(ids_BT, None if ends_padded else mask_BT, routing=routing)
+        h_BTH = self._states(ids_BT, mask_BT, routing)
         main = self._head_loss(h_BTH, labels_BT)
         guide = None
         if group_BT is not None and guide_weight and routing.routes:
@@ -310,6 +308,18 @@ class CausalLM(nn.Module):
         loads = [expert_load(route.index_TK, experts, mask_T) for route, mask_T in routes]
         load_LE = torch.stack(loads) if loads else torch.zeros(0, experts, dtype=torch.long)
         return TrainingLoss(total, main, mtp, balance, guide, load_LE)
+
+    def row_losses(self, ids_BT: Tensor, labels_BT: Tensor, *, mask_BT: Tensor | None = None,
+                   routing: RoutingRecord | None = None) -> Tensor:
+        """The main loss of each row, summed over its labels, [B]; arguments as in `loss`."""
+        h_BTH = self._states(ids_BT, None if mask_BT is None else mask_BT.bool(), routing)
+        count_B = (labels_BT != IGNORE).sum(1)
+        return torch.stack([self._head_loss(h, labels) for h, labels in zip(h_BTH, labels_BT, strict=True)]) * count_B
+
+    def _states(self, ids_BT: Tensor, mask_BT: Tensor | None, routing: RoutingRecord | None) -> Tensor:
+        ends_padded = mask_BT is not None and bool((mask_BT[:, :-1] | ~mask_BT[:, 1:]).all())
+        # nothing looks at padding that comes after it
+        return self.hidden(ids_BT, None if ends_padded else mask_BT, routing=routing)
 
     def _head_loss(self, h_BTH: Tensor, labels_BT: Tensor) -> Tensor:
         return ops.linear_cross_entropy(h_BTH.reshape(-1, h_BTH.shape[-1]), self.lm_head.weight, labels_BT.reshape(-1))

@@ -12,22 +12,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint import check_manifest, write_manifest
+from ..deepopt.loop import TrainingLoop, held_out_loss, trained
 from ..deepopt.settings import TrainConfig
-from ..deepopt.trainer import Trainer, held_out_loss, trained
 from ..files import replace_folder, write_json
 from ..quant.linear import is_quantised
 from .records import RecordSet
 from .workpiece import Workpiece
 
 
-class Tuning(Trainer):
+class Tuning(TrainingLoop):
     """Deepopt's loop over records; checkpoints hold what is trained and nothing else."""
 
     def __init__(self, work: Workpiece, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path,
-                 settings: Mapping[str, Any], began: float) -> None:
-        self.work, self.general, self._more = work, general, settings
+                 settings: Mapping[str, Any], began: float, extend: bool) -> None:
+        self.work, self.general = work, general
         self.last: dict[str, Any] = {}
-        super().__init__(work.model, data, config, out, work.tokenizer)
+        super().__init__(work.model, data, config, out, work.tokenizer, settings=settings, extend=extend)
         self.data: RecordSet = data
         self.began = began
         if is_quantised(work.model):
@@ -43,12 +43,9 @@ class Tuning(Trainer):
 
     def evaluate(self) -> dict[str, Any]:
         """Loss on held-out records and on general text; kept in `last`."""
-        self.last = {"step": self.step, "eval_loss": held_out_loss(self.model, self.data, self.config),
-                     "general_loss": held_out_loss(self.model, self.general, self.config)}
+        self.last = {"step": self.step, "eval_loss": held_out_loss(self.model, self.data, self.config).mean,
+                     "general_loss": held_out_loss(self.model, self.general, self.config).mean}
         return self.last
-
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), **self._more}
 
     def _state(self) -> dict[str, Tensor]:
         biases = {name: buffer for name, buffer in self.model.named_buffers()

@@ -32,10 +32,11 @@ from ..atlas import Atlas
 from ..atlas.atlas import count
 from ..checkpoint import check_targets, open_checkpoint, resolve
 from ..data import Document, ReadReport, RecordMap, read_documents
+from ..deepopt.loop import held_out_loss, kept_in, refuse_other_run, trained
 from ..deepopt.settings import TrainConfig
-from ..deepopt.trainer import held_out_loss, refuse_other_run, trained
 from ..errors import ConfigError, DataError, RequestError
 from ..files import locked, write_json
+from ..interrupts import handled, kept
 from ..model import describe
 from ..tokenizer import Tokenizer
 from .examples import Example
@@ -157,12 +158,15 @@ class MoEFineTuner:
     def fit(self, dataset: Any, epochs: float | None = None, *, steps: int | None = None) -> TuneReport:
         """Train on `dataset` and write the result; returns the report, which is also printed.
 
+        More steps or epochs than a run in `out` was started with extend it: a further leg of the schedule with its own
+        warm-up. Ctrl-C and SIGTERM: the step is finished and saved, then KeyboardInterrupt is raised.
+
         dataset: a path (or several), records such as {"input": …, "output": …}, documents, a Hugging Face data set, or
         any iterable of these that ends; `fit_stream` takes those that do not. Raises DataError, before any weight is
         read, for an empty data set, a record without output or an over-long one, and ConfigError when `out` holds a run
         with other settings, or one of `out` and the data lies inside the other.
         """
-        with locked(self.out):
+        with locked(self.out), handled(), kept(lambda: kept_in(self.out)):
             return self._fit(dataset, epochs, steps)
 
     def _fit(self, dataset: Any, epochs: float | None, steps: int | None) -> TuneReport:
@@ -181,7 +185,7 @@ class MoEFineTuner:
         general, general_name = self._general(tokenizer)
         refuse_other_run(self.out, self._known(data, general), whole=False)
         work = Workpiece.load(self, tokenizer, data)
-        tuning = self._tuning(work, data, general, self.out, began)
+        tuning = self._tuning(work, data, general, self.out, began, extend=True)
         before = tuning.before()
         tuning.run()
         return self._conclude(work, [tuning], [data], before, general_name, began, notes)
@@ -209,7 +213,11 @@ class MoEFineTuner:
         every round's held-out records after every round, backward transfer and forgetting; "before" is the loss on a
         round's records when they arrived.
         """
-        with locked(self.out):
+        def rounds_kept() -> str:
+            folders = sorted(self.out.glob("round-*"))
+            return f"the records that came are in {folders[-1]}" if folders else "no record has come"
+
+        with locked(self.out), handled(), kept(rounds_kept):
             return self._fit_stream(stream, records_a_round, rounds, epochs)
 
     def _fit_stream(self, stream: Iterable[Any], records_a_round: int, rounds: int | None,
@@ -249,16 +257,16 @@ class MoEFineTuner:
             sets.append(data)
             data.train.extend(self._replayed(old, data, sets, tokenizer))
             if work is None:
-                refuse_other_run(folder, self._known(data, general), whole=False)
+                refuse_other_run(folder, self._known(data, general), whole=False, extend=False)
                 work = Workpiece.load(self, tokenizer, data)
-            tuning = self._tuning(work, data, general, folder, round_began)
+            tuning = self._tuning(work, data, general, folder, round_began, extend=False)
             tunings.append(tuning)
             first = tuning.before()  # of the model as it is when the round arrives
             before = before or first
             arrived.append(first["eval_loss"])
             tuning.run()
             old += documents
-            losses.append([held_out_loss(work.model, each, tuning.config) for each in sets])
+            losses.append([held_out_loss(work.model, each, tuning.config).mean or 0.0 for each in sets])
             work.save_so_far(self)
         if refused.is_file():
             print(f"{len(refused.read_text(encoding='utf-8').splitlines())} records could not be used: {refused}")
@@ -301,10 +309,11 @@ class MoEFineTuner:
         return {"train": asdict(self._train_config(data)), "model": self.model_config.to_dict(),
                 "data": {"fingerprint": data.fingerprint}, **settings}
 
-    def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, out: Path, began: float) -> Tuning:
+    def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, out: Path, began: float, *,
+                extend: bool) -> Tuning:
         settings = self._settings(data, general) | {"base": {"base": work.fingerprint}}
         settings["chosen"]["experts"] = [str(expert) for expert in work.experts]
-        tuning = Tuning(work, data, general, self._train_config(data), out, settings, began)
+        tuning = Tuning(work, data, general, self._train_config(data), out, settings, began, extend)
         # what names built in by training rest on: no group gains against another
         tuning.within_groups = self.atlas is not None and any(g.kind == "built-in" for g in self.atlas.groups)
         return tuning

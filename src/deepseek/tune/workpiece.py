@@ -24,7 +24,7 @@ from ..checkpoint import (
     tensor_hashes,
     to_dtype,
 )
-from ..deepopt.trainer import trained
+from ..deepopt.loop import trained
 from ..errors import ConfigError
 from ..files import write_json
 from ..ids import ExpertId, ExpertSet

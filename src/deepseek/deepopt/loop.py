@@ -1,0 +1,467 @@
+"""The training loop, and why a killed run continues bit by bit.
+
+Everything that the next step depends on is either a pure function of the step number (which windows of the data come,
+the learning rate) or part of the checkpoint (weights, gate biases, AdamW's moments, the random state). A checkpoint is
+one folder that appears in one rename, so at any instant the newest `checkpoint-N` is whole; a run that was killed
+starts again from it and takes the same steps with the same numbers. The log is cut back to that step. The random state
+is the CPU's and, where the model is on a GPU, that GPU's.
+
+A run may be extended: more steps than it was started with are a further leg of its schedule (settings.py).
+
+    OUT/settings.json           what the run was started with; another setting in the same folder is refused
+    OUT/tokens/                 the packed data
+    OUT/checkpoint-000200/      a Hugging Face checkpoint, with optimizer.safetensors and trainer.json beside it
+    OUT/log.jsonl, loss.png     one line a step and one an evaluation; the curve
+    OUT/model/                  the finished model
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..atlas import Atlas, RoutingAccuracy
+from ..checkpoint import load_model, save_model, to_dtype
+from ..data.shards import Batch
+from ..errors import CheckpointError, ConfigError
+from ..files import is_file_at, take_lock, write_atomically, write_json
+from ..interrupts import handled, held, kept
+from ..model import CausalLM, RoutingRecord, max_violation
+from ..ops import fast_bf16
+from ..ops.loss import IGNORE
+from ..progress import ProgressBar
+from ..tokenizer import Tokenizer
+from .plot import plot_run
+from .settings import SCHEDULE, Leg, TrainConfig, learning_rate
+
+CHECKPOINT = "checkpoint-{:06d}"
+SETTINGS = "settings.json"
+
+
+class Windows(Protocol):
+    """What a trainer learns from: `TokenShards`, or records of its own kind."""
+
+    experts: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch: ...
+
+    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]: ...
+
+
+class TrainingLoop:
+    """Trains `model` in place on `data` and leaves everything under `out`.
+
+    Starts from the newest checkpoint in `out` if there is one. Raises ConfigError when `out` holds a run with other
+    settings; more steps extend it, unless `extend` is False. settings: further ones that must be the same, by part.
+    about: what settings.json says besides. atlas: of the checkpoint that the run starts from. dtype: of OUT/model.
+    """
+
+    def __init__(self, model: CausalLM, data: Windows, config: TrainConfig, out: str | Path,
+                 tokenizer: Tokenizer | None = None, *, settings: Mapping[str, Any] | None = None,
+                 about: Mapping[str, Any] | None = None, atlas: Atlas | None = None,
+                 dtype: torch.dtype = torch.float32, extend: bool = True) -> None:
+        self.model, self.data, self.config, self.tokenizer = model, data, config, tokenizer
+        self.out, self.atlas, self.dtype, self.extend = Path(out), atlas, dtype, extend
+        self.step = 0
+        self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
+        self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
+        self.model.compute_dtype = compute_dtype(config, model.device)
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.optimizer = make_optimizer(model, config)
+        self.gates = [block.gate for block in model.moe_blocks().values()]
+        self.guided = bool(data.experts) and config.guide_weight > 0
+        # what names built in by training rest on: no group gains against another
+        self.within_groups = self.guided or (atlas is not None and any(g.kind == "built-in" for g in atlas.groups))
+        self._saved = 0  # the step of the newest checkpoint
+        self._busy = False  # inside a step, where weights and step number do not belong together
+        _names_fit(model, data.experts)
+        self._claim_folder(settings or {}, about or {})
+        self._resume()
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> CausalLM:
+        """Take the remaining steps; returns the model, which is also saved in OUT/model.
+
+        Ctrl-C and SIGTERM: the step is finished and a checkpoint written before KeyboardInterrupt goes on, which notes
+        what is kept. A second one leaves at once.
+        """
+        with self._lock, handled(), kept(self.kept):  # the folder is free again, even where a traceback keeps this object
+            self._take_steps(on_step)
+            self.model.eval()
+            self._finish()
+        return self.model
+
+    def kept(self) -> str:
+        """What a stop leaves behind, in words."""
+        return (f"left inside step {self.step + 1}; " if self._busy else "") + kept_in(self.out)
+
+    def _take_steps(self, on_step: Callable[[dict[str, Any]], None] | None) -> None:
+        config = self.config
+        bar = ProgressBar(total=config.steps, initial=self.step, unit="step", desc="train")
+        log = RunLog(self.out, self.step, config.tensorboard)
+        try:
+            due = self.step == config.steps or self.step % config.eval_every == 0
+            if self.step and due and not log.evaluated:
+                self._look(log, bar)  # the run was stopped before it could
+            while self.step < config.steps:
+                with held(f"step {self.step + 1} is finished and saved"):
+                    began = time.perf_counter()
+                    record = self.train_step()
+                    record["tokens_per_second"] = round(self._tokens / (time.perf_counter() - began))
+                    log.write(record)
+                bar.set_postfix_str(f"loss {record['loss']:.3f}  MaxVio {record['max_vio']:.2f}  "
+                                    f"{record['tokens_per_second']:,} tokens/s")
+                bar.update()
+                if on_step is not None:
+                    on_step(record)
+                last = self.step == config.steps
+                if last or self.step % config.eval_every == 0:
+                    self._look(log, bar)
+                if last or self.step % config.save_every == 0:
+                    self.save()
+        except KeyboardInterrupt:
+            if self.step and not self._busy:
+                self.save()
+            raise
+        finally:
+            bar.close()
+            log.close()
+
+    def _look(self, log: RunLog, bar: ProgressBar) -> None:
+        """Evaluate, and say and draw what was found."""
+        log.write(evaluation := self.evaluate())
+        if "eval_loss" in evaluation:
+            bar.write(f"step {self.step}: held-out loss {evaluation['eval_loss']:.4f} "
+                      f"(perplexity {math.exp(min(evaluation['eval_loss'], 50)):.1f})"
+                      + (f"\n{self.accuracy.table()}" if self.accuracy and self.data.experts else ""))
+        plot_run(self.out / "log.jsonl", self.out / "loss.png")
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimiser step; returns its log record."""
+        config, model = self.config, self.model
+        model.train()
+        rate = learning_rate(self.legs, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0} | ({"guide_loss": 0.0} if self.guided else {})
+        load_LE: Tensor | None = None
+        first = self.step * config.accumulation
+        batches = [self.data.batch(first + micro, config.batch_size, config.seq_len, seed=config.seed)
+                   for micro in range(config.accumulation)]
+        self._tokens = sum(int(b.ids_BT.numel() if b.real_BT is None else b.real_BT.sum()) for b in batches)
+        counts = [int((batch.labels_BT != IGNORE).sum()) for batch in batches]
+        self._busy = True
+        for batch, count in zip(batches, counts, strict=True):
+            batch, share = batch.to(model.device), count / max(sum(counts), 1)  # as if all were one batch
+            result = model.loss(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, mtp_weight=config.mtp_weight,
+                                balance_weight=config.balance_weight, guide_weight=config.guide_weight,
+                                group_BT=batch.expert_BT if self.guided else None)
+            (result.total * share).backward()
+            for key, value in (("loss", result.main), ("mtp_loss", result.mtp), ("balance_loss", result.balance),
+                               ("guide_loss", result.guide)):
+                if value is not None:
+                    sums[key] += value.item() * share
+            load_LE = result.load_LE if load_LE is None else load_LE + result.load_LE
+        if not math.isfinite(sums["loss"]):
+            raise ConfigError(f"lr = {config.lr}: the loss became {sums['loss']} at step {self.step + 1}; a lower one "
+                              f"may help (the last checkpoint is whole)")
+        norm = torch.nn.utils.clip_grad_norm_(list(trained(model).values()), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        assert load_LE is not None
+        if config.bias_speed:
+            for gate, load_E in zip(self.gates, load_LE, strict=False):  # without MTP loss its gate saw nothing
+                if hasattr(gate, "e_score_correction_bias"):
+                    gate.update_bias(load_E, config.bias_speed, within_groups=self.within_groups)
+        self.step += 1
+        self._busy = False
+        max_vio = float(max_violation(load_LE).mean()) if load_LE.numel() else 0.0
+        return {"step": self.step, **sums, "lr": rate, "grad_norm": float(norm), "max_vio": max_vio}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Mean loss per token over held-out windows, where there are any; where the data has expert names, how well
+        routing follows them (`RoutingAccuracy.record`; the counts stay in `accuracy`)."""
+        self.model.eval()
+        self.accuracy = RoutingAccuracy(self.model.config, self.data.experts)
+        loss = held_out_loss(self.model, self.data, self.config, self.accuracy if self.data.experts else None).mean
+        return {"step": self.step} | ({} if loss is None else {"eval_loss": loss}) | (
+            self.accuracy.record() if self.data.experts else {})
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write checkpoint-STEP, where it is not there, and drop all but the newest `keep`."""
+        def add(folder: Path) -> None:
+            moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
+                       for key, value in state.items() if key in ("exp_avg", "exp_avg_sq", "step")}
+            save_file(moments | random_state(self.model.device), folder / "optimizer.safetensors")
+            seconds = self.seconds_before + time.perf_counter() - self.began
+            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(seconds, 3)})
+
+        path = self.out / CHECKPOINT.format(self.step)
+        with held(f"checkpoint {self.step} is written"):
+            if self.step != self._saved:
+                self._write(path, add)
+                self._saved = self.step
+        for old in checkpoints(self.out)[: -self.config.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def _optimizer_state(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, parameter in trained(self.model).items():
+            if parameter in self.optimizer.state:
+                yield name, self.optimizer.state[parameter]
+
+    # what a subclass may keep elsewhere
+
+    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
+        """Write the state of the model, and what `add` puts beside it, as one folder."""
+        return save_model(self.model, path, tokenizer=self.tokenizer, add=add)
+
+    def _read(self, folder: Path) -> None:
+        """Take the state of the model back."""
+        restored = load_model(folder, dtype=torch.float32, device=self.model.device)
+        self.model.load_state_dict(restored.state_dict())
+
+    def _finish(self) -> None:
+        if self.guided and self.accuracy is None:  # nothing was left to train
+            self.evaluate()
+        to_dtype(self.model, self.dtype)
+        save_model(self.model, self.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
+
+    def _add_atlas(self, folder: Path) -> None:
+        atlas = self.atlas
+        if self.guided:
+            accuracy = self.accuracy.by_name() if self.accuracy else {}
+            bound = Atlas.built_in(self.model.config, self.data.experts, {
+                name: {"routing_accuracy": found} for name, found in accuracy.items()})
+            atlas = bound if atlas is None else atlas.updated(bound)
+        if atlas is not None:
+            atlas.save(folder)
+
+    def _resume(self) -> None:
+        found = checkpoints(self.out)
+        if not found:
+            return
+        folder = found[-1]
+        self._read(folder)  # checks the manifest, optimizer.safetensors included
+        moments = load_file(folder / "optimizer.safetensors")
+        about = json.loads((folder / "trainer.json").read_text())
+        self.step, self.seconds_before = about["step"], about.get("seconds", 0.0)
+        self._saved = self.step
+        set_random_state(moments, self.model.device)
+        for name, parameter in trained(self.model).items():
+            if f"{name}.exp_avg" not in moments:
+                continue
+            self.optimizer.state[parameter] = {
+                "step": moments.get(f"{name}.step", torch.tensor(float(self.step))).to(parameter.device),
+                **{key: moments[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
+            }
+
+    def _claim_folder(self, more: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.out / ".lock").open("w")
+        take_lock(self._lock, self.out)
+        for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")):  # of a killed write
+            shutil.rmtree(leftover)
+        config, model = self.config, self.model.config
+        settings = {"train": asdict(config), "model": model.to_dict(), "data": {"fingerprint": self.data.fingerprint},
+                    **more}
+        legs = refuse_other_run(self.out, settings, extend=self.extend)
+        self.legs = [*(Leg(**leg) for leg in legs), Leg.of(config)]
+        settings |= {"legs": legs, "about": dict(about)}
+        known = run_in(self.out)
+        if known is None or known["train"] != settings["train"] or known.get("legs", []) != legs:
+            write_json(self.out / SETTINGS, settings)
+
+
+def run_in(out: Path) -> dict[str, Any] | None:
+    """What settings.json says of the run in `out`, less an extension that has not begun; None where there is none."""
+    path = out / SETTINGS
+    if not path.is_file():
+        return None
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    legs = settings.get("legs", [])
+    if legs and (not (found := checkpoints(out)) or step_of(found[-1]) <= legs[-1]["steps"]):
+        settings["train"] |= legs[-1]
+        settings["legs"] = legs[:-1]
+    return settings
+
+
+def refuse_other_run(
+    out: Path, settings: Mapping[str, Mapping[str, Any]], *, whole: bool = True, extend: bool = True
+) -> list[dict[str, Any]]:
+    """The legs of the run in `out` before the one that `settings` describe. Raises ConfigError where `out` holds a run
+    with other settings, by part and key. whole: these are all settings, so one that only the run has counts too.
+    extend: more steps, with whatever schedule, are a further leg."""
+    if (old := run_in(out)) is None:
+        return []
+    new = json.loads(json.dumps(settings))
+    before, steps = old["train"]["steps"], new["train"]["steps"]
+    longer = extend and steps > before
+    if extend and steps < before:
+        raise ConfigError(f"steps = {steps}: {out} holds a run of {before} steps, which can grow, not shrink; choose "
+                          "another --out or remove the folder")
+    for part in new:
+        known = old.get(part, {})
+        for key in sorted(set(new[part]) | (set(known) if whole else set())):
+            if known.get(key) != new[part].get(key) and not (longer and key in SCHEDULE):
+                raise ConfigError(f"{out} holds a run with {key} = {known.get(key)!r}, this one has "
+                                  f"{new[part].get(key)!r}; choose another --out or remove the folder")
+    return [*old.get("legs", []), *([{field.name: old["train"][field.name] for field in fields(Leg)}]
+                                    if longer else [])]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """What torch draws from next, on the CPU and, if `device` is a GPU, there, where dropout has a state of its own."""
+    state = {"rng": torch.get_rng_state()}
+    return state | {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Take `random_state` back; a GPU's is kept as it is where the run was on a CPU before."""
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
+def _names_fit(model: CausalLM, names: tuple[str, ...]) -> None:
+    groups = model.config.n_group
+    if len(names) > groups:
+        raise ConfigError(f"{len(names)} expert names ({', '.join(names)}): the model has {groups} routing groups, "
+                          f"n_group must be at least {len(names)}")
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """BF16 where asked, or where `auto` finds BF16 units; else FP32. Weights and moments stay FP32."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device.type))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that want a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class HeldOut(NamedTuple):
+    """The main loss over held-out data: sum_N of each row (a window or a record), count_N the labels that it has."""
+
+    sum_N: np.ndarray
+    count_N: np.ndarray
+
+    @property
+    def mean(self) -> float | None:
+        """Per label; None where nothing is held out."""
+        return float(self.sum_N.sum() / count) if (count := self.count_N.sum()) else None
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: CausalLM, data: Windows, config: TrainConfig, accuracy: RoutingAccuracy | None = None,
+    batches: int | None = None, desc: str | None = None,
+) -> HeldOut:
+    """Over `batches` (eval_batches) held-out batches at most; `accuracy` counts their routes too. desc: shows a bar."""
+    model.eval()
+    found = list(data.valid_batches(config.batch_size, config.seq_len, batches or config.eval_batches))
+    sums, counts = [np.zeros(0)], [np.zeros(0, np.int64)]
+    for batch in ProgressBar(found, desc=desc, unit="batch", leave=False, disable=desc is None):
+        batch, routing = batch.to(model.device), RoutingRecord()
+        sums.append(model.row_losses(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, routing=routing)
+                    .double().cpu().numpy())
+        counts.append((batch.labels_BT != IGNORE).sum(1).cpu().numpy())
+        if accuracy is not None:
+            accuracy.add(routing, batch.expert_BT, batch.ids_BT)
+    return HeldOut(np.concatenate(sums), np.concatenate(counts))
+
+
+def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay, norms and biases do not."""
+    parameters = list(trained(model).values())
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def kept_in(out: Path) -> str:
+    """What a run that stops leaves in `out`, in words."""
+    run, found = run_in(out), checkpoints(out)
+    if run is None or not found:
+        return f"no step is finished, so nothing is kept but what lies prepared in {out}"
+    step, steps = step_of(found[-1]), run["train"]["steps"]
+    return (f"step {step} of {steps} is saved in {found[-1]}, the run goes on from there" if step < steps else
+            f"all {steps} steps are saved in {found[-1]}, the result is still to be written")
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoint folders under `out`, oldest first."""
+    return sorted(path for path in out.glob("checkpoint-[0-9]*") if path.is_dir())
+
+
+class RunLog:
+    """log.jsonl: one line a record, flushed at once; TensorBoard events beside it if asked."""
+
+    def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
+        self._path = path = out / "log.jsonl"
+        taken = [(record, line) for record, line in read_log(path) if record["step"] <= step]
+        self.evaluated = bool(taken) and "loss" not in taken[-1][0]  # the last step
+        write_atomically(path, "".join(line for _, line in taken))
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError("tensorboard = True: needs the package tensorboard "
+                                  "(pip install 'moe-dr[tensorboard]')") from None
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if not is_file_at(self._file, self._path):
+            raise ConfigError(f"{self._path}: was deleted or replaced during the run; the same command goes on from "
+                              "what is left")
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """(record, line) of every whole line; a last line torn by a kill is dropped."""
+    if not path.exists():
+        return []
+    out = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        try:
+            out.append((json.loads(line), line))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path}: line {len(out) + 1} is not JSON: {error}") from None
+    return out
