@@ -43,7 +43,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, words in WORDS.items():
         (root / f"{name}.jsonl").write_text("".join(
             json.dumps({"text": " ".join(draw.choices(words, k=40))}) + "\n" for _ in range(20)))
-    Tokenizer.train([" ".join(draw.choices([word for words in WORDS.values() for word in words], k=4000))], 300).save(root / "words")
+    everything = [word for words in WORDS.values() for word in words]
+    Tokenizer.train([" ".join(draw.choices(everything, k=4000))], 300).save(root / "words")
     config = ModelConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
         moe_intermediate_size=16, n_routed_experts=12, num_experts_per_tok=2, n_group=3, topk_group=1, kv_lora_rank=16,

@@ -100,7 +100,7 @@ class TrainingLoop:
         Ctrl-C and SIGTERM: the step is finished and a checkpoint written before KeyboardInterrupt goes on, which notes
         what is kept. A second one leaves at once.
         """
-        with self._lock, handled(), kept(self.kept):  # the folder is free again, even where a traceback keeps this object
+        with self._lock, handled(), kept(self.kept):  # unlocked afterwards, even where a traceback keeps this object
             self._take_steps(on_step)
             self.model.eval()
             self._finish()
