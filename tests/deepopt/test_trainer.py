@@ -223,7 +223,7 @@ def test_names_of_a_checkpoint_keep_their_groups(base: Path, texts: Path, tmp_pa
     from deepseek.data import ReadReport, read_documents
     found = profile(load_model(base), tokenizer, {
         name: read_documents([texts / f"{name}.jsonl"], ReadReport()) for name in ("code_expert", "prose_expert")},
-        seq_len=32)
+        seq_len=32, atlas=Atlas.load(base))
     Atlas.load(base).updated(found).save(measured)
     kinds = {group.name: group.kind for group in Atlas.load(measured).groups}
     model = Trainer(from_model=measured, out=tmp_path / "c", steps=1, **QUICK).fit(texts / "code_expert.jsonl")

@@ -251,7 +251,8 @@ class TrainingLoop:
             accuracy = self.accuracy.by_name() if self.accuracy else {}
             bound = Atlas.built_in(self.model.config, self.data.experts, {
                 name: {"routing_accuracy": found} for name, found in accuracy.items()})
-            atlas = bound if atlas is None else atlas.updated(bound)
+            atlas = bound if atlas is None else atlas.updated(Atlas(bound.shape, [
+                group for group in bound.groups if group.name in accuracy or group.name not in atlas.names]))
         if atlas is not None:
             atlas.save(folder)
 
