@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ from deepseek import convert
 from deepseek.checkpoint import MANIFEST, TORCH_DTYPES, load_model, save_model
 from deepseek.convert import dequantize
 from deepseek.convert.writing import Part, write_file
+from deepseek.engine import Engine
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import locked
 
@@ -124,7 +126,58 @@ def test_a_source_that_is_not_whole(source: Callable, edit: Callable[[dict[str, 
     with pytest.raises(CheckpointError) as caught:
         quiet(folder)
     assert message in str(caught.value) and str(folder) in str(caught.value)
-    assert not (folder.parent / "q").exists()
+    assert not list(folder.parent.glob("q*"))
+
+
+GATE = "model.layers.2.mlp.gate"
+COPIED = ["model.norm.weight", f"{GATE}.weight", f"{GATE}.e_score_correction_bias",
+          "model.layers.0.self_attn.o_proj.bias", "model.layers.1.self_attn.kv_a_layernorm.weight",
+          "model.layers.2.self_attn.q_a_layernorm.weight"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", [*COPIED, "lm_head.weight", "model.embed_tokens.weight", NAME])
+def test_what_is_copied_is_finite_too(source: Callable, name: str, value: float) -> None:
+    """Copied, kept, packed and dequantised alike, and nothing is left of the conversion."""
+    folder = source(q_lora_rank=24, attention_bias=True)
+    rewrite(folder, lambda t: t[name].view(-1)[-1:].fill_(value))
+    keep = ["lm_head.*", "*.embed_tokens.*", "*.mlp.*"]
+    for work in (lambda: quiet(folder), lambda: quiet(folder, "int8", keep=keep),
+                 lambda: dequantize(folder, folder.parent / "q", progress=False)):
+        with pytest.raises(CheckpointError, match=re.escape(f"{name} holds values that are not finite")):
+            work()
+        assert not list(folder.parent.glob("q*"))
+    if "gate" in name:  # nothing in the logits would tell
+        with pytest.raises(CheckpointError, match=re.escape(f"{folder}: {name} holds values that are not finite")):
+            load_model(folder)
+
+
+def test_what_float16_cannot_hold(source: Callable) -> None:
+    folder = source(torch.float32)
+    rewrite(folder, lambda t: t["model.norm.weight"].fill_(1e6))
+    with pytest.raises(CheckpointError, match=r"norm.weight holds values that are not finite, or beyond what float16"):
+        dequantize(folder, folder.parent / "q", "float16", progress=False)
+    assert not list(folder.parent.glob("q*"))
+
+
+@pytest.mark.parametrize("name", [f"{GATE}.weight", f"{GATE}.e_score_correction_bias", "model.embed_tokens.step",
+                                  "lm_head.packed"])
+def test_a_quantised_file_with_numbers_that_are_none(source: Callable, name: str) -> None:
+    out, _ = quiet(source())
+    rewrite(out, lambda t: t[name].view(-1)[:4].copy_(torch.tensor([0, 0, 192, 127], dtype=torch.uint8))  # a NaN
+            if name == "lm_head.packed" else t[name].view(-1)[:1].fill_(torch.nan))
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} holds values that are not finite")):
+        load_model(out) if GATE in name else dequantize(out, out.parent / "x", progress=False)
+    assert not list(out.parent.glob("x*"))
+
+
+def test_a_gate_of_nan_is_an_error_where_requests_run(source: Callable) -> None:
+    model = load_model(source())
+    model.moe_blocks()[1].gate.e_score_correction_bias[3] = torch.nan
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.gate\.e_score_correction_bias holds values that are"):
+        Engine(model)
+    model.moe_blocks()[1].gate.e_score_correction_bias.zero_()
+    Engine(model)
 
 
 HEAD, EXPERT = "lm_head.packed", "model.layers.1.mlp.experts.5.packed"

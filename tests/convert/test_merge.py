@@ -26,7 +26,7 @@ from deepseek.checkpoint import (
     tensor_hashes,
 )
 from deepseek.cli import main
-from deepseek.convert import PROVENANCE, merge, writing
+from deepseek.convert import PROVENANCE, dequantize, merge, writing
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.model.adapter import Side, fold, side_paths
 from deepseek.quant import fp8
@@ -233,3 +233,47 @@ def test_a_large_matrix_has_the_same_bits_whatever_its_blocks(
     monkeypatch.setattr("deepseek.checkpoint.identity._ROWS", 1)
     cut = merge(base, adapter, base.parent / "cut", progress=False).path
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_a_head_that_is_said_to_be_tied_and_is_not(source: Callable) -> None:
+    """Loaded untied with a warning, everywhere; one that is the embedding's copy is tied, and a missing one is an error
+    that says what may be meant."""
+    base = source(torch.float32)
+    want, ids_BT = load_model(base), torch.arange(20).view(2, 10)
+    fingerprints = {of(base)}
+    keys = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(keys | {"tie_word_embeddings": True}))
+    (base / MANIFEST).unlink()
+
+    def warned(work: Callable[[], Any]) -> Any:
+        with pytest.warns(UserWarning, match="tie_word_embeddings = true, but lm_head.weight is not the embedding"):
+            return work()
+
+    model = warned(lambda: load_model(base))
+    assert torch.equal(model(ids_BT), want(ids_BT)) and not model.config.tie_word_embeddings
+    fingerprints.add(warned(lambda: of(base)))
+    plain = warned(lambda: dequantize(base, base.parent / "plain", "float32", progress=False))
+    four = warned(lambda: quiet(base, "int8", name="four"))[0]
+    adapter = warned(lambda: delta(base, "lm_head.weight", "layers.1.mlp.experts.5."))
+    merged = warned(lambda: merge(base, adapter, base.parent / "merged", progress=False)).path
+    tuned = warned(lambda: load_model(base, adapter=adapter))(ids_BT)
+    once = warned(lambda: quiet(base, name="once", adapter=adapter))[0]
+    assert contents(once) == contents(quiet(merged, name="twice")[0])
+    for folder in (plain, four, merged):
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_model(plain)(ids_BT), want(ids_BT))
+    assert torch.cosine_similarity(load_model(four)(ids_BT).flatten(), want(ids_BT).flatten(), 0) > 0.95
+    torch.testing.assert_close(load_model(merged)(ids_BT), tuned)
+    fingerprints |= {of(plain), json.loads((four / "config.json").read_text())["quantization_config"]["source"]}
+    assert len(fingerprints) == 1 and not torch.allclose(tuned, want(ids_BT))
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    assert load_model(base).config.tie_word_embeddings
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps(keys))
+    for work in (load_model, lambda folder: quiet(folder, name="x"),
+                 lambda folder: merge(folder, adapter, folder.parent / "x")):
+        with pytest.raises(CheckpointError, match=r"missing, first lm_head\.weight: .*tie_word_embeddings = true"):
+            work(base)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import ConfigError
+from ..model import CausalLM
 from .adapter_files import Delta, LoRA, read_adapter
 from .files import TORCH_DTYPES, TensorFiles
 from .identity import check_base, stored_fingerprint
-from .models import stored_dtype
+from .models import check_tensors, stored_dtype
 
 KEPT = 0.9  # of what an adapter adds, which the base's own dtype must hold
 _ROWS = 1 << 20  # numbers at a time
@@ -32,6 +33,8 @@ class AdaptedFiles(TensorFiles):
         an adapter that adds nothing."""
         super().__init__(files.folder, verify=False)
         self.plain, self.adapter, self.own = files, adapter, stored_dtype(files)
+        with torch.device("meta"):
+            check_tensors(CausalLM(config), files)
         adapter.check_fits(config)
         if isinstance(adapter, LoRA) and adapter.untrained:
             raise ConfigError(f"{adapter.folder}: would change nothing: every B is zero, the adapter was never trained")

@@ -221,7 +221,7 @@ class LoRA(Adapter):
     @property
     def untrained(self) -> bool:
         """Whether it adds nothing: every B is zero."""
-        return not any(bool(self._number(b).any()) for _, b in self.modules.values())
+        return not any(bool(b.any()) for _, b in self._pairs.values())
 
 
 def _last(names: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from .files import Span, TensorFiles, write_manifest
 from .names import INDEX, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
 
 SHARD_BYTES = 5 << 30
+_ROWS = 1024  # of a head at a time
 _LAYER, _EXPERT = (re.compile(pattern) for pattern in (r"^model\.layers\.(\d+)\.", r"\.experts\.(\d+)\."))
 
 Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
@@ -33,8 +35,9 @@ Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 def open_checkpoint(
     path_or_name: str | Path, *, verify: bool | None = None
 ) -> tuple[ModelConfig, Recipe | None, TensorFiles]:
-    """The configuration of a checkpoint, how it is quantised if it is, and its tensors; MTP modules that the
-    configuration announces and the files lack are taken out of it (transformers writes the count alone).
+    """The configuration of a checkpoint, how it is quantised if it is, and its tensors, which have the last word: MTP
+    modules that the configuration announces and the files lack are taken out of it (transformers writes the count
+    alone), and a head that it ties to the embedding, but that has other values, is untied, with a warning.
 
     verify: as in `load_model`.
     """
@@ -44,6 +47,10 @@ def open_checkpoint(
     files = TensorFiles(folder, verify=verify if verify is not None else True if recipe is None else "small")
     if config.num_nextn_predict_layers and not any(f"layers.{config.num_hidden_layers}." in name for name in files):
         config = config.with_(num_nextn_predict_layers=0)
+    if config.tie_word_embeddings and _has_own_head(files):
+        warnings.warn(f"{folder}: config.json has tie_word_embeddings = true, but lm_head.weight is not the embedding: "
+                      "the head is loaded untied", stacklevel=2)
+        config = config.with_(tie_word_embeddings=False)
     for key, pattern in (("num_hidden_layers", _LAYER), ("n_routed_experts", _EXPERT)):
         found = max((int(match[1]) + 1 for name in files if (match := pattern.search(name))), default=0)
         if found and found < (want := getattr(config, key)):  # before a model of that size is made
@@ -72,7 +79,7 @@ def load_model(
             raise ConfigError(f"dtype = {dtype}: a quantised checkpoint computes in float32 (auto)")
         model = _fill_quantised(model, recipe, files, device)
     else:
-        _check(model, files)
+        check_tensors(model, files)
         model.to(_dtype_of("auto" if adapter else dtype, files))
         if torch.device(device).type == "cpu":
             check_memory(sum(tensor.nbytes for tensor in model.state_dict().values()), str(files.folder))
@@ -84,7 +91,22 @@ def load_model(
         model.requires_grad_(False)
         if recipe is None and dtype != "auto":
             to_dtype(model, _dtype_of(dtype, files))
+    try:
+        model.check_gates()
+    except CheckpointError as error:
+        raise CheckpointError(f"{files.folder}: {error}") from None
     return model.eval()
+
+
+def _has_own_head(files: TensorFiles) -> bool:
+    """Whether there is a plain head that differs from the plain embedding."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if head not in files or table not in files:
+        return False
+    if (shape := files.shape(head)) != files.shape(table):
+        return True
+    return not all(torch.equal(*(files.read_rows(name, start, start + _ROWS, torch.float32) for name in (head, table)))
+                   for start in range(0, shape[0], _ROWS))
 
 
 def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
@@ -134,7 +156,7 @@ def _parts(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
                 yield disk_name, tensor.data if part is None else tensor.data[part[0]][part[1]]
 
 
-def _check(model: CausalLM, files: TensorFiles) -> None:
+def check_tensors(model: CausalLM, files: TensorFiles) -> None:
     """Raises CheckpointError where names or shapes are not the model's, which may be on the meta device."""
     used = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing: list[str] = []
@@ -158,7 +180,9 @@ def _fill(model: CausalLM, files: TensorFiles) -> None:
 def check_names(files: TensorFiles, used: set[str], missing: list[str]) -> None:
     """Raises CheckpointError for tensors that are missing, or that are there and have no place in the model."""
     if missing:
-        raise CheckpointError(f"{files.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+        tied = ": the head of a model whose head is its embedding (then config.json has tie_word_embeddings = true)"
+        raise CheckpointError(f"{files.folder}: {len(missing)} tensors are missing, first {missing[0]}"
+                              + tied * (missing == ["lm_head.weight"]))
     extra = sorted(name for name in files if name not in used and not _DERIVED.fullmatch(name))
     if extra:
         raise CheckpointError(f"{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]}")

@@ -27,7 +27,7 @@ from ..files import locked
 from ..model import CausalLM
 from ..ops import panels
 from ..quant.linear import Place, Recipe
-from .writing import SHARD_BYTES, Part, Writer, copied, divide, free_folder, row_blocks
+from .writing import SHARD_BYTES, Part, Writer, copied, divide, finite, free_folder, row_blocks
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -113,7 +113,8 @@ def _unpack(
     if place.kind == "table":
         for start, stop in row_blocks((place.rows, place.columns)):
             code_OK = files.read_rows(f"{stem}.codes", start, stop)
-            yield panels.Quantised(code_OK, None, files.read_rows(f"{stem}.step", start, stop)).dequantise().to(dtype)
+            step_O = files.read_rows(f"{stem}.step", start, stop)
+            yield finite(panels.Quantised(code_OK, None, step_O).dequantise().to(dtype), files, f"{stem}.step")
         return
     rows, columns = (place.columns, place.rows) if which == 2 else (place.rows, place.columns)
     in_turns = place.kind != "matrix" and which < 2  # gate and up
@@ -126,4 +127,4 @@ def _unpack(
         data = files.read_bytes(f"{stem}.packed", offset + first * step, offset + last * step)
         if in_turns:
             data = data.view(-1, 2, width)[:, which].flatten()
-        yield panels.unpack(data, stop - start, columns, bits).dequantise().to(dtype)
+        yield finite(panels.unpack(data, stop - start, columns, bits).dequantise().to(dtype), files, f"{stem}.packed")

@@ -37,7 +37,7 @@ from ..quant.linear import Recipe, places
 from ..quant.panels import quantise_panels, squared
 from .dequantizing import plain_keys
 from .merging import dtype_name, provenance
-from .writing import REPORT, SHARD_BYTES, Part, Writer, copied, divide, free_folder, row_blocks
+from .writing import REPORT, SHARD_BYTES, Part, Writer, copied, divide, finite, free_folder, row_blocks
 
 _T = TypeVar("_T")
 
@@ -225,8 +225,8 @@ def _blocks(
     for start, stop in row_blocks(files.shape(source)):
         w = files.read_rows(source, start, stop, torch.float32)
         encoded, lost, square = encode(w)
-        if not math.isfinite(square) and not bool(w.isfinite().all()):
-            raise CheckpointError(f"{files.file(source)}: {source} holds values that are not finite")
+        if not math.isfinite(square):
+            finite(w, files, source)
         error, weight = error + lost, weight + square
         yield encoded
     squares[name] = error, weight

@@ -57,7 +57,16 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def copied(files: TensorFiles, name: str, kind: str) -> Iterator[Tensor]:
-    return (files.read_rows(name, *rows, dtype=TORCH_DTYPES[kind]) for rows in row_blocks(files.shape(name)))
+    for start, stop in row_blocks(files.shape(name)):
+        yield finite(files.read_rows(name, start, stop, TORCH_DTYPES[kind]), files, name)
+
+
+def finite(rows: Tensor, files: TensorFiles, name: str) -> Tensor:
+    """Rows of the tensor `name`, as they are. Raises CheckpointError where one of their values is not finite."""
+    if not bool(rows.isfinite().all()):
+        why = ", or beyond what float16 can hold" if rows.dtype == torch.float16 else ""
+        raise CheckpointError(f"{files.file(name)}: {name} holds values that are not finite{why}")
+    return rows
 
 
 def divide(parts: list[Part], shard_bytes: int) -> dict[str, list[Part]]:

@@ -142,6 +142,7 @@ class Engine:
                  residency: Residency | None = None) -> None:
         self.model, self.options, self.atlas = model, options or EngineOptions(), atlas
         self.residency = residency
+        model.check_gates()
         config = model.config
         dtype = model.compute_dtype or model.lm_head.weight.dtype
         count = _pool_pages(model, self.options, dtype)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import CheckpointError, RequestError
 from ..ops.loss import IGNORE
 from .cache import LatentCache, LatentPool, Pack
 from .experts import MoE
@@ -135,6 +135,14 @@ class CausalLM(nn.Module):
         """Layer index -> its MoE block, MTP layers last."""
         layers = [*self.model.layers, *self.model.mtp]
         return {block.layer: block.mlp for block in layers if isinstance(block.mlp, MoE)}
+
+    def check_gates(self) -> None:
+        """Raises CheckpointError naming a gate's weight or bias that holds a value that is not finite. It would not be
+        seen in the logits: such an expert is always chosen, or never."""
+        for layer, block in self.moe_blocks().items():
+            for name, tensor in (("weight", block.gate.weight), ("e_score_correction_bias", block.gate.bias)):
+                if tensor is not None and not bool(tensor.isfinite().all()):
+                    raise CheckpointError(f"model.layers.{layer}.mlp.gate.{name} holds values that are not finite")
 
     # ---- inference --------------------------------------------------------------------------------------------
 
