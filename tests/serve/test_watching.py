@@ -341,6 +341,64 @@ def soon(page: Any, expression: str) -> None:
         page.wait_for_timeout(50)
 
 
+OUT_OF_SIGHT = """() => [...document.querySelectorAll("td, .tile *, .legend span, main h2, main p")].filter(own => {
+    const box = own.getBoundingClientRect(), cut = own.clientWidth && own.scrollWidth > own.clientWidth + 1;
+    return own.offsetParent && own.textContent.trim() && (box.right > innerWidth || box.left < 0 || cut); }).map(
+        own => own.textContent)"""
+SHOWN = """() => [...document.querySelectorAll("main *")].filter(own => own.checkVisibility()).length"""
+
+
+def test_the_dashboard_on_a_phone(watched: Watched, browser: Any) -> None:
+    """Nothing but a log-in before there is a key; then every value within the window, and lines told apart."""
+    for domain in EVEN * 2:
+        watched.ask(domain)
+    context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page = context.new_page()
+    page.goto(f"{watched.running.url}/dashboard")
+    page.get_by_label("API key").wait_for()
+    assert page.title() == "Log in · MoE-DR" and page.evaluate(SHOWN) == 0
+    assert page.get_by_role("heading", name="Log in").is_visible() and not page.get_by_label("time shown").is_visible()
+    assert page.evaluate("document.activeElement.id") == "secret", "one can type at once"
+    button = page.get_by_role("button", name="Open the dashboard")
+    button.tap()
+    assert page.locator("#wrong").inner_text() == "", "no key is not a wrong key"
+    page.get_by_label("API key").fill("wrong")
+    button.tap()
+    page.get_by_text("The server does not know this key.").wait_for()
+    page.get_by_label("API key").fill(KEY)
+    button.tap()
+    page.wait_for_selector("#groups table")
+    assert not page.get_by_label("API key").is_visible() and page.title() == "planted · MoE-DR"
+    soon(page, "document.querySelectorAll('#latency path').length == 4")
+    soon(page, "document.querySelectorAll('#over path').length == 3")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390 and page.evaluate(OUT_OF_SIGHT) == []
+    row = page.locator("#groups tbody tr").first
+    assert "law" in row.inner_text() and "×" in row.inner_text()
+    labels = row.locator("td").evaluate_all("own => own.map(td => getComputedStyle(td, '::before').content)")
+    assert labels[1:] == [f'"{name}"' for name in (
+        "slots / expected", "share", "layer 1", "layer 2", "accuracy", "drift")]
+    lines = {own: page.locator(f"#{own} + .legend > span").evaluate_all(
+        "own => own.map(s => [s.textContent, getComputedStyle(s.firstChild).borderTopStyle])") for own in (
+            "latency", "over")}
+    assert lines["latency"] == [["first, p50", "solid"], ["first, p99", "dashed"], ["each, p50", "solid"],
+                                ["each, p99", "dashed"]]
+    assert lines["over"] == [["law", "solid"], ["code", "solid"], ["text", "solid"], ["uniform routing", "dashed"]]
+    drawn = page.locator("#latency path").evaluate_all("own => own.map(p => !!p.getAttribute('stroke-dasharray'))")
+    assert drawn == [False, True, False, True]
+    page.evaluate("""() => { document.hidden || (refused = true);  // no newer state comes
+        const long = i => "financial_regulation_and_compliance_" + i + "_expert", groups = [0, 1, 2, 3, 4, 5, 6, 7];
+        state.groups = groups.map(i => ({ ...state.groups[0], name: long(i), resident: 1, hits: 1 }));
+        state.conflict = groups.map(() => groups.map(() => 123456));
+        state.confusion = groups.map(a => groups.map(b => a === b ? 9 : 0));
+        state.residency = { hits: 1, stall: 1, foretold_right: 1, read_bytes: 1e12 };
+        state.business = groups.map(i => ({ ...state.business[0], domain: long(i) }));
+        state.slices = { client: groups.map(i => ["a-client-with-a-name-without-any-space-at-all-" + i, .1]) };
+        state.past_alerts = [{ time: state.time, begins: true, message: long(1).repeat(4) }];
+        draw(); }""")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390 and page.evaluate(OUT_OF_SIGHT) == []
+    context.close()
+
+
 def test_the_dashboard_in_a_real_browser(watched: Watched, browser: Any) -> None:
     for domain in ("law", "code", "text") * 4:
         watched.ask(domain)
