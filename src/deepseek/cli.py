@@ -27,6 +27,9 @@ from .watch.terminal import watch as watch_server
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .checkpoint import Verdict
+    from .config import ModelConfig
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for what the user can mend, 1 for what failed below (disk, memory, a
@@ -97,12 +100,10 @@ def infer_main() -> int:
 
 
 def info(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from . import info as accounting
-    from .checkpoint import find_config
 
-    described = accounting.describe(find_config(args.model), name=args.model, context=args.context)
+    config, judged = _judged(args.model)
+    described = accounting.describe(config, name=args.model, context=args.context)
     priced = args.price_per_hour is not None and args.tokens_per_second is None
     machine = accounting.measure_machine() if args.machine or priced else None
     fits = accounting.fit(described, machine, context=args.context) if machine else None
@@ -111,11 +112,16 @@ def info(args: argparse.Namespace) -> None:
     if args.json:
         import json
 
-        print(json.dumps(accounting.to_json(described, **extra), indent=2))
-    else:
-        print(accounting.render(described, **extra))
-        print(f"try:   deepseek infer --model {args.model} --prompt '…'" if Path(args.model).is_dir() else
-              f"try:   deepseek train {args.model} DATA --out runs/first")
+        loads = None if judged is None else {"yes": judged.because is None, "because": judged.because or judged.about}
+        print(json.dumps(accounting.to_json(described, **extra) | {"loads_here": loads}, indent=2))
+        return
+    print(accounting.render(described, **extra))
+    if judged is None:
+        print(f"try:   deepseek train {args.model} DATA --out runs/first")
+        return
+    if judged.because is None:
+        print(f"try:   deepseek infer --model {args.model} --prompt '…'")
+    print(printable(str(judged)))
 
 
 def data_tokenizer(args: argparse.Namespace) -> None:
@@ -336,6 +342,28 @@ def _is_config(word: str) -> bool:
             path.suffix == ".json" and path.stat().st_size < 1 << 20 and bool(ModelConfig.from_file(path)))
     except MoEDRError:
         return path.name == "config.json"
+
+
+def _judged(name: str) -> tuple[ModelConfig, Verdict | None]:
+    """The configuration that `info` accounts for, and whether the checkpoint loads; None where there is none."""
+    from pathlib import Path
+
+    from .config import PRESETS, ModelConfig
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        return ModelConfig.from_file(path, strict=True), None
+    if not path.exists() and name in PRESETS:
+        return ModelConfig.preset(name), None
+    from .checkpoint import resolve, verdict
+
+    judged = verdict(folder := resolve(name, weights=False))
+    if (inside := ModelConfig.of_wrapper(folder)) is not None:  # accounted for all the same
+        return inside[0], judged
+    try:
+        return ModelConfig.from_file(folder), judged
+    except ConfigError as error:
+        raise ConfigError(f"loads here: no, because {error}") from None
 
 
 def _training_data(words: Sequence[str], experts: Sequence[str] | None) -> Any:

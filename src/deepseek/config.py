@@ -48,6 +48,8 @@ _DANGEROUS: dict[str, tuple[Any, ...]] = {
     "zero_expert_num": (None, 0),
     "attention_dropout": (None, 0, 0.0),
     "layer_types": (None,),
+    "vision_config": (None,),
+    "audio_config": (None,),
 }
 
 
@@ -230,6 +232,10 @@ class ModelConfig:
         Raises ConfigError naming the key, the rule and the value.
         """
         keys = dict(keys)
+        if (inner := _wrapper(keys)) is not None:
+            kind, own = (shown(part.get("model_type")) for part in (keys, keys[inner]))
+            raise ConfigError(f"{origin}: model_type = {kind} wraps a text model ({inner}, model_type = {own}) in one "
+                              "of images or sound: only models of text alone are read here")
         if strict is None:
             # transformers keeps our mark when it writes, and adds keys of its own
             strict = "moe_dr" in keys and "transformers_version" not in keys
@@ -288,6 +294,18 @@ class ModelConfig:
             if path.exists() and not path.is_file():  # a pipe has no end
                 raise ConfigError(f"{path}: must be a file")
         return cls.from_dict(read_json(path, ConfigError, finite=False), strict=strict, origin=str(path))
+
+    @classmethod
+    def of_wrapper(cls, path: str | Path) -> tuple[ModelConfig, str] | None:
+        """(the text model's, the key it stands under) where a folder's config.json wraps a text model in others; None
+        where it does not, or where that is not read here either."""
+        file = Path(path) / "config.json"
+        try:
+            keys = read_json(file, ConfigError, finite=False)
+            name = _wrapper(keys)
+            return None if name is None else (cls.from_dict(keys[name], strict=False, origin=f"{file}: {name}"), name)
+        except ConfigError:
+            return None
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
@@ -361,6 +379,12 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _NEWER_SPELLING = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts",
                    "num_experts": "n_routed_experts"}
+
+
+def _wrapper(keys: Mapping[str, Any]) -> str | None:
+    """The key under which the text model of a multimodal one stands."""
+    return next((key for key in ("text_config", "language_config", "llm_config")
+                 if isinstance(keys.get(key), Mapping) and keys[key]), None)
 
 
 def _read_generation(keys: dict[str, Any], strict: bool, origin: str) -> dict[str, Any]:

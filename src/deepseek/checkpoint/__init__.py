@@ -25,14 +25,14 @@ from .adapted import AdaptedFiles
 from .adapters import attach_adapter, check_targets, save_adapter, save_delta
 from .files import EXPERT_USE, MANIFEST, TORCH_DTYPES, Span, TensorFiles, check_manifest, write_manifest
 from .identity import base_tensors, fingerprint, stored_fingerprint, tensor_hashes
+from .loads import Verdict, verdict
 from .models import Dtype, check_names, expert_spans, load_model, open_checkpoint, save_model, stored_dtype, to_dtype
 from .names import INDEX, PAGE, disk_parts, find_config, outside_index, packed_bytes, quantised_places, resolve, units
 
 __all__ = [
     "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "AdaptedFiles", "Dtype", "Span", "TensorFiles",
-    "attach_adapter", "base_tensors", "check_manifest", "check_names", "check_targets", "disk_parts", "expert_spans",
-    "find_config",
-    "fingerprint", "load_model", "open_checkpoint", "outside_index", "packed_bytes", "quantised_places", "resolve",
-    "save_adapter", "save_delta", "save_model", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype",
-    "units", "write_manifest",
+    "Verdict", "attach_adapter", "base_tensors", "check_manifest", "check_names", "check_targets", "disk_parts",
+    "expert_spans", "find_config", "fingerprint", "load_model", "open_checkpoint", "outside_index", "packed_bytes",
+    "quantised_places", "resolve", "save_adapter", "save_delta", "save_model", "stored_dtype", "stored_fingerprint",
+    "tensor_hashes", "to_dtype", "units", "verdict", "write_manifest",
 ]

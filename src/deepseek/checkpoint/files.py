@@ -61,9 +61,9 @@ class TensorFiles:
         if missing := sorted(set(self._indexed) - set(self._where)):
             raise CheckpointError(f"{folder}: the index names {len(missing)} tensors that its files do not hold, "
                                   f"first {missing[0]}")
-        self._int4: dict[str, tuple[int, ...]] = {}
-        for stem in [name.removesuffix(int4.PARTS[0]) for name in self._where if name.endswith(f".{int4.PARTS[0]}")]:
-            self._int4[f"{stem}weight"] = self._shape_of(stem)
+        self._names = int4.logical(self._where)
+        self._int4 = {name: self._shape_of(name.removesuffix("weight")) for name, stored in self._names.items()
+                      if name != stored}
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
@@ -103,8 +103,7 @@ class TensorFiles:
         return name in self._where or name in self._int4
 
     def __iter__(self) -> Iterator[str]:
-        hidden = {name.removesuffix("weight") + part for name in self._int4 for part in int4.PARTS}
-        return iter([*(name for name in self._where if name not in hidden), *self._int4])
+        return iter(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._int4.get(name) or tuple(self._where[name].get_slice(name).get_shape())
@@ -118,7 +117,7 @@ class TensorFiles:
         return {k: v for handle in set(self._where.values()) for k, v in (handle.metadata() or {}).items()}
 
     def file(self, name: str) -> Path:
-        return self._file[name.removesuffix("weight") + int4.PARTS[0] if name in self._int4 else name]
+        return self._file[self._names.get(name, name)]
 
     def check_plain(self, name: str) -> None:
         """Raises CheckpointError unless the tensor is of a kind that weights have."""

@@ -23,7 +23,7 @@ from ..quant.fused import fuse
 from ..quant.linear import Recipe, is_quantised, put
 from .adapters import apply
 from .files import Span, TensorFiles, write_manifest
-from .names import INDEX, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
+from .names import INDEX, Names, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
 
 SHARD_BYTES = 5 << 30
 _ROWS = 1024  # of a head at a time
@@ -45,17 +45,24 @@ def open_checkpoint(
     config = ModelConfig.from_file(folder)
     recipe = Recipe.of(config, str(folder))
     files = TensorFiles(folder, verify=verify if verify is not None else True if recipe is None else "small")
-    if config.num_nextn_predict_layers and not any(f"layers.{config.num_hidden_layers}." in name for name in files):
-        config = config.with_(num_nextn_predict_layers=0)
+    config = fitted(config, files)
     if config.tie_word_embeddings and _has_own_head(files):
         warnings.warn(f"{folder}: config.json has tie_word_embeddings = true, but lm_head.weight is not the embedding: "
                       "the head is loaded untied", stacklevel=2)
         config = config.with_(tie_word_embeddings=False)
+    return config, recipe, files
+
+
+def fitted(config: ModelConfig, files: Names | TensorFiles) -> ModelConfig:
+    """The configuration without MTP modules that the tensors lack. Raises CheckpointError for other layers or experts
+    than they have, before a model of that size is made."""
+    if config.num_nextn_predict_layers and not any(f"layers.{config.num_hidden_layers}." in name for name in files):
+        config = config.with_(num_nextn_predict_layers=0)
     for key, pattern in (("num_hidden_layers", _LAYER), ("n_routed_experts", _EXPERT)):
         found = max((int(match[1]) + 1 for name in files if (match := pattern.search(name))), default=0)
-        if found and found < (want := getattr(config, key)):  # before a model of that size is made
-            raise CheckpointError(f"{folder}: config.json has {key} = {want}, the tensors {found}")
-    return config, recipe, files
+        if found and found < (want := getattr(config, key)):
+            raise CheckpointError(f"{files.folder}: config.json has {key} = {want}, the tensors {found}")
+    return config
 
 
 def load_model(
@@ -177,7 +184,7 @@ def _fill(model: CausalLM, files: TensorFiles) -> None:
         place.copy_(files.read(name, place.dtype))
 
 
-def check_names(files: TensorFiles, used: set[str], missing: list[str]) -> None:
+def check_names(files: Names | TensorFiles, used: set[str], missing: list[str]) -> None:
     """Raises CheckpointError for tensors that are missing, or that are there and have no place in the model."""
     if missing:
         tied = ": the head of a model whose head is its embedding (then config.json has tie_word_embeddings = true)"

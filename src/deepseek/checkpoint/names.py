@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from ..errors import CheckpointError, NotFoundError, nearest, shown
 from ..files import leads_out, read_json
 from ..model import CausalLM
 from ..ops import panels
+from ..quant import int4
 from ..quant.linear import Place, Recipe, places
 
 HUB_NAMES = {"deepseek-v3": "deepseek-ai/DeepSeek-V3", "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite"}
@@ -20,9 +21,9 @@ INDEX = "model.safetensors.index.json"
 PAGE = 4096  # a packed MLP begins at a multiple of it, and is padded to one
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, *, weights: bool = True) -> Path:
     """A checkpoint folder for a path, a known name (`deepseek-v3`) or a hub id: local first, then cache, then hub. The
-    folder of a run stands for the model in it.
+    folder of a run stands for the model in it. weights: False fetches only the small files of a hub id.
 
     Raises NotFoundError that says everything that was tried.
     """
@@ -45,11 +46,11 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model"]
+    wanted = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model"]
     cached = "is not in the local cache"
     try:
         folder = Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
-        if not (absent := _absent(folder)):
+        if not (absent := _absent(folder, weights)):
             return folder
         cached = f"is in the local cache without {absent}"
     except HFValidationError as error:
@@ -62,7 +63,7 @@ def resolve(name: str | Path) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFoundError(f"{name}: no such folder here, hub id {repo} {cached}, "
                             f"and the hub gave no answer: {reason}") from None
-    if absent := _absent(folder):  # the hub was out of reach, or the repository holds no safetensors
+    if absent := _absent(folder, weights):  # the hub was out of reach, or the repository holds no safetensors
         raise NotFoundError(f"{name}: no such folder here, and hub id {repo} came without {absent}")
     return folder
 
@@ -90,10 +91,12 @@ def find_config(name: str | Path) -> ModelConfig:
     return ModelConfig.from_file(resolve(name))
 
 
-def _absent(folder: Path) -> str | None:
+def _absent(folder: Path, weights: bool) -> str | None:
     """The first file that a whole checkpoint would have and `folder` has not. Caches are shared between programs."""
     names = ["config.json"]
-    if (index := folder / INDEX).is_file():
+    if not weights:
+        pass
+    elif (index := folder / INDEX).is_file():
         names += sorted(set(weight_map_of(index).values()))
     else:
         names.append("model.safetensors")
@@ -113,6 +116,19 @@ def weight_map_of(index: Path) -> dict[str, str]:
         if leads_out(file):
             raise CheckpointError(f"{index}: not a weight index: {file!r:.80} leads out of the folder")
     return weight_map
+
+
+class Names:
+    """The tensors that an index names, without their files: what is known of a checkpoint before its download."""
+
+    def __init__(self, stored: Iterable[str], folder: Path) -> None:
+        self.folder, self._names = folder, int4.logical(stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
 
 # Weights of other programs, by how their files' names end, and what to do with them. Pickles execute code when they are

@@ -7,7 +7,7 @@ bits, each code 0..15 standing for -8..7; `weight_scale` [O, G], one for each of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,14 @@ def check(keys: Mapping[str, Any], origin: str) -> None:
         need(f"config_groups.{name:.40}.format", group.get("format"), (None, FORMAT))
         for key, allowed in _READ.items():
             need(f"config_groups.{name:.40}.weights.{key}", inside.get(key), allowed)
+
+
+def logical(stored: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor -> a name under which it is stored: the parts of an int4 weight are one tensor, the weight."""
+    names = dict.fromkeys(stored)
+    stems = [name.removesuffix(PARTS[0]) for name in names if name.endswith(f".{PARTS[0]}")]
+    hidden = {stem + part for stem in stems for part in PARTS}
+    return {name: name for name in names if name not in hidden} | {f"{stem}weight": stem + PARTS[0] for stem in stems}
 
 
 def dequantise(packed: Tensor, scale_OG: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,99 @@
+"""Whether a checkpoint's layout loads here: config.json, names, shapes and kinds of the tensors, tokenizer. Of the
+weights only headers are read; where none of them is there (a download to come), the index tells their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import CheckpointError, MoEDRError
+from ..model import CausalLM
+from ..quant.linear import Recipe
+from ..tokenizer import Tokenizer
+from .files import TensorFiles
+from .models import check_names, check_tensors, fitted
+from .names import INDEX, Names, disk_parts, other_weights, packed_bytes, quantised_places, units, weight_map_of
+
+
+class Verdict(NamedTuple):
+    """because: why the layout does not load; None where it does. about: what was looked at."""
+
+    because: str | None
+    about: str = ""
+
+    def __str__(self) -> str:
+        """The last line of `deepseek info`."""
+        return f"loads here: no, because {self.because}" if self.because else f"loads here: yes ({self.about})"
+
+
+def verdict(folder: Path) -> Verdict:
+    """Of a checkpoint folder; what is wrong with it is the verdict's, no error."""
+    try:
+        config = ModelConfig.from_file(folder)
+        config, weights = _weights(folder, config, Recipe.of(config, str(folder)))
+        tokenizer = Tokenizer.load(folder)
+    except MoEDRError as error:
+        return Verdict(str(error))
+    read = "tokenizer.json" if list(folder.glob("tokenizer.json*")) else "tiktoken.model, converted"
+    more = tokenizer.vocab_size - config.vocab_size
+    return Verdict(None, f"{weights}; {read}: {tokenizer.vocab_size:,} tokens"
+                   + (f", {more:,} more than the model has: a prompt with one of them is refused" if more > 0 else ""))
+
+
+def _weights(folder: Path, config: ModelConfig, recipe: Recipe | None) -> tuple[ModelConfig, str]:
+    """The configuration as loading would have it, and what the weights are. Raises CheckpointError."""
+    index = folder / INDEX
+    wanted = sorted(set(weight_map_of(index).values())) if index.is_file() else []
+    if wanted and not any((folder / name).is_file() for name in wanted) and not other_weights(folder):
+        names = Names(weight_map_of(index), folder)
+        config = fitted(config, names)
+        _check(config, recipe, names)
+        return config, f"by its index: its {len(wanted)} files of weights are not here"
+    files = TensorFiles(folder, verify="small")
+    config = fitted(config, files)
+    _check(config, recipe, files)
+    kinds = {files.dtype(name) for name in files}
+    scaled = [text for kind, text in (("I4", "compressed-tensors' int4"), ("F8_E4M3", "FP8")) if kind in kinds]
+    return config, recipe.format if recipe else " and ".join(scaled) or "/".join(sorted(kinds))
+
+
+def _check(config: ModelConfig, recipe: Recipe | None, files: Names | TensorFiles) -> None:
+    with torch.device("meta"):
+        model = CausalLM(config)
+    if recipe is None and isinstance(files, TensorFiles):
+        check_tensors(model, files)
+        return
+    stored = list(_stored(model, recipe))
+    used = {"lm_head.weight"} if config.tie_word_embeddings and recipe is None else set()
+    check_names(files, used.union(name for name, *_ in stored), [name for name, *_ in stored if name not in files])
+    if isinstance(files, TensorFiles):
+        for name, shape, kind in stored:
+            got, of = files.shape(name), files.dtype(name)
+            if got != shape or kind not in ("", of):
+                raise CheckpointError(f"{files.file(name)}: {name} is {list(got)} of {of}, must be {list(shape)}"
+                                      + (f" of {kind}" if kind else ""))
+
+
+def _stored(model: CausalLM, recipe: Recipe | None) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(name on disk, shape, dtype or "" for any) of everything that a checkpoint of such a model holds."""
+    config, chosen = model.config, [] if recipe is None else quantised_places(model, recipe)
+    for place in chosen:
+        assert recipe is not None
+        for unit in units(place, config):
+            if place.kind == "table":
+                yield f"{unit.stem}.codes", (place.rows, place.columns), "I8"
+                yield f"{unit.stem}.step", (place.rows,), "F32"
+            else:
+                yield f"{unit.stem}.packed", (packed_bytes(place, recipe.bits),), "U8"
+    inside = tuple(f"{place.module}." for place in chosen)
+    apart = {"lm_head", "model.embed_tokens"} & {place.module for place in chosen}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (name.startswith(inside) and not name.endswith(".bias")) or (
+                name == "lm_head.weight" and config.tie_word_embeddings and not apart):
+            continue
+        for on_disk, part in disk_parts(name, config):
+            yield on_disk, tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape), ""
