@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,14 @@ from ..files import replace_folder, write_json
 from ..memory import check_memory
 from ..model import CausalLM
 from ..model.adapter import PARTS_APART
+from ..model.adapters import names_on
 from ..model.layers import rotary_frequencies
 from ..quant.fused import fuse
 from ..quant.linear import Recipe, is_quantised, put
 from .adapters import apply
 from .files import Span, TensorFiles, write_manifest
 from .names import INDEX, Names, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
+from .several import put_beside, read_several
 
 SHARD_BYTES = 5 << 30
 _ROWS = 1024  # of a head at a time
@@ -67,7 +69,7 @@ def fitted(config: ModelConfig, files: Names | TensorFiles) -> ModelConfig:
 
 def load_model(
     path_or_name: str | Path, dtype: Dtype = "auto", device: torch.device | str = "cpu", *, verify: bool | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | None = None, adapters: Mapping[str, str | Path] | None = None,
 ) -> CausalLM:
     """Read a checkpoint into a CausalLM in evaluation mode.
 
@@ -76,6 +78,7 @@ def load_model(
     verify: compare every file with the manifest's sizes and hashes where there is a manifest, or (False) not at all;
     None leaves out the hashes of a quantised checkpoint's weights, which would be the only reason to read them all.
     adapter: a folder that tuning left, a delta or a LoRA adapter, to put in; one made for another base is refused.
+    adapters: name -> folder of a LoRA adapter, to stand beside the base (model/adapters.py), for inference alone.
     Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
     """
     config, recipe, files = open_checkpoint(path_or_name, verify=verify)
@@ -87,7 +90,7 @@ def load_model(
         model = _fill_quantised(model, recipe, files, device)
     else:
         check_tensors(model, files)
-        model.to(_dtype_of("auto" if adapter else dtype, files))
+        model.to(_dtype_of("auto" if adapter or adapters else dtype, files))
         if torch.device(device).type == "cpu":
             check_memory(sum(tensor.nbytes for tensor in model.state_dict().values()), str(files.folder))
         model.to_empty(device=device)
@@ -95,6 +98,8 @@ def load_model(
         _fill(model, files)
     if adapter is not None:
         apply(model, adapter, verify=verify is not False)
+    beside = read_several(model, adapters or {}, verify=verify is not False)
+    if adapter is not None or adapters:
         model.requires_grad_(False)
         if recipe is None and dtype != "auto":
             to_dtype(model, _dtype_of(dtype, files))
@@ -102,6 +107,7 @@ def load_model(
         model.check_gates()
     except CheckpointError as error:
         raise CheckpointError(f"{files.folder}: {error}") from None
+    put_beside(model, beside)
     return model.eval()
 
 
@@ -280,6 +286,9 @@ def save_model(
     """
     if apart := [name for name, module in model.named_modules() if isinstance(module, PARTS_APART)]:
         raise CheckpointError(f"{path}: {apart[0]} is still apart from its base: merge it first")
+    if beside := list(names_on(model)):
+        raise CheckpointError(f"{path}: the adapter {beside[0]} stands beside this model and would not be written: "
+                              "load the base without it")
     if is_quantised(model):
         raise CheckpointError(f"{path}: a quantised model is not written again: its checkpoint is what it is, and "
                               "`deepseek quantize IN OUT --format bf16` makes a plain one of it")

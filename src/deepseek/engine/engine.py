@@ -30,9 +30,10 @@ from ..atlas.usage import ExpertUsage
 from ..config import ModelConfig
 from ..errors import ConfigError, RequestError, nearest
 from ..model import CausalLM, RoutingRecord
+from ..model.adapters import names_on
 from ..model.cache import PAGE, Chunk, LatentPool
 from ..ops.native import native
-from ..quant.linear import is_quantised
+from ..quant.fused import FusedCausalLM, absorbs
 from .control import Controls
 from .pages import Pages
 from .request import FinishReason, Request
@@ -156,6 +157,8 @@ class Engine:
             self.pages, self.signatures, batch_size=self.options.batch_size, step_tokens=self.options.step_tokens,
             policy=self.options.policy, age_limit=self.options.age_limit)
         self.runner = Runner(model, pool)
+        self.adapters = names_on(model)
+        self._absorbed = {name for name, targets in self.adapters.items() if absorbs(model, targets)}
         self.counters = Counters()
         self.observer: Observer | None = None
         self.lock = threading.RLock()
@@ -164,7 +167,7 @@ class Engine:
     @property
     def exact(self) -> bool:
         """Whether a request's bits are the same in any company (see the top of this file)."""
-        return native is not None and is_quantised(self.model) and self.model.device.type == "cpu"
+        return native is not None and isinstance(self.model, FusedCausalLM) and self.model.device.type == "cpu"
 
     @property
     def idle(self) -> bool:
@@ -181,6 +184,10 @@ class Engine:
                                f"{self.pages.count * PAGE} (cache_tokens)")
         for request in requests:
             self._check_ids(request)
+            if request.adapter is not None and request.adapter not in self.adapters:
+                raise RequestError(f"adapter = {request.adapter!r}: there is "
+                                   f"{', '.join(map(repr, self.adapters)) or 'none'}")
+            request.order = "absorbed" if request.adapter in self._absorbed else "naive"
             if request.params.routed and not self.model.config.moe_layers:
                 raise RequestError("routed = True: this model has no routed experts")
             if request.params.experts is not None and request.controls is None:
@@ -335,7 +342,7 @@ class Engine:
 
     def _signs(self, work: Work) -> bool:
         """Whether its request is to be known by where this work's tokens went: those of prompts, if anybody asks."""
-        return self.options.policy == "expert" and work.chunk.order == "naive"
+        return self.options.policy == "expert" and work.prompt
 
     def _routed(self, request: Request, first: int, index_TLK: torch.Tensor) -> None:
         """Where the tokens of a request at positions first, … went."""
@@ -378,7 +385,7 @@ class Engine:
             if request.finish_reason is None and request.coupling is None and request.followed == past:
                 chosen.append((request, Chunk(request.computed - past, past, request.table.pages, work.chunk.order),
                                own[: request.computed - past]))
-        prompts = any(work.chunk.order == "naive" for work in works)
+        prompts = any(work.prompt for work in works)
         if choice.drafts() or prompts:
             self.drafter.draft(chosen)
         if not choice.drafts():

@@ -1,7 +1,8 @@
 """A file of prompts -> a file of answers, line for line.
 
-    in    {"id"?, "prompt" | "messages", "domain"?, any of SamplingParams by name; with a prompt "parse_special"?; with
-          messages "tools"?, "chat_template_kwargs"?, "continue_final_message"?}; null is "not given"
+    in    {"id"?, "prompt" | "messages", "domain"?, "adapter"? | "model"?, any of SamplingParams by name; with a prompt
+          "parse_special"?; with messages "tools"?, "chat_template_kwargs"?, "continue_final_message"?}; null is "not
+          given"
     out   {"id" | "line", "text", "finish_reason", "usage", "choices"?, "logprobs"?, "prompt_logprobs"?}, or
           {"id" | "line", "error"}
 
@@ -40,15 +41,15 @@ OF_MESSAGES: dict[str, tuple[type, str]] = {
 
 def run_file(
     llm: LLM, source: Path, target: Path, params: SamplingParams, progress: Callable[[int, int], None] | None = None,
-    usage: ExpertUsage | None = None, *, parse_special: bool = False,
+    usage: ExpertUsage | None = None, *, parse_special: bool = False, adapter: str | None = None,
 ) -> tuple[int, int]:
     """Answer what is not answered yet; (answers, errors among them) of this call. progress: told (done, all lines).
-    usage: counts the experts of what runs. parse_special: as in `LLM.generate`, for lines that do not say.
+    usage: counts the experts of what runs. parse_special, adapter: as in `LLM.generate`, for lines that do not say.
 
     Raises what `check_files` raises, RequestError for params that no line could have; and what goes wrong with the
     model or its files on the way, which is no line's fault: the same call then goes on.
     """
-    llm.requests([0], params)
+    llm.requests([0], params, adapter=adapter)
     written = errors = 0
     flight: deque[tuple[dict[str, Any], list[Request] | str]] = deque()
     with _opened(source, target) as (out, total, done), kept(
@@ -56,7 +57,7 @@ def run_file(
         lines = islice(_lines(source), done, None)
         while True:
             while len(flight) < AHEAD * llm.engine.options.batch_size and (line := next(lines, None)) is not None:
-                flight.append(_begin(llm, *line, params, usage, parse_special))
+                flight.append(_begin(llm, *line, params, usage, parse_special, adapter))
             if not flight:
                 return written, errors
             name, group = flight[0]
@@ -128,13 +129,13 @@ def _name(number: int, line: bytes) -> tuple[dict[str, Any], dict[str, Any] | st
 
 
 def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: ExpertUsage | None,
-           parse_special: bool) -> tuple[dict[str, Any], list[Request] | str]:
+           parse_special: bool, adapter: str | None) -> tuple[dict[str, Any], list[Request] | str]:
     """A line's id (or number), and its requests, under way, or what is wrong with it."""
     name, keys = _name(number, line)
     try:
         if isinstance(keys, str):
             raise RequestError(keys)
-        everywhere = KNOWN | {"domain"}
+        everywhere = KNOWN | {"domain", "adapter", "model"}
         if unknown := set(keys) - everywhere - {"id", "prompt", "messages", *OF_PROMPT, *OF_MESSAGES}:
             raise RequestError(f"{min(unknown)!r} is no field of a request; there are "
                                f"{', '.join(sorted({*everywhere, *OF_PROMPT, *OF_MESSAGES}))}")
@@ -151,8 +152,15 @@ def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: Ex
             raise RequestError(f"messages = {prompt!r:.60}: must be a list of objects, one at least")
         if domain is not None and not isinstance(domain, str):
             raise RequestError(f"domain = {domain!r}: must be a name")
+        for key, find in (("model", llm.adapter_of), ("adapter", llm.find_adapter)):
+            if key in keys:
+                if not isinstance(keys[key], str):
+                    raise RequestError(f"{key} = {keys[key]!r:.60}: must be a name")
+                adapter = find(keys[key])
+        if {"model", "adapter"} <= set(keys) and llm.adapter_of(keys["model"]) not in (None, adapter):
+            raise RequestError(f"model = {keys['model']!r} and adapter = {keys['adapter']!r}: are two adapters")
         own = {key: value for key, value in keys.items() if key in KNOWN}
-        group = llm.requests(prompt, replace(params, **own), domain=domain,
+        group = llm.requests(prompt, replace(params, **own), domain=domain, adapter=adapter,
                              **{"parse_special": parse_special, **_beside(keys, given[0])})
         for request in group:
             request.usage = usage

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..atlas.usage import ExpertUsage
-from ..checkpoint import Dtype, expert_spans, load_model, resolve
+from ..checkpoint import UNNAMED, Dtype, expert_spans, load_model, put_beside, read_several, resolve, sort_out
 from ..conversation import normalize
 from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, MoEDRError, RequestError
 from ..model import CausalLM, RoutingRecord, describe
+from ..model.adapters import names_on, rows_of, whole
 from ..quant.linear import Recipe, is_quantised
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
@@ -42,7 +43,9 @@ class LLM:
 
     path_or_model: a checkpoint folder, a known name, a hub id, or a CausalLM (used as it is, in evaluation mode;
     `dtype` and `device` then do not apply). tokenizer: instead of the one beside the checkpoint; a CausalLM without
-    one takes token ids only and gives no text. adapter: as in `load_model`. chat_template_kwargs: variables of the chat
+    one takes token ids only and gives no text. adapter: a folder that tuning left, a delta or a LoRA adapter: the model
+    is then the base with it. adapters: name -> folder of a LoRA adapter; they stand beside the base, and the `adapter`
+    of a prompt says which of them it goes through, none if it does not say. chat_template_kwargs: variables of the chat
     template, such as V3.1's `{"thinking": True}`, for conversations that do not say otherwise. engine_options: those of
     EngineOptions.
     Raises what `load_model` and `Tokenizer.load` raise, and ConfigError for an impossible option.
@@ -51,17 +54,25 @@ class LLM:
     def __init__(
         self, path_or_model: str | Path | CausalLM, *, tokenizer: Tokenizer | None = None, dtype: Dtype = "auto",
         device: torch.device | str = "cpu", adapter: str | Path | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None, **engine_options: Unpack[EngineSettings],
+        adapters: Mapping[str, str | Path] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+        **engine_options: Unpack[EngineSettings],
     ) -> None:
         options = EngineOptions.of({**engine_options})
         atlas = folder = None
+        delta, beside = sort_out(adapter, adapters)
+        self.names = ("model",) if isinstance(path_or_model, CausalLM) else names_of(path_or_model)
+        if taken := set(self.names) & set(beside):
+            raise ConfigError(f"adapters: {min(taken)} is the base's own name: must have another")
         if isinstance(path_or_model, CausalLM):
+            if delta is not None:
+                raise ConfigError(f"adapter = {str(delta)!r}: a delta goes into a checkpoint, not a model in memory")
             self.model = path_or_model.eval()
+            put_beside(self.model, read_several(self.model, beside))
             tokenizer = _with_variables(tokenizer, chat_template_kwargs)
         else:
             folder = resolve(path_or_model)
             tokenizer = _with_variables(tokenizer or Tokenizer.load(folder), chat_template_kwargs)
-            self.model = load_model(folder, dtype, device, adapter=adapter)
+            self.model = load_model(folder, dtype, device, adapter=delta, adapters=beside)
             atlas = atlas_beside(folder, self.model.config)
         residency = None
         if options.expert_memory is not None:
@@ -72,6 +83,9 @@ class LLM:
         self.warmup: Warmup | None = None
         if options.warmup_experts:
             self.warmup = warm_up(self.model, residency, tuple(options.warmup_experts), atlas, folder)
+        there = names_on(self.model)
+        self.adapters = tuple(name for name in dict.fromkeys([*(adapters or ()), *there]) if name != UNNAMED)
+        self.default_adapter = UNNAMED if UNNAMED in there else None
         self.tokenizer, self._folder = tokenizer, folder
         self.engine = Engine(self.model, options, atlas=atlas, residency=residency)
         config = self.model.config
@@ -87,7 +101,7 @@ class LLM:
         self._adapter = adapter
 
     def __repr__(self) -> str:
-        """What it holds: the model and its format, the context, the tokenizer, the experts by name, the adapter."""
+        """What it holds: the model and its format, the context, the tokenizer, the experts by name, the adapters."""
         model, tokenizer, atlas = self.model, self.tokenizer, self.engine.atlas
         recipe = Recipe.of(model.config, "the model") if is_quantised(model) else None
         stored = recipe.format if recipe else str(model.lm_head.weight.dtype).removeprefix("torch.")
@@ -99,6 +113,8 @@ class LLM:
                  f"  experts by name: {', '.join(atlas or ()) or 'none'}"]
         if self._adapter is not None:
             lines.append(f"  adapter: {self._adapter}")
+        if self.adapters:
+            lines.append(f"  adapters beside it: {', '.join(self.adapters)}")
         if self.engine.residency is not None:
             lines.append(f"  expert memory: {self.engine.options.expert_memory} bytes, the other experts on disk")
         return "\n".join([*lines, *(["  closed"] if self._closed else [])])
@@ -109,7 +125,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
         usage: ExpertUsage | None = None, domains: Sequence[str | None] | None = None, parse_special: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        **sampling: Unpack[SamplingOptions],
+        adapter: str | Sequence[str | None] | None = None, **sampling: Unpack[SamplingOptions],
     ) -> list[RequestOutput]:
         """Continue every prompt; one result a prompt, in order.
 
@@ -119,7 +135,8 @@ class LLM:
         prompt is about, for batching by expert; keyword rules guess the missing ones. parse_special: control tokens
         spelled out in a text count as such (a prompt from a template of one's own, FIM); else they are ordinary text.
         chat_template_kwargs: variables of the chat template for the conversations among the prompts, beside and over
-        those of this LLM. tools: OpenAI's, for them too.
+        those of this LLM. tools: OpenAI's, for them too. adapter: the name of the one that answers, for all or one a
+        prompt; None is the base.
         Raises RequestError, before any prompt runs, for a prompt that is empty, too long or of another kind.
         """
         if isinstance(prompts, str) or (prompts and all(isinstance(part, int | Mapping) for part in prompts)):
@@ -130,7 +147,8 @@ class LLM:
             params = [self._params(params, sampling)] * len(every)
         else:
             params = [self._params(one, sampling) for one in params]
-        for what, given in (("params", params), ("domains", domains)):
+        adapter = _for_each(adapter, every)
+        for what, given in (("params", params), ("domains", domains), ("adapter", adapter)):
             if given is not None and len(given) != len(every):
                 raise RequestError(f"{what} has {len(given)} entries: must be one for all or one for each of "
                                    f"the {len(every)} prompts")
@@ -139,7 +157,7 @@ class LLM:
             try:
                 groups.append(self.requests(
                     prompt, one, domain=None if domains is None else domains[i], parse_special=parse_special,
-                    chat_template_kwargs=chat_template_kwargs, tools=tools))
+                    chat_template_kwargs=chat_template_kwargs, tools=tools, adapter=adapter[i]))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
         self._run([request for group in groups for request in group], usage)
@@ -148,14 +166,14 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
         parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        **sampling: Unpack[SamplingOptions],
+        adapter: str | None = None, **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the text of one prompt piece by piece; the pieces together are what `generate` returns.
 
         The prompt is checked at once, and run when the first piece is asked for; closing the iterator aborts it.
         """
         request, *_ = self.requests(prompt, replace(self._params(params, sampling), n=1), parse_special=parse_special,
-                                    chat_template_kwargs=chat_template_kwargs, tools=tools)
+                                    chat_template_kwargs=chat_template_kwargs, tools=tools, adapter=adapter)
         request.usage = usage
 
         def pieces() -> Iterator[str]:
@@ -180,18 +198,19 @@ class LLM:
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None, adapter: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
         """The assistant's answer to a conversation of messages, as OpenAI's clients write them, and so its tools. The
         output is the text as it is; the server reads calls out of it."""
         return self.generate([messages], params, usage=usage, chat_template_kwargs=chat_template_kwargs, tools=tools,
-                             **sampling)[0]
+                             adapter=adapter, **sampling)[0]
 
     def mix(
         self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None,
         *, parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Tools | None = None, **sampling: Unpack[SamplingOptions],
+        tools: Tools | None = None, adapter: str | Sequence[str | None] | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
         """One continuation of several prompts at once: they advance together, and each token is drawn from the weighted
         mean of their distributions (weights: positive, all equal if not given). The output is the first prompt's. The
@@ -202,8 +221,13 @@ class LLM:
             raise RequestError(f"weights = {weights}: must be positive numbers, one for each of {len(prompts)} "
                                "prompts, one at least")
         params = replace(self._params(params, sampling), n=1)
-        requests = [self.requests(prompt, params, parse_special=parse_special, tools=tools,
-                                  chat_template_kwargs=chat_template_kwargs)[0] for prompt in prompts]
+        adapter = _for_each(adapter, prompts)
+        if len(adapter) != len(prompts):
+            raise RequestError(f"adapter has {len(adapter)} entries: must be one for all or one for each of the "
+                               f"{len(prompts)} prompts")
+        requests = [self.requests(prompt, params, parse_special=parse_special, tools=tools, adapter=own,
+                                  chat_template_kwargs=chat_template_kwargs)[0]
+                    for prompt, own in zip(prompts, adapter, strict=True)]
         shortest = min(request.limit for request in requests)
         coupling = Coupling(weights)
         for request in requests:
@@ -219,13 +243,14 @@ class LLM:
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, *, domain: str | None = None,
         parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        **sampling: Unpack[SamplingOptions],
+        adapter: str | None = None, **sampling: Unpack[SamplingOptions],
     ) -> AsyncIterator[Request]:
         """Yields the request whenever it has new tokens, until it has ended; its `text` and `token_ids` grow. Any
         number may run at once. Leaving the iteration aborts the request. Raises what went wrong with it on the way.
         The other keywords as in `generate`."""
         request, *_ = self.requests(prompt, replace(self._params(params, sampling), n=1), domain=domain, tools=tools,
-                                    parse_special=parse_special, chat_template_kwargs=chat_template_kwargs)
+                                    parse_special=parse_special, chat_template_kwargs=chat_template_kwargs,
+                                    adapter=adapter)
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def tell(_: Request) -> None:
@@ -291,12 +316,13 @@ class LLM:
     # ---- beside the engine's steps ------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[Prompt]) -> tuple[list[Tensor], int]:
-        """(the mean of the last hidden states of each prompt, FP32 [H]; tokens in all)."""
+    def embed(self, prompts: Sequence[Prompt], adapter: str | None = None) -> tuple[list[Tensor], int]:
+        """(the mean of the last hidden states of each prompt, FP32 [H]; tokens in all). adapter: as in `generate`."""
+        spans = whole(self.find_adapter(adapter))
         everything = [self.encode(prompt) for prompt in prompts]
         out = []
         for ids in everything:
-            with self.engine.lock:
+            with self.engine.lock, rows_of(spans):
                 routing = None if self.engine.residency is None else RoutingRecord()
                 h_TH = self.model.hidden(torch.tensor([ids], device=self.model.device), routing=routing)[0]
                 if self.engine.residency is not None and routing is not None:
@@ -333,12 +359,15 @@ class LLM:
 
     def requests(
         self, prompt: Prompt, params: SamplingParams, *, domain: str | None = None, parse_special: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None, constraint_after: str | None = None, **chat: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None, constraint_after: str | None = None,
+        adapter: str | None = None, **chat: Any,
     ) -> list[Request]:
         """The prompt as `params.n` requests for the engine, checked. constraint_after: a schema, regex or grammar
-        applies to the text after this marker. The other keywords as in `encode`."""
+        applies to the text after this marker. adapter: its name, None for the base. The other keywords as in
+        `encode`."""
         if params.stop:
             self._need_tokenizer("a stop string")
+        adapter = self.find_adapter(adapter)
         ids = self.encode(prompt, parse_special=parse_special, chat_template_kwargs=chat_template_kwargs, **chat)
         if domain is None and (text := _said(prompt)):
             domain = self.domain_of(text)
@@ -350,7 +379,7 @@ class LLM:
             request = Request(
                 ids, own, limit=min(params.max_tokens, self.max_length - len(ids)), eos_ids=self.eos_ids,
                 tokenizer=self.tokenizer, vocabulary=self.model.config.vocab_size, domain=domain,
-                constraint=self._constraints.of(params), constraint_after=constraint_after)
+                constraint=self._constraints.of(params), constraint_after=constraint_after, adapter=adapter)
             request.after = out[0] if out else None
             self.engine.check(request)
             out.append(request)
@@ -383,6 +412,24 @@ class LLM:
             raise RequestError(f"the prompt has {len(ids)} tokens: must leave room for a new one within the model's "
                                f"context (max_position_embeddings = {self.max_length})")
         return ids
+
+    def find_adapter(self, name: str | None) -> str | None:
+        """As the engine knows it. Raises RequestError for a name that there is not, listing those there are."""
+        if name is not None and name not in self.adapters:
+            raise RequestError(f"adapter = {name!r}: is no adapter that was loaded; there are "
+                               f"{', '.join(self.adapters) or 'none'}")
+        return self.default_adapter if name is None else name
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter that a `model` of clients means, None for the base's own name.
+
+        Raises RequestError for another, listing those there are.
+        """
+        if model in self.adapters:
+            return model
+        if model not in self.names:
+            raise RequestError(f"model = {model!r}: there are {', '.join((self.names[0], *self.adapters))}")
+        return None
 
     def check_length(self, text: str) -> None:
         """Raises RequestError for a text that is much too long, before all of it is encoded."""
@@ -429,6 +476,16 @@ def _stop(me: weakref.ref[LLM]) -> None:
     """Before the interpreter goes, so that no step is caught in the middle."""
     if (own := me()) is not None:
         own.close()
+
+
+def names_of(model: str | Path) -> tuple[str, ...]:
+    """What a model may be called: the name of its folder, or of the hub, and what it was loaded as."""
+    folder = Path(model).expanduser()
+    return (folder.resolve().name, str(model)) if folder.is_dir() else (str(model), str(model).rpartition("/")[2])
+
+
+def _for_each(adapter: str | Sequence[str | None] | None, prompts: Sequence[Any]) -> Sequence[str | None]:
+    return [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
 
 
 def _next_seed(seed: int, i: int) -> int:

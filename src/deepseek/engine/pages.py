@@ -7,7 +7,8 @@ A page (PAGE positions) is in one of three states:
     kept      held by nobody, but in the tree: its latents are right for whoever comes with the same tokens; the page
               that was held longest ago is given out first, leaves before what they hang on
 
-A node of the tree is a page with its tokens; its parent is the page before it. The last page of a prefix may be shared
+A node of the tree is a page with its tokens; its parent is the page before it. Each adapter has a tree of its own: what
+was computed with it serves no other, nor the base. The last page of a prefix may be shared
 in part: its first positions are copied. What a latent is depends on the tokens before it and on the order of MLA's
 products in which they were computed (model/mla.py), so a token of the tree is a pair (id, in naive order): a prompt is
 served from what was computed as prompt, and no request can tell whether it was served.
@@ -52,7 +53,7 @@ class Pages:
         self.count = pool.data.shape[1]
         self.free = list(range(self.count - 1, -1, -1))
         self.holders = [0] * self.count
-        self.root = Node(-1, (), None)
+        self.roots: dict[str | None, Node] = {}  # by adapter
         self.filed: dict[int, Node] = {}
         self.kept: OrderedDict[int, None] = OrderedDict()  # pages in the tree that nobody holds, longest ago first
 
@@ -102,12 +103,15 @@ class Pages:
 
     # ---- prefixes -----------------------------------------------------------------------------------------------
 
-    def serve(self, table: PageTable, tokens: Sequence[Token]) -> int:
+    def root(self, adapter: str | None) -> Node:
+        return self.roots.setdefault(adapter, Node(-1, (), None))
+
+    def serve(self, table: PageTable, tokens: Sequence[Token], adapter: str | None = None) -> int:
         """Fill an empty table with what is known of a prefix of `tokens`; how many positions that is."""
         assert not table.pages
         if not self.prefix_cache:
             return 0
-        node, at = self.root, 0
+        node, at = self.root(adapter), 0
         while at < len(tokens):
             child, common = self._nearest(node, tokens, at)
             if child is None:
@@ -149,7 +153,7 @@ class Pages:
                 best, most = child, common
         return best, most
 
-    def file(self, table: PageTable, tokens: Sequence[Token]) -> None:
+    def file(self, table: PageTable, tokens: Sequence[Token], adapter: str | None = None) -> None:
         """Put the pages of `tokens`, all of them computed, into the tree; a page that is there already is taken in the
         place of the table's own, which holds the same numbers."""
         if not self.prefix_cache:
@@ -157,7 +161,7 @@ class Pages:
         while table.filed * PAGE < len(tokens):
             at, index = table.filed * PAGE, table.filed
             mine = tuple(tokens[at : at + PAGE])
-            parent = table.nodes[-1] if table.nodes else self.root
+            parent = table.nodes[-1] if table.nodes else self.root(adapter)
             page = table.pages[index]
             if page in self.filed:  # filed when it was not full yet
                 node = self.filed[page]
@@ -201,7 +205,7 @@ class Pages:
         for page, node in self.filed.items():
             assert node.page == page and node.parent is not None
             assert node in node.parent.children[node.tokens[0]]
-            assert node.parent is self.root or (self.filed[node.parent.page] is node.parent
+            assert node.parent in self.roots.values() or (self.filed[node.parent.page] is node.parent
                                                 and len(node.parent.tokens) == PAGE)
 
 

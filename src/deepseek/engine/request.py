@@ -122,12 +122,14 @@ class Request:
     def __init__(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, limit: int, eos_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None, vocabulary: int = 0, domain: str | None = None,
-        constraint: Constraint | None = None, constraint_after: str | None = None,
+        constraint: Constraint | None = None, constraint_after: str | None = None, adapter: str | None = None,
     ) -> None:
-        """constraint_after: the text up to and with this marker is free, such as the reasoning before an answer."""
+        """constraint_after: the text up to and with this marker is free, such as the reasoning before an answer.
+        adapter: the name of the one that its tokens go through."""
         self.number = next(_numbers)
         self.prompt_ids, self.params, self.eos_ids, self.limit = list(prompt_ids), params, eos_ids, limit
-        self.domain, self.constraint = domain, constraint
+        self.domain, self.constraint, self.adapter = domain, constraint, adapter
+        self.order: Literal["naive", "absorbed"] = "naive"  # of its prompt's tokens (model/mla.py)
         self._free: str | None = None if constraint_after is None else ""  # the text so far, while it is free
         self._marker = constraint_after or ""
         self.tags: dict[str, str] = {}  # what else it is counted under, by whoever watches
@@ -191,7 +193,7 @@ class Request:
 
     def filed(self, stop: int) -> list[Token]:
         """The first `stop` tokens as the tree of prefixes names them."""
-        prompt = len(self.prompt_ids)
+        prompt = len(self.prompt_ids) if self.order == "naive" else 0
         return [(self.token(i), i < prompt) for i in range(stop)]
 
     def chunk(self, most: int) -> Chunk:
@@ -199,7 +201,7 @@ class Request:
         prompt = len(self.prompt_ids)
         end = prompt if self.prefilling else self.length + (self.draft is not None)
         return Chunk(min(most, end - self.computed), self.computed, self.table.pages,
-                     "naive" if self.prefilling else "absorbed")
+                     self.order if self.prefilling else "absorbed", self.adapter)
 
     def choose(self, logits_V: Tensor) -> int:
         """Draw the next token from the logits after everything so far."""

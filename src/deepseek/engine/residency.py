@@ -44,6 +44,7 @@ from torch import Tensor
 from ..checkpoint import Span
 from ..errors import CheckpointError, ConfigError
 from ..model import CausalLM, RoutingRecord
+from ..model.adapters import bare
 from ..ops.native import native
 from ..quant.fused import FusedCausalLM
 from ..quant.linear import QuantisedExperts
@@ -142,7 +143,7 @@ class Residency:
                  prefetch: bool = True) -> None:
         blocks = {layer: block for layer, block in model.moe_blocks().items() if layer in model.config.moe_layers}
         if native is None or not isinstance(model, FusedCausalLM) or model.device.type != "cpu" or not all(
-                isinstance(block.experts, QuantisedExperts) for block in blocks.values()) or not places:
+                isinstance(bare(block.experts), QuantisedExperts) for block in blocks.values()) or not places:
             raise ConfigError("expert_memory bounds the experts of a quantised model on the CPU, run by the native "
                               "kernels: `deepseek quantize` makes one")
         self.step = 0
@@ -161,7 +162,7 @@ class Residency:
         self.layers = []
         tables = []
         for layer, own in places.items():
-            experts = blocks[layer].experts
+            experts = bare(blocks[layer].experts)
             assert isinstance(experts, QuantisedExperts)
             experts.table.addresses.zero_()
             tables.append(experts.table)

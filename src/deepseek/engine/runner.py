@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import CausalLM, Route, RoutingRecord
+from ..model.adapters import rows_of, side_by_side, whole
 from ..model.cache import LatentPool, Pack
 from .control import Controls, combined
 from .scheduler import Work
@@ -39,19 +40,23 @@ class Runner:
         if any(one is not None for one in controls):
             control = combined([(c.tokens, c.past, own) for c, own in zip(chunks, controls, strict=True)])
         routing = RoutingRecord() if record else None
-        hidden_TH = self.model.packed(ids_T.to(self.model.device), Pack(self.pool, chunks, control), routing)
+        pack = Pack(self.pool, chunks, control)
+        hidden_TH = self.model.packed(ids_T.to(self.model.device), pack, routing)
         hidden = hidden_TH.split([chunk.tokens for chunk in chunks])
         wanted = [work.samples + (work.draft is not None) for work in works]
         rows_SH = torch.cat([own[len(own) - count :] for own, count in zip(hidden, wanted, strict=True)])
         if not len(rows_SH):
             return [hidden_TH.new_empty(0)] * len(works), list(hidden), routing
-        return list(self.model.lm_head(rows_SH).float().cpu().split(wanted)), list(hidden), routing
+        with rows_of(side_by_side(zip((c.adapter for c in chunks), wanted, strict=True)) if pack.spans else ()):
+            logits_SV = self.model.lm_head(rows_SH).float().cpu()
+        return list(logits_SV.split(wanted)), list(hidden), routing
 
     @torch.inference_mode()
     def score(self, work: Work, hidden_TH: Tensor) -> None:
         """Note the log-probabilities of the prompt's tokens that follow a work's own. Raises MoEDRError for NaN."""
         for first in range(0, work.chunk.tokens, SCORED):
-            logits_SV = self.model.lm_head(hidden_TH[first : first + SCORED]).float().cpu()
+            with rows_of(whole(work.request.adapter)):
+                logits_SV = self.model.lm_head(hidden_TH[first : first + SCORED]).float().cpu()
             work.request.score(work.chunk.past + first, logits_SV)
 
 

@@ -42,6 +42,10 @@ class Work:
     samples: bool  # the chunk reaches the request's end: the logits after it are wanted
     draft: int | None = None  # the chunk's last token, if that is a draft
 
+    @property
+    def prompt(self) -> bool:
+        return self.chunk.past < len(self.request.prompt_ids)
+
 
 class Scheduler:
     def __init__(
@@ -74,7 +78,8 @@ class Scheduler:
     def file(self, request: Request, positions: int | None = None) -> None:
         """Let others be served from what a request has computed, unless it had its gates do as it liked."""
         if request.params.experts is None:
-            self.pages.file(request.table, request.filed(request.computed if positions is None else positions))
+            self.pages.file(request.table, request.filed(request.computed if positions is None else positions),
+                            request.adapter)
 
     def schedule(self) -> list[Work]:
         """The work of the next step; those of a prompt first. Empty where all there are wait for their constraints."""
@@ -95,7 +100,8 @@ class Scheduler:
             work.append(self._work(chosen, budget))
             budget -= work[-1].chunk.tokens
         assert work or not ready
-        return sorted(work, key=lambda one: one.chunk.order != "naive")
+        # an adapter's tokens side by side, so that they are one product
+        return sorted(work, key=lambda one: (one.chunk.order != "naive", one.chunk.adapter or ""))
 
     def _work(self, request: Request, budget: int) -> Work:
         chunk, request.ran = request.chunk(budget), self.steps
@@ -134,7 +140,7 @@ class Scheduler:
             useful = min(useful, len(request.prompt_logprobs) - 1)
         if request.params.experts is not None:  # its latents are nobody else's
             useful = 0
-        shared = self.pages.serve(request.table, request.filed(useful))
+        shared = self.pages.serve(request.table, request.filed(useful), request.adapter)
         if not self.pages.extend(request.table, request.length):
             self.pages.release(request.table)
             return False

@@ -5,13 +5,15 @@ routing is measured while its prompt runs. Before that, the guess is the mean of
 measured to do, or, while there were none, the experts of the atlas that bear the domain's name; without either, nothing
 is known and no order is preferred.
 
-The domain is what the caller says, or what the keyword rules say of the text (domain.py), or unknown.
+The domain is what the caller says, or what the keyword rules say of the text (domain.py), or unknown. Requests of an
+adapter learn apart from those of another: it moves what the gates see.
 
 Shape letters: L MoE layers, E experts, K experts a token.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -48,12 +50,12 @@ class Signatures:
     def finish(self, request: Request) -> None:
         """A request is over: its domain learns from it."""
         counts_LE = self.measured.pop(request.number, None)
-        if counts_LE is None or request.domain is None:
+        if counts_LE is None or (kind := kind_of(request)) is None:
             return
         share_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1.0)
-        old_LE = self.domains.pop(request.domain, None)
+        old_LE = self.domains.pop(kind, None)
         keep = 0.5 ** (1 / HALF_LIFE)
-        self.domains[request.domain] = share_LE if old_LE is None else keep * old_LE + (1 - keep) * share_LE
+        self.domains[kind] = share_LE if old_LE is None else keep * old_LE + (1 - keep) * share_LE
         if len(self.domains) > LEARNED + len(self.named):
             del self.domains[next(name for name in self.domains if name not in self.named)]  # longest ago
 
@@ -61,7 +63,8 @@ class Signatures:
         counts_LE = self.measured.get(request.number)
         if counts_LE is not None:
             return counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1.0)
-        return self.domains.get(request.domain) if request.domain is not None else None
+        known = self.domains.get(kind) if (kind := kind_of(request)) is not None else None
+        return self.domains.get(request.domain or "") if known is None else known
 
     def nearest(self, waiting: Sequence[Request], running: Sequence[Request]) -> Request:
         """Of those waiting, the one whose signature has the largest overlap (sum of minima) with the mean of those
@@ -73,7 +76,7 @@ class Signatures:
         best, most = waiting[0], -1.0
         seen: dict[str | None, float] = {}
         for request in waiting:
-            key = request.domain if request.number not in self.measured else f"#{request.number}"
+            key = kind_of(request) if request.number not in self.measured else f"#{request.number}"
             if key not in seen:
                 share_LE = self.of(request)
                 seen[key] = 0.0 if share_LE is None else float(torch.minimum(share_LE, mean_LE).sum())
@@ -82,8 +85,11 @@ class Signatures:
         return best
 
     def _majority(self, waiting: Sequence[Request]) -> Request:
-        """Nothing runs yet: the first of the domain with the longest queue, so that a batch can be filled from it."""
-        count: dict[str | None, int] = {}
-        for request in waiting:
-            count[request.domain] = count.get(request.domain, 0) + 1
-        return max(waiting, key=lambda request: count[request.domain] if request.domain is not None else 0)
+        """Nothing runs yet: the first of the kind with the longest queue, so that a batch can be filled from it."""
+        count = Counter(map(kind_of, waiting))
+        return max(waiting, key=lambda request: 0 if (kind := kind_of(request)) is None else count[kind])
+
+
+def kind_of(request: Request) -> str | None:
+    """What requests are alike: their domain, and with an adapter that too; None where nothing is known."""
+    return request.domain if request.adapter is None else f"{request.domain or ''}@{request.adapter}"

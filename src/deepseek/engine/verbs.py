@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,14 @@ def add_chat_flags(verb: argparse.ArgumentParser) -> None:
 def _add_model_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--model", required=True, help="a checkpoint folder or a hub id")
     add_engine_flags(verb)
+    verb.add_argument("--use_adapter", metavar="NAME", help="which of the adapters with names answers; else the base")
     _add_sampling_flags(verb)
 
 
 def add_engine_flags(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--adapter", metavar="DIR", help="a delta or an adapter that `deepseek tune` left, to put in")
+    verb.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
+                      help="a delta or an adapter that `deepseek tune` left, to put in; with names, LoRA adapters "
+                      "beside the base, of which each request goes through one or none")
     verb.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     verb.add_argument("--chat_template_kwargs", type=template_variables, metavar="JSON",
                       help="variables of the chat template, such as '{\"thinking\": true}'")
@@ -88,7 +92,7 @@ def infer(args: argparse.Namespace) -> None:
     params, llm = _sampling(args), make_llm(args)
     usage = _usage(args, llm)
     for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage,
-                            parse_special=args.parse_special):
+                            parse_special=args.parse_special, adapter=args.use_adapter):
         print(piece, end="", flush=True)
     print()
     _finish(args, llm, usage)
@@ -116,7 +120,7 @@ def _infer_file(args: argparse.Namespace) -> None:
             bar.set_postfix_str(f"{counters.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
 
         answered, errors = run_file(llm, source, target, params, show, usage,
-                                    parse_special=args.parse_special)
+                                    parse_special=args.parse_special, adapter=args.use_adapter)
     print(f"{answered:,} answers written to {target}" + (f", {errors:,} of them errors" if errors else ""),
           file=sys.stderr)
     _finish(args, llm, usage)
@@ -152,7 +156,7 @@ def chat(args: argparse.Namespace) -> None:
             continue
         messages.append({"role": "user", "content": line.rstrip("\n")})
         answer = ""
-        for piece in llm.stream(messages, params, usage=usage):
+        for piece in llm.stream(messages, params, usage=usage, adapter=args.use_adapter):
             answer += piece
             print(piece, end="", flush=True)
         print()
@@ -163,11 +167,36 @@ def chat(args: argparse.Namespace) -> None:
     _finish(args, llm, usage)
 
 
+def named_adapters(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """(the one without a name, the others by name) of `NAME=DIR` and `DIR`; a word that is a folder has none.
+
+    Raises ConfigError where a word is neither, and for a second one of a name, or without.
+    """
+    unnamed, named = None, dict[str, str]()
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or Path(word).expanduser().is_dir():
+            if unnamed is not None:
+                raise ConfigError(f"adapter = {word!r}: {unnamed} is the model's already; several need names: NAME=DIR")
+            unnamed = word
+        elif not name or not folder:
+            raise ConfigError(f"adapter = {word!r}: must read NAME=DIR, or DIR alone")
+        elif name in named:
+            raise ConfigError(f"adapter = {word!r}: {name} is {named[name]} already")
+        else:
+            named[name] = folder
+    return unnamed, named
+
+
 def make_llm(args: argparse.Namespace) -> LLM:
     """The LLM of the engine's flags."""
     from .llm import LLM
 
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=args.adapter,
+    adapter, adapters = named_adapters(args.adapter)
+    if (use := getattr(args, "use_adapter", None)) is not None and use not in adapters:
+        raise ConfigError(f"use_adapter = {use!r}: must be one of the names given with --adapter NAME=DIR: "
+                          f"{', '.join(adapters) or 'there are none'}")
+    llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=adapter, adapters=adapters,
               chat_template_kwargs=args.chat_template_kwargs, batch_size=args.batch_size,
               step_tokens=args.step_tokens, policy=args.policy, expert_memory=args.expert_memory,
               warmup_experts=args.warmup_experts, prefetch=not args.no_prefetch)

@@ -25,6 +25,7 @@ from ..checkpoint import EXPERT_USE as USE
 from ..errors import ConfigError, DataError
 from ..files import write_atomically
 from ..model import CausalLM
+from ..model.adapters import bare
 from ..quant.linear import QuantisedExperts
 from .control import named
 from .residency import Residency
@@ -79,7 +80,7 @@ def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], 
     else:
         there, size = [set(row) for row in order], 0
         for layer, own in zip(layers, there, strict=True):
-            experts = model.moe_blocks()[layer].experts
+            experts = bare(model.moe_blocks()[layer].experts)
             for e in own:
                 tensors = [experts.table[e]] if isinstance(experts, QuantisedExperts) else list(experts.dense(e))
                 for tensor in tensors:  # a byte of every page makes the system map it

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..ops.latent import BLOCK, Sequences
+from .adapters import Spans, side_by_side
 from .gate import Route
 
 PAGE = BLOCK  # positions of a page: what the attention kernels read in one piece
@@ -104,12 +105,14 @@ class Chunk:
     """The next `tokens` tokens of a sequence of which `past` positions are in its pages; the pages have room for both.
 
     order: naive for a prompt's tokens, absorbed for what was generated; it decides a token's bits (model/mla.py).
+    adapter: whose side paths its tokens go through (model/adapters.py), None for the base alone.
     """
 
     tokens: int
     past: int
     pages: Sequence[int]
     order: Literal["naive", "absorbed"]
+    adapter: str | None = None
 
 
 class Pack:
@@ -130,6 +133,11 @@ class Pack:
     @property
     def tokens(self) -> int:
         return sum(chunk.tokens for chunk in self.chunks)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """The tokens of each adapter."""
+        return side_by_side((chunk.adapter, chunk.tokens) for chunk in self.chunks)
 
     @cached_property
     def positions(self) -> Tensor:

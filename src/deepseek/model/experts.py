@@ -28,6 +28,15 @@ class RoutedExperts(nn.Module):
         """gate_up_proj [2I, H] and down_proj [H, I] of one expert; views."""
         return self.gate_up_proj[expert], self.down_proj[expert]
 
+    def gate_up(self, expert: int, x_PH: Tensor) -> tuple[Tensor, Tensor]:
+        """gate(x) and up(x) of one expert, [P, I]."""
+        gate, up = ops.linear(x_PH, self.gate_up_proj[expert]).chunk(2, 1)
+        return gate, up
+
+    def down(self, expert: int, h_PI: Tensor) -> Tensor:
+        """down(h) of one expert, [P, H]."""
+        return ops.linear(h_PI, self.down_proj[expert])
+
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         return ops.expert_mlp(x_TH, route.index_TK, route.weight_TK, self.gate_up_proj, self.down_proj)
 

@@ -27,6 +27,7 @@ from ..config import ModelConfig
 from ..ops import causal_attention, rotate
 from ..ops.linear import mm
 from .adapter import LoRALinear
+from .adapters import LowRank, bare, of_all_rows, path_of
 from .cache import LatentCache, Pack
 from .layers import Linear, RMSNorm
 
@@ -108,38 +109,52 @@ class MLA(nn.Module):
             visible.write(layer, torch.cat((latent, k_rope), -1)[0])
             out_BTNW = torch.cat([
                 self._attend(q_nope[:, place], q_rope[:, place], rows.to(q.dtype), chunk.order,
-                             Visible(None, 1, chunk.tokens, chunk.past, rows.device) if chunk.past else None)
+                             Visible(None, 1, chunk.tokens, chunk.past, rows.device) if chunk.past else None,
+                             chunk.adapter)
                 for chunk, place, rows in visible.read(layer)], 1)
             return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
         rows = torch.cat((latent, k_rope), -1)
         if cache is not None:
             rows = cache.extend(layer, rows).to(q.dtype)
-        out_BTNW = self._attend(q_nope, q_rope, rows, order_of(order, cache, tokens), visible)
+        out_BTNW = self._attend(q_nope, q_rope, rows, order_of(order, cache, tokens), visible, of_all_rows())
         return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
 
-    def _attend(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, order: Order, visible: Visible | None) -> Tensor:
-        """rows: latents and rotary keys of all positions, [B, S, R + rope]."""
+    def _attend(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, order: Order, visible: Visible | None,
+                adapter: str | None) -> Tensor:
+        """rows: latents and rotary keys of all positions, [B, S, R + rope]. adapter: whose they are."""
         latent, k_rope = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
         # a side path on kv_b_proj is a call, not a matrix that could be absorbed
         naive = order == "naive" or isinstance(self.kv_b_proj, LoRALinear)
         attend = self._naive if naive else self._absorbed
-        return attend(q_nope, q_rope, latent, k_rope, None if visible is None else visible.dense)
+        return attend(q_nope, q_rope, latent, k_rope, None if visible is None else visible.dense,
+                      path_of(self.kv_b_proj, adapter))
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None,
+               side: LowRank | None) -> Tensor:
         config = self.config
         batch, length, _ = latent.shape
-        kv = self.kv_b_proj(latent).view(batch, length, config.num_attention_heads, -1)
+        kv = bare(self.kv_b_proj)(latent)  # over positions, not over the rows of the pass
+        if side is not None:
+            kv = kv + side(latent.flatten(0, 1)).view(batch, length, -1)
+        kv = kv.view(batch, length, config.num_attention_heads, -1)
         k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), -1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
         q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope), -1).transpose(1, 2)
         return causal_attention(q, k, v.transpose(1, 2), config.softmax_scale, mask).transpose(1, 2)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None,
+                  side: LowRank | None) -> Tensor:
         config = self.config
         w_NDR = self.kv_b_proj.weight.to(latent.dtype).view(config.num_attention_heads, -1, config.kv_lora_rank)
         w_key, w_value = w_NDR.split((config.qk_nope_head_dim, config.v_head_dim), 1)
         q_latent = mm(q_nope.transpose(1, 2), w_key)  # [B, N, T, R]
+        a_rR = b_value = None
+        if side is not None:
+            a_rR, b_Or = (part.to(latent.dtype) for part in side.matrices())
+            b_key, b_value = b_Or.view(config.num_attention_heads, -1, side.rank).split(
+                (config.qk_nope_head_dim, config.v_head_dim), 1)
+            q_latent = q_latent + mm(mm(q_nope.transpose(1, 2), b_key), a_rR)
         latent, k_rope = latent.unsqueeze(1), k_rope.unsqueeze(1)  # one head, shared by all
         scores = mm(q_latent, latent.transpose(-1, -2)).float()
         scores = (scores + mm(q_rope.transpose(1, 2), k_rope.transpose(-1, -2)).float()) * config.softmax_scale
@@ -147,4 +162,8 @@ class MLA(nn.Module):
         if mask is None:
             mask = torch.ones(tokens, length, dtype=torch.bool, device=scores.device).tril_(length - tokens)
         probs = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).to(latent.dtype)
-        return mm(mm(probs, latent), w_value.transpose(1, 2)).transpose(1, 2)  # [B, T, N, W]
+        sum_BNTR = mm(probs, latent)
+        out = mm(sum_BNTR, w_value.transpose(1, 2))
+        if a_rR is not None and b_value is not None:
+            out = out + mm(mm(sum_BNTR, a_rR.t()), b_value.transpose(1, 2))
+        return out.transpose(1, 2)  # [B, T, N, W]

@@ -23,6 +23,7 @@ from .. import ops
 from ..config import ModelConfig
 from ..errors import CheckpointError, RequestError
 from ..ops.loss import IGNORE
+from .adapters import rows_of
 from .cache import LatentCache, LatentPool, Pack
 from .experts import MoE
 from .gate import Route, expert_load, group_guidance_loss, sequence_balance_loss
@@ -195,7 +196,9 @@ class CausalLM(nn.Module):
         """Hidden states after the final norm of a pack's tokens, [T, H]; their rows of the pool are written."""
         assert len(ids_T) == pack.tokens
         cos, sin = self.model.rotary(pack.positions[None])
-        return self.model.norm(self._layers(self._embed(ids_T[None]), cos, sin, pack, None, routing, "auto"))[0]
+        with rows_of(pack.spans):
+            x = self._layers(self._embed(ids_T[None]), cos, sin, pack, None, routing, "auto")
+        return self.model.norm(x)[0]
 
     def _layers(
         self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,

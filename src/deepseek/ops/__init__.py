@@ -6,7 +6,7 @@ from .gate import choose_experts
 from .latent import latent_attention, naive_attention, prepare_latents
 from .linear import linear
 from .loss import linear_cross_entropy
-from .mlp import swiglu
+from .mlp import swiglu, swiglu_rows
 from .native import fast_bf16
 from .norm import rms_norm
 from .quantised import (
@@ -24,4 +24,5 @@ __all__ = [
     "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "grouped_quantised_linear",
     "latent_attention", "linear", "linear_cross_entropy", "naive_attention", "pack_panels", "panel_linear",
     "prepare_latents", "quantised_experts", "quantised_linear", "quantised_mlp", "rms_norm", "rotate", "swiglu",
+    "swiglu_rows",
 ]

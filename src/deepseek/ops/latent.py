@@ -88,6 +88,15 @@ class Sequences(NamedTuple):
         return cls(torch.arange(batch + 1) * tokens, past_B, torch.cat((end_B.new_zeros(1), end_B)),
                    sequence * stride + (first_B[sequence] + block * BLOCK) * width)
 
+    def split(self, count: int) -> tuple[Sequences, Sequences]:
+        """The first `count` sequences, and the others, whose tokens still count from the first of all."""
+        return (Sequences(self.begin[: count + 1], self.past[:count], self.block_begin[: count + 1], self.blocks),
+                Sequences(self.begin[count:], self.past[count:], self.block_begin[count:], self.blocks))
+
+    def moved(self) -> Sequences:
+        """The same with tokens that count from its own first."""
+        return self._replace(begin=self.begin - self.begin[0])
+
     def native(self) -> tuple[int, ...]:
         """As the kernels take it."""
         return (*(part.data_ptr() for part in self), len(self.past))
@@ -192,3 +201,53 @@ def prepare_latents(
     new[..., :rank] = rms_norm(kv_BTC[..., :rank], norm_R, eps)
     new[..., rank:] = rotate(kv_BTC[..., rank:].unsqueeze(2), cos_BTP, sin_BTP, interleave).squeeze(2)
     return rotate(q_BTND[..., width - rope :], cos_BTP, sin_BTP, interleave)
+
+
+# ---- the same over pages, where the rows of many sequences lie (model/cache.py); native kernels alone ---------------
+
+
+def prepare_pages(
+    q_TND: Tensor, kv_TC: Tensor, norm_R: Tensor, eps: float, cos_TP: Tensor, sin_TP: Tensor, interleave: bool,
+    cache: Tensor, sequences: Sequences
+) -> Tensor:
+    """The rotated rotary part of q, [T, N, rope]; the tokens' rows of the cache are written. `prepare_latents`."""
+    tokens, heads, width = q_TND.shape
+    rank, rope = len(norm_R), 2 * cos_TP.shape[-1]
+    norm_R, cos_TP, sin_TP = norm_R.float(), cos_TP.contiguous(), sin_TP.contiguous()
+    _check_pages(cache, q_TND, kv_TC, norm_R, cos_TP, sin_TP)
+    assert kv_TC.shape == (tokens, rank + rope) and len(cos_TP) == len(sin_TP) == tokens
+    q_rope = q_TND.new_empty(tokens, heads, rope)
+    native.mla_prepare(q_TND.data_ptr(), kv_TC.data_ptr(), norm_R.data_ptr(), eps, cos_TP.data_ptr(), sin_TP.data_ptr(),
+                       interleave, *sequences.native(), heads, width - rope, rope, rank, q_rope.data_ptr(),
+                       cache.data_ptr(), threads())
+    return q_rope
+
+
+def naive_pages(
+    q_TND: Tensor, q_rope: Tensor, cache: Tensor, kv_b: Tensor, value: int, sequences: Sequences, scale: float,
+    bits: int
+) -> Tensor:
+    """[T, N, value]; `naive_attention`."""
+    (tokens, heads, width), rope = q_TND.shape, q_rope.shape[-1]
+    rank, nope = cache.shape[-1] - rope, width - rope
+    _check_pages(cache, q_TND, q_rope)
+    checks.packed_bytes("kv_b", kv_b, matrix_bytes(heads * (nope + value), rank, bits))
+    out = q_TND.new_empty(tokens, heads, value)
+    native.mla_naive(q_TND.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), *sequences.native(), heads, rank, rope,
+                     nope, value, kv_b.data_ptr(), bits, scale, out.data_ptr(), threads())
+    return out
+
+
+def latent_pages(q_latent: Tensor, q_rope: Tensor, cache: Tensor, sequences: Sequences, scale: float) -> Tensor:
+    """[T, N, R]; `latent_attention`."""
+    _, heads, rank = q_latent.shape
+    _check_pages(cache, q_latent, q_rope)
+    assert rank % 16 == 0 and cache.shape[-1] == rank + q_rope.shape[-1]
+    out = torch.empty_like(q_latent)
+    native.mla_absorbed(q_latent.data_ptr(), q_rope.data_ptr(), cache.data_ptr(), *sequences.native(), heads, rank,
+                        q_rope.shape[-1], scale, out.data_ptr(), threads())
+    return out
+
+
+def _check_pages(cache: Tensor, *operands: Tensor) -> None:
+    assert fits(cache, *operands) and all(t.dtype == torch.float32 for t in (cache, *operands))

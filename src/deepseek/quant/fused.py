@@ -19,19 +19,49 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import ops
+from ..config import ModelConfig
 from ..model import CausalLM, RoutingRecord
+from ..model.adapters import EVERYTHING, AdaptedLinear, LowRank, bare, current, of_all_rows, path_of
 from ..model.cache import LatentCache, Pack
 from ..model.experts import MoE
 from ..model.gate import Gate, Route, rule
 from ..model.mla import MLA, Order, Visible, order_of
 from ..model.transformer import DecoderLayer, MTPLayer
 from ..ops.blocks import Attention, FeedForward, LayerBlock, LayerStack
-from ..ops.latent import Sequences
+from ..ops.latent import Sequences, latent_pages, naive_pages, prepare_pages
+from ..ops.native import native
 from ..ops.panels import ROWS, panel_bytes, unpack
 from .linear import QuantisedExperts, QuantisedLinear, QuantisedMLP
 from .panels import quantise_panels
+
+
+class AbsorbedSide:
+    """A side path on kv_b_proj, s B A, in the absorbed order: what it adds to queries and to values. B is in 8 bits by
+    head, as W_key is there; r is the rank, padded to whole panels."""
+
+    def __init__(self, path: LowRank, config: ModelConfig) -> None:
+        a_rR, b_Or = path.matrices()
+        a_rR, b_Or = pad(a_rR, (0, 0, 0, -path.rank % ROWS)), pad(b_Or, (0, -path.rank % ROWS))
+        key_NDr, value_NWr = b_Or.view(config.num_attention_heads, -1, len(a_rR)).split(
+            (config.qk_nope_head_dim, config.v_head_dim), 1)
+        self.key, self.value = _by_head(key_NDr.transpose(1, 2)), _by_head(value_NWr)
+        self.down, self.up = ops.pack_panels(a_rR), ops.pack_panels(a_rR.t().contiguous())
+        self.rank, self.width = a_rR.shape[0], config.v_head_dim
+
+    def queries(self, q_TND: Tensor) -> Tensor:
+        q_TNr = ops.grouped_quantised_linear(q_TND, self.key, 0, self.key.shape[1], self.rank, bits=8)
+        out = ops.panel_linear(q_TNr.flatten(0, 1), self.up)
+        return out.view(*q_TNr.shape[:2], -1)
+
+    def values(self, latent_TNR: Tensor) -> Tensor:
+        latent_TNr = ops.panel_linear(latent_TNR.flatten(0, 1), self.down).view(*latent_TNR.shape[:2], -1)
+        return ops.grouped_quantised_linear(latent_TNr, self.value, 0, self.value.shape[1], self.width, bits=8)
+
+
+Sides = Sequence[tuple[AbsorbedSide, slice]]
 
 
 class FusedMLA(MLA):
@@ -43,6 +73,7 @@ class FusedMLA(MLA):
 
     key: Tensor
     value: Tensor | None
+    sides: dict[str, AbsorbedSide]
 
     def fuse(self) -> None:
         config, kv_b = self.config, self.kv_b_proj
@@ -53,21 +84,22 @@ class FusedMLA(MLA):
         self.register_buffer("key", _by_head(key_NDR.transpose(1, 2)), persistent=False)
         in_place = nope % ROWS == 0 and value % ROWS == 0
         self.register_buffer("value", None if in_place else _by_head(value_NWR), persistent=False)
+        self.sides = {}
 
     def described(self) -> Attention | None:
-        """For a native layer; None where a projection is not quantised."""
+        """For a native layer, of the base alone; None where a projection is not quantised."""
         config = self.config
-        q_a = self.q_a_proj if config.q_lora_rank is not None else None
-        q_b = self.q_proj if config.q_lora_rank is None else self.q_b_proj
-        projections = (q_a, q_b, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)
+        q_a = bare(self.q_a_proj) if config.q_lora_rank is not None else None
+        q_b = bare(self.q_proj if config.q_lora_rank is None else self.q_b_proj)
+        projections = (q_a, q_b, *map(bare, (self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)))
         if not all(p is None or isinstance(p, QuantisedLinear) for p in projections) or q_b.bias is not None:
             return None
         return Attention(
             (config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
-             config.kv_lora_rank, config.v_head_dim, config.q_lora_rank or 0), self.kv_b_proj.bits,
+             config.kv_lora_rank, config.v_head_dim, config.q_lora_rank or 0), projections[3].bits,
             tuple(None if p is None else p.packed for p in projections),
             (None if q_a is None else self.q_a_layernorm.weight, self.kv_a_layernorm.weight,
-             None if q_a is None else q_a.bias, self.kv_a_proj_with_mqa.bias, self.o_proj.bias),
+             None if q_a is None else q_a.bias, projections[2].bias, projections[4].bias),
             0.0 if q_a is None else self.q_a_layernorm.eps, self.kv_a_layernorm.eps, config.softmax_scale,
             self.key, config.rope_interleave)
 
@@ -81,44 +113,97 @@ class FusedMLA(MLA):
         if not _kernels_take(visible, cache):
             return super().forward(x_BTH, cos, sin, visible, cache, layer, order)
         config = self.config
-        rows, past = _latent_rows(cache, layer, x_BTH, config.latent_dim)
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTH)))
         kv = self.kv_a_proj_with_mqa(x_BTH)
         q_BTND = q.view(batch, tokens, config.num_attention_heads, config.qk_head_dim)
+        if isinstance(visible, Pack) and self._takes_pages(visible):
+            return self.o_proj(self._by_pages(q_BTND[0], kv[0], cos[0], sin[0], visible, layer).view(1, tokens, -1))
+        rows, past = _latent_rows(cache, layer, x_BTH, config.latent_dim)
         q_rope = ops.prepare_latents(q_BTND, kv, self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos, sin,
                                      config.rope_interleave, rows, past)
         if isinstance(visible, Pack):
             visible.write(layer, rows[0])
             out = torch.cat([
                 self._by_kernels(q_BTND[:, place], q_rope[:, place], rows, chunk.order,
-                                 Visible(None, 1, chunk.tokens, chunk.past, rows.device))
+                                 Visible(None, 1, chunk.tokens, chunk.past, rows.device), chunk.adapter)
                 for chunk, place, rows in visible.read(layer)], 1)
         else:
-            out = self._by_kernels(q_BTND, q_rope, rows, order_of(order, cache, tokens), visible)
+            out = self._by_kernels(q_BTND, q_rope, rows, order_of(order, cache, tokens), visible, of_all_rows())
         return self.o_proj(out)
 
-    def _by_kernels(self, q_BTND: Tensor, q_rope: Tensor, rows: Tensor, order: Order, visible: Visible) -> Tensor:
-        """All heads' values, [B, T, N W]."""
-        config, kv_b = self.config, self.kv_b_proj
+    def _by_kernels(self, q_BTND: Tensor, q_rope: Tensor, rows: Tensor, order: Order, visible: Visible,
+                    adapter: str | None) -> Tensor:
+        """All heads' values, [B, T, N W]. adapter: whose rows they are; with a side path on kv_b_proj the order is
+        absorbed, whatever is asked."""
+        config, kv_b, side = self.config, bare(self.kv_b_proj), self._absorbed_side(adapter)
         batch, tokens = q_BTND.shape[:2]
         assert isinstance(kv_b, QuantisedLinear) and visible.span is not None
         q_BTND, q_rope = q_BTND.contiguous(), q_rope.contiguous()
-        if order == "naive":
+        if order == "naive" and side is None:
             return ops.naive_attention(q_BTND, q_rope, rows, kv_b.packed, config.v_head_dim, *visible.span,
                                        config.softmax_scale, bits=kv_b.bits).flatten(2)
-        q_TND, nope = q_BTND.flatten(0, 1), config.qk_nope_head_dim
-        q_latent = ops.grouped_quantised_linear(q_TND[..., :nope], self.key, 0, self.key.shape[1],
-                                                config.kv_lora_rank, bits=8)
+        sides = [] if side is None else [(side, EVERYTHING)]
+        q_latent = self._queries(q_BTND.flatten(0, 1), sides)
         latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:]), q_rope, rows,
                                       *visible.span, config.softmax_scale)
-        return self._values(latent.flatten(0, 1)).view(batch, tokens, -1)
+        return self._values(latent.flatten(0, 1), sides).view(batch, tokens, -1)
 
-    def _values(self, latent_TNR: Tensor) -> Tensor:
+    def _takes_pages(self, pack: Pack) -> bool:
+        """Whether the kernels can read the pack's pages where they lie."""
+        prompts = pack.chunks[: pack.naive]
+        return native is not None and self.config.kv_lora_rank % ROWS == 0 and not (
+            isinstance(self.kv_b_proj, AdaptedLinear) and any(self.kv_b_proj.path(c.adapter) for c in prompts))
+
+    def _by_pages(self, q_TND: Tensor, kv_TC: Tensor, cos_TP: Tensor, sin_TP: Tensor, pack: Pack, layer: int) -> Tensor:
+        """All heads' values of a pack's tokens, [T, N W]; their rows of the pool are written. The same kernels as in
+        `_by_kernels`, for all chunks at once."""
+        config, kv_b, cache = self.config, bare(self.kv_b_proj), pack.pool.data[layer]
+        q_TND = q_TND.contiguous()
+        q_rope = prepare_pages(q_TND, kv_TC.contiguous(), self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos_TP,
+                               sin_TP, config.rope_interleave, cache, pack.sequences)
+        prompts, later = pack.sequences.split(pack.naive)
+        first, parts = int(later.begin[0]) if len(later.past) else len(q_TND), []
+        if pack.naive:
+            parts.append(naive_pages(q_TND[:first], q_rope[:first], cache, kv_b.packed, config.v_head_dim, prompts,
+                                     config.softmax_scale, kv_b.bits))
+        if first < len(q_TND):
+            sides = [(side, slice(rows.start - first, rows.stop - first)) for name, rows in pack.spans
+                     if (side := self._absorbed_side(name)) is not None]
+            latent = latent_pages(self._queries(q_TND[first:], sides), q_rope[first:], cache, later.moved(),
+                                  config.softmax_scale)
+            parts.append(self._values(latent, sides))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+    def _queries(self, q_TND: Tensor, sides: Sides) -> Tensor:
+        """Each head's query in latent space, [T, N, R]."""
+        config = self.config
+        q_TND = q_TND[..., : config.qk_nope_head_dim]
+        out_TNR = ops.grouped_quantised_linear(q_TND, self.key, 0, self.key.shape[1], config.kv_lora_rank, bits=8)
+        for side, rows in sides:
+            out_TNR[rows] += side.queries(q_TND[rows])
+        return out_TNR
+
+    def _values(self, latent_TNR: Tensor, sides: Sides) -> Tensor:
         """Each head's summed latent through the value half of kv_b_proj, [T, N, W]."""
-        config, kv_b = self.config, self.kv_b_proj
+        out_TNW = self._base_values(latent_TNR)
+        for side, rows in sides:
+            out_TNW[rows] += side.values(latent_TNR[rows])
+        return out_TNW
+
+    def _absorbed_side(self, adapter: str | None) -> AbsorbedSide | None:
+        """An adapter's side path on kv_b_proj, if there is one, in the absorbed order's form; made when first used."""
+        path = path_of(self.kv_b_proj, adapter)
+        if path is None or adapter is None:
+            return None
+        if adapter not in self.sides:
+            self.sides[adapter] = AbsorbedSide(path, self.config)
+        return self.sides[adapter]
+
+    def _base_values(self, latent_TNR: Tensor) -> Tensor:
+        config, kv_b = self.config, bare(self.kv_b_proj)
         if self.value is not None:
             return ops.grouped_quantised_linear(latent_TNR, self.value, 0, self.value.shape[1], config.v_head_dim,
                                                 bits=8)
@@ -168,8 +253,9 @@ class FusedLayer(DecoderLayer):
     def _describe(self) -> LayerBlock:
         attention, mlp = self.self_attn, self.mlp
         ffn = None
-        if isinstance(mlp, MoE) and isinstance(mlp.experts, QuantisedExperts) and not hasattr(mlp, "shared_experts"):
-            gate, experts = mlp.gate, mlp.experts
+        if isinstance(mlp, MoE) and isinstance(bare(mlp.experts), QuantisedExperts) and not (
+                hasattr(mlp, "shared_experts")):
+            gate, experts = mlp.gate, bare(mlp.experts)
             if isinstance(gate, FusedGate):
                 chosen = (gate.config.n_routed_experts, *rule(gate.config))
                 ffn = FeedForward(experts.table.bits, chosen, gate.weight_PH16, gate.bias, experts.table,
@@ -231,6 +317,12 @@ class FusedCausalLM(CausalLM):
         return x
 
 
+def absorbs(model: CausalLM, targets: Sequence[str]) -> bool:
+    """Whether prompts of an adapter with side paths on `targets` run in the absorbed order: the kernels of the naive
+    one read kv_b_proj where it lies and know no side path."""
+    return isinstance(model, FusedCausalLM) and any(target.endswith(".kv_b_proj") for target in targets)
+
+
 def _stack(known: LayerStack, layers: Sequence[FusedLayer]) -> LayerStack:
     blocks = tuple(layer.described() for layer in layers)
     return known if blocks == known.blocks else LayerStack(blocks)  # compares identities
@@ -240,7 +332,7 @@ def _natively(stack: LayerStack, x_BTH: Tensor, cos: Tensor, visible: Visible | 
               ) -> bool:
     controlled = isinstance(visible, Pack) and visible.control is not None
     return (stack.ready and not torch.compiler.is_compiling() and x_BTH.dtype == cos.dtype == torch.float32
-            and not controlled and _kernels_take(visible, cache))
+            and not controlled and not current() and _kernels_take(visible, cache))
 
 
 def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: int) -> tuple[Tensor, int]:
@@ -273,7 +365,7 @@ def unfuse(model: CausalLM) -> None:
     for block in (*model.model.layers, *model.model.mtp):
         block.__class__ = MTPLayer if hasattr(block, "entrance") else DecoderLayer
         if isinstance(block.self_attn, FusedMLA):
-            del block.self_attn.key, block.self_attn.value
+            del block.self_attn.key, block.self_attn.value, block.self_attn.sides
             block.self_attn.__class__ = MLA  # type: ignore[assignment]
         if isinstance(block.mlp, MoE) and isinstance(block.mlp.gate, FusedGate):
             del block.mlp.gate.weight_PH16

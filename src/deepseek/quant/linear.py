@@ -32,7 +32,7 @@ from ..errors import ConfigError, shown
 from ..model import CausalLM, Route
 from ..model.experts import MoE, RoutedExperts
 from ..model.layers import MLP, Linear
-from ..ops.panels import Bits, unpack, unpack_mlp
+from ..ops.panels import ROWS, Bits, matrix_bytes, unpack, unpack_mlp
 from . import int4
 
 METHOD, VERSION = "moe_dr", 1
@@ -247,6 +247,19 @@ class QuantisedExperts(_Quantised):
     def dense(self, expert: int) -> tuple[Tensor, Tensor]:
         """gate_up_proj [2I, H] and down_proj [H, I] of one expert, made dense for the moment, float32."""
         return _dense_mlp(self.table[expert], self.table.hidden, self.table.inner, self.table.bits)
+
+    def gate_up(self, expert: int, x_PH: Tensor) -> tuple[Tensor, Tensor]:
+        """gate(x) and up(x) of one expert, [P, I], in the arithmetic of the kernels."""
+        table, panels = self.table, -(-self.table.inner // ROWS)
+        both = ops.quantised_linear(x_PH, table[expert], 2 * panels * ROWS, bits=table.bits).view(-1, panels, 2, ROWS)
+        gate, up = (both[:, :, i].flatten(1)[:, : table.inner] for i in (0, 1))
+        return gate, up
+
+    def down(self, expert: int, h_PI: Tensor) -> Tensor:
+        """down(h) of one expert, [P, H]."""
+        table = self.table
+        packed = table[expert][2 * matrix_bytes(table.inner, table.hidden, table.bits) :]
+        return ops.quantised_linear(h_PI, packed, table.hidden, bits=table.bits)
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         """Pairs of index -1 are somebody else's."""

@@ -117,7 +117,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         if body.dimensions not in (None, size := llm.model.config.hidden_size):
             raise ServeError(400, f"dimensions = {body.dimensions}: must be {size}, what the model has",
                              param="dimensions")
-        vectors, tokens = await server.embed(http, body.inputs)
+        vectors, tokens = await server.embed(http, body.inputs, server.know(body.model))
         data = [{"object": "embedding", "index": i, "embedding": base64.b64encode(vector.numpy().tobytes()).decode()
                  if body.encoding_format == "base64" else vector.tolist()} for i, vector in enumerate(vectors)]
         return {"object": "list", "data": data, "model": body.model, "usage": {
@@ -149,12 +149,12 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(server)]}
+        return {"object": "list", "data": [_model(server, name) for name in server.models]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         server.know(name)
-        return _model(server)
+        return _model(server, name)
 
     @app.post("/v1/deepseek/warm")
     async def warm(body: WarmRequest) -> dict[str, Any]:
@@ -177,9 +177,10 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     return app
 
 
-def _model(server: Server) -> dict[str, Any]:
-    atlas = server.llm.engine.atlas
-    return {"id": server.options.name, "object": "model", "created": server.began, "owned_by": "moe-dr",
+def _model(server: Server, name: str) -> dict[str, Any]:
+    """As vLLM lists them: an adapter has a parent."""
+    atlas, parent = server.llm.engine.atlas, None if server.know(name) is None else server.options.name
+    return {"id": name, "object": "model", "created": server.began, "owned_by": "moe-dr", "parent": parent,
             "max_model_len": server.llm.max_length, "deepseek": {"experts": [] if atlas is None else list(atlas)}}
 
 

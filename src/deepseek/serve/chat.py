@@ -75,7 +75,8 @@ class Chat:
         domain = body.deepseek.domain or server.llm.domain_of(question)
         end = server.tokenizer.decode(ids[-16:], skip_special=False)
         thinking = end.rstrip().endswith(THINK)
-        self.requests = server.llm.requests(ids, params, domain=domain, constraint_after=UNTHINK if thinking else None)
+        self.requests = server.llm.requests(ids, params, domain=domain, constraint_after=UNTHINK if thinking else None,
+                                            adapter=server.know(body.model))
         server.watch.begin(self.id, http, body.user, question, self.requests)
         self.constrained = schema is not None and not forced
         self.texts = [AnswerText(thinking=thinking, tools=self.tools, forced=forced, parallel=body.parallel_tool_calls)

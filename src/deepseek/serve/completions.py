@@ -32,8 +32,9 @@ class Completion:
         self.echoes: list[tuple[str, list[int]]] = []  # of each request
         for i, prompt in enumerate(body.prompts):
             try:
-                self.groups.append(server.llm.requests(prompt, params, domain=body.deepseek.domain,
-                                                       parse_special=body.parse_special))
+                self.groups.append(server.llm.requests(
+                    prompt, params, domain=body.deepseek.domain, parse_special=body.parse_special,
+                    adapter=server.know(body.model)))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}" if len(body.prompts) > 1 else str(error)) from None
             server.watch.begin(self.id, http, body.user, prompt if isinstance(prompt, str) else "", self.groups[-1])

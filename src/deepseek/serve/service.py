@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..engine import LLM, ExpertControl, SamplingParams
 from ..engine.request import Request as Generation
-from ..errors import MoEDRError
+from ..errors import ConfigError, MoEDRError
 from ..tokenizer import Tokenizer
 from ..watch.monitor import WatchOptions
 from .guard import ServeError
@@ -56,6 +56,8 @@ class Server:
 
     def __init__(self, llm: LLM, options: ServeOptions) -> None:
         self.llm, self.options = llm, options
+        if options.name in llm.adapters:
+            raise ConfigError(f"adapter {options.name}: is what the base is called: must have another name")
         self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts)
         self.began = int(time.time())
         self.closing = False  # nothing new is begun
@@ -73,11 +75,18 @@ class Server:
             raise ServeError(400, "this model has no tokenizer")
         return self.llm.tokenizer
 
-    def know(self, model: str) -> None:
-        """Raises ServeError for another model."""
-        if model != self.options.name:
-            raise ServeError(404, f"model = {model!r}: there is {self.options.name!r}", param="model",
-                             code="model_not_found")
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What may be asked for: the base, and the adapters beside it."""
+        return self.options.name, *self.llm.adapters
+
+    def know(self, model: str) -> str | None:
+        """The adapter that a model stands for, None for the base. Raises ServeError for a model that there is not."""
+        if model not in self.models:
+            there = ", ".join(map(repr, self.models))
+            raise ServeError(404, f"model = {model!r}: there {'are' if self.llm.adapters else 'is'} {there}",
+                             param="model", code="model_not_found")
+        return None if model == self.options.name else model
 
     def admit(self, body: Common | EmbeddingRequest, count: int = 1) -> None:
         """Raises ServeError for another model, and where the queue is full."""
@@ -102,7 +111,8 @@ class Server:
         return ServeError(504, f"the answer took longer than {self.options.timeout:g} seconds", kind="server_error",
                           code="timeout")
 
-    async def embed(self, http: Request, prompts: Sequence[str | list[int]]) -> tuple[list[Tensor], int]:
+    async def embed(self, http: Request, prompts: Sequence[str | list[int]], adapter: str | None
+                    ) -> tuple[list[Tensor], int]:
         """As LLM.embed, one prompt at a time: the engine's steps go on between them. Leaving ends it."""
         self.open += 1
         try:
@@ -113,7 +123,7 @@ class Server:
                     raise ServeError(503, "the server is shutting down", kind="server_error", code="shutting_down")
                 if await http.is_disconnected():
                     break
-                (vector,), _ = await self.prepare(http, self.llm.embed, [ids], pool=self.embedding)
+                (vector,), _ = await self.prepare(http, self.llm.embed, [ids], adapter, pool=self.embedding)
                 vectors.append(vector)
             return vectors, sum(map(len, prompts))
         finally:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..domain import DomainClassifier
-from ..engine.verbs import add_engine_flags, make_llm
+from ..engine.verbs import add_engine_flags, make_llm, named_adapters
 from ..errors import ConfigError
 from ..keys import find_keys
 from .guard import check_host
@@ -71,16 +71,19 @@ def serve(args: argparse.Namespace) -> None:
     from .app import create_app
     from .service import ServeOptions
 
+    name = args.name or Path(args.model).resolve().name
+    if name in named_adapters(args.adapter)[1]:
+        raise ConfigError(f"adapter {name}: is what the base is called: must have another name")
     llm = make_llm(args)
     llm.classifier = classifier
     level = logging.INFO if args.log or args.log_texts else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    name = args.name or Path(args.model).resolve().name
     app = create_app(llm, ServeOptions(name, tuple(keys), args.max_waiting, args.max_body, args.timeout,
                                        args.log_texts, watch, tuple(args.cors_origin), args.host, hosts))
     address = "http://{}:{}".format(*listener.getsockname()[:2])
-    print(f"serving {name} on {address}/v1" + ("" if keys else ", open to whoever reaches it: no API key")
+    beside = f" with {', '.join(llm.adapters)}" if llm.adapters else ""
+    print(f"serving {name}{beside} on {address}/v1" + ("" if keys else ", open to whoever reaches it: no API key")
           + f"\ndashboard: {address}/dashboard", flush=True)
     limits = Limits(args.max_connections, args.receive_timeout, args.read_timeout, args.shutdown_timeout)
     Process(app, limits, app.state.server.drain).run(sockets=[listener])

@@ -43,7 +43,7 @@ class Watch:
         """texts: prompts and answers go to the log."""
         self.llm, self.texts = llm, texts
         self.known: dict[int, dict[str, str]] = {}  # what the log says of a request with its text
-        self.counters = Counters(llm.model.config, llm.engine.atlas)
+        self.counters = Counters(llm.model.config, llm.engine.atlas, (name, *llm.adapters) if llm.adapters else ())
         self.monitor = Monitor(name, self.counters, self._engine, options, resident=self._resident,
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
@@ -92,6 +92,8 @@ class Watch:
         """The requests of an answer, before they run."""
         client = "".join(c if c.isprintable() else "?" for c in user or key_name(http))
         tags = {"client": client, "language": self._language(text)}
+        if self.llm.adapters:
+            tags["adapter"] = requests[0].adapter or self.monitor.model
         for request in requests:
             request.tags = tags
             if self.texts:
@@ -114,7 +116,8 @@ class Watch:
         each = None
         if request.first_token is not None and new > 1:
             each = (request.finished - request.first_token) / (new - 1)
-        self.counters.finished(request.number, request.domain, "error" if late else request.finish_reason, first, each)
+        self.counters.finished(request.number, request.domain, "error" if late else request.finish_reason, first, each,
+                               request.tags.get("adapter"))
 
 
 def key_name(http: Request) -> str:

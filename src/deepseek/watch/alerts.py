@@ -1,8 +1,8 @@
 """Alerts without Prometheus: rules over the last minutes of readings, with what may have caused them.
 
 When a named group is used less than LOW of its expected share, the traffic has changed more often than the router: so
-the message names the slices (domain, client, language) whose part of the tokens changed most between the time before
-the window and the window itself. alerts.yml holds the same rules for Prometheus.
+the message names the slices (domain, client, language, adapter) whose part of the tokens changed most between the time
+before the window and the window itself. alerts.yml holds the same rules for Prometheus.
 
     share_low        a named group below LOW of its share under uniform routing
     conflict_high    tokens whose two strongest groups are close

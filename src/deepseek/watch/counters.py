@@ -166,7 +166,8 @@ class Groups:
 class Counters:
     """Of one server since it began. Any thread may call any method."""
 
-    def __init__(self, config: ModelConfig, atlas: Atlas | None = None) -> None:
+    def __init__(self, config: ModelConfig, atlas: Atlas | None = None, adapters: Sequence[str] = ()) -> None:
+        """adapters: what the tag `adapter` of a request may say, the base's name among them; empty without any."""
         self.config, self.atlas, self.groups = config, atlas, Groups(config, atlas)
         layers, experts, named = len(self.groups.layers), self.groups.experts, len(self.groups.names)
         self.lock = threading.Lock()
@@ -185,6 +186,9 @@ class Counters:
         for name, outcomes in (("requests_total", REASONS), ("feedback_total", RATINGS)):
             for label in labels:  # from the start: Prometheus does not see the growth of what was not there
                 self.numbers |= {key(name, label, outcome): 0.0 for outcome in outcomes}
+        for adapter in adapters:
+            self.numbers |= {key("adapter_requests_total", adapter, reason): 0.0 for reason in REASONS}
+            self.numbers[key("adapter_tokens_total", adapter)] = 0.0
         self.first_token = Histogram("first_token_seconds")
         self.per_token = Histogram("token_seconds")
 
@@ -218,6 +222,8 @@ class Counters:
         for number, request in requests.items():
             for kind, value in (("domain", self.groups.label(request.domain)), *request.tags.items()):
                 self._slice(kind, value, tokens_of[number])
+            if (adapter := request.tags.get("adapter")) is not None:
+                self.numbers[key("adapter_tokens_total", adapter)] += tokens_of[number]
         if routed := [step for step in steps if step.index]:
             self._routes(routed, requests)
         for end in ended:
@@ -292,8 +298,10 @@ class Counters:
     # ---- requests -----------------------------------------------------------------------------------------------
 
     def finished(self, number: int, domain: str | None, reason: str, first: float | None,
-                 each: float | None) -> None:
+                 each: float | None, adapter: str | None = None) -> None:
         """A request is over. first: seconds to its first token; each: from a token to the next, mean."""
+        if adapter is not None:
+            self._told.append(key("adapter_requests_total", adapter, reason))
         self._told.append(_End(number, key("requests_total", self.groups.label(domain), reason), first, each))
 
     def count(self, name: str, domain: str | None, outcome: str) -> None:

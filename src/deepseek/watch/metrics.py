@@ -92,6 +92,9 @@ MODEL = (
 )
 BUSINESS = (
     _counter("requests", "Requests that ended, by finish reason (stop, length, abort, error)", "domain", "reason"),
+    _counter("adapter_requests", "Requests that ended, by the adapter they went through, or the base, where there are "
+             "several", "adapter", "reason"),
+    _counter("adapter_tokens", "Tokens that ran through the model, by adapter or base", "adapter"),
     _counter("refused", "Requests that were refused, by status", "status"),
     Metric("first_token_seconds", "histogram", (), "From a request's arrival to its first token", bounds=FIRST),
     Metric("token_seconds", "histogram", (), "From a token to the next, mean of a request", bounds=EACH),
@@ -99,7 +102,7 @@ BUSINESS = (
              "outcome"),
     _counter("schema_answers", "Answers that had to match a schema: valid if they are whole", "domain", "outcome"),
     _counter("feedback", "Feedback, up or down", "domain", "rating"),
-    _counter("slice_tokens", "Tokens by domain, client and language of their requests", "kind", "value",
+    _counter("slice_tokens", "Tokens by domain, client, language and adapter of their requests", "kind", "value",
              exported=False),
 )
 METRICS = {metric.name: metric for metric in (*SYSTEM, *MODEL, *BUSINESS)}

@@ -1,0 +1,234 @@
+"""Several adapters beside one base: each row of a pass goes through its own low-rank side paths, or through none.
+
+    AdaptedLinear    W x, and + s B A x for the rows of an adapter that has A and B here
+    AdaptedExperts   the same on gate, up and down of the experts that a row's adapter has. The side path sits inside
+                     their nonlinearity, so such pairs are computed here, all others in the one call
+
+They stand in the places of those they hold as `base` and are for inference alone: no parameters, nothing to train or to
+merge (model/adapter.py does that). Whose rows are whose is said around a pass (`rows_of`); without it, and for rows of
+nobody, a module is its base.
+
+Where the native kernels compute in FP32, A and B are panels, whose products give a row the same bits in any company.
+
+Shape letters: T tokens, K experts a token (of a matrix: columns), R rank, O rows of a matrix, N heads, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from .. import ops
+from ..errors import ConfigError
+from .gate import Route
+
+Spans = tuple[tuple[str, slice], ...]  # an adapter and rows of it; a name may come several times, rows once
+EVERYTHING = slice(None)
+_rows: ContextVar[Spans] = ContextVar("rows", default=())
+
+
+@contextmanager
+def rows_of(spans: Spans) -> Iterator[None]:
+    """Within, the rows of every adapted module's input are these adapters'."""
+    token = _rows.set(spans)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def whole(adapter: str | None) -> Spans:
+    """All rows are one adapter's, or the base's."""
+    return () if adapter is None else ((adapter, EVERYTHING),)
+
+
+def side_by_side(parts: Iterable[tuple[str | None, int]]) -> Spans:
+    """Spans of rows that stand side by side: (adapter, how many) of each part."""
+    spans: list[tuple[str, slice]] = []
+    start = 0
+    for adapter, count in parts:
+        stop = start + count
+        if adapter is not None and count:
+            if spans and spans[-1][0] == adapter and spans[-1][1].stop == start:
+                spans[-1] = adapter, slice(spans[-1][1].start, stop)
+            else:
+                spans.append((adapter, slice(start, stop)))
+        start = stop
+    return tuple(spans)
+
+
+def current() -> Spans:
+    return _rows.get()
+
+
+def of_all_rows() -> str | None:
+    """The adapter of every row of this pass, None where it is the base, or differs."""
+    spans = _rows.get()
+    return spans[0][0] if len(spans) == 1 and spans[0][1] == EVERYTHING else None
+
+
+class LowRank(nn.Module):
+    """x -> s B A x, [T, O] in the dtype of x. a: A [R, K], b: s B [O, R] in FP32, or panels of them."""
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, a_RK: Tensor, b_OR: Tensor, scale: float, panels: bool) -> None:
+        super().__init__()
+        a, b = a_RK.detach().float(), b_OR.detach().float() * scale
+        self.out_features, (self.rank, self.in_features) = len(b), a.shape
+        self.panels = panels and self.in_features % 4 == 0
+        if self.panels:  # rows of panels come in sixteens: so many columns the next matrix has
+            a, b = ops.pack_panels(a), ops.pack_panels(pad(b, (0, -self.rank % 16)))
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+
+    def forward(self, x_TK: Tensor) -> Tensor:
+        if self.panels and x_TK.dtype == torch.float32:
+            return ops.panel_linear(ops.panel_linear(x_TK, self.a), self.b)[:, : self.out_features]
+        a_RK, b_OR = self.matrices()
+        return ops.linear(ops.linear(x_TK, a_RK), b_OR)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A [R, K] and s B [O, R] in FP32."""
+        if not self.panels:
+            return self.a, self.b
+        a, b = (panels.transpose(1, 2).flatten(0, 1) for panels in (self.a, self.b))
+        return a[: self.rank], b[: self.out_features, : self.rank]
+
+
+class _Adapted(nn.Module):
+    """Holds `base`, and the side paths of some adapters by name, which may hold any characters."""
+
+    base: Any
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.names: dict[str, int] = {}
+        self.paths = nn.ModuleList()
+        self.training = False
+
+    def add(self, name: str, path: nn.Module) -> None:
+        assert name not in self.names
+        self.names[name] = len(self.paths)
+        self.paths.append(path)
+
+    def path(self, name: str | None) -> Any:
+        """The side path of an adapter, None where it has none here."""
+        return None if name is None or name not in self.names else self.paths[self.names[name]]
+
+    def here(self) -> list[tuple[Any, slice]]:
+        """The side paths of this pass, and their rows."""
+        return [(self.paths[self.names[name]], rows) for name, rows in _rows.get() if name in self.names]
+
+    def train(self, mode: bool = True) -> _Adapted:
+        if mode:
+            raise ConfigError("adapters that are served beside a base are not trained there: MoEFineTuner trains one")
+        return super().train(False)
+
+
+class AdaptedLinear(_Adapted):
+    """A linear module, plain or quantised, with side paths."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__(base)
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, here = self.base(x), self.here()
+        if here:
+            x_TK, y_TO = x.flatten(0, -2), y.view(-1, self.out_features)
+            for path, rows in here:
+                y_TO[rows] += path(x_TK[rows])
+        return y
+
+
+class ExpertPaths(nn.Module):
+    """Side paths of one adapter on some experts of a layer: gate, up, down of each, in the order of `chosen`."""
+
+    place_E: Tensor
+
+    def __init__(self, experts: int, paths: Mapping[int, Mapping[str, LowRank]], device: torch.device) -> None:
+        super().__init__()
+        self.chosen = tuple(paths)
+        self.parts = nn.ModuleList(nn.ModuleDict(dict(own)) for own in paths.values())
+        place_E = torch.full((experts,), -1, device=device)
+        place_E[list(self.chosen)] = torch.arange(len(self.chosen), device=device)
+        self.register_buffer("place_E", place_E, persistent=False)
+
+
+class AdaptedExperts(_Adapted):
+    """The experts of a layer, plain or quantised, with side paths."""
+
+    def forward(self, x_TH: Tensor, route: Route) -> Tensor:
+        here = self.here()
+        if not here:
+            return self.base(x_TH, route)
+        index_TK, places = route.index_TK.clone(), []
+        for paths, rows in here:
+            own_TK = index_TK[rows]
+            place_TK = torch.where(own_TK < 0, -1, paths.place_E[own_TK])
+            index_TK[rows] = torch.where(place_TK < 0, own_TK, -1)
+            places.append(place_TK)
+        out_TH = self.base(x_TH, route._replace(index_TK=index_TK))
+        for (paths, rows), place_TK in zip(here, places, strict=True):
+            x, weight_TK, out = x_TH[rows], route.weight_TK[rows], out_TH[rows]
+            for place in torch.unique(place_TK[place_TK >= 0]).tolist():
+                token_P, k_P = (place_TK == place).nonzero(as_tuple=True)
+                y_PH = self._expert(paths.chosen[place], paths.parts[place], x[token_P])
+                out.index_add_(0, token_P, y_PH * weight_TK[token_P, k_P].unsqueeze(1).to(y_PH.dtype))
+        return out_TH
+
+    def _expert(self, expert: int, side: Any, x_PH: Tensor) -> Tensor:
+        gate, up = self.base.gate_up(expert, x_PH)
+        h = ops.swiglu_rows(gate + side["gate"](x_PH), up + side["up"](x_PH))
+        return self.base.down(expert, h) + side["down"](h)
+
+
+def bare(module: Any) -> Any:
+    """The module without the adapters beside it."""
+    return module.base if isinstance(module, _Adapted) else module
+
+
+def names_on(model: nn.Module) -> dict[str, list[str]]:
+    """Adapter -> the modules that it has side paths on."""
+    found: dict[str, list[str]] = {}
+    for target, module in model.named_modules():
+        for name in module.names if isinstance(module, _Adapted) else ():
+            found.setdefault(name, []).append(target)
+    return found
+
+
+def path_of(module: Any, adapter: str | None) -> LowRank | None:
+    """An adapter's side path on a linear module, if there is one."""
+    return module.path(adapter) if isinstance(module, AdaptedLinear) else None
+
+
+def add(model: Any, name: str, linears: Mapping[str, LowRank],
+        experts: Mapping[str, Mapping[int, Mapping[str, LowRank]]]) -> None:
+    """Put an adapter beside the model's modules, in place. linears: module -> side path; experts: module of a layer's
+    experts -> expert -> "gate", "up", "down" -> side path."""
+    for target, path in linears.items():
+        _wrapped(model, target, AdaptedLinear).add(name, path)
+    for target, own in experts.items():
+        _wrapped(model, target, AdaptedExperts).add(name, ExpertPaths(model.config.n_routed_experts, own, model.device))
+
+
+def _wrapped(model: Any, target: str, kind: type[_Adapted]) -> _Adapted:
+    module = model.get_submodule(target)
+    if not isinstance(module, _Adapted):
+        module = kind(module)
+        model.set_submodule(target, module)
+    return module
