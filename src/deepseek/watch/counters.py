@@ -129,16 +129,21 @@ class Groups:
         apart_RR[:, named:] = False
         self.against_RR = torch.where(gate_R.unsqueeze(1), gate_R, apart_RR) | torch.eye(rivals, dtype=torch.bool)
         self.contest_R = gate_R if any(built_in) else torch.ones(rivals, dtype=torch.bool)
+        self.everyone = bool(self.against_RR.all())  # is everyone's rival
         return member_ER
 
     def strongest(self, strength_NR: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
         """(place, strength) of the strongest of each label's rivals, itself included."""
-        best = strength_NR.masked_fill(~self.against_RR[label_N], -1.0).max(1)
+        best = (strength_NR if self.everyone else strength_NR.masked_fill(~self.against_RR[label_N], -1.0)).max(1)
         return best.indices, best.values
 
     def near(self, strength_NR: Tensor) -> tuple[Tensor, Tensor]:
         """(boolean [N]: whether the strongest of all and the strongest of its rivals are in conflict; who they are, the
         lower place first, [N, 2])."""
+        if self.against_RR.shape[0] > 1 and self.everyone:  # the same, quicker
+            best = strength_NR.topk(2, 1)
+            first_N, second_N = best.values.unbind(1)
+            return first_N - second_N < CLOSE * first_N, best.indices.sort(1).values
         first = strength_NR.masked_fill(~self.contest_R, -1.0).max(1, keepdim=True)
         rivals_NR = (self.against_RR[first.indices[:, 0]] & self.contest_R).scatter(1, first.indices, False)
         second = strength_NR.masked_fill(~rivals_NR, -1.0).max(1, keepdim=True)
