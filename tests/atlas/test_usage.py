@@ -81,6 +81,9 @@ def test_names_by_their_share_of_the_slots(tiny_config: Callable[..., ModelConfi
     usage.counts_LE *= 0
     usage.counts_LE[0, 0] = usage.counts_LE[1, 0] = 40
     assert usage.named(atlas).startswith("code_expert  100 % of the slots, 8.0 times even routing\n")
+    both = Atlas(Shape.of(config), [*atlas.groups, *Atlas.built_in(config, ["first", "second"]).groups])
+    assert [line.split()[0] for line in usage.named(both).splitlines()] == [
+        "first", "second", "code_expert", "idle_expert", "law"], "tags come after the names of training"
     with pytest.raises(ConfigError, match="the atlas was made for another shape: 2 layers x 8 experts"):
         usage.named(Atlas.built_in(tiny_config(n_routed_experts=8), ["x"]))
 

@@ -125,21 +125,25 @@ class ExpertUsage:
         return "\n".join(lines)
 
     def named(self, atlas: Atlas) -> str:
-        """One line a name, the most favoured first: its share of the slots, and how many times that is of uniform
-        routing's; empty before the first token. Raises ConfigError for an atlas of a model of another shape."""
+        """One line a name, those of training first and the most favoured of each kind first: its share of the slots,
+        and how many times that is of uniform routing's; empty before the first token.
+
+        Raises ConfigError for an atlas of a model of another shape.
+        """
         if (atlas.shape.layers, atlas.shape.experts) != (self.layers, self.experts):
             raise ConfigError(f"the atlas was made for another shape: {atlas.shape}; counted were {len(self.layers)} "
                               f"layers x {self.experts} experts")
         slots_L = self.counts_LE.sum(1).double()
-        rows: list[tuple[float, str, float]] = []
-        for name in atlas if self.tokens else ():
-            member_LE = torch.from_numpy(members(atlas[name], self.layers, self.experts))
+        rows: list[tuple[bool, float, str, float]] = []
+        for group in atlas.groups if self.tokens else ():
+            member_LE = torch.from_numpy(members(group.experts, self.layers, self.experts))
             even = float((slots_L * member_LE.double().mean(1)).sum())
             found = float(self.counts_LE[member_LE].sum())
-            rows.append((found / even if even else 0.0, name, found / float(slots_L.sum())))
+            ratio, share = found / even if even else 0.0, found / float(slots_L.sum())
+            rows.append((group.kind != "built-in", -ratio, group.name, share))
         width = max(map(len, atlas), default=0)
-        return "\n".join(f"{name:{width}}  {share:4.0%} of the slots, {ratio:.1f} times even routing".replace("%", " %")
-                         for ratio, name, share in sorted(rows, key=lambda row: (-row[0], row[1])))
+        return "\n".join(f"{name:{width}}  {100 * share:3.0f} % of the slots, {-less:.1f} times even routing"
+                         for _, less, name, share in sorted(rows))
 
     def save_heat_map(self, path: str | Path) -> None:
         """Draw layers x experts as a PNG; the colour is share / uniform share, white at 1. The file appears whole.
