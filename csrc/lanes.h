@@ -1,8 +1,8 @@
 // Sixteen floats at a time, the same bits on every instruction set: included by each of them, in its own unnamed
 // namespace, so that no inline function compiled for one machine can be linked into the code for another.
 //
-// Arithmetic is written with the compiler's vectors; only fused multiply-add is spelled out, because a plain machine
-// has none and contraction is switched off (-ffp-contract=off).
+// Arithmetic is written with the compiler's vectors; fused multiply-add is spelled out, because a plain machine has none
+// and contraction is switched off (-ffp-contract=off), and so is, for AVX2, what the compiler would do lane by lane.
 #pragma once
 #include <type_traits>
 #include <cstring>
@@ -15,6 +15,9 @@
 namespace deepseek {
 namespace {
 
+// A call passes vectors wider than the machine's through memory.
+#define INLINE inline __attribute__((always_inline))
+
 typedef float f16 __attribute__((vector_size(64), aligned(64)));
 typedef float f16u __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(64)));
@@ -23,31 +26,72 @@ inline f16 load(const float* p) { return *reinterpret_cast<const f16u*>(p); }
 inline void store(float* p, f16 v) { *reinterpret_cast<f16u*>(p) = v; }
 inline f16 all(float x) { return f16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
-inline f16 fma(f16 a, f16 b, f16 c) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define BY_HALVES 1
+// GCC 12 takes comparisons, choices and calls apart into single lanes where a vector is wider than the machine's.
+typedef float f8 __attribute__((vector_size(32)));
+union Halves {
+  f16 whole;
+  f8 half[2];
+};
+template <typename Work, typename... Vectors>
+INLINE f16 by_halves(const Work& work, const Vectors&... v) {
+  Halves out;
+  out.half[0] = work(Halves{v}.half[0]...), out.half[1] = work(Halves{v}.half[1]...);
+  return out.whole;
+}
+INLINE f8 fma(f8 a, f8 b, f8 c) { return (f8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#endif
+
+INLINE f16 fma(f16 a, f16 b, f16 c) {
 #if defined(__AVX512F__)
   return (f16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  __m256 a2[2], b2[2], c2[2];
-  std::memcpy(a2, &a, 64), std::memcpy(b2, &b, 64), std::memcpy(c2, &c, 64);
-  for (int i = 0; i < 2; ++i) a2[i] = _mm256_fmadd_ps(a2[i], b2[i], c2[i]);
-  std::memcpy(&a, a2, 64);
-  return a;
+#elif defined(BY_HALVES)
+  return by_halves([](f8 a, f8 b, f8 c) { return fma(a, b, c); }, a, b, c);
 #else
   for (int i = 0; i < 16; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return a;
 #endif
 }
 
-template <typename V>
-inline V larger(V a, V b) {
+// All bits where a > b, where a == b, elsewhere none.
+INLINE i16 above(f16 a, f16 b) {
+#if defined(BY_HALVES)
+  return (i16)by_halves([](f8 a, f8 b) { return (f8)(a > b); }, a, b);
+#else
+  return a > b;
+#endif
+}
+INLINE i16 equal(f16 a, f16 b) {
+#if defined(BY_HALVES)
+  return (i16)by_halves([](f8 a, f8 b) { return (f8)(a == b); }, a, b);
+#else
+  return a == b;
+#endif
+}
+INLINE f16 choose(i16 where, f16 a, f16 b) {
+#if defined(BY_HALVES)
+  return (f16)(((i16)a & where) | ((i16)b & ~where));
+#else
+  return where ? a : b;
+#endif
+}
+
+inline i16 larger(i16 a, i16 b) { return a > b ? a : b; }
+inline f16 larger(f16 a, f16 b) {
+#if defined(BY_HALVES)
+  return by_halves([](f8 a, f8 b) { return a > b ? a : b; }, a, b);
+#else
   return a > b ? a : b;
+#endif
 }
 inline f16 absolute(f16 a) { return (f16)((i16)a & 0x7fffffff); }
 inline i16 to_int(f16 a) { return __builtin_convertvector(a, i16); }
 inline f16 to_float(i16 a) { return __builtin_convertvector(a, f16); }
 
 // To the nearest integer, ties to even, |x| < 2^22.
-inline f16 nearest(f16 x) { return (x + 12582912.0f) - 12582912.0f; }
+template <typename V>
+inline V nearest(V x) { return (x + 12582912.0f) - 12582912.0f; }
 
 template <typename V>
 inline auto largest(V v) {
@@ -58,9 +102,18 @@ inline auto largest(V v) {
 
 // In a fixed tree: lanes 8 apart, 4 apart, 2, 1.
 inline float total(f16 v) {
+#if defined(__AVX2__)
+  __m256 half[2];
+  std::memcpy(half, &v, 64);
+  const __m256 eight = _mm256_add_ps(half[0], half[1]);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
   return v[0];
+#endif
 }
 
 inline int32_t total(i16 v) {
@@ -80,10 +133,28 @@ inline f16 load_some(const float* p, int64_t count) {
   return load(tail);
 }
 
-// sum += a * b, fused. For long sums in many registers: spelled out, because GCC 12 copies every one of them before and
-// after its builtin, which halves the rate.
-inline void add_product(f16& sum, f16 a, f16 b) {
-#if defined(__AVX512F__)
+// Long sums are kept in as many registers as there are, so they are taken in parts of a register: all sixteen lanes, or
+// one half after the other.
+#if defined(BY_HALVES)
+typedef f8 part;
+INLINE part each(float x) { return part{x, x, x, x, x, x, x, x}; }
+#else
+typedef f16 part;
+INLINE part each(float x) { return all(x); }
+#endif
+typedef decltype(part{} > part{}) ipart;
+constexpr int kLanes = sizeof(part) / 4, kParts = 16 / kLanes;
+
+INLINE part load_part(const float* p) {
+  part v;
+  std::memcpy(&v, p, sizeof(part));
+  return v;
+}
+INLINE void store_part(float* p, part v) { std::memcpy(p, &v, sizeof(part)); }
+
+// sum += a * b, fused. Spelled out, because GCC 12 copies every sum before and after its builtin, which halves the rate.
+INLINE void add_product(part& sum, part a, part b) {
+#if defined(__AVX2__)
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #else
   sum = fma(a, b, sum);
@@ -91,34 +162,55 @@ inline void add_product(f16& sum, f16 a, f16 b) {
 }
 
 // e^x: x = n ln 2 + r, a polynomial of degree 7 in r, exponent bits added. Relative error below 2e-7; 0 below -87.
-inline f16 exponential(f16 x) {
-  x = x > 88.0f ? all(88.0f) : x;
-  i16 live = x > -87.0f;
-  x = x > -87.0f ? x : all(-87.0f);
-  f16 n = nearest(x * 1.44269504f);
-  f16 r = fma(n, all(-0.693145752f), x);
-  r = fma(n, all(-1.42860677e-6f), r);
-  f16 p = all(1.98412698e-4f);
-  p = fma(p, r, all(1.38888889e-3f));
-  p = fma(p, r, all(8.33333333e-3f));
-  p = fma(p, r, all(4.16666667e-2f));
-  p = fma(p, r, all(1.66666667e-1f));
-  p = fma(p, r, all(0.5f));
-  p = fma(p, r, all(1.0f));
-  p = fma(p, r, all(1.0f));
-  i16 bits = (to_int(n) << 23) + (i16)p;
-  return (f16)(bits & live);
+template <typename V>
+INLINE V exponential_of(V x) {
+  const V zero = {};
+  x = x > 88.0f ? zero + 88.0f : x;
+  auto live = x > -87.0f;
+  x = x > -87.0f ? x : zero - 87.0f;
+  V n = nearest(x * 1.44269504f);
+  V r = fma(n, zero - 0.693145752f, x);
+  r = fma(n, zero - 1.42860677e-6f, r);
+  V p = zero + 1.98412698e-4f;
+  p = fma(p, r, zero + 1.38888889e-3f);
+  p = fma(p, r, zero + 8.33333333e-3f);
+  p = fma(p, r, zero + 4.16666667e-2f);
+  p = fma(p, r, zero + 1.66666667e-1f);
+  p = fma(p, r, zero + 0.5f);
+  p = fma(p, r, zero + 1.0f);
+  p = fma(p, r, zero + 1.0f);
+  auto bits = (__builtin_convertvector(n, decltype(live)) << 23) + (decltype(live))p;
+  return (V)(bits & live);
 }
 
-inline f16 silu(f16 x) { return x / (1.0f + exponential(-x)); }
+INLINE f16 exponential(f16 x) {
+#if defined(BY_HALVES)
+  return by_halves([](f8 x) { return exponential_of(x); }, x);
+#else
+  return exponential_of(x);
+#endif
+}
 
-inline f16 from_bf16(const uint16_t* p) {
+INLINE f16 silu(f16 x) { return x / (1.0f + exponential(-x)); }
+
+INLINE part part_from_bf16(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (f16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(BY_HALVES)
+  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
   i16 wide;
   for (int i = 0; i < 16; ++i) wide[i] = (int32_t)((uint32_t)p[i] << 16);
   return (f16)wide;
+#endif
+}
+INLINE f16 from_bf16(const uint16_t* p) {
+#if defined(BY_HALVES)
+  Halves wide;
+  wide.half[0] = part_from_bf16(p), wide.half[1] = part_from_bf16(p + 8);
+  return wide.whole;
+#else
+  return part_from_bf16(p);
 #endif
 }
 
@@ -176,9 +268,9 @@ inline float nf4_block(const float* w, uint8_t* code, float* level) {
     f16 q = v[i] * inverse, l = all((float)kLevels[0]);
     i16 c = {};
     for (int m = 0; m < 15; ++m) {
-      i16 above = q > (kCodebook[m] + kCodebook[m + 1]) / 2.0f;
-      c -= above;
-      l = l + (f16)((i16)all((float)(kLevels[m + 1] - kLevels[m])) & above);
+      i16 past = above(q, all((kCodebook[m] + kCodebook[m + 1]) / 2.0f));
+      c -= past;
+      l = l + (f16)((i16)all((float)(kLevels[m + 1] - kLevels[m])) & past);
     }
     for (int n = 0; n < 16; ++n) code[16 * i + n] = (uint8_t)c[n];
     store(level + 16 * i, l);
@@ -234,25 +326,27 @@ void quantise_weights(const float* w, int64_t columns, int bits, int64_t r, uint
   squares[0] += total(error), squares[1] += total(weight);
 }
 
-inline f16 widened(const uint16_t* p) { return from_bf16(p); }
-inline f16 widened(const float* p) { return load(p); }
+INLINE part widened(const uint16_t* p) { return part_from_bf16(p); }
+INLINE part widened(const float* p) { return load_part(p); }
 
 template <int T, typename W>
 __attribute__((noinline))  // inlined, its sums land in memory
 void dense_panel(const W* w, int64_t columns, const float* x, int64_t ldx, float* out, int64_t ld) {
-  f16 even[T], odd[T];
+  for (int lane = 0; lane < 16; lane += kLanes) {
+    part even[T], odd[T];
 #pragma GCC unroll 12
-  for (int t = 0; t < T; ++t) even[t] = odd[t] = all(0.0f);
-  for (int64_t k = 0; k < columns; k += 2) {
-    f16 v0 = widened(w + 16 * k), v1 = widened(w + 16 * (k + 1));
+    for (int t = 0; t < T; ++t) even[t] = odd[t] = part{};
+    for (int64_t k = 0; k < columns; k += 2) {
+      part v0 = widened(w + 16 * k + lane), v1 = widened(w + 16 * (k + 1) + lane);
 #pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) {
-      add_product(even[t], v0, all(x[t * ldx + k]));
-      add_product(odd[t], v1, all(x[t * ldx + k + 1]));
+      for (int t = 0; t < T; ++t) {
+        add_product(even[t], v0, each(x[t * ldx + k]));
+        add_product(odd[t], v1, each(x[t * ldx + k + 1]));
+      }
     }
-  }
 #pragma GCC unroll 12
-  for (int t = 0; t < T; ++t) store(out + t * ld, even[t] + odd[t]);
+    for (int t = 0; t < T; ++t) store_part(out + t * ld + lane, even[t] + odd[t]);
+  }
 }
 
 template <typename W>
@@ -265,7 +359,7 @@ void dense_panels(const W* w, int64_t count, int64_t columns, const float* x, in
       for (int64_t p = 0; p < count; ++p)
         dense_panel<T>(w + p * 16 * columns, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
   };
-  tile(std::integral_constant<int, 12>{});
+  tile(std::integral_constant<int, 12 / kParts>{});
   tile(std::integral_constant<int, 4>{});
   tile(std::integral_constant<int, 1>{});
 }
@@ -300,8 +394,14 @@ void weighted_sum(const float* const* y, const float* weight, int64_t count, con
 
 constexpr int kQueries = 2;  // queries that share the keys they load
 
-// Lanes l with l > last: those that see a key `last` beyond the ones that all lanes see.
-inline i16 lanes_after(int64_t last) {
+// Lanes l with l > last, of the part that begins with lane `first`: those that see a key `last` beyond the ones that all
+// lanes see.
+INLINE ipart lanes_after(int64_t last, int first) {
+  ipart lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane + first > (int32_t)last;
+}
+INLINE i16 lanes_after(int64_t last) {
   constexpr i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return lane > (int32_t)last;
 }
@@ -311,8 +411,8 @@ inline i16 lanes_after(int64_t last) {
 template <int Q>
 __attribute__((noinline))  // inlined, its sums land in memory
 void attention_queries(const float* const* q, const Keys& keys, const int64_t* count, bool ramp, float scale,
-                       float* const* part) {
-  constexpr int N = 8;  // keys, then dimensions, at a time: N x Q sums stay in registers
+                       float* const* result) {
+  constexpr int N = 8 / kParts;  // keys, then dimensions, at a time: N x Q sums stay in registers
   alignas(64) float p[Q][kKeys * 16];
   int64_t full[Q], end[Q];  // keys that all lanes see, that any lane sees
   for (int i = 0; i < Q; ++i) {
@@ -323,96 +423,100 @@ void attention_queries(const float* const* q, const Keys& keys, const int64_t* c
   for (int64_t j = 0; j < most; j += N) {
     const float* key[N];
     for (int n = 0; n < N; ++n) key[n] = keys.key + (j + n < most ? j + n : most - 1) * keys.stride;
-    f16 s[Q][N];
+    for (int lane = 0; lane < 16; lane += kLanes) {
+      part s[Q][N];
 #pragma GCC unroll 2
-    for (int i = 0; i < Q; ++i)
+      for (int i = 0; i < Q; ++i)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) s[i][n] = all(0.0f);
-    for (int64_t d = 0; d < keys.depth; ++d) {
-      f16 v[Q];
+        for (int n = 0; n < N; ++n) s[i][n] = part{};
+      for (int64_t d = 0; d < keys.depth; ++d) {
+        part v[Q];
 #pragma GCC unroll 2
-      for (int i = 0; i < Q; ++i) v[i] = load(q[i] + 16 * d);
+        for (int i = 0; i < Q; ++i) v[i] = load_part(q[i] + 16 * d + lane);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        f16 k = all(key[n][d]);
+        for (int n = 0; n < N; ++n) {
+          part k = each(key[n][d]);
 #pragma GCC unroll 2
-        for (int i = 0; i < Q; ++i) add_product(s[i][n], v[i], k);
+          for (int i = 0; i < Q; ++i) add_product(s[i][n], v[i], k);
+        }
       }
-    }
 #pragma GCC unroll 2
-    for (int i = 0; i < Q; ++i)
+      for (int i = 0; i < Q; ++i)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n)
-        if (j + n < most) store(p[i] + 16 * (j + n), s[i][n] * scale);
+        for (int n = 0; n < N; ++n)
+          if (j + n < most) store_part(p[i] + 16 * (j + n) + lane, s[i][n] * scale);
+    }
   }
   for (int i = 0; i < Q; ++i) {
     f16 best = all(-__builtin_inff()), z = all(0.0f);
     for (int64_t j = 0; j < full[i]; ++j) best = larger(best, load(p[i] + 16 * j));
-    for (int64_t j = full[i]; j < end[i]; ++j) best = lanes_after(j - count[i]) ? larger(best, load(p[i] + 16 * j)) : best;
+    for (int64_t j = full[i]; j < end[i]; ++j) best = choose(lanes_after(j - count[i]), larger(best, load(p[i] + 16 * j)), best);
     for (int64_t j = 0; j < end[i]; ++j) {
       const f16 v = load(p[i] + 16 * j);
-      f16 e = v == v ? exponential(v - best) : v;
+      f16 e = choose(equal(v, v), exponential(v - best), v);
       if (j >= full[i]) e = (f16)((i16)e & lanes_after(j - count[i]));
       store(p[i] + 16 * j, e);
       z = z + e;
     }
-    store(part[i], best);
-    store(part[i] + 16, z);
+    store(result[i], best);
+    store(result[i] + 16, z);
   }
-  for (int64_t d = 0; d < keys.width; d += N) {
-    f16 acc[Q][N];
+  for (int64_t d = 0; d < keys.width; d += N)
+    for (int lane = 0; lane < 16; lane += kLanes) {
+      part acc[Q][N];
 #pragma GCC unroll 2
-    for (int i = 0; i < Q; ++i)
+      for (int i = 0; i < Q; ++i)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[i][n] = all(0.0f);
-    const float* value = keys.value + d;
-    for (int64_t j = 0; j < least; ++j, value += keys.stride) {
-      f16 e[Q];
+        for (int n = 0; n < N; ++n) acc[i][n] = part{};
+      const float* value = keys.value + d;
+      for (int64_t j = 0; j < least; ++j, value += keys.stride) {
+        part e[Q];
 #pragma GCC unroll 2
-      for (int i = 0; i < Q; ++i) e[i] = load(p[i] + 16 * j);
+        for (int i = 0; i < Q; ++i) e[i] = load_part(p[i] + 16 * j + lane);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        f16 v = all(value[n]);
+        for (int n = 0; n < N; ++n) {
+          part v = each(value[n]);
 #pragma GCC unroll 2
-        for (int i = 0; i < Q; ++i) add_product(acc[i][n], e[i], v);
+          for (int i = 0; i < Q; ++i) add_product(acc[i][n], e[i], v);
+        }
       }
+#pragma GCC unroll 2
+      for (int i = 0; i < Q; ++i)
+        for (int64_t j = least; j < end[i]; ++j) {
+          const float* row = keys.value + j * keys.stride + d;
+          const ipart seen = j < full[i] ? ipart{} == 0 : lanes_after(j - count[i], lane);
+          const part e = load_part(p[i] + 16 * j + lane);
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) acc[i][n] = seen ? fma(e, each(row[n]), acc[i][n]) : acc[i][n];
+        }
+#pragma GCC unroll 2
+      for (int i = 0; i < Q; ++i)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store_part(result[i] + 32 + 16 * (d + n) + lane, acc[i][n]);
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < Q; ++i)
-      for (int64_t j = least; j < end[i]; ++j) {
-        const float* row = keys.value + j * keys.stride + d;
-        const i16 seen = j < full[i] ? (i16)(all(0.0f) == 0.0f) : lanes_after(j - count[i]);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) acc[i][n] = seen ? fma(load(p[i] + 16 * j), all(row[n]), acc[i][n]) : acc[i][n];
-      }
-#pragma GCC unroll 2
-    for (int i = 0; i < Q; ++i)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) store(part[i] + 32 + 16 * (d + n), acc[i][n]);
-  }
 }
 
 void attention_block(const float* const* q, int64_t queries, const Keys& keys, const int64_t* count, bool ramp,
-                     float scale, float* const* part) {
+                     float scale, float* const* result) {
   int64_t i = 0;
   for (; i + kQueries <= queries; i += kQueries)
-    attention_queries<kQueries>(q + i, keys, count + i, ramp, scale, part + i);
-  for (; i < queries; ++i) attention_queries<1>(q + i, keys, count + i, ramp, scale, part + i);
+    attention_queries<kQueries>(q + i, keys, count + i, ramp, scale, result + i);
+  for (; i < queries; ++i) attention_queries<1>(q + i, keys, count + i, ramp, scale, result + i);
 }
 
-void attention_join(const float* const* part, int64_t count, int64_t width, int64_t rows, float* out, int64_t ld) {
-  f16 best = load(part[0]);
-  for (int64_t i = 1; i < count; ++i) best = larger(best, load(part[i]));
+void attention_join(const float* const* parts, int64_t count, int64_t width, int64_t rows, float* out, int64_t ld) {
+  f16 best = load(parts[0]);
+  for (int64_t i = 1; i < count; ++i) best = larger(best, load(parts[i]));
   f16 z = all(0.0f);
-  for (int64_t i = 0; i < count; ++i) z = fma(exponential(load(part[i]) - best), load(part[i] + 16), z);
-  z = best == -__builtin_inff() ? all(1.0f) : z;  // a lane that sees nothing gets zeros
+  for (int64_t i = 0; i < count; ++i) z = fma(exponential(load(parts[i]) - best), load(parts[i] + 16), z);
+  z = choose(equal(best, all(-__builtin_inff())), all(1.0f), z);  // a lane that sees nothing gets zeros
   constexpr int D = 16;  // dimensions at a time
   for (int64_t d = 0; d < width; d += D) {
     f16 acc[D];
     for (int n = 0; n < D; ++n) acc[n] = all(0.0f);
     for (int64_t i = 0; i < count; ++i) {
-      f16 w = exponential(load(part[i]) - best);
-      for (int n = 0; n < D; ++n) acc[n] = fma(w, load(part[i] + 32 + 16 * (d + n)), acc[n]);
+      f16 w = exponential(load(parts[i]) - best);
+      for (int n = 0; n < D; ++n) acc[n] = fma(w, load(parts[i] + 32 + 16 * (d + n)), acc[n]);
     }
     for (int n = 0; n < D; ++n) acc[n] = acc[n] / z;
     for (int64_t h = 0; h < rows; ++h) {

@@ -20,14 +20,15 @@ constexpr int64_t kRowStride = kDepth + 16;     // of a strip that is not transp
 constexpr int64_t kStripFloats = kTileRows * kRowStride > kDepth * kStep ? kTileRows * kRowStride : kDepth * kStep + 16;
 
 // To BF16: nearest, ties to even; NaN stays NaN.
-inline f16 rounded(f16 v) {
+INLINE f16 rounded(f16 v) {
   i16 u = (i16)v;
-  i16 r = v == v ? u + 0x7fff + ((u >> 16) & 1) : (u | 0x400000);
+  i16 nan = (0x7f800000 - (u & 0x7fffffff)) >> 31;
+  i16 r = ((u + 0x7fff + ((u >> 16) & 1)) & ~nan) | ((u | 0x400000) & nan);
   return (f16)(r & (int32_t)0xffff0000);
 }
 
 template <Kind K>
-inline f16 get(const void* p, int64_t i, int64_t count = 16) {
+INLINE f16 get(const void* p, int64_t i, int64_t count = 16) {
 #if defined(__AVX512F__)
   if (count < 16) {
     __mmask16 some = (__mmask16)((1u << count) - 1);
@@ -48,7 +49,7 @@ inline f16 get(const void* p, int64_t i, int64_t count = 16) {
 }
 
 template <Kind K>
-inline void put(void* p, int64_t i, f16 v, int64_t count = 16) {
+INLINE void put(void* p, int64_t i, f16 v, int64_t count = 16) {
   if (K == kBf16) {
     i16 u = (i16)rounded(v) >> 16;
     uint16_t some[16];
@@ -83,7 +84,7 @@ inline void sweep(int64_t count, const Work& work) {
 }
 
 // The first `count` lanes of v, zeros elsewhere.
-inline f16 first(f16 v, int64_t count) {
+INLINE f16 first(f16 v, int64_t count) {
   if (count >= 16) return v;
   float some[16] = {};
   std::memcpy(some, &v, 4 * count);
@@ -186,6 +187,25 @@ void tile_product(const float* a, const float* b, int64_t depth, float* tile) {
   for (int r = 0; r < R; ++r) {
     _mm512_storeu_ps(tile + r * kTileColumns, acc[r][0]);
     _mm512_storeu_ps(tile + r * kTileColumns + 16, acc[r][1]);
+  }
+#elif defined(__FMA__)
+  __m256 acc[R][2];  // 12 sums, 2 halves of a row and a broadcast: 15 of 16 registers
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < depth; ++k) {
+    const __m256 v0 = _mm256_loadu_ps(b + k * kTileColumns), v1 = _mm256_loadu_ps(b + k * kTileColumns + 8);
+    _mm_prefetch((const char*)(b + (k + kAheadRows) * kTileColumns), _MM_HINT_T0);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m256 x = _mm256_set1_ps(TRANSPOSED ? a[kStep * k + r] : a[kRowStride * r + k]);
+      asm("vfmadd231ps %2, %1, %0" : "+x"(acc[r][0]) : "x"(x), "x"(v0));
+      asm("vfmadd231ps %2, %1, %0" : "+x"(acc[r][1]) : "x"(x), "x"(v1));
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    _mm256_storeu_ps(tile + r * kTileColumns, acc[r][0]);
+    _mm256_storeu_ps(tile + r * kTileColumns + 8, acc[r][1]);
   }
 #else
   f16 acc[R];
