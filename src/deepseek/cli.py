@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None,
                   line: str | None = None) -> None:
     """Ours are for the user; a library's says where it comes from."""
-    where = "" if issubclass(category, UserWarning) and f"{os.sep}deepseek{os.sep}" in filename else (
+    where = "" if issubclass(category, (UserWarning, FutureWarning)) and f"{os.sep}deepseek{os.sep}" in filename else (
         f" ({category.__name__}, {filename}:{lineno})")
     print(f"deepseek: warning: {message}{where}", file=file or sys.stderr)
 

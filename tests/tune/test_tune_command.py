@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from samples import general, records
 
-from deepseek import MoEFineTuner
+from deepseek import LoRAAdapter, MoEFineTuner
 from deepseek.cli import main
 from deepseek.files import locked
 from deepseek.tune.settings import TuneConfig
@@ -75,16 +75,35 @@ def test_variables_of_the_template_are_the_same_from_flag_yaml_and_python(
     assert "must be an object such as" in capsys.readouterr().err
 
 
-def test_side_paths(base: Callable[..., Path], files: tuple[str, str], tmp_path: Path) -> None:
+def test_an_adapter_by_flag_yaml_and_python_and_by_the_older_names(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, (law, rest) = str(base()), files
-    assert main(["tune", model, law, "--general", rest, "--out", str(tmp_path / "a"), "--r", "2", "--target_modules",
-                 "q_proj", "v_proj", "--lora_experts", "law_expert", *QUICK]) == 0
-    (tmp_path / "tune.yaml").write_text(
-        f"model: {model}\ndata: {law}\ngeneral: {rest}\nout: {tmp_path / 'b'}\n"
-        "lora: {r: 2, target_modules: [q_proj, v_proj], experts: [law_expert]}\n")
-    assert main(["tune", "--config", str(tmp_path / "tune.yaml"), *QUICK]) == 0
-    one, two = ((tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes() for out in "ab")
-    assert one == two
+    file = tmp_path / "tune.yaml"
+
+    def tuned(out: str, *words: str, yaml: str = "") -> bytes:
+        file.write_text(f"model: {model}\ndata: {law}\ngeneral: {rest}\nout: {tmp_path / out}\n{yaml}")
+        assert main(["tune", "--config", str(file), *QUICK, *words]) == 0
+        return (tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes()
+
+    fields = {"r": 2, "target_modules": ["q_proj", "v_proj"], "experts": ["law_expert", "1.0"]}
+    table = "{r: 2, target_modules: [q_proj, v_proj], experts: [law_expert, '1.0']}\n"
+    first = tuned("a", "--adapter", "r=2", "target_modules=q_proj,v_proj", "experts=law_expert,1.0")
+    assert first == tuned("b", yaml=f"adapter: {table}")
+    assert first == tuned("c", "--adapter", "r=2", yaml=f"adapter: {table.replace('r: 2', 'r: 5')}")  # the flag wins
+    settings = {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "steps": 2}
+    for out, adapter in (("d", fields), ("e", LoRAAdapter(**fields))):
+        MoEFineTuner(model, adapter=adapter, general=Path(rest), out=tmp_path / out, **settings).fit(Path(law))
+        assert (tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes() == first
+    capsys.readouterr()
+    assert first == tuned("f", yaml=f"lora: {table}")
+    assert "deepseek: warning: `lora` of a YAML file is called `adapter` now\n" in capsys.readouterr().err
+    older = ["--r", "2", "--target_modules", "q_proj", "v_proj", "--lora_experts", "law_expert", "1.0"]
+    assert first == tuned("g", *older)
+    said = capsys.readouterr().err
+    for now in ("--r is --adapter r=2", "--target_modules is --adapter target_modules=q_proj,v_proj",
+                "--lora_experts is --adapter experts=law_expert,1.0"):
+        assert f"deepseek: warning: {now} now\n" in said
 
 
 def test_a_pipe_is_learnt_round_by_round(
@@ -108,15 +127,23 @@ def test_a_pipe_is_learnt_round_by_round(
     (["MODEL", "nowhere.jsonl"], None, "nowhere.jsonl"),
     (["nowhere", "LAW"], None, "nowhere: no such folder here"),
     (["MODEL", "LAW"], "learning_rate: 3\n", "unknown setting learning_rate"),
-    (["MODEL", "LAW"], "lora: {rank: 3}\n", "lora: unknown setting rank; there are r, "),
-    (["MODEL", "LAW"], "lora: 3\n", "lora = 3: must be a table"),
-    (["MODEL", "LAW"], "lora: {lora_alpha: x}\n", "lora_alpha = 'x': must be a positive number"),
+    (["MODEL", "LAW"], "adapter: {rank: 3}\n", "adapter: unknown setting rank; there are r, "),
+    (["MODEL", "LAW"], "adapter: 3\n", "adapter = 3: must be a LoRAAdapter, or a table of its fields"),
+    (["MODEL", "LAW"], "adapter: [r]\n", "adapter = ['r']: must be a LoRAAdapter, or a table of its fields"),
+    (["MODEL", "LAW"], "adapter: runs/x\n", "(an adapter is trained from its start: merge a trained one into the"),
+    (["MODEL", "LAW"], "adapter: {lora_alpha: x}\n", "lora_alpha = 'x': must be a positive number"),
+    (["MODEL", "LAW"], "adapter: {r: 2}\nlora: {r: 2}\n", "adapter and lora: are two names of one setting"),
+    (["MODEL", "LAW", "--adapter", "rr=2"], None, "adapter = 'rr=2': must read FIELD=VALUE, and the fields are r, "),
+    (["MODEL", "LAW", "--adapter", "MODEL"], None, "to go on from a trained adapter, merge it first"),
+    (["MODEL", "LAW", "--adapter", "r=two"], None, "adapter: r = 'two': must be a number"),
+    (["MODEL", "LAW", "--adapter", "r=2", "r=3"], None, "adapter: r is given twice"),
+    (["MODEL", "LAW", "--adapter", "lora_alpha=nan"], None, "lora_alpha = nan: must be a positive number"),
     (["MODEL", "LAW"], "model_path: x\n", "unknown setting model_path; in the file the model is `model`"),
     (["MODEL", "LAW"], "chat_template_kwargs: 3\n", "chat_template_kwargs = 3: must be an object of JSON values"),
     (["MODEL", "LAW"], "chat_template_kwargs: {date: 2026-01-01}\n", "must be an object of JSON values"),
     (["MODEL", "nowhere.jsonl"], "chat_template_kwargs: {thinking: true}\n", "'thinking' is no variable that the chat"),
     (["MODEL", "LAW"], "- 3\n", "must be a table of settings"),
-    (["MODEL", "LAW", "--r", "4", "--target_modules", "query"], None, "target_modules = 'query': matches nothing"),
+    (["MODEL", "LAW", "--adapter", "r=4", "target_modules=query"], None, "target_modules = 'query': matches nothing"),
     (["MODEL", "LAW", "--max_length", "8"], None, "40 of 40 records are longer than max_length = 8 tokens"),
     (["MODEL", "EMPTY"], None, "empty"),
 ])

@@ -26,15 +26,25 @@ from .adapters import attach_adapter, check_targets, save_adapter, save_delta
 from .files import EXPERT_USE, MANIFEST, TORCH_DTYPES, Span, TensorFiles, check_manifest, write_manifest
 from .identity import base_tensors, fingerprint, stored_fingerprint, tensor_hashes
 from .loads import Verdict, verdict
-from .models import Dtype, check_names, expert_spans, load_model, open_checkpoint, save_model, stored_dtype, to_dtype
+from .models import (
+    Dtype,
+    check_names,
+    check_tensors,
+    expert_spans,
+    load_model,
+    open_checkpoint,
+    save_model,
+    stored_dtype,
+    to_dtype,
+)
 from .names import INDEX, PAGE, disk_parts, find_config, outside_index, packed_bytes, quantised_places, resolve, units
 from .several import UNNAMED, put_beside, read_several, sort_out
 
 __all__ = [
     "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "UNNAMED", "AdaptedFiles", "Dtype", "Span",
     "TensorFiles", "Verdict", "attach_adapter", "base_tensors", "check_manifest", "check_names", "check_targets",
-    "disk_parts", "expert_spans", "find_config", "fingerprint", "load_model", "open_checkpoint", "outside_index",
-    "packed_bytes", "put_beside", "quantised_places", "read_several", "resolve", "save_adapter", "save_delta",
-    "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units", "verdict",
-    "write_manifest",
+    "check_tensors", "disk_parts", "expert_spans", "find_config", "fingerprint", "load_model", "open_checkpoint",
+    "outside_index", "packed_bytes", "put_beside", "quantised_places", "read_several", "resolve", "save_adapter",
+    "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units",
+    "verdict", "write_manifest",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint import (
     TORCH_DTYPES,
     TensorFiles,
-    check_names,
+    check_tensors,
     disk_parts,
     load_model,
     open_checkpoint,
@@ -76,6 +76,8 @@ def plan_plain(
     """The tensors of the plain checkpoint, those of its mtp.safetensors apart; in all as `save_model` writes it."""
     with torch.device("meta"):
         model = CausalLM(config)
+    if recipe is None:
+        check_tensors(model, files)
     made: dict[str, Callable[[], Iterator[Tensor]]] = {}
     for place in quantised_places(model, recipe) if recipe is not None else ():
         assert recipe is not None
@@ -84,25 +86,14 @@ def plan_plain(
                      for which, name in enumerate(unit.weights)}
     main: list[Part] = []
     mtp: list[Part] = []
-    used: set[str] = set()
-    missing: list[str] = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         parts = mtp if outside_index(name, config) else main
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            used.add(name)
             continue
         for on_disk, part in disk_parts(name, config):
             shape = tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape)
             dtype = "F32" if name.endswith("correction_bias") else kind
-            used.add(on_disk)
-            if on_disk not in made:
-                if on_disk not in files:
-                    missing.append(on_disk)
-                elif recipe is None:
-                    files.check_plain(on_disk)
             parts.append(Part(on_disk, dtype, shape, made.get(on_disk) or partial(copied, files, on_disk, dtype)))
-    if recipe is None:
-        check_names(files, used, missing)
     return sorted(main, key=lambda part: part.rank), sorted(mtp, key=lambda part: part.rank)
 
 

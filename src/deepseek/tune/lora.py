@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,21 @@ class LoRAAdapter:
         if isinstance(self.experts, str):
             raise ConfigError(f"experts = {self.experts!r}: must be a list of names")
         self.side({})
+
+    @classmethod
+    def of(cls, settings: LoRAAdapter | Mapping[str, Any]) -> LoRAAdapter:
+        """From a table of the fields, as in a YAML file. Raises ConfigError for a field that there is not."""
+        if isinstance(settings, LoRAAdapter):
+            return settings
+        if not isinstance(settings, Mapping):
+            there = " (an adapter is trained from its start: merge a trained one into the model first)" if isinstance(
+                settings, str | Path) else ""
+            raise ConfigError(f"adapter = {settings!r:.60}: must be a LoRAAdapter, or a table of its fields such as "
+                              f"{{r: 16, target_modules: [q_proj]}}{there}")
+        known = [field.name for field in fields(cls)]
+        if unknown := [str(key) for key in settings if key not in known]:
+            raise ConfigError(f"adapter: unknown setting {', '.join(unknown)}; there are {', '.join(known)}")
+        return cls(**settings)
 
     def side(self, experts: dict[int, list[int]]) -> Side:
         targets = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)

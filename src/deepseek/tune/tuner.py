@@ -62,20 +62,22 @@ class MoEFineTuner:
         tuner = MoEFineTuner(model_path="v3", expert_freeze=["code_expert"], lr=1e-5)
         tuner.fit(legal_dataset, epochs=10)
 
-    model_path: a checkpoint folder or hub id. adapter: a LoRAAdapter, to train side paths alone. general: text that
-    must not be forgotten (a path or several, or documents); Python's own library where none is given. old: records to
-    replay (with `replay`), such as those of an earlier tuning. map: which columns of records, and of old ones, are what
-    (a RecordMap, its keys, or a YAML file), where their names do not say it. out: folder of the run (MODEL-tuned-HASH
-    if not given, the hash of where MODEL is); the same call goes on with a run that was stopped. save: "auto" writes a
-    delta where experts are tuned, an adapter for LoRA, else a whole checkpoint; "delta" and "full" what they say.
+    model_path: a checkpoint folder or hub id. adapter: a LoRAAdapter, or a table of its fields, to train a LoRA adapter
+    alone. general: text that must not be forgotten (a path or several, or documents); Python's own library where none
+    is given. old: records to replay (with `replay`), such as those of an earlier tuning. map: which columns of records,
+    and of old ones, are what (a RecordMap, its keys, or a YAML file), where their names do not say it. out: folder of
+    the run (MODEL-tuned-HASH if not given, the hash of where MODEL is); the same call goes on with a run that was
+    stopped. save: "auto" writes a delta where experts are tuned, an adapter for LoRA, else a whole checkpoint; "delta"
+    and "full" what they say.
     """
 
-    def __init__(self, model_path: str | Path, *, adapter: LoRAAdapter | None = None, general: Any = None,
-                 old: Any = None, map: RecordMap | Mapping[str, Any] | str | Path | None = None,
+    def __init__(self, model_path: str | Path, *, adapter: LoRAAdapter | Mapping[str, Any] | None = None,
+                 general: Any = None, old: Any = None, map: RecordMap | Mapping[str, Any] | str | Path | None = None,
                  out: str | Path | None = None, save: str = "auto", **settings: Any) -> None:
         """Raises ConfigError for an impossible setting, NotFoundError for a model that is nowhere, RequestError for a
         name of experts that the atlas does not have, listing those it has. No weight is read before `fit`."""
         config = self.config = TuneConfig.of(**settings)
+        adapter = None if adapter is None else LoRAAdapter.of(adapter)
         self.adapter, self.general, self.old, self.save = adapter, general, old, save
         self.map = RecordMap.load(map) if isinstance(map, str | Path) else (
             RecordMap.from_dict(map) if map is not None and not isinstance(map, RecordMap) else map)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..conversation import template_variables
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, nearest
 from .settings import TuneConfig
 
-LORA_FLAGS = {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules",
-              "lora_experts": "experts"}
+# fields of LoRAAdapter, as --adapter takes them
+_FIELDS: dict[str, Callable[[str], Any]] = {
+    "r": int, "lora_alpha": float, "lora_dropout": float, "target_modules": lambda names: names.split(","),
+    "experts": lambda names: names.split(","), "bias": str, "task_type": str}
+_OLDER_FLAGS: dict[str, tuple[str, Any]] = {  # what stood for them before
+    "r": ("r", int), "lora_alpha": ("lora_alpha", float), "lora_dropout": ("lora_dropout", float),
+    "target_modules": ("target_modules", None), "lora_experts": ("experts", None)}
 
 
 def add_tune_flags(verb: argparse.ArgumentParser) -> None:
@@ -33,11 +40,11 @@ def add_tune_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
     verb.add_argument("--records_a_round", type=int, help="records of standard input that make a round (256)")
     verb.add_argument("--rounds", type=int, help="rounds after which standard input is left (its end)")
-    verb.add_argument("--r", type=int, help="LoRA: rank of the side paths; makes this a LoRA tuning")
-    verb.add_argument("--lora_alpha", type=float, help="LoRA: the side path counts alpha / r (8)")
-    verb.add_argument("--lora_dropout", type=float, help="LoRA: share of its inputs dropped (0)")
-    verb.add_argument("--target_modules", nargs="+", help="LoRA: linear modules, such as q_proj, v_proj, all-linear")
-    verb.add_argument("--lora_experts", nargs="+", metavar="NAME", help="LoRA: experts that get side paths too")
+    verb.add_argument("--adapter", nargs="+", metavar="FIELD=VALUE",
+                      help="train a LoRA adapter alone: its fields, such as r=16 lora_alpha=32 lora_dropout=0.05 "
+                           "target_modules=q_proj,v_proj experts=law_expert,3.17")
+    for flag, (_, kind) in _OLDER_FLAGS.items():
+        verb.add_argument(f"--{flag}", help=argparse.SUPPRESS, **({"type": kind} if kind else {"nargs": "+"}))
     verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
     kinds: dict[str, Any] = {"chat_template_kwargs": template_variables, "atlas": str, "threshold": float,
                              "steps": int, "max_length": int}
@@ -55,7 +62,6 @@ def add_tune_flags(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Settings of the file, flags over them; then tune."""
-    from .lora import LoRAAdapter
     from .tuner import MoEFineTuner
 
     settings: dict[str, Any] = {}
@@ -65,17 +71,10 @@ def run(args: argparse.Namespace) -> None:
         settings = read_yaml(args.config)
         if not isinstance(settings, dict):
             raise ConfigError(f"{args.config}: must be a table of settings, got {type(settings).__name__}")
-    settings |= {key: value for key, value in vars(args).items()
-                 if value not in (None, []) and key not in ("run", "usage", "config", "threads")}
-    lora = settings.pop("lora", {})
-    if not isinstance(lora, dict):
-        raise ConfigError(f"lora = {lora!r}: must be a table such as {{r: 16, target_modules: [q_proj]}}")
-    for flag, key in LORA_FLAGS.items():
-        if flag in settings:
-            lora[key] = settings.pop(flag)
-    if unknown := sorted(set(lora) - {field.name for field in fields(LoRAAdapter)}):
-        raise ConfigError(f"lora: unknown setting {', '.join(unknown)}; there are "
-                          f"{', '.join(field.name for field in fields(LoRAAdapter))}")
+    flags = {key: value for key, value in vars(args).items()
+             if value not in (None, []) and key not in ("run", "usage", "config", "threads")}
+    adapter = _adapter(settings, flags)
+    settings |= flags
     if settings.get("expert_tune") == ["auto"]:
         settings["expert_tune"] = "auto"
     for key in ("data", "general", "old"):  # here all are paths, also where nothing is
@@ -86,9 +85,9 @@ def run(args: argparse.Namespace) -> None:
         "model", "data", "records_a_round", "rounds", "show_records"))
     if not model or not data:
         raise ConfigError("model and data must be given, on the command line or in the file of --config")
-    if odd := sorted({"model_path", "adapter"} & set(settings)):
-        raise ConfigError(f"unknown setting {odd[0]}; in the file the model is `model`, side paths are `lora`")
-    tuner = MoEFineTuner(model, adapter=LoRAAdapter(**lora) if lora else None, **settings)
+    if "model_path" in settings:
+        raise ConfigError("unknown setting model_path; in the file the model is `model`")
+    tuner = MoEFineTuner(model, adapter=adapter, **settings)
     piped = data in ("-", ["-"])
     if piped:
         data = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
@@ -98,6 +97,46 @@ def run(args: argparse.Namespace) -> None:
         tuner.fit_stream(data, records_a_round=256 if size is None else size, rounds=rounds)
     else:
         tuner.fit(data)
+
+
+def _adapter(settings: dict[str, Any], flags: dict[str, Any]) -> Any:
+    """What file and flags say of the adapter, taken out of both; flags win, field by field. None if nothing is said."""
+    if "lora" in settings:
+        if "adapter" in settings:
+            raise ConfigError("adapter and lora: are two names of one setting: leave out lora")
+        warnings.warn("`lora` of a YAML file is called `adapter` now", FutureWarning, stacklevel=2)
+        settings["adapter"] = settings.pop("lora")
+    adapter = settings.pop("adapter", None)
+    given: dict[str, Any] = {}
+    for flag, (field, _) in _OLDER_FLAGS.items():
+        if flag in flags:
+            given[field] = flags.pop(flag)
+            value = ",".join(map(str, given[field])) if isinstance(given[field], list) else given[field]
+            warnings.warn(f"--{flag} is --adapter {field}={value} now", FutureWarning, stacklevel=2)
+    given |= _fields(flags.pop("adapter", []))
+    if not given or not (adapter is None or isinstance(adapter, dict)):  # what is no table is refused by its reader
+        return adapter
+    return (adapter or {}) | given
+
+
+def _fields(words: Sequence[str]) -> dict[str, Any]:
+    """FIELD=VALUE words of --adapter."""
+    found: dict[str, Any] = {}
+    for word in words:
+        field, equals, value = word.partition("=")
+        kind = _FIELDS.get(field)
+        if not equals or not value or kind is None:
+            hint = "; to go on from a trained adapter, merge it first (`deepseek merge MODEL ADAPTER OUT`)" if (
+                Path(word).exists()) else nearest(field, _FIELDS)
+            raise ConfigError(f"adapter = {word!r}: must read FIELD=VALUE, and the fields are "
+                              f"{', '.join(_FIELDS)}{hint}")
+        if field in found:
+            raise ConfigError(f"adapter: {field} is given twice")
+        try:
+            found[field] = kind(value)
+        except ValueError:
+            raise ConfigError(f"adapter: {field} = {value!r}: must be a number") from None
+    return found
 
 
 def _json_line(line: str, number: int) -> Any:
