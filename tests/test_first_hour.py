@@ -22,8 +22,8 @@ from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
 from deepseek.tune.records import each_record
-from deepseek.tune.settings import TuneConfig
-from deepseek.tune.tuner import _run_folder
+from deepseek.tune.settings import TuneConfig, TuneSettings
+from deepseek.tune.tuner import MoEFineTuner, _run_folder
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +155,13 @@ def test_defaults_of_sampling_agree_between_python_and_command_line() -> None:
         name: list(value) if isinstance(value := getattr(params, name), tuple) else value for name in shared}
 
 
-@pytest.mark.parametrize(("options", "settings"), [(SamplingOptions, SamplingParams), (EngineSettings, EngineOptions)])
-def test_keyword_arguments_are_typed_one_by_one(options: Any, settings: Any) -> None:
-    """So that an editor completes them; wider than the fields only where these are brought into one form."""
+@pytest.mark.parametrize(("options", "settings", "call"), [
+    (SamplingOptions, SamplingParams, LLM.generate), (EngineSettings, EngineOptions, LLM.__init__),
+    (TuneSettings, TuneConfig, MoEFineTuner.__init__)])
+def test_keyword_arguments_are_typed_one_by_one(options: Any, settings: Any, call: Callable[..., Any]) -> None:
+    """So that an editor completes them."""
     assert [*get_type_hints(options)] == [field.name for field in fields(settings)]
-    hints = inspect.signature(LLM.generate if options is SamplingOptions else LLM.__init__).parameters
-    assert options.__name__ in str([*hints.values()][-1].annotation)
+    assert options.__name__ in str([*inspect.signature(call).parameters.values()][-1].annotation)
 
 
 @pytest.mark.parametrize("name", ["expert_tune", "expert_freeze"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from ..deepopt.settings import (
     COUNT,
@@ -23,6 +23,43 @@ from ..deepopt.settings import (
 from ..errors import ConfigError, nearest
 
 
+class TuneSettings(TypedDict, total=False):
+    """TuneConfig as keyword arguments, for type checkers and editors."""
+
+    expert_tune: Sequence[str] | str | None
+    expert_freeze: Sequence[str] | str | None
+    atlas: str | None
+    score: str
+    threshold: float | None
+    shared_experts: bool
+    non_expert_modules: bool
+    train_router: bool
+    balance: bool
+    lr: float | None
+    epochs: float
+    steps: int | None
+    batch_size: int
+    accumulation: int
+    max_length: int | None
+    overlong: str
+    chat_template_kwargs: Mapping[str, Any] | None
+    parse_special: bool
+    reasoning: str
+    warmup: float
+    min_lr_ratio: float
+    weight_decay: float
+    clip: float
+    precision: str
+    gradient_checkpointing: bool
+    valid_fraction: float
+    eval_every: int
+    eval_records: int
+    save_every: int
+    replay: float
+    seed: int
+    device: str
+
+
 @dataclass(frozen=True)
 class TuneConfig:
     """Raises ConfigError naming setting, rule and value.
@@ -32,7 +69,7 @@ class TuneConfig:
     """
 
     expert_tune: Sequence[str] | str | None = setting(None, "names of experts to train alone, or auto")
-    expert_freeze: Sequence[str] | None = setting(None, "names of experts to leave as they are, all else is trained")
+    expert_freeze: Sequence[str] | str | None = setting(None, "names of experts to leave; all else is trained")
     atlas: str | None = setting(None, "atlas file; else the one beside the model")
     score: str = setting("token", "auto: ESFT's token or gate score")
     threshold: float | None = setting(None, "auto: share to cover; ESFT's 0.2 (token) or 0.1 (gate) if not given")

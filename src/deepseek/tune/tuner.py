@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ..atlas import Atlas
 from ..atlas.atlas import count
@@ -44,7 +44,7 @@ from .loop import Tuning
 from .lora import LoRAAdapter, named_experts
 from .records import RecordSet, digest, each_record, places, read_records
 from .report import TuneReport
-from .settings import TuneConfig
+from .settings import TuneConfig, TuneSettings
 from .show import show
 from .streams import fresh, take_round
 from .workpiece import Workpiece
@@ -73,7 +73,7 @@ class MoEFineTuner:
 
     def __init__(self, model_path: str | Path, *, adapter: LoRAAdapter | Mapping[str, Any] | None = None,
                  general: Any = None, old: Any = None, map: RecordMap | Mapping[str, Any] | str | Path | None = None,
-                 out: str | Path | None = None, save: str = "auto", **settings: Any) -> None:
+                 out: str | Path | None = None, save: str = "auto", **settings: Unpack[TuneSettings]) -> None:
         """Raises ConfigError for an impossible setting, NotFoundError for a model that is nowhere, RequestError for a
         name of experts that the atlas does not have, listing those it has. No weight is read before `fit`."""
         config = self.config = TuneConfig.of(**settings)
