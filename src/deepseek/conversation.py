@@ -250,24 +250,29 @@ def thought_in(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def left_out(message: Mapping[str, Any], text: str) -> str | None:
-    """What a text does not show of an assistant's normalized message, up to white space; None where all is there."""
-    shown = squeezed(text)
-
-    def lacks(said: str) -> bool:  # as it is, or as JSON or Python write it inside of quotes
-        return squeezed(said) not in shown and not any(squeezed(spelling[1:-1]) in shown for spelling in (
-            json.dumps(said), json.dumps(said, ensure_ascii=False), repr(said)))
-
+    """What a text does not show of an assistant's normalized message, up to white space; None where all is there: its
+    reasoning, then its answer, and elsewhere its calls. text: begins where the turn does."""
     own, inside, bare = parted(message)
-    if any(map(lacks, [own, *re.split(f"{THINK}|{THOUGHT}", inside)])):
-        return "reasoning"
-    if lacks(bare["content"] or ""):
-        return "content"
+    rest = squeezed(text)
+    answer = squeezed(bare["content"] or "")
+    before, at = "", 0
+    for piece in (squeezed(part) for part in (own, *re.split(f"{THINK}|{THOUGHT}", inside), answer)):
+        if (found := rest.find(piece, at)) < 0:
+            return "content" if answer and answer not in rest else "reasoning"
+        before, at = rest[:found], found + len(piece)
+    rest = f"{before} {rest[at:]}"
     for call in message.get("tool_calls") or ():
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        if lacks(name) or ((not isinstance(arguments, str) or lacks(arguments)) and
-                           any(map(lacks, _texts(_as_object(arguments))))):
+        if not shows(rest, name) or not ((isinstance(arguments, str) and shows(rest, arguments)) or all(
+                shows(rest, said) for said in _texts(_as_object(arguments)))):
             return f"call of {name}"
     return None
+
+
+def shows(text: str, said: str) -> bool:
+    """Whether a squeezed text has what was said: as it is, or as JSON or Python write it inside of quotes."""
+    return squeezed(said) in text or any(squeezed(spelling[1:-1]) in text for spelling in (
+        json.dumps(said), json.dumps(said, ensure_ascii=False), repr(said)))
 
 
 def squeezed(text: str) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .conversation import THINK, THOUGHT, left_out, normalize, parted, squeezed, thought
+from .conversation import THINK, THOUGHT, left_out, normalize, parted, shows, squeezed, thought
 from .errors import LeftOutError
 from .tokenizer import Tokenizer, unmarked
 
@@ -21,12 +21,12 @@ _SWITCHES = ("thinking", "enable_thinking")  # variables of templates that let t
 
 
 class Turn(NamedTuple):
-    """Ids of a conversation up to the end of an assistant's turn, and where in them the turn begins. switch: the
-    variable of the template that had to be set, so that the prompt lets the model think."""
+    """Ids of a conversation up to the end of an assistant's turn, and where in them the turn begins. notes: what is to
+    be counted of it."""
 
     ids: list[int]
     start: int
-    switch: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class _Prompt(NamedTuple):
@@ -53,12 +53,17 @@ def encode_turn(messages: Sequence[Mapping[str, Any]], n: int, tokenizer: Tokeni
     """
     message = messages[n]
     own, inside, bare = parted(message)
-    prompt, switch = _prompt(messages[:n], tokenizer, tools, variables), None
+    prompt = _prompt(messages[:n], tokenizer, tools, variables)
+    seen = squeezed(unmarked(prompt.text))
+    notes = [f"turns are learnt after a prompt in which the chat template leaves out what the {role} said" for role in
+             dict.fromkeys(each["role"] for each in messages[:n] if each["role"] != "assistant"
+                           and not shows(seen, each["content"]))]
     if squeezed(own + re.sub(_TAGS, "", inside)) and THOUGHT in prompt.tags:
         switch = next((name for name in _SWITCHES if tokenizer.template_knows(name)
                        and name not in variables.keys() | tokenizer.variables.keys()), None)
         if switch is not None:
             variables = {**variables, switch: True}
+            notes.append(f"turns with reasoning are learnt after a prompt with {switch} = true")
             prompt = _prompt(messages[:n], tokenizer, tools, variables)
         if THOUGHT in prompt.tags:
             raise LeftOutError(f"turn {n + 1} has reasoning, and the chat template as it is set tells the model not to "
@@ -66,9 +71,12 @@ def encode_turn(messages: Sequence[Mapping[str, Any]], n: int, tokenizer: Tokeni
     written = tokenizer.marked_chat(messages[: n + 1], tools=tools, add_generation_prompt=False, **variables)
     missing = left_out(message, unmarked(written[_agree(prompt.base, written) :]))
     if not missing and (written.startswith(prompt.text) or not own + inside):
+        if prompt.opened is not None and not written.startswith(prompt.text):
+            notes.append("turns without reasoning are learnt after a prompt without the <think> that the chat template "
+                         "ends it with")
         ids = tokenizer.encode_marked(written)
         before = tokenizer.encode_marked(prompt.text if written.startswith(prompt.text) else prompt.base)
-        return Turn(ids, _agree(before, ids), switch)
+        return Turn(ids, _agree(before, ids), tuple(notes))
     if own + inside:
         written = tokenizer.marked_chat([*messages[:n], bare], tools=tools, add_generation_prompt=False, **variables)
         if written.startswith(prompt.base):
@@ -76,7 +84,7 @@ def encode_turn(messages: Sequence[Mapping[str, Any]], n: int, tokenizer: Tokeni
             missing = left_out(message, unmarked(said))
             if not missing:
                 before = tokenizer.encode_marked(prompt.text)
-                return Turn(before + tokenizer.encode_marked(said), len(before), switch)
+                return Turn(before + tokenizer.encode_marked(said), len(before), tuple(notes))
     raise LeftOutError(f"the chat template leaves out the {missing or 'reasoning'} of turn {n + 1}")
 
 
@@ -84,35 +92,29 @@ def encode_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokeni
                         tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any) -> list[int]:
     """Ids of a whole conversation in which every assistant's turn has its reasoning. Raises as `encode_turn` does."""
     said = normalize(messages, tokenizer.roles)
+    parts = {n: parted(message) for n, message in enumerate(said) if message["role"] == "assistant"}
+    thinking = [n for n, (own, inside, _) in parts.items() if own + inside]
     text = tokenizer.marked_chat(said, tools=tools, add_generation_prompt=False, **variables)
-    speaking = [n for n, message in enumerate(said) if message["role"] == "assistant"]
-    if not any(_missing(said, speaking, text)):
-        return tokenizer.encode_marked(text)
-    parts = {n: parted(said[n]) for n in speaking}
-    bare = [parts[n][2] if n in parts else message for n, message in enumerate(said)]
-    text, pieces, done = tokenizer.marked_chat(bare, tools=tools, add_generation_prompt=False, **variables), [], 0
-    for n, (own, inside, _) in parts.items():
-        if own + inside:
-            base = _prompt(bare[:n], tokenizer, tools, variables).base
-            if not text.startswith(base):
+
+    def begins(of: Sequence[Mapping[str, Any]], n: int) -> int | None:
+        """Where in the text the n-th message begins, None where the template writes otherwise what is before it."""
+        base = _prompt(of[:n], tokenizer, tools, variables).base
+        return len(base) if text.startswith(base) else None
+
+    if any((at := begins(said, n)) is None or left_out(said[n], unmarked(text[at:])) for n in thinking):
+        bare = [parts[n][2] if n in parts else message for n, message in enumerate(said)]
+        text, pieces, done = tokenizer.marked_chat(bare, tools=tools, add_generation_prompt=False, **variables), [], 0
+        for n in thinking:
+            if (at := begins(bare, n)) is None:
                 raise LeftOutError(f"the chat template leaves out the reasoning of turn {n + 1}")
-            pieces += [text[done : len(base)], tokenizer.marked(thought(own, inside))]
-            done = len(text) - len(_untagged(text[len(base) :]))
-    text = "".join([*pieces, text[done:]])
-    for n, missing in zip(speaking, _missing(said, speaking, text), strict=True):
-        if missing:
+            pieces += [text[done:at], tokenizer.marked(thought(*parts[n][:2]))]
+            done = len(text) - len(_untagged(text[at:]))
+        text = "".join([*pieces, text[done:]])
+    shown = unmarked(text)
+    for n in parts:
+        if missing := left_out(said[n], shown):
             raise LeftOutError(f"the chat template leaves out the {missing} of turn {n + 1}")
     return tokenizer.encode_marked(text)
-
-
-def _missing(messages: Sequence[Mapping[str, Any]], speaking: Sequence[int], text: str) -> list[str | None]:
-    """What a conversation's text does not show of each assistant's turn, one after the other."""
-    shown, out = squeezed(unmarked(text)), []
-    for n in speaking:
-        out.append(left_out(messages[n], shown))
-        answer = squeezed(parted(messages[n])[2]["content"] or "")
-        shown = shown[max(shown.find(answer), 0) + len(answer) :] if out[-1] is None else shown
-    return out
 
 
 def _prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] | None,

@@ -87,6 +87,12 @@ KNOWN: list[tuple[str, Any, str, list[str], list[str]]] = [
      [f"2{E}"], ["thinking off<｜User｜>1 1?"]),
     ("choices of ARC", {"question": "1 1?", "choices": {"text": ["3", "2"], "label": ["A", "B"]}, "answer": 1}, V3,
      [f"B{E}"], ["A. 3\nB. 2"]),
+    ("thoughts by other names", {"messages": [{**user("1 1?"), "from": "human"}, says("2", thought="Hm.")]}, V31,
+     [f"Hm.</think>2{E}"], []),
+    ("a table", {"messages": json.dumps([user("1 1?"), says("2")]), "id": "7"}, V3, [f"2{E}"], ["<｜User｜>1 1?"]),
+    ("alpaca in a table", {"instruction": "And 2?", "output": "4", "history": '[["1 1?", "2"]]', "system": "", "tools":
+                           "[]"}, V3, [f"2{E}", f"4{E}"], ["<｜User｜>1 1?"]),
+    ("lines", {"instruction": "Add.", "output": ["2"]}, V3, [f"2{E}"], []),
     ("a text", {"text": "Once"}, V3, [f"Once{E}"], []),
 ]
 
@@ -164,6 +170,13 @@ TALK = [user("1 1?"), says("2")]
     ({"messages": [user("q"), says("a", reasoning="b", reasoning_content="c")]}, "turn 2: reasoning_content, reas"),
     ({"messages": [user("q"), says("a", weight=0)]}, "no turn of an assistant that its flags"),
     ({"messages": [user("q"), says([{"type": "image_url"}])]}, "turn 2 has no text or call .* 'image_url'"),
+    ({"messages": [user("q"), says("a", value="b")]}, "turn 2 has content and value; one of them would be lost"),
+    ({"messages": [user("q"), says("a", **{"from": "human"})]}, "turn 2 has role and from; one of them"),
+    ({"messages": [user("q"), says("a", refusal="b")]}, "turn 2 has content and refusal; one of them would be lost"),
+    ({"messages": [user("q"), says(None, tool_calls=[CALL], function_call={"name": "f"})]}, "tool_calls and function"),
+    ({"messages": [user("q"), says("a", reasoning_details=[{"text": "b"}])]}, "turn 2: reasoning_details: reas"),
+    ({"instruction": "q", "output": ["good", "bad"]}, "output: 2 texts, and one answer is learnt"),
+    ({"Text": "a", "text": "b"}, "two of its keys differ in case alone"),
     ({"question": "q", "choices": [{"a": 1}], "answer": 0}, "choices = .*: must be a list of texts"),
     ({"instruction": "q", "instances": ["a"]}, "instances: must be a list of objects"),
 ])
@@ -212,6 +225,7 @@ def test_keys_that_are_not_used_are_counted() -> None:
      [f"2{E}"]),
     ({"prompt": "talk", "answer": "chosen"}, {"talk": [{"from": "human", "value": "q"}],
                                               "chosen": {"from": "gpt", "value": "2"}}, [f"2{E}"]),
+    ({"prompt": "q", "answer": "output"}, {"q": "q", "output": ["1", "2"]}, [f"1\n2{E}"]),
     ({"messages": "chosen"}, {"chosen": TALK, "rejected": TALK}, [f"2{E}"]),
     ({"messages": "log", "tools": "can", "system": "role", "chat_template_kwargs": "how"},
      {"log": json.dumps(TALK), "can": [TOOL], "role": "Be brief.", "how": '{"thinking": false}'}, [f"2{E}"]),
@@ -242,6 +256,8 @@ def test_maps_that_are_refused() -> None:
                          ({"q": "q", "a": ""}, "no text under a")):
         with pytest.raises(DataError, match=f"record 1: {rule}"):
             read_records([record], mapping=mapping)
+    with pytest.raises(DataError, match="column 'a' is a conversation: map it as messages"):
+        read_records([{"a": TALK}], mapping=RecordMap.from_dict({"text": "a"}))
 
 
 def test_variables_that_the_template_does_not_read_are_refused() -> None:

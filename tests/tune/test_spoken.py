@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -53,6 +54,8 @@ B, U, A = "<|begin_of_sentence|>", "<｜User｜>", "<｜Assistant｜>"
     (R1, {"role": "assistant", "content": "Six sevens.</think>It is 42."},
      f"{B}{U}6 x 7?{A}<think>\n[[Six sevens.</think>It is 42.{EOS}]]"),
     (R1, {"role": "assistant", "content": "<b>42</b>"}, f"{B}{U}6 x 7?{A}[[<b>42</b>{EOS}]]"),
+    (V3, {**BESIDE, "reasoning_content": "42"}, f"{B}{U}6 x 7?{A}[[<think>\n42\n</think>\n\nIt is 42.{EOS}]]"),
+    (V3, {**BESIDE, "reasoning_content": "6 x 7"}, f"{B}{U}6 x 7?{A}[[<think>\n6 x 7\n</think>\n\nIt is 42.{EOS}]]"),
     (CHATML, BESIDE, "<|im_start|>user\n6 x 7?<|im_end|>\n<|im_start|>assistant\n"
                      "[[<think>\nSix sevens.\n</think>\n\nIt is 42.<|im_end|>\n]]"),
     (LAST, INSIDE, "<|im_start|>user\n6 x 7?<|im_end|>\n<|im_start|>assistant\n"
@@ -103,7 +106,10 @@ def test_a_prompt_that_rules_thinking_out_is_refused_with_a_count() -> None:
     said = [text for example in data.train for is_learnt, text in pieces(example, tokenizer) if is_learnt]
     assert said == [f"It is 42.{EOS}", f"42{EOS}", f"It is 42.{EOS}"]
     data = RecordSet.of(read_records(rows[:2]), tokenizer, max_length=999, valid_fraction=0.0)
-    assert data.switched == {"thinking": 1}
+    assert data.notes == {"turns with reasoning are learnt after a prompt with thinking = true": 1}
+    plain = RecordSet.of(read_records(rows[1:2]), with_template(R1), max_length=999, valid_fraction=0.0)
+    assert list(plain.notes.items()) == [("turns without reasoning are learnt after a prompt without the <think> that "
+                                          "the chat template ends it with", 1)]
     ruled_out = with_template(LAST).with_variables({"enable_thinking": False})
     with pytest.raises(LeftOutError, match="turn 2 has reasoning"):
         learnt(rows[0], ruled_out)
@@ -123,60 +129,76 @@ def test_what_a_template_never_shows_is_refused(template: str, message: Any, wha
         learnt(record, with_template(template))
 
 
+def test_what_a_prompt_does_not_show_is_counted() -> None:
+    template = ("{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}{{ m.role }}:{{ m.content }};"
+                "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    rows = [{"system": "Be brief.", "messages": [ASKED, {"role": "assistant", "content": "42"}]}] * 2
+    data = RecordSet.of(read_records(rows), with_template(template), max_length=999, valid_fraction=0.0)
+    assert data.notes == {
+        "turns are learnt after a prompt in which the chat template leaves out what the system said": 2}
+
+
 # ---- the property ---------------------------------------------------------------------------------------------------
 
-WORDS = st.text(st.sampled_from("abcxyz <>/{}\"'\\\n你ü.3"), min_size=1, max_size=12).map(
-    lambda text: text.replace("<｜", "")).filter(str.strip)
-ARGUMENTS = st.dictionaries(WORDS, st.one_of(WORDS, st.integers(0, 99), st.lists(WORDS, max_size=2)), max_size=2)
-CALL = st.builds(lambda name, given, as_text: {"type": "function", "id": "1", "function": {
-    "name": name, "arguments": json.dumps(given) if as_text else given}},
-    st.sampled_from(["clock", "search_web"]), ARGUMENTS, st.booleans())
+WORDS = st.text(st.sampled_from("abcxyz <>/{}\"'\\\n你ü.3"), min_size=1, max_size=12)
+KINDS = ("plain", "inside", "bare", "beside", "reasoning", "call", "both", "parts", "legacy")
 
 
 @st.composite
-def turn(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a question and what an assistant says to it, every text of which must be learnt)."""
-    said, asked = draw(WORDS), {"role": "user", "content": draw(WORDS)}
-    kind = draw(st.sampled_from(["plain", "inside", "bare", "beside", "reasoning", "call", "both", "parts", "legacy"]))
-    message: dict[str, Any] = {"role": "assistant", "content": said}
-    texts = [said]
-    if kind in ("inside", "bare"):
-        texts.append(thought := draw(WORDS))
-        gap = draw(st.sampled_from(["", "\n"]))
-        message["content"] = f"{'<think>' if kind == 'inside' else ''}{gap}{thought}{gap}</think>{gap}{gap}{said}"
-    elif kind in ("beside", "reasoning", "both"):
-        texts.append(thought := draw(WORDS))
-        message["reasoning" if kind == "reasoning" else "reasoning_content"] = thought
-    elif kind == "parts":
-        message["content"] = [{"type": "text", "text": said[:3]}, {"type": "text", "text": said[3:]}]
-    if kind in ("call", "both"):
-        call = draw(CALL)
-        message["content"] = None
-        message["tool_calls"] = [call]
-    elif kind == "legacy":
-        call = draw(CALL)
-        message = {"role": "assistant", "content": None, "function_call": call["function"]}
-    if kind in ("call", "both", "legacy"):
-        given = call["function"]["arguments"]
-        given = json.loads(given) if isinstance(given, str) else given
-        texts = [*texts[1:], call["function"]["name"], *given, *(v for v in given.values() if isinstance(v, str))]
-        result = {"role": "function" if kind == "legacy" else "tool", "name": "clock", "content": "noon"}
-        last = draw(WORDS)
-        return [asked, message, result, {"role": "assistant", "content": last}], [*texts, last]
-    return [asked, message], texts
+def conversation(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[str]]:
+    """(messages, all that an assistant says in them); no text occurs twice."""
+    messages: list[dict[str, Any]] = []
+    texts: list[str] = []
+    count = itertools.count()
+
+    def new() -> str:
+        return f"{draw(WORDS)}#{next(count)}#"
+
+    def say(*said: str) -> None:
+        texts.extend(said)
+
+    for kind in draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3)):
+        messages.append({"role": "user", "content": new()})
+        message: dict[str, Any] = {"role": "assistant", "content": new()}
+        messages.append(message)
+        if kind in ("inside", "bare"):
+            gap, thought = draw(st.sampled_from(["", "\n"])), new()
+            say(thought, message["content"])
+            opening = "<think>" if kind == "inside" else ""
+            message["content"] = f"{opening}{gap}{thought}{gap}</think>{gap}{gap}{message['content']}"
+        elif kind in ("beside", "reasoning", "both"):
+            message["reasoning" if kind == "reasoning" else "reasoning_content"] = new()
+            say(*(text for key, text in message.items() if key != "role" and (key != "content" or kind != "both")))
+        elif kind == "parts":
+            say(message["content"])
+            message["content"] = [{"type": "text", "text": text} for text in (
+                message["content"][:3], message["content"][3:])]
+        elif kind == "plain":
+            say(message["content"])
+        if kind in ("call", "both", "legacy"):
+            name, given = f"clock_{next(count)}", {new(): new(), new(): [new(), 3], new(): {new(): None}}
+            say(name, *(text for key, value in given.items() for text in (key, *(
+                [value] if isinstance(value, str) else [text for text in value if isinstance(text, str)]))))
+            function = {"name": name, "arguments": json.dumps(given) if draw(st.booleans()) else given}
+            message |= {"content": None} | ({"function_call": function} if kind == "legacy" else
+                                            {"tool_calls": [{"id": "1", "type": "function", "function": function}]})
+            messages += [{"role": "function" if kind == "legacy" else "tool", "name": name, "content": "noon"},
+                         {"role": "assistant", "content": new()}]
+            say(messages[-1]["content"])
+    return messages, texts
 
 
-@given(st.lists(turn(), min_size=1, max_size=3), st.sampled_from(sorted(KNOWN)), st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_what_is_learnt_has_every_text_of_an_assistant(turns: Any, name: str, tags: bool) -> None:
+@given(conversation(), st.sampled_from(sorted(KNOWN)), st.booleans())
+@settings(max_examples=120, deadline=None)
+def test_what_is_learnt_has_every_text_of_an_assistant(said: Any, name: str, tags: bool) -> None:
+    messages, texts = said
     tokenizer = with_template(KNOWN[name], tags=tags)
-    record = {"messages": [message for said, _ in turns for message in said]}
+    record = {"messages": messages}
     [document] = read_records([record])
-    said = " ".join(" ".join(learnt(record, tokenizer)).split())
-    whole = " ".join(tokenizer.decode(encode_conversation(
-        record["messages"], tokenizer), skip_special=False).split())
-    for text in (text for _, texts in turns for text in texts):
+    whole = tokenizer.decode(encode_conversation(messages, tokenizer), skip_special=False)
+    found = [" ".join(text.split()) for text in (" ".join(learnt(record, tokenizer)), whole, document.text)]
+    for text in texts:
         spelt = [" ".join(form.split()) for form in (text, json.dumps(text)[1:-1],
                                                      json.dumps(text, ensure_ascii=False)[1:-1])]
-        for found in (said, whole, " ".join(document.text.split())):
-            assert any(form in found for form in spelt), (text, found)
+        for one in found:
+            assert any(form in one for form in spelt), (text, one)

@@ -6,17 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .mapping import RecordMap as RecordMap
     from .reader import Problem as Problem
     from .reader import ReadReport as ReadReport
     from .reader import list_files as list_files
     from .reader import read_documents as read_documents
     from .records import Document as Document
-    from .shapes import RecordMap as RecordMap
     from .shards import TokenShards as TokenShards
     from .shards import pack as pack
     from .shards import pack_cached as pack_cached
 
-_WHERE = {"Document": "records", "Problem": "reader", "ReadReport": "reader", "RecordMap": "shapes",
+_WHERE = {"Document": "records", "Problem": "reader", "ReadReport": "reader", "RecordMap": "mapping",
           "TokenShards": "shards", "list_files": "reader", "pack": "shards", "pack_cached": "shards",
           "read_documents": "reader"}
 __all__ = sorted(_WHERE)

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import ConfigError, DataError, NotFoundError
+from .mapping import RecordMap
 from .records import COLUMNS, Document, collect, to_documents
-from .shapes import RecordMap, known_keys, shape
+from .shapes import known_keys, shape
 from .turns import is_turn
 
 PIECE_BYTES = 4 << 20

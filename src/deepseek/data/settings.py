@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError, nearest
 from ..files import read_yaml
-from .shapes import RecordMap
+from .mapping import RecordMap
 
 S = TypeVar("S")
 

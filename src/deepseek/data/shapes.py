@@ -18,8 +18,7 @@ preferences, images. Keys that mean nothing are counted (`Shaped.unused`).
 Beside these an object may have `expert` (a name) and `metadata` (an object); `complexity`, `language` (or `lang`) and
 `error_type` at the top level count as metadata too.
 
-A RecordMap says which column is what where no key is known. A column is a name, a dotted path into nested objects, or
-the number of a column, from 0.
+Where no key is known, a map says which column is what (mapping.py).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..conversation import squeezed, tools_of
-from ..errors import ConfigError, DataError, RequestError
-from ..files import read_yaml
-from .turns import PARTIAL, Turns, filled, flag, is_talk, pairs, speaks, talk
+from ..errors import DataError, RequestError
+from .turns import PARTIAL, THINKING, Turns, filled, flag, is_talk, pairs, speaks, talk
+
+if TYPE_CHECKING:
+    from .mapping import RecordMap
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "turns", "dialogue")
 ASKING = ("instruction", "context", "body", "problem", "question", "prompt", "input", "en", "options")
@@ -43,17 +42,12 @@ ANSWERING = ("analysis", "rationale", "solution", "canonical_solution", "long_an
              "completion", "response", "golden", "correct", "target", "zh")
 ALSO_ANSWERING = ("summary", "highlights", "headline", "translation", "reply", "label", "labels", "sql")  # beside text
 SYSTEM = ("system", "system_prompt", "system_message")
-THINKING = ("reasoning_content", "reasoning", "thinking", "thought", "think", "complex_cot", "cot", "chain_of_thought")
 TOOLS = ("tools", "functions")
 VARIABLES = "chat_template_kwargs"
 DESCRIBING = {"complexity": "complexity", "lang": "language", "language": "language", "error_type": "error_type"}
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 LETTERS = "ABCDEFGHIJ"
 _SWITCH = ("on", "off", "yes", "no", "true", "false")  # `reasoning` says in some sets whether there is any
-_JOINED = ("text", "prompt", "answer", "reasoning")
-_BESIDE = ("system", "tools", "history", "reasoning", VARIABLES)
-
-Column = str | int
 
 
 class Shaped(NamedTuple):
@@ -66,118 +60,6 @@ class Shaped(NamedTuple):
     metadata: Mapping[str, Any] = {}
     expert: str | None = None
     unused: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class RecordMap:
-    """Which columns of a record are what: `text`, or `messages`, or `prompt` and `answer` (several are joined by
-    newlines; each may be a message or a list of them). Beside the last two: system, tools, chat_template_kwargs, and
-    beside prompt and answer history and reasoning. metadata: {name: column}. header: whether the first row of a table
-    names its columns; if not given, it does unless all columns here are numbers. Raises ConfigError for a combination
-    that says nothing."""
-
-    text: tuple[Column, ...] = ()
-    prompt: tuple[Column, ...] = ()
-    answer: tuple[Column, ...] = ()
-    messages: tuple[Column, ...] = ()
-    system: tuple[Column, ...] = ()
-    history: tuple[Column, ...] = ()
-    reasoning: tuple[Column, ...] = ()
-    tools: tuple[Column, ...] = ()
-    chat_template_kwargs: tuple[Column, ...] = ()
-    expert: tuple[Column, ...] = ()
-    metadata: tuple[tuple[str, Column], ...] = ()
-    header: bool | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("text", "messages", "prompt") if getattr(self, name)]
-        if len(given) != 1 or bool(self.prompt) != bool(self.answer):
-            raise ConfigError(f"map: must have one of text, messages, or prompt with answer; it has "
-                              f"{', '.join([*given, *(['answer'] if self.answer else [])]) or 'none'}")
-        for name in _BESIDE:
-            where = ("prompt",) if name in ("history", "reasoning") else ("prompt", "messages")
-            if getattr(self, name) and given[0] not in where:
-                raise ConfigError(f"map: {name}: has no place beside {given[0]}, only beside {' or '.join(where)}")
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (*(c for field in fields(self) if field.name not in ("metadata", "header")
-                  for c in getattr(self, field.name)), *(c for _, c in self.metadata))
-
-    @classmethod
-    def from_dict(cls, keys: Any) -> RecordMap:
-        """From the keys of a YAML mapping. Raises ConfigError for an unknown key or a value of another kind."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(keys, Mapping) or (unknown := set(keys) - set(names)):
-            what = f"unknown key {min(map(str, unknown))!r}" if isinstance(keys, Mapping) else "not a mapping"
-            raise ConfigError(f"map: {what}: the keys are {', '.join(names)}")
-        values: dict[str, Any] = {}
-        for name, value in keys.items():
-            if name == "header":
-                good, out = isinstance(value, bool), value
-            elif name == "metadata":
-                value = {c: c for c in value} if isinstance(value, list) else value
-                good = isinstance(value, Mapping) and all(_is_column(c) for c in value.values())
-                out = tuple((str(k), c) for k, c in value.items()) if good else ()
-            else:
-                out = tuple(value) if isinstance(value, list) else (value,)
-                good = all(map(_is_column, out)) and (len(out) == 1 or (bool(out) and name in _JOINED))
-            if not good:
-                raise ConfigError(f"map: {name} = {value!r}: must be "
-                                  + {"header": "true or false", "metadata": "{name: column} or a list of columns"}.get(
-                                      name, "a column or a list of them"))
-            values[name] = out
-        return cls(**values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> RecordMap:
-        """From a YAML file. Raises NotFoundError, or ConfigError naming the file."""
-        try:
-            return cls.from_dict(read_yaml(path))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-
-    def shape(self, record: Any) -> list[Shaped]:
-        """As `shape`, by this map. Raises DataError where a column is missing or empty."""
-        used: set[str] = set()
-
-        def look(column: Column) -> Any:
-            if isinstance(record, Mapping) and str(column) in record:
-                used.add(str(column))
-                return checked(record[str(column)], str(column))
-            value = list(record.values()) if isinstance(record, Mapping) and isinstance(column, int) else record
-            steps = [column] if isinstance(column, int) else column.split(".")
-            used.add(list(record)[column] if isinstance(column, int) and isinstance(record, Mapping)
-                     and column < len(record) else str(steps[0]))
-            for step in steps:
-                if isinstance(value, Mapping) and step in value:
-                    value = value[step]
-                elif isinstance(value, list) and str(step).isdecimal() and int(step) < len(value):
-                    value = value[int(step)]
-                else:
-                    raise DataError(f"there is no column {column!r}")
-            return checked(value, str(column))
-
-        expert = _expert(look(self.expert[0])) if self.expert else None
-        metadata = {name: look(column) for name, column in self.metadata}
-        beside = {name: look(columns[0]) for name in _BESIDE if (columns := getattr(self, name))}
-        if self.reasoning:
-            beside["reasoning"] = _joined([part_text(look(c)) for c in self.reasoning], []).text
-        if self.messages:
-            said = look(self.messages[0])
-            said = _parsed(said) if isinstance(said, str) else said
-            if not isinstance(said, list):
-                raise DataError(f"column {self.messages[0]!r} must be a list of turns")
-            found = _conversation(said, **beside)
-        else:
-            asked, answered = ([look(c) for c in columns] for columns in (self.text or self.prompt, self.answer))
-            if not any(map(_says, asked)) or (self.answer and not any(map(_says, answered))):
-                empty = self.answer if any(map(_says, asked)) else self.text or self.prompt
-                raise DataError(f"no text under {', '.join(map(str, empty))}")
-            found = _asked_and_answered(asked, answered, **beside)
-        unused = [] if not isinstance(record, Mapping) else [
-            key for key, value in record.items() if key not in used and filled(value)]
-        return [found._replace(metadata=metadata, expert=expert, unused=(*found.unused, *unused))]
 
 
 def shape(record: Any, mapping: RecordMap | None = None) -> list[Shaped]:
@@ -193,11 +75,14 @@ def _shape(record: Any, mapping: RecordMap | None) -> list[Shaped]:
     if mapping is not None:
         found = mapping.shape(record)
     elif isinstance(record, str):
-        found = [_joined([record], [])]
+        found = [joined([record], [])]
     elif isinstance(record, list):
-        found = [_conversation(checked(record))]
+        found = [conversation(checked(record))]
     elif isinstance(record, Mapping):
-        found = _recognised({str(key).lower(): value for key, value in checked(record).items()})
+        low = {str(key).lower(): value for key, value in checked(record).items()}
+        if len(low) < len(record):
+            raise DataError("two of its keys differ in case alone: say with a map which columns count")
+        found = _recognised(low)
     else:
         raise DataError(f"must be an object, a list of turns or a string, got {type(record).__name__}")
     for one in found:
@@ -251,7 +136,7 @@ def _recognised(keys: dict[str, Any]) -> list[Shaped]:
     if isinstance(given.get("metadata"), Mapping):
         metadata |= given["metadata"]
         used.add("metadata")
-    return [found._replace(metadata=metadata, expert=_expert(given.get("expert")), unused=(
+    return [found._replace(metadata=metadata, expert=expert_of(given.get("expert")), unused=(
         *found.unused, *(key for key in given if key not in used)))]
 
 
@@ -261,7 +146,7 @@ def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
     if "choice0" in given or "choices" in given:
         used |= {key for key in given if re.fullmatch(r"choices|choice\d", key)}
         given = _lettered(given)
-    asked, answered = ([key for key in names if _says(given.get(key))] for names in (ASKING, ANSWERING))
+    asked, answered = ([key for key in names if says(given.get(key))] for names in (ASKING, ANSWERING))
     thinking = [key for key in THINKING if isinstance(given.get(key), str) and given[key].lower() not in _SWITCH]
     beside = [key for key in (*SYSTEM, *TOOLS, VARIABLES) if key in given]
     if isinstance(given.get("text"), str):  # MBPP has the task under `text` and its solution under `code`
@@ -269,7 +154,8 @@ def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
                   *thinking, *beside]
         _one_reading("text", others)
         used |= {"text", "code"}
-        return _joined([given["text"]], [part_text(given.get("code"))])
+        return joined([given["text"]], [part_text(given.get("code"))])
+    given |= {key: parsed(value) for key in CONVERSATIONS if isinstance(value := given.get(key), str)}  # of a table
     if talks := [key for key in CONVERSATIONS if isinstance(given.get(key), list)]:
         turns = given[talks[0]]
         everyone, assistant = (squeezed(" ".join(_strings(said))) for said in (
@@ -278,11 +164,11 @@ def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
                if squeezed(" ".join(_strings(given[key]))) not in said]  # the others repeat what the turns say
         _one_reading(talks[0], [*talks[1:], *(["history"] if "history" in given else []), *thinking, *new])
         used |= {talks[0], *beside}
-        return _conversation(turns, talks[0], **_beside(given))
+        return conversation(turns, talks[0], **_beside(given))
     if asked and answered:
         _one_reading(f"{asked[0]} and {answered[0]}", thinking[1:])
         used |= {*asked, *answered, *thinking, *beside, "history"}
-        return _asked_and_answered(
+        return asked_and_answered(
             [given[key] for key in asked], [given[key] for key in answered], **_beside(given),
             history=given.get("history"), reasoning=given[thinking[0]] if thinking else "")
     if isinstance(given.get("questions"), list):  # TAT-QA, SQuAD: a table and paragraphs, then questions about them
@@ -293,7 +179,7 @@ def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
         parts += [part_text(item.get("text")) for item in given.get("paragraphs") or () if isinstance(item, Mapping)]
         parts += [part_text(item.get(key)) for item in given["questions"] if isinstance(item, Mapping)
                   for key in ("question", "answer")]
-        return _joined(parts, [])
+        return joined(parts, [])
     return None
 
 
@@ -306,6 +192,10 @@ def _refuse(given: Mapping[str, Any]) -> None:
         key = "kto_tag" if "kto_tag" in given else "label"
         raise DataError(f"{key} = {given[key]!r}: a judgement, and answers are learnt here whatever it says; keep the "
                         f"good ones, without {key}")
+    if ranked := [key for key in ("output", "completion", "response") if isinstance(given.get(key), list)
+                  and len(given[key]) > 1 and all(isinstance(item, str) for item in given[key])]:
+        raise DataError(f"{ranked[0]}: {len(given[ranked[0]])} texts, and one answer is learnt; if they are lines of "
+                        "one, say so with a map")
     if lost := [key for key in (*NOT_TEXT, *PARTIAL) if key in given]:
         raise DataError(f"{lost[0]}: " + ("this model reads nothing but text" if lost[0] in NOT_TEXT else
                         "has no meaning here: a turn is learnt or not (weight: 0 in the message)")
@@ -319,7 +209,7 @@ def _one_reading(reading: str, others: Sequence[str]) -> None:
 
 
 def _beside(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands beside a conversation, by the keywords of `_conversation`, from the keys of a record."""
+    """What stands beside a conversation, by the keywords of `conversation`, from the keys of a record."""
     system = [given[key] for key in SYSTEM if key in given]
     if len(set(map(str, system))) > 1:
         raise DataError(f"{', '.join(key for key in SYSTEM if key in given)}: two system prompts")
@@ -334,12 +224,12 @@ def _tools(value: Any) -> list[dict[str, Any]]:
         raise DataError(str(error)) from None
 
 
-def _conversation(turns: list[Any], name: str | None = None, *, asked: int | None = None, system: Any = None,
+def conversation(turns: list[Any], name: str | None = None, *, asked: int | None = None, system: Any = None,
                   tools: Any = None, reasoning: str = "", chat_template_kwargs: Any = None) -> Shaped:
     """A conversation and what stands beside it. name: the key of the turns."""
     variables = chat_template_kwargs
     if isinstance(variables, str):
-        variables = _parsed(variables)
+        variables = parsed(variables)
     if not isinstance(variables, Mapping | None):
         raise DataError(f"{VARIABLES} = {variables!r:.60}: must be an object, {{name: value}}")
     if not isinstance(system, str | None):
@@ -350,18 +240,18 @@ def _conversation(turns: list[Any], name: str | None = None, *, asked: int | Non
         f"{name or 'messages'}[].{key}" for key in found.unused))
 
 
-def _asked_and_answered(asked: list[Any], answered: list[Any], *, history: Any = None, reasoning: str = "",
+def asked_and_answered(asked: list[Any], answered: list[Any], *, history: Any = None, reasoning: str = "",
                         **beside: Any) -> Shaped:
     """A question and its answer: a text where both are texts and nothing stands beside them, else a conversation."""
     beside["tools"] = _tools(beside.get("tools"))
     if not any(map(is_talk, asked + answered)) and not history and not reasoning and not any(beside.values()):
-        return _joined([part_text(part) for part in asked], [part_text(part) for part in answered])
+        return joined([part_text(part) for part in asked], [part_text(part) for part in answered])
     if history and any(map(is_talk, asked)):
         raise DataError("history: the prompt is a list of messages already; put the pairs there")
     earlier = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(
-        pairs(history) if history else ())]
+        pairs(parsed(history) if isinstance(history, str) else history) if history else ())]
     first, second = (_as_turns(part, role) for part, role in ((asked, "user"), (answered, "assistant")))
-    return _conversation([*earlier, *first, *second], asked=None if history else len(first), reasoning=reasoning,
+    return conversation([*earlier, *first, *second], asked=None if history else len(first), reasoning=reasoning,
                          **beside)
 
 
@@ -373,13 +263,13 @@ def _as_turns(parts: list[Any], role: str) -> list[Any]:
         if is_talk(part):
             out, joins = out + (part if isinstance(part, list) else [part]), False
         elif (text := part_text(part)) and joins:
-            out[-1] = {"role": role, "content": _joined([out[-1]["content"], text], []).text}
+            out[-1] = {"role": role, "content": joined([out[-1]["content"], text], []).text}
         elif text:
             out, joins = [*out, {"role": role, "content": text}], True
     return out
 
 
-def _says(value: Any) -> bool:
+def says(value: Any) -> bool:
     return is_talk(value) or bool(part_text(value))
 
 
@@ -390,7 +280,7 @@ def _strings(value: Any) -> list[str]:
     return [text for item in value for text in _strings(item)] if isinstance(value, list) else [part_text(value)]
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """The value of a text that is JSON, else the text."""
     try:
         return checked(json.loads(text))
@@ -411,7 +301,7 @@ def _lettered(keys: dict[str, Any]) -> dict[str, Any]:
     return {**keys, "options": dict(zip(LETTERS, choices, strict=False)), "answer": answer}
 
 
-def _joined(asked: list[str], answered: list[str]) -> Shaped:
+def joined(asked: list[str], answered: list[str]) -> Shaped:
     text = ""
     for part in filter(None, asked):
         text += part if not text or text.endswith("\n") else "\n" + part
@@ -423,15 +313,10 @@ def _joined(asked: list[str], answered: list[str]) -> Shaped:
     return Shaped(text, (), at)
 
 
-def _expert(value: Any) -> str | None:
+def expert_of(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise DataError(f"expert = {value!r}: must be a name")
     return value or None
-
-
-def _is_column(value: Any) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool) and value != "" and not (
-        isinstance(value, int) and value < 0)
 
 
 def part_text(value: Any) -> str:

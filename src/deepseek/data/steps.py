@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..domain import NAMES, DomainClassifier, KeywordRules
 from .dedup import find_duplicates
+from .mapping import RecordMap
 from .reader import Named, ReadReport
 from .records import Parts, read_tables
 from .settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings, check_names
-from .shapes import RecordMap
 from .step import Done, in_order, input_fingerprint, run_step
 from .validate import read_all, source_fingerprint
 

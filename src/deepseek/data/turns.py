@@ -2,8 +2,7 @@
 
 A turn is {role, content}, {from, value}, or a string (user and assistant alternate). Content may be in parts. An
 assistant's may have tool calls (`tool_calls`, `function_call`, or the role function_call with JSON as its content),
-reasoning (`reasoning_content`, `reasoning`, `thinking`), and a flag that says whether it is learnt: `weight` (OpenAI),
-or one of FLAGS.
+reasoning (THINKING), and a flag that says whether it is learnt: `weight` (OpenAI), or one of FLAGS.
 """
 
 from __future__ import annotations
@@ -19,9 +18,12 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
          "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
          "function_response": "tool", "ipython": "tool", "function_call": "function_call", "tool_call": "function_call"}
 FLAGS = ("train", "training", "trainable", "learn", "loss")
+THINKING = (*REASONING, "thought", "think", "complex_cot", "cot", "chain_of_thought")
 PARTIAL = ("mask", "loss_mask", "loss_scale", "loss_weight", "train_detail", "training_detail")
 _PLAIN = {"role", "from", "content", "value"}
-_KNOWN = _PLAIN | {"name", "tool_call_id", "tool_calls", "function_call", "refusal", "weight", *REASONING, *FLAGS}
+_BLOCKS = ("reasoning_details", "thinking_blocks")
+_TWICE = (("content", "value"), ("role", "from"), ("content", "refusal"), ("tool_calls", "function_call"))
+_KNOWN = _PLAIN | {"name", "tool_call_id", "tool_calls", "function_call", "refusal", "weight", *THINKING, *FLAGS}
 
 Turns = tuple[tuple[str, str], ...]
 
@@ -48,7 +50,7 @@ def is_talk(value: Any) -> bool:
 def speaks(turn: Any, number: int) -> bool:
     """Whether a turn is an assistant's."""
     said = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else ("user", "assistant")[number % 2]
-    return ROLES.get(str(said).lower()) in ("assistant", "function_call")
+    return _role(said) in ("assistant", "function_call")
 
 
 def talk(turns: Sequence[Any], *, asked: int | None = None, system: str = "", reasoning: str = "",
@@ -109,19 +111,27 @@ def _message(turn: Any, number: int, unused: list[str]) -> dict[str, Any]:
     if not is_turn(turn):
         raise DataError(f"turn {number + 1} has neither role and content nor from and value")
     given = {key: value for key, value in turn.items() if value is not None}
+    for one, other in _TWICE:
+        both = [given.get(key) for key in (one, other)]
+        if all(map(filled, both)) and both[0] != both[1] and not (one == "role" and len(set(map(_role, both))) == 1):
+            raise DataError(f"turn {number + 1} has {one} and {other}; one of them would be lost")
     said = given.get("role", given.get("from"))
-    role, content = ROLES.get(str(said).lower(), ""), given.get("content", given.get("value"))
+    role, content = _role(said), given.get("content", given.get("value"))
     if not role:
         raise DataError(f"turn {number + 1} has role {said!r}, must be one of {', '.join(ROLES)}")
     if isinstance(content, str) and given.keys() <= _PLAIN and role != "function_call":
         return {"role": role, "content": content}
-    thoughts = [given[key] for key in REASONING if given.get(key)]
+    thinking = [key for key in THINKING if given.get(key)]
+    thoughts = [given[key] for key in thinking]
     if not all(isinstance(each, str) for each in thoughts) or len(set(thoughts)) > 1:
-        raise DataError(f"turn {number + 1}: {', '.join(key for key in REASONING if given.get(key))}: must be one text")
+        raise DataError(f"turn {number + 1}: {', '.join(thinking)}: must be one text")
+    if not thoughts and (blocks := [key for key in _BLOCKS if filled(given.get(key))]):
+        raise DataError(f"turn {number + 1}: {blocks[0]}: reasoning is read as a text, from {THINKING[0]}")
     if content is None and not thoughts and not any(given.get(k) for k in ("tool_calls", "function_call", "refusal")):
         raise DataError(f"turn {number + 1} has no text")
     try:
-        [message] = normalize([{**given, "role": role, "content": content}])
+        [message] = normalize([{**given, "role": role, "content": content, **({REASONING[0]: thoughts[0]} if thoughts
+                                                                              else {})}])
     except (RequestError, TypeError) as error:
         raise DataError(f"turn {number + 1} has no text or call that can be read: "
                         f"{str(error).removeprefix('messages[0].')}") from None
@@ -135,6 +145,11 @@ def _message(turn: Any, number: int, unused: list[str]) -> dict[str, Any]:
         raise DataError(f"turn {number + 1} has reasoning, and only an assistant's may")
     unused += [key for key, value in given.items() if key not in _KNOWN and filled(value)]
     return message
+
+
+def _role(said: Any) -> str:
+    """The role by its usual name, "" for one that there is not."""
+    return ROLES.get(str(said).lower(), "")
 
 
 def _learnt(turn: Mapping[str, Any], number: int) -> bool | None:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..errors import DataError
+from .mapping import RecordMap
 from .reader import UNUSED_KEYS, Named, ReadReport, is_hub, list_files, read_documents, read_file, read_lines
 from .records import Document, Parts, to_table
 from .settings import ValidateSettings
-from .shapes import RecordMap
 
 if TYPE_CHECKING:
     import polars

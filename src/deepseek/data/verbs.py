@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ConfigError
+from .mapping import RecordMap
 from .settings import (
     DedupSettings,
     LabelSettings,
@@ -21,7 +22,6 @@ from .settings import (
     ValidateSettings,
     settings_of,
 )
-from .shapes import RecordMap
 
 if TYPE_CHECKING:
     from .step import Done

@@ -142,11 +142,10 @@ def _all_paths(items: Sequence[str | Path]) -> bool:
 
 
 def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_special: bool = False,
-           reasoning: str = "learn", switched: Counter[str] | None = None) -> list[Example]:
+           reasoning: str = "learn", notes: Counter[str] | None = None) -> list[Example]:
     """One example, or several: windows of plain text, turns of a conversation that the template writes otherwise when
     others follow them. parse_special: control tokens that plain text spells out count; else they are ordinary text, and
-    a warning says so once. reasoning: learn, or drop. switched: counts the turns for which a variable of the template
-    was set, so that they may have reasoning.
+    a warning says so once. reasoning: learn, or drop. notes: counts what is to be said of turns.
 
     Raises DataError for a record with nothing to learn, LeftOutError where the template leaves out what is to be.
     """
@@ -183,7 +182,7 @@ def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_spec
                 raise RequestError("chat_template_kwargs: the tokenizer has no chat template")
             return [_bare(messages, tools, learnt, tokenizer)]
         tokenizer.check_variables(variables)
-        return _spoken(messages, tools, variables, learnt, tokenizer, Counter() if switched is None else switched)
+        return _spoken(messages, tools, variables, learnt, tokenizer, Counter() if notes is None else notes)
     except LeftOutError as error:
         raise LeftOutError(f"{place(document)}: {error}") from None
     except RequestError as error:
@@ -241,14 +240,13 @@ def _bare(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, An
 
 
 def _spoken(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None,
-            variables: Mapping[str, Any], learnt: Sequence[int], tokenizer: Tokenizer, switched: Counter[str]
+            variables: Mapping[str, Any], learnt: Sequence[int], tokenizer: Tokenizer, notes: Counter[str]
             ) -> list[Example]:
     """One example where each turn that is learnt goes on from the one before, else several."""
     out: list[Example] = []
     for n in learnt:
         turn = encode_turn(messages, n, tokenizer, tools=tools, **variables)
-        if turn.switch:
-            switched[turn.switch] += 1
+        notes.update(turn.notes)
         goes_on = bool(out) and list(out[-1].ids) == turn.ids[: len(out[-1].ids)] and turn.start >= len(out[-1].ids)
         before = out.pop().learnt if goes_on else ()
         out.append(Example(tuple(turn.ids), (*before, (turn.start, len(turn.ids)))))
@@ -259,7 +257,7 @@ class RecordSet:
     """Training and held-out examples of one data set, as `Trainer` wants them."""
 
     experts: tuple[str, ...] = ()
-    switched: Mapping[str, int] = {}  # variables of the template that turns with reasoning needed, and how many did
+    notes: Mapping[str, int] = {}  # of turns that are learnt, and how many have each
 
     def __init__(
         self, train: Iterable[Example], valid: Iterable[Example], held_out: frozenset[str] = frozenset()
@@ -280,13 +278,13 @@ class RecordSet:
         held_out: set[str] = set()
         long: list[tuple[str, int]] = []
         lost: list[str] = []
-        switched = Counter[str]()
+        notes = Counter[str]()
         waiting: tuple[float, list[Example], str] | None = None
         count = 0
         for document in documents:
             count += 1
             try:
-                examples = encode(document, tokenizer, max_length, parse_special, reasoning, switched)
+                examples = encode(document, tokenizer, max_length, parse_special, reasoning, notes)
             except LeftOutError as error:
                 lost.append(str(error))
                 continue
@@ -317,7 +315,7 @@ class RecordSet:
         if valid_fraction and not sides[1]:
             raise DataError("dataset: has a single record; at least two are needed, one to learn and one to hold out")
         data = cls(*sides, frozenset(held_out))
-        data.switched = switched
+        data.notes = notes
         return data
 
     @property

@@ -430,12 +430,11 @@ def _run_folder(model: str, folder: Path) -> Path:
 
 def _notes(report: ReadReport, sets: Sequence[RecordSet]) -> list[str]:
     """What is to be said of the records that were read, a line each."""
-    switched = Counter[str]()
+    notes = Counter[str]()
     for each in sets:
-        switched.update(each.switched)
-    return [*report.notes(), *(f"left out: {count:,} {kind}" for kind, count in report.skipped.items()), *(
-        f"{count:,} turns with reasoning are learnt after a prompt with {name} = true" for name, count in
-        switched.items())]
+        notes.update(each.notes)
+    return [*report.notes(), *(f"left out: {count:,} {kind}" for kind, count in report.skipped.items()),
+            *(f"{count:,} {note}" for note, count in notes.items())]
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
