@@ -158,6 +158,38 @@ def test_tools_are_packed_through_the_template(tmp_path: Path) -> None:
     assert ids == want != tokenizer().encode_chat(turns, add_generation_prompt=False)
 
 
+def test_reasoning_is_packed_where_the_template_leaves_it_out(tmp_path: Path) -> None:
+    cuts = ("{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
+            "{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}")
+    rows = [[("the", None), ("end", "of")], [("the", None), ("<think>of</think>end", None), ("it", None), ("is", None)]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": ("user", "assistant")[n % 2], "content": said, "reasoning_content": thought}
+        for n, (said, thought) in enumerate(row)]}) + "\n" for row in rows))
+    documents = list(read_documents([tmp_path / "a.jsonl"], ReadReport(strict=True)))
+    for template in (cuts, tokenizer()._template, None):
+        takes = Tokenizer(tokenizer()._definition, {}, template)
+        said = [takes.decode(ids, skip_special=True) for _, ids in shards.encode_documents(documents, takes)]
+        assert [text.count("of") for text in said] == [1, 1] and "<think>\nof\n</think>\n\nend" in said[0]
+        assert "<think>of</think>end" in said[1] and said[1].endswith("is")
+    report = ReadReport()
+    short = Tokenizer(tokenizer()._definition, {}, "{% for m in messages %}{{ m.content[:2] }}{% endfor %}")
+    assert list(shards.encode_documents(documents, short, report)) == []
+    assert [problem.detail for problem in report.problems] == ["the chat template leaves out the content of turn 2"] * 2
+
+
+def test_variables_of_a_record_are_used_when_it_is_packed(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
+    takes = Tokenizer(tokenizer()._definition, {}, "{{ tone }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    rows = [{"messages": turns, "chat_template_kwargs": variables} for variables in (
+        {"tone": "soft"}, json.dumps({"tone": "loud"}), None, {"tune": 1})]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents, report = list(read_documents([tmp_path / "a.jsonl"], ReadReport(strict=True))), ReadReport()
+    said = [takes.decode(ids) for _, ids in shards.encode_documents(documents, takes, report)]
+    assert said == ["softhiyou", "loudhiyou", "hiyou"]
+    assert [(problem.line, "'tune' is no variable" in problem.detail) for problem in report.problems] == [(4, True)]
+
+
 def test_a_refused_conversation_leaves_its_neighbours(tmp_path: Path) -> None:
     template = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}<|User|>"
     strict = Tokenizer(tokenizer()._definition, {}, template)

@@ -112,6 +112,24 @@ def test_each_reason_has_its_name(tmp_path: Path) -> None:
     assert json.loads(quarantine.splitlines()[0])["raw"] == '{"none": 1}'
 
 
+def test_keys_that_mean_nothing_and_records_left_out_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"words {n}", "id": n, "lang": "en"} for n in range(5)]
+    rows += [{"text": "words", "weight": 0}, {"question": "q", "answer": float("nan")}, {"text": "t", "answer": "a"}]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    assert cli.main(["data", "validate", str(path), "--out", str(tmp_path / "validate")]) == 0
+    said = capsys.readouterr().out
+    assert "left out: 1 records that ask not to be learnt\nkeys of records that were not used: id (5)\n" in said
+    counts = json.loads((tmp_path / "validate" / "step.json").read_text())["counts"]
+    assert (counts["kept"], counts["quarantined"], counts["unused"]) == (5, 2, {"id": 5})
+    first, second = map(json.loads, (tmp_path / "validate" / "quarantine.jsonl").read_text().splitlines())
+    assert first["line"] == 7 and first["detail"].startswith("answer = nan: ")
+    assert second["line"] == 8 and "two readings, text alone or with answer" in second["detail"]
+    report(tmp_path / "validate", tmp_path / "report")
+    assert "keys of records that were not used: id (5)" in (tmp_path / "report" / "report.txt").read_text()
+
+
 def test_pieces_of_a_file_and_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "a.jsonl", [
         {"text": text} if i % 9 else {"bad": i} for i, text in enumerate(texts(PLAIN, 400))])

@@ -180,3 +180,61 @@ def test_every_setting_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
         main(["tune", "--help"])
     shown = capsys.readouterr().out
     assert all(f"--{name}" in shown for name in TuneConfig.__dataclass_fields__)
+
+
+def test_what_is_learnt_is_shown_and_nothing_is_trained(
+    base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, out = str(base()), tmp_path / "a.jsonl", tmp_path / "out"
+    rows = [{"messages": [{"role": "user", "content": "pay?"}, {"role": "assistant", "content": "4\ncoins", "reasoning":
+                                                                "law"}], "id": 7},
+            {"question": "q", "answer": float("nan")}, {"messages": [{"role": "user", "content": "pay?"}]},
+            {"input": "act?", "output": '"pay"', "weight": 0}, {"input": "act?", "output": '"pay" \u4f60'}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["tune", model, str(data), "--out", str(out), "--show_records", "3"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{data}:1: ") and first.endswith(" of them learnt")
+    assert lines[:2] == ["  - <|begin_of_sentence|><|User|>pay?<|Assistant|>",
+                         r"  + <think>\nlaw\n</think>\n\n4\ncoins<|end_of_sentence|>"]
+    assert lines[2] == f"{data}:3: the record has no output to learn (no turn of an assistant) (refused)"
+    assert lines[4:6] == ["  - <|begin_of_sentence|><|User|>act?<|Assistant|>", '  + "pay" \u4f60<|end_of_sentence|>']
+    assert lines[6:] == [f"{data}:2: unusable record: answer = nan: must be a number that JSON has, a text or null",
+                         "keys of records that were not used: id (1)", "left out: 1 records that ask not to be learnt"]
+    (tmp_path / "tune.yaml").write_text(f"model: {model}\ndata: {data}\nmap: {{prompt: input, answer: output}}\n"
+                                        "show_records: 9\n")
+    assert main(["tune", "--config", str(tmp_path / "tune.yaml"), "--out", str(out)]) == 0
+    assert "there is no column 'input'" in capsys.readouterr().out
+    (tmp_path / "map.yaml").write_text("messages: messages\n")
+    assert main(["tune", model, str(data), "--map", str(tmp_path / "map.yaml"), "--reasoning", "drop",
+                 "--show_records", "1"]) == 0
+    assert "law" not in capsys.readouterr().out
+    assert not out.exists()
+    for words, message in ((["--show_records", "0"], "show_records = 0: must be at least 1"),
+                           (["--map", str(data)], "a.jsonl: "), (["--reasoning", "keep"], "reasoning = 'keep'")):
+        assert main(["tune", model, str(data), *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_records_that_are_mapped_and_counted(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = str(base()), tmp_path / "out"
+    rows = [{"q": row["input"], "a": row["output"], "id": n} for n, row in enumerate(records(20))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "map.yaml").write_text("prompt: q\nanswer: a\n")
+    words = ["--general", files[1], "--out", str(out), "--expert_tune", "law_expert"]
+    words += ["--map", str(tmp_path / "map.yaml")]
+    assert main(["tune", model, str(tmp_path / "a.jsonl"), *words, *QUICK]) == 0
+    note = "keys of records that were not used: id (20)"
+    assert note in capsys.readouterr().out.splitlines()
+    report = json.loads((out / "report.json").read_text())
+    assert report["notes"] == [note] and report["examples"] < 20
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, {"q": "x", "a": float("nan")}, {"q": "y"}])
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    words[words.index(str(out))] = str(tmp_path / "stream")
+    assert main(["tune", model, "-", *words, "--records_a_round", "10", *QUICK]) == 0
+    assert "2 records could not be used" in capsys.readouterr().out
+    refused = (tmp_path / "stream" / "refused.jsonl").read_text().splitlines()
+    assert "NaN" not in refused[0] and "a = nan" in json.loads(refused[0])["reason"]
+    assert json.loads(refused[1])["record"] == {"q": "y"}

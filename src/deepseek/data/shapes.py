@@ -47,6 +47,8 @@ VARIABLES = "chat_template_kwargs"
 DESCRIBING = {"complexity": "complexity", "lang": "language", "language": "language", "error_type": "error_type"}
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 LETTERS = "ABCDEFGHIJ"
+_PREFERENCE = re.compile("(chosen|rejected)(_|$)")
+_BESIDE, _LOST = (*SYSTEM, *TOOLS, VARIABLES), (*NOT_TEXT, *PARTIAL)
 _SWITCH = ("on", "off", "yes", "no", "true", "false")  # `reasoning` says in some sets whether there is any
 
 
@@ -146,23 +148,24 @@ def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
     if "choice0" in given or "choices" in given:
         used |= {key for key in given if re.fullmatch(r"choices|choice\d", key)}
         given = _lettered(given)
-    asked, answered = ([key for key in names if says(given.get(key))] for names in (ASKING, ANSWERING))
-    thinking = [key for key in THINKING if isinstance(given.get(key), str) and given[key].lower() not in _SWITCH]
-    beside = [key for key in (*SYSTEM, *TOOLS, VARIABLES) if key in given]
+    asked, answered = ([key for key in _named(names, given) if says(given[key])] for names in (ASKING, ANSWERING))
+    thinking = [key for key in _named(THINKING, given) if isinstance(said := given[key], str)
+                and said.lower() not in _SWITCH]
+    beside = _named(_BESIDE, given)
     if isinstance(given.get("text"), str):  # MBPP has the task under `text` and its solution under `code`
-        others = [*(key for key in (*CONVERSATIONS, *ALSO_ANSWERING, "history") if key in given), *asked, *answered,
-                  *thinking, *beside]
-        _one_reading("text", others)
+        _one_reading("text", [*_named((*CONVERSATIONS, *ALSO_ANSWERING, "history"), given), *asked, *answered,
+                              *thinking, *beside])
         used |= {"text", "code"}
         return joined([given["text"]], [part_text(given.get("code"))])
-    given |= {key: parsed(value) for key in CONVERSATIONS if isinstance(value := given.get(key), str)}  # of a table
-    if talks := [key for key in CONVERSATIONS if isinstance(given.get(key), list)]:
+    named = _named(CONVERSATIONS, given)
+    given |= {key: parsed(value) for key in named if isinstance(value := given[key], str)}  # of a table
+    if talks := [key for key in named if isinstance(given[key], list)]:
         turns = given[talks[0]]
         everyone, assistant = (squeezed(" ".join(_strings(said))) for said in (
-            turns, [turn for n, turn in enumerate(turns) if speaks(turn, n)]))
+            turns, [turn for n, turn in enumerate(turns) if speaks(turn, n)])) if asked or answered else ("", "")
         new = [key for keys, said in ((asked, everyone), (answered, assistant)) for key in keys
                if squeezed(" ".join(_strings(given[key]))) not in said]  # the others repeat what the turns say
-        _one_reading(talks[0], [*talks[1:], *(["history"] if "history" in given else []), *thinking, *new])
+        _one_reading(talks[0], [*talks[1:], *_named(("history",), given), *thinking, *new])
         used |= {talks[0], *beside}
         return conversation(turns, talks[0], **_beside(given))
     if asked and answered:
@@ -185,21 +188,26 @@ def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
 
 def _refuse(given: Mapping[str, Any]) -> None:
     """Raises DataError for a record of which something that counts would be lost, naming the key and what to do."""
-    if pair := [key for key in given if re.match(r"(chosen|rejected)(_|$)", key)]:
+    if pair := [key for key in given if key.startswith(("chosen", "rejected")) and re.match(_PREFERENCE, key)]:
         raise DataError(f"{', '.join(pair)}: preferences, and nothing is learnt from a comparison here; to learn the "
                         "preferred answers, give a map (prompt: prompt, answer: chosen; or messages: chosen)")
     if "kto_tag" in given or (isinstance(given.get("label"), bool) and "text" not in given):
         key = "kto_tag" if "kto_tag" in given else "label"
         raise DataError(f"{key} = {given[key]!r}: a judgement, and answers are learnt here whatever it says; keep the "
                         f"good ones, without {key}")
-    if ranked := [key for key in ("output", "completion", "response") if isinstance(given.get(key), list)
+    if ranked := [key for key in _named(("output", "completion", "response"), given) if isinstance(given[key], list)
                   and len(given[key]) > 1 and all(isinstance(item, str) for item in given[key])]:
         raise DataError(f"{ranked[0]}: {len(given[ranked[0]])} texts, and one answer is learnt; if they are lines of "
                         "one, say so with a map")
-    if lost := [key for key in (*NOT_TEXT, *PARTIAL) if key in given]:
+    if lost := _named(_LOST, given):
         raise DataError(f"{lost[0]}: " + ("this model reads nothing but text" if lost[0] in NOT_TEXT else
                         "has no meaning here: a turn is learnt or not (weight: 0 in the message)")
                         + "; a map can leave it out")
+
+
+def _named(names: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    """Those of the names that are given, in their order."""
+    return [] if given.keys().isdisjoint(names) else [name for name in names if name in given]
 
 
 def _one_reading(reading: str, others: Sequence[str]) -> None:
@@ -270,7 +278,7 @@ def _as_turns(parts: list[Any], role: str) -> list[Any]:
 
 
 def says(value: Any) -> bool:
-    return is_talk(value) or bool(part_text(value))
+    return bool(part_text(value)) if isinstance(value, str) else is_talk(value) or bool(part_text(value))
 
 
 def _strings(value: Any) -> list[str]:
@@ -321,10 +329,12 @@ def expert_of(value: Any) -> str | None:
 
 def part_text(value: Any) -> str:
     """A value as text; choices become a line each; what is nested deeper is not text."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
         value = [f"{key}. {item}" for key, item in value.items() if not isinstance(item, list | dict)]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return "\n".join(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    return value if isinstance(value, str) else ""
+    return ""

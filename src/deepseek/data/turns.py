@@ -59,7 +59,8 @@ def talk(turns: Sequence[Any], *, asked: int | None = None, system: str = "", re
     reasoning: of the last turn, an assistant's. Raises DataError, naming the turn."""
     unused: list[str] = []
     messages = [_message(turn, number, unused) for number, turn in enumerate(turns)]
-    said = list(map(plain, messages))
+    said = [plain(message) if len(message) > 2 else f"{message['role'].capitalize()}: {message['content']}"
+            for message in messages]
     if not any(text[text.index(":") + 1 :].strip() for text in said):
         raise DataError("the conversation is empty")
     if reasoning:
@@ -111,16 +112,17 @@ def _message(turn: Any, number: int, unused: list[str]) -> dict[str, Any]:
     if not is_turn(turn):
         raise DataError(f"turn {number + 1} has neither role and content nor from and value")
     given = {key: value for key, value in turn.items() if value is not None}
+    said = given.get("role", given.get("from"))
+    role, content = _role(said), given.get("content", given.get("value"))
+    if role and role != "function_call" and isinstance(content, str) and (
+            given.keys() == {"role", "content"} or given.keys() == {"from", "value"}):
+        return {"role": role, "content": content}
     for one, other in _TWICE:
         both = [given.get(key) for key in (one, other)]
         if all(map(filled, both)) and both[0] != both[1] and not (one == "role" and len(set(map(_role, both))) == 1):
             raise DataError(f"turn {number + 1} has {one} and {other}; one of them would be lost")
-    said = given.get("role", given.get("from"))
-    role, content = _role(said), given.get("content", given.get("value"))
     if not role:
         raise DataError(f"turn {number + 1} has role {said!r}, must be one of {', '.join(ROLES)}")
-    if isinstance(content, str) and given.keys() <= _PLAIN and role != "function_call":
-        return {"role": role, "content": content}
     thinking = [key for key in THINKING if given.get(key)]
     thoughts = [given[key] for key in thinking]
     if not all(isinstance(each, str) for each in thoughts) or len(set(thoughts)) > 1:
