@@ -418,7 +418,7 @@ def test_what_is_wrong_with_a_request_is_said_before_it_runs(model: CausalLM) ->
 
 def test_a_process_ends_in_the_middle_of_a_step(tiny_config: Callable, tmp_path: Any) -> None:
     code = ("import sys; from deepseek import LLM, SamplingParams, ModelConfig; from deepseek.model import CausalLM\n"
-            "llm = LLM(CausalLM(ModelConfig.from_file(sys.argv[1])))\n"
+            "llm = LLM(CausalLM(ModelConfig.from_file(sys.argv[1])).init_weights())\n"
             "llm.submit(llm.requests([1, 2], SamplingParams(max_tokens=200, ignore_eos=True))[0])")
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)

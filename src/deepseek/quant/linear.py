@@ -251,14 +251,16 @@ class QuantisedExperts(_Quantised):
     def gate_up(self, expert: int, x_PH: Tensor) -> tuple[Tensor, Tensor]:
         """gate(x) and up(x) of one expert, [P, I], in the arithmetic of the kernels."""
         table, panels = self.table, -(-self.table.inner // ROWS)
-        both = ops.quantised_linear(x_PH, table[expert], 2 * panels * ROWS, bits=table.bits).view(-1, panels, 2, ROWS)
+        packed = table[expert][: 2 * matrix_bytes(table.inner, table.hidden, table.bits)]
+        both = ops.quantised_linear(x_PH, packed, 2 * panels * ROWS, bits=table.bits).view(-1, panels, 2, ROWS)
         gate, up = (both[:, :, i].flatten(1)[:, : table.inner] for i in (0, 1))
         return gate, up
 
     def down(self, expert: int, h_PI: Tensor) -> Tensor:
         """down(h) of one expert, [P, H]."""
         table = self.table
-        packed = table[expert][2 * matrix_bytes(table.inner, table.hidden, table.bits) :]
+        start = 2 * matrix_bytes(table.inner, table.hidden, table.bits)
+        packed = table[expert][start : start + matrix_bytes(table.hidden, table.inner, table.bits)]
         return ops.quantised_linear(h_PI, packed, table.hidden, bits=table.bits)
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
