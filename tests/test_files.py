@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 
 from deepseek import files
 from deepseek.errors import ConfigError
-from deepseek.files import locked, read_yaml, replace_folder, sha256, write_atomically, write_json
+from deepseek.files import locked, read_yaml, replace_folder, sha256, to_json, write_atomically, write_json
 
 
 class InjectedError(RuntimeError):
@@ -271,3 +273,36 @@ def test_nothing_reads_yaml_by_another_way() -> None:
     source = Path(__file__).parents[1] / "src" / "deepseek"
     assert [path.name for path in source.rglob("*.py") if re.search(r"import yaml|yaml\.", path.read_text())] == [
         "files.py"]
+
+
+# ---- JSON that we write -------------------------------------------------------------------------------------------
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    """Python writes NaN and Infinity, which no other reader takes: null stands in their places."""
+    value = {"a": [math.nan, 1.5, (math.inf, {"b": -math.inf})], "c": "NaN", math.inf: 1}
+    assert to_json(value) == '{"a": [null, 1.5, [null, {"b": null}]], "c": "NaN", "inf": 1}'
+    write_json(tmp_path / "a.json", value)
+    read = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert read == {"a": [None, 1.5, [None, {"b": None}]], "c": "NaN", "inf": 1}
+    assert to_json({"é": 1}, ensure_ascii=False, indent=1) == json.dumps({"é": 1}, ensure_ascii=False, indent=1)
+
+
+# calls whose text is hashed, measured, compared, shown within a prompt or sent between our own processes: nothing that
+# another program reads
+WITHIN = {"tokenizer.py": 3, "tune/show.py": 1, "serve/responses.py": 1, "serve/chat.py": 1, "serve/answers.py": 1,
+          "engine/constraint.py": 1, "workers.py": 3, "domain.py": 1, "files.py": 1, "data/step.py": 1,
+          "data/shards.py": 1, "deepopt/loop.py": 1, "checkpoint/identity.py": 1, "templates.py": 2,
+          "conversation.py": 5}
+
+
+def test_nothing_writes_json_that_may_hold_nan() -> None:
+    source = Path(__file__).parents[1] / "src" / "deepseek"
+    found: Counter[str] = Counter()
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump") and not any(
+                    word.arg == "allow_nan" and ast.unparse(word.value) == "False" for word in node.keywords):
+                found[str(path.relative_to(source))] += 1
+    assert {name: number for name, number in found.items() if number > WITHIN.get(name, 0)} == {}, (
+        "use files.to_json, or allow_nan=False")

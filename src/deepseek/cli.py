@@ -110,10 +110,10 @@ def info(args: argparse.Namespace) -> None:
     extra = {"fits": fits, "machine": machine, "price_per_hour": args.price_per_hour,
              "tokens_per_second": args.tokens_per_second}
     if args.json:
-        import json
+        from .files import to_json
 
         loads = None if judged is None else {"yes": judged.because is None, "because": judged.because or judged.about}
-        print(json.dumps(accounting.to_json(described, **extra) | {"loads_here": loads}, indent=2))
+        print(to_json(accounting.to_json(described, **extra) | {"loads_here": loads}, indent=2))
         return
     print(accounting.render(described, **extra))
     if judged is None:

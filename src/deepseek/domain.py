@@ -348,7 +348,8 @@ class DomainClassifier:
         import numpy as np
 
         buffer = io.BytesIO()
-        about = json.dumps({"format": 1, "names": self.names, "temperature": self.temperature, "lengths": LENGTHS})
+        about = json.dumps({"format": 1, "names": self.names, "temperature": self.temperature, "lengths": LENGTHS},
+                           allow_nan=False)
         np.savez(buffer, about=np.frombuffer(about.encode(), np.uint8), weights=self.weights_SK.astype(np.float16),
                  bias=self.bias_K)
         write_atomically(path, buffer.getvalue())

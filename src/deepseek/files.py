@@ -46,7 +46,23 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Pretty JSON, UTF-8, atomically."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, to_json(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """`json.dumps`, with null for a number that is not finite: JSON has no NaN, though Python writes it."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_with_nulls(value), allow_nan=False, **options)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key) if isinstance(key, float) else key: _with_nulls(inner) for key, inner in value.items()}
+    return [_with_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def no_constant(word: str) -> NoReturn:

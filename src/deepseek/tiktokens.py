@@ -60,7 +60,8 @@ def convert(folder: Path, settings: Mapping[str, Any]) -> tuple[str, dict[str, A
             "vocab": {_spelt(token): rank for token, rank in ranks.items()},
             "merges": [[_spelt(part) for part in pair] for pair in merges(ranks)]}}
     kept = {key: value for key, value in settings.items() if key != "auto_map"}
-    return json.dumps(definition, ensure_ascii=False), kept | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return json.dumps(definition, ensure_ascii=False, allow_nan=False), kept
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:

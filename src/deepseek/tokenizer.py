@@ -180,7 +180,7 @@ class Tokenizer:
         for token in definition.get("added_tokens") or []:
             token["special"] = token["content"] in self._control
         with _failing("the tokenizer fails"):
-            plain = tokenizers.Tokenizer.from_str(json.dumps(definition))
+            plain = tokenizers.Tokenizer.from_str(json.dumps(definition, allow_nan=False))
         plain.encode_special_tokens = True
         return plain
 

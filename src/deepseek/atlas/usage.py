@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import ConfigError, DataError
+from ..files import to_json
 from ..model import RoutingRecord, expert_load, max_violation
 from .atlas import Atlas
 from .draw import frame, save_png
@@ -179,7 +180,7 @@ class ExpertUsage:
 
     def to_json(self) -> str:
         """The counts as one JSON object; `from_json` reads it back."""
-        return json.dumps({
+        return to_json({
             "format": FORMAT, "layers": list(self.layers), "experts": self.experts, "top_k": self.top_k,
             "tokens": self.tokens, "counts": self.counts_LE.tolist(), "weights": self.weights_LE.tolist()})
 

@@ -211,7 +211,7 @@ def write_file(path: Path, parts: list[Part], progress: Callable[[int], object])
     for part in parts:
         header[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [end, end + part.bytes]}
         end += part.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     digest = hashlib.sha256()
     unfinished = path.with_name(f"{path.name}.part")

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import ConfigError, DataError, NotFoundError
+from ..files import to_json
 from .mapping import RecordMap
 from .records import COLUMNS, Document, collect, to_documents
 from .shapes import known_keys, shape
@@ -313,7 +314,7 @@ def _documents(
         try:
             yield from documents_of(record, source, number, report, mapping)
         except DataError as error:
-            raw = json.dumps(record, ensure_ascii=False, default=str)
+            raw = to_json(record, ensure_ascii=False, default=str)
             report.problem(source, number, "unusable record", str(error), raw)
 
 

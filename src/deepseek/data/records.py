@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, NotFoundError
+from ..files import to_json
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ def to_table(documents: Iterable[Document]) -> polars.DataFrame:
     """A table of documents, in their order."""
     import polars as pl
 
-    rows = [(d.text, d.answer_at, json.dumps(d.turns, ensure_ascii=False) if d.turns else None, d.source, d.line,
+    rows = [(d.text, d.answer_at, to_json(d.turns, ensure_ascii=False) if d.turns else None, d.source, d.line,
              d.expert, "given" if d.expert else None, None, _word(d.metadata.get("language")),
              _word(d.metadata.get("complexity")),
-             json.dumps(d.metadata, ensure_ascii=False, default=str) if d.metadata else None) for d in documents]
+             to_json(d.metadata, ensure_ascii=False, default=str) if d.metadata else None) for d in documents]
     columns = zip(*rows, strict=True) if rows else ([] for _ in COLUMNS)
     table = pl.DataFrame([pl.Series(name, values, dtype=getattr(pl, kind), strict=False)
                           for (name, kind), values in zip(COLUMNS.items(), columns, strict=True)])

@@ -6,7 +6,6 @@ Beside the records the report tells what earlier steps did, where their folders 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..domain import told_by_language
+from ..files import to_json
 from .reader import ReadReport
 from .records import record_files
 from .step import Done, about, input_fingerprint, run_step
@@ -30,7 +30,7 @@ def report(source: str | Path, out: str | Path) -> Done:
 
     def work(folder: Path) -> dict[str, Any]:
         found = {"experts": measure(source), "steps": before}
-        (folder / "report.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(to_json(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / "report.txt").write_text(as_text(found) + "\n", encoding="utf-8")
         (folder / "report.html").write_text(as_html(found), encoding="utf-8")
         return {"records": sum(one["records"] for one in found["experts"].values()),

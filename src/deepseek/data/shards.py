@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..conversation import of_turns
 from ..errors import ConfigError, DataError, NotFoundError, RequestError
-from ..files import replace_folder, sha256, write_json
+from ..files import replace_folder, sha256, to_json, write_json
 from ..spoken import encode_conversation
 from ..tokenizer import Tokenizer
 from .encode import Encoder, flat, join, spread
@@ -321,7 +321,7 @@ def _tables(documents: Iterable[Document]) -> Iterator[polars.DataFrame]:
 def _table(documents: Sequence[Document]) -> polars.DataFrame:
     import polars as pl
 
-    rows = [(d.text, json.dumps(d.turns) if d.turns else None, d.source, d.line, d.expert) for d in documents]
+    rows = [(d.text, to_json(d.turns) if d.turns else None, d.source, d.line, d.expert) for d in documents]
     try:
         return pl.DataFrame(rows, {name: getattr(pl, COLUMNS[name]) for name in PACKED}, orient="row")
     except UnicodeEncodeError as error:

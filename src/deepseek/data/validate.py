@@ -6,7 +6,6 @@ which are laid in reading order. So the result does not depend on the number of 
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import signal
 from collections import Counter
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..errors import DataError
+from ..files import to_json
 from .mapping import RecordMap
 from .reader import UNUSED_KEYS, Named, ReadReport, is_hub, list_files, read_documents, read_file, read_lines
 from .records import Document, Parts, to_table
@@ -63,7 +63,7 @@ class _Quarantine(ReadReport):
     def problem(self, source: str, line: int | None, reason: str, detail: str = "", raw: str = "") -> None:
         self.reasons[reason] += 1
         record = {"source": source, "line": line, "reason": reason, "detail": detail, "raw": raw}
-        self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
+        self.file.write(to_json(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
         if len(self.problems) < 3:
             super().problem(source, line, reason, detail)
 

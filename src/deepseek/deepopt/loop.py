@@ -35,7 +35,7 @@ from ..atlas import Atlas, RoutingAccuracy
 from ..checkpoint import load_model, save_model, to_dtype
 from ..data.shards import Batch
 from ..errors import CheckpointError, ConfigError
-from ..files import is_file_at, take_lock, write_atomically, write_json
+from ..files import is_file_at, take_lock, to_json, write_atomically, write_json
 from ..interrupts import handled, held, kept
 from ..model import CausalLM, RoutingRecord, max_violation
 from ..ops import fast_bf16
@@ -437,7 +437,7 @@ class RunLog:
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(to_json(record) + "\n")
         self._file.flush()
         if not is_file_at(self._file, self._path):
             raise ConfigError(f"{self._path}: was deleted or replaced during the run; the same command goes on from "

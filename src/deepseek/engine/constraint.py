@@ -210,4 +210,4 @@ def _schema(value: str | Mapping[str, Any]) -> str:
     schema = json.loads(value) if isinstance(value, str) else dict(value)
     if not isinstance(schema, dict):
         raise ValueError("must be a JSON object")
-    return json.dumps(schema)
+    return json.dumps(schema, allow_nan=False)

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from ..atlas.usage import ExpertUsage
 from ..errors import DataError, RequestError
-from ..files import is_file_at, take_lock
+from ..files import is_file_at, take_lock, to_json
 from ..interrupts import kept
 from .llm import LLM, outcome
 from .request import Request, RequestOutput
@@ -120,7 +120,7 @@ def _name(number: int, line: bytes) -> tuple[dict[str, Any], dict[str, Any] | st
     name: dict[str, Any] = {"line": number}
     try:
         keys = json.loads(line)
-        json.dumps(keys, ensure_ascii=False).encode("utf-8")
+        json.dumps(keys, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         return name, f"not JSON: {error}"
     if not isinstance(keys, dict):
@@ -219,6 +219,6 @@ def _finished(file: IO[bytes], target: Path) -> list[dict[str, Any]]:
 
 
 def _write(out: IO[bytes], answer: Mapping[str, Any]) -> None:
-    out.write((json.dumps(answer, ensure_ascii=False) + "\n").encode())
+    out.write((to_json(answer, ensure_ascii=False) + "\n").encode())
     out.flush()
     os.fsync(out.fileno())

@@ -133,7 +133,7 @@ def _parse(text: str) -> list[tuple[str, str]]:
 def _forced(text: str) -> list[tuple[str, str]]:
     try:
         call = json.loads(text)
-        return [(call["name"], json.dumps(call["arguments"], ensure_ascii=False))]
+        return [(call["name"], json.dumps(call["arguments"], ensure_ascii=False, allow_nan=False))]
     except (ValueError, KeyError, TypeError):  # the text was cut short by max_tokens
         return []
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import resource
 import signal
 from collections.abc import Awaitable, Callable
@@ -21,6 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ConfigError
+from ..files import to_json
 
 LINGER = 1.0  # seconds that a refused client has to read why
 SPARE = 128  # file descriptors beside the connections: weights, logs, refused clients
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
         self.refused = True
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             kind = "server_error" if status >= 500 else "invalid_request_error"
-            body = json.dumps({"error": {"message": message, "type": kind, "param": None,
+            body = to_json({"error": {"message": message, "type": kind, "param": None,
                                          "code": code}})
             reason = "Service Unavailable" if status == 503 else "Request Timeout"
             self.transport.write(f"HTTP/1.1 {status} {reason}\r\n"

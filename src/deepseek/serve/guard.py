@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import json
 import logging
 import math
 import secrets
@@ -13,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import to_json
 from ..keys import check_keys
 
 Scope = MutableMapping[str, Any]
@@ -119,7 +119,7 @@ class Guard:
             self.held -= claimed
             if status >= 400:
                 self.told(status)
-            log.info(json.dumps({"request_id": name, "method": scope["method"], "path": scope["path"], "status": status,
+            log.info(to_json({"request_id": name, "method": scope["method"], "path": scope["path"], "status": status,
                                  "seconds": round(time.perf_counter() - began, 4), "bytes": taken}))
 
     def _here(self, header: str) -> bool:
@@ -143,7 +143,7 @@ def busy(message: str) -> ServeError:
 
 
 async def refuse(error: ServeError, send: Send) -> None:
-    body = json.dumps(error.body).encode()
+    body = to_json(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
                *((key.encode(), value.encode()) for key, value in error.headers.items())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from ..errors import MoEDRError
+from ..files import to_json
 from .chat import Chat, joined
 from .guard import ServeError
 from .protocol import ChatRequest, Item, ResponsesRequest, complaint
@@ -204,7 +205,7 @@ class Response:
     def event(self, kind: str, **more: Any) -> bytes:
         data = {"type": kind, "sequence_number": self.number, **more}
         self.number += 1
-        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+        return f"event: {kind}\ndata: {to_json(data, ensure_ascii=False)}\n\n".encode()
 
     async def stream(self, http: Request) -> AsyncIterator[bytes]:
         """OpenAI's events; one that fails on the way ends with `error`."""

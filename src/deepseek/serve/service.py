@@ -7,7 +7,6 @@ client that leaves, a time-out and a shutdown abort the requests, whose pages go
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..engine import LLM, ExpertControl, SamplingParams
 from ..engine.request import Request as Generation
 from ..errors import ConfigError, MoEDRError
+from ..files import to_json
 from ..tokenizer import Tokenizer
 from ..watch.monitor import WatchOptions
 from .guard import ServeError
@@ -242,7 +242,7 @@ def floored(logprob: float) -> float:
 
 
 def event(body: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+    return f"data: {to_json(body, ensure_ascii=False)}\n\n".encode()
 
 
 async def sse(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..engine import LLM
 from ..engine.request import Request as Generation
+from ..files import to_json
 from ..language import NONE, language
 from ..model.cache import PAGE
 from ..watch.counters import Counters
@@ -110,7 +111,7 @@ class Watch:
         """late: it was ended because it took too long, an error of ours."""
         assert request.finish_reason is not None and request.finished is not None
         if self.texts:
-            log.info(json.dumps(self.known.pop(request.number, {}) | {"text": request.text}, ensure_ascii=False))
+            log.info(to_json(self.known.pop(request.number, {}) | {"text": request.text}, ensure_ascii=False))
         first = None if request.first_token is None else request.first_token - request.arrived
         new = len(request.token_ids)
         each = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data import Document, ReadReport, RecordMap
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import to_json, write_atomically
 from .records import digest, documents_in
 
 
@@ -72,8 +72,8 @@ def _json(value: Mapping[str, Any]) -> str:
     try:
         return json.dumps(value, default=str, allow_nan=False)
     except ValueError:
-        return json.dumps({key: str(item) for key, item in value.items()})
+        return json.dumps({key: str(item) for key, item in value.items()}, allow_nan=False)
 
 
 def _line(document: Document) -> str:
-    return json.dumps(asdict(document), default=str) + "\n"
+    return to_json(asdict(document), default=str) + "\n"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ConfigError, MoEDRError
+from ..files import to_json
 from .metrics import Reading
 
 HOUR, DAY = 3600.0, 86400.0
@@ -100,14 +101,14 @@ class History:
         if self._spare is not None:
             self._spare.close()
             self._spare = None
-            log.warning(json.dumps({"history": str(self.path), "status": "written again"}))
+            log.warning(to_json({"history": str(self.path), "status": "written again"}))
         return out
 
     def _failed(self, error: sqlite3.Error) -> sqlite3.Connection:
         # a full disk may get space again; damage stays (and is a plain DatabaseError)
         self._again = clock.monotonic() + AGAIN if isinstance(error, sqlite3.OperationalError) else math.inf
         if self._spare is None:
-            log.warning(json.dumps({"history": str(self.path), "error": str(error),
+            log.warning(to_json({"history": str(self.path), "error": str(error),
                                     "status": "readings and alerts go on in memory, feedback is refused"}))
             self._spare = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
             self._spare.executescript(_TABLES)
@@ -116,7 +117,7 @@ class History:
     # ---- what is kept -------------------------------------------------------------------------------------------
 
     def add(self, time: float, reading: Reading) -> None:
-        row = (time, json.dumps(dict(reading)))
+        row = (time, to_json(dict(reading)))
         self._do(lambda store: store.execute("insert or replace into readings values (?, ?)", row))
 
     def thin(self, now: float) -> None:

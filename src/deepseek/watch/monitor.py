@@ -7,7 +7,6 @@ and alerts of the last `minutes`.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import to_json
 from .alerts import Alert, Alerts, Limits, ratios
 from .counters import Counters, Counts
 from .history import History
@@ -155,7 +155,7 @@ class Monitor:
     # ---- alerts go to -------------------------------------------------------------------------------------------
 
     def _log(self, alert: Alert, begins: bool) -> None:
-        log.warning(json.dumps({"alert": alert.rule, "status": "firing" if begins else "over",
+        log.warning(to_json({"alert": alert.rule, "status": "firing" if begins else "over",
                                 "subject": alert.subject, "message": alert.message}, ensure_ascii=False))
 
     def _keep(self, alert: Alert, begins: bool) -> None:
@@ -163,7 +163,7 @@ class Monitor:
 
     def _post(self, alert: Alert, begins: bool) -> None:
         """In a thread of its own: whoever listens may be slow. Its address may hold a secret: the log has its host."""
-        body = json.dumps(alert.to_dict() | {"status": "firing" if begins else "over", "model": self.model}).encode()
+        body = to_json(alert.to_dict() | {"status": "firing" if begins else "over", "model": self.model}).encode()
 
         def post() -> None:
             address = str(self.options.alert_webhook)
@@ -172,7 +172,7 @@ class Monitor:
                 with urllib.request.urlopen(request, timeout=10):
                     pass
             except (OSError, HTTPException, ValueError) as error:
-                log.warning(json.dumps({"webhook": urlsplit(address).hostname, "error": str(error)}))
+                log.warning(to_json({"webhook": urlsplit(address).hostname, "error": str(error)}))
 
         self._poster.submit(post)
 
