@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,26 @@ def test_an_index_that_is_none(folder: Path, index: dict[str, Any], message: str
     (b'{"a": NaN}', "a: nan is no number of JSON"), (b'{"a": [{"b": -Infinity}]}', "a: 0: b: -inf is no number"),
     (b'{"a": 1e999}', "a: inf"), (b'{"a": 1, "a": 1.0}', "'a' comes twice"), (b'{"a": "\\uDC00"}', "half a character"),
     (b'\xef\xbb\xbf{}', "BOM"), (b'{"a": ' + b"9" * 5000 + b"}", "digits"), (b"[" * 100_000, "recursion"),
+    (b'{"a": ' + b"[" * 70 + b"{}" + b"]" * 70 + b"}", "must be nested at most 64 deep"), (b'"a"', "object, got str"),
 ])
 def test_json_that_is_none(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=message) as caught:
         read_json(tmp_path / "a.json", CheckpointError)
     assert str(caught.value).startswith(f"{tmp_path / 'a.json'}: ")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to nowhere", "link to itself"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json",
+                                  "chat_template.jinja", "special_tokens_map.json"])
+def test_what_is_no_file_is_neither_waited_for_nor_passed_over(folder: Path, name: str, kind: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "link to nowhere": lambda path: path.symlink_to("nowhere"),
+     "link to itself": lambda path: path.symlink_to(path.name)}[kind](folder / name)
+    read: Callable[[Path], object] = ModelConfig.from_file if name == "config.json" else Tokenizer.load
+    with pytest.raises(MoEDRError, match=r"must be a file|no such file|Too many levels|cannot be read") as caught:
+        read(folder)
+    assert str(folder / name) in str(caught.value)
 
 
 def test_json_that_says_the_same_twice(tmp_path: Path) -> None:

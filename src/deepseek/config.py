@@ -276,7 +276,11 @@ class ModelConfig:
                 warnings.warn(f"{origin}: unknown key {printable(key)} = {shown(value)} is kept but has no effect",
                               stacklevel=2)
                 extra[key] = value
-        if odd := not_finite(extra):
+        try:
+            odd = not_finite(extra)
+        except ValueError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+        if odd:
             raise ConfigError(f"{origin}: {printable(odd)}: must be a number of JSON, or text")
         if missing := [key for key in _REQUIRED if key not in values]:
             raise ConfigError(f"{origin}: missing key {', '.join(missing)}")
@@ -289,10 +293,7 @@ class ModelConfig:
     def from_file(cls, path: str | Path, *, strict: bool | None = None) -> ModelConfig:
         """Read a config.json, or the one inside a checkpoint folder."""
         path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
-            if path.exists() and not path.is_file():  # a pipe has no end
-                raise ConfigError(f"{path}: must be a file")
+        path = path / "config.json" if path.is_dir() else path
         return cls.from_dict(read_json(path, ConfigError, finite=False), strict=strict, origin=str(path))
 
     @classmethod

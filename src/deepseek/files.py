@@ -22,7 +22,7 @@ from .errors import ConfigError, DataError, MoEDRError, NotFoundError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_YAML_BYTES, _YAML_DEPTH = 8 << 20, 64
+_YAML_BYTES, _DEPTH = 8 << 20, 64
 # YAML 1.2, 10.3.2, without integers
 _YAML_FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
 
@@ -79,9 +79,9 @@ def read_json(
     path = Path(path)
     start = f"{path}: {what}: " if what else f"{path}: "
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text_of(path)
         value = json.loads(text, object_pairs_hook=_object)
-        if finite and (odd := not_finite(value)):
+        if isinstance(value, dict | list) and (odd := not_finite(value)) and finite:
             raise ValueError(f"{odd} is no number of JSON")
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
@@ -110,11 +110,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def not_finite(value: Any) -> str | None:
-    """The first number in a value that JSON has not, with the keys that lead to it; None where there is none."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else f"{value}"
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return next((f"{key}: {odd}" for key, item in items if (odd := not_finite(item))), None)
+    """The first number in a value that JSON has not, with the keys that lead to it; None where there is none. Raises
+    ValueError for one that is nested more than 64 deep, which other steps could not write again."""
+    todo: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    while todo:
+        path, item = todo.pop()
+        if isinstance(item, float):
+            if not math.isfinite(item):
+                return ": ".join(map(str, (*path, item)))
+            continue
+        inside = item.items() if isinstance(item, dict) else enumerate(item)
+        parts = [((*path, key), one) for key, one in inside if isinstance(one, float | dict | list | tuple)]
+        if parts and len(path) >= _DEPTH:
+            raise ValueError(f"must be nested at most {_DEPTH} deep")
+        todo += reversed(parts)
+    return None
+
+
+def _text_of(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "must be a file")  # a pipe would be waited for
+    return path.read_text(encoding="utf-8")
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
@@ -125,7 +141,7 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 def read_text(path: str | Path, error: type[MoEDRError] = DataError) -> str:
     """The text of a UTF-8 file. Raises `error` with the file and the mistake."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return _text_of(Path(path))
     except OSError as failure:
         raise error(f"{path}: cannot be read: {failure.strerror or failure}") from None
     except UnicodeDecodeError as failure:
@@ -242,7 +258,7 @@ def read_yaml(path: str | Path) -> Any:
     except (yaml.YAMLError, OSError, ValueError, TypeError, OverflowError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: not YAML: must be nested at most {_YAML_DEPTH} deep") from None
+        raise ConfigError(f"{path}: not YAML: must be nested at most {_DEPTH} deep") from None
 
 
 @cache
@@ -260,7 +276,7 @@ def _yaml_loader() -> Any:
 def _expanded(node: Any, sizes: dict[int, int], depth: int) -> int:
     """Values under a YAML node, those of aliases counted wherever they stand. `sizes` is filled: 0 marks a node whose
     inside is being counted."""
-    if depth > _YAML_DEPTH:
+    if depth > _DEPTH:
         raise RecursionError
     if (known := sizes.get(id(node))) is not None:
         if not known:

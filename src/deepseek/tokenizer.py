@@ -18,6 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Tokenizer:
             raise NotFoundError(f"{tried[0]}: no such file{_other_kind(folder)}")
         config = _settings(folder / "special_tokens_map.json") | _settings(folder / "tokenizer_config.json")
         template = _template_of(config.pop("chat_template", None), folder / "tokenizer_config.json")
-        if (jinja := folder / "chat_template.jinja").is_file():
+        if lexists(jinja := folder / "chat_template.jinja"):
             template = read_text(jinja)
         generation = _generation(folder / "generation_config.json")
         if file is None:
@@ -488,7 +489,7 @@ def _failing(what: str) -> Iterator[None]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """tokenizer_config.json or the like, {} where there is none. Raises DataError where a special token is no text."""
-    if not path.is_file():
+    if not lexists(path):
         return {}
     keys = read_json(path)
     for key in _USUAL:
@@ -513,7 +514,7 @@ def _template_of(value: Any, path: Path) -> str | None:
 
 def _generation(path: Path) -> dict[str, Any]:
     """generation_config.json, {} where there is none. Raises DataError for an eos_token_id that is no id."""
-    if not path.is_file():
+    if not lexists(path):
         return {}
     keys = read_json(path)
     ends = keys.get("eos_token_id")
