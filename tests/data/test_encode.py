@@ -17,6 +17,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from deepseek.data import Document, ReadReport, encode, pack, read_documents, shards
 from deepseek.data.encode import Encoder
+from deepseek.data.held_out import held_out_place
 from deepseek.domain import KEYWORDS, KeywordRules
 from deepseek.errors import DataError
 from deepseek.tokenizer import SPLIT, Tokenizer
@@ -105,7 +106,6 @@ def test_other_tokenizers_go_their_own_way(change: dict[str, Any]) -> None:
 def packed_slowly(documents: list[Document], fraction: float, experts: tuple[str, ...]) -> dict[str, bytes]:
     """Files of shards, a document at a time."""
     out: dict[str, list[tuple[list[int], int]]] = {"train": [], "valid": []}
-    waits: tuple[float, list[int], int] | None = None
     for document in documents:
         if document.turns:
             said = tokenizer().encode_chat([{"role": r, "content": t} for r, t in document.turns],
@@ -113,15 +113,8 @@ def packed_slowly(documents: list[Document], fraction: float, experts: tuple[str
         else:
             said = [0, *tokenizer().encode(document.text)]
         said = said if said[-1] == 1 else [*said, 1]
-        new = (shards.held_out_place(document.text, b"0"), said,
-               experts.index(document.expert) if document.expert else 255)
-        if waits is None:
-            waits = new
-            continue
-        (place, said, name), waits = (waits, new) if new[0] >= waits[0] else (new, waits)
-        out["valid" if place < fraction else "train"].append((said, name))
-    assert waits is not None
-    out["train"].append(waits[1:])
+        name = experts.index(document.expert) if document.expert else 255
+        out["valid" if held_out_place(document.text, b"0") < fraction else "train"].append((said, name))
     return {f"{side}{what}.bin": b"".join(np.array(part, kind).tobytes() for part in parts)
             for side, rows in out.items()
             for what, kind, parts in (("", "<u2", [said for said, _ in rows]),

@@ -21,7 +21,7 @@ from deepseek.ops.loss import IGNORE
 from deepseek.tokenizer import Tokenizer
 from deepseek.tune import records as tune_records
 from deepseek.tune.examples import Example, Examples, pad
-from deepseek.tune.records import POOL, RecordSet, each_record, encode, places, read_records
+from deepseek.tune.records import POOL, RecordSet, digest, each_record, encode, places, read_records
 from deepseek.tune.streams import fresh, take_round
 
 
@@ -287,15 +287,17 @@ def test_of_prompt_and_completion_the_completion_is_learnt(tools: Any, tmp_path:
 def test_control_tokens_of_a_text_count_where_they_are_asked_for() -> None:
     tokenizer = Tokenizer.train(["now noon"], 261)
     turns = [{"role": "user", "content": "now?"}, {"role": "assistant", "content": "noon"}]
-    [document] = read_records([{"text": tokenizer.chat(turns, add_generation_prompt=False)}])
+    said = tokenizer.chat(turns, add_generation_prompt=False)
+    [document, second] = read_records([{"text": said}, {"text": f"noon {said}"}])
     [example] = encode(document, tokenizer, 99, parse_special=True)
     assert list(example.ids) == tokenizer.encode_chat(turns, add_generation_prompt=False)  # one begin, one end
     with pytest.warns(UserWarning, match=r"records:1 spells out the control token '<\|begin_of_sentence\|>'"):
-        data = RecordSet.of([document, document], tokenizer, max_length=999)  # said once
-    RecordSet.of([document, document], tokenizer, max_length=999)
-    assert tokenizer.decode(data.train[0].ids) == document.text
-    other = RecordSet.of([document, document], tokenizer, max_length=999, parse_special=True)
-    assert data.fingerprint != other.fingerprint and other.train[0] == example
+        data = RecordSet.of([document, second], tokenizer, max_length=999)  # said once
+    RecordSet.of([document, second], tokenizer, max_length=999)
+    both = [tokenizer.decode(side[0].ids) for side in (data.train, data.valid)]
+    assert sorted(both) == sorted([document.text, second.text])
+    other = RecordSet.of([document, second], tokenizer, max_length=999, parse_special=True)
+    assert data.fingerprint != other.fingerprint and example in (other.train[0], other.valid[0])
 
 
 def test_a_user_who_has_the_last_word_is_not_learnt(tokenizer: Tokenizer) -> None:
@@ -347,3 +349,30 @@ def test_tool_turns_are_learnt_as_the_server_reads_them() -> None:
         assert list(example.ids) == want and len(example.learnt) == 2
     said = tokenizer.decode(want[example.learnt[0][0] : example.learnt[0][1]], skip_special=False)
     assert "time" in said and '{"zone": "UTC"}' in said and "12:00" not in said
+
+
+def test_every_name_has_held_out_records(tokenizer: Tokenizer) -> None:
+    def documents(name: str, count: int) -> list[Document]:
+        return [Document(f"{name} {i} pay coins", name, i, expert=name, answer_at=6) for i in range(count)]
+
+    plain = Tokenizer(tokenizer._definition, {}, None)
+    given = [*documents("law", 30), *documents("act", 5), *documents("one", 1)]
+    data = RecordSet.of(given, plain, max_length=64, valid_fraction=0.01)
+    held = {document.text for document in given if digest(document) in data.held_out}
+    assert {name: sum(text.startswith(name) for text in held) for name in ("law", "act", "one")} == {
+        "law": 2, "act": 2, "one": 0}
+    assert len(data.valid) == 4 and len(data.train) == 32
+    assert {plain.decode(example.ids) for example in data.valid} == held
+    assert [note.partition(";")[0] for note in data.split_notes] == [
+        "warning: valid_fraction = 0.01 holds out 0 of 5 records of act",
+        "warning: valid_fraction = 0.01 holds out 0 of 30 records of law",
+        "warning: valid_fraction = 0.01 holds out 0 of 1 records of one, and there is nothing to hold out instead: it "
+        "cannot be measured"]
+    # a single long text gives its last windows
+    book = Document("pay coins of the act " * 60, "book.txt")
+    data = RecordSet.of([book], plain, max_length=32, valid_fraction=0.1)
+    whole = [*encode(book, plain, 32)]
+    assert [*data.train, *data.valid] == whole and len(data.valid) == max(1, round(len(whole) * 0.1))
+    assert "the end of one is held out" in data.split_notes[0]
+    with pytest.raises(DataError, match="has a single record, 3 times; at least two are needed"):
+        RecordSet.of([documents("law", 1)[0]] * 3, plain, max_length=64)

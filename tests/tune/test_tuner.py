@@ -102,7 +102,7 @@ def test_shared_experts_and_the_rest_where_asked(
 def test_auto_selects_as_esft_does_and_keeps_the_choice(
     base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder = base()
+    folder, quick = base(), quick | {"eval_records": 16}  # four times as many are routed: all
     tuner = MoEFineTuner(folder, expert_tune="auto", threshold=0.3, out=tmp_path / "out", **quick)
     report = tuner.fit(records(), steps=2)
     kept = json.loads((tmp_path / "out" / "experts.json").read_text())
@@ -180,7 +180,6 @@ def test_a_delta_refuses_another_base(base: Callable[..., Path], quick: dict[str
      "no experts are named 'low_expert'.*text_expert, code_expert, math_expert, law_expert"),
     ({"expert_freeze": ["code"]}, RequestError, "no experts are named 'code'"),
     ({"expert_tune": ["law_expert"], "expert_freeze": ["code_expert"]}, ConfigError, "exclude each other"),
-    ({"expert_tune": "law_expert"}, ConfigError, "expert_tune = 'law_expert': must be a list of names, or auto"),
     ({"expert_tune": []}, ConfigError, "must name at least one expert"),
     ({"learning_rate": 1}, ConfigError, "unknown setting learning_rate; there are .*lr"),
     ({"lr": -1}, ConfigError, "lr = -1: must be a positive number"),

@@ -116,6 +116,7 @@ def _story(steps: Mapping[str, Any]) -> list[str]:
     if one := steps.get("split"):
         held = sum(sides["valid"] for sides in one["by_expert"].values())
         lines.append(f"split      {one['read'] - held:,} to train on, {held:,} held out")
+        lines += [f"           {note}" for note in one.get("notes", ())]
     if one := steps.get("pack"):
         lines.append(f"tokens     {one['train_tokens']:,} to train on, {one['valid_tokens']:,} held out")
     return lines

@@ -4,9 +4,8 @@
     FOLDER/train.experts.bin, …   where documents have expert names: a byte a token, its place among them (255: no name)
     FOLDER/shards.json            counts, dtype, the tokenizer's fingerprint, the sources, the expert names
 
-Every document stands between bos and eos. A hash of its text decides whether it is held out, so the split does not
-change when files are added or reordered. Where no document falls to the held-out side, the end of one is cut off for
-it.
+Every document stands between bos and eos. A hash of its text decides whether it is held out; of every name a few are
+(held_out.py).
 
 Windows of S + 1 tokens (S inputs, and S labels that are the same tokens one further) lie end to end with stride S. An
 epoch is a permutation of them, drawn from (seed, epoch), on a grid that starts at a new random offset below S, so that
@@ -37,6 +36,7 @@ from ..files import replace_folder, sha256, to_json, write_json
 from ..spoken import encode_conversation
 from ..tokenizer import Tokenizer
 from .encode import Encoder, flat, join, spread
+from .held_out import Held, count_held, held_out_place, hold_out, notes
 from .reader import Document, Named, ReadReport, list_files, read_documents
 from .records import COLUMNS
 from .step import in_order
@@ -103,6 +103,11 @@ class TokenShards:
         """Hash of the training tokens and their labels: equal data, equal fingerprint, wherever it lies."""
         tokens = sha256(self.folder / "train.bin")
         return f"{tokens} {sha256(self.folder / 'train.experts.bin')}" if self.experts else tokens
+
+    def notes(self) -> list[str]:
+        """What is to be said of the held-out documents, a line each."""
+        held = {name: Held(**one) for name, one in self.about.get("held_out", {}).items()}
+        return notes(held, self.about.get("valid_fraction", 0))
 
     @property
     def train_tokens(self) -> int:
@@ -218,7 +223,7 @@ def pack_tables(tables: Iterable[polars.DataFrame], tokenizer: Tokenizer, folder
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     encoder, workers = Encoder(tokenizer), min(8, len(os.sched_getaffinity(0)))
     with replace_folder(folder) as staging, ExitStack() as stack:
-        tokens, names = ([stack.enter_context((staging / f"{split}{what}.bin").open("wb"))
+        tokens, names = ([stack.enter_context((staging / f"{split}{what}.bin").open("w+b"))
                           for split in ("train", "valid") if experts or not what] for what in ("", ".experts"))
         splits = _Splits(tokens, names, dtype, valid_fraction, seed)
         sources: dict[str, int] = {}
@@ -237,12 +242,12 @@ def pack_tables(tables: Iterable[polars.DataFrame], tokenizer: Tokenizer, folder
                 progress(sum(sources.values()), splits.tokens)
         if not splits.tokens:
             raise DataError("there is no text to pack")
-        splits.finish()
-        about = {"format": FORMAT, "dtype": dtype.str, "train_tokens": tokens[0].tell() // dtype.itemsize,
-                 "valid_tokens": tokens[1].tell() // dtype.itemsize, "documents": sum(sources.values()),
+        held = splits.finish({**{number: name for name, number in place.items()}, NO_EXPERT: ""})
+        about = {"format": FORMAT, "dtype": dtype.str, "train_tokens": tokens[0].seek(0, os.SEEK_END) // dtype.itemsize,
+                 "valid_tokens": tokens[1].seek(0, os.SEEK_END) // dtype.itemsize, "documents": sum(sources.values()),
                  "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint, "seed": seed,
                  "valid_fraction": valid_fraction, "fingerprint": fingerprint, "sources": sources,
-                 "experts": list(experts)}
+                 "experts": list(experts), "held_out": {name: one._asdict() for name, one in held.items()}}
         for file in (*tokens, *names):
             file.flush()
         write_json(staging / "shards.json", about)
@@ -253,56 +258,64 @@ def pack_tables(tables: Iterable[polars.DataFrame], tokenizer: Tokenizer, folder
 
 
 class _Splits:
-    """Sends documents to one of two files by hash. The one with the highest hash waits until the end: it is the least
-    likely to be held out, and stands in for whichever side got nothing. names: the files of expert labels, if any."""
+    """Sends documents to one of two files by hash, and at the end those that `hold_out` wants elsewhere. names: the
+    files of expert labels, if any."""
 
     def __init__(self, tokens: Sequence[BinaryIO], names: Sequence[BinaryIO], dtype: np.dtype[Any], fraction: float,
                  seed: int) -> None:
         self.files, self.names, self.dtype, self.fraction = tokens, names, dtype, fraction
         self.key = f"{seed}".encode()
         self.tokens = 0
-        self.waits = np.zeros(0), np.zeros(0, np.uint32), np.zeros(0, np.uint8)  # hash, ids, expert: of none or one
+        # of every document: hash, tokens, expert, characters
+        self.seen: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, texts: Sequence[str], ids_T: np.ndarray, count_N: np.ndarray, expert_N: np.ndarray) -> None:
         if not texts:
             return
         self.tokens += len(ids_T)
-        place_N = np.concatenate([self.waits[0], [held_out_place(text, self.key) for text in texts]])
-        count_N = np.concatenate([[len(self.waits[1])] * len(self.waits[0]), count_N]).astype(np.int64)
-        ids_T, expert_N = np.concatenate([self.waits[1], ids_T]), np.concatenate([self.waits[2], expert_N])
+        place_N = np.array([held_out_place(text, self.key) for text in texts])
+        self.seen.append((place_N, count_N, expert_N, np.array([len(text) for text in texts])))
         begin_N = np.cumsum(count_N) - count_N
-        number_N = np.arange(len(place_N))
-        highest_N = np.maximum.accumulate(place_N)
-        relieves_N = np.append(True, place_N[1:] >= highest_N[:-1])  # the one that waited until then is written
-        waits_N = np.maximum.accumulate(np.where(relieves_N, number_N, 0))
-        out_N = np.where(relieves_N[1:], waits_N[:-1], number_N[1:])
         for held_out in (False, True):
-            rows = out_N[(place_N[out_N] < self.fraction) == held_out]
-            self._write(held_out, ids_T[spread(begin_N[rows], count_N[rows])], np.repeat(expert_N[rows], count_N[rows]))
-        last = waits_N[-1]
-        self.waits = (place_N[last : last + 1], ids_T[begin_N[last] :][: count_N[last]].copy(),
-                      expert_N[last : last + 1])
+            rows = np.flatnonzero((place_N < self.fraction) == held_out)
+            self.files[held_out].write(ids_T[spread(begin_N[rows], count_N[rows])].astype(self.dtype).tobytes())
+            if self.names:
+                self.names[held_out].write(np.repeat(expert_N[rows], count_N[rows]).tobytes())
 
-    def finish(self) -> None:
-        _, ids, expert = self.waits
-        held = 0
-        train, valid = self.files
-        if self.fraction and not valid.tell():
-            most = len(ids) if train.tell() else len(ids) - 1
-            held = min(max(2, round(self.tokens * self.fraction)), most)
-        for held_out, some in ((False, ids[: len(ids) - held]), (True, ids[len(ids) - held :])):
-            self._write(held_out, some, np.repeat(expert, len(some)))
+    def finish(self, names: Mapping[int, str]) -> dict[str, Held]:
+        """Move what is on the wrong side; what is held out now, by name."""
+        place_N, count_N, expert_N, size_N = (np.concatenate(column) for column in zip(*self.seen, strict=True))
+        held_N, cuts = hold_out(place_N, expert_N, size_N, self.fraction)
+        was_N = place_N < self.fraction
+        cut = {row: min(max(2, round(count_N[expert_N == expert_N[row]].sum() * self.fraction)), count_N[row] - 1)
+               for row in cuts}  # tokens at the end
+        for out in (False, True):  # what leaves the training side, then what leaves the other
+            rows = np.flatnonzero(was_N == out)
+            end_N = np.cumsum(count_N[rows])
+            gone = [(end - count + (0 if out else count - cut.get(row, count)), end - (cut.get(row, 0) if out else 0))
+                    for row, count, end in zip(rows.tolist(), count_N[rows].tolist(), end_N.tolist(), strict=True)
+                    if held_N[row] != out or row in cut]
+            for files, size in ((self.files, self.dtype.itemsize), (self.names, 1)):
+                if files and gone:
+                    _move(files[out], files[not out], [(start * size, end * size) for start, end in gone])
+        return count_held(place_N, expert_N, held_N, cuts, self.fraction, names)
 
-    def _write(self, held_out: bool, ids_T: np.ndarray, expert_T: np.ndarray) -> None:
-        self.files[held_out].write(ids_T.astype(self.dtype).tobytes())
-        if self.names:
-            self.names[held_out].write(expert_T.tobytes())
 
-
-def held_out_place(text: str, key: bytes) -> float:
-    """Where a text falls in [0, 1): those below the held-out share are held out. A pure function of text and seed."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
-    return int.from_bytes(digest, "little") / (1 << 64)
+def _move(source: BinaryIO, target: BinaryIO, ranges: Sequence[tuple[int, int]]) -> None:
+    """Take byte ranges, in their order, out of one file and append them to another."""
+    to = ranges[0][0]
+    for number, (start, end) in enumerate(ranges):
+        source.seek(start)
+        target.seek(0, os.SEEK_END)
+        target.write(source.read(end - start))
+        following = ranges[number + 1][0] if number + 1 < len(ranges) else source.seek(0, os.SEEK_END)
+        while end < following:  # what stays moves up
+            source.seek(end)
+            block = source.read(min(1 << 20, following - end))
+            source.seek(to)
+            source.write(block)
+            end, to = end + len(block), to + len(block)
+    source.truncate(to)
 
 
 def _tables(documents: Iterable[Document]) -> Iterator[polars.DataFrame]:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..domain import NAMES, DomainClassifier, KeywordRules
 from .dedup import find_duplicates
+from .held_out import LEAST, count_held, held_out_place, hold_out, notes
 from .mapping import RecordMap
 from .reader import Named, ReadReport
 from .records import Parts, read_tables
@@ -147,8 +148,6 @@ def _labelled_sample(source: str | Path, most: int) -> dict[str, list[str]]:
     """Up to about `most` texts of each given name, chosen by a hash of the text."""
     import polars as pl
 
-    from .shards import held_out_place
-
     have: Counter[str] = Counter()
     for table in read_tables(source, ["expert"]):
         have.update(dict(table.drop_nulls().group_by("expert").len().iter_rows()))
@@ -219,20 +218,26 @@ def _named(
 
 def split(source: str | Path, out: str | Path, settings: SplitSettings | None = None, *,
           progress: Progress | None = None) -> Done:
-    """Records by expert into OUT/NAME/train and OUT/NAME/valid. A hash of the text decides, as it does in `pack`."""
+    """Records by expert into OUT/NAME/train and OUT/NAME/valid: a hash of the text decides, and at least a few of every
+    name are held out, as in `pack`."""
     settings = settings or SplitSettings()
 
     def work(folder: Path) -> dict[str, Any]:
+        import numpy as np
         import polars as pl
 
-        from .shards import held_out_place
-
         key, seen = f"{settings.seed}".encode(), 0
+        numbers: dict[str | None, int] = {}
+        columns = [(np.array([held_out_place(text, key) for text in table["text"]], float),
+                    np.array([numbers.setdefault(name, len(numbers)) for name in table["expert"]], int),
+                    table["text"].str.len_chars().to_numpy())
+                   for table in read_tables(source, ["text", "expert"])] or [(np.zeros(0),) * 3]
+        place_N, name_N, size_N = (np.concatenate(column) for column in zip(*columns, strict=True))
+        held_N = hold_out(place_N, name_N, size_N, settings.valid_fraction)[0]
         parts: dict[tuple[str, str], Parts] = {}
         for table in read_tables(source):
-            held = pl.Series("side", ["valid" if held_out_place(text, key) < settings.valid_fraction else "train"
-                                      for text in table["text"]])
-            groups = table.with_columns(held).partition_by("expert", "side", as_dict=True, include_key=True,
+            side = pl.Series("side", np.where(held_N[seen : seen + len(table)], "valid", "train"))
+            groups = table.with_columns(side).partition_by("expert", "side", as_dict=True, include_key=True,
                                                            maintain_order=True)
             for (name, side), part in groups.items():
                 where = str(name or "unlabelled"), str(side)
@@ -244,11 +249,14 @@ def split(source: str | Path, out: str | Path, settings: SplitSettings | None = 
                 progress(seen)
         for writer in parts.values():
             writer.close()
+        named = {number: name or "unlabelled" for name, number in numbers.items()}
+        held = count_held(place_N, name_N, held_N, [], settings.valid_fraction, named)
         return {"read": seen, "valid_fraction": settings.valid_fraction, "seed": settings.seed,
+                "notes": notes(held, settings.valid_fraction, "records"),
                 "by_expert": {name: {side: parts[name, side].rows if (name, side) in parts else 0
                                      for side in ("train", "valid")} for name in sorted({n for n, _ in parts})}}
 
-    return run_step("split", out, [input_fingerprint(source), asdict(settings)], work)
+    return run_step("split", out, [input_fingerprint(source), asdict(settings), LEAST], work)
 
 
 def pack(
@@ -279,9 +287,9 @@ def pack(
             tokenizer.save(folder / "tokenizer")
         return {"records": packed.about["documents"], "train_tokens": packed.train_tokens,
                 "valid_tokens": packed.valid_tokens, "experts": list(names), "refused": len(report.problems),
-                "tokenizer": tokenizer.fingerprint}
+                "tokenizer": tokenizer.fingerprint, "notes": packed.notes()}
 
-    given = [input_fingerprint(source), asdict(settings), asdict(held_out), list(experts)]
+    given = [input_fingerprint(source), asdict(settings), asdict(held_out), list(experts), LEAST]
     if settings.tokenizer:
         from ..tokenizer import Tokenizer
 

@@ -213,4 +213,5 @@ def _bar(name: str) -> Iterator[Progress]:
 def _line(name: str, done: Done) -> str:
     told = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in done.counts.items()
                      if isinstance(value, int) and key not in ("seed", "files", "characters"))
-    return f"{name}: {told} ({f'{done.seconds:.1f} s' if done.ran else 'unchanged'})"
+    line = f"{name}: {told} ({f'{done.seconds:.1f} s' if done.ran else 'unchanged'})"
+    return "\n".join([line, *done.counts.get("notes", ())])

@@ -234,7 +234,7 @@ class Trainer(TrainConfig):
             shards, report = pack_cached(places, tokenizer, folder, valid_fraction=self.valid_fraction, names=names,
                                          progress=packed, expect=run["data"]["fingerprint"] if run else None)
         if report is not None:
-            print(report.summary())
+            print(report.summary(), *shards.notes(), sep="\n", flush=True)
         return shards
 
     def _model(

@@ -33,8 +33,10 @@ import torch
 
 from ..conversation import Style, normalize, of_turns, parted, thought_in
 from ..data import Document, ReadReport, RecordMap, read_documents
+from ..data.held_out import count_held, held_out_place, hold_out
+from ..data.held_out import notes as split_notes
 from ..data.reader import documents_of
-from ..data.shards import Batch, held_out_place
+from ..data.shards import Batch
 from ..data.turns import turns_asked
 from ..errors import DataError, LeftOutError, RequestError
 from ..spoken import encode_turn
@@ -258,6 +260,7 @@ class RecordSet:
 
     experts: tuple[str, ...] = ()
     notes: Mapping[str, int] = {}  # of turns that are learnt, and how many have each
+    split_notes: Sequence[str] = ()  # about what is held out
 
     def __init__(
         self, train: Iterable[Example], valid: Iterable[Example], held_out: frozenset[str] = frozenset()
@@ -275,11 +278,12 @@ class RecordSet:
         "error") and those of which the chat template leaves something out, counted, and where nothing is left to train
         on."""
         sides = (Examples(), Examples())
-        held_out: set[str] = set()
+        digests, ends = bytearray(), ([0], [0])  # of the documents; where the examples of each end, on its side
+        rows: list[tuple[float, int, int]] = []  # of the documents: hash, number of the name, characters
+        names: dict[str, int] = {}
         long: list[tuple[str, int]] = []
         lost: list[str] = []
         notes = Counter[str]()
-        waiting: tuple[float, list[Example], str] | None = None
         count = 0
         for document in documents:
             count += 1
@@ -293,29 +297,33 @@ class RecordSet:
                 if overlong != "cut":
                     continue
                 examples = [cut for e in examples if (cut := _cut(e, max_length))]
-            one = held_out_place(document.text, f"{seed}".encode()), examples, digest(document)
-            if waiting is None or one > waiting:  # the least likely to be held out stands in for an empty side
-                waiting, one = one, waiting or (2.0, [], "")
-            sides[one[0] < valid_fraction].extend(one[1])
-            if one[0] < valid_fraction:
-                held_out.add(one[2])
+            one = held_out_place(document.text, f"{seed}".encode())
+            rows.append((one, names.setdefault(document.expert or "", len(names)), len(document.text)))
+            digests += bytes.fromhex(digest(document))
+            sides[one < valid_fraction].extend(examples)
+            ends[one < valid_fraction].append(len(sides[one < valid_fraction]))
         if lost:
             raise DataError(f"{len(lost)} of {count} records have something to learn that the chat template leaves out "
                             f"(first {lost[0]}); {PROCEED}")
         if long and overlong == "error":
             raise DataError(f"{len(long)} of {count} records are longer than max_length = {max_length} tokens (first "
                             f"{long[0][0]} with {long[0][1]}); raise max_length, or set overlong to cut or skip")
-        if waiting is not None:
-            held = bool(valid_fraction and not sides[1] and sides[0])
-            sides[held].extend(waiting[1])
-            held_out |= {waiting[2]} if held else set()
-        if not sides[0]:
+        if not rows or not (sides[0] or sides[1]):
             raise DataError(f"dataset: none of its {count} records is left to train on"
                             + (f" ({len(long)} are longer than max_length = {max_length})" if long else ""))
-        if valid_fraction and not sides[1]:
-            raise DataError("dataset: has a single record; at least two are needed, one to learn and one to hold out")
-        data = cls(*sides, frozenset(held_out))
+        place_N, name_N, size_N = (np.array(column) for column in zip(*rows, strict=True))
+        held_N, cuts = hold_out(place_N, name_N, size_N, valid_fraction)
+        windows = _windows(ends, place_N < valid_fraction)
+        cuts = [row for row in cuts if windows[row] > 1]
+        data = cls(*_moved(sides, ends, place_N < valid_fraction, held_N, cuts, valid_fraction),
+                   frozenset(digests[32 * row : 32 * row + 32].hex() for row in np.flatnonzero(held_N)))
+        if valid_fraction and not data.valid:
+            times = f", {len(rows)} times" if len(rows) > 1 else ""
+            raise DataError(f"dataset: has a single record{times}; at least two are needed, one to learn and one to "
+                            "hold out")
         data.notes = notes
+        held = count_held(place_N, name_N, held_N, cuts, valid_fraction, {n: name for name, n in names.items()})
+        data.split_notes = split_notes(held, valid_fraction, "records")
         return data
 
     @property
@@ -367,6 +375,30 @@ class RecordSet:
         chosen = chosen[np.argsort(self.valid.lengths()[chosen], kind="stable")]
         for i in range(0, len(chosen), batch_size):
             yield pad([self.valid[int(n)] for n in chosen[i : i + batch_size]])
+
+
+def _windows(ends: tuple[list[int], list[int]], was_N: np.ndarray) -> np.ndarray:
+    """Examples of every document."""
+    out_N = np.zeros(len(was_N), np.int64)
+    for side in (False, True):
+        out_N[was_N == side] = np.diff(ends[side])
+    return out_N
+
+
+def _moved(sides: tuple[Examples, Examples], ends: tuple[list[int], list[int]], was_N: np.ndarray, held_N: np.ndarray,
+           cuts: Sequence[int], fraction: float) -> tuple[Examples, Examples]:
+    """Both sides with the documents (was_N) on the side where they belong (held_N), and the last windows of `cuts` held
+    out. ends: where the examples of a document end, on its side."""
+    if (was_N == held_N).all() and not cuts:
+        return sides
+    at, out = [0, 0], (Examples(), Examples())
+    for row, (was, held) in enumerate(zip(was_N.tolist(), held_N.tolist(), strict=True)):
+        start, end = ends[was][at[was] : at[was] + 2]
+        at[was] += 1
+        cut = min(max(1, round((end - start) * fraction)), end - start - 1) if row in cuts else 0
+        out[held].extend(sides[was][n] for n in range(start, end - cut))
+        out[True].extend(sides[was][n] for n in range(end - cut, end))
+    return out
 
 
 def _cut(example: Example, max_length: int) -> Example | None:

@@ -433,7 +433,8 @@ def _notes(report: ReadReport, sets: Sequence[RecordSet]) -> list[str]:
     notes = Counter[str]()
     for each in sets:
         notes.update(each.notes)
-    return [*report.notes(), *(f"left out: {count:,} {kind}" for kind, count in report.skipped.items()),
+    return [*report.notes(), *(note for each in sets for note in each.split_notes),
+            *(f"left out: {count:,} {kind}" for kind, count in report.skipped.items()),
             *(f"{count:,} {note}" for note, count in notes.items())]
 
 
