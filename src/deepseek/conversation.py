@@ -341,7 +341,8 @@ class Style:
                 calls = "text" if good or made is None or "probekey" not in made else "object"
                 beside = "probename" in (shown(keyed if calls == "object" else json.dumps(keyed), "beside") or "")
         return cls(reads("tools"), calls, beside,
-                   next((key for key in ("reasoning_content", "reasoning") if reads(key)), None))
+                   next((key for key in REASONING if (reads(key) if key != "thinking" else re.search(
+                       r"""\.thinking\b|\[['"]thinking['"]\]""", source))), None))  # a variable has that name, too
 
     def fit(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
             ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:

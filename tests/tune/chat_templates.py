@@ -56,9 +56,9 @@ LLAMA = ("{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{
          "{% if m.tool_calls %}{\"name\": \"{{ m.tool_calls[0].function.name }}\", \"parameters\": "
          "{{ m.tool_calls[0].function.arguments | tojson }}}{% else %}{{ m.content | trim }}{% endif %}<|eot|>"
          "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}")
-# Thoughts in marks of its own, of the last turn alone
-CHANNELS = ("{% for m in messages %}<|{{ m.role }}|>{% if m.reasoning_content and loop.last %}"
-            "[thought]{{ m.reasoning_content }}[/thought]{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+# Thoughts in marks of its own, of the last turn alone; another key for them
+CHANNELS = ("{% for m in messages %}<|{{ m.role }}|>{% if m.thinking and loop.last %}"
+            "[thought]{{ m.thinking }}[/thought]{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 OPENS = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
          "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chat_templates import CHATML, R1, V3, V31, with_template
 
@@ -178,6 +179,8 @@ TALK = [user("1 1?"), says("2")]
     ({"instruction": "q", "output": ["good", "bad"]}, "output: 2 texts, and one answer is learnt"),
     ({"Text": "a", "text": "b"}, "two of its keys differ in case alone"),
     ({"question": "q", "choices": [{"a": 1}], "answer": 0}, "choices = .*: must be a list of texts"),
+    ({"questions": [{"question": "q"}], "paragraphs": True, "table": 3, "label": False}, "label = False: a judgement"),
+    ({"questions": [{"x": "q"}], "paragraphs": True, "table": 3}, "the text is empty"),
     ({"instruction": "q", "instances": ["a"]}, "instances: must be a list of objects"),
 ])
 def test_what_is_refused_names_key_and_line(record: Any, rule: str, tmp_path: Path) -> None:
@@ -243,6 +246,22 @@ def test_a_map_decides(mapping: Any, record: Any, want: list[str]) -> None:
     if "tools" in mapping:
         whole = tokenizer.decode(encode(document, tokenizer, 9999)[0].ids, skip_special=False)
         assert '{"name": "clock"' in whole and "Be brief." in whole
+
+
+def test_arrays_and_numbers_of_numpy_are_values() -> None:
+    turns = np.array([np.array([]), *TALK], dtype=object)[1:]
+    rows = [{"messages": turns}, {"messages": tuple(TALK)}, {"question": "1 1?", "answer": np.int64(2)},
+            {"question": "1 1?", "answer": np.float32(2)}]
+    want = read_records([{"messages": TALK}])[0].turns
+    first, second, *others = read_records(rows)
+    assert first.turns == second.turns == want
+    assert [document.text for document in others] == ["1 1?\n2", "1 1?\n2.0"]
+    with pytest.raises(DataError, match="record 1: answer = nan"):
+        read_records([{"question": "1 1?", "answer": np.float32("nan")}])
+    deep: list[Any] = []
+    deep.append(deep)
+    with pytest.raises(DataError, match="record 1: is nested too deeply"):
+        read_records([{"text": "a", "x": deep}])
 
 
 def test_maps_that_are_refused() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import CHATML, KNOWN, LAST, LLAMA, R1, V3, V31, with_template
+from chat_templates import CHANNELS, CHATML, KNOWN, LAST, LLAMA, R1, V3, V31, with_template
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,7 @@ def shown(record: Any, tokenizer: Tokenizer) -> list[str]:
             for example in encode(document, tokenizer, 9999)]
 
 
+REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "deepseek_v3"
 ASKED = {"role": "user", "content": "6 x 7?"}
 INSIDE = {"role": "assistant", "content": "<think>\nSix sevens.\n</think>\n\nIt is 42."}
 BESIDE = {"role": "assistant", "content": "It is 42.", "reasoning_content": "Six sevens."}
@@ -58,6 +60,7 @@ B, U, A = "<|begin_of_sentence|>", "<｜User｜>", "<｜Assistant｜>"
     (V3, {**BESIDE, "reasoning_content": "6 x 7"}, f"{B}{U}6 x 7?{A}[[<think>\n6 x 7\n</think>\n\nIt is 42.{EOS}]]"),
     (CHATML, BESIDE, "<|im_start|>user\n6 x 7?<|im_end|>\n<|im_start|>assistant\n"
                      "[[<think>\nSix sevens.\n</think>\n\nIt is 42.<|im_end|>\n]]"),
+    (CHANNELS, BESIDE, f"<|user|>6 x 7?{EOS}<|assistant|>[[[thought]Six sevens.[/thought]It is 42.{EOS}]]"),
     (LAST, INSIDE, "<|im_start|>user\n6 x 7?<|im_end|>\n<|im_start|>assistant\n"
                    "[[<think>\nSix sevens.\n</think>\n\nIt is 42.<|im_end|>\n]]"),
 ])
@@ -136,6 +139,13 @@ def test_what_a_prompt_does_not_show_is_counted() -> None:
     data = RecordSet.of(read_records(rows), with_template(template), max_length=999, valid_fraction=0.0)
     assert data.notes == {
         "turns are learnt after a prompt in which the chat template leaves out what the system said": 2}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/tokenizer")
+def test_reasoning_under_the_published_template_of_v3() -> None:
+    tokenizer = Tokenizer.load(REAL)
+    assert learnt({"messages": [ASKED, BESIDE, {"role": "user", "content": "?"}, INSIDE]}, tokenizer) == [
+        "<think>\nSix sevens.\n</think>\n\nIt is 42.<｜end▁of▁sentence｜>"] * 2
 
 
 # ---- the property ---------------------------------------------------------------------------------------------------

@@ -177,9 +177,10 @@ def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
     if isinstance(given.get("questions"), list):  # TAT-QA, SQuAD: a table and paragraphs, then questions about them
         used |= {"table", "paragraphs", "questions"}
         table = given.get("table")
-        rows = table.get("table") if isinstance(table, Mapping) else table
-        parts = [" | ".join(map(str, row)) for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
-        parts += [part_text(item.get("text")) for item in given.get("paragraphs") or () if isinstance(item, Mapping)]
+        rows, about = (value if isinstance(value, list) else [] for value in (
+            table.get("table") if isinstance(table, Mapping) else table, given.get("paragraphs")))
+        parts = [" | ".join(map(str, row)) for row in rows if isinstance(row, list)]
+        parts += [part_text(item.get("text")) for item in about if isinstance(item, Mapping)]
         parts += [part_text(item.get(key)) for item in given["questions"] if isinstance(item, Mapping)
                   for key in ("question", "answer")]
         return joined(parts, [])

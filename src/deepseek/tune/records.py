@@ -107,12 +107,25 @@ def documents_in(record: Any, number: int, report: ReadReport, mapping: RecordMa
     if isinstance(record, Document):
         return [record]
     try:
-        return documents_of(record, "records", number, report, mapping)
+        return documents_of(_native(record), "records", number, report, mapping)
+    except RecursionError:
+        raise DataError(f"record {number}: is nested too deeply") from None
     except DataError as error:
         if report.strict:
             raise DataError(f"record {number}: {error}") from None
         report.problem("records", number, "unusable record", str(error))
         return []
+
+
+def _native(value: Any) -> Any:
+    """A record with lists and Python's numbers where it has tuples, arrays and numpy's."""
+    if isinstance(value, str):
+        return value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _native(item) for key, item in value.items()}
+    return [_native(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _rows(dataset: Any) -> Any:
