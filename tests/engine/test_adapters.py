@@ -4,6 +4,7 @@ signatures are its adapter's own, and what cannot be is said."""
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,12 @@ from alone import mixed_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek.atlas import ExpertUsage
 from deepseek.checkpoint import base_tensors, fingerprint, load_model, save_delta, save_model, tensor_hashes
 from deepseek.convert import quantize
 from deepseek.engine import LLM, SamplingParams, signature
-from deepseek.errors import CheckpointError, ConfigError, NotFoundError, RequestError
+from deepseek.engine.warmup import record_use
+from deepseek.errors import CheckpointError, ConfigError, DataError, NotFoundError, RequestError
 from deepseek.model import RoutingRecord
 from deepseek.model.adapters import AdaptedLinear, _Adapted, rows_of, side_by_side, whole
 from deepseek.ops.native import native
@@ -244,6 +247,31 @@ def test_requests_of_an_adapter_are_batched_by_its_own_routes(served: Callable[.
     assert signatures.of(known["med"]) is signatures.domains["law"]  # nothing is known of it yet
     nobody, = llm.requests([1], params(), adapter="med")
     assert signatures.of(nobody) is None and signature.kind_of(nobody) == "@med"
+
+
+def test_use_is_counted_and_recorded_by_adapter(served: Callable[..., Served], tmp_path: Path) -> None:
+    own, prompts, names = served(), [[5, 6, 7, 8], [9, 8], [7], [5, 6, 7]], [None, "law", "code", "law"]
+    llm = own.llm(own.plain, prefix_cache=False)
+    usage, alone = ExpertUsage(llm.model.config), {name: ExpertUsage(llm.model.config) for name in ("law", "code")}
+    llm.generate(prompts, params(), adapter=names, usage=usage)
+    for name, one in alone.items():
+        own.alone(name, own.plain).generate([p for p, n in zip(prompts, names, strict=True) if n == name], params(),
+                                            usage=one)
+        assert not one.adapters  # of the only adapter, whose part would be the whole
+        assert torch.equal(usage.adapters[name].counts_LE, one.counts_LE) and usage.adapters[name].tokens == one.tokens
+    assert set(usage.adapters) == {"law", "code"} and usage.tokens == 30 == 9 + 15 + 6
+    for runs in (1, 2):  # the second adds to the half of the first
+        record_use(usage, tmp_path)
+        found = ExpertUsage.from_json((tmp_path / "expert_use.json").read_text())
+        assert found.tokens == (30 if runs == 1 else 45)
+        assert {name: part.tokens for name, part in found.adapters.items()} == (
+            {"law": 15, "code": 6} if runs == 1 else {"law": 22, "code": 9})
+        assert torch.equal(found.adapters["law"].counts_LE, sum(
+            (alone["law"].counts_LE // (i + 1) for i in range(runs)), torch.zeros(1, dtype=torch.int64)))
+    damaged = json.loads(usage.to_json())
+    for bad in ([1], {"law": 3}, {"law": {"tokens": 1, "counts": [[1]], "weights": [[1]]}}):
+        with pytest.raises(DataError, match="not what to_json writes"):
+            ExpertUsage.from_json(json.dumps(damaged | {"adapters": bad}))
 
 
 def test_nothing_is_done_where_no_adapter_is_loaded(served: Callable[..., Served], monkeypatch: Any) -> None:

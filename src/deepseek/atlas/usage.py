@@ -40,6 +40,7 @@ class ExpertUsage:
     """Counts routed (token, expert) pairs of the model that `config` describes.
 
     `layers` are the model's own layer indices; row i of every tensor belongs to layers[i]. MTP layers are not counted.
+    `adapters`: of the same counts, those of tokens that went through an adapter with a name.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -50,6 +51,23 @@ class ExpertUsage:
         self.tokens = 0
         self.counts_LE = torch.zeros(len(layers), experts, dtype=torch.int64)
         self.weights_LE = torch.zeros(len(layers), experts, dtype=torch.float64)
+        self.adapters: dict[str, ExpertUsage] = {}
+
+    def part(self, adapter: str) -> ExpertUsage:
+        """The counts of an adapter's tokens, which are counted here as well."""
+        if adapter not in self.adapters:
+            self.adapters[adapter] = own = ExpertUsage.__new__(ExpertUsage)
+            own._start(self.layers, self.experts, self.top_k)
+        return self.adapters[adapter]
+
+    def add_aged(self, older: ExpertUsage) -> None:
+        """Add the half of what was counted before, so that old habits fade. Both are of one shape."""
+        self.counts_LE += older.counts_LE // 2
+        self.weights_LE += older.weights_LE / 2
+        self.tokens += older.tokens // 2
+        for adapter, part in older.adapters.items():
+            if part.tokens > 1:
+                self.part(adapter).add_aged(part)
 
     def add(self, routing: RoutingRecord, mask_T: Tensor | None = None) -> None:
         """Count one call's routes. mask_T: False for tokens that are padding.
@@ -180,9 +198,23 @@ class ExpertUsage:
 
     def to_json(self) -> str:
         """The counts as one JSON object; `from_json` reads it back."""
-        return to_json({
-            "format": FORMAT, "layers": list(self.layers), "experts": self.experts, "top_k": self.top_k,
-            "tokens": self.tokens, "counts": self.counts_LE.tolist(), "weights": self.weights_LE.tolist()})
+        return to_json({"format": FORMAT, "layers": list(self.layers), "experts": self.experts, "top_k": self.top_k,
+                        **self._counts(), "adapters": {name: own._counts() for name, own in self.adapters.items()}})
+
+    def _counts(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "counts": self.counts_LE.tolist(), "weights": self.weights_LE.tolist()}
+
+    def _read(self, keys: dict[str, Any]) -> None:
+        """Raises ValueError, KeyError or TypeError for counts that cannot be."""
+        if type(keys["tokens"]) is not int or keys["tokens"] < 0:
+            raise ValueError("layers, experts, top_k and tokens must be integers >= 0")
+        counts_LE = torch.tensor(keys["counts"], dtype=torch.int64)
+        weights_LE = torch.tensor(keys["weights"], dtype=torch.float64)
+        if not counts_LE.shape == weights_LE.shape == (len(self.layers), self.experts):
+            raise ValueError(f"counts and weights must be tables of {len(self.layers)} x {self.experts}")
+        if not (bool((counts_LE >= 0).all()) and bool(weights_LE.isfinite().all())):
+            raise ValueError("counts and weights must be numbers >= 0")
+        self.tokens, self.counts_LE, self.weights_LE = keys["tokens"], counts_LE, weights_LE
 
     @classmethod
     def from_json(cls, text: str) -> ExpertUsage:
@@ -192,17 +224,17 @@ class ExpertUsage:
             keys: dict[str, Any] = json.loads(text)
             if keys["format"] != FORMAT:
                 raise ValueError(f"format = {keys['format']!r:.60}: must be {FORMAT}")
-            layers, experts, top_k, tokens = (keys[key] for key in ("layers", "experts", "top_k", "tokens"))
-            if not all(type(number) is int and number >= 0 for number in (*layers, experts, top_k, tokens)):
+            layers, experts, top_k = (keys[key] for key in ("layers", "experts", "top_k"))
+            if not all(type(number) is int and number >= 0 for number in (*layers, experts, top_k)):
                 raise ValueError("layers, experts, top_k and tokens must be integers >= 0")
-            counts_LE = torch.tensor(keys["counts"], dtype=torch.int64)
-            weights_LE = torch.tensor(keys["weights"], dtype=torch.float64)
-            if not counts_LE.shape == weights_LE.shape == (len(layers), experts):
-                raise ValueError(f"counts and weights must be tables of {len(layers)} x {experts}")
-            if not (bool((counts_LE >= 0).all()) and bool(weights_LE.isfinite().all())):
-                raise ValueError("counts and weights must be numbers >= 0")
+            usage._start(tuple(layers), 0, top_k)  # no table is made of a size that the counts may not have
+            usage.experts = experts
+            usage._read(keys)
+            for name, own in dict(keys.get("adapters", {})).items():
+                part = usage.adapters[name] = cls.__new__(cls)
+                part._start(usage.layers, 0, top_k)
+                part.experts = experts
+                part._read(own)
         except (ValueError, KeyError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
             raise DataError(f"expert usage: not what to_json writes: {error!r:.200}") from None
-        usage._start(tuple(layers), experts, top_k)
-        usage.tokens, usage.counts_LE, usage.weights_LE = tokens, counts_LE, weights_LE
         return usage

@@ -27,6 +27,7 @@ import torch
 from ..atlas import Atlas
 from ..atlas.atlas import Shape
 from ..atlas.usage import ExpertUsage
+from ..checkpoint import UNNAMED
 from ..config import ModelConfig
 from ..errors import ConfigError, RequestError, nearest
 from ..model import CausalLM, RoutingRecord
@@ -327,7 +328,7 @@ class Engine:
             if work.draft is not None:  # whether it is one of the request's tokens is not known yet
                 stop -= 1
                 self._drafted[request.number] = part(routing, stop, stop + 1)
-            if (usage := request.usage) is not None:
+            for usage in self._counted(request):
                 mask_T = masks.setdefault(id(usage), (usage, torch.zeros(sum(w.chunk.tokens for w in works),
                                                                         dtype=torch.bool)))[1]
                 mask_T[start:stop] = True
@@ -339,6 +340,14 @@ class Engine:
             start += work.chunk.tokens
         for usage, mask_T in masks.values():
             usage.add(routing, mask_T)
+
+    @staticmethod
+    def _counted(request: Request) -> list[ExpertUsage]:
+        """Where the experts of its tokens are counted: in what its caller gave, and in its adapter's part of that."""
+        usage = request.usage
+        if usage is None or request.adapter in (None, UNNAMED):
+            return [] if usage is None else [usage]
+        return [usage, usage.part(request.adapter)]
 
     def _signs(self, work: Work) -> bool:
         """Whether its request is to be known by where this work's tokens went: those of prompts, if anybody asks."""
@@ -365,8 +374,8 @@ class Engine:
         request.computed += 1
         self.counters.computed += 1
         if (own := self._drafted.get(request.number)) is not None:
-            if request.usage is not None:
-                request.usage.add(own)
+            for usage in self._counted(request):
+                usage.add(own)
             if request.params.routed:
                 self._routed(request, request.computed - 1, routed(own, 0, 1))
         return True

@@ -235,7 +235,8 @@ def _usage(args: argparse.Namespace, llm: LLM, named: bool = False) -> Any:
 def _experts(llm: LLM, usage: Any) -> str:
     """Which experts the tokens visited: by name, where an atlas lies beside the model, then by index."""
     named = "" if llm.engine.atlas is None else usage.named(llm.engine.atlas)
-    return f"{named}\n\n{usage.table()}" if named else usage.table()
+    told = f"{named}\n\n{usage.table()}" if named else usage.table()
+    return "\n\n".join([told, *(f"adapter {name}\n{_experts(llm, own)}" for name, own in usage.adapters.items())])
 
 
 def _finish(args: argparse.Namespace, llm: LLM, usage: Any) -> None:

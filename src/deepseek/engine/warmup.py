@@ -124,13 +124,11 @@ def _read(file: Path) -> ExpertUsage | None:
 
 
 def record_use(usage: ExpertUsage, folder: Path) -> None:
-    """Add a run's counts to the recorded ones, of which the older half each time, so that old habits fade. A run that
+    """Add a run's counts to the recorded ones, of which half each time, so that old habits fade. A run that
     computed nothing changes nothing."""
     if not usage.tokens:
         return
     total, old = ExpertUsage.from_json(usage.to_json()), _read(folder / USE)
     if old is not None and (old.layers, old.experts) == (usage.layers, usage.experts):
-        total.counts_LE += old.counts_LE // 2
-        total.weights_LE += old.weights_LE / 2
-        total.tokens += old.tokens // 2
+        total.add_aged(old)
     write_atomically(folder / USE, total.to_json())
