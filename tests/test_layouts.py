@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,11 +109,28 @@ def test_what_does_not_load_is_named(
 @every_layout
 def test_the_index_alone_tells(name: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "m", name, weights=False)
-    assert "loads here: yes (by its index: its 2 files of weights are not here; " in verdict(folder)
+    assert "loads here: yes (by its index: 2 of its 2 files of weights are not here; " in verdict(folder)
     index = json.loads((folder / INDEX).read_text())
     del index["weight_map"]["model.norm.weight"]
     (folder / INDEX).write_text(json.dumps(index))
     assert "no, because" in (said := verdict(folder)) and "1 tensors are missing, first model.norm.weight" in said
+
+
+def test_a_hub_id_is_looked_at_without_its_weights(tmp_path: Path) -> None:
+    """In a process of its own, because huggingface_hub reads its environment when it is imported."""
+    write(made := tmp_path / "made", "Moonlight-16B-A3B")
+    for owner, files in (("some", 1), ("none", 0)):
+        place = tmp_path / "hub" / f"models--{owner}--model"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(made, snapshot := place / "snapshots" / ("0" * 40))
+        for file in sorted(snapshot.glob("*.safetensors"))[files:]:
+            file.unlink()
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys; from deepseek.cli import main; sys.exit(main(sys.argv[1:]))", "info",
+             f"{owner}/model"], capture_output=True, text=True, timeout=120,
+            env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, check=False)
+        assert f"loads here: yes (by its index: {2 - files} of its 2 files of weights are not here" in done.stdout, done
 
 
 def _keys(**changes: Any) -> Callable[[Path], object]:

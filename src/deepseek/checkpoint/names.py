@@ -23,7 +23,8 @@ PAGE = 4096  # a packed MLP begins at a multiple of it, and is padded to one
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
     """A checkpoint folder for a path, a known name (`deepseek-v3`) or a hub id: local first, then cache, then hub. The
-    folder of a run stands for the model in it. weights: False fetches only the small files of a hub id.
+    folder of a run stands for the model in it. weights: False fetches only the small files of a hub id, if it has an
+    index.
 
     Raises NotFoundError that says everything that was tried.
     """
@@ -63,6 +64,8 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFoundError(f"{name}: no such folder here, hub id {repo} {cached}, "
                             f"and the hub gave no answer: {reason}") from None
+    if not weights and not (folder / INDEX).is_file():
+        return resolve(name)
     if absent := _absent(folder, weights):  # the hub was out of reach, or the repository holds no safetensors
         raise NotFoundError(f"{name}: no such folder here, and hub id {repo} came without {absent}")
     return folder
@@ -94,10 +97,8 @@ def find_config(name: str | Path) -> ModelConfig:
 def _absent(folder: Path, weights: bool) -> str | None:
     """The first file that a whole checkpoint would have and `folder` has not. Caches are shared between programs."""
     names = ["config.json"]
-    if not weights:
-        pass
-    elif (index := folder / INDEX).is_file():
-        names += sorted(set(weight_map_of(index).values()))
+    if (index := folder / INDEX).is_file():
+        names += sorted(set(weight_map_of(index).values())) if weights else []
     else:
         names.append("model.safetensors")
     return next((name for name in names if not (folder / name).is_file()), None)
