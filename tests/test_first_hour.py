@@ -57,6 +57,27 @@ def test_a_preset_that_is_nearly_right(words: list[str], capsys: pytest.CaptureF
     assert re.search("did you mean (nano|small)[?]", capsys.readouterr().err)
 
 
+def test_the_help_states_defaults_once_and_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("train", "tune", "serve", "infer", "quantize"):
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert not re.search(r"default: (None|False|\[\]|\))|\(default: [^)]*\) \(default", said)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "nano", "x"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--out" in error and "deepseek train --help" in error
+
+
+def test_data_without_a_configuration_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (notes := tmp_path / "notes").mkdir()
+    (notes / "a.txt").write_text("words")
+    for words in ([notes], [notes / "a.txt"], [notes, notes]):
+        assert cli.main(["train", *map(str, words), "--out", str(tmp_path / "out")]) == 2
+        assert "is no configuration; a preset (" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("make", [
     lambda: TuneConfig.of(expert_tun=["x"]), lambda: EngineOptions.of({"batchsize": 3})])
 def test_settings_that_are_nearly_right(make: Callable[[], Any]) -> None:

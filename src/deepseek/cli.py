@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
@@ -141,6 +141,7 @@ def data_tokenizer(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
+    from .config import PRESETS
     from .deepopt.trainer import Trainer
 
     _machine(args)
@@ -158,6 +159,9 @@ def train(args: argparse.Namespace) -> None:
         if args.from_model is not None and words and _is_config(words[0]):
             raise ConfigError(f"CONFIG = {words[0]!r}: does not go with --from {args.from_model}, which brings its own "
                               "configuration; leave it out")
+        if args.from_model is None and words and _is_data(words[0]):
+            raise ConfigError(f"config = {words[0]!r}: is no configuration; a preset ({', '.join(PRESETS)}) or a "
+                              "config.json goes before DATA, or --from MODEL instead of it")
         config = words.pop(0) if args.from_model is None and words else None
         data = _training_data(words, args.experts)
         trainer = Trainer(config, out=out, from_model=args.from_model, tokenizer=args.tokenizer, **where, **given)
@@ -344,6 +348,17 @@ def _is_config(word: str) -> bool:
         return path.name == "config.json"
 
 
+def _is_data(word: str) -> bool:
+    """Whether a word that stands where CONFIG is expected can be none: a folder of neither a checkpoint nor a run, or a
+    file of another kind."""
+    from pathlib import Path
+
+    path = Path(word)
+    if path.is_dir():
+        return not any((path / name).is_file() for name in ("config.json", "model/config.json"))
+    return path.is_file() and path.suffix != ".json"
+
+
 def _judged(name: str) -> tuple[ModelConfig, Verdict | None]:
     """The configuration that `info` accounts for, and whether the checkpoint loads; None where there is none."""
     from pathlib import Path
@@ -426,6 +441,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """A default that is none, and one that the help states itself, are not worth a word."""
+        plain = action.default in (None, False, "", []) or "(default: " in (action.help or "")
+        return action.help if plain else super()._get_help_string(action)
+
 
 class _Parser(argparse.ArgumentParser):
     """Takes no abbreviated flags, and suggests the nearest spelling of a flag or a command that it does not know."""
@@ -440,6 +460,13 @@ class _Parser(argparse.ArgumentParser):
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
             self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(flag.partition('=')[0], flags)}")
         return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """The message, below the usage only where that is short."""
+        usage = self.format_usage()
+        if usage.count("\n") > 4:
+            self.exit(2, f"{self.prog}: error: {message} (see `{self.prog} --help`)\n")
+        super().error(message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -518,7 +545,7 @@ def _parser() -> argparse.ArgumentParser:
     _sample_flags(step)
 
     add_tune_flags(_verb(verbs, "tune", tune, "tune experts or side paths on records; the same command continues a "
-                         "stopped run", argparse.HelpFormatter))
+                         "stopped run"))
 
     verb = _verb(verbs, "quantize", quantize, "write a checkpoint in fewer bits; the same command goes on after a stop")
     verb.add_argument("source", metavar="IN", help="a checkpoint folder or a hub id (BF16, FP32 or FP8)")
@@ -559,8 +586,8 @@ def _parser() -> argparse.ArgumentParser:
 Run = Callable[[argparse.Namespace], None]
 
 
-def _verb(verbs: Any, name: str, run: Run | None, text: str, formatter: Any = None) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=text, formatter_class=formatter or _Formatter)
+def _verb(verbs: Any, name: str, run: Run | None, text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text, formatter_class=_Formatter)
     if run is not None:
         verb.set_defaults(run=run)
     return verb

@@ -19,7 +19,7 @@ from deepseek.config import ModelConfig
 from deepseek.convert import quantize
 from deepseek.deepopt.loop import read_log
 from deepseek.deepopt.settings import TrainConfig
-from deepseek.errors import ConfigError, NotFoundError
+from deepseek.errors import ConfigError, DataError, NotFoundError
 from deepseek.tokenizer import Tokenizer
 
 QUICK: dict[str, Any] = {"batch_size": 2, "seq_len": 16, "warmup_steps": 2, "eval_every": 50, "eval_batches": 2,
@@ -281,3 +281,18 @@ def test_a_half_precision_checkpoint_stays_one(base: Path, texts: Path, tmp_path
     assert load_model(tmp_path / "out" / "checkpoint-000002").lm_head.weight.dtype == torch.float32
     model = Trainer.resume(tmp_path / "out", steps=3).fit()
     assert load_model(model).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_file_under_two_names_is_said(texts: Path, tmp_path: Path) -> None:
+    code = texts / "code_expert.jsonl"
+    trainer = Trainer(texts / "config.json", out=tmp_path, tokenizer=texts / "words", steps=1, **QUICK)
+    with pytest.warns(UserWarning, match="code_expert.jsonl: given under code_expert and under text without a name"):
+        trainer.fit({"code_expert": code, "": code})
+
+
+def test_too_little_data_leaves_the_folder_free(texts: Path, tmp_path: Path) -> None:
+    (tiny := tmp_path / "tiny.txt").write_text("the river")
+    trainer = Trainer(texts / "config.json", out=tmp_path / "out", tokenizer=texts / "words", steps=1, **QUICK)
+    with pytest.raises(DataError, match="too little data"):
+        trainer.fit(tiny)
+    assert trainer.fit(texts / "code_expert.jsonl").is_dir()

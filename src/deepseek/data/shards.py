@@ -123,7 +123,7 @@ class TokenShards:
             raise ConfigError(f"seq_len = {seq_len}: must be a positive integer")
         if self.train_tokens <= seq_len:
             raise DataError(f"{self.folder}: too little data: a window of seq_len {seq_len} needs {seq_len + 1} "
-                            f"training tokens, there are {self.train_tokens}")
+                            f"training tokens, there are {self.train_tokens}: give more text, or a smaller seq_len")
         return max(1, self.train_tokens // seq_len - 1)
 
     def epochs(self, step: int, batch_size: int, seq_len: int) -> float:

@@ -128,8 +128,7 @@ class Trainer(TrainConfig):
                                   "logs")
         start = self._start(run)
         config, names = start.config, _names_of(start, places)
-        for _ in list_files([place for each in (places or {}).values() for place in each]):
-            pass  # a wrong path is said before anything is made
+        _warn_of_doubles(places or {})  # which looks at all paths: a wrong one is said before anything is made
         if self.seq_len > config.max_position_embeddings:
             warnings.warn(f"seq_len = {self.seq_len}: the model's positions end at {config.max_position_embeddings} "
                           "(max_position_embeddings): what it learns beyond them is used nowhere", stacklevel=4)
@@ -142,6 +141,7 @@ class Trainer(TrainConfig):
             config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None,
                                   pad_token_id=tokenizer.pad_id)
         shards = self._shards(places, names, tokenizer, run)
+        shards.windows(self.seq_len)  # too little data is said before the folder is this run's
         torch.manual_seed(self.seed)
         model, settings = self._model(start, config, run)
         if start.atlas is not None and run is None:
@@ -281,6 +281,18 @@ def _by_name(data: Paths | Mapping[str, Paths] | None) -> dict[str, list[str | P
     if not places:
         raise ConfigError("data: must name at least one path")
     return places
+
+
+def _warn_of_doubles(places: Mapping[str, Sequence[str | Path]]) -> None:
+    """Says where one file is given under several names."""
+    first: dict[Path, str] = {}
+    doubles = [(path, first[real], name) for name, paths in places.items() for path in list_files(paths)
+               if first.setdefault(real := path.resolve(), name) != name]
+    if doubles:
+        path, *names = doubles[0]
+        one, other = (name or "text without a name" for name in names)
+        warnings.warn(f"{path}{f' and {len(doubles) - 1:,} more' if len(doubles) > 1 else ''}: given under {one} and "
+                      f"under {other}, so it is learnt twice, once for each", stacklevel=5)
 
 
 def _names_of(start: _Start, places: Mapping[str, Any] | None) -> tuple[str, ...]:
