@@ -164,3 +164,10 @@ def test_a_file_that_is_no_atlas(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "atlas.json").write_bytes(content)
     with pytest.raises(DataError, match=r"atlas\.json: not an atlas"):
         Atlas.load(tmp_path)
+
+
+def test_a_run_stands_for_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    atlas = Atlas.built_in(CONFIG, ("law_expert", "code_expert"))
+    atlas.save(tmp_path / "model")
+    assert Atlas.load(tmp_path).names == atlas.names

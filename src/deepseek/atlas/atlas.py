@@ -199,12 +199,14 @@ class Atlas:
 
     @classmethod
     def load(cls, path: str | Path) -> Atlas:
-        """Read an atlas.json, or the one in a checkpoint folder.
+        """Read an atlas.json, or the one in a checkpoint folder, or in that of a training run.
 
         Raises NotFoundError that says how to make one, or DataError naming the file.
         """
         path = Path(path).expanduser()
         file = path / FILE if path.is_dir() else path
+        if path.is_dir() and not file.is_file() and (inside := path / "model" / FILE).is_file():
+            file = inside  # as a run's folder stands for its model elsewhere
         try:
             return cls._from_dict(read_json(file, what="not an atlas"))
         except NotFoundError as error:

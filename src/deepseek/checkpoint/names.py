@@ -41,8 +41,8 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
                                                                                    ""))
     repo = HUB_NAMES.get(str(name).lower(), str(name))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or str(name).startswith((".", "/", "~")):
-        hint = f" (it is a preset, without weights: `deepseek train {name} DATA` makes some)" if str(name) in PRESETS else nearest(
-            str(name), [*HUB_NAMES, *PRESETS])
+        hint = (f" (it is a preset, without weights: `deepseek train {name} DATA` makes some)" if str(name) in PRESETS
+                else nearest(str(name), [*HUB_NAMES, *PRESETS]))
         raise NotFoundError(f"{name}: no such folder here, and not the form of a hub id (owner/name){hint}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
