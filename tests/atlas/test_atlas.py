@@ -166,8 +166,8 @@ def test_a_file_that_is_no_atlas(content: bytes, tmp_path: Path) -> None:
         Atlas.load(tmp_path)
 
 
-def test_a_run_stands_for_its_model(tmp_path: Path) -> None:
+def test_a_run_stands_for_its_model(tiny_config: Config, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    atlas = Atlas.built_in(CONFIG, ("law_expert", "code_expert"))
+    atlas = Atlas.built_in(tiny_config(), ["law_expert", "code_expert"])
     atlas.save(tmp_path / "model")
     assert Atlas.load(tmp_path).names == atlas.names
