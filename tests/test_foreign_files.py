@@ -119,6 +119,13 @@ def test_weights_of_a_kind_that_holds_none(folder: Path, tmp_path: Path, kind: t
     assert not list(tmp_path.glob("out*"))
 
 
+def test_an_index_of_pickles(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+    with pytest.raises(CheckpointError, match=r"'pytorch_model\.bin' must be a safetensors file"):
+        load_model(folder, verify=False)
+
+
 def test_a_tensor_in_two_files(folder: Path) -> None:
     (folder / "mtp.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"mtp\.safetensors: .* is also in model\.safetensors"):

@@ -164,6 +164,9 @@ NORM = "model.layers.0.self_attn.kv_a_layernorm.weight"
     ("DeepSeek-V3", lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
     ("DeepSeek-V3", _keys(hidden_size=65), "has shape"), ("DeepSeek-V3", _keys(num_hidden_layers=9), "the tensors 6"),
     ("DeepSeek-V3", _keys(quantization_config={"quant_method": "awq"}), "quant_method = 'awq'"),
+    ("DeepSeek-V3", _keys(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}),
+     "quantization_config.weight_block_size = [64, 64]: of FP8 only DeepSeek's is read ([128, 128])"),
+    ("DeepSeek-V3", _keys(quantization_config={"quant_method": "fp8", "fmt": "e5m2"}), "fmt = 'e5m2'"),
     ("DeepSeek-V3", _keys(quantization_config={"quant_method": "compressed-tensors", "format": "float-quantized"}),
      "quantization_config.format = 'float-quantized': of compressed-tensors only pack-quantized"),
     ("DeepSeek-V3", _tensor(lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale_inv", t.pop(

@@ -72,10 +72,12 @@ def test_parts_that_do_not_fit(edit: Any, message: str, tmp_path: Path) -> None:
 
 def test_the_published_configuration_is_read() -> None:
     int4.check(CONFIG, "here")
+    int4.check(CONFIG | {"sparsity_config": {"format": "dense"}, "transform_config": {}, "version": "0.12"}, "here")
 
 
 @pytest.mark.parametrize(("path", "value"), [
     ("format", "float-quantized"), ("format", None), ("format", "nvfp4-pack-quantized"), ("kv_cache_scheme", {}),
+    ("transform_config", {"config_groups": {"R1": {}}}), ("sparsity_config", {"format": "sparse-24-bitmask"}),
     ("config_groups", None), ("config_groups", {}), ("config_groups.group_0", None),
     ("config_groups.group_0.input_activations", {"num_bits": 8}),
     ("config_groups.group_0.format", "int-quantized"), ("config_groups.group_0.weights.num_bits", 8),

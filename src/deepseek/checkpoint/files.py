@@ -77,6 +77,8 @@ class TensorFiles:
         for name in names:
             if Path(name).name != name or leads_out(name):
                 raise CheckpointError(f"{index}: {name!r} leads out of the folder")
+            if not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: {name!r:.80} must be a safetensors file{other_weights(self.folder)}")
             if not (self.folder / name).is_file():
                 instead = "" if self._indexed else other_weights(self.folder)
                 raise CheckpointError(f"{self.folder / name}: the file is missing{instead}")

@@ -160,7 +160,7 @@ def other_weights(folder: Path) -> str:
         if (kind := _foreign(name))[0] and not name.endswith(INDEX):
             found.setdefault(kind, []).append(name)
     plain = found.pop(("safetensors", "name its folder"), [])
-    if plain:
+    if plain and not (folder / INDEX).is_file():
         return f": it has {_listed(plain)} and no {INDEX} that says what is in them"
     return "".join(f": it has {what} ({_listed(files)}): {advice}" for (what, advice), files in found.items())
 

@@ -32,6 +32,9 @@ def check(keys: Mapping[str, Any], origin: str) -> None:
 
     need("format", keys.get("format"), (FORMAT,))
     need("kv_cache_scheme", keys.get("kv_cache_scheme"), (None,))
+    need("transform_config", keys.get("transform_config"), (None, {}))  # rotations of weights and activations
+    if not (isinstance(sparse := keys.get("sparsity_config"), Mapping) and sparse.get("format") == "dense"):
+        need("sparsity_config", sparse, (None, {}))
     groups = keys.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ConfigError(f"{origin}: quantization_config.config_groups = {shown(groups)}: must be an object of groups")

@@ -33,7 +33,7 @@ from ..model import CausalLM, Route
 from ..model.experts import MoE, RoutedExperts
 from ..model.layers import MLP, Linear
 from ..ops.panels import ROWS, Bits, matrix_bytes, unpack, unpack_mlp
-from . import int4
+from . import fp8, int4
 
 METHOD, VERSION = "moe_dr", 1
 
@@ -70,6 +70,10 @@ class Recipe:
             raise ConfigError(f"{origin}: quantization_config = {shown(keys)}: must be an object")
         method = keys.get("quant_method", "fp8")
         if method == "fp8":
+            for key, only in (("weight_block_size", [fp8.BLOCK] * 2), ("fmt", "e4m3")):
+                if keys.get(key, only) != only:
+                    raise ConfigError(f"{origin}: quantization_config.{key} = {shown(keys[key])}: of FP8 only "
+                                      f"DeepSeek's is read ({only})")
             return None
         if method == int4.METHOD:
             int4.check(keys, origin)
