@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePath
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from .errors import ConfigError, DataError, MoEDRError, NotFoundError
 
@@ -63,11 +63,6 @@ def _with_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key) if isinstance(key, float) else key: _with_nulls(inner) for key, inner in value.items()}
     return [_with_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def no_constant(word: str) -> NoReturn:
-    """For json's parse_constant: NaN and Infinity are no JSON, though Python reads and writes them."""
-    raise ValueError(f"{word} is no JSON")
 
 
 def read_json(

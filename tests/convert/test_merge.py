@@ -158,7 +158,7 @@ def test_what_is_written(source: Callable, capsys: pytest.CaptureFixture[str]) -
     load_model(two, verify=True)
     (one / PROVENANCE).write_text('{"format": 1, "merged": NaN}')
     (one / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match=r"provenance\.json: not a record of merges: NaN is no JSON"):
+    with pytest.raises(CheckpointError, match=r"provenance\.json: not a record of merges: .*nan is no"):
         merge(one, second, base.parent / "x", progress=False)
     assert not list(base.parent.glob("x*"))
 

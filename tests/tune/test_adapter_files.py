@@ -180,7 +180,7 @@ def test_our_own_settings(base: Callable[..., Path], kind: str, keys: dict[str, 
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "not valid"), ("[]", "must be an object"), ('{"r": NaN}', "NaN is no JSON"), ("[" * 99999, "not valid"),
+    ("{", "not valid"), ("[]", "must be a JSON object"), ('{"r": NaN}', "nan is no number"), ("[" * 99999, "not valid"),
     ("{}", "peft_type = None: must be 'LORA'"), ('{"peft_type": "LORA"}', "r is missing"),
 ])
 def test_settings_that_are_none(base: Callable[..., Path], text: str, message: str) -> None:

@@ -123,6 +123,25 @@ def test_auto_selects_as_esft_does_and_keeps_the_choice(
     assert sum(map(len, few.experts.values())) < len(chosen)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"a_new_key": 1}, "a_new_key is an unknown key"), ({"tokens": ...}, "tokens is missing"),
+    ({"experts": ["1"]}, r"experts = \['1'\]: must be a list of ids"), ({"experts": [1]}, r"experts = \[1\]: must be"),
+    ({"experts": None}, "experts = None: must be"), ({"threshold": float("nan")}, "threshold: nan is no"),
+])
+def test_a_selection_that_was_changed_is_refused_by_key(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    def tune() -> None:
+        MoEFineTuner(base(), expert_tune="auto", out=tmp_path / "out", **quick).fit(records(), steps=1)
+
+    tune()
+    path = tmp_path / "out" / "experts.json"
+    kept = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in kept.items() if value is not ...}))
+    with pytest.raises(ConfigError, match=rf"experts\.json: .*{message}"):
+        tune()
+
+
 def test_a_half_precision_base_learns_from_small_steps(
     base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
 ) -> None:

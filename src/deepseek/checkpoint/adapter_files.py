@@ -263,7 +263,7 @@ def read_adapter(folder: str | Path, *, verify: bool = True) -> Delta | LoRA:
     if verify:
         check_manifest(folder)
     about = kinds[0]
-    keys = _settings(folder / about)
+    keys = read_json(folder / about, CheckpointError)
     tensors = _tensors(folder, about)
     return {DELTA: _delta, ESFT: _esft}.get(about, _lora)(folder, about, keys, tensors)
 
@@ -285,10 +285,6 @@ def _what_else(folder: Path) -> str:
     if "trained.safetensors" in names:
         return f"a checkpoint within a run, {neither}: let the run end, and give what it leaves"
     return neither
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    return read_json(path, CheckpointError, "not valid")
 
 
 def _tensors(folder: Path, about: str) -> TensorFiles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import torch
 
 from ..checkpoint import AdaptedFiles, TensorFiles, open_checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..files import locked, no_constant, sha256
+from ..files import locked, read_json, sha256
 from .dequantizing import DTYPES, plan_plain, write_plain
 from .writing import SHARD_BYTES, free_folder
 
@@ -87,10 +86,7 @@ def _before(path: Path) -> list[Any]:
     """Steps that an earlier merge has noted. Raises CheckpointError for a file that is not such a list."""
     if not path.is_file():
         return []
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
-        if value["format"] != FORMAT or not isinstance(value["merged"], list):
-            raise ValueError(f"not of format {FORMAT}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a record of merges: {error}: remove it to do without") from None
+    value = read_json(path, CheckpointError, "not a record of merges")
+    if value.get("format") != FORMAT or not isinstance(value.get("merged"), list):
+        raise CheckpointError(f"{path}: not a record of merges of format {FORMAT}: remove it to do without")
     return value["merged"]

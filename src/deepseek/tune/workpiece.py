@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ from ..checkpoint import (
 )
 from ..deepopt.loop import trained
 from ..errors import ConfigError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..ids import ExpertId, ExpertSet
 from ..model import CausalLM, RoutingRecord
 from ..model.adapter import Side, TunedExperts, fold
@@ -193,9 +192,16 @@ def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path, base:
     threshold = config.threshold or THRESHOLDS["gate" if config.score == "gate" else "token"]
     asked = {"score": config.score, "threshold": threshold, "data": data.fingerprint, "base": base}
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if {key: kept.get(key) for key in asked} == asked:
-            return ExpertSet(map(ExpertId.parse, kept["experts"]))
+        kept = read_json(path, ConfigError)
+        if odd := sorted(set(kept) ^ {*asked, "experts", "tokens"}):
+            raise ConfigError(f"{path}: {odd[0]} {'is an unknown key' if odd[0] in kept else 'is missing'}: remove the "
+                              "file, and the experts are chosen again")
+        if {key: kept[key] for key in asked} == asked:
+            try:
+                return ExpertSet(map(ExpertId.parse, kept["experts"]))
+            except (ValueError, TypeError, AttributeError):
+                raise ConfigError(f"{path}: experts = {kept['experts']!r:.60}: must be a list of ids such as "
+                                  "\"3.17\"") from None
     usage = ExpertUsage(model.config)
     everything = RecordSet((), data.train)
     limit = max(1, config.eval_records * 4 // config.batch_size)
