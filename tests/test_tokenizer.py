@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import ConfigError, DataError, NotFoundError, RequestError
-from deepseek.tokenizer import CHAT_TEMPLATE, SPECIAL, SPLIT, SPLITS, Tokenizer
+from deepseek.tokenizer import CHAT_TEMPLATE, SPECIAL, SPLIT, SPLITS, Tokenizer, _any_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer" / "deepseek_v3"
 TEXTS = (
@@ -315,3 +316,28 @@ def test_and_on_real_text() -> None:
             pytest.skip("the real data is not beside the repository (../shared/data)")
         text = found[0].read_text(encoding="utf-8")[:200_000]
         assert cuts((SPLIT,), text) == cuts(SPLITS, text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.sampled_from("< ｜ <｜ User s ｜> <think> </ think> a.b".split())).map("".join))
+def test_control_tokens_are_found_as_one_by_one(text: str) -> None:
+    names = frozenset(("<｜User｜>", "<｜Users｜>", "<｜User", "<think>", "</think>", "a.b"))
+    one_by_one = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    assert [found.span() for found in _any_of(names).finditer(text)] == [m.span() for m in one_by_one.finditer(text)]
+    assert _any_of(frozenset()).search(text) is None
+
+
+def test_many_ids_are_decoded_as_few() -> None:
+    tokenizer = small()
+    ids = tokenizer.encode("the fox 狐狸 💥 " * 60)
+    assert len(ids) > 100 and tokenizer.decode(ids) == "the fox 狐狸 💥 " * 60
+    assert tokenizer.decode([*ids, 0], skip_special=False) == "the fox 狐狸 💥 " * 60 + "<|begin_of_sentence|>"
+
+
+def test_a_text_that_is_surely_too_long() -> None:
+    tokenizer = small()
+    assert not tokenizer.surely_longer("x" * 100_000, 200_000)
+    assert not tokenizer.surely_longer("x" * 30_000, 10)  # soon encoded
+    assert tokenizer.surely_longer("x" * 100_000, 1000) and tokenizer.surely_longer("\ud800" * 100_000, 1000)
+    with pytest.raises(RequestError, match="100,000 characters, more than 2,000 tokens"):
+        tokenizer.check_length("x" * 100_000, 1000)

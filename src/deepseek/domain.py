@@ -101,7 +101,7 @@ class KeywordRules:
         for word in self._of:
             if first := _WORD.match(word):
                 self._by_first.setdefault(first[0], []).append(word)
-        self._trie = _trie(word for word in self._of if not _WORD.match(word))
+        self._trie = trie(word for word in self._of if not _WORD.match(word))
         self._find = re.compile(self._trie or "(?!)")
 
     @classmethod
@@ -173,7 +173,7 @@ class KeywordRules:
         return [names[k] if sure else None for k, sure in zip(count_NK.argmax(1), sure_N, strict=True)]
 
 
-def _trie(words: Iterable[str]) -> str:
+def trie(words: Iterable[str]) -> str:
     """A regular expression that matches the longest of the words at a place."""
     root: dict[str, Any] = {}
     for word in words:

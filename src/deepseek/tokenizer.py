@@ -26,6 +26,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from .conversation import ROLES, THINK, THOUGHT, Style, normalize
+from .domain import trie
 from .errors import ConfigError, DataError, MoEDRError, NotFoundError, RequestError, shown
 from .files import not_utf8, read_json, read_text, write_atomically, write_json
 from .templates import render
@@ -258,19 +259,30 @@ class Tokenizer:
     def surely_longer(self, text: str, most: int) -> bool:
         """Whether a text has more than `most` tokens, told from parts of it: a text of megabytes is not encoded to
         learn that it does not fit. False where only encoding it tells."""
+        if 4 * len(text) <= 2 * most:  # UTF-8 has so many bytes at most, and no token less than one
+            return False
         found = 0
         for start in range(0, len(text), _PART):
             if len(text) - start <= _PART:
                 return False  # the rest is soon encoded
-            found += len(self._plain.encode(text[start : start + _PART].encode(errors="replace").decode(),
-                                            add_special_tokens=False).ids)
+            part = text[start : start + _PART].encode(errors="replace").decode()
+            found += len(self._plain.encode_batch_fast([part], add_special_tokens=False)[0])
             if found > 2 * most:  # a cut may change what is beside it, but not by half
                 return True
         return False
 
+    def check_length(self, text: str, most: int) -> None:
+        """Raises RequestError for a text that is much longer than `most` tokens, before all of it is encoded."""
+        if self.surely_longer(text, most):
+            raise RequestError(f"the prompt has {len(text):,} characters, more than {2 * most:,} tokens: must leave "
+                               f"room within the model's context (max_position_embeddings = {most})")
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids that the tokenizer does not have are left out."""
-        return self._full.decode(list(ids), skip_special_tokens=skip_special)
+        ids = list(ids)
+        if len(ids) < 100:
+            return self._full.decode(ids, skip_special_tokens=skip_special)
+        return self._full.decode_batch([ids], skip_special_tokens=skip_special)[0]  # other threads go on meanwhile
 
     def token_bytes(self, token: int) -> bytes:
         """What one token adds to a text; in a byte-level vocabulary it may be part of a character."""
@@ -298,7 +310,11 @@ class Tokenizer:
 
     def template_knows(self, variable: str) -> bool:
         """Whether the chat template reads a variable, such as `tools`."""
-        return self._template is not None and re.search(rf"\b{re.escape(variable)}\b", self._template) is not None
+        return variable in self._words
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", self._template or ""))
 
     def with_variables(self, variables: Mapping[str, Any] | None) -> Tokenizer:
         """This tokenizer, whose chat template gets these variables where a call does not say otherwise.
@@ -331,13 +347,17 @@ class Tokenizer:
         """
         return self._chat(messages, tools, add_generation_prompt, continue_final_message, extra, lambda value, _: value)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], /, *, tools: Sequence[Mapping[str, Any]] | None = None,
-                    add_generation_prompt: bool = True, continue_final_message: bool = False, **extra: Any
-                    ) -> list[int]:
-        """Ids of `chat(…)`. Control tokens count where the template wrote them, not where a message quotes them."""
-        return self.encode_marked(self.marked_chat(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message, **extra))
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], at_most: int | None = None, /, *,
+                    tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = True,
+                    continue_final_message: bool = False, **extra: Any) -> list[int]:
+        """Ids of `chat(…)`. Control tokens count where the template wrote them, not where a message quotes them.
+
+        at_most: a conversation of much more tokens is refused before it is encoded whole."""
+        text = self.marked_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt,
+                                continue_final_message=continue_final_message, **extra)
+        if at_most is not None:
+            self.check_length(text, at_most)
+        return self.encode_marked(text)
 
     def marked_chat(self, messages: Sequence[Mapping[str, Any]], /, *,
                     tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = True,
@@ -373,11 +393,12 @@ class Tokenizer:
         plain = normalize(messages, self.roles)
         if go_on and (not plain or plain[-1]["role"] != "assistant" or not isinstance(plain[-1]["content"], str)):
             raise RequestError("continue_final_message: the last message must be an assistant's, with content")
+        read = {name: value for name, value in extra.items() if self.template_knows(name)}
         fitted, shown = self._style.fit(plain, tools)
         marked = [mark(message, message["role"]) for message in fitted]
         if go_on:
             marked[-1]["content"] += _END + " "
-        values = {**mark({**self._variables, **extra}, ""), "tools": mark(shown, "")}
+        values = {**mark({**self._variables, **read}, ""), "tools": mark(shown, "")}
         text = self._render(marked, prompt and not go_on, values)
         if not go_on:
             return text
@@ -446,7 +467,7 @@ class TokenStream:
 
 @lru_cache(maxsize=8)
 def _any_of(names: frozenset[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    return re.compile(trie(names) or "(?!)")  # V3 has 800: tried one by one, a megabyte of "<" takes two seconds
 
 
 def unmarked(text: str) -> str:

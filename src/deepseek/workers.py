@@ -21,6 +21,7 @@ from typing import Any
 
 from .errors import RequestError
 
+NICENESS = 5  # of a worker: a third of what the process that asks gets of a busy core
 _pools: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
@@ -110,6 +111,7 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(NICENESS)
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         _, hard = resource.getrlimit(resource.RLIMIT_AS)

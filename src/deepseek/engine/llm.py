@@ -433,10 +433,8 @@ class LLM:
 
     def check_length(self, text: str) -> None:
         """Raises RequestError for a text that is much too long, before all of it is encoded."""
-        if self.tokenizer is not None and self.tokenizer.surely_longer(text, self.max_length):
-            raise RequestError(f"the prompt has {len(text):,} characters, more than {2 * self.max_length:,} tokens: "
-                               f"must leave room within the model's context "
-                               f"(max_position_embeddings = {self.max_length})")
+        if self.tokenizer is not None:
+            self.tokenizer.check_length(text, self.max_length)
 
     def _ids(self, prompt: Prompt, parse_special: bool, chat: Mapping[str, Any]) -> list[int]:
         if isinstance(prompt, str):
@@ -448,7 +446,8 @@ class LLM:
         if isinstance(prompt, Sequence) and all(type(part) is int for part in prompt):
             return list(prompt)  # type: ignore[arg-type]
         if isinstance(prompt, Sequence) and all(isinstance(part, Mapping) for part in prompt):
-            return self._need_tokenizer("a conversation").encode_chat(prompt, **chat)  # type: ignore[arg-type]
+            tokenizer = self._need_tokenizer("a conversation")
+            return tokenizer.encode_chat(prompt, self.max_length, **chat)  # type: ignore[arg-type]
         raise RequestError(f"{prompt!r:.80}: must be a text, a list of token ids or a list of messages")
 
     def _need_tokenizer(self, what: str) -> Tokenizer:

@@ -202,8 +202,9 @@ class Adjustment:
     def __init__(self, params: SamplingParams, ends: frozenset[int], vocabulary: int) -> None:
         """ends: ids that end the text."""
         self._params, self._counts = params, dict[int, int]()
-        self._bias = dict(params.logit_bias or {})
-        self._ends = sorted(i for i in ends if i < vocabulary) if params.min_tokens else []
+        bias = params.logit_bias or {}  # a client may have one for every token, so they are made into tensors once
+        self._biased, self._bias = torch.tensor([*bias]), torch.tensor([*map(float, bias.values())])
+        self._ends = torch.tensor(sorted(i for i in ends if i < vocabulary) if params.min_tokens else [])
 
     def add(self, token: int) -> None:
         """The output goes on with `token`."""
@@ -211,11 +212,10 @@ class Adjustment:
 
     def apply(self, logits_V: Tensor, seen: int) -> Tensor:
         """The logits after `seen` tokens of output; a new tensor where anything changes."""
-        if self._bias:
-            ids = torch.tensor(list(self._bias))
-            logits_V = logits_V.index_add(0, ids, logits_V.new_tensor([*self._bias.values()]))
-        if self._ends and seen < self._params.min_tokens:
-            kept_V = logits_V.index_fill(0, torch.tensor(self._ends), -torch.inf)
+        if len(self._bias):
+            logits_V = logits_V.index_add(0, self._biased, self._bias.to(logits_V))
+        if len(self._ends) and seen < self._params.min_tokens:
+            kept_V = logits_V.index_fill(0, self._ends, -torch.inf)
             logits_V = kept_V if bool((kept_V > -torch.inf).any()) else logits_V
         return logits_V
 

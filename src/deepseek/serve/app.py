@@ -11,13 +11,16 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import Response as Plain
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import grammars, templates
 from ..engine import LLM
 from ..errors import DataError, MoEDRError, RequestError
+from ..files import to_json
 from ..model.cache import PAGE
+from .bodies import describe, takes
 from .chat import Chat, chat_prompt
 from .completions import Completion
 from .guard import Guard, ServeError
@@ -81,17 +84,19 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     async def broken(_: Request, error: MoEDRError) -> JSONResponse:
         return _error(ServeError(500, str(error), kind="server_error"))
 
-    @app.post("/v1/chat/completions")
-    async def chat(http: Request, body: ChatRequest) -> Any:
+    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
+    async def chat(http: Request) -> Any:
+        body = await server.read(http, ChatRequest)
         server.admit(body, body.n)
         one = await server.prepare(http, Chat, server, http, body)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
 
-    @app.post("/v1/responses")
-    async def respond(http: Request, body: ResponsesRequest) -> Any:
-        one = Response(server, responses, http, body)
-        await server.prepare(http, one.prepare)
+    @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest))
+    async def respond(http: Request) -> Any:
+        body = await server.read(http, ResponsesRequest)
+        server.admit(body)
+        one = await server.prepare(http, Response, server, responses, http, body)
         return StreamingResponse(one.stream(http), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
 
@@ -104,48 +109,65 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         responses.delete(name)
         return {"id": name, "object": "response", "deleted": True}
 
-    @app.post("/v1/completions")
-    async def completions(http: Request, body: CompletionRequest) -> Any:
+    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
+    async def completions(http: Request) -> Any:
+        body = await server.read(http, CompletionRequest)
         server.admit(body, body.n * len(body.prompts))
         one = await server.prepare(http, Completion, server, http, body)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.whole(http))
 
-    @app.post("/v1/embeddings")
-    async def embeddings(http: Request, body: EmbeddingRequest) -> dict[str, Any]:
+    @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
+    async def embeddings(http: Request) -> Plain:
+        body = await server.read(http, EmbeddingRequest)
         server.admit(body)
         if body.dimensions not in (None, size := llm.model.config.hidden_size):
             raise ServeError(400, f"dimensions = {body.dimensions}: must be {size}, what the model has",
                              param="dimensions")
         vectors, tokens = await server.embed(http, body.inputs, server.know(body.model))
-        data = [{"object": "embedding", "index": i, "embedding": base64.b64encode(vector.numpy().tobytes()).decode()
-                 if body.encoding_format == "base64" else vector.tolist()} for i, vector in enumerate(vectors)]
-        return {"object": "list", "data": data, "model": body.model, "usage": {
-            "prompt_tokens": tokens, "total_tokens": tokens}, "deepseek": {"pooling": "mean of the last hidden states"}}
 
-    @app.post("/tokenize")
-    async def tokenize(http: Request, body: TokenizeRequest) -> dict[str, Any]:
+        def write() -> bytes:  # one by one: a text of megabytes made at once holds up everybody
+            data = (to_json({"object": "embedding", "index": i, "embedding": vector.tolist() if (
+                body.encoding_format == "float") else base64.b64encode(vector.numpy().tobytes()).decode()})
+                for i, vector in enumerate(vectors))
+            rest = {"object": "list", "model": body.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+                    "deepseek": {"pooling": "mean of the last hidden states"}}
+            return f'{{"data": [{", ".join(data)}], {to_json(rest)[1:]}'.encode()
+
+        return Plain(await server.prepare(http, write), media_type="application/json")
+
+    @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
+    async def tokenize(http: Request) -> dict[str, Any]:
+        body = await server.read(http, TokenizeRequest)
         server.know(body.model if body.model is not None else options.name)
         tokenizer, prompt = server.tokenizer, body.prompt
-        try:
+
+        def work() -> dict[str, Any]:
             if prompt is None:
-                ids = await server.prepare(http, chat_prompt, llm, body)
+                ids = chat_prompt(llm, body)
             else:
                 llm.check_length(prompt)
-                ids = await server.prepare(http, lambda: tokenizer.encode(
-                    prompt, bos=body.add_special_tokens, special=body.parse_special))
+                ids = tokenizer.encode(prompt, bos=body.add_special_tokens, special=body.parse_special)
+            names = [tokenizer.decode([i], skip_special=False) for i in ids] if body.return_token_strs else None
+            return {"count": len(ids), "max_model_len": llm.max_length, "tokens": ids, "token_strs": names}
+
+        try:
+            return await server.prepare(http, work)
         except DataError as error:  # half a surrogate pair, say
             raise ServeError(400, f"prompt: {error}", param="prompt") from None
-        names = [tokenizer.decode([i], skip_special=False) for i in ids] if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": llm.max_length, "tokens": ids, "token_strs": names}
 
-    @app.post("/detokenize")
-    async def detokenize(http: Request, body: DetokenizeRequest) -> dict[str, Any]:
+    @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
+    async def detokenize(http: Request) -> dict[str, Any]:
+        body = await server.read(http, DetokenizeRequest)
         server.know(body.model if body.model is not None else options.name)
-        size = server.tokenizer.vocab_size
-        if outside := [i for i in body.tokens if i >= size]:
-            raise ServeError(400, f"token id {outside[0]}: must lie in the vocabulary 0..{size - 1}", param="tokens")
-        return {"prompt": await server.prepare(http, lambda: server.tokenizer.decode(body.tokens, skip_special=False))}
+        tokenizer = server.tokenizer
+
+        def work() -> dict[str, Any]:
+            if (most := max(body.tokens, default=0)) >= (size := tokenizer.vocab_size):
+                raise ServeError(400, f"token id {most}: must lie in the vocabulary 0..{size - 1}", param="tokens")
+            return {"prompt": tokenizer.decode(body.tokens, skip_special=False)}
+
+        return await server.prepare(http, work)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -156,13 +178,14 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         server.know(name)
         return _model(server, name)
 
-    @app.post("/v1/deepseek/warm")
-    async def warm(body: WarmRequest) -> dict[str, Any]:
+    @app.post("/v1/deepseek/warm", openapi_extra=takes(WarmRequest))
+    async def warm(http: Request) -> dict[str, Any]:
+        body = await server.read(http, WarmRequest)
         done = await asyncio.to_thread(llm.warm_up, body.experts)
         return {"experts": done.experts, "of": done.of, "bytes": done.bytes, "seconds": done.seconds,
                 "expected_coverage": done.expected}
 
-    @app.api_route("/", methods=["GET", "HEAD"])
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def start() -> RedirectResponse:
         return RedirectResponse("dashboard")
 
@@ -174,6 +197,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
                             status_code=503 if server.closing else 200)
 
     add_routes(app, server.watch)
+    describe(app)
     return app
 
 

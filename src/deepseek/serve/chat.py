@@ -36,7 +36,7 @@ def chat_prompt(llm: LLM, body: ChatRequest | TokenizeRequest) -> list[int]:
     if body.reasoning_effort is not None and tokenizer.template_knows("reasoning_effort"):
         variables.setdefault("reasoning_effort", body.reasoning_effort)
     try:
-        return tokenizer.encode_chat(messages, tools=tools, **variables)
+        return tokenizer.encode_chat(messages, llm.max_length, tools=tools, **variables)
     except DataError as error:  # half a surrogate pair, say
         raise RequestError(f"a message is not text: {error}") from None
 

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import resource
 import signal
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -17,12 +18,15 @@ from typing import Any
 
 import h11
 import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ConfigError
 from ..files import to_json
 
+IDLE = 30  # seconds that a connection stays open for another request: longer than clients keep it, else both race
 LINGER = 1.0  # seconds that a refused client has to read why
+TURN = 0.001  # seconds from one read of a large body to the next, of whichever connection
 SPARE = 128  # file descriptors beside the connections: weights, logs, refused clients
 
 
@@ -42,12 +46,46 @@ class Limits:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be positive and finite")
 
 
+class Turns:
+    """Lets things happen one after another, TURN seconds apart."""
+
+    def __init__(self) -> None:
+        self._waiting = deque[Callable[[], None]]()
+        self._busy = False
+
+    def take(self, loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
+        if self._busy:
+            self._waiting.append(what)
+            return
+        self._busy = True
+        loop.call_later(TURN, self._next, loop)
+        what()
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._busy = False
+        if self._waiting:
+            self.take(loop, self._waiting.popleft())
+
+
+class Flow(FlowControl):
+    """Reading that was paused (256 KB wait for whoever reads the body) goes on in its turn: else forty uploads at once
+    keep the event loop from everybody's streams."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, turns: Turns) -> None:
+        super().__init__(transport)
+        self._loop, self._turns = loop, turns
+
+    def resume_reading(self) -> None:
+        if self.read_paused:
+            self._turns.take(self._loop, super().resume_reading)
+
+
 class Connection(H11Protocol):
     """One client's connection."""
 
-    def __init__(self, *args: Any, limits: Limits, **more: Any) -> None:
+    def __init__(self, *args: Any, limits: Limits, turns: Turns, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.limits = limits
+        self.limits, self.turns = limits, turns
         self.refused = False
         self._receiving: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
@@ -55,6 +93,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = Flow(transport, self.loop, self.turns)
         if len(self.connections) > self.limits.connections and not self._make_room():
             self._end(503, "too_many_connections",
                       f"there are {self.limits.connections} connections: no more may be open")
@@ -83,6 +122,10 @@ class Connection(H11Protocol):
         if self.refused or self.transport.is_closing():
             return
         super().data_received(data)
+        if len(data) > HIGH_WATER_LIMIT:  # also of a body that is not read because its request was refused
+            self.flow.pause_reading()
+            if self.cycle is None or self.cycle.response_complete:  # else whoever reads the body goes on
+                self.flow.resume_reading()
         self._look()
 
     def _look(self) -> None:
@@ -156,8 +199,9 @@ class Process(uvicorn.Server):
 
     def __init__(self, app: Any, limits: Limits, drain: Callable[[float], Awaitable[None]]) -> None:
         # the answers that drain() has ended get a moment to say so
-        super().__init__(uvicorn.Config(app, http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
-                                        ws="none", log_level="error", access_log=False, timeout_graceful_shutdown=5))
+        connection: Any = functools.partial(Connection, limits=limits, turns=Turns())
+        super().__init__(uvicorn.Config(app, http=connection, ws="none", log_level="error", access_log=False,
+                                        timeout_keep_alive=IDLE, timeout_graceful_shutdown=5))
         self.limits, self.drain = limits, drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

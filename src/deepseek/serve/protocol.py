@@ -8,8 +8,10 @@ request is made (engine/sampler.py, engine/llm.py).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -19,10 +21,13 @@ Natural = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 Id = Annotated[int, Field(strict=True)]
-Ids = Annotated[list[Id], Field(min_length=1)]
-MESSAGES, PROMPTS = 4096, 2048  # of one request
-Prompts = Text | Annotated[list[Text], Field(min_length=1, max_length=PROMPTS)] | Ids | Annotated[
-    list[Ids], Field(min_length=1, max_length=PROMPTS)]
+T = TypeVar("T")
+Each = Annotated[list[T], Field(fail_fast=True)]  # a list with a million wrong items is told of the first
+Ids = Annotated[Each[Id], Field(min_length=1)]
+MESSAGES, PROMPTS, STOPS, STOP_LENGTH = 4096, 2048, 64, 1024  # of one request; characters
+Prompts = Text | Annotated[Each[Text], Field(min_length=1, max_length=PROMPTS)] | Ids | Annotated[
+    Each[Ids], Field(min_length=1, max_length=PROMPTS)]
+Stop = Annotated[str, Field(strict=True, max_length=STOP_LENGTH)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
@@ -34,8 +39,21 @@ class Body(BaseModel):
     def _null_is_not_given(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        names, optional = _names(cls)
+        if len(given) > len(names) and cls.model_config.get("extra") == "forbid":
+            unknown = next(key for key in given if key not in names)  # of a million one is told of
+            given = {key: value for key, value in given.items() if key in names or key == unknown}
+        if None not in given.values():
+            return given
         return {key: value for key, value in given.items() if value is not None or key not in optional}
+
+
+@lru_cache(None)
+def _names(form: type[Body]) -> tuple[frozenset[str], frozenset[str]]:
+    """(the fields of a form, those of them that may be left out), as clients write them."""
+    fields = {field.alias or name: field for name, field in form.model_fields.items()}
+    return frozenset((*fields, *form.model_fields)), frozenset(
+        name for name, field in fields.items() if not field.is_required())
 
 
 class Part(Body):
@@ -52,7 +70,7 @@ class Sampling(Body):
     repetition_penalty: Number | None = None
     ignore_eos: Flag | None = None
     min_tokens: Natural | None = None
-    stop_token_ids: list[Natural] | None = None
+    stop_token_ids: Each[Natural] | None = None
     skip_special_tokens: Flag | None = None
     prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
 
@@ -107,11 +125,23 @@ def complaint(errors: Sequence[Any]) -> tuple[str, str]:
     return where, f"{where}: {errors[chosen]['msg']}" if where else str(errors[chosen]["msg"])
 
 
+def _numbers(pattern: str, what: str) -> BeforeValidator:
+    """Refuses an object at its first entry that is no name with a number; pydantic would list them all."""
+    def check(given: Any) -> Any:
+        for key, value in given.items() if isinstance(given, dict) else ():
+            if not (re.fullmatch(pattern, key, re.DOTALL) and isinstance(value, int | float)
+                    and not isinstance(value, bool) and abs(value) <= 1e308):
+                raise ValueError(f"{key!r:.60}: {value!r:.60}: must be {what} with finite numbers")
+        return given
+
+    return BeforeValidator(check)
+
+
 class Experts(Body):
     """Inexact controls of the gates (engine/control.py)."""
 
-    mask: list[Text] = []
-    bias: dict[Text, Number] = {}
+    mask: Each[Text] = []
+    bias: Annotated[dict[Text, Number], _numbers(r".*", "names")] = {}
     top_k: Count | None = None
     approx: Flag = False
 
@@ -138,14 +168,15 @@ class Common(Sampling, Harmless):
     temperature: Number = 1.0
     top_p: Number = 1.0
     n: Annotated[int, Field(strict=True, ge=1, le=16)] = 1
-    stop: Text | list[Text] | None = None
+    stop: Stop | Annotated[Each[Stop], Field(max_length=STOPS)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
     deepseek: Extension = Extension()
     presence_penalty: Number = 0.0
     frequency_penalty: Number = 0.0
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number] = {}
+    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number],
+                          _numbers("[0-9]{1,9}", "token ids")] = {}
 
     @model_validator(mode="after")
     def _given_once(self) -> Common:
@@ -197,9 +228,9 @@ class ToolCall(Part):
 
 class Message(Part):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[Text | list[ContentPart] | None, BeforeValidator(_parts)] = None
+    content: Annotated[Text | Each[ContentPart] | None, BeforeValidator(_parts)] = None
     name: Text | None = None
-    tool_calls: list[ToolCall] = []
+    tool_calls: Each[ToolCall] = []
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
@@ -211,6 +242,9 @@ class Message(Part):
         if self.content is None and self.role != "assistant":
             raise ValueError("content: must be given")
         return self
+
+
+Messages = Annotated[Each[Message], Field(min_length=1, max_length=MESSAGES)]
 
 
 class Function(Part):
@@ -262,15 +296,15 @@ class ResponseFormat(Body):
 
 
 class ChatRequest(Common, Templating):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: Flag = False
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Each[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Flag = True
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: Each[Literal["text"]] = ["text"]
     verbosity: Literal["low", "medium", "high"] = "medium"
     audio: None = None
     prediction: None = None
@@ -303,11 +337,11 @@ class Item(Part):
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: Annotated[Text | list[ContentPart] | None, BeforeValidator(_parts)] = None
+    content: Annotated[Text | Each[ContentPart] | None, BeforeValidator(_parts)] = None
     call_id: Text | None = None
     name: Text | None = None
     arguments: Text | None = None
-    output: Annotated[Text | list[ContentPart] | None, BeforeValidator(_parts)] = None
+    output: Annotated[Text | Each[ContentPart] | None, BeforeValidator(_parts)] = None
 
     @model_validator(mode="after")
     def _whole(self) -> Item:
@@ -357,7 +391,7 @@ class ResponsesRequest(Sampling, Harmless):
     """store: keep the response, so that it can be read and gone on from."""
 
     model: Text
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MESSAGES)]
+    input: Text | Annotated[Each[Item], Field(min_length=1, max_length=MESSAGES)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     temperature: Number = 1.0
@@ -365,7 +399,7 @@ class ResponsesRequest(Sampling, Harmless):
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
-    tools: list[FlatTool] = []
+    tools: Each[FlatTool] = []
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: Flag = True
     text: TextOptions = TextOptions()
@@ -374,7 +408,7 @@ class ResponsesRequest(Sampling, Harmless):
     store: Flag = True
     chat_template_kwargs: dict[str, Any] = {}
     deepseek: Extension = Extension()
-    include: list[Literal["reasoning.encrypted_content"]] = []  # reasoning comes and goes unencrypted
+    include: Each[Literal["reasoning.encrypted_content"]] = []  # reasoning comes and goes unencrypted
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     top_logprobs: Literal[0] = 0
@@ -426,8 +460,8 @@ class TokenizeRequest(Templating):
     model: Text | None = None
     prompt: Text | None = None
     parse_special: Flag = False
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Each[Tool] | None = None
     add_special_tokens: Flag = True
     return_token_strs: Flag = False
 
@@ -440,13 +474,13 @@ class TokenizeRequest(Templating):
 
 class DetokenizeRequest(Body):
     model: Text | None = None
-    tokens: list[Natural]
+    tokens: Each[Natural]
 
 
 class WarmRequest(Body):
     """Names whose experts are to be in memory from now on."""
 
-    experts: Annotated[list[Text], Field(min_length=1)]
+    experts: Annotated[Each[Text], Field(min_length=1)]
 
 
 class FeedbackRequest(Body):

@@ -122,23 +122,18 @@ class Response:
         before = [] if body.previous_response_id is None else store.find(
             body.previous_response_id, "previous_response_id").messages
         self.messages = [*before, *to_messages(body.input)]
-        chat = to_chat(body, self.messages)
-        server.admit(chat)
+        self.chat_body = to_chat(body, self.messages)
         self.id = f"resp_{secrets.token_hex(24)}"
         self.created = int(time.time())
         self.names: dict[str, str] = {}  # of output items
-        self.http, self.chat_body = http, chat
         self.number = 0
-
-    def prepare(self) -> None:
-        """Everything that takes time before the engine: the template, the ids."""
-        self.chat = Chat(self.server, self.http, self.chat_body, self.id)
+        self.chat = Chat(server, http, self.chat_body, self.id)
 
     # ---- what is sent -------------------------------------------------------------------------------------------
 
     def body_of(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         body, request = self.body, self.chat.requests[0]
-        given = body.model_dump(by_alias=True, exclude_none=True)
+        given = body.model_dump(by_alias=True, exclude_none=True, include={"text", "tools", "tool_choice"})
         out = {"id": self.id, "object": "response", "created_at": self.created, "status": status, "error": None,
                "incomplete_details": None if status != "incomplete" else {
                    "reason": "max_output_tokens" if request.finish_reason == "length" else request.finish_reason},

@@ -7,7 +7,9 @@ client that leaves, a time-out and a shutdown abort the requests, whose pages go
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,12 +25,15 @@ from ..errors import ConfigError, MoEDRError
 from ..files import to_json
 from ..tokenizer import Tokenizer
 from ..watch.monitor import WatchOptions
+from .bodies import SMALL, B, parse
+from .bodies import read as read_body
 from .guard import ServeError
-from .protocol import Common, EmbeddingRequest, Extension
+from .protocol import Common, EmbeddingRequest, Extension, ResponsesRequest
 from .watching import Watch
 
 T = TypeVar("T")
 LOOK = 0.25  # seconds between two looks whether the client is still there
+LAST = 5.0  # seconds in which answers that were told to end must do so
 DONE = b"data: [DONE]\n\n"
 
 
@@ -63,7 +68,9 @@ class Server:
         self.closing = False  # nothing new is begun
         self.ending = False  # what is open ends now
         self.open = 0  # answers under way
+        self._moved = deque[tuple[asyncio.Queue[Generation | None], Generation]]()  # not yet told to those who wait
         # its own: the default pool also submits and aborts, which must not wait behind megabytes of text
+        self.reading = ThreadPoolExecutor(1, "read")
         self.preparing = ThreadPoolExecutor(2, "prepare")
         self.embedding = ThreadPoolExecutor(1, "embed")
 
@@ -88,7 +95,7 @@ class Server:
                              param="model", code="model_not_found")
         return None if model == self.options.name else model
 
-    def admit(self, body: Common | EmbeddingRequest, count: int = 1) -> None:
+    def admit(self, body: Common | ResponsesRequest | EmbeddingRequest, count: int = 1) -> None:
         """Raises ServeError for another model, and where the queue is full."""
         self.know(body.model)
         if self.closing:
@@ -97,6 +104,11 @@ class Server:
         if waiting + count > self.options.waiting:
             raise ServeError(429, f"{waiting} requests are waiting: {self.options.waiting} may",
                              kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
+
+    async def read(self, http: Request, form: type[B]) -> B:
+        """The body of a request. Large ones are parsed one after another, beside the event loop."""
+        raw = await read_body(http)
+        return parse(raw, form) if len(raw) <= SMALL else await self.prepare(http, parse, raw, form, pool=self.reading)
 
     async def prepare(self, http: Request, work: Callable[..., T], *args: Any, pool: Executor | None = None) -> T:
         """Runs what comes before the engine (templates, tokenizing), one after another, within the request's time."""
@@ -154,16 +166,20 @@ class Server:
 
     async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncIterator[Generation]:
         """Yields a request whenever it has moved, until all have ended. Leaving aborts them."""
-        loop, moved = asyncio.get_running_loop(), asyncio.Queue[Generation]()
+        loop, moved = asyncio.get_running_loop(), asyncio.Queue[Generation | None]()
+        clock: asyncio.TimerHandle | None = None
 
-        def tell(one: Generation) -> None:
-            loop.call_soon_threadsafe(moved.put_nowait, one)
+        def look() -> None:
+            nonlocal clock
+            moved.put_nowait(None)
+            clock = loop.call_later(LOOK, look)
 
         for request in requests:
-            request.on_token = tell
+            request.on_token = functools.partial(self._tell, loop, moved)
         late = False
-        deadline, look = http.state.arrived + self.options.timeout, loop.time() + LOOK
+        deadline = http.state.arrived + self.options.timeout
         left = {request.number for request in requests}
+        look()
         self.open += 1
         try:
             await asyncio.to_thread(self.llm.submit, *requests)
@@ -172,13 +188,10 @@ class Server:
                     raise self._late()
                 if self.ending:
                     raise ServeError(503, "the server is shutting down", kind="server_error", code="shutting_down")
-                if loop.time() >= look:
-                    look = loop.time() + LOOK
+                one = await moved.get()
+                if one is None:
                     if await http.is_disconnected():
                         return
-                try:
-                    one = await asyncio.wait_for(moved.get(), LOOK)
-                except TimeoutError:
                     continue
                 if one.finish_reason is not None:
                     left.discard(one.number)
@@ -187,8 +200,22 @@ class Server:
                 yield one
         finally:
             self.open -= 1
+            if clock is not None:
+                clock.cancel()
             # begun at once: where the client has left, every await is cancelled, again and again
             await asyncio.shield(loop.run_in_executor(None, self._leave, requests, late))
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, moved: asyncio.Queue[Generation | None], one: Generation) -> None:
+        """The engine says that a request has moved. The event loop is woken once for all of a step."""
+        self._moved.append((moved, one))
+        if len(self._moved) == 1:
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._moved:
+            moved, one = self._moved[0]
+            moved.put_nowait(one)
+            self._moved.popleft()
 
     def _leave(self, requests: Sequence[Generation], late: bool) -> None:
         for request in requests:
@@ -207,9 +234,10 @@ class Server:
     async def shut(self, seconds: float = 30.0) -> None:
         if not self.ending:  # else it has drained already
             await self.drain(seconds)
-        while self.open:  # they look every LOOK seconds
+        until = time.monotonic() + LAST
+        while self.open and time.monotonic() < until:  # they look every LOOK seconds
             await asyncio.sleep(0.05)
-        for pool in (self.preparing, self.embedding):
+        for pool in (self.reading, self.preparing, self.embedding):
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.llm.close)
         await asyncio.to_thread(self.watch.close)

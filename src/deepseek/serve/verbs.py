@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import socket
 import sys
@@ -13,6 +14,8 @@ from ..engine.verbs import add_engine_flags, make_llm, named_adapters
 from ..errors import ConfigError
 from ..keys import find_keys
 from .guard import check_host
+
+SWITCH = 2e-4  # seconds that a thread may keep the interpreter from others
 
 
 def add_serve_flags(verb: argparse.ArgumentParser) -> None:
@@ -86,7 +89,20 @@ def serve(args: argparse.Namespace) -> None:
     print(f"serving {name}{beside} on {address}/v1" + ("" if keys else ", open to whoever reaches it: no API key")
           + f"\ndashboard: {address}/dashboard", flush=True)
     limits = Limits(args.max_connections, args.receive_timeout, args.read_timeout, args.shutdown_timeout)
+    _give_way()
     Process(app, limits, app.state.server.drain).run(sockets=[listener])
+
+
+def _give_way() -> None:
+    """Let the engine's steps and open streams go on while another thread works on somebody's megabytes.
+
+    A step gives the interpreter's lock back hundreds of times, and at Python's 5 ms waits that long for it each time.
+    What has been loaded stays for good, so the garbage collector, which holds everybody up, need not look at it (a
+    tenth of a second).
+    """
+    sys.setswitchinterval(SWITCH)
+    gc.collect()
+    gc.freeze()
 
 
 def _listen(host: str, port: int) -> socket.socket:

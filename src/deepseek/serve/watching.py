@@ -28,10 +28,12 @@ from ..model.cache import PAGE
 from ..watch.counters import Counters
 from ..watch.history import HistoryError
 from ..watch.monitor import Monitor, WatchOptions
+from .bodies import takes
 from .guard import ServeError, log
 from .protocol import FeedbackRequest
 
 ANSWERS = 4096  # whose feedback is still taken
+CLIENT = 256  # characters of a client's name that count
 # the page holds its own style and script, and talks to nobody but this server
 POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -91,7 +93,7 @@ class Watch:
 
     def begin(self, answer: str, http: Request, user: str | None, text: str, requests: Sequence[Generation]) -> None:
         """The requests of an answer, before they run."""
-        client = "".join(c if c.isprintable() else "?" for c in user or key_name(http))
+        client = "".join(c if c.isprintable() else "?" for c in (user or key_name(http))[:CLIENT])
         tags = {"client": client, "language": self._language(text)}
         if self.llm.adapters:
             tags["adapter"] = requests[0].adapter or self.monitor.model
@@ -143,8 +145,9 @@ def add_routes(app: FastAPI, watch: Watch) -> None:
         body = await asyncio.get_running_loop().run_in_executor(pool, monitor.metrics)
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.post("/v1/feedback")
-    async def feedback(body: FeedbackRequest) -> dict[str, Any]:
+    @app.post("/v1/feedback", openapi_extra=takes(FeedbackRequest))
+    async def feedback(http: Request) -> dict[str, Any]:
+        body = await http.app.state.server.read(http, FeedbackRequest)
         if body.id not in watch.answers:
             raise ServeError(404, f"id = {body.id!r}: is none of the last {ANSWERS:,} answers", param="id",
                              code="answer_not_found")

@@ -1,0 +1,105 @@
+"""Request bodies: counted before they are parsed; large ones are parsed and checked beside the event loop.
+
+Both hold the interpreter's lock, so that the engine's steps and everybody's streams wait: 4 MB of empty objects take a
+second. What is refused here for its size takes some milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from email.message import Message
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.requests import ClientDisconnect
+
+from ..files import no_constant
+from .guard import ServeError
+from .protocol import Body, complaint
+
+B = TypeVar("B", bound=Body)
+LIMITS = (("objects, lists and members", b"{[:", 1 << 16), ("items", b",", 1 << 19))  # what, its marks, at most
+SMALL = 16 << 10  # bytes that are soon parsed, and do not wait behind large bodies
+PIECE = 16 << 10  # bytes
+
+
+async def read(http: Request) -> bytes:
+    """The body. Raises ServeError where there is none, or of another type: what a page of any origin may send without
+    being asked (text/plain, forms) is not taken."""
+    try:
+        raw = await http.body()
+    except ClientDisconnect:
+        raise ServeError(400, "the body is not whole") from None
+    if not raw:
+        raise ServeError(400, "the body is empty: must be a JSON object")
+    kind = Message()
+    kind["content-type"] = http.headers.get("content-type", "")
+    if kind.get_content_maintype() != "application" or not (
+            (subtype := kind.get_content_subtype()) == "json" or subtype.endswith("+json")):
+        raise ServeError(400, f"content-type = {http.headers.get('content-type')!r:.80}: must be application/json")
+    return raw
+
+
+def parse(raw: bytes, form: type[B]) -> B:
+    """A body as what it must be. Raises ServeError, naming the first thing that is wrong."""
+    for what, marks, most in LIMITS:
+        if _count(raw, marks) > most and _exceeds(raw, marks, most):
+            raise ServeError(400, f"the body has more than {most:,} {what}: must have that many at most")
+    try:
+        given = json.loads(raw.decode("utf-8-sig"), parse_constant=no_constant)
+    except RecursionError:
+        raise ServeError(400, "the body is nested too deeply") from None
+    except ValueError as error:  # no UTF-8, no JSON, or an integer of thousands of digits
+        raise ServeError(400, f"the body is not JSON: {error}") from None
+    try:
+        return form.model_validate(given)
+    except ValidationError as error:
+        where, message = complaint(error.errors(include_url=False, include_input=False))
+        raise ServeError(400, message, param=where or None) from None
+
+
+def _count(raw: bytes, marks: bytes) -> int:
+    return sum(raw.count(mark) for mark in marks)
+
+
+def _exceeds(raw: bytes, marks: bytes, most: int) -> bool:
+    """Whether there are more marks outside of strings; piece by piece, so that other threads go on."""
+    count, inside, held = 0, False, b""
+    for start in range(0, len(raw), PIECE):
+        piece = held + raw[start : start + PIECE]
+        held = piece[-1:] if (len(piece) - len(piece.rstrip(b"\\"))) % 2 else b""  # an escape stays whole
+        parts = piece[: len(piece) - len(held)].replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+        count += _count(b"".join(parts[inside::2]), marks)
+        if count > most:
+            return True
+        inside ^= len(parts) % 2 == 0
+    return False
+
+
+# ---- OpenAPI ---------------------------------------------------------------------------------------------------------
+
+_forms: set[type[BaseModel]] = set()
+_REFERENCE = "#/components/schemas/{model}"
+
+
+def takes(form: type[BaseModel]) -> dict[str, Any]:
+    """What a route says of its body."""
+    _forms.add(form)
+    schema = {"$ref": _REFERENCE.format(model=form.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def describe(app: FastAPI) -> None:
+    """Has the app's OpenAPI document define the bodies of its routes."""
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            forms = sorted(_forms, key=lambda form: form.__name__)
+            _, own = models_json_schema([(form, "validation") for form in forms], ref_template=_REFERENCE)
+            app.openapi_schema.setdefault("components", {}).setdefault("schemas", {}).update(own["$defs"])
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
