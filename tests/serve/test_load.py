@@ -90,7 +90,7 @@ def test_embeddings_leave_room_for_others_and_end_with_their_client(tiny_llm: Ca
     server = Running(llm, ServeOptions("tiny"))
     count, plain, begun = 0, llm.embed, threading.Event()
 
-    def embed(prompts: Any) -> Any:
+    def embed(prompts: Any, adapter: str | None) -> Any:
         nonlocal count
         count += 1
         begun.set()
