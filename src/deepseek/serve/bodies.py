@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from email.message import Message
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
@@ -16,7 +16,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
 
-from ..files import no_constant
 from .guard import ServeError
 from .protocol import Body, complaint
 
@@ -49,7 +48,7 @@ def parse(raw: bytes, form: type[B]) -> B:
         if _count(raw, marks) > most and _exceeds(raw, marks, most):
             raise ServeError(400, f"the body has more than {most:,} {what}: must have that many at most")
     try:
-        given = json.loads(raw.decode("utf-8-sig"), parse_constant=no_constant)
+        given = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_json)
     except RecursionError:
         raise ServeError(400, "the body is nested too deeply") from None
     except ValueError as error:  # no UTF-8, no JSON, or an integer of thousands of digits
@@ -59,6 +58,10 @@ def parse(raw: bytes, form: type[B]) -> B:
     except ValidationError as error:
         where, message = complaint(error.errors(include_url=False, include_input=False))
         raise ServeError(400, message, param=where or None) from None
+
+
+def _no_json(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
 
 
 def _count(raw: bytes, marks: bytes) -> int:
