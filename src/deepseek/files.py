@@ -88,7 +88,9 @@ def read_json(
         raise error(f"{start}not valid JSON: a text has half a character (a lone surrogate)") from None
     except UnicodeDecodeError as failure:
         raise error(f"{start}not valid JSON: {not_utf8(failure)}") from None
-    except (ValueError, RecursionError) as failure:  # a number of thousands of digits, say
+    except RecursionError:
+        raise error(f"{start}not valid JSON: must be nested at most {_DEPTH} deep") from None
+    except ValueError as failure:  # a number of thousands of digits, say
         raise error(f"{start}not valid JSON: {failure}") from None
     if not isinstance(value, dict):
         raise error(f"{start}must be a JSON object, got {type(value).__name__}")

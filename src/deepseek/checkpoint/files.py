@@ -124,7 +124,7 @@ class TensorFiles:
     def check_plain(self, name: str) -> None:
         """Raises CheckpointError unless the tensor is of a kind that weights have."""
         if (kind := self.dtype(name)) not in _WEIGHTS:
-            raise CheckpointError(f"{self.file(name)}: {name} is {kind}: weights must be {', '.join(_WEIGHTS)}")
+            raise CheckpointError(f"{self.file(name)}: {name} is {kind}: weights must be {', '.join(_WEIGHTS[:-1])}")
         if kind == "F8_E4M3":
             self._scale_of(name)
 
