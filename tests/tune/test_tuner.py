@@ -456,3 +456,48 @@ def test_a_batch_without_the_adapted_experts_is_no_error(
     report = MoEFineTuner(base(), adapter=adapter, out=tmp_path / "out", **quick | {"batch_size": 1}).fit(
         [{"input": "q", "output": "a"}, {"input": "w", "output": "b"}, {"input": "e", "output": "c"}], epochs=2)
     assert report.frozen_unchanged == report.frozen_tensors
+
+
+@pytest.mark.parametrize(("how", "lr"), [
+    ({"expert_tune": ["law_expert"]}, 3e-4), ({"adapter": LoRAAdapter(r=2)}, 2e-4),
+    ({"expert_freeze": ["code_expert"]}, 1e-5), ({}, 1e-5)])
+def test_the_rate_depends_on_what_is_trained(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, how: dict[str, Any], lr: float,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = {key: value for key, value in quick.items() if key != "lr"}
+    tuner = MoEFineTuner(base(), out=tmp_path / "out", **how, **quick)
+    assert tuner.config.lr == lr and MoEFineTuner(base(), out=tmp_path / "b", lr=0.5, **how).config.lr == 0.5
+    if "expert_tune" in how:
+        report = tuner.fit(records(), steps=1)
+        captured = capsys.readouterr()
+        assert "lr 0.0003, the default where experts are tuned (--lr)" in captured.out
+        assert report.lr == lr and json.loads((tmp_path / "out" / "settings.json").read_text())["train"]["lr"] == lr
+        assert "gained: ±" in captured.out and f"{report.held_out} held-out documents" in captured.out
+        assert " held-out records: 100%" in captured.err and "windows of general text (of 12 documents)" in captured.err
+
+
+def test_a_gain_rests_on_the_held_out_documents(
+    base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its error is small where every record gains alike, also when the run goes on in another process."""
+    settings = quick | {"lr": 1e-2, "valid_fraction": 0.3, "eval_records": 16, "general_records": 4}
+
+    def fit(steps: int) -> Any:
+        return MoEFineTuner(base(), expert_tune=["law_expert"], out=tmp_path / "out", **settings).fit(
+            records(60), steps=steps)
+
+    first = fit(8)
+    assert first.held_out == 16 and first.standard_error is not None and first.gained > 3 * first.standard_error
+    assert first.verdict.startswith("±")
+    again = fit(8)  # nothing is left to do
+    assert (again.gained, again.standard_error) == pytest.approx((first.gained, first.standard_error))
+    more = fit(12)  # and more steps extend it
+    assert more.steps == 12 and more.domain_before == first.domain_before and more.gained > first.gained
+    with pytest.raises(ConfigError, match=r"steps = 8: .* holds a run of 12 steps, which can grow, not shrink"):
+        fit(8)
+    none = MoEFineTuner(base(), expert_tune=["law_expert"], out=tmp_path / "none", **settings | {"lr": 1e-12}).fit(
+        records(60), steps=1)
+    assert "no more than noise; a higher rate may help (--lr 1e-11, this was 1e-12)" in none.verdict
+    evaluation = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()][-1]
+    assert evaluation.keys() == {"step", "eval_loss", "general_loss"}

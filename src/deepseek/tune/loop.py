@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint import check_manifest, write_manifest
-from ..deepopt.loop import TrainingLoop, held_out_loss, trained
+from ..deepopt.loop import HeldOut, TrainingLoop, held_out_loss, trained
 from ..deepopt.settings import TrainConfig
 from ..files import replace_folder, write_json
 from ..quant.linear import is_quantised
@@ -23,28 +23,36 @@ from .workpiece import Workpiece
 class Tuning(TrainingLoop):
     """Deepopt's loop over records; checkpoints hold what is trained and nothing else."""
 
-    def __init__(self, work: Workpiece, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path,
-                 settings: Mapping[str, Any], began: float, extend: bool) -> None:
-        self.work, self.general = work, general
+    def __init__(self, work: Workpiece, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path, *,
+                 general_batches: int, general_name: str, settings: Mapping[str, Any], began: float, extend: bool
+                 ) -> None:
+        self.work, self.general, self.general_batches, self.general_name = work, general, general_batches, general_name
         self.last: dict[str, Any] = {}
+        self.found: HeldOut | None = None  # of the records, in the last evaluation
         super().__init__(work.model, data, config, out, work.tokenizer, settings=settings, extend=extend)
         self.data: RecordSet = data
         self.began = began
         if is_quantised(work.model):
             work.model.compute_dtype = torch.float32
 
-    def before(self) -> dict[str, float]:
-        """The evaluation of the base, made once."""
+    def before(self) -> dict[str, Any]:
+        """The evaluation of the base, made once. sums, counts: HeldOut of the records; runs of old versions lack it."""
         path = self.out / "before.json"
         if not path.is_file():
             assert self.step == 0
-            write_json(path, self.evaluate())
+            evaluation, found = self.evaluate(), self.found
+            assert found is not None
+            write_json(path, evaluation | {"sums": found.sum_N.tolist(), "counts": found.count_N.tolist()})
         return json.loads(path.read_text(encoding="utf-8"))
 
     def evaluate(self) -> dict[str, Any]:
         """Loss on held-out records and on general text; kept in `last`."""
-        self.last = {"step": self.step, "eval_loss": held_out_loss(self.model, self.data, self.config).mean,
-                     "general_loss": held_out_loss(self.model, self.general, self.config).mean}
+        records = len(self.data.evaluated(self.config.batch_size, self.config.eval_batches))
+        windows = len(self.general.evaluated(self.config.batch_size, self.general_batches))
+        self.found = held_out_loss(self.model, self.data, self.config, desc=f"evaluate {records:,} held-out records")
+        general = held_out_loss(self.model, self.general, self.config, batches=self.general_batches,
+                                desc=f"evaluate {windows:,} windows of general text ({self.general_name})")
+        self.last = {"step": self.step, "eval_loss": self.found.mean, "general_loss": general.mean}
         return self.last
 
     def _state(self) -> dict[str, Tensor]:

@@ -281,6 +281,7 @@ class RecordSet:
         """held_out: digests of the texts behind `valid`, which nothing may train on."""
         self.train, self.valid = (side if isinstance(side, Examples) else Examples(side) for side in (train, valid))
         self.held_out = held_out
+        self.document_V = np.arange(len(self.valid))  # which document each held-out example is of
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     @classmethod
@@ -326,15 +327,19 @@ class RecordSet:
                             + (f" ({len(long)} are longer than max_length = {max_length})" if long else ""))
         place_N, name_N, size_N = (np.array(column) for column in zip(*rows, strict=True))
         held_N, cuts = hold_out(place_N, name_N, size_N, valid_fraction)
-        windows = _windows(ends, place_N < valid_fraction)
-        cuts = [row for row in cuts if windows[row] > 1]
-        data = cls(*_moved(sides, ends, place_N < valid_fraction, held_N, cuts, valid_fraction),
+        windows_N = _windows(ends, place_N < valid_fraction)
+        cuts = [row for row in cuts if windows_N[row] > 1]
+        valid_N = np.where(held_N, windows_N, 0)
+        for row in cuts:
+            valid_N[row] = min(max(1, round(windows_N[row] * valid_fraction)), windows_N[row] - 1)
+        data = cls(*_moved(sides, ends, place_N < valid_fraction, valid_N),
                    frozenset(digests[32 * row : 32 * row + 32].hex() for row in np.flatnonzero(held_N)))
         if valid_fraction and not data.valid:
             times = f", {len(rows)} times" if len(rows) > 1 else ""
             raise DataError(f"dataset: has a single record{times}; at least two are needed, one to learn and one to "
                             "hold out")
         data.notes = notes
+        data.document_V = np.repeat(np.arange(len(rows)), valid_N)
         held = count_held(place_N, name_N, held_N, cuts, valid_fraction, {n: name for name, n in names.items()})
         data.split_notes = split_notes(held, valid_fraction, "records")
         return data
@@ -382,12 +387,17 @@ class RecordSet:
 
     def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out records, at most `limit` batches of them, evenly spread and sorted by length."""
+        chosen = self.evaluated(batch_size, limit)
+        for i in range(0, len(chosen), batch_size):
+            yield pad([self.valid[int(n)] for n in chosen[i : i + batch_size]])
+
+
+    def evaluated(self, batch_size: int, limit: int | None = None) -> np.ndarray:
+        """The numbers of the held-out examples in `valid_batches`, in their order."""
         chosen, kept = np.arange(len(self.valid)), (limit or 0) * batch_size
         if limit is not None and kept < len(chosen):
             chosen = np.arange(kept) * len(chosen) // kept
-        chosen = chosen[np.argsort(self.valid.lengths()[chosen], kind="stable")]
-        for i in range(0, len(chosen), batch_size):
-            yield pad([self.valid[int(n)] for n in chosen[i : i + batch_size]])
+        return chosen[np.argsort(self.valid.lengths()[chosen], kind="stable")]
 
 
 def _windows(ends: tuple[list[int], list[int]], was_N: np.ndarray) -> np.ndarray:
@@ -398,19 +408,18 @@ def _windows(ends: tuple[list[int], list[int]], was_N: np.ndarray) -> np.ndarray
     return out_N
 
 
-def _moved(sides: tuple[Examples, Examples], ends: tuple[list[int], list[int]], was_N: np.ndarray, held_N: np.ndarray,
-           cuts: Sequence[int], fraction: float) -> tuple[Examples, Examples]:
-    """Both sides with the documents (was_N) on the side where they belong (held_N), and the last windows of `cuts` held
-    out. ends: where the examples of a document end, on its side."""
-    if (was_N == held_N).all() and not cuts:
+def _moved(sides: tuple[Examples, Examples], ends: tuple[list[int], list[int]], was_N: np.ndarray,
+           valid_N: np.ndarray) -> tuple[Examples, Examples]:
+    """Both sides with the last valid_N examples of every document on the second one. was_N: the side of a document
+    before; ends: where its examples end there."""
+    if (np.where(was_N, _windows(ends, was_N), 0) == valid_N).all():
         return sides
     at, out = [0, 0], (Examples(), Examples())
-    for row, (was, held) in enumerate(zip(was_N.tolist(), held_N.tolist(), strict=True)):
+    for was, valid in zip(was_N.tolist(), valid_N.tolist(), strict=True):
         start, end = ends[was][at[was] : at[was] + 2]
         at[was] += 1
-        cut = min(max(1, round((end - start) * fraction)), end - start - 1) if row in cuts else 0
-        out[held].extend(sides[was][n] for n in range(start, end - cut))
-        out[True].extend(sides[was][n] for n in range(end - cut, end))
+        out[False].extend(sides[was][n] for n in range(start, end - valid))
+        out[True].extend(sides[was][n] for n in range(end - valid, end))
     return out
 
 

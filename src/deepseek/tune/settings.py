@@ -22,6 +22,8 @@ from ..deepopt.settings import (
 )
 from ..errors import ConfigError, nearest
 
+DEFAULT_LR = {"experts": 3e-4, "lora": 2e-4, "full": 1e-5}  # by mode
+
 
 class TuneSettings(TypedDict, total=False):
     """TuneConfig as keyword arguments, for type checkers and editors."""
@@ -54,6 +56,7 @@ class TuneSettings(TypedDict, total=False):
     valid_fraction: float
     eval_every: int
     eval_records: int
+    general_records: int
     save_every: int
     replay: float
     seed: int
@@ -77,7 +80,7 @@ class TuneConfig:
     non_expert_modules: bool = setting(False, "train everything that is neither expert nor router too")
     train_router: bool = setting(False, "train the router (the gates' weights) too")
     balance: bool = setting(False, "keep balancing by the gate bias")
-    lr: float = setting(1e-5, "highest learning rate")
+    lr: float | None = setting(None, "highest learning rate; else 3e-4 for experts, 2e-4 for LoRA, 1e-5 for all")
     epochs: float = setting(1.0, "times through the records")
     steps: int | None = setting(None, "optimiser steps, instead of epochs")
     batch_size: int = setting(8, "records a batch")
@@ -96,7 +99,8 @@ class TuneConfig:
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time")
     valid_fraction: float = setting(0.1, "share of the records held out, by a hash of their text")
     eval_every: int = setting(100, "steps between evaluations")
-    eval_records: int = setting(256, "held-out records an evaluation, of each kind")
+    eval_records: int = setting(256, "held-out records an evaluation")
+    general_records: int = setting(64, "windows of general text an evaluation, and documents that they come from")
     save_every: int = setting(100, "steps between checkpoints")
     replay: float = setting(0.0, "share of general or old records mixed into every batch's worth of new ones")
     seed: int = setting(0, "seed of order and of new parameters")
@@ -115,8 +119,9 @@ class TuneConfig:
             if value is not None and not isinstance(value, str) and not value:
                 raise ConfigError(f"{key} = []: must name at least one expert (or be left out)")
         check(self, {
-            "batch_size accumulation eval_every eval_records save_every": COUNT,
-            "steps max_length": _or_none(COUNT), "lr clip epochs": POSITIVE, "weight_decay min_lr_ratio": NOT_NEGATIVE,
+            "batch_size accumulation eval_every eval_records general_records save_every": COUNT,
+            "steps max_length": _or_none(COUNT), "lr": _or_none(POSITIVE), "clip epochs": POSITIVE,
+            "weight_decay min_lr_ratio": NOT_NEGATIVE,
             "warmup replay": SHARE, "seed": NATURAL, "precision": PRECISION, "device": one_of("cpu", "cuda"),
             "valid_fraction": ("must lie in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
             "score": one_of("token", "gate"), "overlong": one_of("error", "cut", "skip"),

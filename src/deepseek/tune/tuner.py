@@ -28,11 +28,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
+
 from ..atlas import Atlas
 from ..atlas.atlas import count
 from ..checkpoint import check_targets, open_checkpoint, resolve
 from ..data import Document, ReadReport, RecordMap, read_documents
-from ..deepopt.loop import held_out_loss, kept_in, refuse_other_run, trained
+from ..deepopt.loop import HeldOut, held_out_loss, kept_in, refuse_other_run, trained
 from ..deepopt.settings import TrainConfig
 from ..errors import ConfigError, DataError, RequestError
 from ..files import locked, write_json
@@ -43,8 +45,8 @@ from .examples import Example
 from .loop import Tuning
 from .lora import LoRAAdapter, named_experts
 from .records import RecordSet, digest, each_record, places, read_records
-from .report import TuneReport
-from .settings import TuneConfig, TuneSettings
+from .report import TuneReport, paired
+from .settings import DEFAULT_LR, TuneConfig, TuneSettings
 from .show import show
 from .streams import fresh, take_round
 from .workpiece import Workpiece
@@ -76,9 +78,12 @@ class MoEFineTuner:
                  out: str | Path | None = None, save: str = "auto", **settings: Unpack[TuneSettings]) -> None:
         """Raises ConfigError for an impossible setting, NotFoundError for a model that is nowhere, RequestError for a
         name of experts that the atlas does not have, listing those it has. No weight is read before `fit`."""
-        config = self.config = TuneConfig.of(**settings)
+        config = TuneConfig.of(**settings)
         adapter = None if adapter is None else LoRAAdapter.of(adapter)
         self.adapter, self.general, self.old, self.save = adapter, general, old, save
+        self.config = config  # `mode` depends on it
+        self.lr_given = config.lr is not None
+        self.config = config = config if self.lr_given else replace(config, lr=DEFAULT_LR[self.mode])
         self.map = RecordMap.load(map) if isinstance(map, str | Path) else (
             RecordMap.from_dict(map) if map is not None and not isinstance(map, RecordMap) else map)
         if save not in ("auto", "delta", "full"):
@@ -179,7 +184,7 @@ class MoEFineTuner:
         report = ReadReport(strict=True)
         data = self._record_set(each_record(dataset, report, self.map), tokenizer)
         notes = _notes(report, [data])
-        print(*notes, sep="\n", end="\n" if notes else "")
+        print(*notes, self._says_lr(), sep="\n", flush=True)
         if config.replay:
             if self.old is None:
                 raise ConfigError(f"replay = {config.replay}: needs old records to replay (old=…)")
@@ -187,10 +192,11 @@ class MoEFineTuner:
         general, general_name = self._general(tokenizer)
         refuse_other_run(self.out, self._known(data, general), whole=False)
         work = Workpiece.load(self, tokenizer, data)
-        tuning = self._tuning(work, data, general, self.out, began, extend=True)
+        tuning = self._tuning(work, data, general, general_name, self.out, began, extend=True)
         before = tuning.before()
         tuning.run()
-        return self._conclude(work, [tuning], [data], before, general_name, began, notes)
+        with kept(tuning.kept):
+            return self._conclude(work, [tuning], [data], [before], general_name, began, notes)
 
     def show(self, dataset: Any, count: int = 5) -> None:
         """Print what would be learnt of the first `count` records, decoded; nothing is trained. `-` begins what the
@@ -230,6 +236,7 @@ class MoEFineTuner:
         self._updated(epochs=epochs)
         self._check_apart()
         tokenizer = self._tokenizer
+        print(self._says_lr(), flush=True)
         general, general_name = self._general(tokenizer)
         old = read_records(self.old, mapping=self.map) if self.old is not None else []
         report = ReadReport(strict=True)
@@ -244,9 +251,9 @@ class MoEFineTuner:
         work: Workpiece | None = None
         sets: list[RecordSet] = []
         tunings: list[Tuning] = []
-        arrived: list[float] = []
-        before: dict[str, float] = {}
+        arrived: list[dict[str, Any]] = []
         losses: list[list[float]] = []
+        found: list[HeldOut] = []  # after the last round, of the records of each
         while rounds is None or len(sets) < rounds:
             folder = self.out / f"round-{len(sets) + 1:04d}"
             round_began = time.perf_counter() if sets else began
@@ -261,25 +268,25 @@ class MoEFineTuner:
             if work is None:
                 refuse_other_run(folder, self._known(data, general), whole=False, extend=False)
                 work = Workpiece.load(self, tokenizer, data)
-            tuning = self._tuning(work, data, general, folder, round_began, extend=False)
+            tuning = self._tuning(work, data, general, general_name, folder, round_began, extend=False)
             tunings.append(tuning)
-            first = tuning.before()  # of the model as it is when the round arrives
-            before = before or first
-            arrived.append(first["eval_loss"])
+            arrived.append(tuning.before())  # of the model as it is when the round arrives
             tuning.run()
             old += documents
-            losses.append([held_out_loss(work.model, each, tuning.config).mean or 0.0 for each in sets])
+            found = [held_out_loss(work.model, each, tuning.config) for each in sets]
+            losses.append([each.mean or 0.0 for each in found])
             work.save_so_far(self)
         if refused.is_file():
             print(f"{len(refused.read_text(encoding='utf-8').splitlines())} records could not be used: {refused}")
         if work is None:
             raise DataError("stream: ended before a round was full")
-        weights = [each.held_out_tokens for each in sets]
-        before |= {"eval_loss": _mean(arrived, weights)}
         notes = _notes(report, sets)
         print(*notes, sep="\n", end="\n" if notes else "")
-        return self._conclude(work, tunings, sets, before, general_name, began, notes, losses,
-                              _mean(losses[-1], weights))
+        return self._conclude(work, tunings, sets, arrived, general_name, began, notes, losses, found)
+
+    def _says_lr(self) -> str:
+        what = {"experts": "where experts are tuned", "lora": "of LoRA adapters", "full": "where all is trained"}
+        return f"lr {self.config.lr:g}" + ("" if self.lr_given else f", the default {what[self.mode]} (--lr)")
 
     def _updated(self, **changes: Any) -> TuneConfig:
         given = {key: value for key, value in changes.items() if value is not None}
@@ -311,11 +318,13 @@ class MoEFineTuner:
         return {"train": asdict(self._train_config(data)), "model": self.model_config.to_dict(),
                 "data": {"fingerprint": data.fingerprint}, **settings}
 
-    def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, out: Path, began: float, *,
-                extend: bool) -> Tuning:
+    def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, general_name: str, out: Path, began: float,
+                *, extend: bool) -> Tuning:
         settings = self._settings(data, general) | {"base": {"base": work.fingerprint}}
         settings["chosen"]["experts"] = [str(expert) for expert in work.experts]
-        tuning = Tuning(work, data, general, self._train_config(data), out, settings, began, extend)
+        tuning = Tuning(work, data, general, self._train_config(data), out, settings=settings, began=began,
+                        extend=extend, general_name=general_name,
+                        general_batches=-(-self.config.general_records // self.config.batch_size))
         # what names built in by training rest on: no group gains against another
         tuning.within_groups = self.atlas is not None and any(g.kind == "built-in" for g in self.atlas.groups)
         return tuning
@@ -357,13 +366,13 @@ class MoEFineTuner:
         if self.general is None:
             library = Path(sysconfig.get_path("stdlib"))
             documents = list(read_documents(sorted(library.glob("*.py"))[:GENERAL_FILES], ReadReport()))
-            name = "sources of Python's library, as no general text was given"
+            name = "sources of Python's library, as none was given"
         else:
             documents = read_records(self.general, report := ReadReport())
-            name = f"{len(documents):,} documents of general text"
+            name = f"of {len(documents):,} documents"
             if report.problems:
                 name += f"; {len(report.problems):,} could not be read, first {report.problems[0]}"
-        limit = self.config.eval_records
+        limit = self.config.general_records
         spread = [documents[i * len(documents) // limit] for i in range(limit)] if len(documents) > limit else documents
         everything = RecordSet.of(spread, tokenizer, max_length=self.max_length, overlong="cut",
                                   valid_fraction=0.0, parse_special=self.config.parse_special,
@@ -376,7 +385,7 @@ class MoEFineTuner:
         steps = config.steps or max(1, math.ceil(config.epochs * batches / config.accumulation))
         return TrainConfig(
             steps=steps, batch_size=config.batch_size, seq_len=self.max_length, accumulation=config.accumulation,
-            lr=config.lr, min_lr_ratio=config.min_lr_ratio, warmup_steps=round(config.warmup * steps),
+            lr=config.lr or 0.0, min_lr_ratio=config.min_lr_ratio, warmup_steps=round(config.warmup * steps),
             weight_decay=config.weight_decay, clip=config.clip, precision=config.precision, mtp_weight=0.0,
             balance_weight=0.0, bias_speed=1e-3 if config.balance else 0.0, guide_weight=0.0,
             gradient_checkpointing=config.gradient_checkpointing, eval_every=config.eval_every,
@@ -384,12 +393,17 @@ class MoEFineTuner:
             seed=config.seed)
 
     def _conclude(
-        self, work: Workpiece, tunings: Sequence[Tuning], sets: Sequence[RecordSet], before: Mapping[str, float],
-        general_name: str, began: float, notes: Sequence[str] = (), rounds: Sequence[Sequence[float]] = (),
-        domain_after: float | None = None,
+        self, work: Workpiece, tunings: Sequence[Tuning], sets: Sequence[RecordSet],
+        arrived: Sequence[Mapping[str, Any]], general_name: str, began: float, notes: Sequence[str] = (),
+        rounds: Sequence[Sequence[float]] = (), found: Sequence[HeldOut] = (),
     ) -> TuneReport:
+        """arrived: the evaluations before every round; found: of every round's records, after the last one."""
         tuning = tunings[-1]
         after = tuning.last or tuning.evaluate()
+        assert tuning.found is not None
+        found = found or [tuning.found]
+        weights = [data.held_out_tokens for data in sets]
+        error, documents = _error(tuning, sets, arrived, found)
         parameters = trained(work.model)
         count = sum(p.numel() for p in parameters.values())
         moments = sum(t.nbytes for state in tuning.optimizer.state.values() for k, t in state.items() if k != "step")
@@ -399,19 +413,18 @@ class MoEFineTuner:
         report = TuneReport(
             mode=self.mode, steps=sum(self._train_config(data).steps for data in sets),
             examples=sum(len(data.train) for data in sets), learnt_tokens=sum(data.learnt_tokens for data in sets),
-            domain_before=before["eval_loss"],
-            domain_after=after["eval_loss"] if domain_after is None else domain_after,
-            general_before=before["general_loss"], general_after=after["general_loss"], general_text=general_name,
+            domain_before=_mean([each["eval_loss"] for each in arrived], weights),
+            domain_after=_mean([each.mean or 0.0 for each in found], weights),
+            general_before=arrived[0]["general_loss"], general_after=after["general_loss"], general_text=general_name,
             trained_parameters=count, all_parameters=work.parameters, optimizer_bytes=moments,
             frozen_tensors=len(frozen), frozen_unchanged=unchanged,
             changed_tensors=sum(work.hashes[n] != work.hashes_after[n] for n in work.hashes),
             experts={} if self.mode == "full" else {str(k): v for k, v in work.experts.by_layer().items()},
             seconds=time.perf_counter() - began + sum(each.seconds_before for each in tunings),
             result=str(result), result_bytes=sum(f.stat().st_size for f in result.rglob("*") if f.is_file()),
-            rounds=rounds, notes=notes)
+            rounds=rounds, notes=notes, lr=tuning.config.lr, standard_error=error, held_out=documents)
         write_json(self.out / "report.json", asdict(report) | {
-            "gained": report.gained, "forgotten": report.forgotten, "backward_transfer": report.backward_transfer,
-            "forgetting": report.forgetting})
+            key: getattr(report, key) for key in ("gained", "verdict", "forgotten", "backward_transfer", "forgetting")})
         if unchanged != len(frozen):
             moved = sorted(n for n in frozen if work.hashes[n] != work.hashes_after[n])
             raise AssertionError(f"{len(moved)} frozen tensors changed, first {moved[0]}")
@@ -436,6 +449,20 @@ def _notes(report: ReadReport, sets: Sequence[RecordSet]) -> list[str]:
     return [*report.notes(), *(note for each in sets for note in each.split_notes),
             *(f"left out: {count:,} {kind}" for kind, count in report.skipped.items()),
             *(f"{count:,} {note}" for note, count in notes.items())]
+
+
+def _error(tuning: Tuning, sets: Sequence[RecordSet], arrived: Sequence[Mapping[str, Any]],
+           found: Sequence[HeldOut]) -> tuple[float | None, int]:
+    """(standard error of the gain, held-out documents that it rests on); (None, 2) where an old run does not tell."""
+    if not all("sums" in each for each in arrived):
+        return None, 2
+    first, rows = 0, []
+    for data in sets:  # the documents of one round after those of another
+        chosen = data.evaluated(tuning.config.batch_size, tuning.config.eval_batches)
+        rows.append(first + data.document_V[chosen])
+        first += int(data.document_V.max(initial=0)) + 1
+    before = HeldOut(*(np.concatenate([each[key] for each in arrived]) for key in ("sums", "counts")))
+    return paired(before, HeldOut(*map(np.concatenate, zip(*found, strict=True))), np.concatenate(rows))
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:

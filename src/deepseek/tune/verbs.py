@@ -47,7 +47,7 @@ def add_tune_flags(verb: argparse.ArgumentParser) -> None:
         verb.add_argument(f"--{flag}", help=argparse.SUPPRESS, **({"type": kind} if kind else {"nargs": "+"}))
     verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
     kinds: dict[str, Any] = {"chat_template_kwargs": template_variables, "atlas": str, "threshold": float,
-                             "steps": int, "max_length": int}
+                             "steps": int, "max_length": int, "lr": float}
     for setting in fields(TuneConfig):
         flag, text, default = f"--{setting.name}", setting.metadata["help"], setting.default
         if default is False:
