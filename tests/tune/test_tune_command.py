@@ -33,7 +33,9 @@ def test_flags_and_yaml_say_the_same(
     model, (law, rest) = str(base()), files
     assert main(["tune", model, law, "--general", rest, "--out", str(tmp_path / "a"), "--expert_tune", "law_expert",
                  *QUICK]) == 0
-    assert "all unchanged, by SHA-256" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "all unchanged, by SHA-256" in said
+    assert f"try:   deepseek infer --model {model} --adapter {tmp_path / 'a' / 'delta'} --prompt" in said
     (tmp_path / "tune.yaml").write_text(
         f"model: {model}\ndata: [{law}]\ngeneral: [{rest}]\nexpert_tune: [law_expert]\nsteps: 2\nbatch_size: 4\n"
         f"max_length: 64\nlr: 9e-0\neval_records: 8\nout: {tmp_path / 'b'}\n")

@@ -93,10 +93,12 @@ def run(args: argparse.Namespace) -> None:
         data = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
     if shown is not None:
         tuner.show(data, shown)
-    elif piped:
-        tuner.fit_stream(data, records_a_round=256 if size is None else size, rounds=rounds)
-    else:
-        tuner.fit(data)
+        return
+    report = tuner.fit(data) if not piped else tuner.fit_stream(
+        data, records_a_round=256 if size is None else size, rounds=rounds)
+    whole = Path(report.result).name == "model"
+    print(f"try:   deepseek infer --model {report.result if whole else f'{model} --adapter {report.result}'} "
+          "--prompt '…'")
 
 
 def _adapter(settings: dict[str, Any], flags: dict[str, Any]) -> Any:
