@@ -125,6 +125,7 @@ def test_what_half_precision_cannot_hold_is_written_in_float32(source: Callable,
     adapter = lora(base, "attention", 1e-4)  # steps below the resolution of BF16
     auto = merge(base, adapter, base.parent / "auto", progress=False)
     assert auto.dtype == "float32" and auto.kept == 1
+    assert re.search(r"6 tensors changed, written in float32, as bfloat16 would hold [\d.]+% of what the", str(auto))
     assert json.loads((auto.path / "config.json").read_text())["torch_dtype"] == "float32"
     once, _ = quiet(base, name="once", adapter=adapter)
     assert contents(once) == contents(quiet(auto.path, name="twice")[0])

@@ -23,7 +23,8 @@ class AdaptedFiles(TensorFiles):
     """The tensors of the checkpoint `files` with `adapter` in them, all of one dtype (gate biases stay float32).
 
     Sums are made in float32 and rounded once. base: the fingerprint of the checkpoint. kept: the share of what a LoRA
-    adapter adds that is there after rounding, <W' - W, B A> / <B A, B A>; 1 for a delta.
+    adapter adds that is there after rounding, <W' - W, B A> / <B A, B A>; 1 for a delta. too_small: the checkpoint's
+    own dtype and its share, where that would have held too little.
     """
 
     def __init__(self, files: TensorFiles, config: ModelConfig, adapter: Delta | LoRA, dtype: torch.dtype | None = None,
@@ -44,7 +45,9 @@ class AdaptedFiles(TensorFiles):
         self._changed = adapter.changed
         self.torch_dtype = dtype or self.own
         self.kept = self._share(self.torch_dtype)
+        self.too_small: tuple[torch.dtype, float] | None = None
         if dtype is None and self.kept < KEPT:
+            self.too_small = self.own, self.kept
             self.torch_dtype, self.kept = torch.float32, 1.0
         self._kind = {value: key for key, value in TORCH_DTYPES.items()}[self.torch_dtype]
 

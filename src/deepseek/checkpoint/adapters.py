@@ -141,6 +141,7 @@ def apply(model: CausalLM, folder: str | Path, *, verify: bool = True) -> None:
     try:
         attach_adapter(model, adapter.side)
     except ConfigError as error:
-        raise CheckpointError(f"{adapter.folder}: {error}") from None
+        raise CheckpointError(f"{adapter.folder}: {error}; or quantise the plain checkpoint with the adapter in it "
+                              "(`deepseek quantize PLAIN OUT --adapter ADAPTER`)") from None
     for name, tensor in adapter_tensors(model).items():
         tensor.data.copy_(adapter.tensor(name))

@@ -20,16 +20,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` has made. changed: tensors. kept: the share of what the adapter adds that `dtype` holds."""
+    """What `merge` has made. changed: tensors. kept: the share of what the adapter adds that `dtype` holds. too_small:
+    the base's dtype and its share, where it was not taken for that."""
 
     path: Path
     kind: str
     dtype: str
     changed: int
     kept: float
+    too_small: tuple[str, float] | None = None
 
     def __str__(self) -> str:
         held = "" if self.kept > 0.999 else f", which holds {self.kept:.1%} of what the adapter adds"
+        if self.too_small is not None:
+            held = f", as {self.too_small[0]} would hold {self.too_small[1]:.1%} of what the adapter adds"
         return f"{self.kind}: {self.changed} tensors changed, written in {self.dtype}{held}"
 
 
@@ -60,11 +64,16 @@ def merge(
         plan = plan_plain(config, None, files, DTYPES[name])
         write_plain(config, files, out, plan, name, {"merge": name}, resume=resume, progress=progress,
                     shard_bytes=shard_bytes, also=provenance(files))
-    return Merged(out, files.adapter.kind, name, len(files.adapter.changed), files.kept)
+    small = files.too_small and (_name(files.too_small[0]), files.too_small[1])
+    return Merged(out, files.adapter.kind, name, len(files.adapter.changed), files.kept, small)
 
 
 def dtype_name(files: AdaptedFiles) -> str:
-    return str(files.torch_dtype).removeprefix("torch.")
+    return _name(files.torch_dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def provenance(files: TensorFiles) -> dict[str, Any]:
