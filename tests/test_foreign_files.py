@@ -171,6 +171,14 @@ def test_what_is_no_file_is_neither_waited_for_nor_passed_over(folder: Path, nam
     assert str(folder / name) in str(caught.value)
 
 
+def test_weights_that_are_a_pipe(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    for names in ((), ("model.safetensors",)):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: the file is missing"):
+            TensorFiles(folder, verify=False, names=names)
+
+
 def test_json_that_says_the_same_twice(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": [1], "a": [1], "b": "\\ud83d\\ude00"}')
     assert read_json(tmp_path / "a.json") == {"a": [1], "b": "😀"}

@@ -50,6 +50,8 @@ class TensorFiles:
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._indexed: dict[str, str] = {}
         for file in [folder / name for name in names] or self._files():
+            if not file.is_file():
+                raise CheckpointError(f"{file}: the file is missing")
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
