@@ -240,3 +240,26 @@ def test_records_that_are_mapped_and_counted(
     refused = (tmp_path / "stream" / "refused.jsonl").read_text().splitlines()
     assert "NaN" not in refused[0] and "a = nan" in json.loads(refused[0])["reason"]
     assert json.loads(refused[1])["record"] == {"q": "y"}
+
+
+def test_plain_text_is_learnt_as_documented(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/tuning.md: files of text, and a single one, whose last windows are held out."""
+    model = str(base())
+    (tmp_path / "statutes").mkdir()
+    for number in range(6):
+        (tmp_path / "statutes" / f"{number}.txt").write_text(f"Section {number} of the act says: pay coins. " * 20)
+    quick = ["--general", files[1], "--max_length", "64", "--epochs", "2", "--batch_size", "2"]
+    assert main(["tune", model, *map(str, sorted((tmp_path / "statutes").glob("*.txt"))), "--expert_tune", "law_expert",
+                 "--out", str(tmp_path / "a"), *quick]) == 0
+    assert "lr 0.0003, the default where experts are tuned" in capsys.readouterr().out
+    report = MoEFineTuner(model, expert_tune="law_expert", max_length=64, batch_size=2, out=tmp_path / "b",
+                          general=Path(files[1])).fit(str(tmp_path / "statutes"), epochs=2)
+    told = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert told["domain_after"] == report.domain_after and told["held_out"] == report.held_out == 2
+    assert main(["tune", model, str(tmp_path / "statutes" / "0.txt"), "--expert_tune", "law_expert", "--out",
+                 str(tmp_path / "c"), *quick]) == 0
+    said = capsys.readouterr().out
+    assert "of 1 records; the end of one is held out" in said
+    assert "1 held-out document: too few to tell whether this is more than noise" in said
