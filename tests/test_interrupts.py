@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,26 @@ def test_other_commands_say_what_is_kept(results: dict[str, Any]) -> None:
     assert status == 143 and "dedup is not written, as its step was not finished; the steps before it are kept" in said
     status, said = results["infer"]
     assert status == 130 and "stopped: 1 of 3 answers are in out.jsonl" in said
+
+
+BUSY = """
+import ctypes, os, signal, sys
+from deepseek import cli
+def busy(args):
+    print("here", flush=True)
+    ctypes.CDLL(None).sleep(60)  # a call of a library, in which Python's handlers do not run
+cli.info = busy
+sys.exit(cli.main(["info", "nano"]))
+"""
+
+
+def test_a_second_signal_ends_a_long_call_of_a_library() -> None:
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"here\n"
+    for _ in range(2):
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
 
 
 # ---- the rules, one by one ----------------------------------------------------------------------------------------

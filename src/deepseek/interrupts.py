@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -64,11 +64,35 @@ def handled(*, hard: bool = False) -> Iterator[None]:
     try:
         for number in before:
             signal.signal(number, _state.on_signal)
-        yield
+        with _watched(before) if hard else contextlib.nullcontext():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _state.active = False
+
+
+@contextlib.contextmanager
+def _watched(numbers: Collection[int]) -> Iterator[None]:
+    """Let a thread end the process at the second signal: the main one may be in a long call that is not Python's."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        seen = 0
+        with os.fdopen(reader, "rb", buffering=0) as file:
+            while came := file.read(1):
+                seen += came[0] in numbers
+                if seen == 2:
+                    _leave(came[0])
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 @contextlib.contextmanager
