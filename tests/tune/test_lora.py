@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from samples import records
 
 from deepseek import LoRAAdapter, MoEFineTuner
@@ -318,3 +319,15 @@ def test_merging_says_when_it_would_do_nothing_or_lose_too_much(
     with pytest.raises(ConfigError, match=r"merging would lose [\d.]+% of the adapter's effect"):
         LoRAAdapter.merge(model)
     assert 1e-3 < LoRAAdapter.merge(trained(model)) < 0.3 and model.compute_dtype is None
+
+
+def test_equal_adapters_are_equal_files(base: Callable[..., Path], tmp_path: Path) -> None:
+    """safetensors writes several entries of metadata in an order of chance."""
+    model = load_model(base())
+    side = LoRAAdapter(r=2).attach(model)
+    files = set()
+    for number in range(12):
+        folder = LoRAAdapter.save(model, side, tmp_path / str(number), base="0" * 64)
+        files.add((folder / "adapter_model.safetensors").read_bytes())
+        assert load_file(folder / "adapter_model.safetensors")
+    assert len(files) == 1

@@ -13,6 +13,7 @@ Each folder appears whole and carries manifest.json. docs/formats.md defines the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -115,8 +116,21 @@ def save_adapter(folder: str | Path, model: nn.Module, side: Side, base_name: st
             write_json(staging / PEFT, keys)
             marks = {f"moe_dr.{key}": value for key, value in bases.items()}
             save_file(tensors, staging / WEIGHTS[PEFT], metadata={"format": "pt"} | marks)
+            _sort_metadata(staging / WEIGHTS[PEFT])
         write_manifest(staging)
     return Path(folder)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors leaves the order of metadata to chance; equal adapters are to be equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 # ---- either -----------------------------------------------------------------------------------------------------
