@@ -82,6 +82,8 @@ class Tokenizer:
         self._variables: dict[str, Any] = {}
         self._warned = False
         self._added: list[dict[str, Any]] = json.loads(definition).get("added_tokens") or []
+        self._added_ids = frozenset(token["id"] for token in self._added)
+        self._texts: dict[int, str] = {}
         self._skipped = frozenset(token["id"] for token in self._added if token["special"])
         self._names: dict[str, str] = {}
         present = {token["content"] for token in self._added}
@@ -284,15 +286,21 @@ class Tokenizer:
             return self._full.decode(ids, skip_special_tokens=skip_special)
         return self._full.decode_batch([ids], skip_special_tokens=skip_special)[0]  # other threads go on meanwhile
 
+    def token_text(self, token: int) -> str:
+        """One token as text, as `decode` has it; remembered: log-probabilities name the same ones again and again."""
+        if token not in self._texts:
+            self._texts[token] = self.decode([token], skip_special=False)
+        return self._texts[token]
+
     def token_bytes(self, token: int) -> bytes:
         """What one token adds to a text; in a byte-level vocabulary it may be part of a character."""
         piece = self._full.id_to_token(token) or ""
-        added = any(one["id"] == token for one in self._added)
+        added = token in self._added_ids
         if not added and BYTES.keys() >= set(piece) and "ByteLevel" in self._decoder:
             return bytes(BYTES[character] for character in piece)
         if not added and (byte := re.fullmatch("<0x([0-9A-F]{2})>", piece)):  # how other vocabularies fall back
             return bytes.fromhex(byte[1])
-        return self.decode([token], skip_special=False).encode()
+        return self.token_text(token).encode()
 
     @cached_property
     def _decoder(self) -> str:

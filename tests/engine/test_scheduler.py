@@ -8,6 +8,8 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +21,12 @@ from hypothesis import strategies as st
 
 from deepseek.atlas import ExpertUsage
 from deepseek.checkpoint import load_model, save_model
+from deepseek.config import ModelConfig
 from deepseek.convert import quantize
 from deepseek.engine import LLM, ExpertControl, SamplingParams, signature
 from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM
+from deepseek.model.cache import PAGE
 from deepseek.ops.native import native
 
 
@@ -423,3 +427,46 @@ def test_a_process_ends_in_the_middle_of_a_step(tiny_config: Callable, tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("places", "pages"), [(1, 4), (8, 2)])
+def test_a_request_whose_reader_is_behind_waits_and_leaves_its_place(
+        places: int, pages: int, tiny_config: Callable[..., Any], random_model: Callable[..., CausalLM]) -> None:
+    """Its tokens are the same in the end; meanwhile others run in its place and on its pages."""
+    model = random_model(tiny_config())
+    greedy = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    llm = LLM(model, batch_size=places, cache_tokens=pages * PAGE)
+    alone = [llm.generate([prompt], greedy)[0].token_ids for prompt in ([5, 6, 7], [8] * (2 * PAGE - 30))]
+    (slow,), (other,) = (llm.requests(prompt, greedy) for prompt in ([5, 6, 7], [8] * (2 * PAGE - 30)))
+    engine = llm.engine
+    engine.add(slow)
+    for _ in range(4):
+        engine.step()
+    slow.paused, before = True, len(slow.token_ids)
+    engine.step()
+    assert before == len(slow.token_ids) < 20 and engine.stalled and not engine.idle
+    engine.add(other)
+    while other.finish_reason is None:
+        assert engine.step() == [other]
+    assert len(slow.token_ids) == before and engine.scheduler.waiting == [slow]
+    slow.paused = False
+    while slow.finish_reason is None:
+        engine.step()
+    assert [slow.token_ids, other.token_ids] == [*map(list, alone)]
+    assert engine.idle and engine.pages.available == engine.pages.count
+    engine.pages.check([])
+
+
+def test_nothing_is_done_while_all_wait_for_their_readers(tiny_config: Callable[..., ModelConfig],
+                                                         random_model: Callable[..., CausalLM]) -> None:
+    llm = LLM(random_model(tiny_config()))
+    (request,) = llm.requests([5, 6, 7], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    moved = threading.Event()
+    request.on_token = lambda one: moved.set()
+    request.paused = True
+    llm.submit(request)
+    time.sleep(0.3)
+    assert llm.engine.scheduler.steps < 100 and not request.token_ids  # 16 looks; without a pause, thousands
+    request.paused = False
+    assert moved.wait(30)
+    llm.close()

@@ -277,3 +277,31 @@ def test_feedback_that_cannot_be_kept_is_503_and_answers_go_on(tiny_llm: Callabl
         assert httpx.get(f"{server.url}/dashboard/state").status_code == 200
     finally:
         server.stop()
+
+
+def test_nothing_is_made_for_a_client_that_does_not_read(tiny_llm: Callable[..., Any]) -> None:
+    """And it gets everything once it reads."""
+    server = Running(tiny_llm(), ServeOptions("tiny"))
+    try:
+        content = json.dumps({"model": "tiny", "prompt": "fox", "max_tokens": 1500, "stream": True, "logprobs": 20,
+                              "ignore_eos": True}).encode()
+        own = socket.socket()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        own.settimeout(60)
+        host, port = server.url.removeprefix("http://").split(":")
+        own.connect((host, int(port)))
+        own.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                    b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
+        running, end = server.llm.engine.scheduler.running, time.monotonic() + 60
+        while not any(request.paused for request in running):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        time.sleep(0.3)
+        (silent,) = running
+        assert silent.paused and len(silent.token_ids) < 500
+        with httpx.Client(timeout=60) as client:  # others go on
+            assert client.post(f"{server.url}/v1/completions", json=BODY).status_code == 200
+        said = rest(own)
+        assert b'"finish_reason": "length"' in said and b"data: [DONE]" in said and len(silent.token_ids) == 1500
+    finally:
+        server.stop()

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -183,64 +182,32 @@ BOMBS = (references, rules, optional, ambiguous, prompts, embeddings, messages, 
 
 # ---- honest clients -------------------------------------------------------------------------------------------------
 
-@dataclass
 class Honest:
-    """Streams that go on, one after another. gaps: seconds from a token to the next, of the present phase."""
+    """Streams that go on in another process (honest.py)."""
 
-    server: Served
-    gaps: list[float] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def run(self) -> None:
-        body = {"model": "tiny", "prompt": "the quick", "max_tokens": 256, "stream": True, "ignore_eos": True}
-        with httpx.Client(timeout=120) as client:
-            while not self.over.is_set():
-                try:
-                    with client.stream("POST", f"{self.server.url}/v1/completions", json=body) as answer:
-                        if answer.status_code == 429:  # as it is told to
-                            time.sleep(float(answer.headers["retry-after"]))
-                        elif answer.status_code != 200:
-                            self.failures.append(f"{answer.status_code} {answer.read()!r:.200}")
-                            return
-                        else:
-                            self._read(answer)
-                except httpx.HTTPError as error:
-                    self.failures.append(repr(error))
-                    return
-
-    def _read(self, answer: httpx.Response) -> None:
-        last = None
-        for line in answer.iter_lines():
-            if '"error"' in line:
-                self.failures.append(line)
-            if line.startswith("data: {"):
-                now = time.perf_counter()
-                if last is not None:
-                    self.gaps.append(now - last)
-                last = now
-            if self.over.is_set():
-                return
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.failures: list[str] = []
 
     def phase(self) -> list[float]:
-        """The gaps so far; new ones are counted anew."""
-        done, self.gaps = self.gaps, []
-        return done
+        """Seconds from each token to the next since the last call."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(file=self.process.stdin, flush=True)
+        told = json.loads(self.process.stdout.readline())
+        self.failures = told["failures"]
+        return told["gaps"]
 
 
 @contextmanager
 def honest_clients(server: Served) -> Iterator[Honest]:
-    honest = Honest(server)
-    threads = [threading.Thread(target=honest.run) for _ in range(STREAMS)]
-    for thread in threads:
-        thread.start()
+    process = subprocess.Popen([sys.executable, Path(__file__).with_name("honest.py"), server.url, str(STREAMS)],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        yield honest
+        yield Honest(process)
+        process.communicate(timeout=160)
+        assert process.returncode == 0
     finally:
-        honest.over.set()
-        for thread in threads:
-            thread.join(150)
-        assert not any(thread.is_alive() for thread in threads)
+        process.kill()
 
 
 def milliseconds(gaps: Sequence[float]) -> str:

@@ -163,6 +163,7 @@ class Engine:
         self.counters = Counters()
         self.observer: Observer | None = None
         self.lock = threading.RLock()
+        self.stalled = False  # the last step had nothing to run: all wait for their readers
         self._drafted: dict[int, RoutingRecord] = {}  # where the drafts of this step went
 
     @property
@@ -249,6 +250,7 @@ class Engine:
         with self.lock:
             settled = self._settle(0.0)
             works = self.scheduler.schedule()
+            self.stalled = not works and not any(one.pending for one in self.scheduler.running)
             moved: list[Request] = []
             try:
                 if works:

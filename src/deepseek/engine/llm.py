@@ -26,7 +26,7 @@ from ..model.adapters import names_on, rows_of, whole
 from ..quant.linear import Recipe, is_quantised
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
-from .engine import Engine, EngineOptions, EngineSettings, atlas_beside
+from .engine import WAIT, Engine, EngineOptions, EngineSettings, atlas_beside
 from .request import Coupling, Request, RequestOutput
 from .residency import Residency
 from .sampler import SamplingOptions, SamplingParams
@@ -463,9 +463,11 @@ def _work(me: weakref.ref[LLM], loop: threading.Condition) -> None:
             own = me()
             if own is None or own._closed:
                 return
-            if own.engine.idle:
+            if own.engine.idle or own.engine.stalled:
+                seconds = 1.0 if own.engine.idle else WAIT
+                own.engine.stalled = False
                 del own
-                loop.wait(1.0)
+                loop.wait(seconds)
                 continue
         own.engine.step()
         del own

@@ -152,6 +152,7 @@ class Request:
         self.first_token: float | None = None
         self.finished: float | None = None
         self.on_token: Callable[[Request], None] | None = None
+        self.paused = False  # its reader is behind: set by whoever reads, at any time
         self.routed: list[Tensor] = []  # [tokens, layers, K] a chunk
         self.logprobs: list[Logprob] = []
         self.prompt_logprobs: list[Logprob | None] = [None]  # those known so far
@@ -179,6 +180,11 @@ class Request:
     def pending(self) -> bool:
         """Whether it has to wait for its constraint before it can run."""
         return self.constraint is not None and self.constraint.pending
+
+    @property
+    def held(self) -> bool:
+        """Whether it cannot run now."""
+        return self.paused or self.pending
 
     @property
     def prefilling(self) -> bool:

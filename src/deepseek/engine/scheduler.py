@@ -82,10 +82,10 @@ class Scheduler:
                             request.adapter)
 
     def schedule(self) -> list[Work]:
-        """The work of the next step; those of a prompt first. Empty where all there are wait for their constraints."""
+        """The work of the next step; those of a prompt first. Empty where all wait for constraints or readers."""
         budget, self.steps = self.step_tokens, self.steps + 1
         work: list[Work] = []
-        ready = [request for request in self.running if request.computed < request.length and not request.pending]
+        ready = [request for request in self.running if request.computed < request.length and not request.held]
         if sum(1 + (request.draft is not None) for request in ready if not request.prefilling) > budget:
             for request in ready:  # a draft must not take the place of another's token
                 request.draft = None
@@ -93,12 +93,18 @@ class Scheduler:
             if budget and request in self.running and self._secure(request, work):
                 work.append(self._work(request, budget))
                 budget -= work[-1].chunk.tokens
-        while budget and self.waiting and len(self.running) < self.batch_size:
+        idle = [request for request in self.running if request.paused]
+        while budget and self.waiting and (len(self.running) < self.batch_size or idle):
             chosen = self._next()
-            if chosen is None or not self._admit(chosen):
+            if chosen is None:
                 break
-            work.append(self._work(chosen, budget))
-            budget -= work[-1].chunk.tokens
+            if len(self.running) < self.batch_size and self._admit(chosen):
+                work.append(self._work(chosen, budget))
+                budget -= work[-1].chunk.tokens
+            elif idle:
+                self._step_back(idle.pop())
+            else:
+                break
         assert work or not ready
         # an adapter's tokens side by side, so that they are one product
         return sorted(work, key=lambda one: (one.chunk.order != "naive", one.chunk.adapter or ""))
@@ -114,15 +120,16 @@ class Scheduler:
             if request.draft is not None:
                 request.draft = None
                 continue
+            assert len(self.running) > 1, "a request that runs alone has room: admission saw to that"
             busy = {one.request.number for one in work}
-            youngest = next(one for one in reversed(self.running) if one.number not in busy)
+            others = [one for one in reversed(self.running) if one.number not in busy]
+            youngest = next((one for one in others if one.paused), others[0])
             self._step_back(youngest)
             if youngest is request:
                 return False
         return True
 
     def _step_back(self, request: Request) -> None:
-        assert len(self.running) > 1, "a request that runs alone has room: admission saw to that"
         self.preempted += 1
         self.running.remove(request)
         self.file(request)
@@ -152,7 +159,7 @@ class Scheduler:
         return True
 
     def _next(self) -> Request | None:
-        able = [request for request in self.waiting if not request.pending and (
+        able = [request for request in self.waiting if not request.held and (
             request.after is None or not request.after.prefilling or request.after.finish_reason is not None)]
         if not able:
             return None

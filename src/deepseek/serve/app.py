@@ -148,7 +148,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
             else:
                 llm.check_length(prompt)
                 ids = tokenizer.encode(prompt, bos=body.add_special_tokens, special=body.parse_special)
-            names = [tokenizer.decode([i], skip_special=False) for i in ids] if body.return_token_strs else None
+            names = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
             return {"count": len(ids), "max_model_len": llm.max_length, "tokens": ids, "token_strs": names}
 
         try:

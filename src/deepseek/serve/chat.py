@@ -116,7 +116,7 @@ class Chat:
         tokenizer = self.server.tokenizer
 
         def one(token: int, logprob: float) -> dict[str, Any]:
-            text = tokenizer.decode([token], skip_special=False)
+            text = tokenizer.token_text(token)
             return {"token": text, "logprob": floored(logprob), "bytes": list(tokenizer.token_bytes(token))}
 
         return {"content": [one(p.token, p.logprob) | {"top_logprobs": [one(*pair) for pair in p.top]}

@@ -62,7 +62,7 @@ class Completion:
         tokenizer = self.server.llm.tokenizer
         if tokenizer is None:
             return str(token)
-        text = tokenizer.decode([token], skip_special=False)
+        text = tokenizer.token_text(token)
         if "\ufffd" not in text:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes(token))

@@ -7,9 +7,11 @@ one that has been silent the longest makes room. At a signal the port stays open
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import resource
 import signal
+import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from ..files import to_json
 
 IDLE = 30  # seconds that a connection stays open for another request: longer than clients keep it, else both race
 LINGER = 1.0  # seconds that a refused client has to read why
+UNSENT = 16 << 10  # bytes that wait for a client, here and in the kernel each, before its stream is made no further
 TURN = 0.001  # seconds from one read of a large body to the next, of whichever connection
 SPARE = 128  # file descriptors beside the connections: weights, logs, refused clients
 
@@ -94,6 +97,10 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = Flow(transport, self.loop, self.turns)
+        transport.set_write_buffer_limits(UNSENT)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            with contextlib.suppress(OSError):  # no TCP
+                transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         if len(self.connections) > self.limits.connections and not self._make_room():
             self._end(503, "too_many_connections",
                       f"there are {self.limits.connections} connections: no more may be open")

@@ -33,6 +33,7 @@ from .watching import Watch
 
 T = TypeVar("T")
 LOOK = 0.25  # seconds between two looks whether the client is still there
+AHEAD = 16  # tokens that a request may be ahead of its reader
 LAST = 5.0  # seconds in which answers that were told to end must do so
 DONE = b"data: [DONE]\n\n"
 
@@ -157,7 +158,7 @@ class Server:
         """In vLLM's form. A rank is told of the likeliest tokens alone."""
         def one(token: int, value: float, rank: int | None) -> dict[str, Any]:
             tokenizer = self.llm.tokenizer
-            name = None if tokenizer is None else tokenizer.decode([token], skip_special=False)
+            name = None if tokenizer is None else tokenizer.token_text(token)
             return {"logprob": floored(value), "rank": rank, "decoded_token": name}
 
         return [None if p is None else {str(p.token): one(p.token, p.logprob, None)} | {
@@ -167,6 +168,7 @@ class Server:
     async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncIterator[Generation]:
         """Yields a request whenever it has moved, until all have ended. Leaving aborts them."""
         loop, moved = asyncio.get_running_loop(), asyncio.Queue[Generation | None]()
+        known = {request.number: 0 for request in requests}  # tokens that have been yielded
         clock: asyncio.TimerHandle | None = None
 
         def look() -> None:
@@ -175,7 +177,7 @@ class Server:
             clock = loop.call_later(LOOK, look)
 
         for request in requests:
-            request.on_token = functools.partial(self._tell, loop, moved)
+            request.on_token = functools.partial(self._tell, loop, moved, known)
         late = False
         deadline = http.state.arrived + self.options.timeout
         left = {request.number for request in requests}
@@ -193,6 +195,7 @@ class Server:
                     if await http.is_disconnected():
                         return
                     continue
+                known[one.number], one.paused = len(one.token_ids), False
                 if one.finish_reason is not None:
                     left.discard(one.number)
                 if one.error is not None:
@@ -205,8 +208,11 @@ class Server:
             # begun at once: where the client has left, every await is cancelled, again and again
             await asyncio.shield(loop.run_in_executor(None, self._leave, requests, late))
 
-    def _tell(self, loop: asyncio.AbstractEventLoop, moved: asyncio.Queue[Generation | None], one: Generation) -> None:
-        """The engine says that a request has moved. The event loop is woken once for all of a step."""
+    def _tell(self, loop: asyncio.AbstractEventLoop, moved: asyncio.Queue[Generation | None], known: Mapping[int, int],
+              one: Generation) -> None:
+        """The engine says that a request has moved. The event loop is woken once for all of a step. Nothing is made
+        for a client that does not read."""
+        one.paused = len(one.token_ids) - known[one.number] > AHEAD  # until this is read
         self._moved.append((moved, one))
         if len(self._moved) == 1:
             loop.call_soon_threadsafe(self._deliver)
