@@ -333,17 +333,12 @@ def run_apart(command: tuple[str, ...], places: dict[str, Path], seconds: float 
             finally:
                 sys.stderr.flush()
                 os._exit(status)
-        end, status = time.monotonic() + seconds, None
-        while status is None:
-            done, how = os.waitpid(child, os.WNOHANG)
-            if done:
-                status = os.waitstatus_to_exitcode(how)
-            elif time.monotonic() > end:
-                os.killpg(child, signal.SIGKILL)
-            else:
-                time.sleep(0.005)
+        end = time.monotonic() + seconds
+        while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < end:
+            time.sleep(0.005)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # workers that it left
+            os.killpg(child, signal.SIGKILL)  # itself or the workers that it left; its number is still its own
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         errors.seek(0)
         return status, errors.read()
 
