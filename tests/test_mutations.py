@@ -9,6 +9,7 @@ import pytest
 from mutations import Kind, attempt, fault_of, make_kinds, run, sweep, table
 
 FAST = 60
+pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # a command says it and goes on
 
 
 @pytest.fixture(scope="module")
