@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -287,7 +288,7 @@ class Outcome(NamedTuple):
 
 
 def fault_of(status: int, errors: str) -> str | None:
-    lines = [line for line in errors.splitlines() if line.startswith("deepseek: ")]
+    lines = [line for line in errors.splitlines() if re.match("deepseek: (?!warning: )", line)]
     if status < 0:
         return "no answer in time" if status == -signal.SIGKILL else f"signal {-status}"
     if "Traceback" in errors:

@@ -42,7 +42,7 @@ def test_whole_checkpoints_run(kinds: tuple[Path, list[Kind]]) -> None:
 
 
 @pytest.mark.parametrize(("status", "errors", "fault"), [
-    (0, "", None), (1, "deepseek: no\n", None), (2, "UserWarning: a\ndeepseek: no\n", None),
+    (0, "", None), (1, "deepseek: no\n", None), (2, "deepseek: warning: a\ndeepseek: no\n", None),
     (-11, "", "signal 11"), (-9, "", "no answer in time"), (1, "Traceback\ndeepseek: x\n", "traceback"),
     (3, "deepseek: x\n", "status 3"), (2, "", "not one line"), (2, "deepseek: a\nmore\n", "not one line"),
     (1, "deepseek: KeyError: 'x' (DEEPSEEK_DEBUG=1 shows where)\n", "a mistake of ours"),
