@@ -1,4 +1,4 @@
-"""Files beside and in the place of weights that a checkpoint cannot use: one line says what they are."""
+"""Files beside and instead of weights that a checkpoint cannot use: one line says what they are."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_a_signal_lets_the_step_be_finished_and_saved(results: dict[str, Any]) -
     assert "checkpoint-000003" in results["checkpoints"]["int"]
     status, said = results["term"]
     assert status == 143 and "step 3 of 6 is saved" in said
-    # the same command, or --out alone, goes on, and ends in the bytes of a run that nobody stopped
+    # the same command, or --out alone, goes on, and ends in the bytes of a run that was not stopped
     assert [results[case][0] for case in ("calm", "int again", "term again", "evaluating again")] == [0] * 4
     assert "continuing after step 3" in results["term again"][1]
     assert results["weights"] == [True] * 3

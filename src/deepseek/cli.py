@@ -385,7 +385,7 @@ def _training_data(words: Sequence[str], experts: Sequence[str] | None) -> Any:
     """DATA, or {expert name: its paths} of --experts; a bare DATA beside them is text without a name."""
     if not experts:
         if not words:
-            raise ConfigError("data: at least one DATA or --experts NAME=PATH must be given (--out alone goes on with "
+            raise ConfigError("data: at least one DATA or --experts NAME=PATH must be given (--out alone continues "
                               "the run that it holds)")
         return words
     return _named_paths(experts, "experts") | ({"": words} if words else {})

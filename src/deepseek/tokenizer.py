@@ -493,7 +493,7 @@ def _mark(value: Any, control: re.Pattern[str]) -> Any:
 
 
 def _other_kind(folder: Path) -> str:
-    """What a folder has in the place of a tokenizer.json, for the end of a message."""
+    """What a folder has instead of a tokenizer.json, for the end of a message."""
     for name, what in (("tokenizer.model", "SentencePiece's"), ("vocab.json", "slow tokenizers'"),
                        ("vocab.txt", "WordPiece's")):
         if (folder / name).is_file():

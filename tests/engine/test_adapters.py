@@ -152,7 +152,7 @@ def test_four_bits_are_near_the_side_path_that_was_trained(served: Callable[...,
         with rows_of(whole("unnamed")):
             got = model(torch.tensor([prompt]))[0]
         bare, want = (one(torch.tensor([prompt]))[0] for one in (base, theirs))
-        assert torch.equal(model(torch.tensor([prompt]))[0], bare)  # nobody's rows are the base's
+        assert torch.equal(model(torch.tensor([prompt]))[0], bare)  # rows without an adapter are the base's
     moved, off = (want - bare).norm(dim=-1), (got - want).norm(dim=-1)
     assert float((off / moved).median()) < 0.25
 

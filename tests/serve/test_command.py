@@ -135,7 +135,7 @@ def test_serve_answers_and_ends(folder: Path) -> None:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
         assert line.startswith("serving tiny on http://127.0.0.1:"), process.stderr.read()
-        assert "open to whoever" not in line
+        assert "open to anyone" not in line
         url = line.split(" on ")[1].strip()
         if shutil.which("curl"):
             said = subprocess.run(

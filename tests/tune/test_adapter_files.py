@@ -126,7 +126,7 @@ def test_every_key_of_the_installed_peft_is_decided_on() -> None:
 def test_an_initialisation_that_changes_the_base_is_refused_until_it_is_converted(
     base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """PiSSA, made by peft: as it is it belongs to a base that nobody saved; converted it is an adapter of ours."""
+    """PiSSA, made by peft: as it is it belongs to a base that was never saved; converted it is an adapter of ours."""
     peft = pytest.importorskip("peft", reason="needs the test extra (peft)")
     transformers = pytest.importorskip("transformers", reason="needs the test extra (transformers)")
     folder = base()

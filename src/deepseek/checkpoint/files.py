@@ -203,7 +203,7 @@ class TensorFiles:
 
 
 def _pointer(file: Path) -> str:
-    """What a small text is that stands in the place of weights."""
+    """What a small text is that stands instead of weights."""
     with file.open("rb") as stream:
         return "it is a pointer of Git LFS: run `git lfs pull` in its folder" if stream.read(40).startswith(
             b"version https://git-lfs") else ""

@@ -154,7 +154,7 @@ def _foreign(name: str) -> tuple[str, str]:
 
 
 def other_weights(folder: Path) -> str:
-    """What a folder has in the place of a checkpoint, for the end of a message: "" for nothing known."""
+    """What a folder has instead of a checkpoint, for the end of a message: "" for nothing known."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in sorted(path.name for path in folder.iterdir()):
         if (kind := _foreign(name))[0] and not name.endswith(INDEX):

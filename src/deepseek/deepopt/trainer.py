@@ -39,7 +39,7 @@ CONTINUED_LR = 1e-4  # where training starts from a checkpoint
 
 @dataclass(frozen=True, repr=False)
 class Trainer(TrainConfig):
-    """Trains a model on text, from scratch or from a checkpoint, and goes on with a run that was stopped.
+    """Trains a model on text, from scratch or from a checkpoint, and continues a run that was stopped.
 
         model = Trainer("nano", out="runs/notes", steps=300).fit("notes/")
         model = Trainer(from_model=model, out="runs/law").fit({"law_expert": "data/law", "": "data/rest"})
@@ -93,7 +93,7 @@ class Trainer(TrainConfig):
         state = ("nothing is trained yet" if not found else f"finished: {out / 'model'}"
                  if step_of(found[-1]) == self.steps and (out / "model").is_dir() else
                  f"step {step_of(found[-1])} is saved")
-        return (f"Trainer: {start or 'goes on with the run'}{' from scratch' if self.config is not None else ''}, in "
+        return (f"Trainer: {start or 'continues the run'}{' from scratch' if self.config is not None else ''}, in "
                 f"{out}: {self.steps:,} steps of {self.batch_size * self.accumulation} x {self.seq_len} tokens, lr "
                 f"{self.lr:g}, {self.precision}, {self.device}; "
                 + (state if run is not None else "nothing is trained yet"))
@@ -105,7 +105,7 @@ class Trainer(TrainConfig):
         """Train on `data`; returns OUT/model, a checkpoint.
 
         data: text, code, JSON lines or folders of them, or {expert name: its text}, which binds the routing groups to
-        the names in this order ("" is text without a name); None goes on with the data of the run in `out`. on_step:
+        the names in this order ("" is text without a name); None continues with the data of the run in `out`. on_step:
         told of every step, as log.jsonl is. Raises ConfigError when `out` holds a run with other settings or data,
         and what reading, packing and loading raise, before any step.
 

@@ -13,7 +13,7 @@ byte that no token has. A grammar that outgrows the library's limits ends its re
 Grammars come from clients, and are compiled within limits (grammars.py). Masks are computed on threads of their own:
 the library releases the interpreter's lock, so the masks of a batch are computed side by side, and a request whose mask
 takes long misses steps without holding up the others (engine.py). Constraints that were late once share one thread of
-low priority, so that nobody's fast mask waits behind their slow ones.
+low priority, so that fast masks do not wait behind slow ones.
 
 Shape letters: V vocabulary.
 """

@@ -152,7 +152,7 @@ class Request:
         self.first_token: float | None = None
         self.finished: float | None = None
         self.on_token: Callable[[Request], None] | None = None
-        self.paused = False  # its reader is behind: set by whoever reads, at any time
+        self.paused = False  # its reader is behind: set by the reader, at any time
         self.routed: list[Tensor] = []  # [tokens, layers, K] a chunk
         self.logprobs: list[Logprob] = []
         self.prompt_logprobs: list[Logprob | None] = [None]  # those known so far

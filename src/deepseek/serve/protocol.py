@@ -22,7 +22,7 @@ Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 Id = Annotated[int, Field(strict=True)]
 T = TypeVar("T")
-Each = Annotated[list[T], Field(fail_fast=True)]  # a list with a million wrong items is told of the first
+Each = Annotated[list[T], Field(fail_fast=True)]  # a list with a million wrong items reports the first
 Ids = Annotated[Each[Id], Field(min_length=1)]
 MESSAGES, PROMPTS, STOPS, STOP_LENGTH = 4096, 2048, 64, 1024  # of one request; characters
 Prompts = Text | Annotated[Each[Text], Field(min_length=1, max_length=PROMPTS)] | Ids | Annotated[
@@ -41,7 +41,7 @@ class Body(BaseModel):
             return given
         names, optional = _names(cls)
         if len(given) > len(names) and cls.model_config.get("extra") == "forbid":
-            unknown = next(key for key in given if key not in names)  # of a million one is told of
+            unknown = next(key for key in given if key not in names)  # one of a million is reported
             given = {key: value for key, value in given.items() if key in names or key == unknown}
         if None not in given.values():
             return given

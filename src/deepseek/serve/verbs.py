@@ -45,7 +45,7 @@ def add_serve_flags(verb: argparse.ArgumentParser) -> None:
                                                    "memory")
     verb.add_argument("--history_days", type=float, default=30.0, help="how long it keeps them")
     verb.add_argument("--alert_minutes", type=float, default=10.0, help="the window of alerts and shares")
-    verb.add_argument("--alert_webhook", help="address that is told of alerts by POST, as JSON")
+    verb.add_argument("--alert_webhook", help="URL to which alerts are sent by POST, as JSON")
     verb.add_argument("--price_per_hour", type=float, help="of this machine: gives the cost of 10^8 tokens")
     verb.add_argument("--log", action="store_true", help="a line of JSON for every request, without its text")
     verb.add_argument("--log_texts", action="store_true",
@@ -86,7 +86,7 @@ def serve(args: argparse.Namespace) -> None:
                                        args.log_texts, watch, tuple(args.cors_origin), args.host, hosts))
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     beside = f" with {', '.join(llm.adapters)}" if llm.adapters else ""
-    print(f"serving {name}{beside} on {address}/v1" + ("" if keys else ", open to whoever reaches it: no API key")
+    print(f"serving {name}{beside} on {address}/v1" + ("" if keys else ", open to anyone who can reach it: no API key")
           + f"\ndashboard: {address}/dashboard", flush=True)
     limits = Limits(args.max_connections, args.receive_timeout, args.read_timeout, args.shutdown_timeout)
     _give_way()

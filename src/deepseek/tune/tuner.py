@@ -68,7 +68,7 @@ class MoEFineTuner:
     alone. general: text that must not be forgotten (a path or several, or documents); Python's own library where none
     is given. old: records to replay (with `replay`), such as those of an earlier tuning. map: which columns of records,
     and of old ones, are what (a RecordMap, its keys, or a YAML file), where their names do not say it. out: folder of
-    the run (MODEL-tuned-HASH if not given, the hash of where MODEL is); the same call goes on with a run that was
+    the run (MODEL-tuned-HASH if not given, the hash of where MODEL is); the same call continues a run that was
     stopped. save: "auto" writes a delta where experts are tuned, an adapter for LoRA, else a whole checkpoint; "delta"
     and "full" what they say.
     """
