@@ -9,24 +9,23 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .data.settings import named_paths
 from .data.verbs import add_verbs
 from .deepopt.settings import TrainConfig
-from .engine.verbs import add_chat_flags, add_infer_flags
-from .errors import ConfigError, DataError, MoEDRError, nearest, printable
+from .engine.verbs import add_chat_flags, add_infer_flags, chat, infer
+from .errors import ConfigError, MoEDRError, nearest, printable
 from .interrupts import Stopped, handled
-from .serve.verbs import add_serve_flags
+from .serve.verbs import add_serve_flags, serve
 from .tune.verbs import add_tune_flags
+from .tune.verbs import run as tune
 from .watch.terminal import add_watch_flags
 from .watch.terminal import watch as watch_server
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .checkpoint import Verdict
     from .config import ModelConfig
 
@@ -39,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         args.usage()
         return 2
+    usual, warnings.showwarning = warnings.showwarning, _show_warning
     try:
-        warnings.showwarning = _show_warning
         with contextlib.nullcontext() if args.run is serve else handled(hard=True):
+            _machine(args)
             args.run(args)
         sys.stdout.flush()
         return 0
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             print(f"deepseek: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, MoEDRError) else 1
+    finally:
+        warnings.showwarning = usual
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None,
@@ -144,7 +146,6 @@ def train(args: argparse.Namespace) -> None:
     from .config import PRESETS
     from .deepopt.trainer import Trainer
 
-    _machine(args)
     names = [setting.name for setting in fields(TrainConfig)]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     words = [word for word in (args.config, *args.data) if word is not None]
@@ -170,34 +171,6 @@ def train(args: argparse.Namespace) -> None:
           f"try:   deepseek-infer --model {model} --prompt '…'")
 
 
-def tune(args: argparse.Namespace) -> None:
-    from .tune.verbs import run
-
-    _threads(args)
-    run(args)
-
-
-def infer(args: argparse.Namespace) -> None:
-    from .engine.verbs import infer as run
-
-    _machine(args)
-    run(args)
-
-
-def chat(args: argparse.Namespace) -> None:
-    from .engine.verbs import chat as run
-
-    _machine(args)
-    run(args)
-
-
-def serve(args: argparse.Namespace) -> None:
-    from .serve.verbs import serve as run
-
-    _machine(args)
-    run(args)
-
-
 def quantize(args: argparse.Namespace) -> None:
     from . import convert
 
@@ -220,113 +193,6 @@ def merge(args: argparse.Namespace) -> None:
 
     print(convert.merge(args.model, args.adapter, args.out, args.dtype, overwrite=args.overwrite))
     print(f"model: {args.out}\ntry:   deepseek quantize {args.out} {args.out}-nf4")
-
-
-def atlas_profile(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from .atlas.atlas import FILE
-    from .checkpoint import resolve
-    from .data import list_files
-    from .files import locked
-
-    _machine(args)
-    named = _named_paths(args.data, "data")
-    for _ in list_files([place for places in named.values() for place in places]):
-        pass  # a wrong path is said before a large model is loaded
-    if args.out is None and not Path(args.model).expanduser().is_dir():
-        raise ConfigError(f"out: must be given, because {args.model} is not a local folder to put {FILE} in")
-    folder = resolve(args.model)
-    out = Path(args.out).expanduser() if args.out else folder / FILE
-    out = out / FILE if out.is_dir() else out
-    with locked(out):
-        _profile(args, named, folder, out)
-
-
-def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path, out: Path) -> None:
-    from .atlas import Atlas, profile
-    from .atlas.atlas import Shape
-    from .atlas.profile import doubts, verdict
-    from .atlas.show import table
-    from .checkpoint import load_model
-    from .config import ModelConfig
-    from .data import ReadReport, read_documents
-    from .tokenizer import Tokenizer
-
-    known = Atlas.load(out) if out.is_file() else None
-    if known is not None and known.shape != (shape := Shape.of(ModelConfig.from_file(folder))):
-        raise ConfigError(f"out = {out}: holds the atlas of another model: {known.shape}; this one has {shape}")
-    report = ReadReport()
-    tokenizer, model = Tokenizer.load(folder), load_model(folder, device=args.device)
-    with _tokens_bar("profile") as advance:
-        measured = profile(model, tokenizer, {name: read_documents(places, report) for name, places in named.items()},
-                           score=args.score, threshold=args.threshold, seq_len=args.seq_len, tokens=args.tokens,
-                           seed=args.seed, progress=advance, atlas=known)
-    if report.problems:
-        print(report.summary())
-    if not measured.names:
-        raise DataError("; ".join(verdict(refusal.name, refusal.reason) for refusal in measured.refused))
-    (known.updated(measured) if known else measured).save(out)
-    print("\n".join([table(measured), *doubts(measured)]))
-    if len(named) == 1:
-        print("One name alone shows that its experts are stable, not that they are its own: other text, under a second "
-              "name, would.")
-    print(f"atlas: {out}\ntry:   deepseek atlas show {out} --png experts.png")
-
-
-def atlas_show(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from .atlas import Atlas
-    from .atlas.draw import save_group_map
-    from .atlas.show import page, table
-    from .checkpoint import resolve
-    from .files import write_atomically
-
-    atlas = Atlas.load(args.place if Path(args.place).expanduser().exists() else resolve(args.place))
-    print(table(atlas))
-    if args.png:
-        save_group_map(atlas, args.png)
-        print(f"map:  {args.png}")
-    if args.html:
-        write_atomically(args.html, page(atlas))
-        print(f"page: {args.html}")
-    print(f"try:   deepseek atlas show {args.place} --html atlas.html" if not args.html else
-          "try:   deepseek tune MODEL DATA --expert_tune NAME")
-
-
-def atlas_compare(args: argparse.Namespace) -> None:
-    from .atlas import Atlas
-    from .atlas.atlas import FILE, Shape
-    from .atlas.compare import Trace, compare, trace
-    from .atlas.sample import draw, window_length
-    from .checkpoint import load_model, resolve
-    from .config import ModelConfig
-    from .data import ReadReport, read_documents
-    from .tokenizer import Tokenizer
-
-    _machine(args)
-    folders = [resolve(name) for name in (args.first, args.second)]
-    shapes = [Shape.of(ModelConfig.from_file(folder)) for folder in folders]
-    if shapes[0] != shapes[1]:
-        raise ConfigError(f"the models differ in shape: {args.first} has {shapes[0]}; {args.second} {shapes[1]}")
-    tokenizer, other = (Tokenizer.load(folder) for folder in folders)
-    if tokenizer.fingerprint != other.fingerprint:
-        raise ConfigError(f"{args.first} and {args.second} have different tokenizers, so no text is the same to both")
-    beside = [args.atlas] if args.atlas else [f for folder in reversed(folders) if (f := folder / FILE).is_file()]
-    atlas = Atlas.load(beside[0]) if beside else None
-    report = ReadReport()
-    sample = draw("", read_documents(args.data, report), tokenizer, tokens=args.tokens, seed=args.seed,
-                  seq_len=window_length(ModelConfig.from_file(folders[0]), args.seq_len))
-    if report.problems:
-        print(report.summary())
-
-    def traced(folder: Path) -> Trace:  # one model in memory at a time
-        with _tokens_bar("route") as advance:
-            return trace(load_model(folder, device=args.device), sample, tokenizer, advance)
-
-    print(compare(traced(folders[0]), traced(folders[1]), atlas).table())
-    print(f"try:   deepseek atlas show {args.second}")
 
 
 # ---- what verbs share ---------------------------------------------------------------------------------------------
@@ -388,48 +254,19 @@ def _training_data(words: Sequence[str], experts: Sequence[str] | None) -> Any:
             raise ConfigError("data: at least one DATA or --experts NAME=PATH must be given (--out alone continues "
                               "the run that it holds)")
         return words
-    return _named_paths(experts, "experts") | ({"": words} if words else {})
-
-
-def _named_paths(words: Sequence[str], flag: str) -> dict[str, list[str]]:
-    """`name=PATH` words as {name: [PATH, …]}; a name may come several times."""
-    named: dict[str, list[str]] = {}
-    for word in words:
-        name, equals, path = word.partition("=")
-        if not (equals and path and name.isidentifier()):
-            raise ConfigError(f"{flag} = {word!r}: must read NAME=PATH (for example law_expert=data/law), the name "
-                              "made of letters, digits and _")
-        named.setdefault(name, []).append(path)
-    return named
-
-
-@contextmanager
-def _tokens_bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar: what it yields takes (tokens done, tokens in all)."""
-    from .progress import ProgressBar
-
-    with ProgressBar(desc=text, unit=" tokens", unit_scale=True) as bar:
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance
+    return named_paths(experts, "experts") | ({"": words} if words else {})
 
 
 def _machine(args: argparse.Namespace) -> None:
-    """Check --device and apply --threads, before anything else is loaded."""
+    """Check --device and apply --threads, of commands that have them, before anything else is loaded."""
+    if not hasattr(args, "threads"):
+        return
     import torch
 
-    if args.device not in ("cpu", "cuda"):
+    if args.device not in (None, "cpu", "cuda"):
         raise ConfigError(f"device = {args.device!r}: must be cpu or cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': this torch finds no GPU")
-    _threads(args)
-
-
-def _threads(args: argparse.Namespace) -> None:
-    import torch
-
     if args.threads is not None:
         if args.threads < 1:
             raise ConfigError(f"threads = {args.threads}: must be an integer >= 1")
@@ -526,24 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "atlas", None, "experts by name: measure, show and compare them")
     steps = verb.add_subparsers(title="steps", metavar="STEP")
     verb.set_defaults(usage=verb.print_help)
-    step = _verb(steps, "profile", atlas_profile, "measure which experts the text of each name visits")
-    step.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
-    step.add_argument("--data", nargs="+", action="extend", required=True, metavar="NAME=FILE",
-                      help="text of a name; a name may come several times, and a few names tell more than one")
-    step.add_argument("--score", choices=("token", "gate"), default="token", help="what experts are ranked by")
-    step.add_argument("--threshold", type=float, help="share to select; else 0.2 for token, 0.1 for gate")
-    step.add_argument("--out", metavar="FILE", help="else atlas.json beside the model")
-    _sample_flags(step)
-    step = _verb(steps, "show", atlas_show, "named groups, their evidence and overlap")
-    step.add_argument("place", metavar="MODEL|ATLAS", help="a checkpoint folder, a hub id or an atlas.json")
-    step.add_argument("--png", metavar="FILE", help="draw layers by experts, coloured by name")
-    step.add_argument("--html", metavar="FILE", help="write a page with all of it")
-    step = _verb(steps, "compare", atlas_compare, "how far routing has moved between two checkpoints of one shape")
-    step.add_argument("first", metavar="A", help="a checkpoint folder or a hub id")
-    step.add_argument("second", metavar="B", help="another of the same shape")
-    step.add_argument("--data", nargs="+", action="extend", required=True, metavar="FILE", help="text to route")
-    step.add_argument("--atlas", metavar="FILE", help="names to follow; else the atlas beside B, or A")
-    _sample_flags(step)
+    _add_atlas_verbs(steps)
 
     add_tune_flags(_verb(verbs, "tune", tune, "tune experts or side paths on records; the same command continues a "
                          "stopped run"))
@@ -597,6 +417,38 @@ def _verb(verbs: Any, name: str, run: Run | None, text: str) -> argparse.Argumen
 def _device_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="cpu", help="cpu or cuda")
     verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+
+
+def _add_atlas_verbs(steps: Any) -> None:
+    step = _verb(steps, "profile", _of_atlas("profile"), "measure which experts the text of each name visits")
+    step.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    step.add_argument("--data", nargs="+", action="extend", required=True, metavar="NAME=FILE",
+                      help="text of a name; a name may come several times, and a few names tell more than one")
+    step.add_argument("--score", choices=("token", "gate"), default="token", help="what experts are ranked by")
+    step.add_argument("--threshold", type=float, help="share to select; else 0.2 for token, 0.1 for gate")
+    step.add_argument("--out", metavar="FILE", help="else atlas.json beside the model")
+    _sample_flags(step)
+    step = _verb(steps, "show", _of_atlas("show"), "named groups, their evidence and overlap")
+    step.add_argument("place", metavar="MODEL|ATLAS", help="a checkpoint folder, a hub id or an atlas.json")
+    step.add_argument("--png", metavar="FILE", help="draw layers by experts, coloured by name")
+    step.add_argument("--html", metavar="FILE", help="write a page with all of it")
+    step = _verb(steps, "compare", _of_atlas("compare"),
+                 "how far routing has moved between two checkpoints of one shape")
+    step.add_argument("first", metavar="A", help="a checkpoint folder or a hub id")
+    step.add_argument("second", metavar="B", help="another of the same shape")
+    step.add_argument("--data", nargs="+", action="extend", required=True, metavar="FILE", help="text to route")
+    step.add_argument("--atlas", metavar="FILE", help="names to follow; else the atlas beside B, or A")
+    _sample_flags(step)
+
+
+def _of_atlas(step: str) -> Run:
+    """The function of a step, whose room loads torch, when it is run."""
+    def run(args: argparse.Namespace) -> None:
+        from .atlas import verbs
+
+        getattr(verbs, f"atlas_{step}")(args)
+
+    return run
 
 
 def _sample_flags(verb: argparse.ArgumentParser) -> None:

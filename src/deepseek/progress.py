@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -46,3 +48,14 @@ class ProgressBar(tqdm):
     def _line(self) -> None:
         self.fp.write(f"{self}\n")
         self.fp.flush()
+
+
+@contextmanager
+def tokens_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar: what it yields takes (tokens done, tokens in all)."""
+    with ProgressBar(desc=text, unit=" tokens", unit_scale=True) as bar:
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance

@@ -402,7 +402,7 @@ def test_the_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("words", "message"), [
     (["validate", "{}/nowhere", "--out", "{}/o"], "nowhere: no such file or folder"),
     (["validate", "--out", "{}/o"], "at least one DATA"),
-    (["validate", "--sources", "law", "--out", "{}/o"], "sources = 'law': must read NAME=DATA"),
+    (["validate", "--sources", "law", "--out", "{}/o"], "sources = 'law': must read NAME=PATH"),
     (["validate", "--sources", "chef={}", "--out", "{}/o", "--experts", "law_expert"], "must be one of law_expert"),
     (["dedup", "{}", "--out", "{}/o"], "holds no records"),
     (["label", "{}", "--out", "{}/o", "--confidence", "2"], "confidence = 2.0: must lie in [0, 1]"),

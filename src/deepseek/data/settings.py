@@ -174,3 +174,15 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name + ' = ' if name else ''}{value!r}: must be a mapping of keys to values")
     return value
+
+
+def named_paths(words: Sequence[str], flag: str) -> dict[str, list[str]]:
+    """`name=PATH` words as {name: [PATH, …]}; a name may come several times."""
+    named: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not (equals and path and name.isidentifier()):
+            raise ConfigError(f"{flag} = {word!r}: must read NAME=PATH (for example law_expert=data/law), the name "
+                              "made of letters, digits and _")
+        named.setdefault(name, []).append(path)
+    return named

@@ -20,6 +20,7 @@ from .settings import (
     PipelineConfig,
     SplitSettings,
     ValidateSettings,
+    named_paths,
     settings_of,
 )
 
@@ -107,12 +108,7 @@ def validate(args: argparse.Namespace) -> None:
     from .reader import ReadReport
     from .steps import validate
 
-    sources: dict[str, list[str]] = {"": args.data} if args.data else {}
-    for word in args.sources:
-        name, equals, place = word.partition("=")
-        if not (equals and name and place):
-            raise ConfigError(f"sources = {word!r}: must read NAME=DATA (for example law_expert=data/law)")
-        sources.setdefault(name, []).append(place)
+    sources = ({"": args.data} if args.data else {}) | named_paths(args.sources, "sources")
     if not sources:
         raise ConfigError("data: at least one DATA or --sources NAME=DATA must be given")
     mapping = RecordMap.load(args.map) if args.map else None
