@@ -110,6 +110,7 @@ def test_a_finished_run_is_extended_by_more_steps(
     assert rates(out)[6:8] == pytest.approx([0.0055, 0.01]) and rates(out)[9] < rates(out)[8] < 0.011
     assert main(["train", "--out", str(out), "--steps", "12", "--lr", "2e-3"]) == 0  # or no more than that
     assert rates(out)[10:] == pytest.approx([0.0015, 0.002])
+    assert "warmup_steps = 2: all 2 steps are warm-up, so the learning rate only rises" in capsys.readouterr().out
     assert main(["train", "--out", str(out)]) == 0 and len(rates(out)) == 12  # nothing is left to do
     capsys.readouterr()
     assert main([*command, "--steps", "10", "--lr", "1e-2"]) == 2

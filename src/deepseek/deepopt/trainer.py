@@ -162,6 +162,10 @@ class Trainer(TrainConfig):
             print(f"extended from {before.steps} to {self.steps} steps: lr from {before.lr * before.min_lr_ratio:g} up "
                   f"to {self.lr:g} in {self.warmup_steps} steps, then down to {self.lr * self.min_lr_ratio:g}",
                   flush=True)
+        began = loop.legs[-2].steps if len(loop.legs) > 1 else 0
+        if loop.step < self.steps <= began + self.warmup_steps:
+            print(f"warmup_steps = {self.warmup_steps}: all {self.steps - began} steps are warm-up, so the learning rate "
+                  "only rises", flush=True)
         loop.run(on_step)
         return out / "model"
 
