@@ -164,8 +164,8 @@ class Trainer(TrainConfig):
                   flush=True)
         began = loop.legs[-2].steps if len(loop.legs) > 1 else 0
         if loop.step < self.steps <= began + self.warmup_steps:
-            print(f"warmup_steps = {self.warmup_steps}: all {self.steps - began} steps are warm-up, so the learning rate "
-                  "only rises", flush=True)
+            print(f"warmup_steps = {self.warmup_steps}: all {self.steps - began} steps are warm-up, so the learning "
+                  "rate only rises", flush=True)
         loop.run(on_step)
         return out / "model"
 
