@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import replace_folder, write_json
+from ..files import replace_folder, to_json, write_json
 from ..model import CausalLM
 from ..model.adapter import LoRALinear, Side, attach, linears, resolve_targets, side_paths
 from ..quant.fused import unfuse
@@ -127,7 +127,7 @@ def _sort_metadata(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = to_json(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= size
         file.seek(8)
         file.write(text.ljust(size))
