@@ -13,7 +13,7 @@ from deepseek.config import ModelConfig
 from deepseek.convert import quantize
 from deepseek.engine import LLM, SamplingParams
 from deepseek.engine.sampler import Logprob, logprobs
-from deepseek.errors import MoEDRError, RequestError
+from deepseek.errors import RequestError
 from deepseek.model import CausalLM, LatentCache
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
@@ -150,9 +150,3 @@ def test_impossible_values(fields: dict[str, Any], message: str) -> None:
 def test_ids_beyond_the_vocabulary(model: CausalLM, fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"token id 261: must lie in the vocabulary 0\.\.260"):
         LLM(model).generate([[9]], SamplingParams(**fields))
-
-
-def test_embeddings_that_are_no_numbers_are_an_error(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "hidden", lambda ids, **_: torch.full((1, 2, 4), float("nan")))
-    with pytest.raises(MoEDRError, match="not numbers"):
-        LLM(model).embed([[9, 8]])

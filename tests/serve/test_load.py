@@ -88,16 +88,16 @@ def test_bytes_under_way_are_bounded(tiny_llm: Callable[..., Any]) -> None:
 def test_embeddings_leave_room_for_others_and_end_with_their_client(tiny_llm: Callable[..., Any]) -> None:
     llm = tiny_llm()
     server = Running(llm, ServeOptions("tiny"))
-    count, plain, begun = 0, llm.embed, threading.Event()
+    count, plain, begun = 0, llm.pooling_request, threading.Event()
 
-    def embed(prompts: Any, adapter: str | None) -> Any:
+    def pooling_request(prompt: Any, adapter: str | None) -> Any:
         nonlocal count
         count += 1
         begun.set()
         time.sleep(0.02)
-        return plain(prompts)
+        return plain(prompt, adapter)
 
-    llm.embed = embed
+    llm.pooling_request = pooling_request
     try:
         content = json.dumps({"model": "tiny", "input": ["fox"] * 2000}).encode()
         host, port = server.url.removeprefix("http://").split(":")

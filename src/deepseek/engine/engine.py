@@ -297,6 +297,8 @@ class Engine:
             if work.request.finish_reason is not None:  # a mate of one that failed
                 continue
             self._computed(work)
+            if work.request.pooled is not None:
+                work.request.pool(work.chunk.past, own)
             if work.request.unscored:
                 try:
                     self.runner.score(work, own)

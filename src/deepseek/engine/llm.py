@@ -20,9 +20,9 @@ from ..atlas.usage import ExpertUsage
 from ..checkpoint import UNNAMED, Dtype, expert_spans, load_model, put_beside, read_several, resolve, sort_out
 from ..conversation import normalize
 from ..domain import DomainClassifier, KeywordRules
-from ..errors import ConfigError, DataError, MoEDRError, RequestError
-from ..model import CausalLM, RoutingRecord, describe
-from ..model.adapters import names_on, rows_of, whole
+from ..errors import ConfigError, DataError, RequestError
+from ..model import CausalLM, describe
+from ..model.adapters import names_on
 from ..quant.linear import Recipe, is_quantised
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
@@ -313,26 +313,18 @@ class LLM:
             if request.error is not None:
                 raise request.error
 
-    # ---- beside the engine's steps ------------------------------------------------------------------------------
-
-    @torch.inference_mode()
     def embed(self, prompts: Sequence[Prompt], adapter: str | None = None) -> tuple[list[Tensor], int]:
         """(the mean of the last hidden states of each prompt, FP32 [H]; tokens in all). adapter: as in `generate`."""
-        spans = whole(self.find_adapter(adapter))
-        everything = [self.encode(prompt) for prompt in prompts]
-        out = []
-        for ids in everything:
-            with self.engine.lock, rows_of(spans):
-                routing = None if self.engine.residency is None else RoutingRecord()
-                h_TH = self.model.hidden(torch.tensor([ids], device=self.model.device), routing=routing)[0]
-                if self.engine.residency is not None and routing is not None:
-                    self.engine.residency.after(routing)
-            mean_H = h_TH.float().mean(0).cpu()
-            if not mean_H.isfinite().all():
-                raise MoEDRError("the model's hidden states are not numbers (NaN or infinite): its weights are "
-                                 "damaged or overflow their dtype")
-            out.append(mean_H)
-        return out, sum(map(len, everything))
+        requests = [self.pooling_request(prompt, adapter) for prompt in prompts]
+        self._run(requests, None)
+        return [request.mean_H for request in requests], sum(len(request.prompt_ids) for request in requests)
+
+    def pooling_request(self, prompt: Prompt, adapter: str | None = None) -> Request:
+        """The request that `embed` makes of a prompt. Raises RequestError for a prompt that cannot be run."""
+        return Request(self.encode(prompt), SamplingParams(max_tokens=1), limit=0, adapter=self.find_adapter(adapter),
+                       pooling=True)
+
+    # ---- beside the engine's steps ------------------------------------------------------------------------------
 
     def warm_up(self, names: Sequence[str]) -> Warmup:
         """Get the experts of some names into memory now. Raises RequestError for an unknown name."""

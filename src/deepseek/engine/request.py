@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ..errors import MoEDRError
 from ..model.cache import Chunk
 from ..tokenizer import Tokenizer
 from .pages import PageTable, Token
@@ -123,9 +124,11 @@ class Request:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, limit: int, eos_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None, vocabulary: int = 0, domain: str | None = None,
         constraint: Constraint | None = None, constraint_after: str | None = None, adapter: str | None = None,
+        pooling: bool = False,
     ) -> None:
         """constraint_after: the text up to and with this marker is free, such as the reasoning before an answer.
-        adapter: the name of the one that its tokens go through."""
+        adapter: the name of the one that its tokens go through. pooling: the mean of the prompt's last hidden states
+        is wanted."""
         self.number = next(_numbers)
         self.prompt_ids, self.params, self.eos_ids, self.limit = list(prompt_ids), params, eos_ids, limit
         self.domain, self.constraint, self.adapter = domain, constraint, adapter
@@ -156,6 +159,8 @@ class Request:
         self.routed: list[Tensor] = []  # [tokens, layers, K] a chunk
         self.logprobs: list[Logprob] = []
         self.prompt_logprobs: list[Logprob | None] = [None]  # those known so far
+        self.pooled = 0 if pooling else None  # positions whose hidden states are in the sum
+        self._sum_H: Tensor | None = None
         self._pieces = None
         if tokenizer is not None:
             self._pieces = tokenizer.stream(skip_special=params.skip_special_tokens)
@@ -231,6 +236,25 @@ class Request:
                 finite(logits_V)
                 self.prompt_logprobs.append(
                     logprobs(logits_V, self.prompt_ids[position], self.params.prompt_logprobs))
+
+    def pool(self, first: int, hidden_TH: Tensor) -> None:
+        """Add the hidden states of positions first, …; known ones stay. In FP64, so that pieces hardly matter."""
+        assert self.pooled is not None
+        new_TH = hidden_TH[max(0, self.pooled - first) :]
+        if len(new_TH):
+            sum_H = new_TH.double().sum(0).cpu()
+            self._sum_H = sum_H if self._sum_H is None else self._sum_H + sum_H
+            self.pooled += len(new_TH)
+
+    @property
+    def mean_H(self) -> Tensor:  # noqa: N802
+        """The mean of the prompt's last hidden states, FP32 [H]. Raises MoEDRError for NaN and infinity."""
+        assert self._sum_H is not None and self.pooled == len(self.prompt_ids)
+        mean_H = (self._sum_H / self.pooled).float()
+        if not mean_H.isfinite().all():
+            raise MoEDRError("the model's hidden states are not numbers (NaN or infinite): its weights are damaged or "
+                             "overflow their dtype")
+        return mean_H
 
     def append(self, token: int) -> None:
         """One more token: extend the text; decide whether this was the last, or leave that to `settle`."""

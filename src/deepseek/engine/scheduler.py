@@ -145,6 +145,8 @@ class Scheduler:
             useful = min(useful, sum(map(len, request.routed)))
         if request.unscored:  # a log-probability too
             useful = min(useful, len(request.prompt_logprobs) - 1)
+        if request.pooled is not None:  # and a hidden state
+            useful = min(useful, request.pooled)
         if request.params.experts is not None:  # its latents are nobody else's
             useful = 0
         shared = self.pages.serve(request.table, request.filed(useful), request.adapter)

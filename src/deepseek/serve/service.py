@@ -34,6 +34,7 @@ from .watching import Watch
 T = TypeVar("T")
 LOOK = 0.25  # seconds between two looks whether the client is still there
 AHEAD = 16  # tokens that a request may be ahead of its reader
+TOGETHER = 8  # prompts of one request for embeddings that run side by side
 LAST = 5.0  # seconds in which answers that were told to end must do so
 DONE = b"data: [DONE]\n\n"
 
@@ -73,7 +74,6 @@ class Server:
         # its own: the default pool also submits and aborts, which must not wait behind megabytes of text
         self.reading = ThreadPoolExecutor(1, "read")
         self.preparing = ThreadPoolExecutor(2, "prepare")
-        self.embedding = ThreadPoolExecutor(1, "embed")
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -126,21 +126,19 @@ class Server:
 
     async def embed(self, http: Request, prompts: Sequence[str | list[int]], adapter: str | None
                     ) -> tuple[list[Tensor], int]:
-        """As LLM.embed, one prompt at a time: the engine's steps go on between them. Leaving ends it."""
-        self.open += 1
-        try:
-            prompts = await self.prepare(http, lambda: [self.llm.encode(prompt) for prompt in prompts])
-            vectors = []
-            for ids in prompts:
-                if self.ending:
-                    raise ServeError(503, "the server is shutting down", kind="server_error", code="shutting_down")
-                if await http.is_disconnected():
-                    break
-                (vector,), _ = await self.prepare(http, self.llm.embed, [ids], adapter, pool=self.embedding)
-                vectors.append(vector)
-            return vectors, sum(map(len, prompts))
-        finally:
-            self.open -= 1
+        """As LLM.embed, TOGETHER prompts at a time, so that those of others come in between. Leaving ends it."""
+        vectors, tokens = [], 0
+        for first in range(0, len(prompts), TOGETHER):
+            some = prompts[first : first + TOGETHER]
+            requests = await self.prepare(http, self._pooling_requests, some, adapter)
+            async for _ in self.run(http, requests):
+                pass
+            vectors += [request.mean_H for request in requests]
+            tokens += sum(len(request.prompt_ids) for request in requests)
+        return vectors, tokens
+
+    def _pooling_requests(self, prompts: Sequence[str | list[int]], adapter: str | None) -> list[Generation]:
+        return [self.llm.pooling_request(prompt, adapter) for prompt in prompts]
 
     def params(self, body: Common, **more: Any) -> SamplingParams:
         own: Extension = body.deepseek
@@ -227,7 +225,8 @@ class Server:
         for request in requests:
             whole = request.finish_reason is not None
             self.llm.engine.abort(request)
-            self.watch.end(request, late and not whole)
+            if request.pooled is None:
+                self.watch.end(request, late and not whole)
 
     async def drain(self, seconds: float) -> None:
         """Begin nothing new, let open answers end, for a while; then end them."""
@@ -243,7 +242,7 @@ class Server:
         until = time.monotonic() + LAST
         while self.open and time.monotonic() < until:  # they look every LOOK seconds
             await asyncio.sleep(0.05)
-        for pool in (self.reading, self.preparing, self.embedding):
+        for pool in (self.reading, self.preparing):
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.llm.close)
         await asyncio.to_thread(self.watch.close)
