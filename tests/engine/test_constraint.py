@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -339,7 +340,7 @@ def slow(request: Request, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     assert request.constraint is not None
     gate, advance = threading.Event(), request.constraint._advance
 
-    def wait_and_advance(token: int) -> tuple[torch.Tensor, bool]:
+    def wait_and_advance(token: int) -> tuple[bool, np.ndarray]:
         assert gate.wait(30)
         return advance(token)
 
@@ -373,7 +374,7 @@ def test_a_request_that_waits_for_its_mask_ends_as_any(llm: LLM, monkeypatch: py
     request.on_token = lambda one: told.append(one.finish_reason)
     free, gate = llm.engine.pages.available, slow(request, monkeypatch)
     if ends == "error":
-        monkeypatch.setattr(request.constraint, "_check", lambda: (_ for _ in ()).throw(RequestError("outgrew")))
+        monkeypatch.setattr(request.constraint, "_read", lambda *_: (_ for _ in ()).throw(RequestError("outgrew")))
     llm.engine.add(request)
     for _ in range(3):
         llm.engine.step()
@@ -411,8 +412,8 @@ def test_late_masks_do_not_hold_up_fast_ones(llm: LLM, constraints: Constraints,
     gate, [a] = threading.Event(), tokenizer.encode("a")
     late = [of(constraints, regex="a*") for _ in range(8)]
     for one in late:
-        one._late = True
-        one._advance = lambda token: (torch.ones(1), not gate.wait(30))  # type: ignore[method-assign]
+        one.late = True
+        one._advance = lambda token, end=one._end: (gate.wait(30), np.ones(end + 1, bool))  # type: ignore
         one.accept(a)
     fast = of(constraints, regex="a{3}")
     for _ in range(3):
@@ -421,3 +422,14 @@ def test_late_masks_do_not_hold_up_fast_ones(llm: LLM, constraints: Constraints,
     assert fast.finished and all(one.pending for one in late)
     gate.set()
     assert all(one.settle(30) and not one.finished for one in late)
+
+
+def test_late_masks_are_the_usual_ones(constraints: Constraints, tokenizer: Tokenizer) -> None:
+    for field, text in (({"regex": "[a-c]{2,4}x?"}, "abcx"), ({"json_schema": {"type": "boolean"}}, "true"),
+                        ({"grammar": 'start: "a" start | "b"'}, "aab"), ({"regex": "ab"}, "xx")):
+        usual, late = of(constraints, **field), of(constraints, **field)
+        late.late = True
+        for token in tokenizer.encode(text):
+            for one in (usual, late):
+                one.accept(token)
+            assert torch.equal(usual.allowed_V, late.allowed_V) and usual.finished == late.finished

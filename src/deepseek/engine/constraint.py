@@ -41,22 +41,30 @@ from ..tokenizer import BYTES, Tokenizer
 from .sampler import SamplingParams
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 GRAMMARS, LARGE = 32, 4  # compiled ones that are kept; of those with more than SMALL bytes, which may hold 100 MB
 SMALL = 2 << 10
-
-
 LATE = 0.005  # seconds after which a mask is computed with low priority from then on
 NICENESS = 10  # of that thread: about a tenth of a busy core
+_PUNCTUAL, _LATE = ThreadPoolExecutor(2, "masks"), ThreadPoolExecutor(1, "late-masks")
 
 
-def _yield_to_others() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+@lru_cache(1)
+def _executor() -> LLExecutor:
+    """One thread of the library's own with low priority, which it has from the thread that makes it.
 
+    It never holds the interpreter's lock: a thread of low priority that did would hold up everybody (docs/log.md).
+    """
+    from llguidance import LLExecutor
 
-_PUNCTUAL = ThreadPoolExecutor(2, "masks")
-_LATE = ThreadPoolExecutor(1, "late-masks", initializer=_yield_to_others if hasattr(os, "setpriority") else None)
+    def make() -> LLExecutor:
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        return LLExecutor(1)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
 
 
 class Constraint:
@@ -65,35 +73,47 @@ class Constraint:
     `accept` starts the computation of the next mask. Reading it waits for it; `settle` waits as long as is wanted.
     """
 
-    def __init__(self, matcher: LLMatcher, text_V: np.ndarray, eos_ids: frozenset[int]) -> None:
-        """matcher: nobody else's. text_V: True for tokens that are text. eos_ids: end it."""
-        self._matcher, self._text_V, self._eos = matcher, text_V, sorted(eos_ids)
-        self._future: Future[tuple[Tensor, bool]] | None = None
-        self._late = False
+    def __init__(self, matcher: LLMatcher, second: LLMatcher, text_V: np.ndarray, eos_ids: frozenset[int]) -> None:
+        """matcher: nobody else's. second: any other of the same tokenizer, without which the library's executor
+        computes on the caller's thread. text_V: True for tokens that are text. eos_ids: end it."""
+        self._matcher, self._second, self._text_V, self._eos = matcher, second, text_V, sorted(eos_ids)
+        self._future: Future[tuple[bool, np.ndarray]] | None = None
+        self.late = False  # once: its masks take long
+        mask = self._mask()
+        self._end = len(mask) - 1  # the library's end of sequence
+        self._read(True, mask)
         self._finished = False
-        self._allowed_V = self._look()[0]
 
-    def _look(self) -> tuple[Tensor, bool]:
-        """Ask what may come next; whether there is more than the end. No torch operation, which could start threads."""
-        mask = np.frombuffer(self._matcher.compute_logit_bias(), dtype=bool)
-        self._check()
-        allowed_V = mask[: len(self._text_V)] & self._text_V
-        more = bool(allowed_V.any())
-        allowed_V[self._eos] = bool(mask[-1]) and not self._matcher.is_error()
-        return torch.from_numpy(allowed_V), more
+    def _mask(self) -> np.ndarray:
+        return np.frombuffer(self._matcher.compute_logit_bias(), dtype=bool)
 
-    def _check(self) -> None:
-        """Raises RequestError where the library gave up."""
+    def _read(self, consumed: bool, mask: np.ndarray) -> None:
+        """Take in what may come next. Raises RequestError where the library gave up."""
         if self._matcher.is_error() and not (why := self._matcher.get_error()).startswith("NoExtension"):  # no token
             raise RequestError(f"the constraint outgrew its limits: {' '.join(why.split()):.200}")
+        allowed_V = mask[: len(self._text_V)] & self._text_V
+        self._finished = not (consumed and allowed_V.any())
+        allowed_V[self._eos] = bool(mask[-1]) and not self._matcher.is_error()
+        self._allowed_V = torch.from_numpy(allowed_V)
 
-    def _advance(self, token: int) -> tuple[Tensor, bool]:
+    def _advance(self, token: int) -> tuple[bool, np.ndarray]:
+        if self.late:
+            return self._advance_late(token)
         start = time.thread_time()
-        consumed = self._matcher.consume_token(token)
-        self._check()
-        allowed_V, more = self._look()
-        self._late = self._late or time.thread_time() - start > LATE
-        return allowed_V, not (consumed and more)
+        consumed, mask = self._matcher.consume_token(token), self._mask()
+        self.late = time.thread_time() - start > LATE
+        return consumed, mask
+
+    def _advance_late(self, token: int) -> tuple[bool, np.ndarray]:
+        from llguidance.numpy import fill_next_token_bitmask_par
+
+        consumed, _ = _executor().consume_token_par([(self._matcher, token), (self._second.deep_copy(), token)])
+        if self._matcher.is_error():
+            return False, self._mask()
+        end = self._end
+        bits_2W = np.zeros((2, -(-(end + 1) // 32)), np.int32)
+        fill_next_token_bitmask_par(_executor(), [(self._matcher, 0), (self._second.deep_copy(), 1)], bits_2W)
+        return consumed, np.unpackbits(bits_2W[0].view(np.uint8), bitorder="little")[: end + 1].astype(bool)
 
     @property
     def pending(self) -> bool:
@@ -107,7 +127,7 @@ class Constraint:
         """
         if self._future is not None and wait((self._future,), seconds).done:
             future, self._future = self._future, None
-            self._allowed_V, self._finished = future.result()
+            self._read(*future.result())
         return self._future is None
 
     @property
@@ -129,7 +149,7 @@ class Constraint:
     def accept(self, token: int) -> None:
         """The text goes on with `token`, one of the allowed."""
         self.settle()
-        self._future = (_LATE if self._late else _PUNCTUAL).submit(self._advance, token)
+        self._future = (_LATE if self.late else _PUNCTUAL).submit(self._advance, token)
 
 
 class Constraints:
@@ -161,13 +181,24 @@ class Constraints:
             matcher = compiled(field, source).deep_copy()
         except (TypeError, ValueError, RecursionError) as error:  # what json and the library raise for bad input
             raise RequestError(f"{field} = {value!r:.80}: {' '.join(str(error).split()):.400}") from None
-        constraint = Constraint(matcher, text_V, frozenset() if params.ignore_eos else self._eos_ids)
+        constraint = Constraint(matcher, self._any, text_V, frozenset() if params.ignore_eos else self._eos_ids)
         if not constraint.allowed_V.any():
             raise RequestError(f"{field} = {value!r:.80}: no token can begin a text that matches")
         return constraint
 
     def _compile(self, field: str, source: str) -> LLMatcher:
         return compile_grammar(self._tokens[0], field, source)
+
+    def load(self) -> None:
+        """Load the library and its tables now, a second with a large vocabulary, and not with the first request.
+
+        Raises RequestError where there can be no constraints.
+        """
+        self._any  # noqa: B018
+
+    @cached_property
+    def _any(self) -> LLMatcher:
+        return self._compile("regex", "a")
 
     @cached_property
     def _tokens(self) -> tuple[LLTokenizer, np.ndarray]:

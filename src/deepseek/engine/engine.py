@@ -265,12 +265,17 @@ class Engine:
             return moved
 
     def _settle(self, seconds: float) -> list[Request]:
-        """Wait for pending constraints, for all of them together `seconds` at most; the requests that have ended."""
+        """Wait for pending constraints, for all of them together `seconds` at most; the requests that have ended.
+
+        Those that were late before are not waited for, unless there is nothing else to do.
+        """
         deadline = time.monotonic() + seconds
         ended = []
         for request in [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.pending]:
+            hurry = seconds < WAIT and request.constraint is not None and request.constraint.late
             try:
-                if request.settle(max(0.0, deadline - time.monotonic())) and request.finish_reason is not None:
+                if request.settle(0.0 if hurry else max(0.0, deadline - time.monotonic())) and (
+                        request.finish_reason is not None):
                     self._finished(request)
                     ended.append(request)
             except Exception as error:  # its grammar's

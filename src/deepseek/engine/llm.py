@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import math
 import threading
 import warnings
@@ -286,6 +287,14 @@ class LLM:
                 atexit.register(_stop, me)
                 self._thread.start()
             self._loop.notify_all()
+
+    def load(self) -> None:
+        """Load what the first chat and the first JSON schema would wait for: the template, the tokenizer's tables."""
+        if self.tokenizer is not None and self.tokenizer.has_chat_template:
+            with contextlib.suppress(RequestError):  # of a template that wants more than one turn of a user
+                self.tokenizer.chat([{"role": "user", "content": ""}])
+        with contextlib.suppress(RequestError):  # without a byte-level tokenizer there are no constraints
+            self._constraints.load()
 
     def close(self) -> None:
         """End what runs, and the threads behind it."""

@@ -47,6 +47,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     async def life(_: FastAPI) -> AsyncIterator[None]:
         for workers in (templates.WORKERS, grammars.WORKERS):  # the first request should not wait for them
             await asyncio.to_thread(workers.start)
+        await asyncio.to_thread(llm.load)
         yield
         await server.shut()
 
