@@ -33,6 +33,7 @@ from deepseek.tokenizer import Tokenizer
 
 GROWTH = int(1.5 * (1 << 30))  # bytes of resident memory that a bomb may cost
 STREAMS = 4
+SECONDS = 3.0  # that a bomb goes on at least
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 4}
 JSON = {"content-type": "application/json"}
@@ -246,23 +247,26 @@ def test_a_bomb_harms_nobody(bombed: Served, bomb: Callable[[Served], Counter[st
         time.sleep(3)
         alone, before, began = honest.phase(), process.memory_info().rss, time.perf_counter()
         most = before
-        with ThreadPoolExecutor(1) as pool:
-            answers = pool.submit(bomb, bombed)
-            while not answers.done():
-                most = max(most, process.memory_info().rss)
-                time.sleep(0.02)
+        told = Counter[str]()
+        while time.perf_counter() - began < SECONDS:  # again and again, or the p99 would be one hiccup's
+            with ThreadPoolExecutor(1, initializer=aside) as pool:
+                answers = pool.submit(bomb, bombed)
+                while not answers.done():
+                    most = max(most, process.memory_info().rss)
+                    time.sleep(0.02)
+            told += answers.result()
         beside, seconds = honest.phase(), time.perf_counter() - began
         health = httpx.get(f"{bombed.url}/health", timeout=60)
         time.sleep(0.5)
         after = honest.phase()
     growth = (max(most, process.memory_info().rss) - before)
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(answers.result().items()))
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(told.items()))
     print(f"{bomb.__name__:16}{kinds:40}{seconds:8.1f}{growth >> 20:10}{milliseconds(alone):>20}"
           f"{milliseconds(beside):>16}")
     assert health.status_code == 200 and bombed.process.poll() is None
     assert growth <= GROWTH
     assert not honest.failures and alone and after
-    assert not any(kind.startswith("5") for kind in answers.result())
+    assert not any(kind.startswith("5") for kind in told)
     assert "Traceback" not in bombed.log.read_text()
 
 

@@ -11,7 +11,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -72,7 +72,7 @@ class Server:
         self.open = 0  # answers under way
         self._moved = deque[tuple[asyncio.Queue[Generation | None], Generation]]()  # not yet told to those who wait
         # its own: the default pool also submits and aborts, which must not wait behind megabytes of text
-        self.reading = ThreadPoolExecutor(1, "read")
+        self.large = ThreadPoolExecutor(1, "prepare-large")
         self.preparing = ThreadPoolExecutor(2, "prepare")
 
     # ---- requests -----------------------------------------------------------------------------------------------
@@ -109,12 +109,17 @@ class Server:
     async def read(self, http: Request, form: type[B]) -> B:
         """The body of a request. Large ones are parsed one after another, beside the event loop."""
         raw = await read_body(http)
-        return parse(raw, form) if len(raw) <= SMALL else await self.prepare(http, parse, raw, form, pool=self.reading)
+        http.state.large = len(raw) > SMALL
+        return await self.prepare(http, parse, raw, form) if http.state.large else parse(raw, form)
 
-    async def prepare(self, http: Request, work: Callable[..., T], *args: Any, pool: Executor | None = None) -> T:
-        """Runs what comes before the engine (templates, tokenizing), one after another, within the request's time."""
+    async def prepare(self, http: Request, work: Callable[..., T], *args: Any) -> T:
+        """Runs what comes before the engine (templates, tokenizing) within the request's time.
+
+        Large requests one after another, so that small ones do not wait for them.
+        """
         left = http.state.arrived + self.options.timeout - time.monotonic()
-        future = asyncio.get_running_loop().run_in_executor(pool or self.preparing, work, *args)
+        pool = self.large if http.state.large else self.preparing
+        future = asyncio.get_running_loop().run_in_executor(pool, work, *args)
         try:
             return await asyncio.wait_for(future, max(left, 0.001))
         except TimeoutError:
@@ -242,7 +247,7 @@ class Server:
         until = time.monotonic() + LAST
         while self.open and time.monotonic() < until:  # they look every LOOK seconds
             await asyncio.sleep(0.05)
-        for pool in (self.reading, self.preparing):
+        for pool in (self.large, self.preparing):
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.llm.close)
         await asyncio.to_thread(self.watch.close)
