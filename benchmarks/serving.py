@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek import LLM
-from deepseek.serve.watching import Watch
+from deepseek.serve.monitoring import Watch
 from deepseek.watch.monitor import WatchOptions
 from engine import request, run, shape_model
 from harness import arguments, machine, quiet_rounds, ratio, table, versions, write_result

@@ -17,7 +17,7 @@ from deepseek.engine import LLM
 from deepseek.engine.sampler import Adjustment, SamplingParams
 from deepseek.serve import bodies, connections, service
 from deepseek.serve.bodies import parse
-from deepseek.serve.guard import ServeError
+from deepseek.serve.middleware import ServeError
 from deepseek.serve.protocol import (
     ChatRequest,
     CompletionRequest,

@@ -20,7 +20,7 @@ from deepseek.cli import main
 from deepseek.errors import ConfigError
 from deepseek.keys import check_keys, find_keys
 from deepseek.serve.connections import Limits, Process
-from deepseek.serve.guard import Guard, check_host, host_name
+from deepseek.serve.middleware import Guard, check_host, host_name
 from deepseek.serve.service import ServeOptions
 from deepseek.watch.monitor import WatchOptions
 from serving import Running

@@ -23,7 +23,8 @@ from ..model.cache import PAGE
 from .bodies import describe, takes
 from .chat import Chat, chat_prompt
 from .completions import Completion
-from .guard import Guard, ServeError
+from .middleware import Guard, ServeError
+from .monitoring import add_routes
 from .protocol import (
     ChatRequest,
     CompletionRequest,
@@ -36,7 +37,6 @@ from .protocol import (
 )
 from .responses import Response, Store
 from .service import ServeOptions, Server, sse
-from .watching import add_routes
 
 
 def create_app(llm: LLM, options: ServeOptions) -> FastAPI:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
 
-from .guard import ServeError
+from .middleware import ServeError
 from .protocol import Body, complaint
 
 B = TypeVar("B", bound=Body)

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from ..engine import LLM
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
-from .answers import THINK, UNTHINK, AnswerText, forced_schema
+from .output_parser import THINK, UNTHINK, AnswerText, forced_schema
 from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool
 from .service import Server, event, floored, usage
 

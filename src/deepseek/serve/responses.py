@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from ..errors import MoEDRError
 from ..files import to_json
 from .chat import Chat, joined
-from .guard import ServeError
+from .middleware import ServeError
 from .protocol import ChatRequest, Item, ResponsesRequest, complaint
 from .service import Server
 

@@ -27,9 +27,9 @@ from ..tokenizer import Tokenizer
 from ..watch.monitor import WatchOptions
 from .bodies import SMALL, B, parse
 from .bodies import read as read_body
-from .guard import ServeError
+from .middleware import ServeError
+from .monitoring import Watch
 from .protocol import Common, EmbeddingRequest, Extension, ResponsesRequest
-from .watching import Watch
 
 T = TypeVar("T")
 LOOK = 0.25  # seconds between two looks whether the client is still there
@@ -44,7 +44,7 @@ class ServeOptions:
     """name: what clients call the model. keys: empty lets everybody in. waiting: requests that may queue. body: bytes.
     timeout: seconds that an answer may take. log_texts: prompts and answers go to the log. watch: how it is watched.
     cors: origins whose pages may ask (`*`: all).
-    bound, hosts: what it listens on, and further names in Host headers (guard.py)."""
+    bound, hosts: what it listens on, and further names in Host headers (middleware.py)."""
 
     name: str
     keys: tuple[str, ...] = ()

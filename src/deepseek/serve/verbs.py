@@ -13,7 +13,7 @@ from ..domain import DomainClassifier
 from ..engine.verbs import add_engine_flags, make_llm, named_adapters
 from ..errors import ConfigError
 from ..keys import find_keys
-from .guard import check_host
+from .middleware import check_host
 
 SWITCH = 2e-4  # seconds that a thread may keep the interpreter from others
 

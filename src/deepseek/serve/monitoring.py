@@ -29,7 +29,7 @@ from ..watch.counters import Counters
 from ..watch.history import HistoryError
 from ..watch.monitor import Monitor, WatchOptions
 from .bodies import takes
-from .guard import ServeError, log
+from .middleware import ServeError, log
 from .protocol import FeedbackRequest
 
 ANSWERS = 4096  # whose feedback is still taken

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.serve.answers import CALLS, AnswerText, forced_schema
+from deepseek.serve.output_parser import CALLS, AnswerText, forced_schema
 from deepseek.serve.protocol import Function, NamedTool, Tool
 
 TOOLS = [Tool(type="function", function=Function(name=name)) for name in ("weather", "time_of")]
