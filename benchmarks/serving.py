@@ -295,7 +295,7 @@ def watch(args: Any) -> tuple[list[str], dict[str, Any]]:
     counters = watched.counters
 
     def spent() -> tuple[float, ...]:
-        reading = watched.monitor.reading()
+        reading = watched.monitor.snapshot()
         return tuple(reading[f"{name}_total"] for name in ("watch_seconds", "step_seconds", "steps"))
 
     for count in args.clients:

@@ -24,7 +24,7 @@ from deepseek.errors import ConfigError
 from deepseek.model import CausalLM, Route, RoutingRecord, group_weight
 from deepseek.model.gate import Gate, group_guidance_loss
 from deepseek.tokenizer import Tokenizer
-from deepseek.watch.counters import Counters
+from deepseek.watch.counters import ServingCounters
 
 NAMES = ("prose_expert", "ledger_expert", "code_expert")
 WORDS = {"prose_expert": "the river ran past an old house and nobody saw its windows shine".split(),
@@ -104,7 +104,7 @@ def test_a_trained_model_is_profiled_and_watched(
     assert set(more["dialect"]) < set(atlas["code_expert"]), "as in the complaint: some of its experts, the busiest"
 
     def served(atlas: Atlas) -> dict[str, float]:
-        counters = Counters(model.config, atlas)
+        counters = ServingCounters(model.config, atlas)
         for number, name in enumerate(NAMES):
             for document in text(name, 3, 4):
                 ids = tokenizer.encode(document.text, bos=True)
@@ -114,7 +114,7 @@ def test_a_trained_model_is_profiled_and_watched(
                 works: Any = [SimpleNamespace(request=SimpleNamespace(number=number, domain=name, tags={}),
                                               chunk=SimpleNamespace(tokens=len(ids)))]
                 counters.step(works, routing, 0.1)
-        return counters.reading()
+        return counters.snapshot()
 
     before, after = served(trained), served(atlas.updated(more))
     for name in NAMES:

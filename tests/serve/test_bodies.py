@@ -206,7 +206,7 @@ def test_an_answer_that_does_not_end_does_not_keep_the_server(tiny_llm: Callable
     llm = tiny_llm()
     server = service.Server(llm, ServeOptions("tiny"))
     server.open = 1
-    asyncio.run(asyncio.wait_for(server.shut(0.1), 60))
+    asyncio.run(asyncio.wait_for(server.shutdown(0.1), 60))
     assert llm._closed
 
 

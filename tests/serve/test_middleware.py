@@ -136,7 +136,7 @@ def test_an_answer_that_takes_too_long(tiny_llm: Callable[..., Any]) -> None:
             "model": "tiny", "prompt": "fox", "max_tokens": 1900, "deepseek": {"ignore_eos": True}})
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
         counters, until = server.app.state.server.watch.counters, time.monotonic() + 30
-        while "refused_total|504" not in (reading := counters.reading()) and time.monotonic() < until:
+        while "refused_total|504" not in (reading := counters.snapshot()) and time.monotonic() < until:
             time.sleep(0.01)  # it is counted once the answer is out
         assert reading["requests_total|unknown|error"] == reading["refused_total|504"] == 1
         assert server.llm.engine.idle

@@ -144,7 +144,8 @@ def test_clients_that_leave_are_counted_and_leave_nothing(watched: Watched) -> N
     counters = watched.running.app.state.server.watch.counters
 
     def aborted() -> float:
-        return sum(v for k, v in counters.reading().items() if k.startswith("requests_total|") and k.endswith("|abort"))
+        return sum(v for k, v in counters.snapshot().items()
+                   if k.startswith("requests_total|") and k.endswith("|abort"))
 
     before = aborted()
     for _ in range(3):
@@ -177,11 +178,11 @@ def test_who_watches_cannot_harm(watched: Watched, monkeypatch: pytest.MonkeyPat
 
 
 def test_more_experts_for_one_request_do_not_disturb_the_counts(watched: Watched) -> None:
-    before = watched.running.app.state.server.watch.counters.reading()
+    before = watched.running.app.state.server.watch.counters.snapshot()
     answer = watched.client.post("/v1/completions", json={
         "model": "planted", "prompt": "abcabc", "max_tokens": 3, "deepseek": {"experts": {"top_k": 6}}})
     assert answer.status_code == 200 and watched.client.get("/metrics").status_code == 200
-    after = watched.running.app.state.server.watch.counters.reading()
+    after = watched.running.app.state.server.watch.counters.snapshot()
     usage = answer.json()["usage"]
     grown = sum(after[k] - before[k] for k in after if k.startswith("slots_total|"))
     assert grown == 2 * 6 * (usage["total_tokens"] - 1)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.serve.output_parser import CALLS, AnswerText, forced_schema
+from deepseek.serve.output_parser import CALLS, OutputParser, forced_schema
 from deepseek.serve.protocol import Function, NamedTool, Tool
 
 TOOLS = [Tool(type="function", function=Function(name=name)) for name in ("weather", "time_of")]
@@ -19,8 +19,8 @@ V3 = ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{\
 V31 = "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{\"city\": \"Köln\"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
 
 
-def run(pieces: list[str], **how: Any) -> tuple[AnswerText, dict[str, str]]:
-    text, told = AnswerText(**({"thinking": False} | how)), {"content": "", "reasoning_content": ""}
+def run(pieces: list[str], **how: Any) -> tuple[OutputParser, dict[str, str]]:
+    text, told = OutputParser(**({"thinking": False} | how)), {"content": "", "reasoning_content": ""}
     for delta in [*(text.push(piece) for piece in pieces), text.flush()]:
         for key in told:
             told[key] += delta.get(key, "")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek.watch.alerts import Alert, Alerts, Limits
+from deepseek.watch.alerts import Alert, AlertLimits, Alerts
 
 EVEN = {"code_expert": 0.25, "law_expert": 0.25, "text_expert": 0.5}
 
 
 class Traffic:
-    """Readings that grow minute by minute."""
+    """Snapshots that grow minute by minute."""
 
     def __init__(self) -> None:
         self.minute = 0
@@ -41,10 +41,10 @@ SKEWED = {"code": 0.02, "law": 0.25, "text": 0.73}
 
 def test_a_skewed_workload_and_its_end() -> None:
     told: list[tuple[Alert, bool]] = []
-    alerts, traffic = Alerts(Limits(minutes=5), [lambda *what: told.append(what)]), Traffic()
+    alerts, traffic = Alerts(AlertLimits(minutes=5), [lambda *what: told.append(what)]), Traffic()
     for _ in range(12):
-        assert alerts.look(*traffic.go(1000, HEALTHY)) == []
-    fired = [alerts.look(*traffic.go(1000, SKEWED)) for _ in range(8)]
+        assert alerts.evaluate(*traffic.go(1000, HEALTHY)) == []
+    fired = [alerts.evaluate(*traffic.go(1000, SKEWED)) for _ in range(8)]
     assert fired[0] == [] and len(fired[-1]) == 1
     alert, = fired[-1]
     assert (alert.rule, alert.subject) == ("share_low", "code_expert")
@@ -54,41 +54,41 @@ def test_a_skewed_workload_and_its_end() -> None:
     assert "client" not in alert.message and "domain=law" not in alert.message
     assert alert.since == min(a.since for found in fired for a in found)
     for _ in range(6):
-        alerts.look(*traffic.go(1000, HEALTHY))
+        alerts.evaluate(*traffic.go(1000, HEALTHY))
     assert [begins for _, begins in told] == [True, False] and not alerts.firing
 
 
 def test_a_client_is_named() -> None:
-    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    alerts, traffic = Alerts(AlertLimits(minutes=2)), Traffic()
     for _ in range(4):
-        alerts.look(*traffic.go(1000, HEALTHY, client="a"))
+        alerts.evaluate(*traffic.go(1000, HEALTHY, client="a"))
     for _ in range(3):
-        found = alerts.look(*traffic.go(1000, SKEWED, client="b"))
+        found = alerts.evaluate(*traffic.go(1000, SKEWED, client="b"))
     assert "client=b went from 50% to 100%" in found[0].message and "domain=code went from" in found[0].message
 
 
 def test_skewed_from_the_start_names_what_there_is() -> None:
-    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
-    alerts.look(0.0, {})
+    alerts, traffic = Alerts(AlertLimits(minutes=2)), Traffic()
+    alerts.evaluate(0.0, {})
     for _ in range(3):
-        found = alerts.look(*traffic.go(1000, SKEWED))
+        found = alerts.evaluate(*traffic.go(1000, SKEWED))
     assert "client=a has 100% of the tokens; domain=text has 73% of the tokens" in found[0].message
 
 
 def test_little_traffic_says_nothing() -> None:
-    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    alerts, traffic = Alerts(AlertLimits(minutes=2)), Traffic()
     for _ in range(9):
-        assert alerts.look(*traffic.go(20, SKEWED, requests_total__law__error=1, feedback_total__law__down=1)) == []
+        assert alerts.evaluate(*traffic.go(20, SKEWED, requests_total__law__error=1, feedback_total__law__down=1)) == []
 
 
 def test_a_server_that_began_anew() -> None:
     """Numbers that became smaller count from zero."""
-    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    alerts, traffic = Alerts(AlertLimits(minutes=2)), Traffic()
     for _ in range(5):
-        alerts.look(*traffic.go(1000, HEALTHY))
+        alerts.evaluate(*traffic.go(1000, HEALTHY))
     traffic.now.clear()
     for _ in range(3):
-        assert alerts.look(*traffic.go(1000, HEALTHY)) == []
+        assert alerts.evaluate(*traffic.go(1000, HEALTHY)) == []
 
 
 @pytest.mark.parametrize(("rule", "counts"), [
@@ -97,7 +97,7 @@ def test_a_server_that_began_anew() -> None:
     ("errors_high", {"requests_total__law_expert__stop": 27, "requests_total__other__error": 3}),
     ("unhappy", {"feedback_total__law_expert__up": 5, "feedback_total__unknown__down": 20})])
 def test_the_other_rules(rule: str, counts: dict[str, float]) -> None:
-    alerts, traffic = Alerts(Limits(minutes=2)), Traffic()
+    alerts, traffic = Alerts(AlertLimits(minutes=2)), Traffic()
     for _ in range(4):
-        found = alerts.look(*traffic.go(1000, HEALTHY, **counts))
+        found = alerts.evaluate(*traffic.go(1000, HEALTHY, **counts))
     assert [alert.rule for alert in found] == [rule] and "over 2 minutes" in found[0].message

@@ -1,4 +1,4 @@
-"""What is counted of steps, against a plain loop over tokens; readings against their definitions."""
+"""What is counted of steps, against a plain loop over tokens; snapshots against their definitions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from deepseek.atlas.atlas import NamedGroup, Shape
 from deepseek.config import ModelConfig
 from deepseek.ids import ExpertId, ExpertSet
 from deepseek.model import Route, RoutingRecord
-from deepseek.watch.counters import CLOSE, Counters
-from deepseek.watch.metrics import METRICS, PREFIX, Histogram, exposition, grown, key, quantile, values
+from deepseek.watch.counters import CLOSE, ServingCounters
+from deepseek.watch.metrics import METRICS, PREFIX, Histogram, delta, exposition, key, quantile, values
 
 NAMES = ("code_expert", "law_expert", "odd")
 
@@ -63,7 +63,7 @@ def made(draw: Any, config: ModelConfig, steps: int) -> list[tuple[list[Any], Ro
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_counts_against_a_loop(config: ModelConfig, atlas: Atlas, data: Any) -> None:
-    counters = Counters(config, atlas)
+    counters = ServingCounters(config, atlas)
     slots: dict[tuple[int, int], int] = {}
     wanted: dict[tuple[int, int], int] = {}
     confusion: dict[tuple[str, str], int] = {}
@@ -100,25 +100,25 @@ def test_counts_against_a_loop(config: ModelConfig, atlas: Atlas, data: Any) -> 
                 mine[i] += strength[name]
         for place in asked:
             wanted[place] = wanted.get(place, 0) + 1
-    reading = counters.reading()
+    snapshot = counters.snapshot()
     for found, expected in ((counters.counts.slots_DLE.sum(0), slots), (counters.wanted_LE, wanted)):
         assert {(row, e): int(n) for row, own in enumerate(found) for e, n in enumerate(own) if n} == expected
     assert {(NAMES[a], NAMES[b]): int(n) for a, own in enumerate(counters.counts.confusion_GG)
             for b, n in enumerate(own) if n} == confusion
-    assert (reading["judged_tokens_total"], reading["conflict_tokens_total"]) == (judged, conflicts)
+    assert (snapshot["judged_tokens_total"], snapshot["conflict_tokens_total"]) == (judged, conflicts)
     assert int(counters.counts.labelled_G.sum()) == labelled
-    assert reading["distinct_experts_total"] == sum(wanted.values())
+    assert snapshot["distinct_experts_total"] == sum(wanted.values())
     assert int(counters.counts.conflict_GG.sum()) == conflicts
     for number, mine in of_request.items():
         assert counters.strength[number].tolist() == pytest.approx(mine, rel=1e-4)
         counters.finished(number, None, "stop", 0.1, None)
     counters.now()
-    assert not counters.strength and counters.reading()["judged_requests_total"] == len(of_request)
+    assert not counters.strength and counters.snapshot()["judged_requests_total"] == len(of_request)
 
 
 def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None:
     """All of law's tokens go to two of law's experts; nobody says a word of code."""
-    counters = Counters(config, atlas)
+    counters = ServingCounters(config, atlas)
     tokens = 30
     index = torch.tensor([[2, 3]]).repeat(tokens, 1)
     routing = RoutingRecord({layer: Route(index, torch.full((tokens, 2), 0.5), torch.zeros(tokens, 8))
@@ -126,26 +126,26 @@ def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None
     counters.step([Plain(request=Plain(number=1, domain="law", tags={"client": "a|b"}), chunk=Plain(tokens=tokens))],
                   routing, 2.0)
     counters.finished(1, "law", "stop", 0.3, 0.02)
-    reading = counters.reading()
+    snapshot = counters.snapshot()
     assert list(counters.groups.bands) == ["1-2", "3-4", "5"]
-    assert reading["slots_total|1-2"] == 2 * 2 * tokens
-    assert reading["group_slots_total|law_expert|1-2"] == 2 * 2 * tokens
-    assert reading["group_expected_slots_total|law_expert|1-2"] == 2 * 2 * tokens * 3 / 8
-    assert reading["group_slots_total|code_expert|1-2"] == 0
-    assert "group_slots_total|odd|5" not in reading and "group_expected_slots_total|odd|3-4" in reading
-    assert reading["labelled_tokens_total|law_expert"] == reading["right_tokens_total|law_expert"] == tokens
-    assert reading["drift|law_expert"] == pytest.approx(1.0 - 0.5) and "drift|code_expert" not in reading
-    assert reading["routing_entropy|5"] == pytest.approx(math.log(2))
-    assert reading["max_vio|5"] == pytest.approx(30 / (60 / 8) - 1) and reading["dead_experts|1-2"] == 12
-    assert reading["requests_total|law_expert|stop"] == 1 and reading["slice_tokens_total|client|a/b"] == tokens
-    assert reading["conflict_requests_total"] == 0 and reading["step_seconds_total"] == 2.0
-    assert 0 < reading["watch_seconds_total"] < 1
-    later = counters.reading(counters.now())  # nothing ran since
+    assert snapshot["slots_total|1-2"] == 2 * 2 * tokens
+    assert snapshot["group_slots_total|law_expert|1-2"] == 2 * 2 * tokens
+    assert snapshot["group_expected_slots_total|law_expert|1-2"] == 2 * 2 * tokens * 3 / 8
+    assert snapshot["group_slots_total|code_expert|1-2"] == 0
+    assert "group_slots_total|odd|5" not in snapshot and "group_expected_slots_total|odd|3-4" in snapshot
+    assert snapshot["labelled_tokens_total|law_expert"] == snapshot["right_tokens_total|law_expert"] == tokens
+    assert snapshot["drift|law_expert"] == pytest.approx(1.0 - 0.5) and "drift|code_expert" not in snapshot
+    assert snapshot["routing_entropy|5"] == pytest.approx(math.log(2))
+    assert snapshot["max_vio|5"] == pytest.approx(30 / (60 / 8) - 1) and snapshot["dead_experts|1-2"] == 12
+    assert snapshot["requests_total|law_expert|stop"] == 1 and snapshot["slice_tokens_total|client|a/b"] == tokens
+    assert snapshot["conflict_requests_total"] == 0 and snapshot["step_seconds_total"] == 2.0
+    assert 0 < snapshot["watch_seconds_total"] < 1
+    later = counters.snapshot(counters.now())  # nothing ran since
     assert "max_vio|5" not in later
 
 
 def test_a_request_may_have_more_experts_than_others(config: ModelConfig, atlas: Atlas) -> None:
-    counters, works = Counters(config, atlas), [Plain(request=Plain(number=1, domain="law", tags={}),
+    counters, works = ServingCounters(config, atlas), [Plain(request=Plain(number=1, domain="law", tags={}),
                                                       chunk=Plain(tokens=4))]
     for top in (2, 5, 2):
         index = torch.arange(top).repeat(4, 1)
@@ -155,22 +155,22 @@ def test_a_request_may_have_more_experts_than_others(config: ModelConfig, atlas:
 
 
 def test_large_numbers_grow_by_one(config: ModelConfig, atlas: Atlas) -> None:
-    counters = Counters(config, atlas)
+    counters = ServingCounters(config, atlas)
     counters.counts.slots_DLE.fill_(1 << 33)
-    before = counters.reading()
+    before = counters.snapshot()
     counters.counts.slots_DLE[0, 0, 0] += 1
-    after = counters.reading()
+    after = counters.snapshot()
     name = "group_slots_total|code_expert|1-2"
-    assert grown(after, before, name) == 1 and 0 < grown(after, before, name.replace("slots", "expected_slots")) < 1
+    assert delta(after, before, name) == 1 and 0 < delta(after, before, name.replace("slots", "expected_slots")) < 1
 
 
 def test_a_token_without_a_named_group_is_not_right(config: ModelConfig, atlas: Atlas) -> None:
-    counters = Counters(config, atlas)
+    counters = ServingCounters(config, atlas)
     index = torch.tensor([[5, 6]] * 3)  # in no group
     counters.step([Plain(request=Plain(number=1, domain="code", tags={}), chunk=Plain(tokens=3))], RoutingRecord(
         {layer: Route(index, torch.ones(3, 2), torch.zeros(3, 8)) for layer in config.moe_layers}), 0.1)
-    reading = counters.reading()
-    assert (reading["labelled_tokens_total|code_expert"], reading["right_tokens_total|code_expert"]) == (3, 0)
+    snapshot = counters.snapshot()
+    assert (snapshot["labelled_tokens_total|code_expert"], snapshot["right_tokens_total|code_expert"]) == (3, 0)
 
 
 def routed(config: ModelConfig, share: float, seed: int, size: int = 4) -> tuple[list[Any], RoutingRecord]:
@@ -199,18 +199,18 @@ def test_names_of_training_are_judged_as_in_training(tiny_config: Callable, shar
     """The strongest of all routing groups, those without a name too, is the same as deepopt's evaluation has it."""
     config = tiny_config(num_experts_per_tok=2, bos_token_id=None)
     works, routing = routed(config, share, 1)
-    counters = Counters(config, built(config))
+    counters = ServingCounters(config, built(config))
     counters.step(works, routing, 0.1)
-    reading = counters.reading()
+    snapshot = counters.snapshot()
     strength_TG = torch.zeros(400, 4)
     for route in routing.routes.values():
         strength_TG.scatter_add_(1, route.index_TK // 4, route.weight_TK)
     best_T, label_T = strength_TG.argmax(1), torch.arange(400) // 10 % 2
     for g, name in enumerate(("code_expert", "law_expert")):
-        assert reading[f"right_tokens_total|{name}"] == int((best_T == g)[label_T == g].sum())
-        assert reading[f"labelled_tokens_total|{name}"] == 200
+        assert snapshot[f"right_tokens_total|{name}"] == int((best_T == g)[label_T == g].sum())
+        assert snapshot[f"labelled_tokens_total|{name}"] == 200
     top_T2 = strength_TG.topk(2).values
-    assert reading["conflict_tokens_total"] == int((top_T2[:, 0] - top_T2[:, 1] < CLOSE * top_T2[:, 0]).sum())
+    assert snapshot["conflict_tokens_total"] == int((top_T2[:, 0] - top_T2[:, 1] < CLOSE * top_T2[:, 0]).sum())
     assert counters.groups.chance([200, 200]) == 0.25
 
 
@@ -221,13 +221,13 @@ def test_nothing_that_is_profiled_changes_what_is_said_of_names_of_training(tiny
         return NamedGroup(name, "measured", ExpertSet(ExpertId(layer, e) for layer in config.moe_layers
                                                       for e in experts))
 
-    def counted(atlas: Atlas) -> tuple[Counters, dict[str, float]]:
-        counters = Counters(config, atlas)
+    def counted(atlas: Atlas) -> tuple[ServingCounters, dict[str, float]]:
+        counters = ServingCounters(config, atlas)
         for seed in range(3):
             counters.step(*routed(config, 0.6, seed), 0.1)
         for number in range(40):
             counters.finished(number, None, "stop", 0.1, None)
-        return counters, counters.reading()
+        return counters, counters.snapshot()
 
     plain, before = counted(built(config))
     assert 0.5 < before["right_tokens_total|code_expert"] / before["labelled_tokens_total|code_expert"] < 0.95
@@ -250,33 +250,33 @@ def test_a_measured_name_is_held_against_those_of_other_experts(tiny_config: Cal
         return NamedGroup(name, "measured", ExpertSet(ExpertId(1, e) for e in experts))
 
     def right(atlas: Atlas, domain: str, *experts: int) -> float:
-        counters = Counters(config, atlas)
+        counters = ServingCounters(config, atlas)
         index = torch.tensor([experts] * 5)
         counters.step([Plain(request=Plain(number=1, domain=domain, tags={}), chunk=Plain(tokens=5))], RoutingRecord(
             {1: Route(index, torch.ones(5, 2), torch.zeros(5, 16))}), 0.1)
-        return counters.reading()[f"right_tokens_total|{domain}"] / 5
+        return counters.snapshot()[f"right_tokens_total|{domain}"] / 5
 
     atlas = built(config, tag("hot", 0, 1), tag("far", 12, 13))
     assert right(atlas, "hot", 0, 2) == 1.0, "code_expert is stronger by nothing but the same experts"
     assert right(atlas, "hot", 4, 5) == right(atlas, "hot", 2, 3) == 0.0
     assert right(atlas, "hot", 0, 12) == right(atlas, "far", 12, 13) == 1.0
-    assert Counters(config, atlas).groups.chance([0, 0, 7, 0]) == pytest.approx(1 / 3)  # beside law_expert and far
+    assert ServingCounters(config, atlas).groups.chance([0, 0, 7, 0]) == pytest.approx(1 / 3)
     measured = Atlas(Shape.of(config), [tag("law", 0, 1, 2, 3), tag("contracts", 0, 1), tag("code", 4, 5)])
     assert right(measured, "law", 0, 1) == right(measured, "contracts", 0, 3) == 1.0
     assert right(measured, "law", 4, 5) == right(measured, "contracts", 4, 5) == 0.0
-    counters = Counters(config, measured)
+    counters = ServingCounters(config, measured)
     index = torch.tensor([[0, 1]])
     counters.step([Plain(request=Plain(number=1, domain="law", tags={}), chunk=Plain(tokens=1))], RoutingRecord(
         {1: Route(index, torch.ones(1, 2), torch.zeros(1, 16))}), 0.1)
-    assert counters.reading()["conflict_tokens_total"] == 0, "two names of the same experts are in no conflict"
+    assert counters.snapshot()["conflict_tokens_total"] == 0, "two names of the same experts are in no conflict"
 
 
 def test_steps_of_a_thread_while_another_reads(config: ModelConfig, atlas: Atlas) -> None:
-    counters, over = Counters(config, atlas), threading.Event()
+    counters, over = ServingCounters(config, atlas), threading.Event()
 
     def read() -> None:
         while not over.is_set():
-            counters.reading()
+            counters.snapshot()
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -287,33 +287,33 @@ def test_steps_of_a_thread_while_another_reads(config: ModelConfig, atlas: Atlas
         counters.finished(i, "law", "stop", 0.1, 0.1)
     over.set()
     thread.join()
-    reading = counters.reading()
-    assert reading["right_tokens_total|law_expert"] == reading["judged_requests_total"] == 2000
-    assert reading["requests_total|law_expert|stop"] == 2000 and not counters.strength
+    snapshot = counters.snapshot()
+    assert snapshot["right_tokens_total|law_expert"] == snapshot["judged_requests_total"] == 2000
+    assert snapshot["requests_total|law_expert|stop"] == 2000 and not counters.strength
 
 
 def test_domains_of_clients_stay_few(config: ModelConfig, atlas: Atlas) -> None:
-    label = Counters(config, atlas).groups.label
+    label = ServingCounters(config, atlas).groups.label
     assert [label(name) for name in ("law", "odd", "odd_expert", "math", "medical_expert", "my|own", None)] == [
         "law_expert", "odd", "odd", "math_expert", "medical_expert", "other", "unknown"]
 
 
 def test_without_atlas_or_experts(tiny_config: Callable) -> None:
-    counters = Counters(tiny_config(first_k_dense_replace=3))
+    counters = ServingCounters(tiny_config(first_k_dense_replace=3))
     counters.step([Plain(request=Plain(number=1, domain="law", tags={}), chunk=Plain(tokens=3))], None, 0.1)
-    reading = counters.reading()
-    assert reading["steps_total"] == 1 and reading["slice_tokens_total|domain|law_expert"] == 3
-    assert not any(name.startswith(("slots", "max_vio", "group", "distinct")) for name in reading)
+    snapshot = counters.snapshot()
+    assert snapshot["steps_total"] == 1 and snapshot["slice_tokens_total|domain|law_expert"] == 3
+    assert not any(name.startswith(("slots", "max_vio", "group", "distinct")) for name in snapshot)
 
 
 def test_clients_that_were_seen_last_are_remembered(config: ModelConfig) -> None:
-    counters = Counters(config)
+    counters = ServingCounters(config)
     for i in range(1000):
         for client in (str(i), "faithful"):
             counters.step([Plain(request=Plain(number=i, domain="law", tags={"client": client, "language": "fr"}),
                                  chunk=Plain(tokens=1))], None, 0.0)
             counters.now()
-    found = values(counters.reading(), "slice_tokens_total")
+    found = values(counters.snapshot(), "slice_tokens_total")
     assert len(found) == 256 + 2 and found["client", "faithful"] == 1000 and found["client", "999"] == 1
     assert found["language", "fr"] == found["domain", "law_expert"] == 2000
 
@@ -322,9 +322,9 @@ def test_exposition_is_what_prometheus_reads() -> None:
     histogram = Histogram("first_token_seconds")
     for wait in (0.05, 0.5, 0.6, 7.0):
         histogram.add(wait)
-    reading = {"steps_total": 3.0, key("slots_total", "1-9"): 5.0, key("requests_total", 'a"\n\\', "stop"): 1.0,
-               key("slice_tokens_total", "client", "x"): 1.0, "cpu_share": 0.5} | histogram.reading()
-    families = {family.name: family for family in text_string_to_metric_families(exposition(reading).decode())}
+    snapshot = {"steps_total": 3.0, key("slots_total", "1-9"): 5.0, key("requests_total", 'a"\n\\', "stop"): 1.0,
+               key("slice_tokens_total", "client", "x"): 1.0, "cpu_share": 0.5} | histogram.snapshot()
+    families = {family.name: family for family in text_string_to_metric_families(exposition(snapshot).decode())}
     assert PREFIX + "slice_tokens" not in families
     assert families[PREFIX + "requests"].samples[0].labels == {"domain": 'a"\n\\', "reason": "stop"}
     samples = {(s.name, s.labels.get("le")): s.value for s in families[PREFIX + "first_token_seconds"].samples}
@@ -337,11 +337,11 @@ def test_exposition_is_what_prometheus_reads() -> None:
 def test_percentiles_of_a_stretch() -> None:
     histogram = Histogram("token_seconds")
     histogram.add(9.0)
-    old = histogram.reading()
+    old = histogram.snapshot()
     for i in range(100):
         histogram.add(0.1 + i / 1000)
-    now = histogram.reading()
+    now = histogram.snapshot()
     assert quantile(0.5, now, old, "token_seconds") == pytest.approx(0.15, abs=0.002)
     assert quantile(0.99, now, now, "token_seconds") is None
-    assert quantile(0.999, histogram.reading(), {}, "token_seconds") == 2.5  # beyond the last bound
-    assert grown({"steps_total": 3.0}, {"steps_total": 10.0}, "steps_total") == 3.0  # began anew
+    assert quantile(0.999, histogram.snapshot(), {}, "token_seconds") == 2.5  # beyond the last bound
+    assert delta({"steps_total": 3.0}, {"steps_total": 10.0}, "steps_total") == 3.0  # began anew

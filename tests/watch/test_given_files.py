@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deepseek.watch.alerts import Limits
+from deepseek.watch.alerts import AlertLimits
 from deepseek.watch.metrics import METRICS, PREFIX
 
 FILES = Path(str(files("deepseek.watch") / "files"))
@@ -49,7 +49,7 @@ def test_every_exported_metric_is_on_the_board() -> None:
 
 
 def test_the_rules_have_the_limits_of_the_server() -> None:
-    limits, rules = Limits(), {rule["alert"]: rule for rule in RULES}
+    limits, rules = AlertLimits(), {rule["alert"]: rule for rule in RULES}
     assert f"< {limits.share_low:g}" in rules["ExpertShareLow"]["expr"]
     assert f"[{limits.minutes:g}m]" in rules["ExpertShareLow"]["expr"]
     for name, limit in (("ExpertConflictsHigh", limits.conflict_high), ("ExpertStallsHigh", limits.stall_high),

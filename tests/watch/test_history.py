@@ -19,14 +19,14 @@ def test_old_readings_are_thinned_and_then_dropped() -> None:
         for i in range(int(min(age, DAY) / gap)):
             history.add(NOW - age + i * gap, {"steps_total": float(i)})
     history.thin(NOW)
-    times = [time for time, _ in history.readings(0, most=20_000)]
+    times = [time for time, _ in history.snapshots(0, most=20_000)]
     assert min(times) >= NOW - 10 * DAY
     assert sum(t >= NOW - HOUR for t in times) == HOUR / 5  # all of the last hour
     of_day = [t for t in times if NOW - DAY <= t < NOW - HOUR]
     assert len({t // 60 for t in of_day}) == len(of_day) and len(of_day) in (23 * 60, 23 * 60 + 1)
     history.thin(NOW)
-    assert [time for time, _ in history.readings(0, most=20_000)] == times  # once is enough
-    few = history.readings(0, most=50)
+    assert [time for time, _ in history.snapshots(0, most=20_000)] == times  # once is enough
+    few = history.snapshots(0, most=50)
     assert len(few) <= 50 and few[-1][0] == max(times) and few == sorted(few, key=lambda entry: entry[0])
     history.close()
 
@@ -39,7 +39,7 @@ def test_what_is_kept_outlives_the_server(tmp_path: Path) -> None:
     assert not history.rate(NOW + 1, "cmpl-1", "law_expert", "down", None)
     history.close()
     again = History(tmp_path / "h.sqlite")
-    assert again.readings(0) == [(NOW, {"steps_total": 3.0})]
+    assert again.snapshots(0) == [(NOW, {"steps_total": 3.0})]
     assert again.alerts()[0]["message"] == "a message" and again.comments()[0]["comment"] == "good"
     assert not again.rate(NOW, "cmpl-1", "law_expert", "up", None)
     again.close()
@@ -79,11 +79,11 @@ def test_a_full_disk_is_said_once_and_what_came_meanwhile_is_kept(tmp_path: Path
         history.rate(NOW, "cmpl-1", "law_expert", "up", comment)
     history.thin(NOW)
     assert len(caplog.records) == 1 and "full" in caplog.text
-    assert history.readings(0)[-1][1]["steps_total"] == 199 and history.alerts()
+    assert history.snapshots(0)[-1][1]["steps_total"] == 199 and history.alerts()
     history._store.execute("pragma max_page_count = 100000")
     assert history.rate(NOW, "cmpl-1", "law_expert", "up", comment)
     assert "written again" in caplog.text and len(caplog.records) == 2
-    assert len(history.readings(0, most=1000)) == 200 and len(history.alerts()) == 1
+    assert len(history.snapshots(0, most=1000)) == 200 and len(history.alerts()) == 1
     history.close()
 
 
@@ -92,7 +92,7 @@ def test_a_file_that_is_deleted_or_damaged_while_the_server_runs(tmp_path: Path,
     history = History(tmp_path / "h.sqlite")
     (tmp_path / "h.sqlite").unlink()
     history.add(NOW, {"steps_total": 1.0})
-    assert history.readings(0) == [(NOW, {"steps_total": 1.0})]
+    assert history.snapshots(0) == [(NOW, {"steps_total": 1.0})]
     with pytest.raises(HistoryError, match="deleted or replaced"):
         history.rate(NOW, "cmpl-1", "law_expert", "up", None)
     history.close()
@@ -104,6 +104,6 @@ def test_a_file_that_is_deleted_or_damaged_while_the_server_runs(tmp_path: Path,
     history._on_file = damaged  # type: ignore[method-assign, assignment]
     for i in range(3):
         history.add(NOW + i, {"steps_total": 1.0})
-    assert len(history.readings(0)) == 3 and not history.comments() and history._again == float("inf")
+    assert len(history.snapshots(0)) == 3 and not history.comments() and history._again == float("inf")
     assert len(caplog.records) == 2
     history.close()

@@ -15,12 +15,12 @@ import torch
 from deepseek.errors import ConfigError
 from deepseek.model import Route, RoutingRecord
 from deepseek.watch.alerts import Alert
-from deepseek.watch.counters import Counters
+from deepseek.watch.counters import ServingCounters
 from deepseek.watch.monitor import Monitor, WatchOptions, rates
-from deepseek.watch.power import Machine
+from deepseek.watch.power import MachineSampler
 from deepseek.watch.terminal import view
 
-LONG = dict(interval=3600.0, alert_minutes=10.0)  # a reading only when the test takes one
+LONG = dict(interval=3600.0, alert_minutes=10.0)  # a snapshot only when the test takes one
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def make(tiny_config: Callable, tmp_path: Path) -> Iterator[Callable[..., tuple[
     def build(options: WatchOptions | None = None, **changes: Any) -> tuple[Monitor, dict[str, float]]:
         engine = {"tokens_total|computed": 0.0, "tokens_total|sampled": 0.0, "requests_running": 0.0,
                   "requests_waiting": 0.0}
-        counters = Counters(tiny_config(**changes))
+        counters = ServingCounters(tiny_config(**changes))
         opened.append(Monitor("tiny", counters, lambda: engine, options or WatchOptions(**LONG),
-                              machine=Machine(tmp_path)))
+                              machine=MachineSampler(tmp_path)))
         return opened[-1], engine
 
     yield build
@@ -49,7 +49,7 @@ def test_energy_and_cost_of_a_token(make: Callable, tmp_path: Path) -> None:
     monitor, engine = make(WatchOptions(**LONG, price_per_hour=3.6))
     (folder / "energy_uj").write_text("5000000")
     engine["tokens_total|computed"] = 80.0
-    monitor.look()
+    monitor.sample()
     state = monitor.state()
     assert state["rates"]["joules_per_token"] == pytest.approx(4 / 80) and state["energy"] == {"cpu": 4.0}
     seconds = state["time"] - monitor.began
@@ -86,9 +86,9 @@ def test_the_heat_map_is_of_the_last_minutes(make: Callable) -> None:
 def test_curves_over_a_restart(make: Callable) -> None:
     monitor, engine = make()
     engine["tokens_total|computed"] = 100.0
-    monitor.look()
+    monitor.sample()
     engine["tokens_total|computed"] = 40.0  # a new server goes on with the history
-    monitor.look()
+    monitor.sample()
     curve = monitor.series()["rates"]["tokens"]
     assert len(curve) == 2 and min(curve) > 0
     assert rates(0.0, {"tokens_total|computed": 100.0}, 10.0, {"tokens_total|computed": 40.0})["tokens"] == 4.0

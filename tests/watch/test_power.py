@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepseek.watch.power import Machine, Rapl
+from deepseek.watch.power import MachineSampler, Rapl
 
 
 def zone(root: Path, name: str, energy: int, limit: int = 1_000_000_000) -> Path:
@@ -35,5 +35,5 @@ def test_without_counters_there_is_no_metric(tmp_path: Path) -> None:
     folder = zone(tmp_path, "intel-rapl:0", 1)
     (folder / "energy_uj").unlink()
     assert Rapl(tmp_path).read() is None
-    found = Machine(tmp_path).read()
+    found = MachineSampler(tmp_path).read()
     assert "joules_total|cpu" not in found and found["resident_bytes"] > 1e7 and 0 <= found["memory_share"] <= 1

@@ -49,11 +49,11 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
             await asyncio.to_thread(workers.start)
         await asyncio.to_thread(llm.load)
         yield
-        await server.shut()
+        await server.shutdown()
 
     app = FastAPI(title="MoE-DR", lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = server
-    app.add_middleware(Guard, keys=options.keys, body=options.body, told=server.watch.counters.refused,
+    app.add_middleware(Guard, keys=options.keys, body=options.body, on_refused=server.watch.counters.refused,
                        hosts=options.hosts, bound=options.bound,
                        requests=options.waiting + llm.engine.options.batch_size)
     if options.cors:  # around the guard, since a browser asks first, without the key
@@ -91,7 +91,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         server.admit(body, body.n)
         one = await server.prepare(http, Chat, server, http, body)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
-            await one.whole(http))
+            await one.complete(http))
 
     @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest))
     async def respond(http: Request) -> Any:
@@ -99,7 +99,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         server.admit(body)
         one = await server.prepare(http, Response, server, responses, http, body)
         return StreamingResponse(one.stream(http), media_type="text/event-stream") if body.stream else (
-            await one.whole(http))
+            await one.complete(http))
 
     @app.get("/v1/responses/{name}")
     async def response(name: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         server.admit(body, body.n * len(body.prompts))
         one = await server.prepare(http, Completion, server, http, body)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
-            await one.whole(http))
+            await one.complete(http))
 
     @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
     async def embeddings(http: Request) -> Plain:

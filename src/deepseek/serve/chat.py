@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from ..engine import LLM
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
-from .output_parser import THINK, UNTHINK, AnswerText, forced_schema
+from .output_parser import THINK, UNTHINK, OutputParser, forced_schema
 from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool
 from .service import Server, event, floored, usage
 
@@ -79,8 +79,8 @@ class Chat:
                                             adapter=server.know(body.model))
         server.watch.begin(self.id, http, body.user, question, self.requests)
         self.constrained = schema is not None and not forced
-        self.texts = [AnswerText(thinking=thinking, tools=self.tools, forced=forced, parallel=body.parallel_tool_calls)
-                      for _ in self.requests]
+        self.parsers = [OutputParser(thinking=thinking, tools=self.tools, forced=forced,
+                                     parallel=body.parallel_tool_calls) for _ in self.requests]
         self.sent = [0] * len(self.requests)
         self.place = {request.number: i for i, request in enumerate(self.requests)}
 
@@ -88,24 +88,24 @@ class Chat:
         """What is new of a choice, as a delta."""
         i = self.place[request.number]
         ended, text = request.finish_reason is not None, request.text
-        delta = self.texts[i].push(text[self.sent[i] :])
+        delta = self.parsers[i].push(text[self.sent[i] :])
         self.sent[i] = len(text)
         if ended:
-            for key, value in self.texts[i].flush().items():
+            for key, value in self.parsers[i].flush().items():
                 delta[key] = delta[key] + value if isinstance(value, str) and key in delta else value
         return delta
 
     def reason(self, i: int) -> str:
-        return "tool_calls" if self.texts[i].answer.calls else str(self.requests[i].finish_reason)
+        return "tool_calls" if self.parsers[i].answer.calls else str(self.requests[i].finish_reason)
 
-    def judge(self) -> None:
+    def record_outcome(self) -> None:
         """Count what can be told of the answers now that they are whole."""
         counters = self.server.watch.counters
-        for request, text in zip(self.requests, self.texts, strict=True):
+        for request, parser in zip(self.requests, self.parsers, strict=True):
             if request.finish_reason not in ("stop", "length"):
                 continue
-            if self.tools and (text.answer.calls or not text.answer.valid):
-                counters.count("tool_calls_total", request.domain, "right" if text.answer.valid else "wrong")
+            if self.tools and (parser.answer.calls or not parser.answer.valid):
+                counters.count("tool_calls_total", request.domain, "right" if parser.answer.valid else "wrong")
             if self.constrained:
                 counters.count("schema_answers_total", request.domain,
                                "valid" if request.finish_reason == "stop" else "invalid")
@@ -128,12 +128,12 @@ class Chat:
             return {}
         return {"prompt_logprobs": self.server.prompt_logprobs(self.requests[0])}
 
-    async def whole(self, http: Request) -> JSONResponse:
+    async def complete(self, http: Request) -> JSONResponse:
         async for request in self.server.run(http, self.requests):
             self.advance(request)
-        self.judge()
-        choices = [{"index": i, "message": text.answer.message(), "finish_reason": self.reason(i),
-                    "logprobs": self.logprobs(i)} for i, text in enumerate(self.texts)]
+        self.record_outcome()
+        choices = [{"index": i, "message": parser.answer.message(), "finish_reason": self.reason(i),
+                    "logprobs": self.logprobs(i)} for i, parser in enumerate(self.parsers)]
         return JSONResponse({"id": self.id, "object": "chat.completion", "created": self.created,
                              "model": self.body.model, "choices": choices, "usage": usage(self.requests)}
                             | self.prompt_logprobs() | self.server.extra(self.body, self.requests))
@@ -159,7 +159,7 @@ class Chat:
             if ended:
                 done[i] = True
                 yield chunk(i, {}, self.reason(i), self.logprobs(i, told[i]) if self.body.logprobs else None)
-        self.judge()
+        self.record_outcome()
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield event(self.head() | {"choices": [], "usage": usage(self.requests)}
                         | self.server.extra(self.body, self.requests))

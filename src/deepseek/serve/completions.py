@@ -102,7 +102,7 @@ class Completion:
         parts = [usage(group) for group in self.groups]
         return {key: sum(part[key] for part in parts) for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
 
-    async def whole(self, http: Request) -> JSONResponse:
+    async def complete(self, http: Request) -> JSONResponse:
         async for _ in self.server.run(http, self.requests):
             pass
         choices = [self.choice(i, self.echoes[i][0] + request.text) for i, request in enumerate(self.requests)]

@@ -34,7 +34,7 @@ SPARE = 128  # file descriptors beside the connections: weights, logs, refused c
 
 
 @dataclass(frozen=True)
-class Limits:
+class ConnectionLimits:
     """connections: at most. receive: seconds in which a request must be there, header and body. read: seconds in which
     a client must take what waits for it. shutdown: seconds that open answers have after a signal."""
 
@@ -86,7 +86,7 @@ class Flow(FlowControl):
 class Connection(H11Protocol):
     """One client's connection."""
 
-    def __init__(self, *args: Any, limits: Limits, turns: Turns, **more: Any) -> None:
+    def __init__(self, *args: Any, limits: ConnectionLimits, turns: Turns, **more: Any) -> None:
         super().__init__(*args, **more)
         self.limits, self.turns = limits, turns
         self.refused = False
@@ -107,7 +107,7 @@ class Connection(H11Protocol):
             if len(self.connections) > self.limits.connections + SPARE // 2:
                 transport.abort()
             return
-        self._look()
+        self._update_timer()
 
     def _make_room(self) -> bool:
         """Ends the connection that has sent no whole request for the longest."""
@@ -133,9 +133,9 @@ class Connection(H11Protocol):
             self.flow.pause_reading()
             if self.cycle is None or self.cycle.response_complete:  # else whoever reads the body goes on
                 self.flow.resume_reading()
-        self._look()
+        self._update_timer()
 
-    def _look(self) -> None:
+    def _update_timer(self) -> None:
         """Starts the clock of a request that is not whole, and stops that of one that is."""
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._since = self.loop.time()
@@ -204,7 +204,7 @@ class Connection(H11Protocol):
 class Process(uvicorn.Server):
     """drain: closes the service; returns when its answers have ended, after so many seconds at the latest."""
 
-    def __init__(self, app: Any, limits: Limits, drain: Callable[[float], Awaitable[None]]) -> None:
+    def __init__(self, app: Any, limits: ConnectionLimits, drain: Callable[[float], Awaitable[None]]) -> None:
         # the answers that drain() has ended get a moment to say so
         connection: Any = functools.partial(Connection, limits=limits, turns=Turns())
         super().__init__(uvicorn.Config(app, http=connection, ws="none", log_level="error", access_log=False,

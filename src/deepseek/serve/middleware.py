@@ -46,14 +46,14 @@ class Guard:
     answer carries `x-request-id`, and one line of JSON about it goes to the log: no text of prompts or answers.
     """
 
-    def __init__(self, app: App, keys: Sequence[str], body: int, told: Callable[[int], None],
+    def __init__(self, app: App, keys: Sequence[str], body: int, on_refused: Callable[[int], None],
                  hosts: Sequence[str] = (), bound: str = "127.0.0.1", requests: int | None = None) -> None:
         check_keys(keys)
-        self.app, self.keys, self.body, self.told = app, [key.encode() for key in keys], body, told
+        self.app, self.keys, self.body, self.on_refused = app, [key.encode() for key in keys], body, on_refused
         self.requests, self.bytes = requests or math.inf, 16 * body
         self.open = self.held = 0  # requests with a body that are here, and their bytes
         self.hosts = frozenset((*map(check_host, hosts), bound.lower()))
-        self.looks = not keys or bool(hosts)
+        self.checks_hosts = not keys or bool(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -89,10 +89,10 @@ class Guard:
         scope["state"]["arrived"] = time.monotonic()
         try:
             headers = dict(scope["headers"])
-            if self.looks and not self._here(host := headers.get(b"host", b"").decode("latin-1")):
+            if self.checks_hosts and not self._is_allowed_host(host := headers.get(b"host", b"").decode("latin-1")):
                 raise ServeError(403, f"host = {host!r:.200}: must be a name of this machine; --allowed_host gives "
                                  "further ones", code="host_not_allowed")
-            if self.keys and scope["path"] not in OPEN and not self._known(headers.get(b"authorization", b"")):
+            if self.keys and scope["path"] not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
                 raise ServeError(401, "the API key is missing or wrong: must be sent as `Authorization: Bearer KEY`",
                                  code="invalid_api_key", headers={"www-authenticate": "Bearer"})
             length = headers.get(b"content-length", b"0")
@@ -118,11 +118,11 @@ class Guard:
             self.open -= counted
             self.held -= claimed
             if status >= 400:
-                self.told(status)
+                self.on_refused(status)
             log.info(to_json({"request_id": name, "method": scope["method"], "path": scope["path"], "status": status,
                                  "seconds": round(time.perf_counter() - began, 4), "bytes": taken}))
 
-    def _here(self, header: str) -> bool:
+    def _is_allowed_host(self, header: str) -> bool:
         name = host_name(header)
         if name is None:
             return False
@@ -132,7 +132,7 @@ class Guard:
         # an address is nobody's name, so it cannot be pointed elsewhere
         return address is not None and (address.is_loopback or not self.hosts.isdisjoint(ANY))
 
-    def _known(self, header: bytes) -> bool:
+    def _has_key(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")
         return scheme.lower() == b"bearer" and any(
             hmac.compare_digest(key.strip(), own) for own in self.keys)

@@ -25,7 +25,7 @@ from ..engine.request import Request as Generation
 from ..files import to_json
 from ..language import NONE, language
 from ..model.cache import PAGE
-from ..watch.counters import Counters
+from ..watch.counters import ServingCounters
 from ..watch.history import HistoryError
 from ..watch.monitor import Monitor, WatchOptions
 from .bodies import takes
@@ -46,7 +46,8 @@ class Watch:
         """texts: prompts and answers go to the log."""
         self.llm, self.texts = llm, texts
         self.known: dict[int, dict[str, str]] = {}  # what the log says of a request with its text
-        self.counters = Counters(llm.model.config, llm.engine.atlas, (name, *llm.adapters) if llm.adapters else ())
+        self.counters = ServingCounters(llm.model.config, llm.engine.atlas,
+                                        (name, *llm.adapters) if llm.adapters else ())
         self.monitor = Monitor(name, self.counters, self._engine, options, resident=self._resident,
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain

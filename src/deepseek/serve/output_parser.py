@@ -27,7 +27,7 @@ _FENCED = re.compile(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
 
 @dataclass
-class Answer:
+class ParsedOutput:
     """Of one choice so far. valid: whether every call names a tool and holds the arguments that it requires."""
 
     content: str = ""
@@ -44,13 +44,13 @@ class Answer:
         return out
 
 
-class AnswerText:
+class OutputParser:
     """Takes the text in; `push` returns what is new as a delta of OpenAI's stream, empty while nothing is certain."""
 
     def __init__(self, *, thinking: bool, tools: Sequence[Tool] = (), forced: bool = False,
                  parallel: bool = True) -> None:
         """parallel: whether more than one call may be made; else only the first counts."""
-        self.answer, self.forced = Answer(), forced
+        self.answer, self.forced = ParsedOutput(), forced
         self.required = {tool.function.name: (tool.function.parameters or {}).get("required", []) for tool in tools}
         self.parallel = parallel
         self._state = "thinking" if thinking else "start"

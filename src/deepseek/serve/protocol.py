@@ -146,7 +146,7 @@ class Experts(Body):
     approx: Flag = False
 
 
-class Extension(Sampling):
+class DeepseekOptions(Sampling):
     """domain: what the request is about, for batching by expert and for measuring routing. routed: send back how many
     of the request's tokens visited each expert. The others are SamplingParams by name."""
 
@@ -172,7 +172,7 @@ class Common(Sampling, Harmless):
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
-    deepseek: Extension = Extension()
+    deepseek: DeepseekOptions = DeepseekOptions()
     presence_penalty: Number = 0.0
     frequency_penalty: Number = 0.0
     logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number],
@@ -344,7 +344,7 @@ class Item(Part):
     output: Annotated[Text | Each[ContentPart] | None, BeforeValidator(_parts)] = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Item:
+    def _complete(self) -> Item:
         needs = {"message": ("role", "content"), "reasoning": (), "function_call": ("call_id", "name", "arguments"),
                  "function_call_output": ("call_id", "output")}[self.type]
         if missing := [name for name in needs if getattr(self, name) is None]:
@@ -407,7 +407,7 @@ class ResponsesRequest(Sampling, Harmless):
     previous_response_id: Text | None = None
     store: Flag = True
     chat_template_kwargs: dict[str, Any] = {}
-    deepseek: Extension = Extension()
+    deepseek: DeepseekOptions = DeepseekOptions()
     include: Each[Literal["reasoning.encrypted_content"]] = []  # reasoning comes and goes unencrypted
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False

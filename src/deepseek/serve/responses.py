@@ -145,7 +145,7 @@ class Response:
                "tool_choice": given.get("tool_choice", "auto"), "tools": given["tools"], "top_p": body.top_p,
                "truncation": "disabled", "usage": None, "user": body.user, "metadata": body.metadata}
         if status in ("completed", "incomplete"):
-            new, thoughts = len(request.token_ids), self.chat.texts[0].answer.reasoning
+            new, thoughts = len(request.token_ids), self.chat.parsers[0].answer.reasoning
             out["usage"] = {
                 "input_tokens": len(request.prompt_ids),
                 "input_tokens_details": {"cached_tokens": request.cached_tokens}, "output_tokens": new,
@@ -176,8 +176,8 @@ class Response:
 
     def end(self) -> dict[str, Any]:
         """The whole response; kept, if it is to be."""
-        self.chat.judge()
-        answer = self.chat.texts[0].answer
+        self.chat.record_outcome()
+        answer = self.chat.parsers[0].answer
         output = [self.item("reasoning", answer.reasoning)] if answer.reasoning else []
         if answer.content or not answer.calls:
             output.append(self.item("message", answer.content))
@@ -190,7 +190,7 @@ class Response:
             self.store.keep(body, [*self.messages, answer.message()])
         return body
 
-    async def whole(self, http: Request) -> JSONResponse:
+    async def complete(self, http: Request) -> JSONResponse:
         async for request in self.server.run(http, self.chat.requests):
             self.chat.advance(request)
         return JSONResponse(self.end())
@@ -215,7 +215,7 @@ class Response:
         yield self.event("response.created", response=self.body_of("in_progress", []))
         yield self.event("response.in_progress", response=self.body_of("in_progress", []))
         index, open_kind = -1, ""
-        answer = self.chat.texts[0].answer
+        answer = self.chat.parsers[0].answer
 
         def close() -> list[bytes]:
             """The item that has been open ends."""

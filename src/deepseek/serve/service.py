@@ -29,10 +29,10 @@ from .bodies import SMALL, B, parse
 from .bodies import read as read_body
 from .middleware import ServeError
 from .monitoring import Watch
-from .protocol import Common, EmbeddingRequest, Extension, ResponsesRequest
+from .protocol import Common, DeepseekOptions, EmbeddingRequest, ResponsesRequest
 
 T = TypeVar("T")
-LOOK = 0.25  # seconds between two looks whether the client is still there
+POLL_SECONDS = 0.25  # seconds between two checks that the client is still connected
 AHEAD = 16  # tokens that a request may be ahead of its reader
 TOGETHER = 8  # prompts of one request for embeddings that run side by side
 LAST = 5.0  # seconds in which answers that were told to end must do so
@@ -146,7 +146,7 @@ class Server:
         return [self.llm.pooling_request(prompt, adapter) for prompt in prompts]
 
     def params(self, body: Common, **more: Any) -> SamplingParams:
-        own: Extension = body.deepseek
+        own: DeepseekOptions = body.deepseek
         experts = None if own.experts is None else ExpertControl(**own.experts.model_dump())
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         fields: dict[str, Any] = {
@@ -174,17 +174,17 @@ class Server:
         known = {request.number: 0 for request in requests}  # tokens that have been yielded
         clock: asyncio.TimerHandle | None = None
 
-        def look() -> None:
+        def poll() -> None:
             nonlocal clock
             moved.put_nowait(None)
-            clock = loop.call_later(LOOK, look)
+            clock = loop.call_later(POLL_SECONDS, poll)
 
         for request in requests:
             request.on_token = functools.partial(self._tell, loop, moved, known)
         late = False
         deadline = http.state.arrived + self.options.timeout
         left = {request.number for request in requests}
-        look()
+        poll()
         self.open += 1
         try:
             await asyncio.to_thread(self.llm.submit, *requests)
@@ -241,11 +241,11 @@ class Server:
             await asyncio.sleep(0.05)
         self.ending = True
 
-    async def shut(self, seconds: float = 30.0) -> None:
+    async def shutdown(self, seconds: float = 30.0) -> None:
         if not self.ending:  # else it has drained already
             await self.drain(seconds)
         until = time.monotonic() + LAST
-        while self.open and time.monotonic() < until:  # they look every LOOK seconds
+        while self.open and time.monotonic() < until:  # they check every POLL_SECONDS
             await asyncio.sleep(0.05)
         for pool in (self.large, self.preparing):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -67,7 +67,7 @@ def serve(args: argparse.Namespace) -> None:
         "alert_minutes", "alert_webhook", "history", "history_days", "price_per_hour")})
     History(watch.history).close()  # what cannot be is said before a large model is loaded
     classifier = None if args.classifier is None else DomainClassifier.load(args.classifier)
-    from .connections import Limits, Process, allow_files
+    from .connections import ConnectionLimits, Process, allow_files
 
     allow_files(args.max_connections)
     listener = _listen(args.host, args.port)
@@ -88,7 +88,7 @@ def serve(args: argparse.Namespace) -> None:
     beside = f" with {', '.join(llm.adapters)}" if llm.adapters else ""
     print(f"serving {name}{beside} on {address}/v1" + ("" if keys else ", open to anyone who can reach it: no API key")
           + f"\ndashboard: {address}/dashboard", flush=True)
-    limits = Limits(args.max_connections, args.receive_timeout, args.read_timeout, args.shutdown_timeout)
+    limits = ConnectionLimits(args.max_connections, args.receive_timeout, args.read_timeout, args.shutdown_timeout)
     _give_way()
     Process(app, limits, app.state.server.drain).run(sockets=[listener])
 

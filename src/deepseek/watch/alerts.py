@@ -1,4 +1,4 @@
-"""Alerts without Prometheus: rules over the last minutes of readings, with what may have caused them.
+"""Alerts without Prometheus: rules over the last minutes of snapshots, with what may have caused them.
 
 When a named group is used less than LOW of its expected share, the traffic has changed more often than the router: so
 the message names the slices (domain, client, language, adapter) whose part of the tokens changed most between the time
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .metrics import Reading, grown, values
+from .metrics import Snapshot, delta, values
 
 log = logging.getLogger("deepseek.watch")
 LOW = 0.30
@@ -43,7 +43,7 @@ class Alert:
 
 
 @dataclass(frozen=True)
-class Limits:
+class AlertLimits:
     """minutes: of the window. The others: see the top of this file."""
 
     minutes: float = 10.0
@@ -55,14 +55,14 @@ class Limits:
 
 
 class Alerts:
-    """Looks at each new reading. sinks are told of an alert once when it begins and once when it is over."""
+    """Evaluates each new snapshot. sinks are told of an alert once when it begins and once when it is over."""
 
-    def __init__(self, limits: Limits | None = None, sinks: Iterable[Callable[[Alert, bool], None]] = ()) -> None:
-        self.limits, self.sinks = limits or Limits(), list(sinks)
-        self.past: deque[tuple[float, Reading]] = deque()
+    def __init__(self, limits: AlertLimits | None = None, sinks: Iterable[Callable[[Alert, bool], None]] = ()) -> None:
+        self.limits, self.sinks = limits or AlertLimits(), list(sinks)
+        self.past: deque[tuple[float, Snapshot]] = deque()
         self.firing: dict[tuple[str, str], Alert] = {}
 
-    def look(self, time: float, now: Reading) -> list[Alert]:
+    def evaluate(self, time: float, now: Snapshot) -> list[Alert]:
         """Those that fire now."""
         window = 60 * self.limits.minutes
         self.past.append((time, now))
@@ -87,10 +87,10 @@ class Alerts:
             except Exception:  # a full disk, say: the others are told
                 log.exception("watch: an alert could not be passed on")
 
-    def _rules(self, time: float, before: Reading, edge: Reading, now: Reading) -> Iterable[Alert]:
+    def _rules(self, time: float, before: Snapshot, edge: Snapshot, now: Snapshot) -> Iterable[Alert]:
         limits = self.limits
         over = "over a minute" if limits.minutes == 1 else f"over {limits.minutes:g} minutes"
-        if grown(now, edge, "judged_tokens_total") >= LEAST_TOKENS:
+        if delta(now, edge, "judged_tokens_total") >= LEAST_TOKENS:
             cause = _cause(before, edge, now)
             for group, ratio in ratios(now, edge).items():
                 if ratio < limits.share_low * (1 + CLEAR * (("share_low", group) in self.firing)):
@@ -99,14 +99,14 @@ class Alerts:
                                 f"{limits.share_low:.0%}): check the data distribution{cause}", time)
         ended = dict.fromkeys(("stop", "length", "abort", "error"), 0.0)
         for domain, reason in values(now, "requests_total"):
-            ended[reason] += grown(now, edge, f"requests_total|{domain}|{reason}")
+            ended[reason] += delta(now, edge, f"requests_total|{domain}|{reason}")
         rated = {"up": 0.0, "down": 0.0}
         for domain, rating in values(now, "feedback_total"):
-            rated[rating] += grown(now, edge, f"feedback_total|{domain}|{rating}")
+            rated[rating] += delta(now, edge, f"feedback_total|{domain}|{rating}")
         for rule, part, whole, least, words in (
-                ("conflict_high", grown(now, edge, "conflict_tokens_total"), grown(now, edge, "judged_tokens_total"),
+                ("conflict_high", delta(now, edge, "conflict_tokens_total"), delta(now, edge, "judged_tokens_total"),
                  LEAST_TOKENS, "of the tokens lie between two named groups"),
-                ("stall_high", grown(now, edge, "expert_stall_seconds_total"), grown(now, edge, "step_seconds_total"),
+                ("stall_high", delta(now, edge, "expert_stall_seconds_total"), delta(now, edge, "step_seconds_total"),
                  1.0, "of the time the engine waited for experts from disk: give more expert_memory, or warm others"),
                 ("errors_high", ended["error"], sum(ended.values()), LEAST_REQUESTS,
                  "of the requests ended in an error"),
@@ -117,24 +117,24 @@ class Alerts:
                             f"{part / whole:.0%} {words}, {over} (limit {limit:.0%})", time)
 
 
-def ratios(now: Reading, old: Reading) -> dict[str, float]:
-    """Each named group's slots since the older reading, over what uniform routing would give it."""
+def ratios(now: Snapshot, old: Snapshot) -> dict[str, float]:
+    """Each named group's slots since the older snapshot, over what uniform routing would give it."""
     sums: dict[str, list[float]] = {}
     for group, band in values(now, "group_expected_slots_total"):
         own = sums.setdefault(group, [0.0, 0.0])
         for i, name in enumerate(("group_slots_total", "group_expected_slots_total")):
-            own[i] += grown(now, old, f"{name}|{group}|{band}")
+            own[i] += delta(now, old, f"{name}|{group}|{band}")
     return {group: slots / expected for group, (slots, expected) in sums.items() if expected}
 
 
-def _cause(before: Reading, edge: Reading, now: Reading) -> str:
+def _cause(before: Snapshot, edge: Snapshot, now: Snapshot) -> str:
     """The two slices of each kind whose part of the tokens changed most, in words; where none did, the largest ones."""
     changed, largest = [], []
     pairs = list(values(now, "slice_tokens_total"))
     for kind in sorted({kind for kind, _ in pairs}):
         names = [f"slice_tokens_total|{kind}|{value}" for own, value in pairs if own == kind]
-        new = {name: grown(now, edge, name) for name in names}
-        old = {name: grown(edge, before, name) for name in names}
+        new = {name: delta(now, edge, name) for name in names}
+        old = {name: delta(edge, before, name) for name in names}
         if not any(new.values()):
             continue
         parts = [(old[name] / (sum(old.values()) or 1.0), new[name] / sum(new.values()), f"{kind}={name.split('|')[2]}")

@@ -45,7 +45,7 @@ GATHERED = 2048  # tokens whose routes wait to be counted
 SLICES = 256  # values of a kind of slice that are remembered: those seen last
 
 
-class Ran(Protocol):
+class StepItem(Protocol):
     """A request's part of a step: what is looked at is request.number, .domain, .tags and chunk.tokens."""
 
     @property
@@ -168,7 +168,7 @@ class Groups:
         return next((name for known in (self.names, NAMES) for name in same if name in known), "other")
 
 
-class Counters:
+class ServingCounters:
     """Of one server since it began. Any thread may call any method."""
 
     def __init__(self, config: ModelConfig, atlas: Atlas | None = None, adapters: Sequence[str] = ()) -> None:
@@ -199,7 +199,7 @@ class Counters:
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
-    def step(self, works: Sequence[Ran], routing: RoutingRecord | None, seconds: float) -> None:
+    def step(self, works: Sequence[StepItem], routing: RoutingRecord | None, seconds: float) -> None:
         """A step is over: its requests in the order of their tokens, the routes of all tokens, its time."""
         began = time.perf_counter()
         self.steps, self.step_seconds = self.steps + 1, self.step_seconds + seconds
@@ -324,7 +324,7 @@ class Counters:
             self._settle()
             return self.counts.copy()
 
-    def reading(self, before: Counts | None = None) -> dict[str, float]:
+    def snapshot(self, before: Counts | None = None) -> dict[str, float]:
         """All numbers by now. before: the counts at the begin of the last minutes, for what is said of these."""
         with self.lock:
             self._settle()
@@ -333,7 +333,7 @@ class Counters:
             out: dict[str, float] = {
                 "steps_total": self.steps, "step_seconds_total": self.step_seconds,
                 "watch_seconds_total": self.inline_seconds + self.settle_seconds}
-            out |= dict(self.numbers) | self.first_token.reading() | self.per_token.reading()
+            out |= dict(self.numbers) | self.first_token.snapshot() | self.per_token.snapshot()
             out |= {key("slice_tokens_total", kind, value): tokens for kind, own in self.slices.items()
                     for value, tokens in own.items()}
             slots_LE = counts.slots_DLE.sum(0)

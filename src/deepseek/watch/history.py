@@ -1,7 +1,9 @@
-"""Readings, alerts and feedback in one SQLite file. Old readings are thinned: all of the last hour, one a minute of the
-last day, one in ten minutes before that, none after `days`.
+"""Snapshots, alerts and feedback in one SQLite file.
 
-A file that fails while the server runs (full disk, read-only, damaged, deleted) is logged once; readings and alerts go
+Old snapshots are thinned: all of the last hour, one a minute of the last day, one in ten minutes before that, none
+after `days`.
+
+A file that fails while the server runs (full disk, read-only, damaged, deleted) is logged once; snapshots and alerts go
 on in memory. It is tried again every minute, except after damage.
 """
 
@@ -21,7 +23,7 @@ from typing import TypeVar
 
 from ..errors import ConfigError, MoEDRError
 from ..files import to_json
-from .metrics import Reading
+from .metrics import Snapshot
 
 HOUR, DAY = 3600.0, 86400.0
 AGAIN = 60.0  # seconds after which a file that failed is tried again
@@ -73,7 +75,7 @@ class History:
     # ---- a file that fails --------------------------------------------------------------------------------------
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Reading or writing, in the file, or in memory while the file fails."""
+        """Run `work` on the file, or in memory while the file fails."""
         with self._lock:
             if self._spare is None or clock.monotonic() >= self._again:
                 try:
@@ -109,15 +111,15 @@ class History:
         self._again = clock.monotonic() + AGAIN if isinstance(error, sqlite3.OperationalError) else math.inf
         if self._spare is None:
             log.warning(to_json({"history": str(self.path), "error": str(error),
-                                    "status": "readings and alerts go on in memory, feedback is refused"}))
+                                    "status": "snapshots and alerts go on in memory, feedback is refused"}))
             self._spare = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
             self._spare.executescript(_TABLES)
         return self._spare
 
     # ---- what is kept -------------------------------------------------------------------------------------------
 
-    def add(self, time: float, reading: Reading) -> None:
-        row = (time, to_json(dict(reading)))
+    def add(self, time: float, snapshot: Snapshot) -> None:
+        row = (time, to_json(dict(snapshot)))
         self._do(lambda store: store.execute("insert or replace into readings values (?, ?)", row))
 
     def thin(self, now: float) -> None:
@@ -132,7 +134,7 @@ class History:
 
         self._do(work)
 
-    def readings(self, since: float, most: int = 240) -> list[tuple[float, Reading]]:
+    def snapshots(self, since: float, most: int = 240) -> list[tuple[float, Snapshot]]:
         """Oldest first, the newest among them; at most so many, evenly taken."""
         def work(store: sqlite3.Connection) -> list[tuple[float, str]]:
             times = [time for time, in store.execute(

@@ -1,10 +1,10 @@
 """Every number that is watched, by name, with its definition; docs/monitoring.md says the same at more length.
 
-A reading is plain numbers by name: `steps_total`, or, with values of the metric's labels, `slots_total|1-9`. A
+A snapshot is plain numbers by name: `steps_total`, or, with values of the metric's labels, `slots_total|1-9`. A
 histogram's are the counts up to each bound and the sum: `first_token_seconds|0.5`, `first_token_seconds|sum`. What
 cannot be measured is absent, never zero.
 
-Rates, shares and percentiles are of what has grown between two readings; a number that has become smaller began anew.
+Rates, shares and percentiles are of what has grown between two snapshots; a number that has become smaller began anew.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Reading = Mapping[str, float]
+Snapshot = Mapping[str, float]
 PREFIX = "moe_dr_"
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 EACH = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -114,27 +114,29 @@ def key(name: str, *values: str) -> str:
     return "|".join([name, *(value.replace("|", "/") for value in values)])
 
 
-def values(reading: Reading, name: str) -> dict[tuple[str, ...], float]:
+def values(snapshot: Snapshot, name: str) -> dict[tuple[str, ...], float]:
     """A metric's numbers by the values of its labels."""
-    found = (k.split("|") for k in reading if k == name or k.startswith(name + "|"))
-    return {tuple(rest): reading["|".join([own, *rest])] for own, *rest in found}
+    found = (k.split("|") for k in snapshot if k == name or k.startswith(name + "|"))
+    return {tuple(rest): snapshot["|".join([own, *rest])] for own, *rest in found}
 
 
-def grown(now: Reading, old: Reading, name: str) -> float:
-    """Since the older reading, or since it began anew."""
+def delta(now: Snapshot, old: Snapshot, name: str) -> float:
+    """Since the older snapshot, or since it began anew."""
     value = now.get(name, 0.0)
     before = old.get(name, 0.0)
     return value - before if value >= before else value
 
 
-def growth(now: Reading, old: Reading, name: str) -> float:
+def total_delta(now: Snapshot, old: Snapshot, name: str) -> float:
     """The same of all of a metric's numbers together."""
-    return sum(grown(now, old, "|".join([name, *rest])) for rest in values(now, name))
+    return sum(delta(now, old, "|".join([name, *rest])) for rest in values(now, name))
 
 
-def quantile(share: float, now: Reading, old: Reading, name: str) -> float | None:
-    """Of the waits between two readings, linear within a bucket as Prometheus' histogram_quantile; None without any."""
-    bounds = [(bound, grown(now, old, f"{name}|{_bound(bound)}")) for bound in (*METRICS[name].bounds, math.inf)]
+def quantile(share: float, now: Snapshot, old: Snapshot, name: str) -> float | None:
+    """A quantile of a histogram between two snapshots, linear within a bucket as Prometheus' histogram_quantile.
+
+    None without observations."""
+    bounds = [(bound, delta(now, old, f"{name}|{_bound(bound)}")) for bound in (*METRICS[name].bounds, math.inf)]
     if not bounds[-1][1]:
         return None
     rank, below, start = share * bounds[-1][1], 0.0, 0.0
@@ -162,14 +164,14 @@ class Histogram:
         for i, bound in enumerate(self.bounds):
             self.counts[i] += seconds <= bound
 
-    def reading(self) -> dict[str, float]:
+    def snapshot(self) -> dict[str, float]:
         out = {f"{self.name}|{_bound(bound)}": float(count)
                for bound, count in zip(self.bounds, self.counts, strict=True)}
         return out | {f"{self.name}|sum": self.sum}
 
 
-def exposition(reading: Reading) -> bytes:
-    """The reading as Prometheus scrapes it."""
+def exposition(snapshot: Snapshot) -> bytes:
+    """The snapshot as Prometheus scrapes it."""
     from prometheus_client import generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
     from prometheus_client.core import Metric as Family
@@ -177,7 +179,7 @@ def exposition(reading: Reading) -> bytes:
     class Once:
         def collect(self) -> Iterator[Family]:
             for metric in METRICS.values():
-                found = values(reading, metric.name)
+                found = values(snapshot, metric.name)
                 if not metric.exported or not found:
                     continue
                 name = PREFIX + metric.name

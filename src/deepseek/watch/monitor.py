@@ -1,5 +1,6 @@
-"""What a server is watched by: every few seconds a reading goes into the history and past the alerts; whoever asks gets
-the state in figures (dashboard, terminal), the heat map, the curves, or the metrics for Prometheus.
+"""Samples a server: every few seconds a snapshot goes to the history and the alerts.
+
+It is shown as figures (dashboard, terminal), as a heat map, as curves, and as metrics for Prometheus.
 
 `reader` gives what only the engine's owner knows, under the names of metrics.py. Rates are of the last minute, shares
 and alerts of the last `minutes`.
@@ -27,11 +28,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..files import to_json
-from .alerts import Alert, Alerts, Limits, ratios
-from .counters import Counters, Counts
+from .alerts import Alert, AlertLimits, Alerts, ratios
+from .counters import Counts, ServingCounters
 from .history import History
-from .metrics import Reading, exposition, grown, growth, key, quantile, values
-from .power import Machine
+from .metrics import Snapshot, delta, exposition, key, quantile, total_delta, values
+from .power import MachineSampler
 
 MINUTE = 60.0
 COUNTS = 12  # copies of what was counted of routes that are kept of a window: its begin is that exact
@@ -41,7 +42,7 @@ log = logging.getLogger("deepseek.watch")
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """interval: seconds between two readings. alert_minutes: the window of shares and alerts. alert_webhook: address
+    """interval: seconds between two snapshots. alert_minutes: the window of shares and alerts. alert_webhook: address
     that is told of alerts by POST. history: SQLite file, None keeps it in memory; history_days: how long.
     price_per_hour: of this machine. Raises ConfigError naming option, value and rule."""
 
@@ -72,27 +73,27 @@ class WatchOptions:
 class Monitor:
     """Watches until it is closed. model: what the model is called."""
 
-    def __init__(self, model: str, counters: Counters, reader: Callable[[], Reading],
+    def __init__(self, model: str, counters: ServingCounters, reader: Callable[[], Snapshot],
                  options: WatchOptions | None = None, *, resident: Callable[[], Tensor | None] = lambda: None,
-                 missed: Callable[[], Tensor | None] = lambda: None, machine: Machine | None = None) -> None:
+                 missed: Callable[[], Tensor | None] = lambda: None, machine: MachineSampler | None = None) -> None:
         """resident: boolean [L, E], the experts in memory; missed: int64 [L, E], how often each was not; None where all
         always are."""
         self.model, self.counters, self.reader = model, counters, reader
         self.options = options or WatchOptions()
         self.resident, self.missed = resident, missed
-        self.machine = machine or Machine()
+        self.machine = machine or MachineSampler()
         self.history = History(self.options.history, self.options.history_days)
         sinks = [self._log, self._keep, *([self._post] if self.options.alert_webhook else [])]
-        self.alerts = Alerts(Limits(minutes=self.options.alert_minutes), sinks)
+        self.alerts = Alerts(AlertLimits(minutes=self.options.alert_minutes), sinks)
         self._poster = ThreadPoolExecutor(1, "webhook")  # one: an alert's end must not overtake its beginning
         self.began = time.time()
         self._lock = threading.Lock()
-        self._machine: Reading = {}
-        self._looked = 0.0  # seconds spent on looking
-        self._past: deque[tuple[float, Reading]] = deque()  # of the last minutes
+        self._machine: Snapshot = {}
+        self._sample_seconds = 0.0
+        self._past: deque[tuple[float, Snapshot]] = deque()  # of the last minutes
         self._counts: deque[tuple[float, Counts]] = deque([(self.began, counters.now())])  # some of them
         self._over = threading.Event()
-        self.look()
+        self.sample()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -106,19 +107,19 @@ class Monitor:
         thinned = time.monotonic()
         while not self._over.wait(self.options.interval):
             try:
-                self.look()
+                self.sample()
                 if time.monotonic() - thinned > MINUTE:
                     self.history.thin(time.time())
                     thinned = time.monotonic()
             except Exception:  # a full disk, say: the server goes on, and says so
-                log.exception("watch: no reading this time")
+                log.exception("watch: no snapshot this time")
 
-    # ---- readings -----------------------------------------------------------------------------------------------
+    # ---- snapshots -----------------------------------------------------------------------------------------------
 
-    def reading(self) -> dict[str, float]:
+    def snapshot(self) -> dict[str, float]:
         """Every number by now."""
-        out = self.counters.reading(self._counts[0][1]) | dict(self.reader()) | dict(self._machine)
-        out["watch_seconds_total"] += self._looked
+        out = self.counters.snapshot(self._counts[0][1]) | dict(self.reader()) | dict(self._machine)
+        out["watch_seconds_total"] += self._sample_seconds
         groups = self.counters.groups
         for name, source in (("group_resident_share", self.resident()), ("group_missed_total", self.missed())):
             if source is not None and groups.names:
@@ -130,27 +131,27 @@ class Monitor:
             out["price_per_hour"] = self.options.price_per_hour
         return out
 
-    def look(self) -> list[Alert]:
-        """Take a reading, keep it, and see what is wrong."""
+    def sample(self) -> list[Alert]:
+        """Take a snapshot, keep it, and see what is wrong."""
         with self._lock:
             now, began = time.time(), time.perf_counter()
             window = MINUTE * self.options.alert_minutes
             self._machine = self.machine.read()
             if now - self._counts[-1][0] >= window / COUNTS:
                 self._counts.append((now, self.counters.now()))
-            reading = self.reading()
-            self._past.append((now, reading))
+            snapshot = self.snapshot()
+            self._past.append((now, snapshot))
             for kept in (self._past, self._counts):
                 while len(kept) > 2 and kept[1][0] <= now - window:
                     kept.popleft()
-            found = self.alerts.look(now, reading)
-            self.history.add(now, {name: value for name, value in reading.items() if not name.startswith("slice_")})
-            self._looked += time.perf_counter() - began
+            found = self.alerts.evaluate(now, snapshot)
+            self.history.add(now, {name: value for name, value in snapshot.items() if not name.startswith("slice_")})
+            self._sample_seconds += time.perf_counter() - began
             return found
 
     def metrics(self) -> bytes:
         """As Prometheus scrapes them."""
-        return exposition(self.reading())
+        return exposition(self.snapshot())
 
     # ---- alerts go to -------------------------------------------------------------------------------------------
 
@@ -180,54 +181,54 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """Everything that is on the dashboard but the heat map and the curves, for JSON."""
-        now, reading, groups = time.time(), self.reading(), self.counters.groups
+        now, snapshot, groups = time.time(), self.snapshot(), self.counters.groups
         with self._lock:
             past = list(self._past)
             recent = self.counters.now().since(self._counts[0][1])
         start, old = past[0]
         minute = next((entry for entry in past if entry[0] >= now - MINUTE), past[-1])
-        share, slots = ratios(reading, old), growth(reading, old, "slots_total")
+        share, slots = ratios(snapshot, old), total_delta(snapshot, old, "slots_total")
         own: list[dict[str, Any]] = []
         for g, name in enumerate(groups.names):
-            labelled = grown(reading, old, f"labelled_tokens_total|{name}")
-            wanted = grown(reading, old, f"group_wanted_total|{name}")
-            missed = reading.get(f"group_missed_total|{name}")
+            labelled = delta(snapshot, old, f"labelled_tokens_total|{name}")
+            wanted = delta(snapshot, old, f"group_wanted_total|{name}")
+            missed = snapshot.get(f"group_missed_total|{name}")
             own.append({
                 "name": name, "ratio": share.get(name), "expected": float(groups.expected_LG[:, g].mean()),
                 "share": None if not slots else sum(
-                    grown(reading, old, f"group_slots_total|{name}|{band}") for band in groups.bands) / slots,
-                "bands": {band: _over(grown(reading, old, f"group_slots_total|{name}|{band}"),
-                                      grown(reading, old, f"group_expected_slots_total|{name}|{band}"))
+                    delta(snapshot, old, f"group_slots_total|{name}|{band}") for band in groups.bands) / slots,
+                "bands": {band: _ratio(delta(snapshot, old, f"group_slots_total|{name}|{band}"),
+                                      delta(snapshot, old, f"group_expected_slots_total|{name}|{band}"))
                           for band in groups.bands},
-                "accuracy": _over(grown(reading, old, f"right_tokens_total|{name}"), labelled), "labelled": labelled,
-                "drift": reading.get(f"drift|{name}"), "resident": reading.get(f"group_resident_share|{name}"),
-                "hits": None if missed is None else _over(
-                    max(0.0, wanted - grown(reading, old, f"group_missed_total|{name}")), wanted)})
-        labelled = growth(reading, old, "labelled_tokens_total")
+                "accuracy": _ratio(delta(snapshot, old, f"right_tokens_total|{name}"), labelled), "labelled": labelled,
+                "drift": snapshot.get(f"drift|{name}"), "resident": snapshot.get(f"group_resident_share|{name}"),
+                "hits": None if missed is None else _ratio(
+                    max(0.0, wanted - delta(snapshot, old, f"group_missed_total|{name}")), wanted)})
+        labelled = total_delta(snapshot, old, "labelled_tokens_total")
         return {
             "model": self.model, "time": now, "began": self.began, "minutes": self.options.alert_minutes,
-            "step": _over(grown(reading, old, "step_seconds_total"), grown(reading, old, "steps_total")),
-            "distinct": _over(grown(reading, old, "distinct_experts_total"),
-                              grown(reading, old, "distinct_experts_expected_total")),
-            "figures": {name: value for name, value in reading.items() if "|" not in name},
-            "rates": rates(minute[0], minute[1], now, reading), "window": rates(start, old, now, reading),
+            "step": _ratio(delta(snapshot, old, "step_seconds_total"), delta(snapshot, old, "steps_total")),
+            "distinct": _ratio(delta(snapshot, old, "distinct_experts_total"),
+                              delta(snapshot, old, "distinct_experts_expected_total")),
+            "figures": {name: value for name, value in snapshot.items() if "|" not in name},
+            "rates": rates(minute[0], minute[1], now, snapshot), "window": rates(start, old, now, snapshot),
             "groups": own, "band_names": list(groups.bands), "bands": {
-                band: {name: reading.get(f"{name}|{band}") for name in ("routing_entropy", "max_vio", "dead_experts")}
+                band: {name: snapshot.get(f"{name}|{band}") for name in ("routing_entropy", "max_vio", "dead_experts")}
                 for band in groups.bands},
             "entropy_most": float(torch.tensor(float(max(groups.experts, 1))).log()),
-            "accuracy": _over(growth(reading, old, "right_tokens_total"), labelled), "chance": groups.chance(
-                [grown(reading, old, f"labelled_tokens_total|{name}") for name in groups.names]),
-            "conflicts": _over(grown(reading, old, "conflict_tokens_total"),
-                               grown(reading, old, "judged_tokens_total")),
-            "conflict_requests": _over(grown(reading, old, "conflict_requests_total"),
-                                       grown(reading, old, "judged_requests_total")),
+            "accuracy": _ratio(total_delta(snapshot, old, "right_tokens_total"), labelled), "chance": groups.chance(
+                [delta(snapshot, old, f"labelled_tokens_total|{name}") for name in groups.names]),
+            "conflicts": _ratio(delta(snapshot, old, "conflict_tokens_total"),
+                               delta(snapshot, old, "judged_tokens_total")),
+            "conflict_requests": _ratio(delta(snapshot, old, "conflict_requests_total"),
+                                       delta(snapshot, old, "judged_requests_total")),
             "conflict": recent.conflict_GG.tolist(), "confusion": recent.confusion_GG.tolist(),
-            "residency": residency(reading, old),
-            "energy": {source: grown(reading, old, f"joules_total|{source}")
-                       for (source,) in values(reading, "joules_total")},
-            "business": business(reading, old), "comments": self.history.comments(),
+            "residency": residency(snapshot, old),
+            "energy": {source: delta(snapshot, old, f"joules_total|{source}")
+                       for (source,) in values(snapshot, "joules_total")},
+            "business": business(snapshot, old), "comments": self.history.comments(),
             "alerts": [alert.to_dict() for alert in self.alerts.firing.values()], "past_alerts": self.history.alerts(),
-            "slices": slices(reading, old)}
+            "slices": slices(snapshot, old)}
 
     def heat(self) -> dict[str, Any]:
         """Every expert's share of its layer's slots in the last minutes over what uniform routing gives it (null where
@@ -246,8 +247,8 @@ class Monitor:
                 "resident": None if resident_LE is None else resident_LE.tolist()}
 
     def series(self, minutes: float = 60.0) -> dict[str, Any]:
-        """Curves: what each stretch between two kept readings had; null where nothing ran."""
-        past = self.history.readings(time.time() - MINUTE * minutes)
+        """Curves: what each stretch between two kept snapshots had; null where nothing ran."""
+        past = self.history.snapshots(time.time() - MINUTE * minutes)
         times, curves, own = [], [], []
         for (start, old), (end, now) in pairwise(past):
             times.append(end)
@@ -260,42 +261,42 @@ class Monitor:
 DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99")
 
 
-def rates(start: float, old: Reading, end: float, now: Reading) -> dict[str, float | None]:
-    """Between two readings: tokens and new_tokens a second; percentiles of waits in seconds; energy in joules
+def rates(start: float, old: Snapshot, end: float, now: Snapshot) -> dict[str, float | None]:
+    """Between two snapshots: tokens and new_tokens a second; percentiles of waits in seconds; energy in joules
     a token; cost of 10^8 tokens; counting's share of the steps' time."""
     seconds = max(end - start, 1e-9)
-    run = grown(now, old, "tokens_total|computed") + grown(now, old, "tokens_total|cached")
+    run = delta(now, old, "tokens_total|computed") + delta(now, old, "tokens_total|cached")
     sources = [name for name in ("joules_total|cpu", "joules_total|gpu") if name in now]
-    joules = sum(grown(now, old, name) for name in sources) if sources else None
+    joules = sum(delta(now, old, name) for name in sources) if sources else None
     price = now.get("price_per_hour")
     return {
-        "tokens": run / seconds, "new_tokens": grown(now, old, "tokens_total|sampled") / seconds,
+        "tokens": run / seconds, "new_tokens": delta(now, old, "tokens_total|sampled") / seconds,
         "first_p50": quantile(0.5, now, old, "first_token_seconds"),
         "first_p99": quantile(0.99, now, old, "first_token_seconds"),
         "each_p50": quantile(0.5, now, old, "token_seconds"), "each_p99": quantile(0.99, now, old, "token_seconds"),
-        "joules_per_token": None if joules is None else _over(joules, run),
-        "cost": None if price is None else _over(price / 3600 * seconds * HUNDRED_MILLION, run),
-        "watch": _over(grown(now, old, "watch_seconds_total"), grown(now, old, "step_seconds_total"))}
+        "joules_per_token": None if joules is None else _ratio(joules, run),
+        "cost": None if price is None else _ratio(price / 3600 * seconds * HUNDRED_MILLION, run),
+        "watch": _ratio(delta(now, old, "watch_seconds_total"), delta(now, old, "step_seconds_total"))}
 
 
-def residency(now: Reading, old: Reading) -> dict[str, float | None] | None:
+def residency(now: Snapshot, old: Snapshot) -> dict[str, float | None] | None:
     """None where all experts are always in memory."""
     if "experts_wanted_total" not in now:
         return None
-    wanted, foretold = grown(now, old, "experts_wanted_total"), grown(now, old, "experts_foretold_total")
-    missed = grown(now, old, "experts_missed_total") + grown(now, old, "experts_late_total")
-    return {"hits": _over(max(0.0, wanted - missed), wanted),
-            "foretold_right": _over(grown(now, old, "experts_used_total"), foretold),
-            "stall": _over(grown(now, old, "expert_stall_seconds_total"), grown(now, old, "step_seconds_total")),
-            "read_bytes": grown(now, old, "expert_read_bytes_total")}
+    wanted, foretold = delta(now, old, "experts_wanted_total"), delta(now, old, "experts_foretold_total")
+    missed = delta(now, old, "experts_missed_total") + delta(now, old, "experts_late_total")
+    return {"hits": _ratio(max(0.0, wanted - missed), wanted),
+            "foretold_right": _ratio(delta(now, old, "experts_used_total"), foretold),
+            "stall": _ratio(delta(now, old, "expert_stall_seconds_total"), delta(now, old, "step_seconds_total")),
+            "read_bytes": delta(now, old, "expert_read_bytes_total")}
 
 
-def business(now: Reading, old: Reading) -> list[dict[str, Any]]:
+def business(now: Snapshot, old: Snapshot) -> list[dict[str, Any]]:
     """By domain: how requests ended, tools, schemas, feedback."""
     out = []
     for domain in sorted({domain for name in ("requests_total", "feedback_total") for domain, _ in values(now, name)}):
         def parts(name: str, domain: str = domain) -> dict[str, float]:
-            return {outcome: grown(now, old, f"{name}|{own}|{outcome}") for own, outcome in values(now, name)
+            return {outcome: delta(now, old, f"{name}|{own}|{outcome}") for own, outcome in values(now, name)
                     if own == domain}
 
         ended, tools, schemas, feedback = map(parts, (
@@ -303,24 +304,24 @@ def business(now: Reading, old: Reading) -> list[dict[str, Any]]:
         if not sum(ended.values()) + sum(feedback.values()):
             continue
         out.append({"domain": domain, "requests": sum(ended.values()), "ended": ended,
-                    "completed": _over(ended.get("stop", 0.0), sum(ended.values())),
-                    "tools": _over(tools.get("right", 0.0), sum(tools.values())),
-                    "schemas": _over(schemas.get("valid", 0.0), sum(schemas.values())),
-                    "satisfied": _over(feedback.get("up", 0.0), sum(feedback.values())),
+                    "completed": _ratio(ended.get("stop", 0.0), sum(ended.values())),
+                    "tools": _ratio(tools.get("right", 0.0), sum(tools.values())),
+                    "schemas": _ratio(schemas.get("valid", 0.0), sum(schemas.values())),
+                    "satisfied": _ratio(feedback.get("up", 0.0), sum(feedback.values())),
                     "rated": sum(feedback.values())})
     return out
 
 
-def slices(now: Reading, old: Reading, most: int = 5) -> dict[str, list[tuple[str, float]]]:
+def slices(now: Snapshot, old: Snapshot, most: int = 5) -> dict[str, list[tuple[str, float]]]:
     """The largest of each kind, with their share of the tokens."""
     found: dict[str, list[tuple[str, float]]] = {}
     for kind, value in values(now, "slice_tokens_total"):
-        found.setdefault(kind, []).append((value, grown(now, old, f"slice_tokens_total|{kind}|{value}")))
+        found.setdefault(kind, []).append((value, delta(now, old, f"slice_tokens_total|{kind}|{value}")))
     return {kind: [(value, tokens / max(1.0, sum(n for _, n in own)))
                    for value, tokens in sorted(own, key=lambda entry: -entry[1])[:most] if tokens]
             for kind, own in found.items()}
 
 
-def _over(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _ratio(part: float, total: float) -> float | None:
+    return part / total if total else None
 

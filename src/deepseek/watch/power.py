@@ -19,7 +19,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass
 class Rapl:
-    """Joules of all packages since the first look. root: a folder like /sys/class/powercap."""
+    """Joules of all packages since the first read. root: a folder like /sys/class/powercap."""
 
     root: Path = POWERCAP
     total: float = 0.0
@@ -44,8 +44,8 @@ class Rapl:
         return self.total if seen else None
 
 
-class Machine:
-    """Looks at the machine; one caller."""
+class MachineSampler:
+    """Samples the machine; not thread-safe."""
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
         self.rapl = Rapl(powercap)
