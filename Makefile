@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 # most modules of the packages are never imported: Python compiles those that are, when they are
 PIP := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo programs clients test test-slow sanitize lint bench clean
+.PHONY: help demo programs clients lint format docs test test-slow test-isa check-arm sanitize bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,21 @@ clients: $(VENV)/.test $(VENV)/clients/.done  ## a table of clients that others 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+$(VENV)/.format: $(VENV)/.test .pre-commit-config.yaml
+	$(BIN)/python -m pip install $(PIP) $(shell grep -o 'clang-format==[0-9.]*' .pre-commit-config.yaml)
+	touch $@
+
+format: $(VENV)/.format  ## what ruff mends in the Python code, clang-format in the C++ code
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h tests/native/*.cpp)
+
+$(VENV)/.docs: $(VENV)/.core
+	$(BIN)/python -m pip install $(PIP) -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site in build/docs; a warning is an error
+	$(BIN)/mkdocs build --strict
 
 test: lint  ## lint, types and the tests
 	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal
