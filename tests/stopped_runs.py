@@ -26,7 +26,7 @@ from deepseek.convert import writing
 from deepseek.data import steps
 from deepseek.deepopt import loop, trainer
 from deepseek.deepopt.loop import TrainingLoop
-from deepseek.engine import jobs
+from deepseek.engine import run_batch
 from deepseek.tokenizer import Tokenizer
 
 LONG = 60.0
@@ -134,7 +134,7 @@ def main_() -> None:
     run("data", ["data", "run", "run.yaml"], (steps, "find_duplicates", LONG, 1), signal.SIGTERM)
     Path("in.jsonl").write_text('{"prompt": "the red"}\n' * 3)
     files = ["--input", "in.jsonl", "--output", "out.jsonl"]
-    run("infer", ["infer", "--model", "calm/model", *files, "--max_tokens", "2"], (jobs, "_write", LONG, 2),
+    run("infer", ["infer", "--model", "calm/model", *files, "--max_tokens", "2"], (run_batch, "_write", LONG, 2),
         signal.SIGINT)
     print(json.dumps(results))
 

@@ -16,7 +16,7 @@ from deepseek import cli
 from deepseek.checkpoint import resolve
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.engine import EngineOptions, EngineSettings
+from deepseek.engine.options import EngineOptions, EngineSettings
 from deepseek.engine.sampler import SamplingOptions
 from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.model import CausalLM

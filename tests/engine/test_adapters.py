@@ -1,5 +1,5 @@
 """Several adapters beside one base, different ones in one batch: each request gets what it gets alone, pages and expert
-signatures are its adapter's own, and what cannot be is said."""
+affinities are its adapter's own, and what cannot be is said."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from deepseek.atlas import ExpertUsage
 from deepseek.checkpoint import base_tensors, fingerprint, load_model, save_delta, save_model, tensor_hashes
 from deepseek.convert import quantize
-from deepseek.engine import LLM, SamplingParams, signature
+from deepseek.engine import LLM, SamplingParams, expert_affinity
 from deepseek.engine.warmup import record_use
 from deepseek.errors import CheckpointError, ConfigError, DataError, NotFoundError, RequestError
 from deepseek.model import RoutingRecord
@@ -239,14 +239,14 @@ def test_requests_of_an_adapter_are_batched_by_its_own_routes(served: Callable[.
     llm = served().llm(policy="expert")
     for name in (None, "code"):
         llm.generate([[9, 8, 7]], params(), adapter=name, domains=["law"])
-    signatures = llm.engine.signatures
-    assert {"law", "law@code"} <= set(signatures.domains)
+    affinity = llm.engine.affinity
+    assert {"law", "law@code"} <= set(affinity.domains)
     known = {name: llm.requests([1], params(), domain="law", adapter=name)[0] for name in NAMES}
-    assert signatures.of(known[None]) is signatures.domains["law"]
-    assert signatures.of(known["code"]) is signatures.domains["law@code"]
-    assert signatures.of(known["med"]) is signatures.domains["law"]  # nothing is known of it yet
+    assert affinity.of(known[None]) is affinity.domains["law"]
+    assert affinity.of(known["code"]) is affinity.domains["law@code"]
+    assert affinity.of(known["med"]) is affinity.domains["law"]  # nothing is known of it yet
     nobody, = llm.requests([1], params(), adapter="med")
-    assert signatures.of(nobody) is None and signature.kind_of(nobody) == "@med"
+    assert affinity.of(nobody) is None and expert_affinity.affinity_key(nobody) == "@med"
 
 
 def test_use_is_counted_and_recorded_by_adapter(served: Callable[..., Served], tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from deepseek.atlas import Atlas, ExpertUsage
 from deepseek.checkpoint import expert_spans, load_model, save_model
 from deepseek.convert import dequantize, quantize
 from deepseek.engine import LLM, ExpertControl, SamplingParams
-from deepseek.engine.residency import AHEAD, Residency, parse_bytes
+from deepseek.engine.options import parse_bytes
+from deepseek.engine.residency import AHEAD, Residency
 from deepseek.engine.warmup import USE, record_use
 from deepseek.errors import CheckpointError, ConfigError, RequestError
 from deepseek.ops.native import native

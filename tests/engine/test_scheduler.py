@@ -23,7 +23,7 @@ from deepseek.atlas import ExpertUsage
 from deepseek.checkpoint import load_model, save_model
 from deepseek.config import ModelConfig
 from deepseek.convert import quantize
-from deepseek.engine import LLM, ExpertControl, SamplingParams, signature
+from deepseek.engine import LLM, ExpertControl, SamplingParams, expert_affinity
 from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.model.cache import PAGE
@@ -74,7 +74,7 @@ def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> N
         assert all(not request.table.pages for request in engine.scheduler.waiting)
         done += [request for request in alive if request.finish_reason is not None]
         alive = [request for request in alive if request.finish_reason is None]
-    assert engine.idle and engine.pages.available == pages and not engine.signatures.measured
+    assert engine.idle and engine.pages.available == pages and not engine.affinity.measured
     for request in done:
         assert not request.table.pages
         own = plain(model, request.prompt_ids, len(request.token_ids)) if request.token_ids else ()
@@ -396,11 +396,11 @@ def test_usage_counts_a_requests_own_tokens(model: CausalLM) -> None:
 
 
 def test_domains_of_callers_do_not_pile_up(model: CausalLM, monkeypatch: Any) -> None:
-    monkeypatch.setattr(signature, "LEARNED", 5)
+    monkeypatch.setattr(expert_affinity, "LEARNED", 5)
     llm = LLM(model, policy="expert")
     for i in range(12):
         llm.generate([[i]], params(max_tokens=1), domains=[f"domain {i % 9}"])
-    assert len(llm.engine.signatures.domains) == 5 and "domain 2" in llm.engine.signatures.domains
+    assert len(llm.engine.affinity.domains) == 5 and "domain 2" in llm.engine.affinity.domains
 
 
 def test_what_is_wrong_with_a_request_is_said_before_it_runs(model: CausalLM) -> None:

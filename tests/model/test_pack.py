@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
-from deepseek.engine.control import Controls, ExpertControl, combined
+from deepseek.engine.routing_override import ExpertControl, RoutingOverride, combine_overrides
 from deepseek.model import CausalLM, LatentCache, RoutingRecord
 from deepseek.model.cache import PAGE, Chunk, LatentPool, Pack
 from deepseek.ops.native import native
@@ -75,8 +75,8 @@ def packed(model: CausalLM, texts: list[tuple[list[int], int]], draw: random.Ran
             end = prompt if done[i] < prompt else len(ids)
             count = draw.randint(1, end - done[i])
             chunks.append(Chunk(count, done[i], own[i], "naive" if done[i] < prompt else "absorbed"))
-        pack = Pack(pool, chunks, None if visit is None else combined([
-            (c.tokens, c.past, Controls(ExpertControl(replay=visit[i]), model, None, None))
+        pack = Pack(pool, chunks, None if visit is None else combine_overrides([
+            (c.tokens, c.past, RoutingOverride(ExpertControl(replay=visit[i]), model, None, None))
             for i, c in zip(moved, chunks, strict=True)]))
         tokens = [token for i, c in zip(moved, chunks, strict=True)
                   for token in texts[i][0][c.past : c.past + c.tokens]]

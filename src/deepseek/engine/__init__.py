@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batching import Batch as Batch
     from .batching import dynamic_batching as dynamic_batching
-    from .control import ExpertControl as ExpertControl
     from .engine import Engine as Engine
-    from .engine import EngineOptions as EngineOptions
     from .llm import LLM as LLM
+    from .options import EngineOptions as EngineOptions
     from .request import RequestOutput as RequestOutput
+    from .routing_override import ExpertControl as ExpertControl
     from .sampler import SamplingParams as SamplingParams
 
-_WHERE = {"LLM": "llm", "Batch": "batching", "Engine": "engine", "EngineOptions": "engine", "ExpertControl": "control",
-          "RequestOutput": "request", "SamplingParams": "sampler", "dynamic_batching": "batching"}
+_WHERE = {"LLM": "llm", "Batch": "batching", "Engine": "engine", "EngineOptions": "options",
+          "ExpertControl": "routing_override", "RequestOutput": "request", "SamplingParams": "sampler",
+          "dynamic_batching": "batching"}
 __all__ = sorted(_WHERE)
 
 

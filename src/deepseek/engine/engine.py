@@ -18,9 +18,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
 
 import torch
 
@@ -29,19 +28,20 @@ from ..atlas.atlas import Shape
 from ..atlas.usage import ExpertUsage
 from ..checkpoint import UNNAMED
 from ..config import ModelConfig
-from ..errors import ConfigError, RequestError, nearest
+from ..errors import ConfigError, RequestError
 from ..model import CausalLM, RoutingRecord
 from ..model.adapters import names_on
 from ..model.cache import PAGE, Chunk, LatentPool
 from ..ops.native import native
 from ..quant.fused import FusedCausalLM, absorbs
-from .control import Controls
+from .expert_affinity import ExpertAffinity
+from .options import EngineOptions
 from .pages import Pages
 from .request import FinishReason, Request
-from .residency import Residency, parse_bytes
+from .residency import Residency
+from .routing_override import RoutingOverride
 from .runner import Runner, part, routed
-from .scheduler import Policy, Scheduler, Work, pages_needed
-from .signature import Signatures
+from .scheduler import Scheduler, Work, pages_needed
 from .speculative import Drafter
 
 # told of a step that is over: what ran, in the order of its tokens, their routes, seconds; it must be quick
@@ -49,79 +49,6 @@ Observer = Callable[[Sequence[Work], RoutingRecord | None, float], None]
 log = logging.getLogger("deepseek.engine")
 PATIENCE, WAIT = 0.005, 0.02  # seconds for the masks of a step's requests; where nothing else is to be done
 CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent pool at most
-
-
-class EngineSettings(TypedDict, total=False):
-    """EngineOptions as keyword arguments, for type checkers and editors."""
-
-    batch_size: int
-    step_tokens: int
-    cache_tokens: int | None
-    prefix_cache: bool
-    policy: Policy
-    age_limit: float
-    expert_memory: int | str | None
-    warmup_experts: str | Sequence[str]
-    prefetch: bool
-    speculate: bool
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How requests are run. batch_size: requests that run together at most. step_tokens: tokens of a step at most, a
-    longer prompt runs in pieces. cache_tokens: positions of the latent pool; None takes what batch_size requests of
-    full length need, or what fits a quarter of free memory, one request of full length at least. prefix_cache: keep
-    pages for prompts that begin alike. policy, age_limit (seconds): scheduler.py. expert_memory: bytes (or "4GiB") for
-    routed experts, the others stay on disk; None is all. warmup_experts: names whose experts are in memory before the
-    first request, or "auto": the frequent ones of recorded use. prefetch: read the next layer's experts ahead.
-    speculate: draft with the MTP module, if there is one, where it pays. Raises ConfigError naming option, value and
-    rule."""
-
-    batch_size: int = 32
-    step_tokens: int = 512
-    cache_tokens: int | None = None
-    prefix_cache: bool = True
-    policy: Policy = "fcfs"
-    age_limit: float = 30.0
-    expert_memory: int | str | None = None
-    warmup_experts: str | Sequence[str] = ()
-    prefetch: bool = True
-    speculate: bool = True
-
-    def __post_init__(self) -> None:
-        self._need("batch_size", "must be an integer >= 1", _whole(self.batch_size, 1))
-        self._need("step_tokens", "must be an integer >= 1", _whole(self.step_tokens, 1))
-        self._need("cache_tokens", "must be null or an integer >= 1",
-                   self.cache_tokens is None or _whole(self.cache_tokens, 1))
-        self._need("prefix_cache", "must be true or false", isinstance(self.prefix_cache, bool))
-        self._need("policy", "must be fcfs or expert", self.policy in ("fcfs", "expert"))
-        self._need("age_limit", "must be a number of seconds >= 0",
-                   isinstance(self.age_limit, int | float) and self.age_limit >= 0)
-
-        if self.expert_memory is not None:
-            object.__setattr__(self, "expert_memory", parse_bytes(self.expert_memory))
-        names = self.warmup_experts.split(",") if isinstance(self.warmup_experts, str) else self.warmup_experts
-        self._need("warmup_experts", "must be names", isinstance(names, Sequence) and all(
-            isinstance(name, str) for name in names))
-        object.__setattr__(self, "warmup_experts", tuple(name.strip() for name in names if name.strip()))
-        self._need("prefetch", "must be true or false", isinstance(self.prefetch, bool))
-        self._need("speculate", "must be true or false", isinstance(self.speculate, bool))
-
-    def _need(self, field: str, rule: str, holds: bool) -> None:
-        if not holds:
-            raise ConfigError(f"{field} = {getattr(self, field)!r}: {rule}")
-
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> EngineOptions:
-        known = [field.name for field in fields(cls)]
-        if unknown := [name for name in options if name not in known]:
-            raise ConfigError(f"{unknown[0]} = {options[unknown[0]]!r}: is no option of the engine; there are "
-                              f"{', '.join(known)}{nearest(unknown[0], known)}")
-        return cls(**options)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass
@@ -153,9 +80,9 @@ class Engine:
         pool = LatentPool(config, count, layers=layers, dtype=dtype, device=model.device)
         self.drafter = Drafter(model, pool) if speculate else None
         self.pages = Pages(pool, prefix_cache=self.options.prefix_cache)
-        self.signatures = Signatures(config, atlas)
+        self.affinity = ExpertAffinity(config, atlas)
         self.scheduler = Scheduler(
-            self.pages, self.signatures, batch_size=self.options.batch_size, step_tokens=self.options.step_tokens,
+            self.pages, self.affinity, batch_size=self.options.batch_size, step_tokens=self.options.step_tokens,
             policy=self.options.policy, age_limit=self.options.age_limit)
         self.runner = Runner(model, pool)
         self.adapters = names_on(model)
@@ -192,9 +119,9 @@ class Engine:
             request.order = "absorbed" if request.adapter in self._absorbed else "naive"
             if request.params.routed and not self.model.config.moe_layers:
                 raise RequestError("routed = True: this model has no routed experts")
-            if request.params.experts is not None and request.controls is None:
+            if request.params.experts is not None and request.routing_override is None:
                 loaded = None if self.residency is None else self.residency.loaded
-                request.controls = Controls(request.params.experts, self.model, self.atlas, loaded)
+                request.routing_override = RoutingOverride(request.params.experts, self.model, self.atlas, loaded)
 
     def _check_ids(self, request: Request) -> None:
         last = self.model.config.vocab_size - 1
@@ -226,7 +153,7 @@ class Engine:
         if reason is not None:
             request.end(reason)
         self.scheduler.finish(request)
-        self.signatures.finish(request)
+        self.affinity.finish(request)
 
     def _fail(self, request: Request, error: Exception) -> None:
         """End a request, and those coupled with it, with an error that its caller will raise."""
@@ -292,7 +219,7 @@ class Engine:
         record = bool(self.model.config.moe_layers) and (watched or any(
             work.request.params.routed or work.request.usage is not None or self._signs(work) for work in works))
         began = time.perf_counter()
-        logits, hidden, routing = self.runner.run(works, [work.request.controls for work in works], record)
+        logits, hidden, routing = self.runner.run(works, [work.request.routing_override for work in works], record)
         if routing is not None:
             self._count(works, routing)
         self.counters.steps += 1
@@ -344,7 +271,7 @@ class Engine:
             if self._signs(work) or request.params.routed:
                 index_TLK = routed(routing, start, stop)
                 if self._signs(work):
-                    self.signatures.measure(request, index_TLK)
+                    self.affinity.measure(request, index_TLK)
                 self._routed(request, work.chunk.past, index_TLK)
             start += work.chunk.tokens
         for usage, mask_T in masks.values():

@@ -27,7 +27,8 @@ from ..model.adapters import names_on
 from ..quant.linear import Recipe, is_quantised
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
-from .engine import WAIT, Engine, EngineOptions, EngineSettings, atlas_beside
+from .engine import WAIT, Engine, atlas_beside
+from .options import EngineOptions, EngineSettings
 from .request import Coupling, Request, RequestOutput
 from .residency import Residency
 from .sampler import SamplingOptions, SamplingParams

@@ -20,7 +20,7 @@ from .sampler import Adjustment, Logprob, SamplingParams, finite, logprobs, pena
 if TYPE_CHECKING:
     from ..atlas.usage import ExpertUsage
     from .constraint import Constraint
-    from .control import Controls
+    from .routing_override import RoutingOverride
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 _numbers = count()
@@ -149,7 +149,7 @@ class Request:
         self.followed = 0  # positions that the MTP module has run over
         self.ran = 0  # the step that ran it last
         self.usage: ExpertUsage | None = None  # counts the experts of what runs
-        self.controls: Controls | None = None
+        self.routing_override: RoutingOverride | None = None
         self.after: Request | None = None  # the first of the continuations of one prompt, whose pages serve the others
         self.arrived = time.monotonic()
         self.first_token: float | None = None

@@ -380,25 +380,6 @@ def _up(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-def parse_bytes(text: str | int) -> int:
-    """4GiB, 500MB, 0.5 GiB or a number of bytes. Raises ConfigError for anything else."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        return text
-    if not isinstance(text, str):
-        raise ConfigError(f"expert_memory = {text!r}: must be a number of bytes such as 4GiB or 500MB")
-    units: dict[str, int] = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10,
-                             "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}
-    number = text.strip().rstrip("aAbBgGiIkKmMtT").strip()
-    unit = text.strip()[len(number) :].strip().lower()
-    try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
-        raise ConfigError(f"expert_memory = {text!r}: must be a number of bytes such as 4GiB or 500MB") from None
-    if not 0 < value < 1 << 62:
-        raise ConfigError(f"expert_memory = {text!r}: must be positive")
-    return int(value)
-
-
 def report(stats: Residents, extra: dict[str, Any] | None = None) -> str:
     """One line for people."""
     share = stats.hits / stats.wanted if stats.wanted else 0.0

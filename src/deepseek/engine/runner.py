@@ -13,7 +13,7 @@ from torch import Tensor
 from ..model import CausalLM, Route, RoutingRecord
 from ..model.adapters import rows_of, side_by_side, whole
 from ..model.cache import LatentPool, Pack
-from .control import Controls, combined
+from .routing_override import RoutingOverride, combine_overrides
 from .scheduler import Work
 
 SCORED = 64  # rows of logits at a time: with a large vocabulary they are many bytes
@@ -25,7 +25,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(
-        self, works: Sequence[Work], controls: Sequence[Controls | None], record: bool
+        self, works: Sequence[Work], overrides: Sequence[RoutingOverride | None], record: bool
     ) -> tuple[list[Tensor], list[Tensor], RoutingRecord | None]:
         """(logits after each work's last token, and after the one before where the last is a draft, FP32 on the CPU, no
         rows where it does not sample; the hidden states of each work's tokens; the routing)."""
@@ -37,8 +37,8 @@ class Runner:
             ids += [] if work.draft is None else [work.draft]
         ids_T = torch.tensor(ids)
         control = None
-        if any(one is not None for one in controls):
-            control = combined([(c.tokens, c.past, own) for c, own in zip(chunks, controls, strict=True)])
+        if any(one is not None for one in overrides):
+            control = combine_overrides([(c.tokens, c.past, own) for c, own in zip(chunks, overrides, strict=True)])
         routing = RoutingRecord() if record else None
         pack = Pack(self.pool, chunks, control)
         hidden_TH = self.model.packed(ids_T.to(self.model.device), pack, routing)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MoEDRError, RequestError
-from .control import ExpertControl
+from .routing_override import ExpertControl
 
 
 class SamplingOptions(TypedDict, total=False):

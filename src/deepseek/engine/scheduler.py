@@ -25,14 +25,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from ..model.cache import PAGE, Chunk
+from .expert_affinity import ExpertAffinity
+from .options import Policy
 from .pages import Pages
 from .request import Request
-from .signature import Signatures
-
-Policy = Literal["fcfs", "expert"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ class Work:
 
 class Scheduler:
     def __init__(
-        self, pages: Pages, signatures: Signatures, *, batch_size: int, step_tokens: int, policy: Policy = "fcfs",
+        self, pages: Pages, affinity: ExpertAffinity, *, batch_size: int, step_tokens: int, policy: Policy = "fcfs",
         age_limit: float = 30.0, clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pages, self.signatures = pages, signatures
+        self.pages, self.affinity = pages, affinity
         self.batch_size, self.step_tokens, self.policy = batch_size, step_tokens, policy
         self.age_limit, self.clock = age_limit, clock
         self.waiting: list[Request] = []
@@ -171,7 +169,7 @@ class Scheduler:
         oldest = able[0]
         if self.policy == "fcfs" or oldest.token_ids or self.clock() - oldest.arrived > self.age_limit:
             return oldest
-        return self.signatures.nearest(able, self.running)
+        return self.affinity.nearest(able, self.running)
 
 
 def pages_needed(positions: int) -> int:

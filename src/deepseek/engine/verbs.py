@@ -103,7 +103,7 @@ def infer(args: argparse.Namespace) -> None:
 
 def _infer_file(args: argparse.Namespace) -> None:
     from ..progress import ProgressBar
-    from .jobs import check_files, run_file
+    from .run_batch import check_files, run_file
 
     source, target = Path(args.input), Path(args.output)
     if source.resolve() == target.resolve():

@@ -27,8 +27,8 @@ from ..files import write_atomically
 from ..model import CausalLM
 from ..model.adapters import bare
 from ..quant.linear import QuantisedExperts
-from .control import named
 from .residency import Residency
+from .routing_override import named
 
 AUTO = "auto"
 

@@ -138,7 +138,7 @@ def _numbers(pattern: str, what: str) -> BeforeValidator:
 
 
 class Experts(Body):
-    """Inexact controls of the gates (engine/control.py)."""
+    """Inexact controls of the gates (engine/routing_override.py)."""
 
     mask: Each[Text] = []
     bias: Annotated[dict[Text, Number], _numbers(r".*", "names")] = {}

@@ -46,7 +46,7 @@ class ExpertControl:
     replay: Tensor | None = None
 
 
-class Controls:
+class RoutingOverride:
     """One request's controls, ready for the gates of a model. Raises RequestError for what the model cannot do."""
 
     def __init__(self, asked: ExpertControl, model: CausalLM, atlas: Atlas | None,
@@ -119,7 +119,7 @@ class Controls:
         return Route(index_TK, weight_TK, route.scores_TE)
 
 
-def combined(parts: Sequence[tuple[int, int, Controls | None]]) -> Control:
+def combine_overrides(parts: Sequence[tuple[int, int, RoutingOverride | None]]) -> Control:
     """For a pack: (tokens, position of the first, controls) of each of its chunks, in their order."""
 
     def control(layer: int, route: Route) -> Route:

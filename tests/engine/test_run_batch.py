@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.jobs import KNOWN, OF_MESSAGES, OF_PROMPT, check_files, run_file
+from deepseek.engine.run_batch import KNOWN, OF_MESSAGES, OF_PROMPT, check_files, run_file
 from deepseek.errors import ConfigError, DataError, RequestError
 from deepseek.files import take_lock
 from deepseek.tokenizer import Tokenizer

@@ -27,7 +27,7 @@ HALF_LIFE = 32  # requests after which an old measurement of a domain counts hal
 LEARNED = 256  # domains that are remembered beside those of the atlas: callers may name as many as they like
 
 
-class Signatures:
+class ExpertAffinity:
     def __init__(self, config: ModelConfig, atlas: Atlas | None = None) -> None:
         self.layers, self.experts = config.moe_layers, config.n_routed_experts
         self.measured: dict[int, Tensor] = {}  # request number -> counts [L, E]
@@ -50,7 +50,7 @@ class Signatures:
     def finish(self, request: Request) -> None:
         """A request is over: its domain learns from it."""
         counts_LE = self.measured.pop(request.number, None)
-        if counts_LE is None or (kind := kind_of(request)) is None:
+        if counts_LE is None or (kind := affinity_key(request)) is None:
             return
         share_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1.0)
         old_LE = self.domains.pop(kind, None)
@@ -63,7 +63,7 @@ class Signatures:
         counts_LE = self.measured.get(request.number)
         if counts_LE is not None:
             return counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1.0)
-        known = self.domains.get(kind) if (kind := kind_of(request)) is not None else None
+        known = self.domains.get(kind) if (kind := affinity_key(request)) is not None else None
         return self.domains.get(request.domain or "") if known is None else known
 
     def nearest(self, waiting: Sequence[Request], running: Sequence[Request]) -> Request:
@@ -76,7 +76,7 @@ class Signatures:
         best, most = waiting[0], -1.0
         seen: dict[str | None, float] = {}
         for request in waiting:
-            key = kind_of(request) if request.number not in self.measured else f"#{request.number}"
+            key = affinity_key(request) if request.number not in self.measured else f"#{request.number}"
             if key not in seen:
                 share_LE = self.of(request)
                 seen[key] = 0.0 if share_LE is None else float(torch.minimum(share_LE, mean_LE).sum())
@@ -86,10 +86,10 @@ class Signatures:
 
     def _majority(self, waiting: Sequence[Request]) -> Request:
         """Nothing runs yet: the first of the kind with the longest queue, so that a batch can be filled from it."""
-        count = Counter(map(kind_of, waiting))
-        return max(waiting, key=lambda request: 0 if (kind := kind_of(request)) is None else count[kind])
+        count = Counter(map(affinity_key, waiting))
+        return max(waiting, key=lambda request: 0 if (kind := affinity_key(request)) is None else count[kind])
 
 
-def kind_of(request: Request) -> str | None:
+def affinity_key(request: Request) -> str | None:
     """What requests are alike: their domain, and with an adapter that too; None where nothing is known."""
     return request.domain if request.adapter is None else f"{request.domain or ''}@{request.adapter}"
