@@ -23,7 +23,7 @@ import deepseek  # noqa: F401
 from deepseek.cli import main
 from deepseek.config import ModelConfig
 from deepseek.convert import writing
-from deepseek.data import steps
+from deepseek.data import stages
 from deepseek.deepopt import loop, trainer
 from deepseek.deepopt.loop import TrainingLoop
 from deepseek.engine import run_batch
@@ -131,7 +131,7 @@ def main_() -> None:
     results["adapters"] = [other == calm]
     run("quantize", ["quantize", "calm/model", "four"], (writing, "write_file", LONG, 1), signal.SIGINT)
     Path("run.yaml").write_text("out: piped\nsources: [text.jsonl]\n")
-    run("data", ["data", "run", "run.yaml"], (steps, "find_duplicates", LONG, 1), signal.SIGTERM)
+    run("data", ["data", "run", "run.yaml"], (stages, "find_duplicates", LONG, 1), signal.SIGTERM)
     Path("in.jsonl").write_text('{"prompt": "the red"}\n' * 3)
     files = ["--input", "in.jsonl", "--output", "out.jsonl"]
     run("infer", ["infer", "--model", "calm/model", *files, "--max_tokens", "2"], (run_batch, "_write", LONG, 2),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek import cli
-from deepseek.data import Document, TokenShards, pack, steps
+from deepseek.data import Document, TokenShards, pack, stages
 from deepseek.data import held_out as module
 from deepseek.data.held_out import LEAST, LONG, Held, count_held, held_out_place, hold_out, notes
 from deepseek.data.records import read_tables
@@ -107,13 +107,13 @@ def test_split_and_pack_hold_out_the_same(tmp_path: Path, capsys: pytest.Capture
                                                                       ("text_expert", 3), (None, 5))
              for d in documents(name, count)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steps.validate([tmp_path / "in.jsonl"], tmp_path / "validate")
-    done = steps.split(tmp_path / "validate", tmp_path / "split", SplitSettings(valid_fraction=0.01))
+    stages.validate([tmp_path / "in.jsonl"], tmp_path / "validate")
+    done = stages.split(tmp_path / "validate", tmp_path / "split", SplitSettings(valid_fraction=0.01))
     sides = done.counts["by_expert"]
     assert {name: (one["train"], one["valid"]) for name, one in sides.items()} == {
         "law_expert": (38, 2), "code_expert": (7, 2), "text_expert": (2, 1), "unlabelled": (3, 2)}
     TOKENIZER.save(tmp_path / "words")
-    packed = steps.pack(tmp_path / "split", tmp_path / "pack", PackSettings(tokenizer=str(tmp_path / "words")),
+    packed = stages.pack(tmp_path / "split", tmp_path / "pack", PackSettings(tokenizer=str(tmp_path / "words")),
                         held_out=SplitSettings(valid_fraction=0.01))
     held = {text for table in read_tables(tmp_path / "split") for text in table["text"]} & set(
         texts(TokenShards.open(tmp_path / "pack"), "valid"))

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek import cli
-from deepseek.data import Document, TokenShards, steps
+from deepseek.data import Document, TokenShards, stages
 from deepseek.data import validate as reading
 from deepseek.data.pipeline import ORDER, run
 from deepseek.data.records import COLUMNS, read_tables, to_documents, to_table
@@ -30,7 +30,7 @@ from deepseek.data.settings import (
     SplitSettings,
     ValidateSettings,
 )
-from deepseek.data.step import run_step
+from deepseek.data.stage import run_stage
 from deepseek.errors import ConfigError, DataError, NotFoundError
 
 LAW = "The court of {} heard the plaintiff, and the defendant of {} lost the lawsuit for breach of contract {}."
@@ -85,7 +85,7 @@ def test_read_is_kept_plus_quarantined(lines: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / "a.jsonl"
         data.write_bytes("\n".join(['{"text": "always good"}', *lines]).encode("utf-8", "surrogateescape"))
-        done = steps.validate([data], Path(place) / "out", ValidateSettings(min_characters=2),
+        done = stages.validate([data], Path(place) / "out", ValidateSettings(min_characters=2),
                               experts=["law_expert"])
         full = [number for number, line in enumerate(["x", *lines], 1) if line.strip()]
         good = [document.line for document in records(Path(place) / "out")]
@@ -103,7 +103,7 @@ def test_each_reason_has_its_name(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [
         {"text": "fine words"}, {"text": "x"}, {"text": "y" * 99}, {"text": "a\x00\x01b"},
         {"text": "fine too", "expert": "chef"}, {"none": 1}])
-    done = steps.validate([path], tmp_path / "out", ValidateSettings(min_characters=2, max_characters=50),
+    done = stages.validate([path], tmp_path / "out", ValidateSettings(min_characters=2, max_characters=50),
                           experts=["law_expert", "code_expert"])
     assert done.counts["reasons"] == {"unusable record": 1, "too short": 1, "too long": 1, "damaged text": 1,
                                       "unknown expert": 1}
@@ -133,9 +133,9 @@ def test_keys_that_mean_nothing_and_records_left_out_are_counted(
 def test_pieces_of_a_file_and_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "a.jsonl", [
         {"text": text} if i % 9 else {"bad": i} for i, text in enumerate(texts(PLAIN, 400))])
-    whole = steps.validate([path], tmp_path / "whole").counts
+    whole = stages.validate([path], tmp_path / "whole").counts
     monkeypatch.setattr(reading, "UNIT", 3001)
-    pieces = steps.validate([path], tmp_path / "pieces").counts
+    pieces = stages.validate([path], tmp_path / "pieces").counts
     assert pieces == whole
     assert len(list((tmp_path / "pieces").glob("part-*"))) > 5
     assert records(tmp_path / "pieces") == records(tmp_path / "whole")
@@ -147,9 +147,9 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [jsonl(tmp_path / "in" / f"{i}.jsonl", [{"text": text} for text in texts(PLAIN, 50, i * 50)])
              for i in range(4)]
     monkeypatch.setattr(reading, "SMALL", 0)
-    assert steps.validate(files, tmp_path / "two", workers=2).counts["kept"] == 200
+    assert stages.validate(files, tmp_path / "two", workers=2).counts["kept"] == 200
     monkeypatch.setattr(reading, "SMALL", 1 << 30)
-    steps.validate(files, tmp_path / "one", workers=2)
+    stages.validate(files, tmp_path / "one", workers=2)
     assert records(tmp_path / "two") == records(tmp_path / "one")
 
 
@@ -157,21 +157,21 @@ def test_a_place_without_records_is_an_error(tmp_path: Path) -> None:
     good = jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotFoundError, match="nowhere: no such file or folder"):
-        steps.validate([good, tmp_path / "nowhere"], tmp_path / "out")
+        stages.validate([good, tmp_path / "nowhere"], tmp_path / "out")
     with pytest.raises(DataError, match="empty: the folder holds no file"):
-        steps.validate([good, tmp_path / "empty"], tmp_path / "out")
+        stages.validate([good, tmp_path / "empty"], tmp_path / "out")
     bad = jsonl(tmp_path / "b.jsonl", [{"no": 1}])
     with pytest.raises(DataError, match=r"b\.jsonl: holds no usable record; .*b\.jsonl:1: unusable record"):
-        steps.validate([good, bad], tmp_path / "out")
+        stages.validate([good, bad], tmp_path / "out")
     with pytest.raises(ConfigError, match="expert = 'chef': must be one of law_expert"):
-        steps.validate({"chef": [good]}, tmp_path / "out", experts=["law_expert"])
+        stages.validate({"chef": [good]}, tmp_path / "out", experts=["law_expert"])
     assert not (tmp_path / "out").exists()
 
 
 # ---- a step -----------------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_not_done_twice_and_leaves_nothing_half(tmp_path: Path) -> None:
+def test_a_stage_is_not_done_twice_and_leaves_nothing_half(tmp_path: Path) -> None:
     out, ran = tmp_path / "out", []
 
     def work(folder: Path) -> dict[str, Any]:
@@ -183,30 +183,30 @@ def test_a_step_is_not_done_twice_and_leaves_nothing_half(tmp_path: Path) -> Non
         (folder / "half").write_text("x")
         raise DataError("no")
 
-    assert run_step("s", out, [1], work).counts == {"n": 1}
-    again = run_step("s", out, [1], work)
+    assert run_stage("s", out, [1], work).counts == {"n": 1}
+    again = run_stage("s", out, [1], work)
     assert (again.ran, again.counts) == (False, {"n": 1})
     with pytest.raises(DataError, match="no"):
-        run_step("s", out, [2], fail)
+        run_stage("s", out, [2], fail)
     assert not (out / "half").exists()
     for stale in (".out.0123abcd", "..out.0123abcd.0123abcd"):  # what SIGKILL leaves of a step, and of packing in it
         (tmp_path / stale).mkdir()
     (tmp_path / ".out.config").mkdir()
-    assert run_step("s", out, [2], work).counts == {"n": 2}
+    assert run_stage("s", out, [2], work).counts == {"n": 2}
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.config", "out"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match="mine: is not empty and not the result of a step"):
-        run_step("s", tmp_path / "mine", [1], work)
+    with pytest.raises(DataError, match="mine: is not empty and not the result of a stage"):
+        run_stage("s", tmp_path / "mine", [1], work)
 
 
 def test_two_at_once_are_told_apart(tmp_path: Path) -> None:
     def work(folder: Path) -> dict[str, Any]:
         with pytest.raises(ConfigError, match="another process is writing it"):
-            run_step("s", tmp_path / "out", [2], lambda _: {})
+            run_stage("s", tmp_path / "out", [2], lambda _: {})
         return {}
 
-    assert run_step("s", tmp_path / "out", [1], work).ran
+    assert run_stage("s", tmp_path / "out", [1], work).ran
 
 
 # ---- the later steps --------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ def test_dedup_lists_what_it_drops(tmp_path: Path) -> None:
     said = texts(LAW, 20)
     near = said[3].replace("contract", "contrast")
     path = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in [*said, said[0].upper(), near]])
-    steps.validate([path], tmp_path / "v")
-    done = steps.dedup(tmp_path / "v", tmp_path / "d")
+    stages.validate([path], tmp_path / "v")
+    done = stages.dedup(tmp_path / "v", tmp_path / "d")
     assert {key: done.counts[key] for key in ("read", "kept", "exact", "near")} == {
         "read": 22, "kept": 20, "exact": 1, "near": 1}
     assert [document.text for document in records(tmp_path / "d")] == said
@@ -225,7 +225,7 @@ def test_dedup_lists_what_it_drops(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [(row["line"], row["kind"], row["kept_line"]) for row in rows] == [("21", "exact", "1"), ("22", "near", "4")]
     assert 0.8 <= float(rows[1]["similarity"]) < 1
-    assert steps.dedup(tmp_path / "v", tmp_path / "e", DedupSettings(exact_only=True)).counts["near"] == 0
+    assert stages.dedup(tmp_path / "v", tmp_path / "e", DedupSettings(exact_only=True)).counts["near"] == 0
 
 
 def test_labels_come_from_the_surest_source(tmp_path: Path) -> None:
@@ -233,8 +233,8 @@ def test_labels_come_from_the_surest_source(tmp_path: Path) -> None:
     given += [{"text": text, "expert": "garden_expert"} for text in texts(PLAIN, 40)]
     free = [{"text": texts(CODE, 1)[0]}, {"text": texts(PLAIN, 1, 900)[0]}, {"text": "?"}]
     path = jsonl(tmp_path / "a.jsonl", [*given, *free, {"text": texts(CODE, 1, 5)[0], "expert": "law_expert"}])
-    steps.validate([path], tmp_path / "v")
-    done = steps.label(tmp_path / "v", tmp_path / "l", LabelSettings(confidence=0.7))
+    stages.validate([path], tmp_path / "v")
+    done = stages.label(tmp_path / "v", tmp_path / "l", LabelSettings(confidence=0.7))
     table = pl.concat(list(read_tables(tmp_path / "l")))
     assert table["expert"].to_list()[80:] == ["code_expert", "garden_expert", None, "law_expert"]
     assert table["label_source"].to_list()[80:] == ["rules", "classifier", None, "given"]
@@ -242,26 +242,26 @@ def test_labels_come_from_the_surest_source(tmp_path: Path) -> None:
     assert done.counts["by_source"] == {"given": 81, "rules": 1, "classifier": 1, "unlabelled": 1}
     assert done.counts["classifier"]["names"] == ("garden_expert", "law_expert")
     assert done.counts["rules"]["law_expert"]["right"] > 0.9
-    reused = steps.label(tmp_path / "v", tmp_path / "m", LabelSettings(
+    reused = stages.label(tmp_path / "v", tmp_path / "m", LabelSettings(
         classifier=str(tmp_path / "l" / "classifier.npz"), rules="none", confidence=0.0))
     assert reused.counts["by_source"] == {"given": 81, "classifier": 3}
-    few = steps.label(tmp_path / "v", tmp_path / "n", LabelSettings(), experts=["law_expert", "code_expert"])
+    few = stages.label(tmp_path / "v", tmp_path / "n", LabelSettings(), experts=["law_expert", "code_expert"])
     assert few.counts["classifier"]["trained"] is False
     with pytest.raises(ConfigError, match="expert = 'garden_expert': must be one of law_expert"):
-        steps.label(tmp_path / "v", tmp_path / "x", LabelSettings(classifier=str(tmp_path / "l" / "classifier.npz")),
+        stages.label(tmp_path / "v", tmp_path / "x", LabelSettings(classifier=str(tmp_path / "l" / "classifier.npz")),
                     experts=["law_expert"])
 
 
 def test_split_and_pack_hold_out_the_same(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"text": text, "expert": name} for name, shape in (
         ("law_expert", LAW), ("code_expert", CODE), (None, PLAIN)) for text in texts(shape, 60)])
-    steps.validate([path], tmp_path / "v")
+    stages.validate([path], tmp_path / "v")
     how = SplitSettings(valid_fraction=0.2, seed=3)
-    done = steps.split(tmp_path / "v", tmp_path / "s", how)
+    done = stages.split(tmp_path / "v", tmp_path / "s", how)
     assert {(p.parent.parent.name, p.parent.name) for p in (tmp_path / "s").rglob("*.parquet")} == {
         (name, side) for name in ("law_expert", "code_expert", "unlabelled") for side in ("train", "valid")}
     assert sum(sides["train"] + sides["valid"] for sides in done.counts["by_expert"].values()) == 180
-    packed = steps.pack(tmp_path / "s", tmp_path / "p", PackSettings(vocab_size=300), held_out=how)
+    packed = stages.pack(tmp_path / "s", tmp_path / "p", PackSettings(vocab_size=300), held_out=how)
     shards = TokenShards.open(tmp_path / "p")
     assert shards.experts == ("code_expert", "law_expert")
     assert packed.counts["records"] == 180
@@ -300,8 +300,8 @@ def test_the_report_counts_and_its_page_stands_alone(tmp_path: Path) -> None:
     said = [{"input": text[:20], "output": text[20:], "metadata": {"complexity": "中级", "language": "Python"},
              "expert": "code_expert"} for text in texts(CODE, 10)]
     path = jsonl(tmp_path / "a.jsonl", [*said, *({"text": text} for text in [*texts(LAW, 5), "x=1"]), {"bad <b>": 1}])
-    steps.validate([path], tmp_path / "validate")
-    steps.split(tmp_path / "validate", tmp_path / "split")
+    stages.validate([path], tmp_path / "validate")
+    stages.split(tmp_path / "validate", tmp_path / "split")
     done = report(tmp_path / "split", tmp_path / "report")
     assert done.counts == {"records": 16, "experts": {"code_expert": 10, "unlabelled": 6}}
     told = json.loads((tmp_path / "report" / "report.json").read_text())["experts"]["code_expert"]

@@ -37,7 +37,7 @@ import numpy as np
 from ..errors import ConfigError
 from .encode import spread
 from .records import read_tables
-from .step import in_order
+from .stage import ordered_map
 
 if TYPE_CHECKING:
     import polars
@@ -76,7 +76,7 @@ def find_duplicates(
     digests, bands, cells = [], [], []
     seen = 0
     with ThreadPoolExecutor(workers) as pool:
-        for digest_N2, band_NB, cell_NM in in_order(pool, lambda t: _block(t, near), _texts(folder), workers):
+        for digest_N2, band_NB, cell_NM in ordered_map(pool, lambda t: _block(t, near), _texts(folder), workers):
             digests.append(digest_N2)
             bands.append(band_NB)
             cells.append(cell_NM)
@@ -231,7 +231,7 @@ def _similarities(folder: str | Path, pairs_P2: np.ndarray, pool: ThreadPoolExec
             return common / np.maximum(1, sizes[some].sum(1) - common)
 
         blocks = (pairs[i : i + PAIRS] for i in range(0, len(pairs), PAIRS))
-        out_P[part] = np.concatenate(list(in_order(pool, compare, blocks, workers)))
+        out_P[part] = np.concatenate(list(ordered_map(pool, compare, blocks, workers)))
     return out_P
 
 
@@ -261,7 +261,7 @@ def _sets(
         both = both[np.concatenate([[True], both[1:] != both[:-1]])]
         return both.astype(np.uint32), np.bincount((both >> np.uint64(32)).astype(np.int64), minlength=len(clean))
 
-    hashes, sizes = zip(*in_order(pool, unique, blocks(), workers), strict=True)
+    hashes, sizes = zip(*ordered_map(pool, unique, blocks(), workers), strict=True)
     return np.concatenate(hashes), np.concatenate(sizes)
 
 

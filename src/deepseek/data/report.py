@@ -16,7 +16,7 @@ from ..domain import told_by_language
 from ..files import to_json
 from .reader import ReadReport
 from .records import record_files
-from .step import Done, about, input_fingerprint, run_step
+from .stage import StageResult, about, input_fingerprint, run_stage
 
 NONE = "unlabelled"
 STEPS = ("validate", "dedup", "label", "split", "pack")
@@ -24,7 +24,7 @@ BINS = 16  # of text lengths, by powers of two; the last one is open
 KINDS = ("given", "rules", "classifier", NONE)
 
 
-def report(source: str | Path, out: str | Path) -> Done:
+def report(source: str | Path, out: str | Path) -> StageResult:
     """Write report.txt, report.html and report.json about the records of `source`."""
     before = {name: step["counts"] for name in STEPS if (step := about(Path(source).parent / name))}
 
@@ -36,7 +36,7 @@ def report(source: str | Path, out: str | Path) -> Done:
         return {"records": sum(one["records"] for one in found["experts"].values()),
                 "experts": {name: one["records"] for name, one in found["experts"].items()}}
 
-    return run_step("report", out, [input_fingerprint(source), before], work)
+    return run_stage("report", out, [input_fingerprint(source), before], work)
 
 
 def measure(source: str | Path) -> dict[str, dict[str, Any]]:

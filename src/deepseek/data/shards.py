@@ -39,7 +39,7 @@ from .encode import Encoder, flat, join, spread
 from .held_out import Held, count_held, held_out_place, hold_out, notes
 from .reader import Document, Named, ReadReport, list_files, read_documents
 from .records import COLUMNS
-from .step import in_order
+from .stage import ordered_map
 
 if TYPE_CHECKING:
     import polars
@@ -228,7 +228,7 @@ def pack_tables(tables: Iterable[polars.DataFrame], tokenizer: Tokenizer, folder
         splits = _Splits(tokens, names, dtype, valid_fraction, seed)
         sources: dict[str, int] = {}
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        for found in in_order(pool, lambda table: _encode(table, encoder), _blocks(tables), workers):
+        for found in ordered_map(pool, lambda table: _encode(table, encoder), _blocks(tables), workers):
             _tell(found, report)
             named = found.table["expert"].to_list()
             if experts and (unknown := [i for i, name in enumerate(named) if name and name not in place]):

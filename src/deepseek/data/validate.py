@@ -26,7 +26,7 @@ from .settings import ValidateSettings
 if TYPE_CHECKING:
     import polars
 
-    from .steps import Progress
+    from .stage import Progress
 
 UNIT = 32 << 20
 SMALL = 64 << 20  # bytes of input below which one process is quicker than two

@@ -25,8 +25,7 @@ from .settings import (
 )
 
 if TYPE_CHECKING:
-    from .step import Done
-    from .steps import Progress
+    from .stage import Progress, StageResult
 
 S = TypeVar("S")
 Make = Callable[[Any, str, Callable[[argparse.Namespace], None] | None, str], argparse.ArgumentParser]
@@ -106,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 def validate(args: argparse.Namespace) -> None:
     from .reader import ReadReport
-    from .steps import validate
+    from .stages import validate
 
     sources = ({"": args.data} if args.data else {}) | named_paths(args.sources, "sources")
     if not sources:
@@ -128,7 +127,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def dedup(args: argparse.Namespace) -> None:
-    from .steps import dedup
+    from .stages import dedup
 
     with _bar("dedup") as progress:
         done = dedup(args.source, args.out, _settings(args, DedupSettings), workers=args.workers, progress=progress)
@@ -139,7 +138,7 @@ def dedup(args: argparse.Namespace) -> None:
 
 def label(args: argparse.Namespace) -> None:
     from ..domain import HeldOutReport
-    from .steps import label
+    from .stages import label
 
     with _bar("label") as progress:
         done = label(args.source, args.out, _settings(args, LabelSettings), experts=args.experts, workers=args.workers,
@@ -156,7 +155,7 @@ def label(args: argparse.Namespace) -> None:
 
 
 def split(args: argparse.Namespace) -> None:
-    from .steps import split
+    from .stages import split
 
     with _bar("split") as progress:
         done = split(args.source, args.out, _settings(args, SplitSettings), progress=progress)
@@ -165,7 +164,7 @@ def split(args: argparse.Namespace) -> None:
 
 
 def pack(args: argparse.Namespace) -> None:
-    from .steps import pack
+    from .stages import pack
 
     with _bar("pack") as progress:
         done = pack(args.source, args.out, _settings(args, PackSettings), held_out=_settings(args, SplitSettings),
@@ -206,7 +205,7 @@ def _bar(name: str) -> Iterator[Progress]:
         yield advance
 
 
-def _line(name: str, done: Done) -> str:
+def _line(name: str, done: StageResult) -> str:
     told = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in done.counts.items()
                      if isinstance(value, int) and key not in ("seed", "files", "characters"))
     line = f"{name}: {told} ({f'{done.seconds:.1f} s' if done.ran else 'unchanged'})"

@@ -1,4 +1,4 @@
-"""The steps of the pipeline, each from a folder to a folder: validate, dedup, label, split, pack.
+"""The stages of the pipeline, each from a folder to a folder: validate, dedup, label, split, pack.
 
     validate  files -> records in Parquet, and quarantine.jsonl with what could not be used and why
     dedup     records -> those that stay, and dropped.csv: which went, why, and for the sake of which
@@ -6,10 +6,9 @@
     split     records -> NAME/train and NAME/valid by expert (`unlabelled` for those without)
     pack      records -> token shards
 
-A step's folder appears whole or not at all, with step.json in it: counts, and a fingerprint of the settings and of the
-input's own fingerprint (for files: their paths, sizes and times). Where that is already there, the step does not run
-again; so the same command continues a pipeline that was stopped, at the step that was under way. Every step keeps the
-reading order, and gives the same records however many workers it has.
+A stage writes its folder atomically, with a step.json: counts, and a fingerprint of the settings and of the input (for
+files: their paths, sizes and times). A folder with the same fingerprint is not written again, so the same command
+resumes a stopped pipeline. Every stage keeps the reading order and gives the same records for any number of workers.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,7 @@ from .mapping import RecordMap
 from .reader import Named, ReadReport
 from .records import Parts, read_tables
 from .settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings, check_names
-from .step import Done, in_order, input_fingerprint, run_step
+from .stage import Progress, StageResult, input_fingerprint, ordered_map, run_stage
 from .validate import read_all, source_fingerprint
 
 if TYPE_CHECKING:
@@ -40,13 +39,10 @@ BLOCK = 1 << 14
 LEAST_TEXTS = 20  # of a name, or the classifier does not learn it
 TOKENIZER_CHARACTERS = 50_000_000  # that a tokenizer is trained on at most
 
-Progress = Callable[[int], None]
-
-
 def validate(
     paths: Sequence[str | Path] | Named, out: str | Path, settings: ValidateSettings | None = None, *,
     experts: Sequence[str] = (), mapping: RecordMap | None = None, workers: int = 2, progress: Progress | None = None,
-) -> Done:
+) -> StageResult:
     """Read files of every kind into records. experts: names that records may bear; with none given, any will do.
 
     Raises as `read_documents` does; what it calls a problem goes to quarantine.jsonl, with file, line, reason and the
@@ -56,15 +52,15 @@ def validate(
     named: Named = paths if isinstance(paths, dict) else {"": paths}  # type: ignore[dict-item]
     check_names(experts, tuple(filter(None, named)))
     given = [source_fingerprint(named), asdict(settings), sorted(experts), asdict(mapping) if mapping else None]
-    return run_step("validate", out, given, lambda folder: read_all(named, folder, settings, experts, mapping, workers,
+    return run_stage("validate", out, given, lambda folder: read_all(named, folder, settings, experts, mapping, workers,
                                                                     progress))
 
 
 def dedup(
     source: str | Path, out: str | Path, settings: DedupSettings | None = None, *, workers: int = 2,
     progress: Progress | None = None,
-) -> Done:
-    """Drop records that say the same as an earlier one (see dedup.py), and list them in dropped.csv."""
+) -> StageResult:
+    """Drop exact and near duplicates of earlier records (see dedup.py), and list them in dropped.csv."""
     settings = settings or DedupSettings()
 
     def work(folder: Path) -> dict[str, Any]:
@@ -89,15 +85,15 @@ def dedup(
         return {"read": len(stays), "kept": len(stays) - len(gone), "exact": exact, "near": len(gone) - exact,
                 "threshold": settings.threshold}
 
-    return run_step("dedup", out, [input_fingerprint(source), asdict(settings)], work)
+    return run_stage("dedup", out, [input_fingerprint(source), asdict(settings)], work)
 
 
 def label(
     source: str | Path, out: str | Path, settings: LabelSettings | None = None, *, experts: Sequence[str] = (),
     workers: int = 2, progress: Progress | None = None,
-) -> Done:
-    """Give every record an expert, where one can be told: the given one, else what keyword rules say, else what a
-    classifier says that is sure enough. The column label_source tells which. experts: the only names to give."""
+) -> StageResult:
+    """Label records with an expert: the given one, else by keyword rules, else by a classifier above `confidence`. The
+    column label_source records which. experts: the only names allowed."""
     settings = settings or LabelSettings()
     check_names(experts)
     rules = None if settings.rules == "none" else (
@@ -121,7 +117,7 @@ def label(
 
         parts, tally, seen = Parts(folder), Counter[tuple[str, str]](), 0
         with ThreadPoolExecutor(workers) as pool:
-            for table in in_order(pool, name, read_tables(source, rows=BLOCK), workers):
+            for table in ordered_map(pool, name, read_tables(source, rows=BLOCK), workers):
                 parts.add(table)
                 for who, by, count in table.group_by("expert", "label_source").len().iter_rows():
                     tally[who or "unlabelled", by or "unlabelled"] += count
@@ -137,7 +133,7 @@ def label(
 
     given = [input_fingerprint(source), asdict(settings), list(experts), rules and rules.fingerprint,
              _digest(settings.classifier) if ready else None]
-    return run_step("label", out, given, work)
+    return run_stage("label", out, given, work)
 
 
 def _digest(path: str) -> str:
@@ -180,7 +176,7 @@ def _trained(
 
 
 def _tried(rules: KeywordRules, sample: dict[str, list[str]], allowed: set[str]) -> dict[str, Any]:
-    """How the rules do on records whose name is known: share they speak on, share of that which is right."""
+    """Coverage and precision of the rules on records whose name is known."""
     out = {}
     for name, texts in sample.items():
         said = [who for text in texts[:1000] if (who := rules.predict(text)) in allowed]
@@ -217,9 +213,9 @@ def _named(
 
 
 def split(source: str | Path, out: str | Path, settings: SplitSettings | None = None, *,
-          progress: Progress | None = None) -> Done:
-    """Records by expert into OUT/NAME/train and OUT/NAME/valid: a hash of the text decides, and at least a few of every
-    name are held out, as in `pack`."""
+          progress: Progress | None = None) -> StageResult:
+    """Write records by expert into OUT/NAME/train and OUT/NAME/valid. A hash of the text decides, and at least a few of
+    every name are held out, as in `pack`."""
     settings = settings or SplitSettings()
 
     def work(folder: Path) -> dict[str, Any]:
@@ -256,15 +252,15 @@ def split(source: str | Path, out: str | Path, settings: SplitSettings | None = 
                 "by_expert": {name: {side: parts[name, side].rows if (name, side) in parts else 0
                                      for side in ("train", "valid")} for name in sorted({n for n, _ in parts})}}
 
-    return run_step("split", out, [input_fingerprint(source), asdict(settings), LEAST], work)
+    return run_stage("split", out, [input_fingerprint(source), asdict(settings), LEAST], work)
 
 
 def pack(
     source: str | Path, out: str | Path, settings: PackSettings | None = None, *, held_out: SplitSettings | None = None,
     experts: Sequence[str] = (), progress: Progress | None = None,
-) -> Done:
-    """Token shards of records, for training. held_out: as in `split`. experts: the names in the order that counts;
-    with none given those that the records bear, sorted. A tokenizer that is trained here lies in OUT/tokenizer."""
+) -> StageResult:
+    """Write records as token shards for training. held_out: as in `split`. experts: names in the order of the routing
+    groups; by default those of the records, sorted. A tokenizer trained here is written to OUT/tokenizer."""
     settings, held_out = settings or PackSettings(), held_out or SplitSettings()
 
     def work(folder: Path) -> dict[str, Any]:
@@ -294,7 +290,7 @@ def pack(
         from ..tokenizer import Tokenizer
 
         given.append(Tokenizer.load(settings.tokenizer).fingerprint)
-    return run_step("pack", out, given, work)
+    return run_stage("pack", out, given, work)
 
 
 def _some_texts(source: str | Path) -> Iterator[str]:
