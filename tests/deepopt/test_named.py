@@ -118,8 +118,8 @@ def test_a_trained_model_is_profiled_and_watched(
 
     before, after = served(trained), served(atlas.updated(more))
     for name in NAMES:
-        right = before[f"right_tokens_total|{name}"]
-        assert after[f"right_tokens_total|{name}"] == right > 0.8 * before[f"labelled_tokens_total|{name}"]
+        right = before[f"correct_tokens_total|{name}"]
+        assert after[f"correct_tokens_total|{name}"] == right > 0.8 * before[f"labelled_tokens_total|{name}"]
         assert f"drift|{name}" not in before and abs(after[f"drift|{name}"]) < 0.1
 
 

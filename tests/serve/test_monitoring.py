@@ -135,7 +135,7 @@ def test_metrics_agree_with_what_was_sent(watched: Watched) -> None:
     assert ran == prompt + new - len(watched.sent)  # the last token of each is never run
     slots = sum(v for k, v in samples.items() if k[0] == "moe_dr_slots_total")
     assert slots == 2 * 4 * samples["moe_dr_tokens_total", "computed"]
-    assert samples["moe_dr_first_token_seconds_count",] == len(watched.sent)
+    assert samples["moe_dr_time_to_first_token_seconds_count",] == len(watched.sent)
     assert samples["moe_dr_process_cpus",] > 0 and samples["moe_dr_price_per_hour",] == 2.0
     assert "web" not in watched.client.get("/metrics").text  # clients have no labels
 
@@ -391,7 +391,7 @@ def test_the_dashboard_on_a_phone(watched: Watched, browser: Any) -> None:
         state.groups = groups.map(i => ({ ...state.groups[0], name: long(i), resident: 1, hits: 1 }));
         state.conflict = groups.map(() => groups.map(() => 123456));
         state.confusion = groups.map(a => groups.map(b => a === b ? 9 : 0));
-        state.residency = { hits: 1, stall: 1, foretold_right: 1, read_bytes: 1e12 };
+        state.residency = { hits: 1, stall: 1, prefetch_hits: 1, read_bytes: 1e12 };
         state.business = groups.map(i => ({ ...state.business[0], domain: long(i) }));
         state.slices = { client: groups.map(i => ["a-client-with-a-name-without-any-space-at-all-" + i, .1]) };
         state.past_alerts = [{ time: state.time, begins: true, message: long(1).repeat(4) }];

@@ -95,7 +95,7 @@ def test_a_server_that_began_anew() -> None:
     ("conflict_high", {"conflict_tokens_total": 700}),
     ("stall_high", {"step_seconds_total": 60, "expert_stall_seconds_total": 40}),
     ("errors_high", {"requests_total__law_expert__stop": 27, "requests_total__other__error": 3}),
-    ("unhappy", {"feedback_total__law_expert__up": 5, "feedback_total__unknown__down": 20})])
+    ("negative_feedback_high", {"feedback_total__law_expert__up": 5, "feedback_total__unknown__down": 20})])
 def test_the_other_rules(rule: str, counts: dict[str, float]) -> None:
     alerts, traffic = Alerts(AlertLimits(minutes=2)), Traffic()
     for _ in range(4):

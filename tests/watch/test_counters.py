@@ -20,7 +20,7 @@ from deepseek.config import ModelConfig
 from deepseek.ids import ExpertId, ExpertSet
 from deepseek.model import Route, RoutingRecord
 from deepseek.watch.counters import CLOSE, ServingCounters
-from deepseek.watch.metrics import METRICS, PREFIX, Histogram, delta, exposition, key, quantile, values
+from deepseek.watch.metrics import METRICS, PREFIX, RENAMED, Histogram, delta, exposition, key, quantile, values
 
 NAMES = ("code_expert", "law_expert", "odd")
 
@@ -133,7 +133,7 @@ def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None
     assert snapshot["group_expected_slots_total|law_expert|1-2"] == 2 * 2 * tokens * 3 / 8
     assert snapshot["group_slots_total|code_expert|1-2"] == 0
     assert "group_slots_total|odd|5" not in snapshot and "group_expected_slots_total|odd|3-4" in snapshot
-    assert snapshot["labelled_tokens_total|law_expert"] == snapshot["right_tokens_total|law_expert"] == tokens
+    assert snapshot["labelled_tokens_total|law_expert"] == snapshot["correct_tokens_total|law_expert"] == tokens
     assert snapshot["drift|law_expert"] == pytest.approx(1.0 - 0.5) and "drift|code_expert" not in snapshot
     assert snapshot["routing_entropy|5"] == pytest.approx(math.log(2))
     assert snapshot["max_vio|5"] == pytest.approx(30 / (60 / 8) - 1) and snapshot["dead_experts|1-2"] == 12
@@ -170,7 +170,7 @@ def test_a_token_without_a_named_group_is_not_right(config: ModelConfig, atlas: 
     counters.step([Plain(request=Plain(number=1, domain="code", tags={}), chunk=Plain(tokens=3))], RoutingRecord(
         {layer: Route(index, torch.ones(3, 2), torch.zeros(3, 8)) for layer in config.moe_layers}), 0.1)
     snapshot = counters.snapshot()
-    assert (snapshot["labelled_tokens_total|code_expert"], snapshot["right_tokens_total|code_expert"]) == (3, 0)
+    assert (snapshot["labelled_tokens_total|code_expert"], snapshot["correct_tokens_total|code_expert"]) == (3, 0)
 
 
 def routed(config: ModelConfig, share: float, seed: int, size: int = 4) -> tuple[list[Any], RoutingRecord]:
@@ -207,7 +207,7 @@ def test_names_of_training_are_judged_as_in_training(tiny_config: Callable, shar
         strength_TG.scatter_add_(1, route.index_TK // 4, route.weight_TK)
     best_T, label_T = strength_TG.argmax(1), torch.arange(400) // 10 % 2
     for g, name in enumerate(("code_expert", "law_expert")):
-        assert snapshot[f"right_tokens_total|{name}"] == int((best_T == g)[label_T == g].sum())
+        assert snapshot[f"correct_tokens_total|{name}"] == int((best_T == g)[label_T == g].sum())
         assert snapshot[f"labelled_tokens_total|{name}"] == 200
     top_T2 = strength_TG.topk(2).values
     assert snapshot["conflict_tokens_total"] == int((top_T2[:, 0] - top_T2[:, 1] < CLOSE * top_T2[:, 0]).sum())
@@ -230,7 +230,7 @@ def test_nothing_that_is_profiled_changes_what_is_said_of_names_of_training(tiny
         return counters, counters.snapshot()
 
     plain, before = counted(built(config))
-    assert 0.5 < before["right_tokens_total|code_expert"] / before["labelled_tokens_total|code_expert"] < 0.95
+    assert 0.5 < before["correct_tokens_total|code_expert"] / before["labelled_tokens_total|code_expert"] < 0.95
     tags = {"nested": tag("hot", 0, 1), "the same": tag("again", 0, 1, 2, 3), "across": tag("both", 0, 4),
             "around": tag("wide", *range(12)), "beside": tag("free", 8, 9), "one": tag("single", 0)}
     for own in (*([one] for one in tags.values()), list(tags.values())):
@@ -254,7 +254,7 @@ def test_a_measured_name_is_held_against_those_of_other_experts(tiny_config: Cal
         index = torch.tensor([experts] * 5)
         counters.step([Plain(request=Plain(number=1, domain=domain, tags={}), chunk=Plain(tokens=5))], RoutingRecord(
             {1: Route(index, torch.ones(5, 2), torch.zeros(5, 16))}), 0.1)
-        return counters.snapshot()[f"right_tokens_total|{domain}"] / 5
+        return counters.snapshot()[f"correct_tokens_total|{domain}"] / 5
 
     atlas = built(config, tag("hot", 0, 1), tag("far", 12, 13))
     assert right(atlas, "hot", 0, 2) == 1.0, "code_expert is stronger by nothing but the same experts"
@@ -288,7 +288,7 @@ def test_steps_of_a_thread_while_another_reads(config: ModelConfig, atlas: Atlas
     over.set()
     thread.join()
     snapshot = counters.snapshot()
-    assert snapshot["right_tokens_total|law_expert"] == snapshot["judged_requests_total"] == 2000
+    assert snapshot["correct_tokens_total|law_expert"] == snapshot["judged_requests_total"] == 2000
     assert snapshot["requests_total|law_expert|stop"] == 2000 and not counters.strength
 
 
@@ -319,29 +319,52 @@ def test_clients_that_were_seen_last_are_remembered(config: ModelConfig) -> None
 
 
 def test_exposition_is_what_prometheus_reads() -> None:
-    histogram = Histogram("first_token_seconds")
+    histogram = Histogram("time_to_first_token_seconds")
     for wait in (0.05, 0.5, 0.6, 7.0):
         histogram.add(wait)
     snapshot = {"steps_total": 3.0, key("slots_total", "1-9"): 5.0, key("requests_total", 'a"\n\\', "stop"): 1.0,
-               key("slice_tokens_total", "client", "x"): 1.0, "cpu_share": 0.5} | histogram.snapshot()
+               key("slice_tokens_total", "client", "x"): 1.0, "cpu_ratio": 0.5} | histogram.snapshot()
     families = {family.name: family for family in text_string_to_metric_families(exposition(snapshot).decode())}
     assert PREFIX + "slice_tokens" not in families
     assert families[PREFIX + "requests"].samples[0].labels == {"domain": 'a"\n\\', "reason": "stop"}
-    samples = {(s.name, s.labels.get("le")): s.value for s in families[PREFIX + "first_token_seconds"].samples}
-    assert samples[PREFIX + "first_token_seconds_bucket", "1.0"] == 3
-    assert samples[PREFIX + "first_token_seconds_count", None] == 4
-    assert samples[PREFIX + "first_token_seconds_sum", None] == pytest.approx(8.15)
+    samples = {(s.name, s.labels.get("le")): s.value for s in families[PREFIX + "time_to_first_token_seconds"].samples}
+    assert samples[PREFIX + "time_to_first_token_seconds_bucket", "1.0"] == 3
+    assert samples[PREFIX + "time_to_first_token_seconds_count", None] == 4
+    assert samples[PREFIX + "time_to_first_token_seconds_sum", None] == pytest.approx(8.15)
     assert all(metric.help for metric in METRICS.values())
 
 
+def test_former_names_are_served_beside_the_new_ones() -> None:
+    """For one release: the same samples, and HELP says what to use instead."""
+    snapshot: dict[str, float] = {}
+    for metric in METRICS.values():
+        if metric.kind == "histogram":
+            (histogram := Histogram(metric.name)).add(0.3)
+            snapshot |= histogram.snapshot()
+        else:
+            snapshot[key(metric.name, *metric.labels)] = 7.0
+    text = exposition(snapshot).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert len(RENAMED) == 10
+    for old, new in RENAMED.items():
+        former, current = (families[PREFIX + name.removesuffix("_total")] for name in (old, new))
+        assert former.documentation == f"Deprecated: use {PREFIX}{new}"
+        assert former.type == current.type and "Deprecated" not in current.documentation
+        assert [(s.name.replace(former.name, current.name), s.labels, s.value) for s in former.samples] == [
+            (s.name, s.labels, s.value) for s in current.samples]
+    assert sum(line.startswith("# HELP") for line in text.splitlines()) == len(RENAMED) + sum(
+        metric.exported for metric in METRICS.values())
+
+
 def test_percentiles_of_a_stretch() -> None:
-    histogram = Histogram("token_seconds")
+    histogram = Histogram("request_time_per_output_token_seconds")
     histogram.add(9.0)
     old = histogram.snapshot()
     for i in range(100):
         histogram.add(0.1 + i / 1000)
     now = histogram.snapshot()
-    assert quantile(0.5, now, old, "token_seconds") == pytest.approx(0.15, abs=0.002)
-    assert quantile(0.99, now, now, "token_seconds") is None
-    assert quantile(0.999, histogram.snapshot(), {}, "token_seconds") == 2.5  # beyond the last bound
+    assert quantile(0.5, now, old, "request_time_per_output_token_seconds") == pytest.approx(0.15, abs=0.002)
+    assert quantile(0.99, now, now, "request_time_per_output_token_seconds") is None
+    beyond = quantile(0.999, histogram.snapshot(), {}, "request_time_per_output_token_seconds")
+    assert beyond == 2.5, "the last bound"
     assert delta({"steps_total": 3.0}, {"steps_total": 10.0}, "steps_total") == 3.0  # began anew

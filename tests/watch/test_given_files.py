@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from deepseek.watch.alerts import AlertLimits
-from deepseek.watch.metrics import METRICS, PREFIX
+from deepseek.watch.metrics import METRICS, PREFIX, RENAMED
 
 FILES = Path(str(files("deepseek.watch") / "files"))
 MANUAL = Path(__file__).parents[2] / "docs" / "monitoring.md"
@@ -53,7 +53,8 @@ def test_the_rules_have_the_limits_of_the_server() -> None:
     assert f"< {limits.share_low:g}" in rules["ExpertShareLow"]["expr"]
     assert f"[{limits.minutes:g}m]" in rules["ExpertShareLow"]["expr"]
     for name, limit in (("ExpertConflictsHigh", limits.conflict_high), ("ExpertStallsHigh", limits.stall_high),
-                        ("RequestErrorsHigh", limits.errors_high), ("UsersUnhappy", limits.unhappy)):
+                        ("RequestErrorsHigh", limits.errors_high),
+                        ("NegativeFeedbackHigh", limits.negative_feedback_high)):
         assert f"> {limit:g}" in rules[name]["expr"]
 
 
@@ -74,4 +75,6 @@ def test_promtool_accepts_them(tmp_path: Path) -> None:
 def test_the_manual_has_every_metric() -> None:
     text = MANUAL.read_text(encoding="utf-8")
     assert [name for name, metric in METRICS.items() if metric.exported and f"`{PREFIX}{name}`" not in text] == []
-    assert [name for name in re.findall(rf"`{PREFIX}(\w+)`", text) if name not in METRICS] == []
+    assert [name for name in re.findall(rf"`{PREFIX}(\w+)`", text) if name not in {*METRICS, *RENAMED}] == []
+    for old, new in RENAMED.items():
+        assert f"| `{PREFIX}{old}` | `{PREFIX}{new}` |" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from deepseek.errors import ConfigError
 from deepseek.watch.history import DAY, HOUR, History, HistoryError
+from deepseek.watch.metrics import METRICS, RENAMED, delta
+from deepseek.watch.monitor import rates
 
 NOW = 1e9
 
@@ -106,4 +109,30 @@ def test_a_file_that_is_deleted_or_damaged_while_the_server_runs(tmp_path: Path,
         history.add(NOW + i, {"steps_total": 1.0})
     assert len(history.snapshots(0)) == 3 and not history.comments() and history._again == float("inf")
     assert len(caplog.records) == 2
+    history.close()
+
+
+def test_a_file_of_an_earlier_release_has_curves_and_alerts(tmp_path: Path) -> None:
+    """Its rows bear metrics' former names: the first minute's waits of 10 to 25 ms, then some of 50 to 100 ms."""
+    History(tmp_path / "h.sqlite").close()
+    with sqlite3.connect(tmp_path / "h.sqlite") as store:
+        for minute, slow in enumerate((0, 10)):
+            waits = {f"{name}|{bound}": float(4 + (float(bound) >= 0.1) * slow)
+                     for name, metric in METRICS.items() if metric.kind == "histogram"
+                     for bound in (*map(str, metric.bounds), "inf")}
+            row = waits | {"right_tokens_total|law_expert": 5.0 * minute, "joules_total|cpu": 60.0 * minute,
+                           "tokens_total|computed": 30.0 * minute, "cpu_share": 0.5}
+            former = {new: old for old, new in RENAMED.items()}
+            row = {(former.get(name.split("|")[0], name.split("|")[0]) + name[len(name.split("|")[0]):]).replace(
+                "|inf", "|+Inf"): value for name, value in row.items()}
+            assert "first_token_seconds|0.1" in row
+            store.execute("insert into readings values (?, ?)", (NOW + 60 * minute, json.dumps(row)))
+        store.execute("insert into alerts values (?, 'unhappy', '', 1, 'a message')", (NOW,))
+    history = History(tmp_path / "h.sqlite")
+    (start, old), (end, now) = history.snapshots(0)
+    assert now["cpu_ratio"] == 0.5 and delta(now, old, "correct_tokens_total|law_expert") == 5.0
+    curve = rates(start, old, end, now)
+    assert curve["joules_per_token"] == 2.0 and curve["first_p50"] == pytest.approx(0.075)
+    assert curve["each_p50"] == pytest.approx(0.0875)
+    assert history.alerts()[0]["rule"] == "negative_feedback_high"
     history.close()

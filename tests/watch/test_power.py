@@ -36,4 +36,4 @@ def test_without_counters_there_is_no_metric(tmp_path: Path) -> None:
     (folder / "energy_uj").unlink()
     assert Rapl(tmp_path).read() is None
     found = MachineSampler(tmp_path).read()
-    assert "joules_total|cpu" not in found and found["resident_bytes"] > 1e7 and 0 <= found["memory_share"] <= 1
+    assert "energy_joules_total|cpu" not in found and found["resident_bytes"] > 1e7 and 0 <= found["memory_ratio"] <= 1

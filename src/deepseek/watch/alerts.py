@@ -4,11 +4,11 @@ When a named group is used less than LOW of its expected share, the traffic has 
 the message names the slices (domain, client, language, adapter) whose part of the tokens changed most between the time
 before the window and the window itself. alerts.yml holds the same rules for Prometheus.
 
-    share_low        a named group below LOW of its share under uniform routing
-    conflict_high    tokens whose two strongest groups are close
-    stall_high       share of the steps' time in which the engine waited for the disk
-    errors_high      requests that ended in an error
-    unhappy          feedback that is mostly bad
+    share_low                 a named group below LOW of its share under uniform routing
+    conflict_high             tokens whose two strongest groups are close
+    stall_high                share of the steps' time in which the engine waited for the disk
+    errors_high               requests that ended in an error
+    negative_feedback_high    feedback that is mostly bad
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AlertLimits:
     conflict_high: float = 0.5
     stall_high: float = 0.5
     errors_high: float = 0.05
-    unhappy: float = 0.5
+    negative_feedback_high: float = 0.5
 
 
 class Alerts:
@@ -110,7 +110,8 @@ class Alerts:
                  1.0, "of the time the engine waited for experts from disk: give more expert_memory, or warm others"),
                 ("errors_high", ended["error"], sum(ended.values()), LEAST_REQUESTS,
                  "of the requests ended in an error"),
-                ("unhappy", rated["down"], sum(rated.values()), LEAST_REQUESTS, "of the feedback is bad")):
+                ("negative_feedback_high", rated["down"], sum(rated.values()), LEAST_REQUESTS,
+                 "of the feedback is bad")):
             limit = getattr(limits, rule)
             if whole >= least and part / whole > limit * (1 - CLEAR * ((rule, "") in self.firing)):
                 yield Alert(rule, "", part / whole, limit,

@@ -194,8 +194,8 @@ class ServingCounters:
         for adapter in adapters:
             self.numbers |= {key("adapter_requests_total", adapter, reason): 0.0 for reason in REASONS}
             self.numbers[key("adapter_tokens_total", adapter)] = 0.0
-        self.first_token = Histogram("first_token_seconds")
-        self.per_token = Histogram("token_seconds")
+        self.first_token = Histogram("time_to_first_token_seconds")
+        self.per_token = Histogram("request_time_per_output_token_seconds")
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -352,7 +352,7 @@ class ServingCounters:
                 wanted_LE = self.wanted_LE * groups.member_LEG[..., g].double()
                 out[key("group_wanted_total", name)] = float(wanted_LE.sum())
                 out[key("labelled_tokens_total", name)] = int(counts.labelled_G[g])
-                out[key("right_tokens_total", name)] = int(counts.confusion_GG[g, g])
+                out[key("correct_tokens_total", name)] = int(counts.confusion_GG[g, g])
                 if (drift := self._drift(g, recent.slots_DLE[g + 1])) is not None:
                     out[key("drift", name)] = drift
             return out | balance(self.config, groups, recent.slots_DLE.sum(0))

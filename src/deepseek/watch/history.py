@@ -23,10 +23,11 @@ from typing import TypeVar
 
 from ..errors import ConfigError, MoEDRError
 from ..files import to_json
-from .metrics import Snapshot
+from .metrics import Snapshot, current_name
 
 HOUR, DAY = 3600.0, 86400.0
 AGAIN = 60.0  # seconds after which a file that failed is tried again
+RENAMED_RULES = {"unhappy": "negative_feedback_high"}
 OURS = 0x4D6F4544  # application_id: "MoED"
 _TABLES = """
 create table if not exists readings (time real primary key, numbers text not null);
@@ -144,7 +145,8 @@ class History:
             return store.execute(
                 f"select time, numbers from readings where time in ({places}) order by time", chosen).fetchall()
 
-        return [(time, json.loads(numbers)) for time, numbers in self._do(work)]
+        return [(time, {current_name(name): value for name, value in json.loads(numbers).items()})
+                for time, numbers in self._do(work)]
 
     def alert(self, time: float, rule: str, subject: str, begins: bool, message: str) -> None:
         row = (time, rule, subject, begins, message)
@@ -154,7 +156,8 @@ class History:
         """The newest first."""
         rows = self._do(lambda store: store.execute("select * from alerts order by rowid desc limit ?",
                                                     (most,)).fetchall())
-        return [dict(zip(("time", "rule", "subject", "begins", "message"), row, strict=True)) for row in rows]
+        return [dict(zip(("time", "rule", "subject", "begins", "message"), row, strict=True)) |
+                {"rule": RENAMED_RULES.get(row[1], row[1])} for row in rows]
 
     def rate(self, time: float, answer: str, domain: str, rating: str, comment: str | None) -> bool:
         """Keep feedback; False if the answer has been rated before. Raises HistoryError where the file fails: memory

@@ -1,7 +1,7 @@
 """Every number that is watched, by name, with its definition; docs/monitoring.md says the same at more length.
 
 A snapshot is plain numbers by name: `steps_total`, or, with values of the metric's labels, `slots_total|1-9`. A
-histogram's are the counts up to each bound and the sum: `first_token_seconds|0.5`, `first_token_seconds|sum`. What
+histogram's are the counts up to each bound and the sum: `NAME|0.5`, `NAME|sum`. What
 cannot be measured is absent, never zero.
 
 Rates, shares and percentiles are of what has grown between two snapshots; a number that has become smaller began anew.
@@ -23,7 +23,7 @@ EACH = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.
 @dataclass(frozen=True)
 class Metric:
     """exported: also to Prometheus; False for those with more values of a label than it should keep. bounds: of a
-    histogram's buckets, seconds."""
+    histogram's buckets, seconds. formerly: the name of earlier releases, exported beside the new one, deprecated."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -31,14 +31,15 @@ class Metric:
     help: str
     exported: bool = True
     bounds: tuple[float, ...] = ()
+    formerly: str = ""
 
 
-def _counter(name: str, help: str, *labels: str, exported: bool = True) -> Metric:
-    return Metric(f"{name}_total", "counter", labels, help, exported)
+def _counter(name: str, help: str, *labels: str, exported: bool = True, formerly: str = "") -> Metric:
+    return Metric(f"{name}_total", "counter", labels, help, exported, formerly=formerly)
 
 
-def _gauge(name: str, help: str, *labels: str) -> Metric:
-    return Metric(name, "gauge", labels, help)
+def _gauge(name: str, help: str, *labels: str, formerly: str = "") -> Metric:
+    return Metric(name, "gauge", labels, help, formerly=formerly)
 
 
 SYSTEM = (
@@ -52,33 +53,36 @@ SYSTEM = (
     _counter("group_expected_slots", "Slots that would have gone there under uniform routing", "group", "band"),
     _counter("group_wanted", "Experts of a group that a layer of a step asked for, each once", "group"),
     _counter("group_missed", "Those of them that were not in memory, or just being read", "group"),
-    _gauge("group_resident_share", "Share of a group's experts that are in memory", "group"),
+    _gauge("group_resident_ratio", "Share of a group's experts that are in memory", "group",
+           formerly="group_resident_share"),
     _counter("distinct_experts", "Experts that a layer of a step asked for, each once"),
     _counter("distinct_experts_expected", "The same if routing were uniform: E (1 - (1 - K/E)^T) for T tokens"),
     _counter("experts_wanted", "The same as distinct_experts, as the residency counts it, where not all experts are in "
                                "memory"),
     _counter("experts_missed", "Those of them that were not in memory"),
     _counter("experts_late", "Those of them that were just being read"),
-    _counter("experts_foretold", "Experts read ahead"),
-    _counter("experts_used", "Those of them that the layer then asked for"),
+    _counter("experts_prefetched", "Experts read ahead", formerly="experts_foretold_total"),
+    _counter("prefetch_hits", "Those of them that the layer then asked for", formerly="experts_used_total"),
     _counter("expert_stall_seconds", "Seconds in which the computation waited for experts from disk"),
     _counter("expert_read_bytes", "Bytes of experts read from disk"),
     _gauge("requests_running", "Requests that have pages of the cache"),
     _gauge("requests_waiting", "Requests in the queue"),
     _gauge("cache_free_positions", "Positions of the latent cache that a new request could have"),
     _counter("preempted", "Requests that stepped back for want of room in the cache"),
-    _gauge("cpu_share", "Use of all processors, 0..1"),
+    _gauge("cpu_ratio", "Use of all processors, 0..1", formerly="cpu_share"),
     _gauge("process_cpus", "Processors' worth of time that this process uses"),
     _gauge("resident_bytes", "Memory of this process"),
-    _gauge("memory_share", "Use of the machine's memory, 0..1"),
-    _gauge("gpu_share", "Use of the GPU, 0..1 (NVML)"),
+    _gauge("memory_ratio", "Use of the machine's memory, 0..1", formerly="memory_share"),
+    _gauge("gpu_ratio", "Use of the GPU, 0..1 (NVML)", formerly="gpu_share"),
     _gauge("gpu_memory_bytes", "Memory in use on the GPU (NVML)"),
-    _counter("joules", "Energy of the processors' packages (cpu, RAPL) and of the GPU (gpu, NVML)", "source"),
+    _counter("energy_joules", "Energy of the processors' packages (cpu, RAPL) and of the GPU (gpu, NVML)", "source",
+             formerly="joules_total"),
     _gauge("price_per_hour", "What an hour of this machine costs, as configured"),
 )
 MODEL = (
     _counter("labelled_tokens", "Tokens of requests whose domain bears a named group's name", "group"),
-    _counter("right_tokens", "Those of them whose strongest named group is that one", "group"),
+    _counter("correct_tokens", "Those of them whose strongest named group is that one", "group",
+             formerly="right_tokens_total"),
     _counter("judged_tokens", "Tokens whose named groups were compared"),
     _counter("conflict_tokens", "Those of them whose two strongest named groups are close"),
     _counter("judged_requests", "Requests whose named groups were compared, over all their tokens"),
@@ -96,8 +100,10 @@ BUSINESS = (
              "several", "adapter", "reason"),
     _counter("adapter_tokens", "Tokens that ran through the model, by adapter or base", "adapter"),
     _counter("refused", "Requests that were refused, by status", "status"),
-    Metric("first_token_seconds", "histogram", (), "From a request's arrival to its first token", bounds=FIRST),
-    Metric("token_seconds", "histogram", (), "From a token to the next, mean of a request", bounds=EACH),
+    Metric("time_to_first_token_seconds", "histogram", (), "From a request's arrival to its first token",
+           bounds=FIRST, formerly="first_token_seconds"),
+    Metric("request_time_per_output_token_seconds", "histogram", (), "From a token to the next, mean of a request",
+           bounds=EACH, formerly="token_seconds"),
     _counter("tool_calls", "Answers with calls of tools: right if all name a tool and hold what it requires", "domain",
              "outcome"),
     _counter("schema_answers", "Answers that had to match a schema: valid if they are whole", "domain", "outcome"),
@@ -106,12 +112,19 @@ BUSINESS = (
              exported=False),
 )
 METRICS = {metric.name: metric for metric in (*SYSTEM, *MODEL, *BUSINESS)}
+RENAMED = {metric.formerly: metric.name for metric in METRICS.values() if metric.formerly}  # served until 0.2
 
 
 def key(name: str, *values: str) -> str:
     """The name of a number with labels; `|` in a value becomes `/`."""
     assert len(values) == len(METRICS[name].labels), name
     return "|".join([name, *(value.replace("|", "/") for value in values)])
+
+
+def current_name(number: str) -> str:
+    """The name of a number that an earlier release may have stored."""
+    name, bar, labels = number.partition("|")
+    return RENAMED.get(name, name) + bar + labels
 
 
 def values(snapshot: Snapshot, name: str) -> dict[tuple[str, ...], float]:
@@ -176,23 +189,23 @@ def exposition(snapshot: Snapshot) -> bytes:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
     from prometheus_client.core import Metric as Family
 
+    def family(metric: Metric, name: str, help: str, found: Mapping[tuple[str, ...], float]) -> Family:
+        if metric.kind == "histogram":
+            histogram = HistogramMetricFamily(PREFIX + name, help)
+            histogram.add_metric([], [(bound, n) for (bound,), n in found.items() if bound != "sum"], found["sum",])
+            return histogram
+        own = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+        one = own(PREFIX + name, help, labels=metric.labels)
+        for labels, value in found.items():
+            one.add_metric(labels, value)
+        return one
+
     class Once:
         def collect(self) -> Iterator[Family]:
             for metric in METRICS.values():
-                found = values(snapshot, metric.name)
-                if not metric.exported or not found:
-                    continue
-                name = PREFIX + metric.name
-                if metric.kind == "histogram":
-                    histogram = HistogramMetricFamily(name, metric.help)
-                    histogram.add_metric([], [(bound, n) for (bound,), n in found.items() if bound != "sum"],
-                                         found["sum",])
-                    yield histogram
-                else:
-                    family = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-                    one = family(name, metric.help, labels=metric.labels)
-                    for labels, value in found.items():
-                        one.add_metric(labels, value)
-                    yield one
+                if metric.exported and (found := values(snapshot, metric.name)):
+                    yield family(metric, metric.name, metric.help, found)
+                    if metric.formerly:
+                        yield family(metric, metric.formerly, f"Deprecated: use {PREFIX}{metric.name}", found)
 
     return generate_latest(Once())

@@ -31,7 +31,7 @@ from ..files import to_json
 from .alerts import Alert, AlertLimits, Alerts, ratios
 from .counters import Counts, ServingCounters
 from .history import History
-from .metrics import Snapshot, delta, exposition, key, quantile, total_delta, values
+from .metrics import RENAMED, Snapshot, delta, exposition, key, quantile, total_delta, values
 from .power import MachineSampler
 
 MINUTE = 60.0
@@ -121,10 +121,10 @@ class Monitor:
         out = self.counters.snapshot(self._counts[0][1]) | dict(self.reader()) | dict(self._machine)
         out["watch_seconds_total"] += self._sample_seconds
         groups = self.counters.groups
-        for name, source in (("group_resident_share", self.resident()), ("group_missed_total", self.missed())):
+        for name, source in (("group_resident_ratio", self.resident()), ("group_missed_total", self.missed())):
             if source is not None and groups.names:
                 sum_G = torch.einsum("le,leg->g", source.double(), groups.member_LEG.double())
-                if name == "group_resident_share":
+                if name == "group_resident_ratio":
                     sum_G = sum_G / groups.member_LEG.sum((0, 1))
                 out |= {key(name, group): float(value) for group, value in zip(groups.names, sum_G, strict=True)}
         if self.options.price_per_hour is not None:
@@ -200,8 +200,9 @@ class Monitor:
                 "bands": {band: _ratio(delta(snapshot, old, f"group_slots_total|{name}|{band}"),
                                       delta(snapshot, old, f"group_expected_slots_total|{name}|{band}"))
                           for band in groups.bands},
-                "accuracy": _ratio(delta(snapshot, old, f"right_tokens_total|{name}"), labelled), "labelled": labelled,
-                "drift": snapshot.get(f"drift|{name}"), "resident": snapshot.get(f"group_resident_share|{name}"),
+                "accuracy": _ratio(delta(snapshot, old, f"correct_tokens_total|{name}"), labelled),
+                "labelled": labelled,
+                "drift": snapshot.get(f"drift|{name}"), "resident": snapshot.get(f"group_resident_ratio|{name}"),
                 "hits": None if missed is None else _ratio(
                     max(0.0, wanted - delta(snapshot, old, f"group_missed_total|{name}")), wanted)})
         labelled = total_delta(snapshot, old, "labelled_tokens_total")
@@ -210,13 +211,14 @@ class Monitor:
             "step": _ratio(delta(snapshot, old, "step_seconds_total"), delta(snapshot, old, "steps_total")),
             "distinct": _ratio(delta(snapshot, old, "distinct_experts_total"),
                               delta(snapshot, old, "distinct_experts_expected_total")),
-            "figures": {name: value for name, value in snapshot.items() if "|" not in name},
+            "figures": {name: value for name, value in snapshot.items() if "|" not in name} | {
+                old: snapshot[name] for old, name in RENAMED.items() if name in snapshot},
             "rates": rates(minute[0], minute[1], now, snapshot), "window": rates(start, old, now, snapshot),
             "groups": own, "band_names": list(groups.bands), "bands": {
                 band: {name: snapshot.get(f"{name}|{band}") for name in ("routing_entropy", "max_vio", "dead_experts")}
                 for band in groups.bands},
             "entropy_most": float(torch.tensor(float(max(groups.experts, 1))).log()),
-            "accuracy": _ratio(total_delta(snapshot, old, "right_tokens_total"), labelled), "chance": groups.chance(
+            "accuracy": _ratio(total_delta(snapshot, old, "correct_tokens_total"), labelled), "chance": groups.chance(
                 [delta(snapshot, old, f"labelled_tokens_total|{name}") for name in groups.names]),
             "conflicts": _ratio(delta(snapshot, old, "conflict_tokens_total"),
                                delta(snapshot, old, "judged_tokens_total")),
@@ -224,8 +226,8 @@ class Monitor:
                                        delta(snapshot, old, "judged_requests_total")),
             "conflict": recent.conflict_GG.tolist(), "confusion": recent.confusion_GG.tolist(),
             "residency": residency(snapshot, old),
-            "energy": {source: delta(snapshot, old, f"joules_total|{source}")
-                       for (source,) in values(snapshot, "joules_total")},
+            "energy": {source: delta(snapshot, old, f"energy_joules_total|{source}")
+                       for (source,) in values(snapshot, "energy_joules_total")},
             "business": business(snapshot, old), "comments": self.history.comments(),
             "alerts": [alert.to_dict() for alert in self.alerts.firing.values()], "past_alerts": self.history.alerts(),
             "slices": slices(snapshot, old)}
@@ -266,14 +268,14 @@ def rates(start: float, old: Snapshot, end: float, now: Snapshot) -> dict[str, f
     a token; cost of 10^8 tokens; counting's share of the steps' time."""
     seconds = max(end - start, 1e-9)
     run = delta(now, old, "tokens_total|computed") + delta(now, old, "tokens_total|cached")
-    sources = [name for name in ("joules_total|cpu", "joules_total|gpu") if name in now]
+    sources = [name for name in ("energy_joules_total|cpu", "energy_joules_total|gpu") if name in now]
     joules = sum(delta(now, old, name) for name in sources) if sources else None
     price = now.get("price_per_hour")
     return {
         "tokens": run / seconds, "new_tokens": delta(now, old, "tokens_total|sampled") / seconds,
-        "first_p50": quantile(0.5, now, old, "first_token_seconds"),
-        "first_p99": quantile(0.99, now, old, "first_token_seconds"),
-        "each_p50": quantile(0.5, now, old, "token_seconds"), "each_p99": quantile(0.99, now, old, "token_seconds"),
+        **{f"{which}_p{percent}": quantile(percent / 100, now, old, name) for which, name in (
+            ("first", "time_to_first_token_seconds"), ("each", "request_time_per_output_token_seconds"))
+           for percent in (50, 99)},
         "joules_per_token": None if joules is None else _ratio(joules, run),
         "cost": None if price is None else _ratio(price / 3600 * seconds * HUNDRED_MILLION, run),
         "watch": _ratio(delta(now, old, "watch_seconds_total"), delta(now, old, "step_seconds_total"))}
@@ -283,10 +285,10 @@ def residency(now: Snapshot, old: Snapshot) -> dict[str, float | None] | None:
     """None where all experts are always in memory."""
     if "experts_wanted_total" not in now:
         return None
-    wanted, foretold = delta(now, old, "experts_wanted_total"), delta(now, old, "experts_foretold_total")
+    wanted, foretold = delta(now, old, "experts_wanted_total"), delta(now, old, "experts_prefetched_total")
     missed = delta(now, old, "experts_missed_total") + delta(now, old, "experts_late_total")
     return {"hits": _ratio(max(0.0, wanted - missed), wanted),
-            "foretold_right": _ratio(delta(now, old, "experts_used_total"), foretold),
+            "prefetch_hits": _ratio(delta(now, old, "prefetch_hits_total"), foretold),
             "stall": _ratio(delta(now, old, "expert_stall_seconds_total"), delta(now, old, "step_seconds_total")),
             "read_bytes": delta(now, old, "expert_read_bytes_total")}
 

@@ -59,9 +59,9 @@ class MachineSampler:
         """name -> value: shares 0..1, bytes, joules since the start."""
         memory = psutil.virtual_memory()
         out: dict[str, float | None] = {
-            "cpu_share": psutil.cpu_percent() / 100, "process_cpus": self.process.cpu_percent() / 100,
-            "resident_bytes": float(self.process.memory_info().rss), "memory_share": memory.percent / 100,
-            "joules_total|cpu": self.rapl.read()}
+            "cpu_ratio": psutil.cpu_percent() / 100, "process_cpus": self.process.cpu_percent() / 100,
+            "resident_bytes": float(self.process.memory_info().rss), "memory_ratio": memory.percent / 100,
+            "energy_joules_total|cpu": self.rapl.read()}
         if self._gpu is not None:
             out |= self._gpu()
         return {name: value for name, value in out.items() if value is not None}
@@ -78,9 +78,9 @@ def _nvml() -> Any:
         return None
 
     figures: dict[str, Callable[[], float]] = {  # each may be missing: of an older chip, of a part of one (MIG)
-        "gpu_share": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+        "gpu_ratio": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
         "gpu_memory_bytes": lambda: float(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
-        "joules_total|gpu": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3}
+        "energy_joules_total|gpu": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3}
 
     def read() -> dict[str, float]:
         out = {}

@@ -111,9 +111,9 @@ def view(state: dict[str, Any]) -> str:
     if residency is not None:
         lines.append(f"residency    hits {_share(residency['hits'])}, stalled {_share(residency['stall'])}, "
                      f"{residency['read_bytes'] / 2**20:,.0f} MiB read")
-    machine = [f"processors {_share(figures.get('cpu_share'))}", f"memory {_share(figures.get('memory_share'))}"]
-    if "gpu_share" in figures:
-        machine.append(f"GPU {_share(figures['gpu_share'])}")
+    machine = [f"processors {_share(figures.get('cpu_ratio'))}", f"memory {_share(figures.get('memory_ratio'))}"]
+    if "gpu_ratio" in figures:
+        machine.append(f"GPU {_share(figures['gpu_ratio'])}")
     if now["joules_per_token"] is not None:
         machine.append(f"{_number(now['joules_per_token'])} J a token")
     if state["window"]["cost"] is not None:
