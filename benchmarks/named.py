@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deepseek.atlas import Atlas, RoutingAccuracy
-from deepseek.atlas.draw import save_png
+from deepseek.atlas.plot import save_png
 from deepseek.checkpoint import load_model
 from deepseek.cli import main as deepseek
 from deepseek.data import Document, ReadReport, TokenShards, read_documents

@@ -11,7 +11,7 @@ from planting import LETTERS, Planted, text
 
 from deepseek import Atlas, ExpertId
 from deepseek.atlas import NamedGroup, profile
-from deepseek.atlas.atlas import Refusal, Shape
+from deepseek.atlas.atlas import RejectedGroup, Shape
 from deepseek.checkpoint import load_model, save_model
 from deepseek.config import ModelConfig
 from deepseek.errors import ConfigError, DataError, NotFoundError, RequestError
@@ -39,7 +39,7 @@ def test_names_are_a_mapping_to_ordered_sets(tiny_config: Config) -> None:
     assert atlas.group("law_expert").scores == (0.5, 0.25)
     with pytest.raises(RequestError, match="no experts are named 'math_expert'; there are law_expert, code_expert"):
         atlas["math_expert"]
-    refused = Atlas(atlas.shape, [], [Refusal("math_expert", "chance")])
+    refused = Atlas(atlas.shape, [], [RejectedGroup("math_expert", "chance")])
     with pytest.raises(RequestError, match=r"\(math_expert was refused: chance\); there are none"):
         refused["math_expert"]
 
@@ -78,8 +78,8 @@ def test_beside_a_checkpoint(planted: Planted, measured: Atlas, tmp_path: Path) 
 
 def test_a_newer_measurement_replaces_what_it_speaks_of(tiny_config: Config) -> None:
     shape = Shape.of(tiny_config())
-    old = Atlas(shape, [group("a", "1.0"), group("b", "1.1")], [Refusal("c", "old"), Refusal("d", "old")])
-    new = Atlas(shape, [group("c", "1.2")], [Refusal("a", "new")])
+    old = Atlas(shape, [group("a", "1.0"), group("b", "1.1")], [RejectedGroup("c", "old"), RejectedGroup("d", "old")])
+    new = Atlas(shape, [group("c", "1.2")], [RejectedGroup("a", "new")])
     both = old.updated(new)
     assert both.names == ("b", "c") and [(r.name, r.reason) for r in both.refused] == [("d", "old"), ("a", "new")]
     with pytest.raises(ConfigError, match="different shapes: 2 layers x 16 experts, 4 a token, 4 routing groups; 2"):
@@ -93,7 +93,7 @@ def test_what_training_built_in_keeps_its_place_and_its_experts(tiny_config: Con
     assert old.updated(Atlas(shape, [group("d", "1.4"), more])).names == ("a", "b", "c", "d")
     assert old.updated(Atlas(shape, [more])).group("a").evidence == {"coverage_slots": 0.5}
     for newer in (Atlas(shape, [group("a", "1.0")]), Atlas(shape, [group("c", "1.3", kind="built-in")]),
-                  Atlas(shape, [], [Refusal("a", "chance")])):
+                  Atlas(shape, [], [RejectedGroup("a", "chance")])):
         with pytest.raises(ConfigError, match=r"[ac]: is built into the model, so its experts stay"):
             old.updated(newer)
 
@@ -110,6 +110,22 @@ def test_an_atlas_says_what_it_holds(tiny_config: Config, measured: Atlas) -> No
     assert "% of its own text's slots, " in lines[1] and "25.0% if routing were even, 24 documents, 7" in lines[1]
     assert lines[4].startswith("  refused: mixed: no better than chance")
     assert str(Atlas(built.shape, [group("a", "1.0")])).splitlines()[0].startswith("Atlas of 1 name over")
+
+
+def test_the_file_keeps_its_words(tmp_path: Path, tiny_config: Config) -> None:
+    """An atlas.json of an earlier version is read, and written again as it was."""
+    how = {"score": "token", "threshold": 0.2, "tokens": 9, "files": [["a", None]], "beside": ["y"], "seq_len": 8,
+           "seed": 1}
+    atlas = Atlas(Shape.of(tiny_config()), [group("x", "1.0")], [RejectedGroup("z", "chance")])
+    atlas.save(path := tmp_path / "atlas.json")
+    keys = json.loads(path.read_text())
+    keys["groups"]["x"]["measured"] = keys["refused"]["z"]["measured"] = how
+    path.write_text(json.dumps(keys))
+    again = Atlas.load(path)
+    for measured in (again.group("x").measured, again.refused[0].measured):
+        assert measured is not None and measured.compared_with == ("y",)
+    again.save(path)
+    assert json.loads(path.read_text()) == keys
 
 
 def test_experts_that_do_not_exist(tiny_config: Config) -> None:

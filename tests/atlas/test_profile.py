@@ -44,7 +44,7 @@ def test_exactly_the_planted_experts_are_found(planted: Planted, score: str) -> 
         assert group.evidence["coverage_uniform"] == K / 16
         assert group.evidence["stability_jaccard"] == 1.0 and group.evidence["stability_rank"] > 0.3
         assert group.evidence["p"] <= group.evidence["p_adjusted"] < 0.05
-        assert group.measured is not None and group.measured.beside == tuple(n for n in LETTERS if n != name)
+        assert group.measured is not None and group.measured.compared_with == tuple(n for n in LETTERS if n != name)
         assert group.measured.files == ((f"{name}.txt", None),)
     assert atlas.overlap()["early"]["late"] == 0.0 and atlas.overlap()["early"]["early"] == 1.0
 

@@ -59,7 +59,7 @@ class Measurement:
     threshold: float
     tokens: int
     files: tuple[tuple[str, str | None], ...]
-    beside: tuple[str, ...]
+    compared_with: tuple[str, ...]
     seq_len: int
     seed: int
 
@@ -78,7 +78,7 @@ class NamedGroup:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RejectedGroup:
     """A name that was measured and does not stand, and why."""
 
     name: str
@@ -90,7 +90,7 @@ class Refusal:
 class Atlas:
     """Named groups of one model: `atlas["law_expert"]` is an ExpertSet. `load`, `built_in` and `profile` make one."""
 
-    def __init__(self, shape: Shape, groups: Iterable[NamedGroup], refused: Iterable[Refusal] = ()) -> None:
+    def __init__(self, shape: Shape, groups: Iterable[NamedGroup], refused: Iterable[RejectedGroup] = ()) -> None:
         """Raises ConfigError for a name that comes twice and for experts outside `shape`."""
         self.shape, self.refused = shape, tuple(refused)
         self._groups: dict[str, NamedGroup] = {}
@@ -162,7 +162,7 @@ class Atlas:
             layers = group.experts.by_layer()
             lines.append(f"  {group.name:{width}}  {group.kind}, {count(len(group.experts), 'expert')} in "
                          f"{count(len(layers), 'layer')}; {_summary(group.evidence)}")
-        lines += [f"  refused: {refusal.name}: {refusal.reason}" for refusal in self.refused]
+        lines += [f"  refused: {rejected.name}: {rejected.reason}" for rejected in self.refused]
         return "\n".join(lines)
 
     def check_fits(self, config: ModelConfig) -> None:
@@ -180,7 +180,7 @@ class Atlas:
         """
         if newer.shape != self.shape:
             raise ConfigError(f"atlases of models of different shapes: {self.shape}; {newer.shape}")
-        said = {*newer.names, *(refusal.name for refusal in newer.refused)}
+        said = {*newer.names, *(rejected.name for rejected in newer.refused)}
         kept: list[NamedGroup] = []
         for group in self.groups:
             if group.kind == "built-in" and group.name in said:
@@ -237,8 +237,8 @@ class Atlas:
         groups = {group.name: {"kind": group.kind, "evidence": dict(group.evidence),
                                "measured": _plain(group.measured), "scores": list(group.scores),
                                "experts": [str(expert) for expert in group.experts]} for group in self.groups}
-        refused = {refusal.name: {"reason": refusal.reason, "evidence": dict(refusal.evidence),
-                                  "measured": _plain(refusal.measured)} for refusal in self.refused}
+        refused = {rejected.name: {"reason": rejected.reason, "evidence": dict(rejected.evidence),
+                                  "measured": _plain(rejected.measured)} for rejected in self.refused}
         return {"format": FORMAT, "model": asdict(self.shape), "groups": groups, "refused": refused,
                 "overlap": self.overlap()}
 
@@ -255,8 +255,8 @@ class Atlas:
             groups.append(NamedGroup(name, group["kind"], ExpertSet(map(ExpertId.parse, group["experts"])),
                                      tuple(map(float, group["scores"])), _numbers(name, group["evidence"]),
                                      _measurement(group["measured"])))
-        refused = [Refusal(name, str(refusal["reason"]), _numbers(name, refusal["evidence"]),
-                           _measurement(refusal["measured"])) for name, refusal in keys["refused"].items()]
+        refused = [RejectedGroup(name, str(rejected["reason"]), _numbers(name, rejected["evidence"]),
+                           _measurement(rejected["measured"])) for name, rejected in keys["refused"].items()]
         return cls(shape, groups, refused)
 
 
@@ -287,14 +287,18 @@ def _span(layers: Sequence[int]) -> str:
 
 
 def _plain(measured: Measurement | None) -> dict[str, Any] | None:
-    return None if measured is None else {**asdict(measured), "files": [list(file) for file in measured.files]}
+    if measured is None:
+        return None
+    keys = asdict(measured) | {"files": [list(file) for file in measured.files]}
+    return {"beside" if key == "compared_with" else key: value for key, value in keys.items()}  # the file's older word
 
 
 def _measurement(keys: dict[str, Any] | None) -> Measurement | None:
     if keys is None:
         return None
     files = tuple((str(name), digest) for name, digest in keys["files"])
-    return Measurement(**{**keys, "files": files, "beside": tuple(keys["beside"])})
+    rest = {key: value for key, value in keys.items() if key != "beside"}
+    return Measurement(**rest | {"files": files, "compared_with": tuple(keys["beside"])})
 
 
 def _numbers(name: str, evidence: dict[str, Any]) -> dict[str, float]:

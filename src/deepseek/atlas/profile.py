@@ -27,7 +27,7 @@ from ..errors import ConfigError, DataError
 from ..model import CausalLM
 from ..model.gate import rule
 from ..tokenizer import Tokenizer
-from .atlas import MEASURED, Atlas, Measurement, NamedGroup, Refusal, Shape, count, jaccard
+from .atlas import MEASURED, Atlas, Measurement, NamedGroup, RejectedGroup, Shape, count, jaccard
 from .evidence import (
     LEVEL,
     Routed,
@@ -177,7 +177,7 @@ def judge(config: ModelConfig, routed: Mapping[str, Routed], measured: Mapping[s
         if adjusted < LEVEL or group.kind == "built-in":
             groups.append(group)
         else:
-            refused.append(Refusal(group.name, _reason(group), group.evidence, group.measured))
+            refused.append(RejectedGroup(group.name, _reason(group), group.evidence, group.measured))
     return Atlas(Shape.of(config), groups, refused)
 
 
@@ -213,9 +213,9 @@ def _reason(group: NamedGroup) -> str:
     kind, of = ("weight", "gate weight") if how.score == "gate" else ("slots", "routed slots")
     others, even = evidence.get(f"coverage_{kind}_others"), evidence["coverage_uniform"]
     needed, documents = evidence.get("lift_needed", 0.0), int(evidence["documents"])
-    beside = "" if others is None else f", {others:.1%} of the other names'"
+    rivals = "" if others is None else f", {others:.1%} of the other names'"
     figures = (f"its {evidence['experts']} experts carry {evidence[f'coverage_{kind}']:.1%} of the {of} of its own "
-               f"held-out text{beside}, and {even:.1%} if routing were even (p = {evidence['p_adjusted']:.3f}, must be "
+               f"held-out text{rivals}, and {even:.1%} if routing were even (p = {evidence['p_adjusted']:.3f}, must be "
                f"below {LEVEL})")
     if documents >= LEAST_DOCUMENTS and needed <= AGAIN * max(others or 0.0, even):
         return f"no better than chance: {figures}"

@@ -28,8 +28,8 @@ from ..errors import ConfigError, DataError
 from ..files import to_json
 from ..model import RoutingRecord, expert_load, max_violation
 from .atlas import Atlas
-from .draw import frame, save_png
 from .evidence import members
+from .plot import frame, save_png
 
 FORMAT = 1
 WIDTH = 100  # columns of the table

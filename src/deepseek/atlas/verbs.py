@@ -16,10 +16,10 @@ from ..tokenizer import Tokenizer
 from . import Atlas, profile
 from .atlas import FILE, Shape
 from .compare import Trace, compare, trace
-from .draw import save_group_map
+from .plot import save_group_map
 from .profile import doubts, verdict
+from .report import page, table
 from .sample import draw, window_length
-from .show import page, table
 
 
 def atlas_profile(args: argparse.Namespace) -> None:
@@ -48,7 +48,7 @@ def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path
     if report.problems:
         print(report.summary())
     if not measured.names:
-        raise DataError("; ".join(verdict(refusal.name, refusal.reason) for refusal in measured.refused))
+        raise DataError("; ".join(verdict(rejected.name, rejected.reason) for rejected in measured.refused))
     (known.updated(measured) if known else measured).save(out)
     print("\n".join([table(measured), *doubts(measured)]))
     if len(named) == 1:
@@ -78,8 +78,8 @@ def atlas_compare(args: argparse.Namespace) -> None:
     tokenizer, other = (Tokenizer.load(folder) for folder in folders)
     if tokenizer.fingerprint != other.fingerprint:
         raise ConfigError(f"{args.first} and {args.second} have different tokenizers, so no text is the same to both")
-    beside = [args.atlas] if args.atlas else [f for folder in reversed(folders) if (f := folder / FILE).is_file()]
-    atlas = Atlas.load(beside[0]) if beside else None
+    found = [args.atlas] if args.atlas else [f for folder in reversed(folders) if (f := folder / FILE).is_file()]
+    atlas = Atlas.load(found[0]) if found else None
     report = ReadReport()
     sample = draw("", read_documents(args.data, report), tokenizer, tokens=args.tokens, seed=args.seed,
                   seq_len=window_length(ModelConfig.from_file(folders[0]), args.seq_len))

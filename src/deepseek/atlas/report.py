@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from textwrap import wrap
 
 from ..ids import ExpertId
-from .atlas import MEASURED, Atlas, Measurement, NamedGroup, Refusal, count
-from .draw import claims, colours
+from .atlas import MEASURED, Atlas, Measurement, NamedGroup, RejectedGroup, count
+from .plot import colours, expert_owners
 
 HEAD = ("name", "kind", "experts", "a layer", "slots", "others", "weight", "others", "even", "halves", "ranks", "p")
 LEGEND = ("slots, weight: coverage of held-out text of the name's own, beside the mean over the others' and what even "
@@ -29,7 +29,7 @@ def table(atlas: Atlas) -> str:
         lines += ["", "overlap (Jaccard)",
                   *_aligned([("", *atlas), *((a, *(f"{overlap[a][b]:.2f}" for b in atlas)) for a in atlas)])]
     if atlas.refused:
-        lines += ["", *(f"refused: {refusal.name}: {refusal.reason}" for refusal in atlas.refused)]
+        lines += ["", *(f"refused: {rejected.name}: {rejected.reason}" for rejected in atlas.refused)]
     return "\n".join(lines)
 
 
@@ -99,9 +99,9 @@ def page(atlas: Atlas) -> str:
         rows = [[_mark(a, palette), *(f"{overlap[a][b]:.2f}" for b in atlas)] for a in atlas]
         parts += ["<h2>Overlap (Jaccard)</h2>", _table(("", *map(html.escape, atlas)), rows)]
     if atlas.refused:
-        parts += ["<h2>Refused</h2>", *(f"<p><b>{html.escape(refusal.name)}</b>: {html.escape(refusal.reason)}</p>"
-                                        for refusal in atlas.refused)]
-    items: tuple[NamedGroup | Refusal, ...] = (*atlas.groups, *atlas.refused)
+        parts += ["<h2>Refused</h2>", *(f"<p><b>{html.escape(rejected.name)}</b>: {html.escape(rejected.reason)}</p>"
+                                        for rejected in atlas.refused)]
+    items: tuple[NamedGroup | RejectedGroup, ...] = (*atlas.groups, *atlas.refused)
     if measured := [(item.name, item.measured) for item in items if item.measured is not None]:
         parts += ["<h2>How it was measured</h2>", *(_measurement(name, how) for name, how in measured)]
     return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -118,7 +118,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _map(atlas: Atlas, palette: dict[str, str]) -> str:
-    shape, fills, claimed = atlas.shape, list(palette.values()), claims(atlas)
+    shape, fills, claimed = atlas.shape, list(palette.values()), expert_owners(atlas)
     scores = [dict(zip(group.experts, group.scores, strict=False)) for group in atlas.groups]
     step = CELL + GAP
     every = max(1, shape.experts // 32)
@@ -145,6 +145,6 @@ def _map(atlas: Atlas, palette: dict[str, str]) -> str:
 
 def _measurement(name: str, how: Measurement) -> str:
     files = ", ".join(html.escape(file) + (f" <code>{digest}</code>" if digest else "") for file, digest in how.files)
-    beside = f", beside {html.escape(', '.join(how.beside))}" if how.beside else ""
+    others = f", compared with {html.escape(', '.join(how.compared_with))}" if how.compared_with else ""
     return (f"<p><b>{html.escape(name)}</b>: {how.score} scores, threshold {how.threshold}, {how.tokens:,} tokens in "
-            f"windows of {how.seq_len}, seed {how.seed}{beside}; {files}</p>")
+            f"windows of {how.seq_len}, seed {how.seed}{others}; {files}</p>")

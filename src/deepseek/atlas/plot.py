@@ -54,7 +54,7 @@ def colours(count: int) -> list[str]:
     return [*COLOURS, *("#" + "".join(f"{round(255 * part):02x}" for part in rgb) for rgb in more)][:count]
 
 
-def claims(atlas: Atlas) -> dict[ExpertId, list[tuple[int, float]]]:
+def expert_owners(atlas: Atlas) -> dict[ExpertId, list[tuple[int, float]]]:
     """Each named expert's groups, the strongest first: (place of the group, strength).
 
     Strength is 1 for a group's best expert of the layer and FAINTEST where its score would be 0; 1 without scores.
@@ -81,7 +81,7 @@ def save_group_map(atlas: Atlas, path: str | Path) -> None:
     layers, experts = atlas.shape.layers, atlas.shape.experts
     palette = colours(len(atlas))
     image = np.full((len(layers), experts * STRIPES, 3), 0.94)
-    for (layer, index), those in claims(atlas).items():
+    for (layer, index), those in expert_owners(atlas).items():
         cuts = np.linspace(0, STRIPES, len(those) + 1).round().astype(int) + index * STRIPES
         for (place, strength), begin, end in zip(those, cuts, cuts[1:], strict=False):
             image[layers.index(layer), begin:end] = 1 - strength * (1 - np.array(to_rgb(palette[place])))

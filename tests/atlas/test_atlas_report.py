@@ -11,9 +11,9 @@ import pytest
 from matplotlib.image import imread
 
 from deepseek.atlas import Atlas, NamedGroup
-from deepseek.atlas.atlas import Measurement, Refusal, Shape
-from deepseek.atlas.draw import claims, colours, save_group_map
-from deepseek.atlas.show import page, table
+from deepseek.atlas.atlas import Measurement, RejectedGroup, Shape
+from deepseek.atlas.plot import colours, expert_owners, save_group_map
+from deepseek.atlas.report import page, table
 from deepseek.config import ModelConfig
 from deepseek.ids import ExpertId, ExpertSet
 
@@ -31,7 +31,7 @@ def atlas(tiny_config: Callable[..., ModelConfig]) -> Atlas:
         NamedGroup("law_expert", "measured", ids((1, 3), (2, 0), (1, 4)), (0.4, 0.3, 0.2), EVIDENCE, HOW),
         NamedGroup("<b>&", "measured", ids((2, 0), (1, 5)), (0.6, 0.1), EVIDENCE, HOW),
         NamedGroup("text_expert", "built-in", ids((1, 0), (2, 1)), evidence={"routing_accuracy": 0.875}),
-    ], [Refusal("odd_expert", "no better than chance: <p>", EVIDENCE, HOW)])
+    ], [RejectedGroup("odd_expert", "no better than chance: <p>", EVIDENCE, HOW)])
 
 
 def test_table(atlas: Atlas) -> None:
@@ -46,7 +46,7 @@ def test_table(atlas: Atlas) -> None:
 
 
 def test_claims_by_strength(atlas: Atlas) -> None:
-    found = claims(atlas)
+    found = expert_owners(atlas)
     assert len(found) == 6
     assert found[ExpertId(1, 3)] == [(0, 1.0)] and found[ExpertId(1, 4)] == [(0, pytest.approx(0.35 + 0.65 / 2))]
     assert [place for place, _ in found[ExpertId(2, 0)]] == [0, 1]
@@ -113,5 +113,5 @@ def test_the_page_is_whole_and_needs_nothing_else(atlas: Atlas) -> None:
 
 
 def test_an_empty_atlas_can_be_shown(tiny_config: Callable[..., ModelConfig]) -> None:
-    empty = Atlas(Shape.of(tiny_config()), [], [Refusal("x", "chance")])
+    empty = Atlas(Shape.of(tiny_config()), [], [RejectedGroup("x", "chance")])
     assert "refused: x: chance" in table(empty) and "<b>x</b>: chance" in page(empty)
