@@ -100,7 +100,7 @@ def gguf(cache: Path, checkpoint: Path) -> Path:
         _run([sys.executable, "-c", _CONVERT, str(tree), str(checkpoint), "--outtype", "bf16", "--outfile", str(wide)],
              "converting to GGUF")
         _run([str(binaries / "llama-quantize"), str(wide), str(narrow), "Q4_0", str(os.cpu_count() or 1)],
-             "quantising to Q4_0")
+             "quantizing to Q4_0")
         narrow.replace(target)
     return target
 

@@ -157,7 +157,7 @@ constexpr const char* kName = "amx_emulated";
 #else
 constexpr const char* kName = "amx";
 #endif
-const Kernels table = {kName, quantise_weights, quantise, panels, dense_panels<uint16_t>,
+const Kernels table = {kName, quantize_weights, quantize, panels, dense_panels<uint16_t>,
                        dense_panels<float>, rms_norm, weighted_sum, attention_block, attention_join};
 
 }  // namespace

@@ -149,11 +149,11 @@ void mla_naive(const float* q, const float* q_rope, const float* cache, const Se
   const int64_t pitch = (divide_up(rope + 15 + nope + wide + 15, 16) | 1) * 16;
   const Panel shape(rank, bits);
 
-  // all visible latents, quantised once for all heads
+  // all visible latents, quantized once for all heads
   std::vector<int64_t> begin(1, 0);
   for (int64_t s = 0; s < sequences.count; ++s) begin.push_back(begin.back() + sequences.seen(s, sequences.size(s) - 1));
-  scratch.reserve(QuantisedRows::room(begin.back(), rank));
-  const QuantisedRows latents(scratch, begin.back(), rank);
+  scratch.reserve(QuantizedRows::room(begin.back(), rank));
+  const QuantizedRows latents(scratch, begin.back(), rank);
   in_pieces(begin.back(), 8, threads, [&](int64_t i) {
     const int64_t s = std::upper_bound(begin.begin(), begin.end(), i) - begin.begin() - 1;
     latents.fill(i, cache + sequences.row(s, i - begin[s], rank + rope), rank);

@@ -108,7 +108,7 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
     any_panels<8>(w, count, gated, x, row, tokens, out, ld);
 }
 
-const Kernels table = {"avx2", quantise_weights, quantise, panels, dense_panels<uint16_t>,
+const Kernels table = {"avx2", quantize_weights, quantize, panels, dense_panels<uint16_t>,
                        dense_panels<float>, rms_norm, weighted_sum, attention_block, attention_join};
 
 }  // namespace

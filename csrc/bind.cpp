@@ -6,7 +6,7 @@
 #include "attention.h"
 #include "kernels.h"
 #include "layer.h"
-#include "quantised.h"
+#include "quantized.h"
 #include "training.h"
 
 NB_MAKE_OPAQUE(std::vector<deepseek::Layer>)
@@ -96,21 +96,21 @@ NB_MODULE(_native, m) {
           double squares[2];
           {
             nb::gil_scoped_release release;
-            quantise_panels(at<float>(w), rows, columns, bits, at<uint8_t>(out), squares, threads);
+            quantize_panels(at<float>(w), rows, columns, bits, at<uint8_t>(out), squares, threads);
           }
           return nb::make_tuple(squares[0], squares[1]);
         });
 
   m.def("quantised_linear",
         [](uintptr_t x, int64_t tokens, int64_t columns, uintptr_t w, int64_t rows, int bits, uintptr_t out, int threads) {
-          quantised_linears(at<float>(x), tokens, columns, {{at<uint8_t>(w), rows, at<float>(out)}}, bits, threads);
+          quantized_linears(at<float>(x), tokens, columns, {{at<uint8_t>(w), rows, at<float>(out)}}, bits, threads);
         },
         release());
 
   m.def("quantised_groups",
         [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride, int64_t group_stride,
            uintptr_t w, int64_t stride, int64_t rows, int bits, uintptr_t out, int threads) {
-          quantised_groups(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint8_t>(w), stride, rows,
+          quantized_groups(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint8_t>(w), stride, rows,
                            bits, at<float>(out), threads);
         },
         release());
@@ -124,7 +124,7 @@ NB_MODULE(_native, m) {
             fetch = [=](const std::vector<int64_t>& wanted) {
               return residency->get(gate, at<const uint8_t*>(experts), wanted);
             };
-          quantised_experts(at<float>(x), tokens, hidden, at<int64_t>(index), at<float>(weight), top,
+          quantized_experts(at<float>(x), tokens, hidden, at<int64_t>(index), at<float>(weight), top,
                             at<const uint8_t*>(experts), num_experts, inner, at<uint8_t>(shared), shared_inner, bits,
                             at<float>(out), threads, fetch);
         },

@@ -33,7 +33,7 @@ struct Panel {
         bytes(codes + (bits == 4 ? 512 : 1024) * blocks) {}
 };
 
-// Activations quantised by row.
+// Activations quantized by row.
 struct Rows {
   const int8_t* q;         // [rows][pitch_of(blocks)]
   const int32_t* surplus;  // [rows][blocks]: -128 times the sum of q over the block, for unsigned weights
@@ -52,11 +52,11 @@ struct Kernels {
 
   // One row of weights -> its place r in a panel (which holds zeros), as quant/nf4.py and quant/int8.py say. Adds the
   // squared error and the squared weights to `squares`. room: 3 * (columns + 64) floats.
-  void (*quantise_weights)(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room,
+  void (*quantize_weights)(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room,
                            double* squares);
 
   // One row of activations: x [columns] -> q (padded with zeros to whole blocks), sums, scale.
-  void (*quantise)(const float* x, int64_t columns, int8_t* q, int32_t* surplus, float* scale);
+  void (*quantize)(const float* x, int64_t columns, int8_t* q, int32_t* surplus, float* scale);
 
   // `count` panels, one after the other at w, times the `tokens` rows row[0], row[1], … of x (null: 0, 1, …).
   // plain: out[t * ld + 16 * panel + r]. gated: panels come in pairs (gate, up) and
@@ -64,7 +64,7 @@ struct Kernels {
   void (*panels)(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x, const int32_t* row,
                  int64_t tokens, float* out, int64_t ld);
 
-  // Weights that are not quantised, BF16 or FP32, 16 rows a panel, [panel][columns][16]: out[t * ld + 16 * panel + r]
+  // Weights that are not quantized, BF16 or FP32, 16 rows a panel, [panel][columns][16]: out[t * ld + 16 * panel + r]
   // in FP32, even and odd columns summed apart. `columns` is even.
   void (*bf16_panels)(const uint16_t* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
                       float* out, int64_t ld);

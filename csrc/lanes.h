@@ -214,7 +214,7 @@ INLINE f16 from_bf16(const uint16_t* p) {
 #endif
 }
 
-void quantise(const float* x, int64_t columns, int8_t* q, int32_t* surplus, float* scale) {
+void quantize(const float* x, int64_t columns, int8_t* q, int32_t* surplus, float* scale) {
   i16 top = {};  // magnitudes in the order of their bits, which is the same, and in which NaN is the largest
   int64_t whole = columns / 16 * 16;
   for (int64_t k = 0; k < whole; k += 16) top = larger(top, (i16)absolute(load(x + k)));
@@ -280,7 +280,7 @@ inline float nf4_block(const float* w, uint8_t* code, float* level) {
   return total(product) / (norm > 1.0f ? norm : 1.0f);
 }
 
-void quantise_weights(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room,
+void quantize_weights(const float* w, int64_t columns, int bits, int64_t r, uint8_t* panel, float* room,
                       double* squares) {
   const Panel shape(columns, bits);
   const int64_t padded = shape.blocks * kBlock;

@@ -30,12 +30,12 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
   if (m.q_rank) {
     float* a = block.take<float>(n * m.q_rank);
     float* normed = block.take<float>(n * m.q_rank);
-    quantised_linears(x, n, m.hidden, {{m.q_a, m.q_rank, a}, {m.kv_a, latent, kv}}, m.bits, threads);
+    quantized_linears(x, n, m.hidden, {{m.q_a, m.q_rank, a}, {m.kv_a, latent, kv}}, m.bits, threads);
     add_bias(a, m.q_a_bias, m.q_rank);
     rms_norm(a, n, m.q_rank, m.q_rank, m.q_norm, m.q_eps, normed, threads);
-    quantised_linears(normed, n, m.q_rank, {{m.q_b, width, q}}, m.bits, threads);
+    quantized_linears(normed, n, m.q_rank, {{m.q_b, width, q}}, m.bits, threads);
   } else {
-    quantised_linears(x, n, m.hidden, {{m.q_b, width, q}, {m.kv_a, latent, kv}}, m.bits, threads);
+    quantized_linears(x, n, m.hidden, {{m.q_b, width, q}, {m.kv_a, latent, kv}}, m.bits, threads);
   }
   add_bias(kv, m.kv_a_bias, latent);
   float* q_rope = block.take<float>(n * m.heads * m.rope);
@@ -52,15 +52,15 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
     for (int64_t s = naive; s <= sequences.count; ++s) begin[s - naive] = sequences.begin[s] - first;
     const Sequences rest{sequences.count - naive, begin, sequences.past + naive, sequences.block_begin + naive,
                          sequences.blocks};
-    quantised_groups(q + first * width, later, m.heads, m.nope, width, m.nope + m.rope, m.key,
+    quantized_groups(q + first * width, later, m.heads, m.nope, width, m.nope + m.rope, m.key,
                      m.rank / kRows * Panel(m.nope, 8).bytes, m.rank, 8, q_latent, threads);
     mla_absorbed(q_latent, q_rope + first * m.heads * m.rope, cache, rest, m.heads, m.rank, m.rope, m.scale, summed,
                  threads);
     const int64_t panel = Panel(m.rank, m.bits).bytes;
-    quantised_groups(summed, later, m.heads, m.rank, m.heads * m.rank, m.rank, m.kv_b + m.nope / kRows * panel,
+    quantized_groups(summed, later, m.heads, m.rank, m.heads * m.rank, m.rank, m.kv_b + m.nope / kRows * panel,
                      (m.nope + m.value) / kRows * panel, m.value, m.bits, values + first * m.heads * m.value, threads);
   }
-  quantised_linears(values, n, m.heads * m.value, {{m.o, m.hidden, out}}, m.bits, threads);
+  quantized_linears(values, n, m.heads * m.value, {{m.o, m.hidden, out}}, m.bits, threads);
   add_bias(out, m.o_bias, m.hidden);
 }
 
@@ -121,7 +121,7 @@ void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences&
     }
     rms_norm(x, n, hidden, hidden, layer.ffn_norm, layer.eps, normed, threads);
     if (ffn.gate.experts) gate_forward(ffn, normed, n, hidden, here.scores, here.index, here.weight, threads);
-    quantised_experts(normed, n, hidden, here.index, here.weight, ffn.gate.top, ffn.experts, ffn.gate.experts, ffn.inner,
+    quantized_experts(normed, n, hidden, here.index, here.weight, ffn.gate.top, ffn.experts, ffn.gate.experts, ffn.inner,
                       ffn.shared, ffn.shared_inner, ffn.bits, y, threads, fetch);
     add(x, y, n, hidden, threads);
     cache += layer_stride;

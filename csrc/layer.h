@@ -1,10 +1,10 @@
 #pragma once
 #include "attention.h"
-#include "quantised.h"
+#include "quantized.h"
 
 namespace deepseek {
 
-// Decoder layers whose matrices are quantised: x + attention(norm(x)), then + ffn(norm(…)); step by step they are the
+// Decoder layers whose matrices are quantized: x + attention(norm(x)), then + ffn(norm(…)); step by step they are the
 // FusedMLA, FusedGate and modules of quant/. Pointers to what a model lacks are null; biases are added to their
 // products.
 struct Mla {

@@ -8,7 +8,7 @@
 namespace deepseek {
 
 // Activations of `rows` rows in scratch memory, to be filled by `fill`.
-struct QuantisedRows {
+struct QuantizedRows {
   int8_t* q;
   int32_t* surplus;
   float* scale;
@@ -18,12 +18,12 @@ struct QuantisedRows {
     return Scratch::room<int8_t>(rows * pitch_of(blocks)) + Scratch::room<int32_t>(rows * blocks) +
            Scratch::room<float>(rows);
   }
-  QuantisedRows(Scratch& scratch, int64_t rows, int64_t columns) : blocks(blocks_of(columns)) {
+  QuantizedRows(Scratch& scratch, int64_t rows, int64_t columns) : blocks(blocks_of(columns)) {
     q = scratch.take<int8_t>(rows * pitch_of(blocks)), surplus = scratch.take<int32_t>(rows * blocks);
     scale = scratch.take<float>(rows);
   }
   void fill(int64_t row, const float* x, int64_t columns) const {
-    kernels().quantise(x, columns, q + row * pitch_of(blocks), surplus + row * blocks, scale + row);
+    kernels().quantize(x, columns, q + row * pitch_of(blocks), surplus + row * blocks, scale + row);
   }
   Rows rows(int64_t first = 0) const {
     return {q + first * pitch_of(blocks), surplus + first * blocks, scale + first, blocks};

@@ -310,7 +310,7 @@ def test_a_manifest_that_leads_out(saved: Path, name: str) -> None:
     assert str(caught.value) == f"{saved / MANIFEST}: {name!r} leads out of the folder"
 
 
-def test_weights_quantised_by_other_tools_are_refused(saved: Path) -> None:
+def test_weights_quantized_by_other_tools_are_refused(saved: Path) -> None:
     (saved / MANIFEST).unlink()
     keys = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(keys | {"quantization_config": {"quant_method": "awq"}}))

@@ -236,7 +236,7 @@ def test_the_preset_is_the_published_v3() -> None:
     assert config.softmax_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
     assert config.moe_layers == tuple(range(3, 61)) and config.is_moe(61)
     assert config.latent_dim == 576 and config.qk_head_dim == 192
-    assert "quantization_config" not in config.to_dict()  # what we write is not quantised
+    assert "quantization_config" not in config.to_dict()  # what we write is not quantized
 
 
 def test_which_layers_hold_experts() -> None:

@@ -211,9 +211,9 @@ def test_values_by_the_formulas(stand_in: Callable[[str], Path]) -> None:
         stored = {k: t for file in stand_in(name).glob("*.safetensors") for k, t in load_file(file).items()}
         stem = f"model.layers.{small(LAYOUTS[name].config)['first_k_dense_replace']}.mlp.experts"
         down = f"{stem}.{expert}.down_proj"
-        want = (fp8.dequantise(stored[f"{down}.weight"], stored[f"{down}.weight_scale_inv"])
+        want = (fp8.dequantize(stored[f"{down}.weight"], stored[f"{down}.weight_scale_inv"])
                 if name == "DeepSeek-V3" else
-                int4.dequantise(stored[f"{down}.weight_packed"], stored[f"{down}.weight_scale"], 32))
+                int4.dequantize(stored[f"{down}.weight_packed"], stored[f"{down}.weight_scale"], 32))
         model = load_model(stand_in(name), "float32")
         assert torch.equal(model.state_dict()[f"{stem}.down_proj"][expert], want)
 

@@ -372,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("source", metavar="IN", help="a checkpoint folder or a hub id (BF16, FP32 or FP8)")
     verb.add_argument("out", metavar="OUT", help="folder to write")
     verb.add_argument("--format", choices=("nf4", "int8", "bf16"), default="nf4",
-                      help="bits of a weight; bf16 writes a plain checkpoint of a quantised one")
+                      help="bits of a weight; bf16 writes a plain checkpoint of a quantized one")
     verb.add_argument("--keep", nargs="+", action="extend", default=[], metavar="PATTERN",
                       help="weights that stay as they are, such as 'lm_head.*' or 'model.layers.0.*'")
     verb.add_argument("--adapter", metavar="DIR", help="a delta or a LoRA adapter of IN, to merge in first")

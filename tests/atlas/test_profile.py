@@ -214,7 +214,7 @@ def test_scores_are_those_of_a_loop_without_the_beginning_padding_and_scaling(pl
         assert score == pytest.approx(expected[expert] / tokens, abs=1e-6)
 
 
-def test_a_quantised_model_and_one_of_the_second_generation(
+def test_a_quantized_model_and_one_of_the_second_generation(
     planted: Planted, tmp_path: Path
 ) -> None:
     convert.quantize(planted.folder, tmp_path / "nf4", "nf4")

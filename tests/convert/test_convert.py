@@ -1,4 +1,4 @@
-"""Quantised checkpoints: written whole or not at all, mapped when loaded, and convertible back."""
+"""Quantized checkpoints: written whole or not at all, mapped when loaded, and convertible back."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from deepseek.cli import main
 from deepseek.config import ModelConfig
 from deepseek.convert import REPORT, dequantize, writing
 from deepseek.errors import ConfigError
-from deepseek.ops.panels import Quantised, unpack, unpack_mlp
+from deepseek.ops.panels import Quantized, unpack, unpack_mlp
 from deepseek.quant import fp8, int8, nf4
-from deepseek.quant.linear import QuantisedEmbedding, QuantisedExperts, QuantisedLinear, QuantisedMLP
-from deepseek.quant.panels import quantise_panels
+from deepseek.quant.linear import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, QuantizedMLP
+from deepseek.quant.panels import quantize_panels
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "no shared": dict(n_shared_experts=0), "tied": dict(tie_word_embeddings=True),
@@ -53,27 +53,27 @@ def test_every_weight_is_its_codec_s(source: Callable, format: Any, changes: dic
         plain |= load_file(folder / "mtp.safetensors")
     bits = 4 if format == "nf4" else 8
 
-    def codec(w_OK: Tensor) -> Quantised:
-        return unpack(quantise_panels(w_OK, bits)[0], *w_OK.shape, bits)
+    def codec(w_OK: Tensor) -> Quantized:
+        return unpack(quantize_panels(w_OK, bits)[0], *w_OK.shape, bits)
 
     def expected(name: str) -> Tensor:
-        return codec(plain.pop(name).float()).dequantise()
+        return codec(plain.pop(name).float()).dequantize()
 
     embedding = plain.pop("model.embed_tokens.weight").float()
     head = embedding if changes.get("tie_word_embeddings") else None
-    table = int8.quantise(embedding)
+    table = int8.quantize(embedding)
     for name, tensor in load_file(out / "model.safetensors").items():
         stem = name.rpartition(".")[0]
         if name.endswith(".packed") and ".mlp" in name:
             rows, columns = plain[f"{stem}.gate_proj.weight"].shape
             assert len(tensor) % 4096 == 0
             for part, q in zip(("gate", "up", "down"), unpack_mlp(tensor, columns, rows, bits), strict=True):
-                assert torch.equal(q.dequantise(), expected(f"{stem}.{part}_proj.weight")), (name, part)
+                assert torch.equal(q.dequantize(), expected(f"{stem}.{part}_proj.weight")), (name, part)
         elif name == "lm_head.packed" and head is not None:
-            assert torch.equal(unpack(tensor, 97, 72, bits).dequantise(), codec(head).dequantise())
+            assert torch.equal(unpack(tensor, 97, 72, bits).dequantize(), codec(head).dequantize())
         elif name.endswith(".packed"):
             rows, columns = plain[f"{stem}.weight"].shape
-            assert torch.equal(unpack(tensor, rows, columns, bits).dequantise(), expected(f"{stem}.weight")), name
+            assert torch.equal(unpack(tensor, rows, columns, bits).dequantize(), expected(f"{stem}.weight")), name
         elif name.endswith(".codes"):
             assert torch.equal(tensor, table.code_OK)
         elif name.endswith(".step"):
@@ -134,7 +134,7 @@ def test_the_report(source: Callable, capsys: pytest.CaptureFixture[str]) -> Non
     assert set(errors["experts"]) == {f"{layer}.{e}" for layer in (1, 2, 3) for e in range(16)}
     assert {"mlp.experts.down_proj", "self_attn.q_proj", "embed_tokens", "lm_head", "eh_proj"} <= set(errors["kinds"])
     w = load_file(folder / "model.safetensors")["model.layers.0.self_attn.o_proj.weight"].float()
-    relative = (nf4.quantise(w).dequantise() - w).norm() / w.norm()
+    relative = (nf4.quantize(w).dequantize() - w).norm() / w.norm()
     assert errors["weights"]["model.layers.0.self_attn.o_proj.weight"] == pytest.approx(float(relative), rel=1e-5)
     worst = max(errors["experts"], key=errors["experts"].__getitem__).split(".")
     assert f"layer {worst[0]} expert {worst[1]} " in report.table() and "bits a weight" in report.table()
@@ -151,6 +151,18 @@ def test_large_matrices_are_cut_into_row_blocks(source: Callable, monkeypatch: p
     back, again = (dequantize(folder.parent / name, folder.parent / f"{name} back", "float32", progress=False)
                    for name in ("q", "cut"))
     assert (back / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_a_report_by_its_old_name_is_left_behind(source: Callable) -> None:
+    """Checkpoints of 0.1 say quantisation.json; they load, and convert to folders without a stale report."""
+    out, _ = quiet(source())
+    manifest = json.loads((out / MANIFEST).read_text())
+    (out / REPORT).rename(out / writing.OLD_REPORT)
+    manifest["files"][writing.OLD_REPORT] = manifest["files"].pop(REPORT)
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    load_model(out, verify=True)
+    back = dequantize(out, out.parent / "back", "float32", progress=False)
+    assert not {REPORT, "quantisation.json"} & {*contents(back)} and "quantisation.json" in contents(out)
 
 
 def test_small_files_come_along(source: Callable) -> None:
@@ -209,7 +221,7 @@ def test_official_fp8_is_a_source(source: Callable) -> None:
     folder = source(num_nextn_predict_layers=1, intermediate_size=140, hidden_size=136)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if "proj" in name]:
-        tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantise(tensors[name])
+        tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name])
     save_file(tensors, folder / "model.safetensors")
     (folder / MANIFEST).unlink()
     plain = save_model(load_model(folder, "float32"), folder.parent / "plain")
@@ -238,7 +250,7 @@ def test_the_model_computes_what_its_plain_twin_does(source: Callable, format: A
     model, twin = load_model(out), load_model(dequantize(out, folder.parent / "b", "float32", progress=False))
     assert model.config == twin.config and not model.training and model.compute_dtype == torch.float32
     kinds = {type(module) for module in model.modules()}
-    assert {QuantisedLinear, QuantisedMLP, QuantisedExperts, QuantisedEmbedding} <= kinds
+    assert {QuantizedLinear, QuantizedMLP, QuantizedExperts, QuantizedEmbedding} <= kinds
     ids_BT = torch.randint(0, 97, (2, 20))
     ours, theirs = model(ids_BT), twin(ids_BT)
     assert ours.dtype == torch.float32

@@ -37,7 +37,7 @@ def test_what_cannot_be_converted(source: Callable, monkeypatch: pytest.MonkeyPa
         (lambda: quiet(folder), f"out = {out}: must be a new or an empty folder"),
         (lambda: quiet(folder, name=folder.name, overwrite=True), "must not be the source"),
         (lambda: quiet(folder, name="q/config.json"), "must be a folder, this is a file"),
-        (lambda: quiet(out, name="x"), f"{out}: is quantised already (nf4)"),
+        (lambda: quiet(out, name="x"), f"{out}: is quantized already (nf4)"),
         (lambda: dequantize(out, folder.parent / "x", "int8"), "dtype = 'int8': must be one of"),  # type: ignore
     ):
         with pytest.raises(ConfigError) as caught:
@@ -90,13 +90,13 @@ def test_links_of_the_hub_cache_are_followed(source: Callable) -> None:
     for file in folder.iterdir():
         file.rename(blobs / f"b-{file.name}")
         (snapshot / file.name).symlink_to(f"../../blobs/b-{file.name}")
-    quantise = partial(convert.quantize, snapshot, folder.parent / "x", "int8", progress=False)
-    quantise()
+    quantize = partial(convert.quantize, snapshot, folder.parent / "x", "int8", progress=False)
+    quantize()
     assert (folder.parent / "x" / "README.md").read_text() == "card"
     (snapshot / "notes.txt").symlink_to("../../other")
     (cache / "other").write_text("")
     with pytest.raises(CheckpointError, match=r"notes\.txt: leads out of the checkpoint"):
-        quantise(overwrite=True)
+        quantize(overwrite=True)
 
 
 def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
@@ -138,7 +138,7 @@ COPIED = ["model.norm.weight", f"{GATE}.weight", f"{GATE}.e_score_correction_bia
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", [*COPIED, "lm_head.weight", "model.embed_tokens.weight", NAME])
 def test_what_is_copied_is_finite_too(source: Callable, name: str, value: float) -> None:
-    """Copied, kept, packed and dequantised alike, and nothing is left of the conversion."""
+    """Copied, kept, packed and dequantized alike, and nothing is left of the conversion."""
     folder = source(q_lora_rank=24, attention_bias=True)
     rewrite(folder, lambda t: t[name].view(-1)[-1:].fill_(value))
     keep = ["lm_head.*", "*.embed_tokens.*", "*.mlp.*"]
@@ -162,7 +162,7 @@ def test_what_float16_cannot_hold(source: Callable) -> None:
 
 @pytest.mark.parametrize("name", [f"{GATE}.weight", f"{GATE}.e_score_correction_bias", "model.embed_tokens.step",
                                   "lm_head.packed"])
-def test_a_quantised_file_with_numbers_that_are_none(source: Callable, name: str) -> None:
+def test_a_quantized_file_with_numbers_that_are_none(source: Callable, name: str) -> None:
     out, _ = quiet(source())
     rewrite(out, lambda t: t[name].view(-1)[:4].copy_(torch.tensor([0, 0, 192, 127], dtype=torch.uint8))  # a NaN
             if name == "lm_head.packed" else t[name].view(-1)[:1].fill_(torch.nan))
@@ -193,7 +193,7 @@ HEAD, EXPERT = "lm_head.packed", "model.layers.1.mlp.experts.5.packed"
      "model.embed_tokens.step is [3] of F32, must be [97] of float32"),
     (lambda t: t.update({"model.norm.weight": torch.ones(3)}), "model.norm.weight is [3] of F32, must be [72]"),
 ])
-def test_a_quantised_file_that_does_not_fit_is_refused_by_name(
+def test_a_quantized_file_that_does_not_fit_is_refused_by_name(
     source: Callable, edit: Callable[[dict[str, Tensor]], Any], message: str
 ) -> None:
     out, _ = quiet(source())
@@ -226,8 +226,8 @@ def test_hashes_of_weights_are_compared_on_demand(source: Callable) -> None:
     load_model(out)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: altered"):
         load_model(out, verify=True)
-    (out / "quantisation.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"quantisation\.json: truncated or altered"):
+    (out / "quantization.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"quantization\.json: truncated or altered"):
         load_model(out)
 
 
@@ -262,13 +262,13 @@ def test_other_versions_and_formats_are_refused(source: Callable, changes: dict[
     assert message in str(caught.value) and str(out) in str(caught.value)
 
 
-def test_a_quantised_model_is_neither_trained_nor_saved(source: Callable) -> None:
+def test_a_quantized_model_is_neither_trained_nor_saved(source: Callable) -> None:
     out, _ = quiet(source())
     model = load_model(out)
     with pytest.raises(ConfigError, match="has no gradients and cannot be trained"):
         model.train()
     with pytest.raises(CheckpointError, match="--format bf16"):
         save_model(model, out.parent / "x")
-    with pytest.raises(ConfigError, match="dtype = bfloat16: a quantised checkpoint computes in float32"):
+    with pytest.raises(ConfigError, match="dtype = bfloat16: a quantized checkpoint computes in float32"):
         load_model(out, "bfloat16")
     assert not (out.parent / "x").exists()

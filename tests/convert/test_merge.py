@@ -1,4 +1,4 @@
-"""Adapters merged into their base: the weights, the bytes beside quantising at once, what is written, interruption."""
+"""Adapters merged into their base: the weights, the bytes beside quantizing at once, what is written, interruption."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def delta(base: Path, *parts: str) -> Path:
 def in_fp8(folder: Path) -> Path:
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if "proj" in name]:
-        tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantise(tensors[name])
+        tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name])
     save_file(tensors, folder / "model.safetensors")
     (folder / MANIFEST).unlink()
     return folder
@@ -83,7 +83,7 @@ def in_fp8(folder: Path) -> Path:
 def test_a_merge_is_the_adapted_model_and_gives_the_same_four_bits(
     source: Callable, kind: str, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
-    """Every number is the one of fold; quantising with the adapter has the bytes of merging and then quantising."""
+    """Every number is the one of fold; quantizing with the adapter has the bytes of merging and then quantizing."""
     base = source(dtype, **changes)
     adapter = delta(base) if kind == "delta" else lora(base, kind)
     done = merge(base, adapter, base.parent / "merged", progress=False)
@@ -205,7 +205,7 @@ def test_what_cannot_be_merged(source: Callable, capsys: pytest.CaptureFixture[s
     save_model(other, base.parent / "other")
     x = base.parent / "x"
     for work, error, message in (
-        (lambda: merge(four, adapter, x), ConfigError, "is quantised (nf4), and a merge would be rounded away"),
+        (lambda: merge(four, adapter, x), ConfigError, "is quantized (nf4), and a merge would be rounded away"),
         (lambda: merge(base.parent / "other", adapter, x), CheckpointError, "delta: made for another base: its hash "
          f"is {of(base)[:16]}… ({base}), that of this model"),
         (lambda: quiet(base.parent / "other", name="x", adapter=adapter), CheckpointError, "made for another base"),
@@ -214,7 +214,7 @@ def test_what_cannot_be_merged(source: Callable, capsys: pytest.CaptureFixture[s
         (lambda: merge(base, adapter, four), ConfigError, "must be a new or an empty folder"),
         (lambda: merge(base, adapter, x, "int8"), ConfigError, "dtype = 'int8': must be one of auto"),  # type: ignore
         (lambda: merge(base, lora(base, "attention", 0.0), x), ConfigError, "every B is zero"),
-        (lambda: quiet(four, name="x", adapter=adapter), ConfigError, "is quantised already"),
+        (lambda: quiet(four, name="x", adapter=adapter), ConfigError, "is quantized already"),
     ):
         with pytest.raises(error) as caught:
             work()

@@ -237,7 +237,7 @@ def test_names_of_a_checkpoint_keep_their_groups(base: Path, texts: Path, tmp_pa
     (["BASE", "TEXT", "--from", "BASE"], "does not go with --from"),
     (["TEXT", "--from", "BASE", "--tokenizer", "OTHER"], "is another than that of"),
     (["--from", "BASE"], "at least one DATA or --experts NAME=PATH must be given"),
-    (["TEXT", "--from", "FOUR"], "is quantised, and quantised weights cannot be trained"),
+    (["TEXT", "--from", "FOUR"], "is quantized, and quantized weights cannot be trained"),
     (["TEXT", "--from", "nowhere"], "nowhere: no such folder here"),
     (["CONFIG"], "at least one DATA or --experts NAME=PATH must be given"),
     ([], "holds no run to go on with"),

@@ -91,7 +91,7 @@ def test_info_of_a_path_as_json(run: Path) -> None:
 def test_four_bits_and_back(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """README's commands: quantise, run, describe, chat, and turn back; a damaged file is refused by name."""
+    """README's commands: quantize, run, describe, chat, and turn back; a damaged file is refused by name."""
     model, small, back = (str(run / name) for name in ("out/model", "nf4", "back"))
     done = deepseek("quantize", model, small, "--keep", "*kv_a_proj*")
     assert done.returncode == 0 and "bits a weight" in done.stdout, done.stderr

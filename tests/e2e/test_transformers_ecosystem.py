@@ -7,7 +7,7 @@ What was found out about them, and is held here:
   either, and peft refuses.
 - bitsandbytes replaces nn.Linear alone: attention, dense and shared-expert matrices. Routed experts (fused 3-D
   parameters), gate, embedding and lm_head keep their precision.
-- bitsandbytes 0.50 on a CPU with AVX-512 dequantises matrices wrongly whose input width is a multiple of 16 but not of
+- bitsandbytes 0.50 on a CPU with AVX-512 dequantizes matrices wrongly whose input width is a multiple of 16 but not of
   64 (rows then share blocks, and it takes the wrong block's scale). So the model here has every input width at a
   multiple of 64. With AVX512-BF16 it packs 32 output rows at a time and refuses other heights, so every height is a
   multiple of 32 (`kv_a_proj_with_mqa` has kv_lora_rank + qk_rope_head_dim); absmax and products are BF16 there.

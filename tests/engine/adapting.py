@@ -11,7 +11,7 @@ from deepseek import LoRAAdapter
 from deepseek.checkpoint import load_model
 from deepseek.model.adapter import side_paths
 
-# attention with and without kv_b_proj, experts, both; the last one's names are what a quantised base cannot take
+# attention with and without kv_b_proj, experts, both; the last one's names are what a quantized base cannot take
 KINDS: dict[str, dict[str, Any]] = {
     "law": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "kv_a_proj_with_mqa"]},
     "med": {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "lm_head"]},
@@ -22,7 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def save_adapter(base: Path, folder: Path, seed: int = 0, scale: float = 0.15, **fields: Any) -> Path:
-    """An adapter of LoRAAdapter's fields with random B, for the plain or quantised checkpoint `base`."""
+    """An adapter of LoRAAdapter's fields with random B, for the plain or quantized checkpoint `base`."""
     model, generator = load_model(base), torch.Generator().manual_seed(seed)
     side = LoRAAdapter(**fields).attach(model)
     for _, module in side_paths(model):

@@ -30,7 +30,7 @@ from deepseek.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["the quick brown fox", "0123456789"] * 4, 300)
 NAMES = (None, *KINDS)
-BASES = {"quantised": {}, "a compressed query, biases": dict(q_lora_rank=24, attention_bias=True),
+BASES = {"quantized": {}, "a compressed query, biases": dict(q_lora_rank=24, attention_bias=True),
          "whole panels": dict(qk_nope_head_dim=16, v_head_dim=16), "drafts": dict(num_nextn_predict_layers=1)}
 needs_native = pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
 
@@ -72,7 +72,7 @@ class Served:
 def served(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any) -> Callable[..., Served]:
     known: dict[str, Served] = {}
 
-    def of(base: str = "quantised") -> Served:
+    def of(base: str = "quantized") -> Served:
         if base not in known:
             config = tiny_config(max_position_embeddings=512, vocab_size=300, **BASES[base])
             known[base] = Served(tmp_path_factory.mktemp("adapters"), lambda: random_model(config))
@@ -320,7 +320,7 @@ def test_adapters_of_another_base_are_refused_before_any_is_put_in(
         LLM(tmp_path / "wide", adapters={"law": own.adapters["law"]})
     dense = save_adapter(own.plain, tmp_path / "dense", r=2, target_modules=["gate_proj"])
     assert LLM(own.plain, adapters={"dense": dense}).generate([[5]], params(), adapter="dense")
-    with pytest.raises(CheckpointError, match="inside a packed MLP of this quantised base and takes no side path"):
+    with pytest.raises(CheckpointError, match="inside a packed MLP of this quantized base and takes no side path"):
         LLM(own.four, adapters={"dense": dense})
     with pytest.raises(CheckpointError, match="stands beside this model and would not be written"):
         save_model(own.llm(own.plain).model, tmp_path / "written")

@@ -34,7 +34,7 @@ EXPERTS, LAYERS = 16, 3
 
 @pytest.fixture(scope="module")
 def folder(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any) -> Path:
-    """A quantised model of 3 MoE layers x 16 experts, with a tokenizer and an atlas of four names."""
+    """A quantized model of 3 MoE layers x 16 experts, with a tokenizer and an atlas of four names."""
     place = tmp_path_factory.mktemp("residency")
     tokenizer = Tokenizer.train(["the quick brown fox", "0123456789"] * 4, 300)
     config = tiny_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=4, n_routed_experts=EXPERTS, n_group=4,
@@ -288,7 +288,7 @@ def test_bad_options(folder: Path, random_model: Callable, tiny_config: Callable
             LLM(folder, expert_memory=text)
     with pytest.raises(ConfigError, match="needs a checkpoint"):
         LLM(random_model(tiny_config()), expert_memory="1GiB")
-    with pytest.raises(ConfigError, match="quantised model"):
+    with pytest.raises(ConfigError, match="quantized model"):
         Residency(random_model(tiny_config()), {}, 10**9)
     with pytest.raises(RequestError, match="no experts are named 'x_expert'; there are a_expert, b_expert"):
         LLM(folder, warmup_experts="x_expert")

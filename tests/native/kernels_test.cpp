@@ -13,7 +13,7 @@
 
 #include "../../csrc/attention.h"
 #include "../../csrc/kernels.h"
-#include "../../csrc/quantised.h"
+#include "../../csrc/quantized.h"
 #include "../../csrc/training.h"
 
 using namespace deepseek;
@@ -87,7 +87,7 @@ void random_row(float* x, int64_t columns) {
 
 // ---- tables --------------------------------------------------------------------------------------------------------
 
-void test_quantise(const Kernels& table) {
+void test_quantize(const Kernels& table) {
   for (int64_t columns : {1, 15, 16, 17, 63, 64, 65, 100, 128, 130, 200})
     for (int repeat = 0; repeat < 20; ++repeat) {
       const int64_t blocks = blocks_of(columns);
@@ -95,15 +95,15 @@ void test_quantise(const Kernels& table) {
       Exact<int8_t> q(blocks * kBlock, below(3)), want_q(blocks * kBlock);
       Exact<int32_t> surplus(blocks), want_surplus(blocks);
       random_row(x.get(), columns);
-      table.quantise(x.get(), columns, q.get(), surplus.get(), scale.get());
-      scalar_kernels->quantise(x.get(), columns, want_q.get(), want_surplus.get(), want_scale.get());
+      table.quantize(x.get(), columns, q.get(), surplus.get(), scale.get());
+      scalar_kernels->quantize(x.get(), columns, want_q.get(), want_surplus.get(), want_scale.get());
       const std::string where = at(table, {columns});
-      same(q, want_q, "quantise: q", where), same(surplus, want_surplus, "quantise: surplus", where);
-      same(scale, want_scale, "quantise: scale", where);
+      same(q, want_q, "quantize: q", where), same(surplus, want_surplus, "quantize: surplus", where);
+      same(scale, want_scale, "quantize: scale", where);
     }
 }
 
-void test_quantise_weights(const Kernels& table) {
+void test_quantize_weights(const Kernels& table) {
   for (int bits : {4, 8})
     for (int64_t columns : {1, 16, 63, 64, 70, 200}) {
       const Panel shape(columns, bits);
@@ -113,11 +113,11 @@ void test_quantise_weights(const Kernels& table) {
       for (int64_t r = 0; r < kRows; ++r) {
         w.fill(normal);
         if (r == 3) w.fill([] { return 0.0f; });
-        table.quantise_weights(w.get(), columns, bits, r, panel.get(), room.get(), squares.get());
-        scalar_kernels->quantise_weights(w.get(), columns, bits, r, want.get(), room.get(), want_squares.get());
+        table.quantize_weights(w.get(), columns, bits, r, panel.get(), room.get(), squares.get());
+        scalar_kernels->quantize_weights(w.get(), columns, bits, r, want.get(), room.get(), want_squares.get());
       }
-      same(panel, want, "quantise_weights", at(table, {bits, columns}));
-      same(squares, want_squares, "quantise_weights: squares", at(table, {bits, columns}));
+      same(panel, want, "quantize_weights", at(table, {bits, columns}));
+      same(squares, want_squares, "quantize_weights: squares", at(table, {bits, columns}));
     }
 }
 
@@ -136,7 +136,7 @@ void test_panels(const Kernels& table) {
           Exact<int32_t> surplus(known * shape.blocks), row(tokens);
           for (int64_t t = 0; t < known; ++t) {
             random_row(x.get(), columns);
-            scalar_kernels->quantise(x.get(), columns, &q[t * pitch_of(shape.blocks)], &surplus[t * shape.blocks], &scale[t]);
+            scalar_kernels->quantize(x.get(), columns, &q[t * pitch_of(shape.blocks)], &surplus[t * shape.blocks], &scale[t]);
           }
           row.fill([&] { return (int32_t)below(known); });
           const Rows rows{q.get(), surplus.get(), scale.get(), shape.blocks};
@@ -266,12 +266,12 @@ void test_operations() {
           random_panels(w.get(), groups * panels_of(rows), shape, bits);
           Exact<float> x(tokens * groups * columns, 1);
           x.fill(normal);
-          on_threads("quantised_groups", tokens * groups * rows, [&](float* out, int threads) {
-            quantised_groups(x.get(), tokens, groups, columns, groups * columns, columns, w.get(), stride, rows, bits, out,
+          on_threads("quantized_groups", tokens * groups * rows, [&](float* out, int threads) {
+            quantized_groups(x.get(), tokens, groups, columns, groups * columns, columns, w.get(), stride, rows, bits, out,
                              threads);
           });
-          on_threads("quantised_linears", tokens * (rows + 16), [&](float* out, int threads) {
-            quantised_linears(x.get(), tokens, columns, {{w.get(), rows, out}, {w.get(), 16, out + tokens * rows}}, bits,
+          on_threads("quantized_linears", tokens * (rows + 16), [&](float* out, int threads) {
+            quantized_linears(x.get(), tokens, columns, {{w.get(), rows, out}, {w.get(), 16, out + tokens * rows}}, bits,
                               threads);
           });
         }
@@ -298,8 +298,8 @@ void test_operations() {
             Exact<float> x(tokens * hidden, 1), weight(tokens * top);
             Exact<int64_t> index(tokens * top);
             x.fill(normal), weight.fill(normal), index.fill([&] { return experts - 1 - below(visited); });
-            on_threads("quantised_experts", tokens * hidden, [&](float* out, int threads) {
-              quantised_experts(x.get(), tokens, hidden, index.get(), weight.get(), top, table.get(), experts, inner,
+            on_threads("quantized_experts", tokens * hidden, [&](float* out, int threads) {
+              quantized_experts(x.get(), tokens, hidden, index.get(), weight.get(), top, table.get(), experts, inner,
                                 with_shared ? shared.get() : nullptr, with_shared ? shared_inner : 0, bits, out, threads);
             });
           }
@@ -369,9 +369,9 @@ void test_operations() {
     weights.fill(normal);
     Exact<uint8_t> one(panels_of(50) * Panel(70, bits).bytes), many(one.size());
     Exact<double> squares(2);
-    quantise_panels(weights.get(), 50, 70, bits, one.get(), squares.get(), 1);
-    quantise_panels(weights.get(), 50, 70, bits, many.get(), squares.get(), 3);
-    same(one, many, "quantise_panels", at(kernels(), {bits}));
+    quantize_panels(weights.get(), 50, 70, bits, one.get(), squares.get(), 1);
+    quantize_panels(weights.get(), 50, 70, bits, many.get(), squares.get(), 3);
+    same(one, many, "quantize_panels", at(kernels(), {bits}));
   }
 }
 
@@ -480,7 +480,7 @@ int main() {
   for (const Kernels* table : {scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels}) {
     if (!runs_here(table)) continue;
     const int64_t before = compared;
-    test_quantise(*table), test_quantise_weights(*table), test_panels(*table), test_dense_panels(*table);
+    test_quantize(*table), test_quantize_weights(*table), test_panels(*table), test_dense_panels(*table);
     test_rows(*table), test_attention(*table);
     std::printf("%s: %lld results as the scalar kernels have them\n", table->name, (long long)(compared - before));
   }

@@ -1,4 +1,4 @@
-"""Random and awkward inputs for the operations on quantised weights.
+"""Random and awkward inputs for the operations on quantized weights.
 
 Run as a program, it prints the instruction set and then, one a line, a digest of the bits of every native result.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepseek import ops
 from deepseek.ops.native import isa, native
-from deepseek.ops.panels import Bits, Quantised, pack, pack_mlp
+from deepseek.ops.panels import Bits, Quantized, pack, pack_mlp
 
 SHAPES = ((16, 64), (48, 130), (5, 70), (100, 256), (33, 192), (1, 1), (17, 63), (64, 65), (30, 448))
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 50, 130)
@@ -36,14 +36,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_matrix(rows: int, columns: int, bits: Bits, seed: int = 0) -> Quantised:
+def random_matrix(rows: int, columns: int, bits: Bits, seed: int = 0) -> Quantized:
     generator = torch.Generator().manual_seed(seed)
     step_O = torch.rand(rows, generator=generator) / columns
     if bits == 8:
-        return Quantised(torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8), None, step_O)
+        return Quantized(torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8), None, step_O)
     code_OK = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
     scale_Ob = torch.randint(0, 256, (rows, -(-columns // 64)), generator=generator, dtype=torch.uint8)
-    return Quantised(code_OK, scale_Ob, step_O / 128)
+    return Quantized(code_OK, scale_Ob, step_O / 128)
 
 
 def random_mlp(hidden: int, inner: int, bits: Bits, seed: int = 0) -> Tensor:
@@ -74,7 +74,7 @@ class Experts(NamedTuple):
     shared: Tensor
 
     def run(self, rows: slice | Tensor = slice(None), *, shared: bool = True) -> Tensor:
-        return ops.quantised_experts(
+        return ops.quantized_experts(
             self.x_TH[rows], self.index_TK[rows], self.weight_TK[rows], self.experts, INNER,
             shared=self.shared if shared else None, shared_inner=SHARED if shared else 0, bits=self.experts.bits)
 
@@ -147,19 +147,19 @@ def results() -> Iterator[tuple[str, Tensor]]:
         for rows, columns in SHAPES:
             packed = pack(random_matrix(rows, columns, bits))
             for tokens in TOKENS:
-                yield f"linear {bits} {rows} {columns} {tokens}", ops.quantised_linear(
+                yield f"linear {bits} {rows} {columns} {tokens}", ops.quantized_linear(
                     randn(tokens, columns), packed, rows, bits=bits)
-            yield f"awkward {bits} {rows} {columns}", ops.quantised_linear(
+            yield f"awkward {bits} {rows} {columns}", ops.quantized_linear(
                 awkward_rows(columns), packed, rows, bits=bits)
         packed = torch.cat([pack(random_matrix(20, 70, bits, seed)) for seed in range(3)])
         for tokens in (1, 9):
-            yield f"grouped {bits} {tokens}", ops.grouped_quantised_linear(
+            yield f"grouped {bits} {tokens}", ops.grouped_quantized_linear(
                 randn(tokens, 3, 70), packed, 0, len(packed) // 3, 20, bits=bits)
         for tokens in (1, 2, 7, 40, 111):
             case = random_experts(tokens, bits)
             yield f"experts {bits} {tokens}", case.run()
             yield f"routed {bits} {tokens}", case.run(shared=False)
-            yield f"mlp {bits} {tokens}", ops.quantised_mlp(case.x_TH, case.shared, SHARED, bits=bits)
+            yield f"mlp {bits} {tokens}", ops.quantized_mlp(case.x_TH, case.shared, SHARED, bits=bits)
         yield f"crowd {bits}", random_experts(60, bits, only=5).run()
     for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 3, 4, 9, 50)):
         packed = ops.pack_panels(randn(50, 36).to(dtype))

@@ -36,7 +36,7 @@ def off_by(n: int, packed: Tensor) -> Tensor:
 
 def experts(x: Tensor = X, index: Tensor = INDEX, weight: Tensor = WEIGHT, table: Any = TABLE, inner: int = INNER,
             **options: Any) -> Tensor:
-    return ops.quantised_experts(x, index, weight, table, inner, **options)
+    return ops.quantized_experts(x, index, weight, table, inner, **options)
 
 
 def attention(**changes: Any) -> Tensor:
@@ -53,23 +53,23 @@ def latents(**changes: Any) -> Tensor:
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "linear: x of another dtype": (
-        lambda: ops.quantised_linear(X.bfloat16(), W, 20), "x must be float32, got torch.bfloat16"),
-    "linear: a gradient": (lambda: ops.quantised_linear(X.clone().requires_grad_(), W, 20), "x requires a gradient"),
+        lambda: ops.quantized_linear(X.bfloat16(), W, 20), "x must be float32, got torch.bfloat16"),
+    "linear: a gradient": (lambda: ops.quantized_linear(X.clone().requires_grad_(), W, 20), "x requires a gradient"),
     "linear: weights of another dtype": (
-        lambda: ops.quantised_linear(X, W.view(torch.int8), 20),
+        lambda: ops.quantized_linear(X, W.view(torch.int8), 20),
         f"packed must be {len(W)} contiguous bytes (uint8), got {len(W)} of torch.int8"),
     "linear: too few bytes": (
-        lambda: ops.quantised_linear(X, W[:-64], 20),
+        lambda: ops.quantized_linear(X, W[:-64], 20),
         f"packed must be {len(W)} contiguous bytes (uint8), got {len(W) - 64} of torch.uint8"),
-    "linear: more columns": (lambda: ops.quantised_linear(randn(3, 129), W, 20), "packed must be"),
-    "linear: bytes apart": (lambda: ops.quantised_linear(X, torch.stack((W, W), 1)[:, 0], 20), "packed must be"),
+    "linear: more columns": (lambda: ops.quantized_linear(randn(3, 129), W, 20), "packed must be"),
+    "linear: bytes apart": (lambda: ops.quantized_linear(X, torch.stack((W, W), 1)[:, 0], 20), "packed must be"),
     "linear: misaligned": (
-        lambda: ops.quantised_linear(X, off_by(1, W), 20),
+        lambda: ops.quantized_linear(X, off_by(1, W), 20),
         "packed must begin at a multiple of 64 bytes, begins 1 after one"),
-    "mlp: x of another dtype": (lambda: ops.quantised_mlp(X.double(), MLP, INNER), "x must be float32"),
+    "mlp: x of another dtype": (lambda: ops.quantized_mlp(X.double(), MLP, INNER), "x must be float32"),
     "mlp: too few bytes": (
-        lambda: ops.quantised_mlp(X, MLP[:-1], INNER), f"packed must be {len(MLP)} contiguous bytes"),
-    "mlp: misaligned": (lambda: ops.quantised_mlp(X, off_by(32, MLP), INNER), "begins 32 after one"),
+        lambda: ops.quantized_mlp(X, MLP[:-1], INNER), f"packed must be {len(MLP)} contiguous bytes"),
+    "mlp: misaligned": (lambda: ops.quantized_mlp(X, off_by(32, MLP), INNER), "begins 32 after one"),
     "experts: x of another dtype": (lambda: experts(X.half()), "x must be float32"),
     "experts: a gradient": (lambda: experts(X.clone().requires_grad_()), "x requires a gradient"),
     "experts: an expert too short": (
@@ -87,16 +87,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "experts: weights of another shape": (lambda: experts(weight=WEIGHT[:2]), "beside weight of the same shape"),
     "experts: shared too short": (lambda: experts(shared=MLP[:64], shared_inner=INNER), "shared must be"),
     "grouped: too few bytes": (
-        lambda: ops.grouped_quantised_linear(X.view(3, 1, 100), W, 64, 0, 20),
+        lambda: ops.grouped_quantized_linear(X.view(3, 1, 100), W, 64, 0, 20),
         f"packed must be {len(W) + 64} contiguous"),
     "grouped: misaligned": (
-        lambda: ops.grouped_quantised_linear(X.view(3, 1, 100), W, 16, 0, 5), "multiples of 64 bytes, got 16 and 0"),
+        lambda: ops.grouped_quantized_linear(X.view(3, 1, 100), W, 16, 0, 5), "multiples of 64 bytes, got 16 and 0"),
     "grouped: a stride between panels": (
-        lambda: ops.grouped_quantised_linear(X.view(3, 2, 50), W, 0, 100, 5), "multiples of 64 bytes, got 0 and 100"),
+        lambda: ops.grouped_quantized_linear(X.view(3, 2, 50), W, 0, 100, 5), "multiples of 64 bytes, got 0 and 100"),
     "grouped: before the beginning": (
-        lambda: ops.grouped_quantised_linear(X.view(3, 1, 100), W, -64, 0, 5), "got -64 and 0"),
+        lambda: ops.grouped_quantized_linear(X.view(3, 1, 100), W, -64, 0, 5), "got -64 and 0"),
     "grouped: x of another dtype": (
-        lambda: ops.grouped_quantised_linear(X.view(3, 1, 100).half(), W, 0, 0, 20), "x must be float32"),
+        lambda: ops.grouped_quantized_linear(X.view(3, 1, 100).half(), W, 0, 0, 20), "x must be float32"),
     "panels: columns": (lambda: ops.pack_panels(randn(16, 6)), "columns a multiple of 4"),
     "panels: dtype": (lambda: ops.pack_panels(randn(16, 8).half()), "must be bfloat16 or float32"),
     "panels: x of another dtype": (lambda: ops.panel_linear(X8.bfloat16(), PANELS), "x must be float32"),
@@ -104,7 +104,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "panels: weights of another dtype": (lambda: ops.panel_linear(X8, PANELS.half()), "got torch.float16"),
     "panels: columns that four do not divide": (
         lambda: ops.panel_linear(X8[:, :6], PANELS[:, :6].contiguous()), "columns a multiple of 4"),
-    "bits that there are not": (lambda: ops.quantised_linear(X, W, 20, bits=5), "bits = 5: must be 4 or 8"),
+    "bits that there are not": (lambda: ops.quantized_linear(X, W, 20, bits=5), "bits = 5: must be 4 or 8"),
     "attention: query of another dtype": (
         lambda: attention(q_latent=randn(3, 3, 5, 16).half()), "q_latent must be float32"),
     "attention: rotary query of another dtype": (

@@ -75,11 +75,11 @@ def apart(call: Call) -> Call:
 
 
 CALLS: dict[str, list[Call]] = {
-    "quantised_linear": [linear(4, 5, 130), linear(8, 2, 3, 64, bias=True), linear(4, 0, 64),
+    "quantized_linear": [linear(4, 5, 130), linear(8, 2, 3, 64, bias=True), linear(4, 0, 64),
                          apart(linear(4, 2, 3, 64))],
-    "quantised_mlp": [mlp(3, 4), mlp(9, 8), apart(mlp(3, 4))],
-    "quantised_experts": [experts(3, 4, shared=True), experts(9, 8, shared=False), apart(experts(3, 4, shared=True))],
-    "grouped_quantised_linear": [grouped(3, 4), grouped(9, 8), apart(grouped(3, 4))],
+    "quantized_mlp": [mlp(3, 4), mlp(9, 8), apart(mlp(3, 4))],
+    "quantized_experts": [experts(3, 4, shared=True), experts(9, 8, shared=False), apart(experts(3, 4, shared=True))],
+    "grouped_quantized_linear": [grouped(3, 4), grouped(9, 8), apart(grouped(3, 4))],
     "panel_linear": [panels(torch.float32), panels(torch.bfloat16), apart(panels(torch.float32))],
     "naive_attention": [naive(3, 2, 4), naive(1, 20, 8), apart(naive(3, 2, 4))],
     "choose_experts": [gate(None, sigmoid=False), gate(randn(32), sigmoid=True), apart(gate(None, sigmoid=True))],

@@ -59,14 +59,14 @@ from cases import randn, random_attention, random_experts, random_matrix, random
 from deepseek import ops
 from deepseek.ops.native import isa
 from deepseek.ops.panels import pack
-from deepseek.ops.quantised import linear_reference
+from deepseek.ops.quantized import linear_reference
 
 w, x_TK = random_matrix(20, 70, 4), randn(5, 70)
-assert torch.equal(ops.quantised_linear(x_TK, pack(w), 20), linear_reference(x_TK, w))
+assert torch.equal(ops.quantized_linear(x_TK, pack(w), 20), linear_reference(x_TK, w))
 case = random_experts(5, 4)
 assert case.run().isfinite().all() and random_attention(5, 16, 3).run().isfinite().all()
-assert ops.quantised_mlp(case.x_TH, case.shared, 90).shape == case.x_TH.shape
-assert ops.grouped_quantised_linear(x_TK[:, None], pack(w), 0, 0, 20).shape == (5, 1, 20)
+assert ops.quantized_mlp(case.x_TH, case.shared, 90).shape == case.x_TH.shape
+assert ops.grouped_quantized_linear(x_TK[:, None], pack(w), 0, 0, 20).shape == (5, 1, 20)
 assert ops.panel_linear(x_TK[:, :64].contiguous(), ops.pack_panels(randn(20, 64))).shape == (5, 32)
 assert random_naive(2, 3, 8).run().isfinite().all()
 rows = torch.zeros(1, 5, 70)

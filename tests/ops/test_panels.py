@@ -1,4 +1,4 @@
-"""The byte layout of quantised matrices, against the words of its definition, byte by byte."""
+"""The byte layout of quantized matrices, against the words of its definition, byte by byte."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepseek.ops.panels import (
     LEVELS,
     ZERO,
     Bits,
-    Quantised,
+    Quantized,
     matrix_bytes,
     mlp_bytes,
     pack,
@@ -25,18 +25,18 @@ from deepseek.ops.panels import (
 )
 
 
-def random_matrix(rows: int, columns: int, bits: Bits, seed: int = 0) -> Quantised:
+def random_matrix(rows: int, columns: int, bits: Bits, seed: int = 0) -> Quantized:
     generator = torch.Generator().manual_seed(seed)
     step_O = torch.rand(rows, generator=generator)
     if bits == 8:
         code_OK = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
-        return Quantised(code_OK, None, step_O)
+        return Quantized(code_OK, None, step_O)
     code_OK = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
     scale_Ob = torch.randint(0, 256, (rows, -(-columns // 64)), generator=generator, dtype=torch.uint8)
-    return Quantised(code_OK, scale_Ob, step_O)
+    return Quantized(code_OK, scale_Ob, step_O)
 
 
-def assert_same(a: Quantised, b: Quantised) -> None:
+def assert_same(a: Quantized, b: Quantized) -> None:
     assert torch.equal(a.code_OK, b.code_OK) and torch.equal(a.step_O, b.step_O)
     assert (a.scale_Ob is None) == (b.scale_Ob is None)
     assert a.scale_Ob is None or b.scale_Ob is None or torch.equal(a.scale_Ob, b.scale_Ob)
@@ -115,13 +115,13 @@ def test_gate_and_up_lie_in_turns() -> None:
 def test_values_follow_the_formula() -> None:
     q = random_matrix(3, 130, 4)
     assert q.scale_Ob is not None and LEVELS[ZERO] == 0
-    w_OK = q.dequantise()
+    w_OK = q.dequantize()
     for r in range(3):
         for k in (0, 63, 64, 129):
             want = float(q.step_O[r]) * int(q.scale_Ob[r, k // 64]) * LEVELS[int(q.code_OK[r, k])]
             assert float(w_OK[r, k]) == pytest.approx(want, rel=1e-6)
     q = random_matrix(3, 130, 8)
-    assert torch.equal(q.dequantise(), q.code_OK.float() * q.step_O[:, None])
+    assert torch.equal(q.dequantize(), q.code_OK.float() * q.step_O[:, None])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -164,7 +164,7 @@ def test_what_was_fp8_is_written_plain_and_read_back(published: tuple[Path, dict
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
-def test_one_matrix_is_read_dequantised(published: tuple[Path, dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
+def test_one_matrix_is_read_dequantized(published: tuple[Path, dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
     files = TensorFiles(published[0])
     name = "model.layers.0.mlp.gate_proj.weight"
     assert files.dtype(name) == "F8_E4M3" and files.shape(name) == (140, 136)
@@ -209,10 +209,10 @@ def test_a_truncated_shard_is_named(published: tuple[Path, dict[str, Tensor]], t
 def test_the_error_of_a_round_trip_is_bounded(rows: int, cols: int, seed: int, exponent: int) -> None:
     """e4m3 keeps 3 bits after the leading one: half a step is 2^-4 of the value, or of the smallest normal 2^-6."""
     w_OI = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    stored, scale = fp8.quantise(w_OI)
+    stored, scale = fp8.quantize(w_OI)
     assert stored.dtype == torch.float8_e4m3fn and stored.shape == w_OI.shape
     assert scale.shape == (-(-rows // 128), -(-cols // 128)) and scale.dtype == torch.float32
-    again = fp8.dequantise(stored, scale)
+    again = fp8.dequantize(stored, scale)
     step = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
     bound = torch.maximum(w_OI.abs() * 2**-4, step * 2**-10) * (1 + 1e-5)
     assert bool(((again - w_OI).abs() <= bound).all())
@@ -223,16 +223,16 @@ def test_what_fp8_can_hold_returns_exactly() -> None:
     stored = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = stored[stored.float().isfinite()].view(2, 127)
     scale = torch.tensor([[0.25]])
-    again, rescale = fp8.quantise(fp8.dequantise(finite, scale))
+    again, rescale = fp8.quantize(fp8.dequantize(finite, scale))
     assert rescale.item() == 0.25 and torch.equal(again.float(), finite.float())
 
 
 def test_zeros_stay_zeros() -> None:
-    stored, scale = fp8.quantise(torch.zeros(3, 130))
-    assert bool((fp8.dequantise(stored, scale) == 0).all()) and bool((scale > 0).all())
+    stored, scale = fp8.quantize(torch.zeros(3, 130))
+    assert bool((fp8.dequantize(stored, scale) == 0).all()) and bool((scale > 0).all())
 
 
-def test_dequantise_rounds_once() -> None:
+def test_dequantize_rounds_once() -> None:
     stored = torch.tensor([[1.125]]).to(torch.float8_e4m3fn)
     scale = torch.tensor([[1.0039]])
-    assert fp8.dequantise(stored, scale, torch.bfloat16) == (stored.double() * scale.double()).bfloat16()
+    assert fp8.dequantize(stored, scale, torch.bfloat16) == (stored.double() * scale.double()).bfloat16()

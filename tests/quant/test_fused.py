@@ -1,4 +1,4 @@
-"""A quantised model's inference forms: near the plain model, like MLA's own forms, and the same bits in any company.
+"""A quantized model's inference forms: near the plain model, like MLA's own forms, and the same bits in any company.
 
 Shape letters: B batch, T tokens, S positions, H hidden.
 """
@@ -21,7 +21,7 @@ from deepseek.model.gate import Gate
 from deepseek.model.mla import MLA, Visible
 from deepseek.ops.native import native
 from deepseek.quant.fused import FusedGate, FusedMLA
-from deepseek.quant.linear import QuantisedLinear
+from deepseek.quant.linear import QuantizedLinear
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "values in panels of their own": {},
@@ -39,8 +39,8 @@ LENGTHS = (9, 3, 150, 1, 140)  # of the rows of a batch; some with more than one
 
 
 @pytest.fixture
-def quantised(tiny_config: Callable, random_model: Callable, tmp_path: Path) -> Callable[..., CausalLM]:
-    """`quantised(format, **changes)`: a random model, written, quantised and loaded; its folder is `tmp_path / "q"`."""
+def quantized(tiny_config: Callable, random_model: Callable, tmp_path: Path) -> Callable[..., CausalLM]:
+    """`quantized(format, **changes)`: a random model, written, quantized and loaded; its folder is `tmp_path / "q"`."""
     def make(format: Any = "nf4", **changes: Any) -> CausalLM:
         source = save_model(random_model(tiny_config(**changes)), tmp_path / "source")
         quantize(source, tmp_path / "q", format, progress=False)
@@ -69,11 +69,11 @@ def padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
 @every_variant
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_logits_are_near_those_of_the_same_weights(
-    quantised: Callable, format: Any, changes: dict[str, Any], tmp_path: Path
+    quantized: Callable, format: Any, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     """The weights are the same numbers; what differs is the int8 of the activations. A token whose experts change by
     that may well go elsewhere."""
-    model = quantised(format, **changes)
+    model = quantized(format, **changes)
     plain = load_model(dequantize(tmp_path / "q", tmp_path / "plain", "float32", progress=False))
     assert all(isinstance(layer.self_attn, FusedMLA) for layer in model.model.layers)
     assert all(isinstance(block.gate, FusedGate) for block in model.moe_blocks().values())
@@ -116,10 +116,10 @@ def attend(
 
 @every_variant
 @pytest.mark.parametrize("order", ["naive", "absorbed"])
-def test_attention_equals_mlas_own_form(quantised: Callable, order: Any, changes: dict[str, Any]) -> None:
-    """In either order, over the same weights, up to the int8 of what enters a quantised product. With and without a
+def test_attention_equals_mlas_own_form(quantized: Callable, order: Any, changes: dict[str, Any]) -> None:
+    """In either order, over the same weights, up to the int8 of what enters a quantized product. With and without a
     cache, in chunks, with padding."""
-    model = quantised(**changes)
+    model = quantized(**changes)
     x_BTH = torch.randn(5, 150, model.config.hidden_size)
     bound = 1e-3 if order == "naive" else 0.02  # MLA's own absorbed form multiplies by kv_b_proj in FP32
     for side, chunks in itertools.product((None, "left", "right"), (None, (150,), (149, 1), (7, 1, 1, 141))):
@@ -131,9 +131,9 @@ def test_attention_equals_mlas_own_form(quantised: Callable, order: Any, changes
 
 
 @every_variant
-def test_the_order_is_the_callers_or_follows_the_call(quantised: Callable, changes: dict[str, Any]) -> None:
+def test_the_order_is_the_callers_or_follows_the_call(quantized: Callable, changes: dict[str, Any]) -> None:
     """Naive for several tokens, absorbed for one; what the model runs is what attention alone does with that order."""
-    model = quantised(**changes)
+    model = quantized(**changes)
     x_BTH = torch.randn(2, 9, model.config.hidden_size)
     naive, absorbed = (attend(model, FusedMLA.forward, x_BTH, None, (8, 1), order=order)
                        for order in ("naive", "absorbed"))
@@ -143,8 +143,8 @@ def test_the_order_is_the_callers_or_follows_the_call(quantised: Callable, chang
 
 
 @every_native
-def test_holes_and_other_caches_take_mlas_own_form(quantised: Callable, changes: dict[str, Any]) -> None:
-    model = quantised(**changes)
+def test_holes_and_other_caches_take_mlas_own_form(quantized: Callable, changes: dict[str, Any]) -> None:
+    model = quantized(**changes)
     ids_BT, mask_BT = ids(2, 12), torch.ones(2, 12, dtype=torch.bool)
     mask_BT[0, 4:7] = False
     with_hole = model(ids_BT, mask_BT=mask_BT)
@@ -155,19 +155,19 @@ def test_holes_and_other_caches_take_mlas_own_form(quantised: Callable, changes:
 
 
 @pytest.mark.parametrize("changes", [{}, VARIANTS["V2"]], ids=["V3", "V2"])
-def test_gate_equals_the_models_own(quantised: Callable, changes: dict[str, Any]) -> None:
-    model = quantised(**changes)
+def test_gate_equals_the_models_own(quantized: Callable, changes: dict[str, Any]) -> None:
+    model = quantized(**changes)
     for block in model.moe_blocks().values():
         x_TH = torch.randn(300, model.config.hidden_size)
         for got, want in zip(block.gate(x_TH), Gate.forward(block.gate, x_TH), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_fused_forms_add_nothing_to_the_state(quantised: Callable) -> None:
-    model = quantised()
+def test_fused_forms_add_nothing_to_the_state(quantized: Callable) -> None:
+    model = quantized()
     assert not [name for name in model.state_dict() if name.endswith(("_PH16", "attn.key", "attn.value"))]
     kv_b = model.model.layers[0].self_attn.kv_b_proj
-    assert isinstance(kv_b, QuantisedLinear) and kv_b._dense is None  # no copy beside the panels
+    assert isinstance(kv_b, QuantizedLinear) and kv_b._dense is None  # no copy beside the panels
 
 
 # ---- the same bits --------------------------------------------------------------------------------------------------
@@ -176,9 +176,9 @@ def test_fused_forms_add_nothing_to_the_state(quantised: Callable) -> None:
 @natively
 @every_native
 @pytest.mark.parametrize("order", ["naive", "absorbed"])
-def test_prefill_and_decode_have_the_bits_of_one_pass(quantised: Callable, order: Any, changes: dict[str, Any]) -> None:
+def test_prefill_and_decode_have_the_bits_of_one_pass(quantized: Callable, order: Any, changes: dict[str, Any]) -> None:
     """In one and the same order."""
-    model = quantised(**changes)
+    model = quantized(**changes)
     ids_BT = ids(2, 160)
     whole_BTV = model(ids_BT, order=order)
     for chunks in ((150, *[1] * 10), (1, 128, 31), (7, 153), (160,)):
@@ -191,10 +191,10 @@ def test_prefill_and_decode_have_the_bits_of_one_pass(quantised: Callable, order
 @every_native
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(
-    quantised: Callable, format: Any, changes: dict[str, Any]
+    quantized: Callable, format: Any, changes: dict[str, Any]
 ) -> None:
     """Five rows of different lengths, padded on either side; then one more token each, as in generation."""
-    model = quantised(format, **changes)
+    model = quantized(format, **changes)
     rows, more_BT = [ids(1, n)[0] for n in LENGTHS], ids(5, 1)
     for side in ("left", "right"):
         ids_BT, mask_BT = padded(rows, side)

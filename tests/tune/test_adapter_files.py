@@ -67,7 +67,7 @@ def edit(folder: Path, keys: dict[str, Any] | None = None, tensors: Callable[[di
 
 
 def refused(folder: Path, adapter: Path, message: str) -> None:
-    """By loading, merging and quantising alike, with the adapter's path and the cause; nothing is left behind."""
+    """By loading, merging and quantizing alike, with the adapter's path and the cause; nothing is left behind."""
     before = sorted(folder.parent.iterdir())
     for work in (lambda: load_model(folder, adapter=adapter), lambda: merge(folder, adapter, folder.parent / "x"),
                  lambda: quantize(folder, folder.parent / "x", adapter=adapter)):

@@ -217,7 +217,7 @@ def test_on_a_four_bit_base(base: Callable[..., Path], quick: dict[str, Any], tm
     dense = model(IDS)
     assert dense.requires_grad
     assert float((dense.detach() - after).norm() / (after - before).norm()) < 0.5
-    with pytest.raises(ConfigError, match="cannot be merged into quantised weights"):
+    with pytest.raises(ConfigError, match="cannot be merged into quantized weights"):
         LoRAAdapter.merge(model)
 
 

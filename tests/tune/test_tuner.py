@@ -225,7 +225,7 @@ def test_other_refusals(base: Callable[..., Path], quick: dict[str, Any], tmp_pa
         MoEFineTuner(folder, out=tmp_path / "a", **quick).fit([])
     assert not (tmp_path / "a").exists()
     quantize(folder, tmp_path / "four")
-    with pytest.raises(ConfigError, match="is quantised, and quantised weights cannot be trained"):
+    with pytest.raises(ConfigError, match="is quantized, and quantized weights cannot be trained"):
         MoEFineTuner(tmp_path / "four")
     MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", **quick).fit(records(), steps=1)
     with pytest.raises(ConfigError, match="holds a run with expert_tune"):

@@ -12,15 +12,18 @@ same, but for two rows of one table:
 MTP tensors are written to `mtp.safetensors`, outside the index, unless the model has V3's 61 layers: transformers
 skips `model.layers.61.*` by name and would report any other extra layer as unexpected.
 
-A quantised checkpoint (docs/formats.md, written by convert) has packed tensors in the places of its weights. They
+A quantized checkpoint (docs/formats.md, written by convert) has packed tensors in the places of its weights. They
 are not read but mapped: a module's weights are views of the file.
 
 What we write carries `manifest.json` with the size and SHA-256 of every file; reading refuses, by name, a file that is
-truncated or altered. Official FP8 weights (`weight_scale_inv`) are dequantised on the way in.
+truncated or altered. Official FP8 weights (`weight_scale_inv`) are dequantized on the way in.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from ..deprecation import renamed
 from .adapted import AdaptedFiles
 from .adapters import attach_adapter, check_targets, save_adapter, save_delta
 from .files import EXPERT_USE, MANIFEST, TORCH_DTYPES, Span, TensorFiles, check_manifest, write_manifest
@@ -37,14 +40,17 @@ from .models import (
     stored_dtype,
     to_dtype,
 )
-from .names import INDEX, PAGE, disk_parts, find_config, outside_index, packed_bytes, quantised_places, resolve, units
+from .names import INDEX, PAGE, disk_parts, find_config, outside_index, packed_bytes, quantized_places, resolve, units
 from .several import UNNAMED, put_beside, read_several, sort_out
 
 __all__ = [
     "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "UNNAMED", "AdaptedFiles", "Dtype", "Span",
     "TensorFiles", "Verdict", "attach_adapter", "base_tensors", "check_manifest", "check_names", "check_targets",
     "check_tensors", "disk_parts", "expert_spans", "find_config", "fingerprint", "load_model", "open_checkpoint",
-    "outside_index", "packed_bytes", "put_beside", "quantised_places", "read_several", "resolve", "save_adapter",
+    "outside_index", "packed_bytes", "put_beside", "quantized_places", "read_several", "resolve", "save_adapter",
     "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units",
     "verdict", "write_manifest",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"quantised_places": "quantized_places"})

@@ -28,12 +28,12 @@ from ..files import replace_folder, to_json, write_json
 from ..model import CausalLM
 from ..model.adapter import LoRALinear, Side, attach, linears, resolve_targets, side_paths
 from ..quant.fused import unfuse
-from ..quant.linear import Recipe, allow_side_paths, is_quantised
+from ..quant.linear import Recipe, allow_side_paths, is_quantized
 from .adapter_files import Delta, read_adapter
 from .adapter_keys import BASE, DELTA, FORMAT, OURS, PEFT, SOURCE, WEIGHTS
 from .files import write_manifest
 from .identity import check_base, fingerprint, source_of, tensor_hashes
-from .names import quantised_places
+from .names import quantized_places
 
 _PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -59,18 +59,18 @@ def check_targets(config: ModelConfig, recipe: Recipe | None, targets: Sequence[
     and down of it are no modules of their own, and to leave them out would be another adapter than was asked for."""
     with torch.device("meta"):
         plain = CausalLM(config)
-    places = quantised_places(plain, recipe) if recipe is not None else []
+    places = quantized_places(plain, recipe) if recipe is not None else []
     packed = tuple(f"{place.module}." for place in places if place.kind == "mlp")
     for target, names in resolve_targets(plain, targets).items():
         if inside := [name for name in names if name.startswith(packed)]:
             raise ConfigError(f"target_modules = {target!r}: names {inside[0]}, which is inside a packed MLP of this "
-                              "quantised base and takes no side path: name the targets that do, such as q_proj, "
+                              "quantized base and takes no side path: name the targets that do, such as q_proj, "
                               "v_proj and o_proj, or tune the plain checkpoint")
 
 
 def attach_adapter(model: CausalLM, side: Side) -> list[str]:
-    """`model.adapter.attach` for a model that may be quantised. Raises ConfigError as `check_targets` does."""
-    if is_quantised(model):
+    """`model.adapter.attach` for a model that may be quantized. Raises ConfigError as `check_targets` does."""
+    if is_quantized(model):
         check_targets(model.config, Recipe.of(model.config, "the base"), side.targets)
         unfuse(model)
         allow_side_paths(model)
@@ -95,7 +95,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapter(folder: str | Path, model: nn.Module, side: Side, base_name: str, base: str) -> Path:
     """Write the side paths of `model`. base_name: where the base is; base: its fingerprint, beside which goes that of
-    the checkpoint which a quantised base was made from."""
+    the checkpoint which a quantized base was made from."""
     names = [name for name, module in side_paths(model) if isinstance(module, LoRALinear)]
     last = sorted({name.rpartition(".")[2] for name in names})
     # a bare name would match more modules in peft than have a side path here, if a target was given in full
@@ -142,9 +142,9 @@ def apply(model: CausalLM, folder: str | Path, *, verify: bool = True) -> None:
     Raises NotFoundError, or CheckpointError: damaged files, another base (verify), another shape.
     """
     adapter = read_adapter(folder, verify=verify)
-    if isinstance(adapter, Delta) and is_quantised(model):
-        raise CheckpointError(f"{adapter.folder}: a delta belongs to a plain checkpoint, this one is quantised: "
-                              "quantise the plain one with it (`deepseek quantize PLAIN OUT --adapter DELTA`)")
+    if isinstance(adapter, Delta) and is_quantized(model):
+        raise CheckpointError(f"{adapter.folder}: a delta belongs to a plain checkpoint, this one is quantized: "
+                              "quantize the plain one with it (`deepseek quantize PLAIN OUT --adapter DELTA`)")
     adapter.check_fits(model.config)
     if verify and adapter.made_for:  # peft itself writes no base, nor does ESFT's code
         there = [fingerprint(tensor_hashes(model), model.config), *filter(None, [source_of(model)])]
@@ -155,7 +155,7 @@ def apply(model: CausalLM, folder: str | Path, *, verify: bool = True) -> None:
     try:
         attach_adapter(model, adapter.side)
     except ConfigError as error:
-        raise CheckpointError(f"{adapter.folder}: {error}; or quantise the plain checkpoint with the adapter in it "
+        raise CheckpointError(f"{adapter.folder}: {error}; or quantize the plain checkpoint with the adapter in it "
                               "(`deepseek quantize PLAIN OUT --adapter ADAPTER`)") from None
     for name, tensor in adapter_tensors(model).items():
         tensor.data.copy_(adapter.tensor(name))

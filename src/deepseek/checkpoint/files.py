@@ -35,7 +35,7 @@ class Span(NamedTuple):
 
 class TensorFiles:
     """The tensors of a checkpoint folder, read one at a time; DeepSeek's FP8 and compressed-tensors' int4 come out
-    dequantised, the latter (three tensors on disk) under the weight's name.
+    dequantized, the latter (three tensors on disk) under the weight's name.
 
     Raises CheckpointError naming the file for anything missing, truncated or altered.
     """
@@ -131,7 +131,7 @@ class TensorFiles:
             self._scale_of(name)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, dequantised where it is FP8, in `dtype` if given.
+        """One tensor, dequantized where it is FP8, in `dtype` if given.
 
         A view of the mapped file where nothing is to be converted: it costs no memory, and must not be written to.
         """
@@ -145,7 +145,7 @@ class TensorFiles:
         if name in self._int4:
             packed, scale = (self.read_rows(name.removesuffix("weight") + part, start, stop) for part in int4.PARTS[:2])
             try:
-                return int4.dequantise(packed, scale, self._int4[name][1], dtype or torch.bfloat16)
+                return int4.dequantize(packed, scale, self._int4[name][1], dtype or torch.bfloat16)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.file(name)}: {name}: {error}") from None
         _, *rest = shape = self.shape(name)
@@ -196,7 +196,7 @@ class TensorFiles:
                 first = start // fp8.BLOCK
                 scales = scales[first : first - (-len(tensor) // fp8.BLOCK)]
             try:
-                return fp8.dequantise(tensor, scales, dtype or torch.bfloat16)
+                return fp8.dequantize(tensor, scales, dtype or torch.bfloat16)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {name}: {error}") from None
         return tensor if dtype is None else tensor.to(dtype)

@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..model import CausalLM
 from ..model.adapter import PARTS_APART
 from ..progress import ProgressBar
-from ..quant.linear import QuantisedExperts, is_quantised
+from ..quant.linear import QuantizedExperts, is_quantized
 from .files import TensorFiles
 from .names import disk_parts
 
@@ -41,7 +41,7 @@ def base_tensors(model: CausalLM) -> dict[str, Tensor]:
     """Every tensor of the base under its name on disk, whatever tuning has put around it; views, nothing is copied."""
     state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantisedExperts):
+        if isinstance(module, QuantizedExperts):
             state |= {f"{name.replace('.base', '')}.{e}.packed": packed for e, packed in enumerate(module.table)}
     for name, tensor in model.state_dict().items():
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -111,8 +111,8 @@ def _of_mtp(name: str, config: ModelConfig) -> bool:
 
 
 def source_of(model: CausalLM) -> str | None:
-    """The fingerprint of the checkpoint that a quantised model was made from, where the conversion noted it."""
-    if not is_quantised(model):
+    """The fingerprint of the checkpoint that a quantized model was made from, where the conversion noted it."""
+    if not is_quantized(model):
         return None
     source = (model.config.extra.get("quantization_config") or {}).get("source")
     return source if isinstance(source, str) else None

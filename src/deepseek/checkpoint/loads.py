@@ -16,7 +16,7 @@ from ..quant.linear import Recipe
 from ..tokenizer import Tokenizer
 from .files import TensorFiles
 from .models import check_names, check_tensors, fitted
-from .names import INDEX, Names, disk_parts, other_weights, packed_bytes, quantised_places, units, weight_map_of
+from .names import INDEX, Names, disk_parts, other_weights, packed_bytes, quantized_places, units, weight_map_of
 
 
 class Verdict(NamedTuple):
@@ -82,7 +82,7 @@ def _check(config: ModelConfig, recipe: Recipe | None, files: Names | TensorFile
 
 def _stored(model: CausalLM, recipe: Recipe | None) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """(name on disk, shape, dtype or "" for any) of everything that a checkpoint of such a model holds."""
-    config, chosen = model.config, [] if recipe is None else quantised_places(model, recipe)
+    config, chosen = model.config, [] if recipe is None else quantized_places(model, recipe)
     for place in chosen:
         assert recipe is not None
         for unit in units(place, config):

@@ -21,10 +21,10 @@ from ..model.adapter import PARTS_APART
 from ..model.adapters import names_on
 from ..model.layers import rotary_frequencies
 from ..quant.fused import fuse
-from ..quant.linear import Recipe, is_quantised, put
+from ..quant.linear import Recipe, is_quantized, put
 from .adapters import apply
 from .files import Span, TensorFiles, write_manifest
-from .names import INDEX, Names, disk_parts, outside_index, packed_bytes, quantised_places, resolve, units
+from .names import INDEX, Names, disk_parts, outside_index, packed_bytes, quantized_places, resolve, units
 from .several import put_beside, read_several
 
 SHARD_BYTES = 5 << 30
@@ -37,7 +37,7 @@ Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 def open_checkpoint(
     path_or_name: str | Path, *, verify: bool | None = None
 ) -> tuple[ModelConfig, Recipe | None, TensorFiles]:
-    """The configuration of a checkpoint, how it is quantised if it is, and its tensors, which have the last word: MTP
+    """The configuration of a checkpoint, how it is quantized if it is, and its tensors, which have the last word: MTP
     modules that the configuration announces and the files lack are taken out of it (transformers writes the count
     alone), and a head that it ties to the embedding, but that has other values, is untied, with a warning.
 
@@ -74,9 +74,9 @@ def load_model(
     """Read a checkpoint into a CausalLM in evaluation mode.
 
     dtype: of all parameters; "auto" takes the checkpoint's own (BF16 for official FP8). Gate biases stay FP32. Of a
-    quantised checkpoint: of the activations, always float32; its files are mapped and not read.
+    quantized checkpoint: of the activations, always float32; its files are mapped and not read.
     verify: compare every file with the manifest's sizes and hashes where there is a manifest, or (False) not at all;
-    None leaves out the hashes of a quantised checkpoint's weights, which would be the only reason to read them all.
+    None leaves out the hashes of a quantized checkpoint's weights, which would be the only reason to read them all.
     adapter: a folder that tuning left, a delta or a LoRA adapter, to put in; one made for another base is refused.
     adapters: name -> folder of a LoRA adapter, to stand beside the base (model/adapters.py), for inference alone.
     Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
@@ -86,8 +86,8 @@ def load_model(
         model = CausalLM(config)
     if recipe is not None:
         if dtype not in ("auto", "float32", torch.float32):
-            raise ConfigError(f"dtype = {dtype}: a quantised checkpoint computes in float32 (auto)")
-        model = _fill_quantised(model, recipe, files, device)
+            raise ConfigError(f"dtype = {dtype}: a quantized checkpoint computes in float32 (auto)")
+        model = _fill_quantized(model, recipe, files, device)
     else:
         check_tensors(model, files)
         model.to(_dtype_of("auto" if adapter or adapters else dtype, files))
@@ -123,7 +123,7 @@ def _has_own_head(files: TensorFiles) -> bool:
 
 
 def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
-    """Where the routed experts of a quantised checkpoint lie, by layer; nothing of layers whose experts are plain, and
+    """Where the routed experts of a quantized checkpoint lie, by layer; nothing of layers whose experts are plain, and
     of MTP modules."""
     config, recipe, files = open_checkpoint(path_or_name, verify=False)
     if recipe is None:
@@ -132,7 +132,7 @@ def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
         model = CausalLM(config)
     layers = {f"model.layers.{layer}.mlp.experts": layer for layer in config.moe_layers}
     return {layers[place.module]: [files.place(f"{unit.stem}.packed") for unit in units(place, config)]
-            for place in quantised_places(model, recipe) if place.module in layers}
+            for place in quantized_places(model, recipe) if place.module in layers}
 
 
 def to_dtype(model: CausalLM, dtype: torch.dtype) -> CausalLM:
@@ -201,10 +201,10 @@ def check_names(files: Names | TensorFiles, used: set[str], missing: list[str]) 
         raise CheckpointError(f"{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]}")
 
 
-def _fill_quantised(
+def _fill_quantized(
     model: CausalLM, recipe: Recipe, files: TensorFiles, device: torch.device | str
 ) -> CausalLM:
-    """Put quantised modules into a model on the meta device; plain matrices keep their dtype, vectors become FP32."""
+    """Put quantized modules into a model on the meta device; plain matrices keep their dtype, vectors become FP32."""
     config = model.config
     used: set[str] = set()
     missing: list[str] = []
@@ -224,7 +224,7 @@ def _fill_quantised(
         return tensor.to(device)
 
     tied = config.tie_word_embeddings
-    for place in quantised_places(model, recipe):
+    for place in quantized_places(model, recipe):
         stems = [unit.stem for unit in units(place, config)]
         if place.kind == "table":
             parts = [stored(f"{stems[0]}.codes", torch.int8, (place.rows, place.columns)),
@@ -289,8 +289,8 @@ def save_model(
     if beside := list(names_on(model)):
         raise CheckpointError(f"{path}: the adapter {beside[0]} stands beside this model and would not be written: "
                               "load the base without it")
-    if is_quantised(model):
-        raise CheckpointError(f"{path}: a quantised model is not written again: its checkpoint is what it is, and "
+    if is_quantized(model):
+        raise CheckpointError(f"{path}: a quantized model is not written again: its checkpoint is what it is, and "
                               "`deepseek quantize IN OUT --format bf16` makes a plain one of it")
     with replace_folder(path) as folder:
         config = model.config.with_(num_nextn_predict_layers=len(model.model.mtp))

@@ -1,4 +1,4 @@
-"""Where a checkpoint is and what its tensors are called: paths, hub ids, the one weight-name map, quantised units."""
+"""Where a checkpoint is and what its tensors are called: paths, hub ids, the one weight-name map, quantized units."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def outside_index(name: str, config: ModelConfig) -> bool:
 
 
 class Unit(NamedTuple):
-    """What is quantised as one: the stem of its names on disk and the plain weights there that it is made of (one, or
+    """What is quantized as one: the stem of its names on disk and the plain weights there that it is made of (one, or
     gate, up and down of a gated MLP)."""
 
     stem: str
@@ -213,7 +213,7 @@ def units(place: Place, config: ModelConfig) -> list[Unit]:
     return [Unit(stem, tuple(f"{stem}.{part}" for part in parts)) for stem in stems]
 
 
-def quantised_places(model: CausalLM, recipe: Recipe) -> list[Place]:
+def quantized_places(model: CausalLM, recipe: Recipe) -> list[Place]:
     """Those that the recipe does not keep. One kept weight keeps its whole MLP, or all routed experts of its layer."""
     def kept(place: Place) -> bool:
         names = (name for unit in units(place, model.config) for name in unit.weights)

@@ -1,4 +1,4 @@
-"""Checkpoint -> checkpoint, some megabytes at a time: quantise, and back; merge an adapter.
+"""Checkpoint -> checkpoint, some megabytes at a time: quantize, and back; merge an adapter.
 
     1. plan     from config.json and the names and shapes of the source: every tensor of the result, in its order and
                 with its size, divided into files. What is missing or too big for the disk is an error here

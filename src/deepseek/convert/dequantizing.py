@@ -1,4 +1,4 @@
-"""Quantised or FP8 checkpoint -> plain Hugging Face checkpoint."""
+"""Quantized or FP8 checkpoint -> plain Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..checkpoint import (
     load_model,
     open_checkpoint,
     outside_index,
-    quantised_places,
+    quantized_places,
     units,
 )
 from ..config import ModelConfig
@@ -36,7 +36,7 @@ def dequantize(
     source: str | Path, out: str | Path, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", *,
     overwrite: bool = False, resume: bool = True, progress: bool = True, shard_bytes: int = 5 * SHARD_BYTES,
 ) -> Path:
-    """Write a plain Hugging Face checkpoint with the values of a quantised one (or of an FP8 one); returns its path.
+    """Write a plain Hugging Face checkpoint with the values of a quantized one (or of an FP8 one); returns its path.
 
     Arguments and errors as in `quantize`.
     """
@@ -79,7 +79,7 @@ def plan_plain(
     if recipe is None:
         check_tensors(model, files)
     made: dict[str, Callable[[], Iterator[Tensor]]] = {}
-    for place in quantised_places(model, recipe) if recipe is not None else ():
+    for place in quantized_places(model, recipe) if recipe is not None else ():
         assert recipe is not None
         for unit in units(place, config):
             made |= {name: partial(_unpack, files, place, unit.stem, which, recipe.bits, TORCH_DTYPES[kind])
@@ -105,7 +105,7 @@ def _unpack(
         for start, stop in row_blocks((place.rows, place.columns)):
             code_OK = files.read_rows(f"{stem}.codes", start, stop)
             step_O = files.read_rows(f"{stem}.step", start, stop)
-            yield finite(panels.Quantised(code_OK, None, step_O).dequantise().to(dtype), files, f"{stem}.step")
+            yield finite(panels.Quantized(code_OK, None, step_O).dequantize().to(dtype), files, f"{stem}.step")
         return
     rows, columns = (place.columns, place.rows) if which == 2 else (place.rows, place.columns)
     in_turns = place.kind != "matrix" and which < 2  # gate and up
@@ -118,4 +118,4 @@ def _unpack(
         data = files.read_bytes(f"{stem}.packed", offset + first * step, offset + last * step)
         if in_turns:
             data = data.view(-1, 2, width)[:, which].flatten()
-        yield finite(panels.unpack(data, stop - start, columns, bits).dequantise().to(dtype), files, f"{stem}.packed")
+        yield finite(panels.unpack(data, stop - start, columns, bits).dequantize().to(dtype), files, f"{stem}.packed")

@@ -55,8 +55,8 @@ def merge(
         out = free_folder(out, overwrite, source, adapter)
         config, recipe, plain = open_checkpoint(source)
         if recipe is not None:
-            raise ConfigError(f"{plain.folder}: is quantised ({recipe.format}), and a merge would be rounded away: "
-                              "merge into the checkpoint that it was made from, or quantise that with the adapter "
+            raise ConfigError(f"{plain.folder}: is quantized ({recipe.format}), and a merge would be rounded away: "
+                              "merge into the checkpoint that it was made from, or quantize that with the adapter "
                               "(`deepseek quantize IN OUT --adapter ADAPTER`)")
         asked = None if dtype == "auto" else getattr(torch, dtype)
         files = AdaptedFiles.open(plain, config, adapter, asked, progress=progress)

@@ -22,7 +22,7 @@ from ..checkpoint import (
     disk_parts,
     open_checkpoint,
     packed_bytes,
-    quantised_places,
+    quantized_places,
     stored_dtype,
     stored_fingerprint,
     units,
@@ -34,7 +34,7 @@ from ..model import CausalLM
 from ..ops import panels
 from ..quant import int8
 from ..quant.linear import Recipe, places
-from ..quant.panels import quantise_panels, squared
+from ..quant.panels import quantize_panels, squared
 from .dequantizing import plain_keys
 from .merging import dtype_name, provenance
 from .writing import REPORT, SHARD_BYTES, Part, Writer, copied, divide, finite, free_folder, row_blocks
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def error(self) -> float:
-        """||W - W'|| / ||W|| over everything that was quantised."""
+        """||W - W'|| / ||W|| over everything that was quantized."""
         return self._grouped(lambda _: "all").get("all", 0.0)
 
     def by_layer(self) -> dict[str, float]:
@@ -110,7 +110,7 @@ def quantize(
     adapter: str | Path | None = None, overwrite: bool = False, resume: bool = True, progress: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> Report:
-    """Write the quantised form (docs/formats.md) of a checkpoint: a folder, a known name or a hub id, of BF16, FP32,
+    """Write the quantized form (docs/formats.md) of a checkpoint: a folder, a known name or a hub id, of BF16, FP32,
     DeepSeek's FP8 or compressed-tensors' int4. Memory does not grow with the model.
 
     keep: patterns (fnmatch) of weight names that stay as they are; one weight keeps its whole MLP, or all the routed
@@ -124,7 +124,7 @@ def quantize(
         out = free_folder(out, overwrite, source, adapter)
         config, before, files = open_checkpoint(source)
         if before is not None:
-            raise ConfigError(f"{files.folder}: is quantised already ({before.format}): convert it back first "
+            raise ConfigError(f"{files.folder}: is quantized already ({before.format}): convert it back first "
                               "(`deepseek quantize IN OUT --format bf16`)")
         if adapter is not None:
             files = AdaptedFiles.open(files, config, adapter, progress=progress)
@@ -140,8 +140,8 @@ def quantize_tensors(
     """`quantize` for tensors that come from anything that reads like a checkpoint; `out` must be free. note_source:
     read them once more for the fingerprint by which adapters know the checkpoint that this one was made from."""
     squares: dict[str, tuple[float, float]] = {}
-    plan, kept, parameters = _plan_quantised(config, recipe, files, squares)
-    key = {"quantise": recipe.to_dict(), "shard_bytes": shard_bytes}
+    plan, kept, parameters = _plan_quantized(config, recipe, files, squares)
+    key = {"quantize": recipe.to_dict(), "shard_bytes": shard_bytes}
     writer = Writer(out, key, files, resume)
     size = writer.write(divide(plan, shard_bytes), squares, progress)
     report = Report(recipe.format, parameters, size, kept, squares)
@@ -152,17 +152,17 @@ def quantize_tensors(
     return report
 
 
-def _plan_quantised(
+def _plan_quantized(
     config: ModelConfig, recipe: Recipe, files: TensorFiles, squares: dict[str, tuple[float, float]]
 ) -> tuple[list[Part], tuple[str, ...], int]:
     """(the parts in order, what is kept, parameters of the source)."""
     with torch.device("meta"):
         model = CausalLM(config)
-    chosen = quantised_places(model, recipe)
+    chosen = quantized_places(model, recipe)
     candidates = [(place, units(place, config)) for place in places(model)]
     for pattern in recipe.keep:
         if not any(fnmatchcase(w, pattern) for _, made in candidates for unit in made for w in unit.weights):
-            raise ConfigError(f"keep = {pattern!r}: no weight that could be quantised has such a name")
+            raise ConfigError(f"keep = {pattern!r}: no weight that could be quantized has such a name")
     tied = config.tie_word_embeddings
     both = not tied or not {"lm_head", "model.embed_tokens"} & {place.module for place in chosen}
     parts: list[Part] = []
@@ -185,7 +185,7 @@ def _plan_quantised(
         shapes = [wide, wide, narrow] if place.kind in ("mlp", "experts") else [wide]
         for unit in units(place, config):
             sources = [source_of(name, shape) for name, shape in zip(unit.weights, shapes, strict=True)]
-            encode = partial(quantise_panels, bits=recipe.bits)
+            encode = partial(quantize_panels, bits=recipe.bits)
             matrices = [partial(_blocks, files, source, name, squares, encode)
                         for source, name in zip(sources, unit.weights, strict=True)]
             if place.kind == "table":
@@ -232,16 +232,16 @@ def _blocks(
     squares[name] = error, weight
 
 
-def _table(w: Tensor) -> tuple[panels.Quantised, float, float]:
-    q = int8.quantise(w)
-    return q, squared(w - q.dequantise()), squared(w)
+def _table(w: Tensor) -> tuple[panels.Quantized, float, float]:
+    q = int8.quantize(w)
+    return q, squared(w - q.dequantize()), squared(w)
 
 
-def _codes(table: Callable[[], Iterator[panels.Quantised]]) -> Iterator[Tensor]:
+def _codes(table: Callable[[], Iterator[panels.Quantized]]) -> Iterator[Tensor]:
     return (q.code_OK for q in table())
 
 
-def _steps(table: Callable[[], Iterator[panels.Quantised]]) -> Iterator[Tensor]:
+def _steps(table: Callable[[], Iterator[panels.Quantized]]) -> Iterator[Tensor]:
     return (q.step_O for q in table())
 
 

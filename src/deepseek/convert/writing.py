@@ -24,7 +24,8 @@ from ..tiktokens import FILE as TIKTOKEN
 from ..tokenizer import Tokenizer
 
 SHARD_BYTES = 1 << 30  # what a crash can cost
-REPORT = "quantisation.json"
+REPORT = "quantization.json"
+OLD_REPORT = "quantisation.json"  # its name in checkpoints of 0.1
 JOURNAL = "journal.json"
 CHUNK = 1 << 20  # weights that are converted at a time
 
@@ -190,7 +191,7 @@ def _stamps(folder: Path, about: str) -> dict[str, list[int]]:
 def _texts(folder: Path) -> list[Path]:
     """The small files that go along with the weights. Raises CheckpointError for a link that leads out of the folder;
     those of the hub's cache lead to its own blobs."""
-    ours = {"config.json", INDEX, MANIFEST, REPORT, EXPERT_USE}
+    ours = {"config.json", INDEX, MANIFEST, REPORT, OLD_REPORT, EXPERT_USE}
     home = folder.resolve()
     homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
     found = []

@@ -178,7 +178,7 @@ class Trainer(TrainConfig):
             folder = resolve(self.from_model)
             config, recipe, files = open_checkpoint(folder, verify=False)
             if recipe is not None:
-                raise ConfigError(f"from_model = {self.from_model}: is quantised, and quantised weights cannot be "
+                raise ConfigError(f"from_model = {self.from_model}: is quantized, and quantized weights cannot be "
                                   "trained: start from the checkpoint it was made from, or convert it back "
                                   "(`deepseek quantize IN OUT --format bf16`)")
             atlas = Atlas.load(folder / FILE) if (folder / FILE).is_file() else None

@@ -6,7 +6,7 @@
     4. postprocess: each row draws its next token from its own generator; the token's text goes through the stop strings
     5. it ends (end of sequence, stop string, length, abort), and its pages go back at once
 
-Every token's numbers are its own: with a quantised model and the native kernels a request gets the same bits alone, in
+Every token's numbers are its own: with a quantized model and the native kernels a request gets the same bits alone, in
 a batch, in pieces, after stepping back, with and without the prefix cache. With plain weights sums are rounded in
 another order when batches differ, and greedy tokens differ where two logits are that close.
 """

@@ -1,12 +1,12 @@
 """Which experts are in fast memory.
 
-The experts of a quantised checkpoint lie in its files, each in one piece. A budget of bytes is cut into slots of one
+The experts of a quantized checkpoint lie in its files, each in one piece. A budget of bytes is cut into slots of one
 expert; every layer has a quota of them. What is not in a slot is read from disk when a token wants it: directly, past
 the page cache, so that the budget is the truth.
 
     warm-up      before the first request: the experts of some names, or the frequent ones of recorded use
     on demand    what a gate has chosen and is not there. The layer computes with what is there while that is read; then
-                 with what has come (csrc/layer.cpp, the waves of csrc/quantised.cpp). The sums are in the same order
+                 with what has come (csrc/layer.cpp, the waves of csrc/quantized.cpp). The sums are in the same order
                  whichever came first, so the result is the same to the bit
     prefetch     what the next layer's gate says of this layer's hidden state, read by a thread in the background (Fate,
                  arXiv 2502.12224, found such guesses right in 97 % of cases)
@@ -47,7 +47,7 @@ from ..model import CausalLM, RoutingRecord
 from ..model.adapters import bare
 from ..ops.native import native
 from ..quant.fused import FusedCausalLM
-from ..quant.linear import QuantisedExperts
+from ..quant.linear import QuantizedExperts
 
 HALF_LIFE = 64  # steps
 REBALANCE = 128  # steps
@@ -136,15 +136,15 @@ class _Layer:
 class Residency:
     """The experts of a model in a budget. `budget`: bytes.
 
-    Raises ConfigError for a model without quantised experts and for a budget that not even one expert a layer fits.
+    Raises ConfigError for a model without quantized experts and for a budget that not even one expert a layer fits.
     """
 
     def __init__(self, model: CausalLM, places: dict[int, list[Span]], budget: int, *,
                  prefetch: bool = True) -> None:
         blocks = {layer: block for layer, block in model.moe_blocks().items() if layer in model.config.moe_layers}
         if native is None or not isinstance(model, FusedCausalLM) or model.device.type != "cpu" or not all(
-                isinstance(bare(block.experts), QuantisedExperts) for block in blocks.values()) or not places:
-            raise ConfigError("expert_memory bounds the experts of a quantised model on the CPU, run by the native "
+                isinstance(bare(block.experts), QuantizedExperts) for block in blocks.values()) or not places:
+            raise ConfigError("expert_memory bounds the experts of a quantized model on the CPU, run by the native "
                               "kernels: `deepseek quantize` makes one")
         self.step = 0
         self.stats = Residents()
@@ -163,7 +163,7 @@ class Residency:
         tables = []
         for layer, own in places.items():
             experts = bare(blocks[layer].experts)
-            assert isinstance(experts, QuantisedExperts)
+            assert isinstance(experts, QuantizedExperts)
             experts.table.addresses.zero_()
             tables.append(experts.table)
             self.layers.append(_Layer(experts.table.addresses, own))

@@ -54,7 +54,7 @@ def add_engine_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--policy", choices=("fcfs", "expert"), default="fcfs",
                       help="which waiting request is next: the first, or the one whose experts are in use")
     verb.add_argument("--expert_memory", metavar="SIZE",
-                      help="memory for routed experts of a quantised model, such as 4GiB; the others stay on disk")
+                      help="memory for routed experts of a quantized model, such as 4GiB; the others stay on disk")
     verb.add_argument("--warmup_experts", default="", metavar="NAMES",
                       help="names, or auto (those of recorded use), in memory before the first request")
     verb.add_argument("--no_prefetch", action="store_true", help="do not read the next layer's experts ahead")

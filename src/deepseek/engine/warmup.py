@@ -26,7 +26,7 @@ from ..errors import ConfigError, DataError
 from ..files import write_atomically
 from ..model import CausalLM
 from ..model.adapters import bare
-from ..quant.linear import QuantisedExperts
+from ..quant.linear import QuantizedExperts
 from .residency import Residency
 from .routing_override import named
 
@@ -82,7 +82,7 @@ def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], 
         for layer, own in zip(layers, there, strict=True):
             experts = bare(model.moe_blocks()[layer].experts)
             for e in own:
-                tensors = [experts.table[e]] if isinstance(experts, QuantisedExperts) else list(experts.dense(e))
+                tensors = [experts.table[e]] if isinstance(experts, QuantizedExperts) else list(experts.dense(e))
                 for tensor in tensors:  # a byte of every page makes the system map it
                     tensor.view(torch.uint8).flatten()[::4096].sum()
                     size += tensor.nbytes

@@ -9,7 +9,7 @@
                    all other pairs stay in the one call.
 
 The modules stand in the places of those they hold as `base` and know nothing of how the base stores its weights: plain
-or quantised, it answers a call, and `dense(expert)` where a matrix is needed.
+or quantized, it answers a call, and `dense(expert)` where a matrix is needed.
 
 `attach` puts side paths into a model, by peft's names (arXiv 2106.09685 and peft's LoraConfig); `fold` of each module
 gives the merged base back.
@@ -151,7 +151,7 @@ class LoRALinear(nn.Module):
 class LoRAExperts(_SomeExperts):
     """Side paths on gate, up and down of the chosen experts. Names and shapes of the six parameters: `SHAPES`.
 
-    base: RoutedExperts, or a quantised module with the same call and `dense(expert)`.
+    base: RoutedExperts, or a quantized module with the same call and `dense(expert)`.
     """
 
     def __init__(self, base: Any, chosen: Sequence[int], experts: int, hidden: int, inner: int, r: int, scale: float,
@@ -215,7 +215,7 @@ def _low_rank(r: int, wide: int, *, device: torch.device, dtype: torch.dtype | N
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> linear module, plain or quantised, of every layer but the MTP modules' (transformers has none)."""
+    """Name -> linear module, plain or quantized, of every layer but the MTP modules' (transformers has none)."""
     return {name: module for name, module in model.named_modules()
             if hasattr(module, "in_features") and hasattr(module, "out_features") and ".mtp." not in name
             and not name.endswith(".base")}

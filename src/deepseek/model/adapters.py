@@ -135,7 +135,7 @@ class _Adapted(nn.Module):
 
 
 class AdaptedLinear(_Adapted):
-    """A linear module, plain or quantised, with side paths."""
+    """A linear module, plain or quantized, with side paths."""
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
@@ -170,7 +170,7 @@ class ExpertPaths(nn.Module):
 
 
 class AdaptedExperts(_Adapted):
-    """The experts of a layer, plain or quantised, with side paths."""
+    """The experts of a layer, plain or quantized, with side paths."""
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         here = self.here()

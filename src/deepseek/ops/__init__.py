@@ -1,5 +1,8 @@
 """Every heavy operation, declared once: checks, the readable torch reference, and the fast form beside it."""
 
+from typing import TYPE_CHECKING
+
+from ..deprecation import renamed
 from .attention import causal_attention
 from .experts import expert_mlp
 from .gate import choose_experts
@@ -9,20 +12,28 @@ from .loss import linear_cross_entropy
 from .mlp import swiglu, swiglu_rows
 from .native import fast_bf16
 from .norm import rms_norm
-from .quantised import (
+from .quantized import (
     ExpertTable,
-    grouped_quantised_linear,
+    grouped_quantized_linear,
     pack_panels,
     panel_linear,
-    quantised_experts,
-    quantised_linear,
-    quantised_mlp,
+    quantized_experts,
+    quantized_linear,
+    quantized_mlp,
 )
 from .rotary import rotate
 
 __all__ = [
-    "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "grouped_quantised_linear",
+    "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "grouped_quantized_linear",
     "latent_attention", "linear", "linear_cross_entropy", "naive_attention", "pack_panels", "panel_linear",
-    "prepare_latents", "quantised_experts", "quantised_linear", "quantised_mlp", "rms_norm", "rotate", "swiglu",
+    "prepare_latents", "quantized_experts", "quantized_linear", "quantized_mlp", "rms_norm", "rotate", "swiglu",
     "swiglu_rows",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {
+        "grouped_quantised_linear": "grouped_quantized_linear",
+        "quantised_experts": "quantized_experts",
+        "quantised_linear": "quantized_linear",
+        "quantised_mlp": "quantized_mlp",
+    })

@@ -1,5 +1,5 @@
-"""The decoder layers of a quantised model in one native call: what takes 25 operations a layer from Python, ten
-microseconds each, takes one. The operations themselves (ops/quantised.py, ops/latent.py) are the slow twin, and what
+"""The decoder layers of a quantized model in one native call: what takes 25 operations a layer from Python, ten
+microseconds each, takes one. The operations themselves (ops/quantized.py, ops/latent.py) are the slow twin, and what
 runs where this cannot.
 
 Shape letters: T tokens, H hidden, P rotary angles, K experts a token, E experts.
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .latent import Sequences
 from .native import address, fits, native, threads
-from .quantised import ExpertTable
+from .quantized import ExpertTable
 
 
 class Attention(NamedTuple):
-    """csrc/quantised.h, `Mla`. sizes: hidden, heads, nope, rope, rank, value, q_rank (0: none). weights: q_a, q_b,
+    """csrc/quantized.h, `Mla`. sizes: hidden, heads, nope, rope, rank, value, q_rank (0: none). weights: q_a, q_b,
     kv_a, kv_b, o, packed. vectors: q_norm, kv_norm, q_a_bias, kv_a_bias, o_bias, float32. key: as FusedMLA has it."""
 
     sizes: tuple[int, ...]
@@ -34,7 +34,7 @@ class Attention(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """csrc/quantised.h, `Ffn`. gate: experts, groups, kept groups, top, group_best, sigmoid, normalise, scale anyway,
+    """csrc/quantized.h, `Ffn`. gate: experts, groups, kept groups, top, group_best, sigmoid, normalise, scale anyway,
     scale (as `choose_experts`); all zero with `table` None for a dense layer, whose MLP is `shared`."""
 
     bits: int

@@ -11,7 +11,7 @@ def activations(name: str, x: Tensor, *, dense: bool = True) -> Tensor:
     if x.dtype != torch.float32:
         raise ValueError(f"{name} must be float32, got {x.dtype}")
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient and quantised products have none: use torch.no_grad()")
+        raise ValueError(f"{name} requires a gradient and quantized products have none: use torch.no_grad()")
     return x.contiguous() if dense else x
 
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention over a latent cache, where kv_b_proj is quantised (model/mla.py has the orders).
+"""Multi-head latent attention over a latent cache, where kv_b_proj is quantized (model/mla.py has the orders).
 
 Scores, exponentials and sums are FP32, over blocks of 128 keys that count from the first visible one and are joined in
 their order: a query's result depends neither on the queries beside it nor on how a text is cut into calls. The two
@@ -18,7 +18,7 @@ from . import checks
 from .native import fits, native, threads
 from .norm import rms_norm
 from .panels import matrix_bytes
-from .quantised import quantised_linear
+from .quantized import quantized_linear
 from .registry import operation
 from .rotary import rotate
 
@@ -47,7 +47,7 @@ def naive_attention_reference(
 ) -> Tensor:
     rope, heads = q_rope.shape[-1], q_BTND.shape[2]
     nope, rank = q_BTND.shape[-1] - rope, cache.shape[-1] - rope
-    kv = quantised_linear(cache[..., :rank], kv_b, heads * (nope + value), bits=bits).unflatten(-1, (heads, -1))
+    kv = quantized_linear(cache[..., :rank], kv_b, heads * (nope + value), bits=bits).unflatten(-1, (heads, -1))
     scores = torch.einsum("btnd,bsnd->bnts", q_BTND[..., :nope], kv[..., :nope])
     scores = (scores + torch.einsum("btnp,bsp->bnts", q_rope, cache[..., rank:])) * scale
     return torch.einsum("bnts,bsnw->btnw", _probabilities(scores, first_B, past_B), kv[..., nope:]).contiguous()

@@ -1,4 +1,4 @@
-"""The layout in which quantised matrices lie in files, in memory and under the kernels: panels of 16 output rows.
+"""The layout in which quantized matrices lie in files, in memory and under the kernels: panels of 16 output rows.
 
 A matrix W [O, K] is cut into panels of 16 rows and, along K, into blocks of 64. Rows are padded to 16, columns to 64,
 with weights of value zero. A panel is one contiguous range of bytes, a multiple of 64 long, and holds in this order:
@@ -40,8 +40,8 @@ LEVELS = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127
 ZERO = LEVELS.index(0)
 
 
-class Quantised(NamedTuple):
-    """A quantised matrix, readable. code_OK: uint8 0..15 (4 bits) or int8; scale_Ob: uint8 (4 bits) or None; step_O."""
+class Quantized(NamedTuple):
+    """A quantized matrix, readable. code_OK: uint8 0..15 (4 bits) or int8; scale_Ob: uint8 (4 bits) or None; step_O."""
 
     code_OK: Tensor
     scale_Ob: Tensor | None
@@ -51,7 +51,7 @@ class Quantised(NamedTuple):
     def bits(self) -> Bits:
         return 8 if self.scale_Ob is None else 4
 
-    def dequantise(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """[O, K] float32, by the formula at the top of this file."""
         if self.scale_Ob is None:
             return self.code_OK.float() * self.step_O.unsqueeze(1)
@@ -82,12 +82,12 @@ def mlp_bytes(hidden: int, inner: int, bits: Bits = 4) -> int:
     return 2 * matrix_bytes(inner, hidden, bits) + matrix_bytes(hidden, inner, bits)
 
 
-def pack(q: Quantised) -> Tensor:
+def pack(q: Quantized) -> Tensor:
     """uint8 [matrix_bytes]."""
     return _panels(q).flatten()
 
 
-def _panels(q: Quantised) -> Tensor:
+def _panels(q: Quantized) -> Tensor:
     """uint8 [P, panel_bytes]."""
     rows, columns = q.code_OK.shape
     panels, blocks = -(-rows // ROWS), -(-columns // BLOCK)
@@ -110,7 +110,7 @@ def _panels(q: Quantised) -> Tensor:
     return out
 
 
-def unpack(packed: Tensor, rows: int, columns: int, bits: Bits = 4) -> Quantised:
+def unpack(packed: Tensor, rows: int, columns: int, bits: Bits = 4) -> Quantized:
     """The readable form of `pack`'s bytes. Raises CheckpointError where their number does not fit the shape."""
     if packed.dtype != torch.uint8 or packed.numel() != (need := matrix_bytes(rows, columns, bits)):
         raise CheckpointError(f"a {bits}-bit matrix [{rows}, {columns}] is {matrix_bytes(rows, columns, bits)} bytes "
@@ -118,24 +118,24 @@ def unpack(packed: Tensor, rows: int, columns: int, bits: Bits = 4) -> Quantised
     return _from_panels(packed.reshape(-1, need // -(-rows // ROWS)), rows, columns, bits)
 
 
-def _from_panels(panel_P: Tensor, rows: int, columns: int, bits: Bits) -> Quantised:
+def _from_panels(panel_P: Tensor, rows: int, columns: int, bits: Bits) -> Quantized:
     panels, blocks = len(panel_P), -(-columns // BLOCK)
     step_O = panel_P[:, :64].contiguous().view(torch.float32).flatten()[:rows]
     if bits == 8:
         code = panel_P[:, 64:].reshape(panels, blocks, 16, ROWS, 4).permute(0, 3, 1, 2, 4)
-        return Quantised(code.reshape(panels * ROWS, -1)[:rows, :columns].view(torch.int8), None, step_O)
+        return Quantized(code.reshape(panels * ROWS, -1)[:rows, :columns].view(torch.int8), None, step_O)
     scale = panel_P[:, 64 : 64 + 16 * blocks].reshape(panels, blocks, ROWS).transpose(1, 2).reshape(-1, blocks)
     both = panel_P[:, panel_bytes(columns) - 512 * blocks :].reshape(panels, blocks, 8, ROWS, 4)
     code = torch.stack((both & 15, both >> 4), 3).permute(0, 4, 1, 2, 3, 5)  # [P, ROWS, b, 8, 2, 4]
-    return Quantised(code.reshape(panels * ROWS, -1)[:rows, :columns], scale[:rows], step_O)
+    return Quantized(code.reshape(panels * ROWS, -1)[:rows, :columns], scale[:rows], step_O)
 
 
-def pack_mlp(gate: Quantised, up: Quantised, down: Quantised) -> Tensor:
+def pack_mlp(gate: Quantized, up: Quantized, down: Quantized) -> Tensor:
     """A gated MLP as one range of bytes, uint8 [mlp_bytes]."""
     return torch.cat((torch.stack((_panels(gate), _panels(up)), 1).flatten(), pack(down)))
 
 
-def unpack_mlp(packed: Tensor, hidden: int, inner: int, bits: Bits = 4) -> tuple[Quantised, Quantised, Quantised]:
+def unpack_mlp(packed: Tensor, hidden: int, inner: int, bits: Bits = 4) -> tuple[Quantized, Quantized, Quantized]:
     """(gate, up, down) of `pack_mlp`'s bytes; bytes after them (alignment) are ignored.
 
     Raises CheckpointError where there are too few.

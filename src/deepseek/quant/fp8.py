@@ -16,7 +16,7 @@ BLOCK = 128
 _LARGEST = 448.0  # of e4m3fn
 
 
-def dequantise(stored_OI: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(stored_OI: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """FP8 blocks -> [O, I] in `dtype` (products in FP32). Raises CheckpointError where the scales do not fit."""
     if stored_OI.ndim != 2:
         raise CheckpointError(f"an FP8 weight must be a matrix, got shape {tuple(stored_OI.shape)}")
@@ -29,7 +29,7 @@ def dequantise(stored_OI: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.
     return (stored_OI.float() * scale).to(dtype)
 
 
-def quantise(w_OI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(w_OI: Tensor) -> tuple[Tensor, Tensor]:
     """[O, I] -> (float8_e4m3fn [O, I], FP32 scales): each block is stretched so that its largest value becomes 448."""
     rows, cols = w_OI.shape
     padded = torch.nn.functional.pad(w_OI.float(), (0, -cols % BLOCK, 0, -rows % BLOCK))

@@ -1,4 +1,4 @@
-"""Inference forms of a quantised model's layers: fewer, larger steps, the same results.
+"""Inference forms of a quantized model's layers: fewer, larger steps, the same results.
 
     attention   both orders over the latent cache, as operations that read kv_b_proj where it lies (ops/latent.py). For
                 the absorbed one the query is folded into latent space by W_key, the key half of kv_b_proj, of which
@@ -34,8 +34,8 @@ from ..ops.blocks import Attention, FeedForward, LayerBlock, LayerStack
 from ..ops.latent import Sequences, latent_pages, naive_pages, prepare_pages
 from ..ops.native import native
 from ..ops.panels import ROWS, panel_bytes, unpack
-from .linear import QuantisedExperts, QuantisedLinear, QuantisedMLP
-from .panels import quantise_panels
+from .linear import QuantizedExperts, QuantizedLinear, QuantizedMLP
+from .panels import quantize_panels
 
 
 class AbsorbedSide:
@@ -52,20 +52,20 @@ class AbsorbedSide:
         self.rank, self.width = a_rR.shape[0], config.v_head_dim
 
     def queries(self, q_TND: Tensor) -> Tensor:
-        q_TNr = ops.grouped_quantised_linear(q_TND, self.key, 0, self.key.shape[1], self.rank, bits=8)
+        q_TNr = ops.grouped_quantized_linear(q_TND, self.key, 0, self.key.shape[1], self.rank, bits=8)
         out = ops.panel_linear(q_TNr.flatten(0, 1), self.up)
         return out.view(*q_TNr.shape[:2], -1)
 
     def values(self, latent_TNR: Tensor) -> Tensor:
         latent_TNr = ops.panel_linear(latent_TNR.flatten(0, 1), self.down).view(*latent_TNR.shape[:2], -1)
-        return ops.grouped_quantised_linear(latent_TNr, self.value, 0, self.value.shape[1], self.width, bits=8)
+        return ops.grouped_quantized_linear(latent_TNr, self.value, 0, self.value.shape[1], self.width, bits=8)
 
 
 Sides = Sequence[tuple[AbsorbedSide, slice]]
 
 
 class FusedMLA(MLA):
-    """MLA whose kv_b_proj is quantised. Falls back to MLA's own forms for masks with holes and caches of other dtypes.
+    """MLA whose kv_b_proj is quantized. Falls back to MLA's own forms for masks with holes and caches of other dtypes.
 
     key: W_key turned round, [R, nope] of every head in 8 bits. value: the value rows of kv_b_proj in 8 bits where they
     cannot be read in their place, because a head's rows are no whole panels.
@@ -78,8 +78,8 @@ class FusedMLA(MLA):
     def fuse(self) -> None:
         config, kv_b = self.config, self.kv_b_proj
         nope, value = config.qk_nope_head_dim, config.v_head_dim
-        assert isinstance(kv_b, QuantisedLinear)
-        w = unpack(kv_b.packed, kv_b.out_features, kv_b.in_features, kv_b.bits).dequantise()
+        assert isinstance(kv_b, QuantizedLinear)
+        w = unpack(kv_b.packed, kv_b.out_features, kv_b.in_features, kv_b.bits).dequantize()
         key_NDR, value_NWR = w.view(config.num_attention_heads, nope + value, -1).split((nope, value), 1)
         self.register_buffer("key", _by_head(key_NDR.transpose(1, 2)), persistent=False)
         in_place = nope % ROWS == 0 and value % ROWS == 0
@@ -87,12 +87,12 @@ class FusedMLA(MLA):
         self.sides = {}
 
     def described(self) -> Attention | None:
-        """For a native layer, of the base alone; None where a projection is not quantised."""
+        """For a native layer, of the base alone; None where a projection is not quantized."""
         config = self.config
         q_a = bare(self.q_a_proj) if config.q_lora_rank is not None else None
         q_b = bare(self.q_proj if config.q_lora_rank is None else self.q_b_proj)
         projections = (q_a, q_b, *map(bare, (self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)))
-        if not all(p is None or isinstance(p, QuantisedLinear) for p in projections) or q_b.bias is not None:
+        if not all(p is None or isinstance(p, QuantizedLinear) for p in projections) or q_b.bias is not None:
             return None
         return Attention(
             (config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
@@ -140,7 +140,7 @@ class FusedMLA(MLA):
         absorbed, whatever is asked."""
         config, kv_b, side = self.config, bare(self.kv_b_proj), self._absorbed_side(adapter)
         batch, tokens = q_BTND.shape[:2]
-        assert isinstance(kv_b, QuantisedLinear) and visible.span is not None
+        assert isinstance(kv_b, QuantizedLinear) and visible.span is not None
         q_BTND, q_rope = q_BTND.contiguous(), q_rope.contiguous()
         if order == "naive" and side is None:
             return ops.naive_attention(q_BTND, q_rope, rows, kv_b.packed, config.v_head_dim, *visible.span,
@@ -181,7 +181,7 @@ class FusedMLA(MLA):
         """Each head's query in latent space, [T, N, R]."""
         config = self.config
         q_TND = q_TND[..., : config.qk_nope_head_dim]
-        out_TNR = ops.grouped_quantised_linear(q_TND, self.key, 0, self.key.shape[1], config.kv_lora_rank, bits=8)
+        out_TNR = ops.grouped_quantized_linear(q_TND, self.key, 0, self.key.shape[1], config.kv_lora_rank, bits=8)
         for side, rows in sides:
             out_TNR[rows] += side.queries(q_TND[rows])
         return out_TNR
@@ -205,18 +205,18 @@ class FusedMLA(MLA):
     def _base_values(self, latent_TNR: Tensor) -> Tensor:
         config, kv_b = self.config, bare(self.kv_b_proj)
         if self.value is not None:
-            return ops.grouped_quantised_linear(latent_TNR, self.value, 0, self.value.shape[1], config.v_head_dim,
+            return ops.grouped_quantized_linear(latent_TNR, self.value, 0, self.value.shape[1], config.v_head_dim,
                                                 bits=8)
-        assert isinstance(kv_b, QuantisedLinear)
+        assert isinstance(kv_b, QuantizedLinear)
         panel = panel_bytes(config.kv_lora_rank, kv_b.bits)
         head = (config.qk_nope_head_dim + config.v_head_dim) // ROWS * panel
-        return ops.grouped_quantised_linear(latent_TNR, kv_b.packed, config.qk_nope_head_dim // ROWS * panel, head,
+        return ops.grouped_quantized_linear(latent_TNR, kv_b.packed, config.qk_nope_head_dim // ROWS * panel, head,
                                             config.v_head_dim, bits=kv_b.bits)
 
 
 def _by_head(w_NOK: Tensor) -> Tensor:
     """Each head's matrix in 8 bits, uint8 [N, bytes of one]."""
-    return torch.stack([quantise_panels(w_OK.contiguous(), 8)[0].flatten() for w_OK in w_NOK])
+    return torch.stack([quantize_panels(w_OK.contiguous(), 8)[0].flatten() for w_OK in w_NOK])
 
 
 def _kernels_take(visible: Visible | Pack, cache: LatentCache | None) -> bool:
@@ -253,14 +253,14 @@ class FusedLayer(DecoderLayer):
     def _describe(self) -> LayerBlock:
         attention, mlp = self.self_attn, self.mlp
         ffn = None
-        if isinstance(mlp, MoE) and isinstance(bare(mlp.experts), QuantisedExperts) and not (
+        if isinstance(mlp, MoE) and isinstance(bare(mlp.experts), QuantizedExperts) and not (
                 hasattr(mlp, "shared_experts")):
             gate, experts = mlp.gate, bare(mlp.experts)
             if isinstance(gate, FusedGate):
                 chosen = (gate.config.n_routed_experts, *rule(gate.config))
                 ffn = FeedForward(experts.table.bits, chosen, gate.weight_PH16, gate.bias, experts.table,
                                   experts.shared, experts.shared_inner)
-        elif isinstance(mlp, QuantisedMLP):
+        elif isinstance(mlp, QuantizedMLP):
             no_gate = (0, 0, 0, 0, 0, False, False, False, 0.0)
             ffn = FeedForward(mlp.bits, no_gate, None, None, None, mlp.packed, mlp.inner)
         return LayerBlock(attention.described() if isinstance(attention, FusedMLA) else None, ffn,
@@ -344,10 +344,10 @@ def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: in
 
 
 def fuse(model: CausalLM) -> None:
-    """Give a quantised model in memory its inference forms; parameters, names and state stay what they were."""
+    """Give a quantized model in memory its inference forms; parameters, names and state stay what they were."""
     for block in (*model.model.layers, *model.model.mtp):
         attention, config = block.self_attn, model.config
-        if isinstance(attention.kv_b_proj, QuantisedLinear):
+        if isinstance(attention.kv_b_proj, QuantizedLinear):
             attention.__class__ = FusedMLA
             assert isinstance(attention, FusedMLA)
             attention.fuse()

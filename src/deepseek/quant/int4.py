@@ -58,7 +58,7 @@ def logical(stored: Iterable[str]) -> dict[str, str]:
     return {name: name for name in names if name not in hidden} | {f"{stem}weight": stem + PARTS[0] for stem in stems}
 
 
-def dequantise(packed: Tensor, scale_OG: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(packed: Tensor, scale_OG: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """[O, columns] in `dtype` (products in FP32). Raises CheckpointError where the parts do not fit."""
     if packed.dtype != torch.int32 or packed.ndim != 2 or packed.shape[1] != -(-columns // 8):
         raise CheckpointError(f"weight_packed is {list(packed.shape)} of {packed.dtype}: must be int32 [rows, "

@@ -1,6 +1,6 @@
-"""Quantised modules in the places of the model's own. The model is built as ever and does not know.
+"""Quantized modules in the places of the model's own. The model is built as ever and does not know.
 
-A `Place` is a module that can be quantised, found by its class in a model that may be on the meta device:
+A `Place` is a module that can be quantized, found by its class in a model that may be on the meta device:
 
     matrix   Linear          packed: a matrix [rows, columns] (ops/panels.py)
     mlp      MLP             packed: gate and up [rows, columns], down [columns, rows]
@@ -8,7 +8,7 @@ A `Place` is a module that can be quantised, found by its class in a model that 
     table    nn.Embedding    codes int8 [rows, columns], step float32 [rows]
 
 The gate, norms and biases are none of these and stay as they are. The packed bytes are buffers, usually views of a
-mapped file. They carry no gradient, so a quantised model is not trained itself; a gradient goes *through* it to what is
+mapped file. They carry no gradient, so a quantized model is not trained itself; a gradient goes *through* it to what is
 (LoRA): where the input wants one, a module computes from its weights made dense for that moment, in the forward pass
 and again in the backward pass, without the rounding of activations that the kernels do.
 
@@ -40,7 +40,7 @@ METHOD, VERSION = "moe_dr", 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is quantised: `quantization_config` of its config.json. keep: patterns (fnmatch) of the names of
+    """How a checkpoint is quantized: `quantization_config` of its config.json. keep: patterns (fnmatch) of the names of
     weights that stay as they were. Raises ConfigError for a format that there is not."""
 
     format: str = "nf4"
@@ -93,7 +93,7 @@ class Recipe:
 
 
 class Place(NamedTuple):
-    """A module to quantise: its name in the model, and the shape described at the top of this file."""
+    """A module to quantize: its name in the model, and the shape described at the top of this file."""
 
     kind: Literal["matrix", "mlp", "experts", "table"]
     module: str
@@ -102,7 +102,7 @@ class Place(NamedTuple):
 
 
 def places(model: CausalLM) -> Iterator[Place]:
-    """Everything in the model that can be quantised, in the model's order."""
+    """Everything in the model that can be quantized, in the model's order."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):
@@ -120,22 +120,22 @@ def places(model: CausalLM) -> Iterator[Place]:
 
 def put(model: CausalLM, place: Place, stored: Sequence[Tensor], bits: Bits) -> None:
     """Replace the module at `place` by one that computes from `stored`: (packed,), a packed MLP for every expert, or
-    (codes, step). Shared experts join the routed ones where those are quantised: one call runs both."""
+    (codes, step). Shared experts join the routed ones where those are quantized: one call runs both."""
     old = model.get_submodule(place.module)
     new: nn.Module
     if place.kind == "matrix":
-        new = QuantisedLinear(stored[0], place.rows, place.columns, old.bias, bits)  # type: ignore[arg-type]
+        new = QuantizedLinear(stored[0], place.rows, place.columns, old.bias, bits)  # type: ignore[arg-type]
     elif place.kind == "experts":
-        new = QuantisedExperts(stored, place.columns, place.rows, bits)
+        new = QuantizedExperts(stored, place.columns, place.rows, bits)
     elif place.kind == "table":
-        new = QuantisedEmbedding(stored[0], stored[1])
+        new = QuantizedEmbedding(stored[0], stored[1])
     else:
         above = model.get_submodule(place.module.rpartition(".")[0])
-        if isinstance(above, MoE) and isinstance(above.experts, QuantisedExperts):
+        if isinstance(above, MoE) and isinstance(above.experts, QuantizedExperts):
             above.experts.shared, above.experts.shared_inner = stored[0], place.rows
             del above.shared_experts
             return
-        new = QuantisedMLP(stored[0], place.rows, bits)
+        new = QuantizedMLP(stored[0], place.rows, bits)
     model.set_submodule(place.module, new)
 
 
@@ -150,7 +150,7 @@ def _wants_gradient(x: Tensor) -> bool:
 
 def _dense_mlp(packed: Tensor, hidden: int, inner: int, bits: Bits) -> tuple[Tensor, Tensor]:
     """gate_up_proj [2I, H] and down_proj [H, I], float32."""
-    gate, up, down = (part.dequantise() for part in unpack_mlp(packed, hidden, inner, bits))
+    gate, up, down = (part.dequantize() for part in unpack_mlp(packed, hidden, inner, bits))
     return torch.cat((gate, up)), down
 
 
@@ -160,22 +160,22 @@ def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def allow_side_paths(model: nn.Module) -> None:
-    """Let `train()` pass over the quantised modules of `model`: what is around them is trained."""
+    """Let `train()` pass over the quantized modules of `model`: what is around them is trained."""
     for module in model.modules():
-        if isinstance(module, _Quantised):
+        if isinstance(module, _Quantized):
             module.adapted = True
 
 
-def is_quantised(model: nn.Module) -> bool:
-    return any(isinstance(module, _Quantised) for module in model.modules())
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, _Quantized) for module in model.modules())
 
 
-class _Quantised(nn.Module):
+class _Quantized(nn.Module):
     adapted = False  # side paths are trained around it
 
-    def train(self, mode: bool = True) -> _Quantised:
+    def train(self, mode: bool = True) -> _Quantized:
         if mode and not self.adapted:
-            raise ConfigError("a quantised model has no gradients and cannot be trained: train side paths on it "
+            raise ConfigError("a quantized model has no gradients and cannot be trained: train side paths on it "
                               "(LoRAAdapter), or the checkpoint it was made from, or write a plain one "
                               "(`deepseek quantize IN OUT --format bf16`)")
         return super().train(False)
@@ -185,7 +185,7 @@ class _Quantised(nn.Module):
         self.training = False
 
 
-class QuantisedLinear(_Quantised):
+class QuantizedLinear(_Quantized):
     """x W^T + b; W is packed [rows, columns]."""
 
     packed: Tensor
@@ -206,19 +206,19 @@ class QuantisedLinear(_Quantised):
         return self._dense
 
     def _unpacked(self) -> Tensor:
-        return unpack(self.packed, self.out_features, self.in_features, self.bits).dequantise()
+        return unpack(self.packed, self.out_features, self.in_features, self.bits).dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         if _wants_gradient(x):
             return _through(lambda x: linear(x, self._unpacked(), self.bias), x)
-        return ops.quantised_linear(x, self.packed, self.out_features, self.bias, bits=self.bits)
+        return ops.quantized_linear(x, self.packed, self.out_features, self.bias, bits=self.bits)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self._dense = None
         return super()._apply(fn, recurse)
 
 
-class QuantisedMLP(_Quantised):
+class QuantizedMLP(_Quantized):
     """down(silu(gate(x)) * up(x)) from one packed range."""
 
     packed: Tensor
@@ -231,10 +231,10 @@ class QuantisedMLP(_Quantised):
     def forward(self, x: Tensor) -> Tensor:
         if _wants_gradient(x):
             return _through(lambda x: _mlp(x, *_dense_mlp(self.packed, x.shape[-1], self.inner, self.bits)), x)
-        return ops.quantised_mlp(x.flatten(0, -2), self.packed, self.inner, bits=self.bits).view(x.shape)
+        return ops.quantized_mlp(x.flatten(0, -2), self.packed, self.inner, bits=self.bits).view(x.shape)
 
 
-class QuantisedExperts(_Quantised):
+class QuantizedExperts(_Quantized):
     """The routed experts of a layer, each a packed MLP, and its shared experts where `put` has brought them here.
 
     The experts' tensors are in a table and no state: a layer has hundreds, mapped from a file.
@@ -256,7 +256,7 @@ class QuantisedExperts(_Quantised):
         """gate(x) and up(x) of one expert, [P, I], in the arithmetic of the kernels."""
         table, panels = self.table, -(-self.table.inner // ROWS)
         packed = table[expert][: 2 * matrix_bytes(table.inner, table.hidden, table.bits)]
-        both = ops.quantised_linear(x_PH, packed, 2 * panels * ROWS, bits=table.bits).view(-1, panels, 2, ROWS)
+        both = ops.quantized_linear(x_PH, packed, 2 * panels * ROWS, bits=table.bits).view(-1, panels, 2, ROWS)
         gate, up = (both[:, :, i].flatten(1)[:, : table.inner] for i in (0, 1))
         return gate, up
 
@@ -265,7 +265,7 @@ class QuantisedExperts(_Quantised):
         table = self.table
         start = 2 * matrix_bytes(table.inner, table.hidden, table.bits)
         packed = table[expert][start : start + matrix_bytes(table.hidden, table.inner, table.bits)]
-        return ops.quantised_linear(h_PI, packed, table.hidden, bits=table.bits)
+        return ops.quantized_linear(h_PI, packed, table.hidden, bits=table.bits)
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         """Pairs of index -1 are somebody else's."""
@@ -275,7 +275,7 @@ class QuantisedExperts(_Quantised):
         if bool(elsewhere.any()):  # computed in vain as expert 0, at weight zero
             route = route._replace(index_TK=route.index_TK.clamp(min=0),
                                    weight_TK=route.weight_TK.masked_fill(elsewhere, 0.0))
-        return ops.quantised_experts(
+        return ops.quantized_experts(
             x_TH, route.index_TK, route.weight_TK, self.table, self.table.inner, shared=self.shared,
             shared_inner=self.shared_inner, bits=self.table.bits)
 
@@ -291,13 +291,13 @@ class QuantisedExperts(_Quantised):
                 lambda x: _mlp(x, *_dense_mlp(shared, table.hidden, self.shared_inner, table.bits)), x_TH)
         return out_TH
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedExperts:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
         table = self.table
         self.table = ops.ExpertTable([fn(packed) for packed in table], table.hidden, table.inner, table.bits)
         return super()._apply(fn, recurse)
 
 
-class QuantisedEmbedding(_Quantised):
+class QuantizedEmbedding(_Quantized):
     """Rows of int8 with one step each; a lookup gives float32."""
 
     codes: Tensor

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..ops.panels import BLOCK, LEVELS, Quantised
+from ..ops.panels import BLOCK, LEVELS, Quantized
 
 CODEBOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -27,7 +27,7 @@ CODEBOOK = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
-def quantise(w_OK: Tensor) -> Quantised:
+def quantize(w_OK: Tensor) -> Quantized:
     """A matrix [O, K] (computed in float32) -> codes, 8-bit scales and steps; all its values must be finite.
 
     Temporaries are several times the matrix: cut a large one into row blocks, since rows do not depend on each other.
@@ -38,7 +38,7 @@ def quantise(w_OK: Tensor) -> Quantised:
     fit_Ob = (w_ObC * level_ObC).sum(-1) / level_ObC.square().sum(-1).clamp(min=1)  # a block of zeros has no levels
     step_O = fit_Ob.amax(1) / 255
     scale_Ob = (fit_Ob / step_O.clamp(min=torch.finfo().tiny).unsqueeze(1)).round().to(torch.uint8)
-    return Quantised(code_ObC.to(torch.uint8).flatten(1)[:, : w_OK.shape[1]], scale_Ob, step_O)
+    return Quantized(code_ObC.to(torch.uint8).flatten(1)[:, : w_OK.shape[1]], scale_Ob, step_O)
 
 
 _LEVEL = torch.tensor(CODEBOOK)

@@ -15,7 +15,7 @@ from ..checkpoint import check_manifest, write_manifest
 from ..deepopt.loop import HeldOut, TrainingLoop, held_out_loss, trained
 from ..deepopt.settings import TrainConfig
 from ..files import replace_folder, write_json
-from ..quant.linear import is_quantised
+from ..quant.linear import is_quantized
 from .records import RecordSet
 from .workpiece import Workpiece
 
@@ -32,7 +32,7 @@ class Tuning(TrainingLoop):
         super().__init__(work.model, data, config, out, work.tokenizer, settings=settings, extend=extend)
         self.data: RecordSet = data
         self.began = began
-        if is_quantised(work.model):
+        if is_quantized(work.model):
             work.model.compute_dtype = torch.float32
 
     def before(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..ids import ExpertId, ExpertSet
 from ..model import CausalLM
 from ..model.adapter import Side, fold, side_paths
-from ..quant.linear import is_quantised
+from ..quant.linear import is_quantized
 
 # How much of the adapter's effect merging may lose: in FP32 only sums are ordered differently; half precision rounds
 # the merged weight, and what lies below its resolution is lost.
@@ -96,9 +96,9 @@ class LoRAAdapter:
         paths = dict(side_paths(model))
         if not paths:
             raise ConfigError("the model has no side paths to merge")
-        if is_quantised(model):
-            raise ConfigError("side paths cannot be merged into quantised weights: merge into the plain checkpoint, "
-                              "then quantise that")
+        if is_quantized(model):
+            raise ConfigError("side paths cannot be merged into quantized weights: merge into the plain checkpoint, "
+                              "then quantize that")
         if not any(bool(parameter.any()) for module in paths.values()
                    for name, parameter in module.named_parameters(recurse=False) if name.endswith("_B")):
             raise ConfigError("merging would change nothing: every B is zero, the adapter was never trained")

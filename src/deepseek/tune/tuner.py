@@ -108,10 +108,10 @@ class MoEFineTuner:
         if self.atlas is not None:
             self.atlas.check_fits(model_config)
         if recipe is not None and adapter is None:
-            raise ConfigError(f"{model_path}: is quantised, and quantised weights cannot be trained: tune the "
+            raise ConfigError(f"{model_path}: is quantized, and quantized weights cannot be trained: tune the "
                               "checkpoint it was made from, or side paths on it (adapter=LoRAAdapter(…))")
         if recipe is not None and save == "full":
-            raise ConfigError("save = 'full': side paths cannot be merged into quantised weights; leave it out, and "
+            raise ConfigError("save = 'full': side paths cannot be merged into quantized weights; leave it out, and "
                               "merge the adapter into the plain checkpoint")
         if config.balance and model_config.topk_method != "noaux_tc":
             raise ConfigError("balance: this model's gates have no bias to balance with (topk_method = "

@@ -30,7 +30,7 @@ from ..ids import ExpertId, ExpertSet
 from ..model import CausalLM, RoutingRecord
 from ..model.adapter import Side, TunedExperts, fold
 from ..progress import ProgressBar
-from ..quant.linear import is_quantised
+from ..quant.linear import is_quantized
 from ..tokenizer import Tokenizer
 from .lora import LoRAAdapter
 from .records import RecordSet
@@ -59,7 +59,7 @@ class Workpiece:
         """Read the base, hash it, decide on the experts and part the model into trained and frozen."""
         config = job.config
         model = load_model(job.folder, device=config.device)
-        dtype = model.lm_head.weight.dtype if not is_quantised(model) else torch.float32
+        dtype = model.lm_head.weight.dtype if not is_quantized(model) else torch.float32
         hashes = _hashed(model, "hash the base")
         torch.manual_seed(config.seed)
         if job.adapter is not None:

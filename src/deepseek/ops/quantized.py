@@ -1,4 +1,4 @@
-"""Products with quantised weights.
+"""Products with quantized weights.
 
 The arithmetic is one for all kernels and for the references here (csrc/kernels.h): activations become int8 with one
 scale a row, products are summed exactly over blocks of 64 columns, blocks are added in FP32 in their order by fused
@@ -22,7 +22,7 @@ from torch.nn.functional import pad, silu
 
 from . import checks
 from .native import address, fits, native, threads
-from .panels import BLOCK, LEVELS, Bits, Quantised, matrix_bytes, mlp_bytes, unpack, unpack_mlp
+from .panels import BLOCK, LEVELS, Bits, Quantized, matrix_bytes, mlp_bytes, unpack, unpack_mlp
 from .registry import operation
 
 
@@ -52,7 +52,7 @@ class ExpertTable(tuple[Tensor, ...]):
 # ---- references -------------------------------------------------------------------------------------------------
 
 
-def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 values as float32 [T, K padded to 64], scale [T]): scale = absmax / 127, round to nearest even. A row with
     a number that is not finite makes all its results NaN."""
     x = pad(x_TK.float(), (0, -x_TK.shape[-1] % BLOCK))
@@ -62,9 +62,9 @@ def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     return (x * inverse_T.unsqueeze(-1)).round(), peak_T / 127.0
 
 
-def linear_reference(x_TK: Tensor, w: Quantised) -> Tensor:
+def linear_reference(x_TK: Tensor, w: Quantized) -> Tensor:
     """x W^T in the arithmetic above, [T, O]; the slow twin, equal to the kernels bit by bit."""
-    q_TK, scale_T = quantise_rows(x_TK)
+    q_TK, scale_T = quantize_rows(x_TK)
     rows, columns = w.code_OK.shape
     if w.scale_Ob is None:
         acc_TO = (q_TK[:, :columns].double() @ w.code_OK.double().t()).float()
@@ -100,7 +100,7 @@ def experts_reference(
 
 
 @operation(lambda x, packed, rows, bias=None, *, bits=4: x.new_empty(*x.shape[:-1], rows))
-def quantised_linear(
+def quantized_linear(
     x: Tensor, packed: Tensor, rows: int, bias: Tensor | None = None, *, bits: int = 4
 ) -> Tensor:
     """x[..., K] -> [..., rows]: x W^T + bias; packed: W in panels (ops/panels.py)."""
@@ -119,7 +119,7 @@ def quantised_linear(
 
 
 @operation(lambda x_TH, packed, inner, *, bits=4: x_TH.new_empty(x_TH.shape))
-def quantised_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) -> Tensor:
+def quantized_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) -> Tensor:
     """down(silu(gate x) * up x) from one packed range, [T, H]."""
     x_TH = checks.activations("x", x_TH)
     tokens, hidden = x_TH.shape
@@ -134,7 +134,7 @@ def quantised_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) ->
 
 @operation(lambda x_TH, index_TK, weight_TK, experts, inner, shared=None, shared_inner=0, *, bits=4: (
     x_TH.new_empty(x_TH.shape)))
-def quantised_experts(
+def quantized_experts(
     x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: Sequence[Tensor], inner: int,
     shared: Tensor | None = None, shared_inner: int = 0, *, bits: int = 4
 ) -> Tensor:
@@ -170,7 +170,7 @@ def quantised_experts(
 
 
 @operation(lambda x_TGK, packed, offset, stride, rows, *, bits=4: x_TGK.new_empty(*x_TGK.shape[:2], rows))
-def grouped_quantised_linear(
+def grouped_quantized_linear(
     x_TGK: Tensor, packed: Tensor, offset: int, stride: int, rows: int, *, bits: int = 4
 ) -> Tensor:
     """[T, G, rows]: group g of x times the `rows` rows whose panels begin `offset + g * stride` bytes into packed.

@@ -1,4 +1,4 @@
-"""Operations on quantised weights against their references, and what they promise: a token's bits are its own.
+"""Operations on quantized weights against their references, and what they promise: a token's bits are its own.
 
 Shape letters: T tokens, K columns, O rows, G groups, H hidden, E experts, B batch, N heads, R latent rank, P rotary
 width.
@@ -33,7 +33,7 @@ from torch import Tensor
 from deepseek import ops
 from deepseek.ops.native import native
 from deepseek.ops.panels import Bits, matrix_bytes, pack, panel_bytes
-from deepseek.ops.quantised import experts_reference, linear_reference, mlp_reference, quantise_rows
+from deepseek.ops.quantized import experts_reference, linear_reference, mlp_reference, quantize_rows
 
 
 def assert_near(a: Tensor, b: Tensor) -> None:
@@ -53,7 +53,7 @@ def test_linear_is_the_reference_bit_by_bit(rows: int, columns: int, bits: Bits,
     packed = pack(w)
     for tokens in TOKENS:
         x_TK = randn(tokens, columns, seed=tokens)
-        assert same_bits(ops.quantised_linear(x_TK, packed, rows, bits=bits), linear_reference(x_TK, w)), tokens
+        assert same_bits(ops.quantized_linear(x_TK, packed, rows, bits=bits), linear_reference(x_TK, w)), tokens
 
 
 @both_widths
@@ -64,25 +64,25 @@ def test_linear_of_awkward_numbers(step: float, bits: Bits) -> None:
         w = random_matrix(rows, columns, bits)
         w = w._replace(step_O=w.step_O / w.step_O.max() * step)
         x_TK = awkward_rows(columns)
-        y_TO = ops.quantised_linear(x_TK, pack(w), rows, bits=bits)
+        y_TO = ops.quantized_linear(x_TK, pack(w), rows, bits=bits)
         assert same_bits(y_TO, linear_reference(x_TK, w))
         assert (y_TO[0] == 0).all() and (y_TO[6] == 0).all()  # zeros, and denormals with no reciprocal
         for t in range(len(x_TK)):
-            assert same_bits(ops.quantised_linear(x_TK[t : t + 1], pack(w), rows, bits=bits)[0], y_TO[t]), t
+            assert same_bits(ops.quantized_linear(x_TK[t : t + 1], pack(w), rows, bits=bits)[0], y_TO[t]), t
 
 
 @both_widths
 def test_linear_is_near_the_product_of_real_numbers(bits: Bits) -> None:
     w, x_TK = random_matrix(100, 256, bits), randn(9, 256)
-    want = x_TK @ w.dequantise().t()
-    error = (ops.quantised_linear(x_TK, pack(w), 100, bits=bits) - want).norm() / want.norm()
+    want = x_TK @ w.dequantize().t()
+    error = (ops.quantized_linear(x_TK, pack(w), 100, bits=bits) - want).norm() / want.norm()
     assert 1e-4 < error < 1e-2
 
 
 def test_rows_are_rounded_as_described() -> None:
     """scale = absmax / 127 and q = round(x * (127 / absmax)), each rounded once, against double precision."""
     x_TK = torch.cat((awkward_rows(130), randn(2000, 130)))
-    q_TK, scale_T = quantise_rows(x_TK)
+    q_TK, scale_T = quantize_rows(x_TK)
     peak_T = x_TK.abs().amax(1)
     inverse_T = (127 / peak_T.double()).float()
     want_TK = (x_TK * torch.where(inverse_T < 3e38, inverse_T, 0.0).unsqueeze(1)).round()
@@ -95,14 +95,14 @@ def test_rows_are_rounded_as_described() -> None:
 def test_linear_of_any_shape_and_layout(bits: Bits) -> None:
     w, bias_O = random_matrix(20, 70, bits), randn(20, seed=3)
     packed, x_BTK = pack(w), randn(2, 5, 70)
-    y_BTO = ops.quantised_linear(x_BTK, packed, 20, bits=bits)
+    y_BTO = ops.quantized_linear(x_BTK, packed, 20, bits=bits)
     assert y_BTO.shape == (2, 5, 20)
     apart = randn(70, 5, 2).transpose(0, 2)
-    assert same_bits(ops.quantised_linear(apart, packed, 20, bits=bits),
-                     ops.quantised_linear(apart.contiguous(), packed, 20, bits=bits))
-    assert same_bits(ops.quantised_linear(x_BTK, packed, 20, bias_O, bits=bits), y_BTO + bias_O)
-    assert same_bits(ops.quantised_linear(x_BTK[0, 0], packed, 20, bits=bits), y_BTO[0, 0])
-    assert ops.quantised_linear(x_BTK[:, :0], packed, 20, bits=bits).shape == (2, 0, 20)
+    assert same_bits(ops.quantized_linear(apart, packed, 20, bits=bits),
+                     ops.quantized_linear(apart.contiguous(), packed, 20, bits=bits))
+    assert same_bits(ops.quantized_linear(x_BTK, packed, 20, bias_O, bits=bits), y_BTO + bias_O)
+    assert same_bits(ops.quantized_linear(x_BTK[0, 0], packed, 20, bits=bits), y_BTO[0, 0])
+    assert ops.quantized_linear(x_BTK[:, :0], packed, 20, bits=bits).shape == (2, 0, 20)
 
 
 @both_widths
@@ -110,7 +110,7 @@ def test_the_last_panel_of_many_tokens(bits: Bits) -> None:
     """Rows beyond the matrix are written nowhere: results lie densely, whatever 16 and 64 divide."""
     for rows, tokens in itertools.product((1, 15, 17, 31), (63, 64, 65, 129)):
         w, x_TK = random_matrix(rows, 65, bits), randn(tokens, 65)
-        assert same_bits(ops.quantised_linear(x_TK, pack(w), rows, bits=bits), linear_reference(x_TK, w))
+        assert same_bits(ops.quantized_linear(x_TK, pack(w), rows, bits=bits), linear_reference(x_TK, w))
 
 
 # ---- grouped ------------------------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def test_grouped_linear_is_one_linear_a_group(rows: int, between: int, tokens: i
     parts = [random_matrix(rows, 130, bits, seed) for seed in range(3)]
     packed = torch.cat([torch.cat((torch.full((between * panel,), 255, dtype=torch.uint8), pack(w))) for w in parts])
     stride = between * panel + matrix_bytes(rows, 130, bits)
-    y_TGO = ops.grouped_quantised_linear(x_TGK, packed, between * panel, stride, rows, bits=bits)
-    want = [ops.quantised_linear(x_TGK[:, g].contiguous(), pack(w), rows, bits=bits) for g, w in enumerate(parts)]
+    y_TGO = ops.grouped_quantized_linear(x_TGK, packed, between * panel, stride, rows, bits=bits)
+    want = [ops.quantized_linear(x_TGK[:, g].contiguous(), pack(w), rows, bits=bits) for g, w in enumerate(parts)]
     assert same_bits(y_TGO, torch.stack(want, 1))
 
 
@@ -140,8 +140,8 @@ def test_mlp_is_near_the_reference(hidden: int, inner: int, bits: Bits) -> None:
     for tokens in (0, 1, 3, 9, 70):
         x_TH = randn(tokens, hidden) * 3
         if tokens:
-            assert_near(ops.quantised_mlp(x_TH, packed, inner, bits=bits), mlp_reference(x_TH, packed, inner, bits))
-        assert ops.quantised_mlp(x_TH, packed, inner, bits=bits).shape == (tokens, hidden)
+            assert_near(ops.quantized_mlp(x_TH, packed, inner, bits=bits), mlp_reference(x_TH, packed, inner, bits))
+        assert ops.quantized_mlp(x_TH, packed, inner, bits=bits).shape == (tokens, hidden)
 
 
 @both_widths
@@ -159,7 +159,7 @@ def test_experts_are_near_the_reference(shared: bool, tokens: int, bits: Bits) -
 def test_experts_that_nobody_visits_and_tokens_that_visit_nobody(bits: Bits) -> None:
     case = random_experts(4, bits)
     none = case._replace(index_TK=case.index_TK[:, :0], weight_TK=case.weight_TK[:, :0])
-    assert same_bits(none.run(), ops.quantised_mlp(case.x_TH, case.shared, SHARED, bits=bits))
+    assert same_bits(none.run(), ops.quantized_mlp(case.x_TH, case.shared, SHARED, bits=bits))
     assert (none.run(shared=False) == 0).all()
     assert case.run(slice(0)).shape == (0, HIDDEN)
 
@@ -196,8 +196,8 @@ def test_the_number_of_threads_is_not_in_the_result(bits: Bits) -> None:
     """Every operation, on one thread and on more."""
     def everything() -> list[Tensor]:
         case, rows = random_experts(50, bits), torch.zeros(2, 9, 36)
-        return [case.run(), ops.quantised_mlp(case.x_TH, case.shared, SHARED, bits=bits),
-                ops.quantised_linear(randn(50, 130), pack(random_matrix(100, 130, bits)), 100, bits=bits),
+        return [case.run(), ops.quantized_mlp(case.x_TH, case.shared, SHARED, bits=bits),
+                ops.quantized_linear(randn(50, 130), pack(random_matrix(100, 130, bits)), 100, bits=bits),
                 ops.panel_linear(randn(60, 36), ops.pack_panels(randn(50, 36))), random_naive(3, 70, bits).run(),
                 random_attention(5, 16, 40).run(), random_attention(20, 16, 1).run(),
                 ops.prepare_latents(randn(2, 5, 3, 20), randn(2, 5, 36), randn(28), 1e-6, randn(2, 5, 4),
@@ -213,7 +213,7 @@ def test_the_number_of_threads_is_not_in_the_result(bits: Bits) -> None:
         torch.set_num_threads(1)
 
 
-# ---- weights that are not quantised -------------------------------------------------------------------------------
+# ---- weights that are not quantized -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -239,13 +239,13 @@ def test_a_row_with_a_number_that_is_not_finite_is_nan_and_alone_in_it(bad: floa
     """Wherever in the row it stands: nothing is lost, nothing spreads."""
     packed, w = random_mlp(HIDDEN, INNER, bits), random_matrix(20, HIDDEN, bits)
     case = random_experts(tokens, bits)
-    good = [ops.quantised_linear(case.x_TH, pack(w), 20, bits=bits),
-            ops.quantised_mlp(case.x_TH, packed, INNER, bits=bits), case.run()]
+    good = [ops.quantized_linear(case.x_TH, pack(w), 20, bits=bits),
+            ops.quantized_mlp(case.x_TH, packed, INNER, bits=bits), case.run()]
     for place in (0, 15, 16, 50, 95, 96, 99):
         x_TH = case.x_TH.clone()
         x_TH[1, place] = bad
-        results = [ops.quantised_linear(x_TH, pack(w), 20, bits=bits),
-                   ops.quantised_mlp(x_TH, packed, INNER, bits=bits), case._replace(x_TH=x_TH).run()]
+        results = [ops.quantized_linear(x_TH, pack(w), 20, bits=bits),
+                   ops.quantized_mlp(x_TH, packed, INNER, bits=bits), case._replace(x_TH=x_TH).run()]
         for now, before in zip(results, good, strict=True):
             assert now[1].isnan().all(), place
             assert same_bits(now[2:], before[2:]) and same_bits(now[0], before[0])

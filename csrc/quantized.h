@@ -1,4 +1,4 @@
-// Operations on quantised weights, for whole batches, on all threads. Pointers are not checked here: ops/ did that.
+// Operations on quantized weights, for whole batches, on all threads. Pointers are not checked here: ops/ did that.
 // x and out are FP32, rows contiguous.
 #pragma once
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace deepseek {
 
 // A matrix [rows, columns] -> panels, which must hold zeros; squares: the squared error and the squared weights.
-void quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, double* squares,
+void quantize_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, double* squares,
                      int threads);
 
 // out [tokens][rows] = x W^T for each of some matrices with the same columns.
@@ -17,12 +17,12 @@ struct Product {
   int64_t rows;
   float* out;
 };
-void quantised_linears(const float* x, int64_t tokens, int64_t columns, const std::vector<Product>& products, int bits,
+void quantized_linears(const float* x, int64_t tokens, int64_t columns, const std::vector<Product>& products, int bits,
                        int threads);
 
 // out[t, g, :] = W_g x[t, g, :] for `groups` matrices of `rows` x `columns` that begin `stride` bytes apart; x[t, g] begins
 // at t * token_stride + g * group_stride.
-void quantised_groups(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
+void quantized_groups(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
                       int64_t group_stride, const uint8_t* w, int64_t stride, int64_t rows, int bits, float* out,
                       int threads);
 
@@ -30,7 +30,7 @@ void quantised_groups(const float* x, int64_t tokens, int64_t groups, int64_t co
 // experts[e]: one packed gated MLP each. top = 0 and a shared MLP: that MLP alone. fetch, where given: makes some of the
 // experts asked for ready, at least one, and returns them; it is asked for the others when those are done with.
 using Fetch = std::function<std::vector<int64_t>(const std::vector<int64_t>& wanted)>;
-void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
+void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
                        int64_t top, const uint8_t* const* experts, int64_t num_experts, int64_t inner,
                        const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads,
                        const Fetch& fetch = nullptr);

@@ -1,4 +1,4 @@
-#include "quantised.h"
+#include "quantized.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -22,7 +22,7 @@ constexpr int64_t kCrowd = 96;  // tokens of one MLP that are worth a task from 
 // many: large ones, because activations are looked up once a piece.
 int64_t pieces_of(int64_t tokens) { return tokens < 8 ? 64 : 16; }
 
-// How many rows of activations a task quantises at least: fewer are done sooner than shared out.
+// How many rows of activations a task quantizes at least: fewer are done sooner than shared out.
 int64_t rows_a_task(int64_t columns) { return std::max<int64_t>(4, 16384 / std::max<int64_t>(columns, 1)); }
 
 // How many panels (an even number) one task takes, so that there are about `wanted` tasks.
@@ -33,7 +33,7 @@ int64_t panels_a_task(int64_t panels, int64_t wanted) {
 
 }  // namespace
 
-void quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, double* squares,
+void quantize_panels(const float* w, int64_t rows, int64_t columns, int bits, uint8_t* out, double* squares,
                      int threads) {
   const Panel shape(columns, bits);
   std::vector<double> part(2 * panels_of(rows), 0.0);
@@ -41,18 +41,18 @@ void quantise_panels(const float* w, int64_t rows, int64_t columns, int bits, ui
     std::vector<float> room(3 * (columns + kBlock)), none(columns);
     for (int64_t r = 0; r < kRows; ++r) {
       const float* row = p * kRows + r < rows ? w + (p * kRows + r) * columns : none.data();
-      kernels().quantise_weights(row, columns, bits, r, out + p * shape.bytes, room.data(), &part[2 * p]);
+      kernels().quantize_weights(row, columns, bits, r, out + p * shape.bytes, room.data(), &part[2 * p]);
     }
   });
   squares[0] = squares[1] = 0.0;
   for (size_t i = 0; i < part.size(); ++i) squares[i % 2] += part[i];
 }
 
-void quantised_linears(const float* x, int64_t tokens, int64_t columns, const std::vector<Product>& products, int bits,
+void quantized_linears(const float* x, int64_t tokens, int64_t columns, const std::vector<Product>& products, int bits,
                        int threads) {
   const Panel shape(columns, bits);
-  scratch.reserve(QuantisedRows::room(tokens, columns));
-  const QuantisedRows a(scratch, tokens, columns);
+  scratch.reserve(QuantizedRows::room(tokens, columns));
+  const QuantizedRows a(scratch, tokens, columns);
   in_pieces(tokens, rows_a_task(columns), threads, [&](int64_t t) { a.fill(t, x + t * columns, columns); });
   int64_t panels = 0, tasks = 0;
   for (const Product& p : products) panels += panels_of(p.rows);
@@ -67,12 +67,12 @@ void quantised_linears(const float* x, int64_t tokens, int64_t columns, const st
   });
 }
 
-void quantised_groups(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
+void quantized_groups(const float* x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride,
                       int64_t group_stride, const uint8_t* w, int64_t stride, int64_t rows, int bits, float* out,
                       int threads) {
   const Panel shape(columns, bits);
-  scratch.reserve(QuantisedRows::room(tokens * groups, columns));
-  const QuantisedRows a(scratch, tokens * groups, columns);  // [group][token]
+  scratch.reserve(QuantizedRows::room(tokens * groups, columns));
+  const QuantizedRows a(scratch, tokens * groups, columns);  // [group][token]
   in_pieces(tokens * groups, rows_a_task(columns), threads, [&](int64_t i) {
     a.fill(i, x + i % tokens * token_stride + i / tokens * group_stride, columns);
   });
@@ -82,7 +82,7 @@ void quantised_groups(const float* x, int64_t tokens, int64_t groups, int64_t co
   });
 }
 
-void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
+void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
                        int64_t top, const uint8_t* const* experts, int64_t num_experts, int64_t inner,
                        const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads, const Fetch& fetch) {
   struct Mlp {
@@ -115,12 +115,12 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
   const bool crowded = 8 * all >= kCrowd * mlps_in_all && mlps_in_all >= 4 * threads;
   const int64_t routed_rows = crowded ? 0 : pairs, own_rows = crowded || !shared ? 0 : tokens;
   const int64_t h_room = crowded ? 0 : pairs * padded(inner) + own_rows * padded(shared_inner);
-  scratch.reserve(QuantisedRows::room(tokens, hidden) + Scratch::room<float>(all * hp) + Scratch::room<float>(h_room) +
-                  QuantisedRows::room(routed_rows, inner) + QuantisedRows::room(own_rows, shared_inner));
-  const QuantisedRows a(scratch, tokens, hidden);
+  scratch.reserve(QuantizedRows::room(tokens, hidden) + Scratch::room<float>(all * hp) + Scratch::room<float>(h_room) +
+                  QuantizedRows::room(routed_rows, inner) + QuantizedRows::room(own_rows, shared_inner));
+  const QuantizedRows a(scratch, tokens, hidden);
   float* y = scratch.take<float>(all * hp);
   float* h = scratch.take<float>(h_room);
-  const QuantisedRows routed(scratch, routed_rows, inner), own(scratch, own_rows, shared_inner);
+  const QuantizedRows routed(scratch, routed_rows, inner), own(scratch, own_rows, shared_inner);
 
   in_pieces(tokens, rows_a_task(hidden), threads, [&](int64_t t) { a.fill(t, x + t * hidden, hidden); });
 
@@ -139,9 +139,9 @@ void quantised_experts(const float* x, int64_t tokens, int64_t hidden, const int
       const Crowd& c = crowds[i];
       const Mlp& m = *c.mlp;
       const int64_t wide = padded(m.inner);
-      local.reserve(Scratch::room<float>(c.count * wide) + QuantisedRows::room(c.count, m.inner));
+      local.reserve(Scratch::room<float>(c.count * wide) + QuantizedRows::room(c.count, m.inner));
       float* h = local.take<float>(c.count * wide);
-      const QuantisedRows rows(local, c.count, m.inner);
+      const QuantizedRows rows(local, c.count, m.inner);
       k.panels(m.w, 2 * panels_of(m.inner), bits, true, a.rows(), token.data() + c.first, c.count, h, wide);
       for (int64_t t = 0; t < c.count; ++t) rows.fill(t, h + t * wide, m.inner);
       k.panels(m.w + 2 * panels_of(m.inner) * in.bytes, panels_of(hidden), bits, false, rows.rows(), nullptr, c.count,

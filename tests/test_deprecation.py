@@ -1,0 +1,29 @@
+"""Every name that was renamed still works, warns, and says what to write instead."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+
+RENAMED = [
+    ("deepseek.ops", "quantised_linear", "quantized_linear"),
+    ("deepseek.ops", "grouped_quantised_linear", "grouped_quantized_linear"),
+    ("deepseek.ops", "quantised_mlp", "quantized_mlp"),
+    ("deepseek.ops", "quantised_experts", "quantized_experts"),
+    ("deepseek.checkpoint", "quantised_places", "quantized_places"),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new"), RENAMED)
+def test_an_old_name_works_and_warns(module: str, old: str, new: str) -> None:
+    room = import_module(module)
+    with pytest.warns(DeprecationWarning, match=rf"{module}\.{old} is deprecated: use {module}\.{new}") as caught:
+        assert getattr(room, old) is getattr(room, new)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("module", sorted({module for module, *_ in RENAMED}))
+def test_an_unknown_name_is_still_an_error(module: str) -> None:
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
+        getattr(import_module(module), "nothing")  # noqa: B009

@@ -1,0 +1,69 @@
+"""Words that were replaced by the field's own stay out: of names, comments and docstrings in src/ and csrc/."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# a pattern is searched in each name, comment and docstring, where it must stand at the beginning and end of a word:
+# NAMES in names alone, where English keeps the word
+RETIRED = {
+    r"\w*(?i:quanti)s(?:e|ed|es|er|ers|ing|ation(?!\.json))\w*": "quantize, quantized, quantization",
+}
+NAMES: dict[str, str] = {}
+ALLOWED = {  # old names that are answered
+    *(f"quantised_{what}" for what in ("linear", "mlp", "experts", "groups", "places")), "grouped_quantised_linear",
+    "quantise_panels",
+}
+
+
+def words(source: str) -> Iterator[tuple[int, str, bool]]:
+    """(line, text, whether it is a name) of every name, comment and docstring."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NAME, tokenize.COMMENT):
+            yield token.start[0], token.string, token.type == tokenize.NAME
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node, clean=False) or ""
+            yield from ((node.body[0].lineno + i, line, False) for i, line in enumerate(text.split("\n")) if line)
+
+
+def retired(text: str, name: bool) -> Iterator[str]:
+    for pattern, instead in (RETIRED | NAMES if name else RETIRED).items():
+        for found in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text):
+            if found[0] not in ALLOWED:
+                yield f"`{found[0]}`: say {instead}"
+
+
+@pytest.mark.parametrize("folder", ["src", "csrc"])
+def test_retired_words_stay_out(folder: str) -> None:
+    wrong = []
+    for path in sorted((ROOT / folder).rglob("*")):
+        if path.suffix == ".py":
+            read = words(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".h", ".cpp"):
+            read = ((i, line, False) for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1))
+        else:
+            continue
+        wrong += [f"{path.relative_to(ROOT)}:{i}: {fault}" for i, text, name in read for fault in retired(text, name)]
+    assert not wrong, f"{len(wrong)} retired words:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("source", [
+    "def dequantise(): pass", "x.QuantisedLinear", "# the quantisation", 'def f():\n    """Says\n\n    quantising"""',
+])
+def test_the_check_can_fail(source: str) -> None:
+    (fault,) = [fault for _, text, name in words(source) for fault in retired(text, name)]
+    assert fault.endswith("`: say quantize, quantized, quantization")
+
+
+def test_the_check_lets_others_pass() -> None:
+    source = '"""quantized, quantiles"""\nquantize = "quantise"  # quantisation.json'
+    assert not [fault for _, text, name in words(source) for fault in retired(text, name)]
