@@ -10,14 +10,15 @@ import openai
 import pytest
 
 from deepseek.engine import SamplingParams
+from deepseek.templates import render
 from serving import KEY, Running
 
 HELLO: list[Any] = [{"role": "user", "content": "the quick brown"}]
 WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": {
     "type": "object", "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer"}},
     "required": ["city", "days"], "additionalProperties": False}}}
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer"}},
-          "required": ["name", "age"], "additionalProperties": False}
+SCHEMA = {"type": "object", "required": ["name", "age"], "additionalProperties": False, "properties": {
+    "name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 150}}}
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +83,10 @@ def test_logprobs(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_json_schema(client: openai.OpenAI, seed: int) -> None:
     done = client.chat.completions.create(
-        model="tiny", messages=HELLO, max_tokens=400, seed=seed,
+        model="tiny", messages=HELLO, max_tokens=600, seed=seed,
         response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}})
-    if done.choices[0].finish_reason == "stop":
-        jsonschema.validate(json.loads(done.choices[0].message.content), SCHEMA)
+    assert done.choices[0].finish_reason == "stop", "the longest answer is far below max_tokens"
+    jsonschema.validate(json.loads(done.choices[0].message.content), SCHEMA)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
@@ -107,6 +108,27 @@ def test_tools(client: openai.OpenAI, choice: Any) -> None:
     calls = [c for chunk in streamed for c in chunk.choices[0].delta.tool_calls or ()]
     assert [c.function.arguments for c in calls] == [call.function.arguments]
     assert streamed[-1].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("route", ["chat", "stream", "responses", "tokenize"])
+def test_a_template_is_rendered_once_for_a_request(running: Running, client: openai.OpenAI, route: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[Any] = []
+
+    def counting(*args: Any, **more: Any) -> str:
+        rendered.append(args)
+        return render(*args, **more)
+
+    monkeypatch.setattr("deepseek.tokenizer.render", counting)
+    if route == "tokenize":
+        client.post(f"{running.url}/tokenize", cast_to=object, body={"messages": HELLO})
+    elif route == "responses":
+        client.responses.create(model="tiny", input="the quick brown", max_output_tokens=2)
+    else:
+        answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2, n=3, tools=[WEATHER],
+                                                stream=route == "stream")
+        assert route == "chat" or list(answer)
+    assert len(rendered) == 1
 
 
 def test_completions(running: Running, client: openai.OpenAI) -> None:

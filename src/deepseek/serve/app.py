@@ -88,16 +88,16 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat(http: Request) -> Any:
         body = await server.read(http, ChatRequest)
-        server.admit(body, body.n)
-        one = await server.prepare(http, Chat, server, http, body)
+        adapter = server.admit(body, body.n)
+        one = await server.prepare(http, Chat, server, http, body, adapter)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.complete(http))
 
     @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest))
     async def respond(http: Request) -> Any:
         body = await server.read(http, ResponsesRequest)
-        server.admit(body)
-        one = await server.prepare(http, Response, server, responses, http, body)
+        adapter = server.admit(body)
+        one = await server.prepare(http, Response, server, responses, http, body, adapter)
         return StreamingResponse(one.stream(http), media_type="text/event-stream") if body.stream else (
             await one.complete(http))
 
@@ -113,19 +113,19 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(http: Request) -> Any:
         body = await server.read(http, CompletionRequest)
-        server.admit(body, body.n * len(body.prompts))
-        one = await server.prepare(http, Completion, server, http, body)
+        adapter = server.admit(body, body.n * len(body.prompts))
+        one = await server.prepare(http, Completion, server, http, body, adapter)
         return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
             await one.complete(http))
 
     @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
     async def embeddings(http: Request) -> Plain:
         body = await server.read(http, EmbeddingRequest)
-        server.admit(body)
+        adapter = server.admit(body)
         if body.dimensions not in (None, size := llm.model.config.hidden_size):
             raise ServeError(400, f"dimensions = {body.dimensions}: must be {size}, what the model has",
                              param="dimensions")
-        vectors, tokens = await server.embed(http, body.inputs, server.know(body.model))
+        vectors, tokens = await server.embed(http, body.inputs, adapter)
 
         def write() -> bytes:  # one by one: a text of megabytes made at once holds up everybody
             data = (to_json({"object": "embedding", "index": i, "embedding": vector.tolist() if (
@@ -140,7 +140,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(http: Request) -> dict[str, Any]:
         body = await server.read(http, TokenizeRequest)
-        server.know(body.model if body.model is not None else options.name)
+        server.adapter_of(body.model if body.model is not None else options.name)
         tokenizer, prompt = server.tokenizer, body.prompt
 
         def work() -> dict[str, Any]:
@@ -160,7 +160,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
     async def detokenize(http: Request) -> dict[str, Any]:
         body = await server.read(http, DetokenizeRequest)
-        server.know(body.model if body.model is not None else options.name)
+        server.adapter_of(body.model if body.model is not None else options.name)
         tokenizer = server.tokenizer
 
         def work() -> dict[str, Any]:
@@ -176,7 +176,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        server.know(name)
+        server.adapter_of(name)
         return _model(server, name)
 
     @app.post("/v1/deepseek/warm", openapi_extra=takes(WarmRequest))
@@ -204,7 +204,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
 def _model(server: Server, name: str) -> dict[str, Any]:
     """As vLLM lists them: an adapter has a parent."""
-    atlas, parent = server.llm.engine.atlas, None if server.know(name) is None else server.options.name
+    atlas, parent = server.llm.engine.atlas, None if server.adapter_of(name) is None else server.options.name
     return {"id": name, "object": "model", "created": server.began, "owned_by": "moe-dr", "parent": parent,
             "max_model_len": server.llm.max_length, "deepseek": {"experts": [] if atlas is None else list(atlas)}}
 

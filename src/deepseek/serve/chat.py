@@ -53,7 +53,8 @@ def joined(content: str | Sequence[ContentPart] | None) -> str:
 class Chat:
     """One /v1/chat/completions."""
 
-    def __init__(self, server: Server, http: Request, body: ChatRequest, name: str | None = None) -> None:
+    def __init__(self, server: Server, http: Request, body: ChatRequest, adapter: str | None,
+                 name: str | None = None) -> None:
         self.server, self.body = server, body
         self.id, self.created = name or f"chatcmpl-{secrets.token_hex(14)}", int(time.time())
         choice = body.tool_choice or ("auto" if body.tools else "none")
@@ -76,7 +77,7 @@ class Chat:
         end = server.tokenizer.decode(ids[-16:], skip_special=False)
         thinking = end.rstrip().endswith(THINK)
         self.requests = server.llm.requests(ids, params, domain=domain, constraint_after=UNTHINK if thinking else None,
-                                            adapter=server.know(body.model))
+                                            adapter=adapter)
         server.watch.begin(self.id, http, body.user, question, self.requests)
         self.constrained = schema is not None and not forced
         self.parsers = [OutputParser(thinking=thinking, tools=self.tools, forced=forced,

@@ -20,7 +20,7 @@ from .service import Server, event, floored, usage
 class Completion:
     """One /v1/completions, of one prompt or several."""
 
-    def __init__(self, server: Server, http: Request, body: CompletionRequest) -> None:
+    def __init__(self, server: Server, http: Request, body: CompletionRequest, adapter: str | None) -> None:
         self.server, self.body = server, body
         self.id, self.created = f"cmpl-{secrets.token_hex(14)}", int(time.time())
         asked = body.sampling.get("prompt_logprobs")
@@ -34,7 +34,7 @@ class Completion:
             try:
                 self.groups.append(server.llm.requests(
                     prompt, params, domain=body.deepseek.domain, parse_special=body.parse_special,
-                    adapter=server.know(body.model)))
+                    adapter=adapter))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}" if len(body.prompts) > 1 else str(error)) from None
             server.watch.begin(self.id, http, body.user, prompt if isinstance(prompt, str) else "", self.groups[-1])

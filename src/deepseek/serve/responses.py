@@ -117,7 +117,8 @@ def to_chat(body: ResponsesRequest, messages: Sequence[dict[str, Any]]) -> ChatR
 class Response:
     """One POST /v1/responses."""
 
-    def __init__(self, server: Server, store: Store, http: Request, body: ResponsesRequest) -> None:
+    def __init__(self, server: Server, store: Store, http: Request, body: ResponsesRequest,
+                 adapter: str | None) -> None:
         self.server, self.store, self.body = server, store, body
         before = [] if body.previous_response_id is None else store.find(
             body.previous_response_id, "previous_response_id").messages
@@ -127,7 +128,7 @@ class Response:
         self.created = int(time.time())
         self.names: dict[str, str] = {}  # of output items
         self.number = 0
-        self.chat = Chat(server, http, self.chat_body, self.id)
+        self.chat = Chat(server, http, self.chat_body, adapter, self.id)
 
     # ---- what is sent -------------------------------------------------------------------------------------------
 

@@ -88,23 +88,24 @@ class Server:
         """What may be asked for: the base, and the adapters beside it."""
         return self.options.name, *self.llm.adapters
 
-    def know(self, model: str) -> str | None:
-        """The adapter that a model stands for, None for the base. Raises ServeError for a model that there is not."""
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter that a model name stands for, None for the base. Raises ServeError for an unknown name."""
         if model not in self.models:
             there = ", ".join(map(repr, self.models))
             raise ServeError(404, f"model = {model!r}: there {'are' if self.llm.adapters else 'is'} {there}",
                              param="model", code="model_not_found")
         return None if model == self.options.name else model
 
-    def admit(self, body: Common | ResponsesRequest | EmbeddingRequest, count: int = 1) -> None:
-        """Raises ServeError for another model, and where the queue is full."""
-        self.know(body.model)
+    def admit(self, body: Common | ResponsesRequest | EmbeddingRequest, count: int = 1) -> str | None:
+        """The adapter of a request with `count` answers. Raises ServeError for an unknown model or a full queue."""
+        adapter = self.adapter_of(body.model)
         if self.closing:
             raise ServeError(503, "the server is shutting down", kind="server_error", headers={"retry-after": "10"})
         waiting = len(self.llm.engine.scheduler.waiting)
         if waiting + count > self.options.waiting:
             raise ServeError(429, f"{waiting} requests are waiting: {self.options.waiting} may",
                              kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
+        return adapter
 
     async def read(self, http: Request, form: type[B]) -> B:
         """The body of a request. Large ones are parsed one after another, beside the event loop."""
