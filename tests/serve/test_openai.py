@@ -111,14 +111,22 @@ def test_tools(client: openai.OpenAI, choice: Any) -> None:
 
 
 @pytest.mark.parametrize("route", ["chat", "stream", "responses", "tokenize"])
-def test_a_template_is_rendered_once_for_a_request(running: Running, client: openai.OpenAI, route: str,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_is_rendered_and_checked_once(running: Running, client: openai.OpenAI, route: str,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     rendered: list[Any] = []
+    checked: list[Any] = []
+    engine = running.llm.engine
+    check = engine.check
 
     def counting(*args: Any, **more: Any) -> str:
         rendered.append(args)
         return render(*args, **more)
 
+    def checking(*requests: Any) -> None:
+        checked.extend(requests)
+        check(*requests)
+
+    monkeypatch.setattr(engine, "check", checking)
     monkeypatch.setattr("deepseek.tokenizer.render", counting)
     if route == "tokenize":
         client.post(f"{running.url}/tokenize", cast_to=object, body={"messages": HELLO})
@@ -129,6 +137,7 @@ def test_a_template_is_rendered_once_for_a_request(running: Running, client: ope
                                                 stream=route == "stream")
         assert route == "chat" or list(answer)
     assert len(rendered) == 1
+    assert len(checked) == len(set(map(id, checked))) == {"chat": 3, "stream": 3, "responses": 1, "tokenize": 0}[route]
 
 
 def test_completions(running: Running, client: openai.OpenAI) -> None:

@@ -122,6 +122,7 @@ class Engine:
             if request.params.experts is not None and request.routing_override is None:
                 loaded = None if self.residency is None else self.residency.loaded
                 request.routing_override = RoutingOverride(request.params.experts, self.model, self.atlas, loaded)
+            request.checked = True
 
     def _check_ids(self, request: Request) -> None:
         last = self.model.config.vocab_size - 1
@@ -131,9 +132,10 @@ class Engine:
                     raise RequestError(f"{field}: token id {token}: must lie in the vocabulary 0..{last}")
 
     def add(self, *requests: Request) -> None:
-        """Let requests wait, in this order with nobody between them. Raises RequestError for one that can never run."""
+        """Queue requests, in this order with no other between them. Raises RequestError for one that can never run."""
         for request in requests:
-            self.check(request)
+            if not request.checked:
+                self.check(request)
         with self.lock:
             for request in requests:
                 if request.finish_reason is None:  # else its caller has left already

@@ -155,6 +155,7 @@ class Request:
         self.first_token: float | None = None
         self.finished: float | None = None
         self.on_token: Callable[[Request], None] | None = None
+        self.checked = False  # by the engine, which does it once
         self.paused = False  # its reader is behind: set by the reader, at any time
         self.routed: list[Tensor] = []  # [tokens, layers, K] a chunk
         self.logprobs: list[Logprob] = []
