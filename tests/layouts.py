@@ -23,8 +23,8 @@ import layouts_tokens
 from deepseek.checkpoint import INDEX
 from deepseek.cli import main
 from deepseek.config import ModelConfig
-from deepseek.info import describe
-from deepseek.info.units import in_count
+from deepseek.info import Machine, describe, fit
+from deepseek.info.units import in_bytes, in_count
 from deepseek.tokenizer import BOS, EOS, PAD, Tokenizer
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
@@ -305,28 +305,39 @@ def verdict(folder: Path) -> str:
     return (said.getvalue() + failed.getvalue()).splitlines()[-1].removeprefix("deepseek: ").replace(f"{folder}/", "")
 
 
-_HEAD = {"en": ("model", "parameters", "active", "layout", "loads here"),
-         "zh": ("模型", "参数", "激活", "布局", "能否在此读入")}
-_SAID = {"en": {True: "yes", False: "no: "}, "zh": {True: "能", False: "不能："}}
-_WHY = {"a wrapper": ("only its text part could", "只有文本部分可以"),
-        "V3 with": ("its attention is another", "注意力不同")}
+_HEAD = {"en": ("model", "total", "active", "NF4", "memory", "experts on disk", "layout"),
+         "zh": ("模型", "总参数", "激活", "NF4", "内存", "专家放磁盘", "布局")}
+_NOT = {"en": "Not: ", "zh": "不能加载："}
+_WHY = {"a wrapper": (" (wraps images; only its text part could)", "（图像模型的外壳，只有文本部分可以）"),
+        "V3 with": (" (sparse attention)", "（稀疏注意力）")}
+_NOWHERE = Machine("", 1, 1, 0, 0, 1.0)
 
 
 def rows(language: str, stand_in: Callable[[str], Path]) -> Iterator[str]:
-    """The table: sizes by the published config.json, the verdict by `deepseek info` on the stand-in."""
+    """The table: sizes by the published config.json, the verdict by `deepseek info` on the stand-in; models of equal
+    sizes share a row. Memory: what `deepseek info --machine` says that NF4 needs, and with the experts on disk."""
     at = ("en", "zh").index(language)
     yield "| " + " | ".join(_HEAD[language]) + " |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "|" + " --- |" * len(_HEAD[language])
+    loads: dict[str, tuple[list[str], list[str]]] = {}
+    others = []
     for name, layout in LAYOUTS.items():
-        keys = layout.config.get("text_config") or layout.config.get("language_config") or layout.config
-        about = describe(ModelConfig.from_dict({
-            key: value for key, value in keys.items() if not key.startswith("index_") and value is not None
-        } | {"model_type": "deepseek_v2" if keys["model_type"] == "deepseek_v2" else "deepseek_v3",
-             "q_lora_rank": keys["q_lora_rank"]}, strict=False))
-        loads = verdict(stand_in(name)).startswith("loads here: yes")
-        why = "" if loads else next(said[at] for start, said in _WHY.items() if layout.of[0].startswith(start))
-        yield (f"| {name} | {in_count(about.total)} | {in_count(about.active)} | {layout.of[at]} | "
-               f"{_SAID[language][loads]}{why} |")
+        if not verdict(stand_in(name)).startswith("loads here: yes"):
+            others.append(name + next(said[at] for start, said in _WHY.items() if layout.of[0].startswith(start)))
+            continue
+        about = describe(ModelConfig.from_dict({k: v for k, v in layout.config.items() if v is not None} | {
+            "model_type": "deepseek_v2" if layout.config["model_type"] == "deepseek_v2" else "deepseek_v3",
+            "q_lora_rank": layout.config["q_lora_rank"]}, strict=False))
+        need = next(one for one in fit(about, _NOWHERE, 4096) if one.format == "NF4")
+        names, layouts = loads.setdefault(" | ".join((in_count(about.total), in_count(about.active), *map(
+            in_bytes, (need.weights, need.need, need.resident)))), ([], []))
+        names.append(name)
+        if layout.of[at] not in layouts and not layout.of[0].startswith("as "):
+            layouts.append(layout.of[at])
+    for sizes, (names, layouts) in loads.items():
+        yield f"| {', '.join(names)} | {sizes} | {'; '.join(layouts)} |"
+    yield ""
+    yield _NOT[language] + ("、" if at else ", ").join(others) + ("。" if at else ".")
 
 
 if __name__ == "__main__":

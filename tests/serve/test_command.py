@@ -103,10 +103,10 @@ def test_texts_are_logged_only_if_asked(tiny_llm: Callable[..., Any], asked: boo
 
 
 def curls() -> Iterator[str]:
-    """The commands with curl in the README, its twin and the manual, as they stand there."""
-    for name in ("README.md", "README.zh.md", "docs/serving.md"):
+    """The commands with curl in the READMEs and the manual, as they stand there."""
+    for name in ("README.md", "README.zh.md", "docs/serving.md", "docs/tutorial.md", "docs/tutorial.zh.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        yield from re.findall(r"^    (curl (?:.*\\\n)*.*)$", text, re.MULTILINE)
+        yield from re.findall(r"^(curl (?:.*\\\n)*.*)$", text, re.MULTILINE)
 
 
 def test_the_curl_commands_of_the_manual(folder: Path) -> None:

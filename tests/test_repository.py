@@ -1,0 +1,104 @@
+"""What the repository says of itself: the READMEs, links, code blocks, versions, files of habit."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import deepseek
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", _prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def _prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@every_page
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+        if re.match(r"https?://", target):
+            continue
+        name, _, heading = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{target}: there is no such file"
+        assert not heading or heading in anchors(file), f"{target}: the page has no such heading"
+
+
+@every_page
+def test_code_blocks_are_fenced_with_a_language(page: Path) -> None:
+    inside = False
+    assert "\n<<<<<<<" not in page.read_text(encoding="utf-8")
+    for number, line in enumerate(lines := page.read_text(encoding="utf-8").split("\n")):
+        if line.startswith("```"):
+            inside = not inside
+            assert not inside or re.fullmatch(r"```[a-z]+", line), f"line {number + 1}: no language"
+        else:
+            assert inside or not (line.startswith("    ") and not lines[number - 1]), f"line {number + 1}: not fenced"
+    assert not inside
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+def test_the_readme_is_one_page(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").count("\n") <= 130
+
+
+def test_the_readmes_have_the_same_commands_figures_and_parts() -> None:
+    ours, theirs = (page.read_text(encoding="utf-8") for page in READMES)
+    for pattern in (r"^#+ ", r"`python [^` ]+(?: --[^`]+)?", r"^(?:deepseek|make|curl|git|source) [^#\n]*", r"^\|"):
+        want, have = (re.findall(pattern, text, re.MULTILINE) for text in (ours, theirs))
+        assert want == have and len(want) > 3, pattern
+
+
+def test_figures_of_the_readme_stand_in_the_results() -> None:
+    """Every row names its script, and the newest result of that script has the figures."""
+    text = READMES[0].read_text(encoding="utf-8")
+    part = text[text.index("## Figures"):text.index("## Models")]
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\| `python benchmarks/(\w+)\.py(?: --only (\w+))?` \|$", part, re.MULTILINE)
+    assert len(rows) == 5
+    for figures, script, only in rows:
+        name = f"{script}-{only}" if only else script
+        result = sorted((ROOT / "benchmarks" / "results").glob(f"{name}-*.md"))[-1].read_text(encoding="utf-8")
+        numbers = [float(n.replace(",", "")) for n in re.findall(r"(?<![\w.-])\d[\d,]*\.?\d*", result)]
+        for figure in re.findall(r"\d[\d,]*\.?\d*", figures):
+            digits = len(figure.partition(".")[2])
+            assert any(f"{number:.{digits}f}" == figure.replace(",", "") for number in numbers), (name, figure)
+
+
+def test_the_version_stands_in_one_place_and_is_the_newest_change() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
+    assert project["tool"]["scikit-build"]["metadata"]["version"]["input"] == "src/deepseek/__init__.py"
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == deepseek.__version__
+    dated = re.findall(r"^## (\d\S*) - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert dated[0][0] == deepseek.__version__
+
+
+def test_badges_are_true() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    python = project["requires-python"].removeprefix(">=") + "+"
+    for badge, value in (("python", python), ("license", project["license"])):
+        assert f">{value}</text>" in (ROOT / "docs" / "images" / f"badge-{badge}.svg").read_text(encoding="utf-8")
+
+
+def test_workflows_call_what_there_is() -> None:
+    files = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in (ROOT / ".github").rglob("*.yml")]
+    runs = [step["run"] for file in files for job in file.get("jobs", {}).values() for step in job["steps"]
+            if "run" in step]
+    assert ".ci/run" in runs and (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    said = " ".join(page.read_text(encoding="utf-8") for page in PAGES) + " ".join(runs)
+    assert set(re.findall(r"`make ([a-z-]+)", said)) <= targets
