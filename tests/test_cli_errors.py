@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deepseek import cli
+from deepseek.cli import info
 from deepseek.config import ModelConfig
 from deepseek.errors import ConfigError
 from deepseek.files import locked, take_lock
@@ -41,7 +42,7 @@ def test_a_failure_is_one_line(
     def fails(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "info", fails)
+    monkeypatch.setattr(info, "run", fails)
     assert cli.main(["info", "mini"]) == code
     assert capsys.readouterr().err == f"deepseek: {line}\n"
     monkeypatch.setenv("DEEPSEEK_DEBUG", "1")

@@ -14,6 +14,7 @@ import pytest
 
 from deepseek import cli
 from deepseek.checkpoint import resolve
+from deepseek.cli.main import make_parser
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM, SamplingParams
 from deepseek.engine.options import EngineOptions, EngineSettings
@@ -111,7 +112,7 @@ def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: 
         warnings.warn_explicit("twice the tokens", UserWarning, "/x/deepseek/engine/llm.py", 3)
         warnings.warn_explicit("old", FutureWarning, "/x/torch/nn.py", 7)
 
-    monkeypatch.setattr(cli, "info", run)
+    monkeypatch.setattr("deepseek.cli.info.run", run)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -125,9 +126,9 @@ def test_chat_refuses_unknown_commands_and_base_models(
 ) -> None:
     import io
 
-    from deepseek.engine import verbs
+    from deepseek.cli import chat
 
-    monkeypatch.setattr(verbs, "make_llm", lambda args: llm)
+    monkeypatch.setattr(chat, "make_llm", lambda args: llm)
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n/Clear all\n/usr/bin is a path\n/exit\n"))
     assert cli.main(["chat", "--model", "x", "--max_tokens", "2"]) == 0
     said = capsys.readouterr()
@@ -168,7 +169,7 @@ def test_more_tokens_than_the_model_has_positions_for_are_a_warning(llm: LLM) ->
 
 
 def test_defaults_of_sampling_agree_between_python_and_command_line() -> None:
-    args = vars(cli._parser().parse_args(["infer", "--model", "x"]))
+    args = vars(make_parser().parse_args(["infer", "--model", "x"]))
     params = SamplingParams()
     shared = [f.name for f in fields(SamplingParams) if f.name in args and f.name != "json_schema"]
     assert {"max_tokens", "temperature", "top_p", "top_k", "min_p", "seed"} <= {*shared}

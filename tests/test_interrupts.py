@@ -75,10 +75,11 @@ def test_other_commands_say_what_is_kept(results: dict[str, Any]) -> None:
 BUSY = """
 import ctypes, os, signal, sys
 from deepseek import cli
+from deepseek.cli import info
 def busy(args):
     print("here", flush=True)
     ctypes.CDLL(None).sleep(60)  # a call of a library, in which Python's handlers do not run
-cli.info = busy
+info.run = busy
 sys.exit(cli.main(["info", "nano"]))
 """
 

@@ -8,7 +8,6 @@ arguments of a call as text or as an object, and whether it has a place for call
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -197,17 +196,6 @@ def of_turns(turns: Sequence[Sequence[str]]) -> Conversation:
 def told(tools: Sequence[Mapping[str, Any]]) -> str:
     """Tools as text, for a reader that has no place for them."""
     return "Tools:\n" + "\n".join(_json(tool.get("function", tool), "tools") for tool in tools)
-
-
-def template_variables(text: str) -> dict[str, Any]:
-    """The value of the flag --chat_template_kwargs, a JSON object, for argparse."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r:.60}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r:.60}: must be an object such as {{\"thinking\": true}}")
-    return found
 
 
 def written(calls: Sequence[Mapping[str, Any]]) -> str:

@@ -377,7 +377,7 @@ def test_a_bad_key_is_named(keys: dict[str, Any], message: str, tmp_path: Path) 
 # ---- the command line -------------------------------------------------------------------------------------------
 
 
-def test_the_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_steps_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config(tmp_path)
     at = lambda name: str(tmp_path / name)  # noqa: E731
     assert cli.main(["data", "validate", at("mixed.jsonl"), "--sources", f"law_expert={at('law')}",

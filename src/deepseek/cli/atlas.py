@@ -1,28 +1,56 @@
-"""`deepseek atlas …`: a thin function a step; its flags are in cli.py, since this package loads torch."""
+"""`deepseek atlas …`: a thin function and its flags a step."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..checkpoint import load_model, resolve
 from ..config import ModelConfig
-from ..data import ReadReport, list_files, read_documents
 from ..data.settings import named_paths
 from ..errors import ConfigError, DataError
 from ..files import locked, write_atomically
 from ..progress import tokens_bar
-from ..tokenizer import Tokenizer
-from . import Atlas, profile
-from .atlas import FILE, Shape
-from .compare import Trace, compare, trace
-from .plot import save_group_map
-from .profile import doubts, verdict
-from .report import page, table
-from .sample import draw, window_length
+from .common import Parser, add_command, add_device_flags, add_steps
+
+if TYPE_CHECKING:
+    from ..atlas.compare import Trace
 
 
-def atlas_profile(args: argparse.Namespace) -> None:
+def add_flags(parser: Parser) -> None:
+    steps = add_steps(parser)
+    step = add_command(steps, "profile", profile, "measure which experts the text of each name visits")
+    step.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    step.add_argument("--data", nargs="+", action="extend", required=True, metavar="NAME=FILE",
+                      help="text of a name; a name may come several times, and a few names tell more than one")
+    step.add_argument("--score", choices=("token", "gate"), default="token", help="what experts are ranked by")
+    step.add_argument("--threshold", type=float, help="share to select; else 0.2 for token, 0.1 for gate")
+    step.add_argument("--out", metavar="FILE", help="else atlas.json beside the model")
+    _sample_flags(step)
+    step = add_command(steps, "show", show, "named groups, their evidence and overlap")
+    step.add_argument("place", metavar="MODEL|ATLAS", help="a checkpoint folder, a hub id or an atlas.json")
+    step.add_argument("--png", metavar="FILE", help="draw layers by experts, coloured by name")
+    step.add_argument("--html", metavar="FILE", help="write a page with all of it")
+    step = add_command(steps, "compare", compare, "how far routing has moved between two checkpoints of one shape")
+    step.add_argument("first", metavar="A", help="a checkpoint folder or a hub id")
+    step.add_argument("second", metavar="B", help="another of the same shape")
+    step.add_argument("--data", nargs="+", action="extend", required=True, metavar="FILE", help="text to route")
+    step.add_argument("--atlas", metavar="FILE", help="names to follow; else the atlas beside B, or A")
+    _sample_flags(step)
+
+
+def _sample_flags(parser: Parser) -> None:
+    parser.add_argument("--tokens", type=int, default=1 << 16, help="tokens to sample (for each name)")
+    parser.add_argument("--seq_len", type=int, help="length of a window at most; else 512, or what the model takes")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    add_device_flags(parser)
+
+
+def profile(args: argparse.Namespace) -> None:
+    from ..atlas.atlas import FILE
+    from ..checkpoint import resolve
+    from ..data import list_files
+
     named = named_paths(args.data, "data")
     for _ in list_files([place for places in named.values() for place in places]):
         pass  # a wrong path is said before a large model is loaded
@@ -36,6 +64,14 @@ def atlas_profile(args: argparse.Namespace) -> None:
 
 
 def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path, out: Path) -> None:
+    from ..atlas import Atlas, profile
+    from ..atlas.atlas import Shape
+    from ..atlas.profile import doubts, verdict
+    from ..atlas.report import table
+    from ..checkpoint import load_model
+    from ..data import ReadReport, read_documents
+    from ..tokenizer import Tokenizer
+
     known = Atlas.load(out) if out.is_file() else None
     if known is not None and known.shape != (shape := Shape.of(ModelConfig.from_file(folder))):
         raise ConfigError(f"out = {out}: holds the atlas of another model: {known.shape}; this one has {shape}")
@@ -57,7 +93,12 @@ def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path
     print(f"atlas: {out}\ntry:   deepseek atlas show {out} --png experts.png")
 
 
-def atlas_show(args: argparse.Namespace) -> None:
+def show(args: argparse.Namespace) -> None:
+    from ..atlas import Atlas
+    from ..atlas.plot import save_group_map
+    from ..atlas.report import page, table
+    from ..checkpoint import resolve
+
     atlas = Atlas.load(args.place if Path(args.place).expanduser().exists() else resolve(args.place))
     print(table(atlas))
     if args.png:
@@ -70,7 +111,15 @@ def atlas_show(args: argparse.Namespace) -> None:
           "try:   deepseek tune MODEL DATA --expert_tune NAME")
 
 
-def atlas_compare(args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace) -> None:
+    from ..atlas import Atlas
+    from ..atlas.atlas import FILE, Shape
+    from ..atlas.compare import compare, trace
+    from ..atlas.sample import draw, window_length
+    from ..checkpoint import load_model, resolve
+    from ..data import ReadReport, read_documents
+    from ..tokenizer import Tokenizer
+
     folders = [resolve(name) for name in (args.first, args.second)]
     shapes = [Shape.of(ModelConfig.from_file(folder)) for folder in folders]
     if shapes[0] != shapes[1]:

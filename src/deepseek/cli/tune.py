@@ -1,4 +1,4 @@
-"""`deepseek tune`: its flags, and what they say to MoEFineTuner. Nothing heavy up here: `--help` loads it."""
+"""`deepseek tune`: its flags, and what they say to MoEFineTuner."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..conversation import template_variables
 from ..errors import ConfigError, DataError, nearest
-from .settings import TuneConfig
+from ..tune.settings import TuneConfig
+from .common import Parser, template_variables
 
 # fields of LoRAAdapter, as --adapter takes them
 _FIELDS: dict[str, Callable[[str], Any]] = {
@@ -24,45 +24,45 @@ _OLDER_FLAGS: dict[str, tuple[str, Any]] = {  # what stood for them before
     "target_modules": ("target_modules", None), "lora_experts": ("experts", None)}
 
 
-def add_tune_flags(verb: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """All settings of TuneConfig and LoRAAdapter; none has a default here, so that a file can say what no flag does."""
-    verb.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint folder or a hub id")
-    verb.add_argument("data", nargs="*", metavar="DATA", default=None,
-                      help="records: files or folders (see `deepseek data`), or - for JSON lines on standard input, "
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint folder or a hub id")
+    parser.add_argument("data", nargs="*", metavar="DATA", default=None,
+                        help="records: files or folders (see `deepseek data`), or - for JSON lines on standard input, "
                            "learnt round by round")
-    verb.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win over it")
-    verb.add_argument("--out", help="folder of the run (MODEL-tuned-HASH, of where MODEL is)")
-    verb.add_argument("--general", nargs="+", metavar="PATH", help="text that must not be forgotten, to measure it")
-    verb.add_argument("--old", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
-    verb.add_argument("--map", metavar="YAML", help="which column of a record is what, where its name does not say it")
-    verb.add_argument("--show_records", type=int, metavar="N",
-                      help="print what would be learnt of the first N records, and stop")
-    verb.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
-    verb.add_argument("--records_a_round", type=int, help="records of standard input that make a round (256)")
-    verb.add_argument("--rounds", type=int, help="rounds after which standard input is left (its end)")
-    verb.add_argument("--adapter", nargs="+", metavar="FIELD=VALUE",
-                      help="train a LoRA adapter alone: its fields, such as r=16 lora_alpha=32 lora_dropout=0.05 "
+    parser.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win over it")
+    parser.add_argument("--out", help="folder of the run (MODEL-tuned-HASH, of where MODEL is)")
+    parser.add_argument("--general", nargs="+", metavar="PATH", help="text that must not be forgotten, to measure it")
+    parser.add_argument("--old", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
+    parser.add_argument("--map", metavar="YAML", help="which column of a record is what, where names do not say it")
+    parser.add_argument("--show_records", type=int, metavar="N",
+                        help="print what would be learnt of the first N records, and stop")
+    parser.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
+    parser.add_argument("--records_a_round", type=int, help="records of standard input that make a round (256)")
+    parser.add_argument("--rounds", type=int, help="rounds after which standard input is left (its end)")
+    parser.add_argument("--adapter", nargs="+", metavar="FIELD=VALUE",
+                        help="train a LoRA adapter alone: its fields, such as r=16 lora_alpha=32 lora_dropout=0.05 "
                            "target_modules=q_proj,v_proj experts=law_expert,3.17")
     for flag, (_, kind) in _OLDER_FLAGS.items():
-        verb.add_argument(f"--{flag}", help=argparse.SUPPRESS, **({"type": kind} if kind else {"nargs": "+"}))
-    verb.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+        parser.add_argument(f"--{flag}", help=argparse.SUPPRESS, **({"type": kind} if kind else {"nargs": "+"}))
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
     kinds: dict[str, Any] = {"chat_template_kwargs": template_variables, "atlas": str, "threshold": float,
                              "steps": int, "max_length": int, "lr": float}
     for setting in fields(TuneConfig):
         flag, text, default = f"--{setting.name}", setting.metadata["help"], setting.default
         if default is False:
-            verb.add_argument(flag, action="store_true", default=None, help=text)
+            parser.add_argument(flag, action="store_true", default=None, help=text)
         elif setting.name in ("expert_tune", "expert_freeze"):
-            verb.add_argument(flag, nargs="+", metavar="NAME", help=text)
+            parser.add_argument(flag, nargs="+", metavar="NAME", help=text)
         else:
             shown = "" if default is None else f" ({default})"
-            verb.add_argument(flag, type=kinds.get(setting.name) or type(default), help=text + shown,
+            parser.add_argument(flag, type=kinds.get(setting.name) or type(default), help=text + shown,
                               metavar="JSON" if setting.name == "chat_template_kwargs" else None)
 
 
 def run(args: argparse.Namespace) -> None:
     """Settings of the file, flags over them; then tune."""
-    from .tuner import MoEFineTuner
+    from ..tune.tuner import MoEFineTuner
 
     settings: dict[str, Any] = {}
     if args.config:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         if not isinstance(settings, dict):
             raise ConfigError(f"{args.config}: must be a table of settings, got {type(settings).__name__}")
     flags = {key: value for key, value in vars(args).items()
-             if value not in (None, []) and key not in ("run", "usage", "config", "threads")}
+             if value not in (None, []) and key not in ("run", "usage", "config", "threads", "command")}
     adapter = _adapter(settings, flags)
     settings |= flags
     if settings.get("expert_tune") == ["auto"]:

@@ -1,19 +1,18 @@
-"""`deepseek data …`: a thin function and its flags a step. Loaded with the command line, so nothing heavy up here."""
+"""`deepseek data …`: a thin function and its flags a step."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import ConfigError
-from .mapping import RecordMap
-from .settings import (
+from ..data.mapping import RecordMap
+from ..data.settings import (
     DedupSettings,
     LabelSettings,
     PackSettings,
@@ -23,44 +22,50 @@ from .settings import (
     named_paths,
     settings_of,
 )
+from ..errors import ConfigError
+from .common import Parser, add_command, add_steps
 
 if TYPE_CHECKING:
-    from .stage import Progress, StageResult
+    from ..data.stage import Progress, StageResult
 
 S = TypeVar("S")
-Make = Callable[[Any, str, Callable[[argparse.Namespace], None] | None, str], argparse.ArgumentParser]
 
 
-def add_verbs(steps: Any, make: Make) -> None:
-    """Add the steps to the parser of `deepseek data`; `make(steps, name, function, help)` gives a parser."""
-    step = make(steps, "run", run, "all steps in a row, as a YAML says; the same command continues a stopped run")
+def add_flags(parser: Parser) -> None:
+    steps = add_steps(parser)
+    step = add_command(steps, "tokenizer", tokenizer, "train a byte-level BPE tokenizer on text")
+    step.add_argument("data", nargs="+", metavar="DATA", help="text, code, JSONL or folders of them")
+    step.add_argument("--vocab_size", type=int, default=16384, help="tokens in all, special ones included")
+    step.add_argument("--out", required=True, help="folder to write")
+    step = add_command(steps, "run", run, "all steps in a row, as a YAML says; the same command continues a "
+                       "stopped run")
     step.add_argument("config", metavar="CONFIG.yaml", help="sources, out, and settings of the steps (docs/data.md)")
 
-    step = make(steps, "validate", validate, "files of every kind into records, bad ones into a quarantine")
+    step = add_command(steps, "validate", validate, "files of every kind into records, bad ones into a quarantine")
     step.add_argument("data", nargs="*", metavar="DATA", help="files, folders, patterns or hf:NAME[:SPLIT]")
     step.add_argument("--sources", nargs="+", action="extend", default=[], metavar="NAME=DATA",
                       help="the same, for the expert NAME")
     step.add_argument("--map", metavar="YAML", help="which column is what, where its name does not say it")
     _shared(step, ValidateSettings, experts="names that records may bear; any if not given")
-    step = make(steps, "dedup", dedup, "drop records that say the same as an earlier one, exactly or nearly")
+    step = add_command(steps, "dedup", dedup, "drop records that say the same as an earlier one, exactly or nearly")
     step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
     _shared(step, DedupSettings)
-    step = make(steps, "label", label, "name the expert of records: as given, by keywords, by a classifier")
+    step = add_command(steps, "label", label, "name the expert of records: as given, by keywords, by a classifier")
     step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
     _shared(step, LabelSettings, experts="the only names to give")
-    step = make(steps, "split", split, "records by expert into training and held-out ones")
+    step = add_command(steps, "split", split, "records by expert into training and held-out ones")
     step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
     _shared(step, SplitSettings)
-    step = make(steps, "pack", pack, "records into token shards for training")
+    step = add_command(steps, "pack", pack, "records into token shards for training")
     step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
     _shared(step, PackSettings, experts="the names in the order of the model's groups; sorted if not given")
     _settings_flags(step, SplitSettings)
-    step = make(steps, "report", report, "counts, lengths, languages, complexity and balance per expert")
+    step = add_command(steps, "report", report, "counts, lengths, languages, complexity and balance per expert")
     step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
     step.add_argument("--out", required=True, help="folder to write")
 
 
-def _shared(step: argparse.ArgumentParser, kind: type, experts: str | None = None) -> None:
+def _shared(step: Parser, kind: type, experts: str | None = None) -> None:
     step.add_argument("--out", required=True, help="folder to write")
     step.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads")
     if experts:
@@ -68,7 +73,7 @@ def _shared(step: argparse.ArgumentParser, kind: type, experts: str | None = Non
     _settings_flags(step, kind)
 
 
-def _settings_flags(step: argparse.ArgumentParser, kind: type) -> None:
+def _settings_flags(step: Parser, kind: type) -> None:
     for one in fields(kind):
         flag: dict[str, Any] = {"action": "store_true"} if one.default is False else {
             "type": str if one.default is None else type(one.default)}
@@ -81,12 +86,26 @@ def _settings(args: argparse.Namespace, kind: type[S]) -> S:
     return settings_of(kind, {one.name: getattr(args, one.name) for one in fields(kind)})  # type: ignore[arg-type]
 
 
-# ---- the verbs ----------------------------------------------------------------------------------------------------
+# ---- the steps ----------------------------------------------------------------------------------------------------
+
+
+def tokenizer(args: argparse.Namespace) -> None:
+    from ..data import ReadReport, read_documents
+    from ..files import locked
+    from ..tokenizer import Tokenizer
+
+    report = ReadReport()
+    with locked(args.out):
+        trained = Tokenizer.train((document.text for document in read_documents(args.data, report)), args.vocab_size)
+        trained.save(args.out)
+    print(report.summary())
+    print(f"{trained.vocab_size:,} tokens written to {args.out}\n"
+          f"try:   deepseek train nano DATA --tokenizer {args.out} --out runs/first")
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..data import pipeline
     from ..progress import ProgressBar
-    from . import pipeline
 
     config = PipelineConfig.load(args.config)
     with ProgressBar(unit=" records", unit_scale=True) as bar:
@@ -104,8 +123,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def validate(args: argparse.Namespace) -> None:
-    from .reader import ReadReport
-    from .stages import validate
+    from ..data.reader import ReadReport
+    from ..data.stages import validate
 
     sources = ({"": args.data} if args.data else {}) | named_paths(args.sources, "sources")
     if not sources:
@@ -127,7 +146,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def dedup(args: argparse.Namespace) -> None:
-    from .stages import dedup
+    from ..data.stages import dedup
 
     with _bar("dedup") as progress:
         done = dedup(args.source, args.out, _settings(args, DedupSettings), workers=args.workers, progress=progress)
@@ -137,8 +156,8 @@ def dedup(args: argparse.Namespace) -> None:
 
 
 def label(args: argparse.Namespace) -> None:
+    from ..data.stages import label
     from ..domain import HeldOutReport
-    from .stages import label
 
     with _bar("label") as progress:
         done = label(args.source, args.out, _settings(args, LabelSettings), experts=args.experts, workers=args.workers,
@@ -155,7 +174,7 @@ def label(args: argparse.Namespace) -> None:
 
 
 def split(args: argparse.Namespace) -> None:
-    from .stages import split
+    from ..data.stages import split
 
     with _bar("split") as progress:
         done = split(args.source, args.out, _settings(args, SplitSettings), progress=progress)
@@ -164,7 +183,7 @@ def split(args: argparse.Namespace) -> None:
 
 
 def pack(args: argparse.Namespace) -> None:
-    from .stages import pack
+    from ..data.stages import pack
 
     with _bar("pack") as progress:
         done = pack(args.source, args.out, _settings(args, PackSettings), held_out=_settings(args, SplitSettings),
@@ -174,7 +193,7 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from .report import report
+    from ..data.report import report
 
     report(args.source, args.out)
     print((Path(args.out) / "report.txt").read_text(encoding="utf-8"))

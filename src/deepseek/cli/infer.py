@@ -1,0 +1,72 @@
+"""`deepseek infer`: prompts of the command line, of standard input or of a file, to LLM."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import ConfigError, RequestError
+from .common import Parser, add_device_flags, add_model_flags, expert_usage, make_llm, report_usage, sampling_params
+
+
+def add_flags(parser: Parser) -> None:
+    add_device_flags(parser)
+    add_model_flags(parser)
+    parser.add_argument("--prompt", help="the prompt; else standard input")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    parser.add_argument("--parse_special", action="store_true",
+                        help="control tokens spelled out in a prompt count as such (a template of one's own, FIM)")
+    parser.add_argument("--input", metavar="JSONL", help="prompts, one object a line: {prompt | messages, id, …}")
+    parser.add_argument("--output", metavar="JSONL", help="answers to --input, in its order; gone on with if it exists")
+    parser.add_argument("--json_schema", metavar="FILE", help="a JSON schema that the text must match")
+
+
+def run(args: argparse.Namespace) -> None:
+    if (args.input is None) != (args.output is None):
+        raise ConfigError("--input and --output: must be given together")
+    if args.input is not None:
+        if args.prompt is not None or args.chat:
+            raise ConfigError("--input: the prompts are in the file; --prompt and --chat do not apply")
+        _infer_file(args)
+        return
+    if args.chat and args.parse_special:
+        raise ConfigError("--parse_special: is for raw prompts; with --chat the template writes the control tokens")
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    if not prompt:
+        raise RequestError("prompt = '': must not be empty (give --prompt or text on standard input)")
+    params, llm = sampling_params(args), make_llm(args)
+    usage = expert_usage(args, llm)
+    for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage,
+                            parse_special=args.parse_special, adapter=args.use_adapter):
+        print(piece, end="", flush=True)
+    print()
+    report_usage(args, llm, usage)
+    if sys.stdout.isatty():  # text in a pipe is the answer alone
+        print(f"try:   deepseek infer --model {args.model} --show_experts --prompt '…'" if not args.show_experts else
+              f"try:   deepseek serve {args.model}", file=sys.stderr)
+
+
+def _infer_file(args: argparse.Namespace) -> None:
+    from ..engine.run_batch import check_files, run_file
+    from ..progress import ProgressBar
+
+    source, target = Path(args.input), Path(args.output)
+    if source.resolve() == target.resolve():
+        raise ConfigError(f"output = {str(target)!r}: must be another file than the input")
+    check_files(source, target)  # before a large model is loaded
+    params, llm = sampling_params(args), make_llm(args)
+    usage = expert_usage(args, llm)
+    counters = llm.engine.counters
+    with ProgressBar(unit="prompt", desc="infer") as bar:
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{counters.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
+
+        answered, errors = run_file(llm, source, target, params, show, usage,
+                                    parse_special=args.parse_special, adapter=args.use_adapter)
+    print(f"{answered:,} answers written to {target}" + (f", {errors:,} of them errors" if errors else ""),
+          file=sys.stderr)
+    report_usage(args, llm, usage)

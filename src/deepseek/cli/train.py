@@ -1,0 +1,96 @@
+"""`deepseek train`: its flags, and what they say to Trainer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import PRESETS, ModelConfig
+from ..data.settings import named_paths
+from ..deepopt.settings import TrainConfig
+from ..errors import ConfigError, MoEDRError
+from .common import Parser, add_device_flags
+
+
+def add_flags(parser: Parser) -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset or a config.json; not with --from")
+    parser.add_argument("data", nargs="*", metavar="DATA", help="text, code, JSONL or folders of them")
+    parser.add_argument("--experts", nargs="+", action="extend", metavar="NAME=PATH",
+                        help="text by expert: binds the routing groups to these names; a name may come several times")
+    parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--from", dest="from_model", metavar="MODEL", help="a checkpoint folder or a hub id: starts "
+                        "from its weights, with its configuration, tokenizer and names; all parameters are trained")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer; else one is trained on the data")
+    parser.add_argument("--valid_fraction", type=float, default=argparse.SUPPRESS,
+                        help="share of the documents held out (default: 0.01)")
+    parser.set_defaults(valid_fraction=None)
+    add_device_flags(parser)
+    for setting in fields(TrainConfig):  # no default here: what is not given is the run's, where one goes on
+        kind: dict[str, Any] = {"action": "store_true"} if setting.default is False else {
+            "type": type(setting.default or 0.0)}
+        shown = f" (default: {setting.default})" if setting.default else ""
+        parser.add_argument(f"--{setting.name}", default=argparse.SUPPRESS,
+                            help=setting.metadata["help"] + shown, **kind)
+        parser.set_defaults(**{setting.name: None})
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..deepopt.trainer import Trainer
+
+    names = [setting.name for setting in fields(TrainConfig)]
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    words = [word for word in (args.config, *args.data) if word is not None]
+    out, where = args.out, {"device": args.device}
+    where |= {} if args.valid_fraction is None else {"valid_fraction": args.valid_fraction}
+    if not words and args.from_model is None and not args.experts and args.tokenizer is None:
+        leg = {key: given.pop(key) for key in ("steps", "lr", "min_lr_ratio", "warmup_steps") if key in given}
+        trainer, data = replace(Trainer.resume(out, device=args.device, **leg), **given), None
+        if args.valid_fraction not in (None, trainer.valid_fraction):
+            raise ConfigError(f"valid_fraction = {args.valid_fraction}: the run in {out} has {trainer.valid_fraction}")
+    else:
+        if args.from_model is not None and words and _is_config(words[0]):
+            raise ConfigError(f"CONFIG = {words[0]!r}: does not go with --from {args.from_model}, which brings its own "
+                              "configuration; leave it out")
+        if args.from_model is None and words and _is_data(words[0]):
+            raise ConfigError(f"config = {words[0]!r}: is no configuration; a preset ({', '.join(PRESETS)}) or a "
+                              "config.json goes before DATA, or --from MODEL instead of it")
+        config = words.pop(0) if args.from_model is None and words else None
+        data = _training_data(words, args.experts)
+        trainer = Trainer(config, out=out, from_model=args.from_model, tokenizer=args.tokenizer, **where, **given)
+    model = trainer.fit(data)
+    print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"
+          f"try:   deepseek-infer --model {model} --prompt '…'")
+
+
+def _is_config(word: str) -> bool:
+    """Whether a word that stands where DATA is expected means a configuration."""
+    path = Path(word)
+    if not path.exists():
+        return word in PRESETS
+    try:
+        return (path / "config.json").is_file() if path.is_dir() else (
+            path.suffix == ".json" and path.stat().st_size < 1 << 20 and bool(ModelConfig.from_file(path)))
+    except MoEDRError:
+        return path.name == "config.json"
+
+
+def _is_data(word: str) -> bool:
+    """Whether a word that stands where CONFIG is expected can be none: a folder of neither a checkpoint nor a run, or a
+    file of another kind."""
+    path = Path(word)
+    if path.is_dir():
+        return not any((path / name).is_file() for name in ("config.json", "model/config.json"))
+    return path.is_file() and path.suffix != ".json"
+
+
+def _training_data(words: Sequence[str], experts: Sequence[str] | None) -> Any:
+    """DATA, or {expert name: its paths} of --experts; a bare DATA beside them is text without a name."""
+    if not experts:
+        if not words:
+            raise ConfigError("data: at least one DATA or --experts NAME=PATH must be given (--out alone continues "
+                              "the run that it holds)")
+        return words
+    return named_paths(experts, "experts") | ({"": words} if words else {})
