@@ -38,7 +38,7 @@ def llm(tiny_config: Callable[..., ModelConfig], random_model: Callable[..., Cau
 
 
 @pytest.mark.parametrize(("words", "hint"), [
-    (["quantize", "a", "b"], "did you mean quantize?"), (["atlas", "shwo", "x"], "did you mean show?"),
+    (["quantise", "a", "b"], "did you mean quantize?"), (["atlas", "shwo", "x"], "did you mean show?"),
     (["infer", "--model", "x", "--max_token", "3"], "did you mean --max_tokens?"),
     (["infer", "--model", "x", "--temprature=1"], "did you mean --temperature?"),
     (["train", "nano", "x", "--out", "y", "--step", "3"], "did you mean --steps?"),
