@@ -40,7 +40,7 @@ from deepseek.convert import quantize
 from deepseek.data import ReadReport, read_documents
 from deepseek.engine import Engine, EngineOptions, SamplingParams
 from deepseek.engine.request import Request
-from deepseek.engine.speculative import Drafter, _Choice
+from deepseek.engine.speculative import Drafter, _Trial
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
 from domains import UNSEEN, places
@@ -55,7 +55,7 @@ Queue = Callable[[int, bool], list[Request]]  # (seed, whether routes are wanted
 
 def request(ids: list[int], tokens: int, domain: str | None = None, **params: Any) -> Request:
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, **params)
-    return Request(ids, sampling, limit=tokens, domain=domain)
+    return Request(ids, sampling, max_new_tokens=tokens, domain=domain)
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> float:
@@ -131,7 +131,7 @@ def batching(args: Any) -> tuple[list[str], dict[str, Any]]:
 def in_quarter(model: CausalLM, requests: Sequence[Request]) -> float:
     """Share of the slots that fall on the experts of the request's own domain."""
     run(Engine(model, EngineOptions(batch_size=8, prefix_cache=False)), requests)
-    hits = [OF_EXPERT[torch.cat(r.routed)] == NAMES.index(str(r.domain)) for r in requests]
+    hits = [OF_EXPERT[torch.cat(r.routes)] == NAMES.index(str(r.domain)) for r in requests]
     return float(torch.cat([h.flatten() for h in hits]).float().mean())
 
 
@@ -153,14 +153,16 @@ def orders(args: Any, model: CausalLM, queue: Queue, tokens: int) -> tuple[list[
     def distinct(policy: str) -> float:
         """Experts that a layer reads in a step in which all places generate."""
         own, seen = engine(policy), list[float]()
-        counted = own._count
 
-        def count_them(works: Any, routing: Any) -> None:
-            if all(work.chunk.order == "absorbed" for work in works) and len(works) == batch:
-                seen.extend(len(route.index_TK.unique()) for route in routing.routes.values())
-            counted(works, routing)
+        class Distinct:
+            def wants_routes(self, _: Any) -> bool:
+                return True
 
-        own._count = count_them  # type: ignore[method-assign]
+            def on_step(self, output: Any) -> None:
+                if all(one.chunk.order == "absorbed" for one in output.batch) and len(output.batch) == batch:
+                    seen.extend(len(route.index_TK.unique()) for route in output.routing.routes.values())
+
+        own.listeners.append(Distinct())
         run(own, queue(0, True))
         return statistics.mean(seen)
 
@@ -344,9 +346,9 @@ def drafted(args: Any, model: CausalLM, queue: Callable[[], list[Request]], batc
         engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, speculate=kind != "none"))
         requests = queue()
         if engine.drafter is not None and chance is not None:
-            simulate(engine.drafter, dict(zip([r.number for r in requests], known, strict=True)), chance)
+            simulate(engine.drafter, dict(zip([r.request_id for r in requests], known, strict=True)), chance)
         if kind == "always":
-            engine.drafter.gain.of = lambda size: Always()  # type: ignore[union-attr, method-assign]
+            engine.drafter.adaptive.of = lambda size: Always()  # type: ignore[union-attr, method-assign]
         seconds = run(engine, requests)
         texts = [r.token_ids for r in requests]
         assert not known or texts == known, "drafts changed a text"
@@ -363,13 +365,13 @@ def drafted(args: Any, model: CausalLM, queue: Callable[[], list[Request]], batc
     speed = {kind: statistics.median(r[kind][0] for r in kept) for kind in kept[0]}
     gain = statistics.median(r["always"][0] / r["none"][0] for r in kept)
     right = kept[0]["always"][1].drafter.stats.acceptance  # type: ignore[union-attr]
-    table_ = kept[-1]["switch"][1].drafter.gain.table()  # type: ignore[union-attr]
+    table_ = kept[-1]["switch"][1].drafter.adaptive.table()  # type: ignore[union-attr]
     takes = ", ".join(f"{size}: {'drafts' if on else 'none'}" for size, _, _, on in table_)
     return ([f"{speed['none']:.1f}", f"{speed['always']:.1f}", f"{gain:.2f}", f"{right:.0%}", f"{speed['switch']:.1f}",
              takes], {"speed": speed, "gain": gain, "acceptance": right, "switch": table_})
 
 
-class Always(_Choice):
+class Always(_Trial):
     def drafts(self) -> bool:
         return True
 
@@ -381,9 +383,9 @@ def simulate(drafter: Drafter, known: dict[int, list[int]], chance: float) -> No
     def draft(chosen: Any) -> None:
         own(chosen)
         for one, *_ in chosen:
-            if one.draft is not None and len(one.token_ids) < one.limit:
-                right = known[one.number][len(one.token_ids)]
-                one.draft = right if draw.random() < chance else (right + 1) % CONFIG.vocab_size
+            if one.sequence.draft_token is not None and len(one.token_ids) < one.max_new_tokens:
+                right = known[one.request_id][len(one.token_ids)]
+                one.sequence.draft_token = right if draw.random() < chance else (right + 1) % CONFIG.vocab_size
 
     drafter.draft = draft  # type: ignore[method-assign]
 
@@ -403,7 +405,7 @@ def memory(args: Any) -> tuple[list[str], dict[str, Any]]:
         gc.collect()
         marks[done + 250] = process.memory_info().rss
     grown = marks[10_000] / marks[1_000] - 1
-    pages = llm.engine.pages
+    pages = llm.engine.block_manager
     pages.check([])
     rows = [["requests", "resident memory (MiB)"],
             *([f"{n:,}", f"{marks[n] / 2**20:.1f}"] for n in (250, 1_000, 2_000, 5_000, 10_000))]

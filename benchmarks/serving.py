@@ -305,10 +305,10 @@ def watch(args: Any) -> tuple[list[str], dict[str, Any]]:
             return count * NEW / run(llm.engine, requests)
 
         def one(speed: Callable[[], float] = speed) -> dict[str, Any]:
-            llm.engine.observer = counters.step
+            llm.engine.listeners.append(counters)
             before = spent()
             out = {"with": speed(), "spent": [b - a for a, b in zip(before, spent(), strict=True)]}
-            llm.engine.observer = None
+            llm.engine.listeners.clear()
             return out | {"without": speed()}
 
         one()

@@ -138,7 +138,7 @@ def test_four_bits_have_the_same_bits_in_any_company(
         for output in (together[i], again[i]):
             assert (output.token_ids, output.logprobs, output.prompt_logprobs) == (
                 want.token_ids, want.logprobs, want.prompt_logprobs), (name, i)
-    llm.engine.pages.check([])
+    llm.engine.block_manager.check_integrity([])
 
 
 @needs_native
@@ -176,14 +176,14 @@ def test_arrivals_aborts_and_preemptions_of_several_adapters(served: Callable[..
         if alive and draw.random() < 0.05:
             engine.abort(draw.choice(alive))
         engine.step()
-        engine.pages.check([request.table for request in engine.scheduler.running])
+        engine.block_manager.check_integrity([request.sequence.block_table for request in engine.scheduler.running])
         done += [request for request in alive if request.finish_reason is not None]
         alive = [request for request in alive if request.finish_reason is None]
-    assert engine.idle and engine.pages.available == pages
+    assert engine.idle and engine.block_manager.available == pages
     for request in done:
-        want, = own.alone(request.adapter).generate([request.prompt_ids], params(max_tokens=request.limit))
+        want, = own.alone(request.adapter).generate([request.prompt_ids], params(max_tokens=request.max_new_tokens))
         assert request.token_ids == list(want.token_ids[: len(request.token_ids)]), request.adapter
-        assert len(request.token_ids) == request.limit or request.finish_reason == "abort"
+        assert len(request.token_ids) == request.max_new_tokens or request.finish_reason == "abort"
 
 
 def test_an_adapter_runs_in_every_function(served: Callable[..., Served]) -> None:
@@ -217,8 +217,8 @@ def test_no_page_of_an_adapter_serves_another(served: Callable[..., Served]) -> 
     cached = lambda name: llm.generate([prompt], params(), adapter=name)[0].cached_tokens  # noqa: E731
     assert [cached(name) for name in NAMES] == [0, 0, 0, 0]
     assert [cached(name) for name in NAMES] == [len(prompt) - 1] * 4
-    assert set(llm.engine.pages.roots) == set(NAMES)
-    llm.engine.pages.check([])
+    assert set(llm.engine.block_manager.tree.roots) == set(NAMES)
+    llm.engine.block_manager.check_integrity([])
 
 
 @needs_native

@@ -372,7 +372,7 @@ def test_a_request_that_waits_for_its_mask_ends_as_any(llm: LLM, monkeypatch: py
                                                 regex="[ab]" if ends == "grammar" else "[ab]{9}"))
     told: list[str | None] = []
     request.on_token = lambda one: told.append(one.finish_reason)
-    free, gate = llm.engine.pages.available, slow(request, monkeypatch)
+    free, gate = llm.engine.block_manager.available, slow(request, monkeypatch)
     if ends == "error":
         monkeypatch.setattr(request.constraint, "_read", lambda *_: (_ for _ in ()).throw(RequestError("outgrew")))
     llm.engine.add(request)
@@ -385,7 +385,7 @@ def test_a_request_that_waits_for_its_mask_ends_as_any(llm: LLM, monkeypatch: py
     while not llm.engine.idle:
         llm.engine.step()
     assert told[-1] == request.finish_reason == {"limit": "length", "grammar": "stop"}.get(ends, ends)
-    assert llm.engine.pages.available == free and (ends == "error") == isinstance(request.error, RequestError)
+    assert llm.engine.block_manager.available == free and (ends == "error") == isinstance(request.error, RequestError)
 
 
 def test_a_request_steps_back_while_it_waits_for_its_mask(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +397,7 @@ def test_a_request_steps_back_while_it_waits_for_its_mask(llm: LLM, monkeypatch:
     llm.engine.add(other, request)
     while not request.pending:
         llm.engine.step()
-    llm.engine.scheduler._step_back(request)
+    llm.engine.scheduler._preempt(request)
     while other.finish_reason is None:
         llm.engine.step()
     assert llm.engine.scheduler.waiting == [request]

@@ -36,7 +36,7 @@ def test_the_mean_of_the_last_hidden_states(model: CausalLM, options: dict) -> N
         for mean_H, want_H in zip(got, means(model), strict=True):
             assert mean_H.dtype == torch.float32
             torch.testing.assert_close(mean_H, want_H, rtol=1e-4, atol=1e-5)
-    assert llm.engine.idle and llm.engine.pages.available == llm.engine.pages.count
+    assert llm.engine.idle and llm.engine.block_manager.available == llm.engine.block_manager.count
 
 
 def test_a_request_that_steps_back_counts_each_position_once(model: CausalLM) -> None:
@@ -45,7 +45,7 @@ def test_a_request_that_steps_back_counts_each_position_once(model: CausalLM) ->
     llm.engine.add(request)
     llm.engine.step()
     llm.engine.step()
-    llm.engine.scheduler._step_back(request)
+    llm.engine.scheduler._preempt(request)
     while request.finish_reason is None:
         llm.engine.step()
     assert llm.engine.scheduler.preempted == 1

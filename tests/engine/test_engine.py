@@ -16,7 +16,7 @@ from deepseek.checkpoint import save_model
 from deepseek.config import ModelConfig
 from deepseek.convert import quantize
 from deepseek.engine import LLM, RequestOutput, SamplingParams, request
-from deepseek.engine.request import StopText
+from deepseek.engine.text_stream import StopStringMatcher
 from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.model import CausalLM, RoutingRecord
 from deepseek.tokenizer import Tokenizer
@@ -165,7 +165,7 @@ def test_stop_text_does_not_depend_on_the_pieces() -> None:
         ends = [(end, -len(stop)) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
         end, minus_length = min(ends, default=(len(text), 0))  # the first to be complete; of these the longest
         expected = text[: end + minus_length]
-        gate, out = StopText(stops), ""
+        gate, out = StopStringMatcher(stops), ""
         while text and not gate.stopped:
             n = rng.randint(1, 4)
             out += gate.push(text[:n])

@@ -19,7 +19,7 @@ from deepseek.atlas import Atlas
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine import LLM, ExpertControl, SamplingParams
-from deepseek.engine.speculative import Drafter, _Choice
+from deepseek.engine.speculative import Drafter, _Trial
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
@@ -87,11 +87,11 @@ def half_right(monkeypatch: pytest.MonkeyPatch, plain: Callable) -> Iterator[Non
     def helped(self: Drafter, run: Any) -> None:
         draft(self, run)
         for request, *_ in run:
-            if request.draft is not None and request.number % 2 and len(request.token_ids) < TOKENS:
-                request.draft = plain(request.prompt_ids)[len(request.token_ids)]
+            if request.sequence.draft_token is not None and request.request_id % 2 and len(request.token_ids) < TOKENS:
+                request.sequence.draft_token = plain(request.prompt_ids)[len(request.token_ids)]
 
     monkeypatch.setattr(Drafter, "draft", helped)
-    monkeypatch.setattr(_Choice, "drafts", lambda self: True)
+    monkeypatch.setattr(_Trial, "drafts", lambda self: True)
     yield
 
 
@@ -129,8 +129,8 @@ def check(folder: Path, plain: Callable, setting: dict[str, Any], count: int) ->
     assert [tokens for tokens, held in zip(got, exact, strict=True) if held] == [
         plain(prompt) for prompt, held in zip(prompts, exact, strict=True) if held]
     engine = llm.engine
-    engine.pages.check([])
-    assert engine.pages.available == engine.pages.count
+    engine.block_manager.check_integrity([])
+    assert engine.block_manager.available == engine.block_manager.count
     assert options["prefix_cache"] == bool(engine.counters.cached)
     if options["cache_tokens"] < 1024 and options["batch_size"] > 1:
         assert engine.scheduler.preempted or count < 100

@@ -159,7 +159,7 @@ def test_the_most_valuable_stay(folder: Path) -> None:
         while left:
             left -= set(own.need(0, sorted(left)))
         record = fake_routes(wanted)
-        own.after(record)
+        own.count_routes(record)
     assert set(own.layers[0].where) == {0, 1, 3, 4}
     assert own.stats.missed == 5 and own.stats.hits == 9 * LAYERS - 5
 
@@ -187,7 +187,7 @@ def test_the_smallest_budget_keeps_a_slot_a_layer_whatever_misses(folder: Path) 
     for step in range(300):  # layer 1 misses always, the others never
         for gate, wanted in enumerate(([0], [step % 2], [0])):
             assert own.need(gate, wanted) == wanted
-        own.after(fake_routes([0]))
+        own.count_routes(fake_routes([0]))
     assert own.quota == [1] * LAYERS and own.need(0, [1]) == [1]
 
 
@@ -196,7 +196,7 @@ def test_quotas_move_to_where_misses_are(folder: Path) -> None:
     for step in range(300):
         for gate, wanted in enumerate(([0], [step % 8], [0])):
             own.need(gate, wanted)
-        own.after(fake_routes([0]))
+        own.count_routes(fake_routes([0]))
     assert sum(own.quota) == 4 * LAYERS and own.quota[1] > 4 and min(own.quota) >= 1
 
 

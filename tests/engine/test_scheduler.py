@@ -69,17 +69,17 @@ def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> N
         if alive and draw.random() < 0.05:
             engine.abort(draw.choice(alive))
         engine.step()
-        engine.pages.check([request.table for request in engine.scheduler.running])
+        engine.block_manager.check_integrity([request.sequence.block_table for request in engine.scheduler.running])
         assert len(engine.scheduler.running) <= engine.options.batch_size
-        assert all(not request.table.pages for request in engine.scheduler.waiting)
+        assert all(not request.sequence.block_table.pages for request in engine.scheduler.waiting)
         done += [request for request in alive if request.finish_reason is not None]
         alive = [request for request in alive if request.finish_reason is None]
-    assert engine.idle and engine.pages.available == pages and not engine.affinity.measured
+    assert engine.idle and engine.block_manager.available == pages and not engine.affinity.measured
     for request in done:
-        assert not request.table.pages
+        assert not request.sequence.block_table.pages
         own = plain(model, request.prompt_ids, len(request.token_ids)) if request.token_ids else ()
         assert tuple(request.token_ids) == own
-        assert request.finish_reason == "abort" or len(request.token_ids) == request.limit
+        assert request.finish_reason == "abort" or len(request.token_ids) == request.max_new_tokens
 
 
 @needs_native
@@ -166,7 +166,7 @@ def test_coupled_prompts_advance_together(model: CausalLM) -> None:
                          for prompt in (a, b))
             tokens.append(int(mean_V.argmax()))
     assert got == tuple(tokens)
-    llm.engine.pages.check([])
+    llm.engine.block_manager.check_integrity([])
     with pytest.raises(RequestError, match="must be positive"):
         llm.mix([a, b], [1, 0])
 
@@ -240,7 +240,7 @@ def test_async_streams_and_leaving_one(model: CausalLM) -> None:
     got = asyncio.run(everyone())
     assert [got[i] for i in (0, 1, 3, 4)] == [want[i].token_ids for i in (0, 1, 3, 4)]
     assert 3 <= len(got[2]) < 600 and llm.engine.idle
-    assert llm.engine.pages.available == llm.engine.pages.count
+    assert llm.engine.block_manager.available == llm.engine.block_manager.count
 
 
 def test_closing_a_stream_gives_its_pages_back(model: CausalLM, tmp_path: Any) -> None:
@@ -248,10 +248,10 @@ def test_closing_a_stream_gives_its_pages_back(model: CausalLM, tmp_path: Any) -
     request, = llm.requests([1, 2, 3], params(max_tokens=50))
     llm.engine.add(request)
     llm.engine.step()
-    assert llm.engine.pages.available < llm.engine.pages.count
+    assert llm.engine.block_manager.available < llm.engine.block_manager.count
     llm.engine.abort(request)
     llm.engine.abort(request)
-    assert request.finish_reason == "abort" and llm.engine.pages.available == llm.engine.pages.count
+    assert request.finish_reason == "abort" and llm.engine.block_manager.available == llm.engine.block_manager.count
     assert llm.engine.counters.aborted == 1 and llm.engine.idle
 
 
@@ -295,7 +295,7 @@ def test_an_error_in_a_step_reaches_its_caller_and_nobody_hangs(model: CausalLM,
     assert [type(error) for error in asyncio.run(two())] == [OSError, OSError]
     with pytest.raises(OSError, match="the disk is gone"):
         llm.generate([[7, 8]], params())
-    assert llm.engine.idle and llm.engine.pages.available == llm.engine.pages.count
+    assert llm.engine.idle and llm.engine.block_manager.available == llm.engine.block_manager.count
     broken[0] = False
     assert asyncio.run(asyncio.wait_for(read([7, 8]), 20)) == want
     llm.close()
@@ -306,7 +306,7 @@ def test_logits_that_are_no_numbers_end_one_request(model: CausalLM, monkeypatch
     prompts = [[1, 2, 3], [4, 5], [6]]
     want = llm.generate(prompts, params())
     requests = [llm.requests(prompt, params())[0] for prompt in prompts]
-    monkeypatch.setattr(requests[1], "choose", lambda logits: 1 // 0)
+    monkeypatch.setattr(requests[1], "sample", lambda logits: 1 // 0)
     llm.engine.add(*requests)
     while not llm.engine.idle:
         llm.engine.step()
@@ -327,8 +327,8 @@ def test_a_callback_that_fails_or_aborts_others(model: CausalLM) -> None:
         llm.engine.step()
     assert [request.finish_reason for request in requests] == ["length", "abort", "error", "length"]
     assert [requests[i].output() for i in (0, 3)] == [want[i] for i in (0, 3)]
-    assert llm.engine.pages.available == llm.engine.pages.count
-    llm.engine.pages.check([])
+    assert llm.engine.block_manager.available == llm.engine.block_manager.count
+    llm.engine.block_manager.check_integrity([])
 
 
 def test_aborting_the_first_of_several_continuations_lets_the_others_run(model: CausalLM) -> None:
@@ -336,7 +336,7 @@ def test_aborting_the_first_of_several_continuations_lets_the_others_run(model: 
     first, second = llm.requests(list(range(40)), params(n=2))
     llm.engine.add(first, second)
     llm.engine.step()
-    assert first.prefilling
+    assert first.sequence.prefilling
     llm.engine.abort(first)
     while not llm.engine.idle:
         llm.engine.step()
@@ -453,8 +453,8 @@ def test_a_request_whose_reader_is_behind_waits_and_leaves_its_place(
     while slow.finish_reason is None:
         engine.step()
     assert [slow.token_ids, other.token_ids] == [*map(list, alone)]
-    assert engine.idle and engine.pages.available == engine.pages.count
-    engine.pages.check([])
+    assert engine.idle and engine.block_manager.available == engine.block_manager.count
+    engine.block_manager.check_integrity([])
 
 
 def test_nothing_is_done_while_all_wait_for_their_readers(tiny_config: Callable[..., ModelConfig],

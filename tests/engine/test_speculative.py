@@ -14,7 +14,7 @@ import torch
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.speculative import TERM, TRIAL, Gain, _Choice
+from deepseek.engine.speculative import TERM, TRIAL, AdaptiveDrafting, _Trial
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def prompts(count: int) -> list[list[int]]:
                                       "temperature": 1.0}, {"routed": True}], ids=str)
 def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], sampling: dict[str, Any],
                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Choice, "drafts", lambda self: True)
+    monkeypatch.setattr(_Trial, "drafts", lambda self: True)
     want = LLM(model, speculate=False).generate(prompts(6), params(**sampling))
     llm = LLM(model, **options)
     got = llm.generate(prompts(6), params(**sampling))
@@ -53,8 +53,8 @@ def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], samplin
         assert all(torch.equal(a.routed, b.routed) for a, b in zip(got, want, strict=True))
     stats = llm.engine.drafter.stats
     assert 0 < stats.accepted < stats.drafted
-    llm.engine.pages.check([])
-    assert llm.engine.pages.available == llm.engine.pages.count
+    llm.engine.block_manager.check_integrity([])
+    assert llm.engine.block_manager.available == llm.engine.block_manager.count
 
 
 def test_right_drafts_save_steps(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,14 +62,14 @@ def test_right_drafts_save_steps(model: CausalLM, monkeypatch: pytest.MonkeyPatc
     want = LLM(model, speculate=False).generate([[3, 1, 4]], params())[0]
     llm = LLM(model)
     drafter = llm.engine.drafter
-    choice = drafter.gain.of(1)
+    choice = drafter.adaptive.of(1)
     monkeypatch.setattr(choice, "drafts", lambda: True)
 
     def oracle(run: Any) -> None:
         for request, chunk, _ in run:
-            request.followed = chunk.past + chunk.tokens
+            request.sequence.num_drafted_tokens = chunk.past + chunk.tokens
             at = len(request.token_ids)
-            request.draft = want.token_ids[at] if at < 40 else 0
+            request.sequence.draft_token = want.token_ids[at] if at < 40 else 0
 
     monkeypatch.setattr(drafter, "draft", oracle)
     assert llm.generate([[3, 1, 4]], params())[0] == want
@@ -83,7 +83,7 @@ def test_the_module_sees_every_position_with_the_token_that_follows(model: Causa
     seen: list[torch.Tensor] = []
     packed = llm.model.mtp_packed
     monkeypatch.setattr(llm.model, "mtp_packed", lambda *args: seen.append(packed(*args)) or seen[-1])
-    monkeypatch.setattr(llm.engine.drafter.gain.of(1), "drafts", lambda: True)
+    monkeypatch.setattr(llm.engine.drafter.adaptive.of(1), "drafts", lambda: True)
     prompt = prompts(3)[2] + [1] * 60
     output = llm.generate([prompt], params(max_tokens=10))[0]
     ids = torch.tensor([prompt + list(output.token_ids)])
@@ -99,14 +99,14 @@ def test_the_module_sees_every_position_with_the_token_that_follows(model: Causa
 
 def test_the_faster_kind_of_step_is_taken_and_tried_again() -> None:
     for faster in (True, False):
-        choice, taken = Gain().of(4), []
+        choice, taken = AdaptiveDrafting().of(4), []
         for _ in range(TERM):
             drafts = choice.drafts()
             taken.append(drafts)
             choice.add(drafts, 1.0 if drafts == faster else 1.5, 4)
         assert taken[: 2 * TRIAL] == [True] * TRIAL + [False] * TRIAL
         assert set(taken[2 * TRIAL :]) == {faster} and choice.drafts()
-    gain = Gain()
+    gain = AdaptiveDrafting()
     assert gain.of(2) is gain.of(3) is not gain.of(4)
 
 
@@ -126,12 +126,12 @@ def test_a_constraint_may_end_the_text_on_a_draft(model: CausalLM, monkeypatch: 
     llm = LLM(model, tokenizer=tokenizer)
     drafter = llm.engine.drafter
     assert drafter is not None
-    monkeypatch.setattr(drafter.gain.of(1), "drafts", lambda: True)
+    monkeypatch.setattr(drafter.adaptive.of(1), "drafts", lambda: True)
 
     def oracle(run: Any) -> None:
         for request, chunk, _ in run:
-            request.followed = chunk.past + chunk.tokens
-            request.draft = want.token_ids[min(len(request.token_ids), 19)]
+            request.sequence.num_drafted_tokens = chunk.past + chunk.tokens
+            request.sequence.draft_token = want.token_ids[min(len(request.token_ids), 19)]
 
     monkeypatch.setattr(drafter, "draft", oracle)
     request, = llm.requests([3, 1, 4], asked)

@@ -79,7 +79,7 @@ def test_a_client_that_leaves_is_aborted(running: Running) -> None:
     while not engine.idle and time.monotonic() < deadline:
         time.sleep(0.05)
     assert engine.idle and engine.counters.aborted == before + 2
-    assert engine.pages.available == engine.pages.count
+    assert engine.block_manager.available == engine.block_manager.count
 
 
 def test_a_full_queue_says_when_to_come_again(tiny_llm: Callable[..., Any]) -> None:
@@ -175,8 +175,8 @@ def test_concurrent_streams_of_which_a_third_leave(tiny_llm: Callable[..., Any],
         engine, deadline = server.llm.engine, time.monotonic() + 30
         while not engine.idle and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert engine.idle and engine.pages.available == engine.pages.count
-        engine.pages.check([])
+        assert engine.idle and engine.block_manager.available == engine.block_manager.count
+        engine.block_manager.check_integrity([])
     finally:
         server.stop()
 

@@ -165,11 +165,11 @@ def test_who_watches_cannot_harm(watched: Watched, monkeypatch: pytest.MonkeyPat
     def broken(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monitor, engine = watched.running.app.state.server.watch.monitor, watched.running.llm.engine
+    monitor = watched.running.app.state.server.watch.monitor
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "observer", broken)
+        patch.setattr(watched.running.app.state.server.watch.counters, "on_step", broken)
         assert watched.ask("law")["choices"][0]["finish_reason"] in ("stop", "length")
-    assert "the engine's observer failed" in caplog.text
+    assert "a listener of the engine's steps failed" in caplog.text
     told = []
     with monkeypatch.context() as patch:
         patch.setattr(monitor.alerts, "sinks", [broken, lambda *what: told.append(what)])

@@ -25,6 +25,12 @@ from deepseek.watch.metrics import METRICS, PREFIX, RENAMED, Histogram, delta, e
 NAMES = ("code_expert", "law_expert", "odd")
 
 
+def item(request_id: int, domain: str | None, tokens: int, labels: dict[str, str] | None = None) -> Plain:
+    """A request's part of a step."""
+    return Plain(request=Plain(request_id=request_id, domain=domain, metric_labels=labels or {}),
+                 chunk=Plain(tokens=tokens))
+
+
 @pytest.fixture(scope="module")
 def config(tiny_config: Callable) -> ModelConfig:
     return tiny_config(num_hidden_layers=6, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2,
@@ -44,8 +50,8 @@ def atlas(config: ModelConfig) -> Atlas:
 def made(draw: Any, config: ModelConfig, steps: int) -> list[tuple[list[Any], RoutingRecord]]:
     """Steps of random requests; some places have no expert."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
-    requests = [Plain(number=i, domain=draw(st.sampled_from([None, "law", "law_expert", "code", "poems"])),
-                      tags={"client": draw(st.sampled_from("ab"))}) for i in range(4)]
+    requests = [Plain(request_id=i, domain=draw(st.sampled_from([None, "law", "law_expert", "code", "poems"])),
+                      metric_labels={"client": draw(st.sampled_from("ab"))}) for i in range(4)]
     out = []
     for _ in range(steps):
         works = [Plain(request=draw(st.sampled_from(requests)), chunk=Plain(tokens=draw(st.integers(1, 5))))
@@ -95,7 +101,7 @@ def test_counts_against_a_loop(config: ModelConfig, atlas: Atlas, data: Any) -> 
             if label and first > 0:
                 best = max(NAMES, key=lambda name: strength[name])
                 confusion[label, best] = confusion.get((label, best), 0) + 1
-            mine = of_request.setdefault(request.number, [0.0] * 3)
+            mine = of_request.setdefault(request.request_id, [0.0] * 3)
             for i, name in enumerate(NAMES):
                 mine[i] += strength[name]
         for place in asked:
@@ -123,7 +129,7 @@ def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None
     index = torch.tensor([[2, 3]]).repeat(tokens, 1)
     routing = RoutingRecord({layer: Route(index, torch.full((tokens, 2), 0.5), torch.zeros(tokens, 8))
                              for layer in config.moe_layers})
-    counters.step([Plain(request=Plain(number=1, domain="law", tags={"client": "a|b"}), chunk=Plain(tokens=tokens))],
+    counters.step([item(1, "law", tokens, {"client": "a|b"})],
                   routing, 2.0)
     counters.finished(1, "law", "stop", 0.3, 0.02)
     snapshot = counters.snapshot()
@@ -145,8 +151,7 @@ def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None
 
 
 def test_a_request_may_have_more_experts_than_others(config: ModelConfig, atlas: Atlas) -> None:
-    counters, works = ServingCounters(config, atlas), [Plain(request=Plain(number=1, domain="law", tags={}),
-                                                      chunk=Plain(tokens=4))]
+    counters, works = ServingCounters(config, atlas), [item(1, "law", 4)]
     for top in (2, 5, 2):
         index = torch.arange(top).repeat(4, 1)
         counters.step(works, RoutingRecord({layer: Route(index, torch.ones(4, top), torch.zeros(4, 8))
@@ -167,7 +172,7 @@ def test_large_numbers_grow_by_one(config: ModelConfig, atlas: Atlas) -> None:
 def test_a_token_without_a_named_group_is_not_right(config: ModelConfig, atlas: Atlas) -> None:
     counters = ServingCounters(config, atlas)
     index = torch.tensor([[5, 6]] * 3)  # in no group
-    counters.step([Plain(request=Plain(number=1, domain="code", tags={}), chunk=Plain(tokens=3))], RoutingRecord(
+    counters.step([item(1, "code", 3)], RoutingRecord(
         {layer: Route(index, torch.ones(3, 2), torch.zeros(3, 8)) for layer in config.moe_layers}), 0.1)
     snapshot = counters.snapshot()
     assert (snapshot["labelled_tokens_total|code_expert"], snapshot["correct_tokens_total|code_expert"]) == (3, 0)
@@ -184,7 +189,7 @@ def routed(config: ModelConfig, share: float, seed: int, size: int = 4) -> tuple
     routes = {layer: Route(torch.multinomial(weights_TE, 2, generator=generator),
                            torch.rand(tokens, 2, generator=generator), torch.zeros(tokens, config.n_routed_experts))
               for layer in config.moe_layers}
-    works = [Plain(request=Plain(number=i, domain=("code", "law")[i % 2], tags={}), chunk=Plain(tokens=10))
+    works = [item(i, ("code", "law")[i % 2], 10)
              for i in range(tokens // 10)]
     return works, RoutingRecord(routes)
 
@@ -252,7 +257,7 @@ def test_a_measured_name_is_held_against_those_of_other_experts(tiny_config: Cal
     def right(atlas: Atlas, domain: str, *experts: int) -> float:
         counters = ServingCounters(config, atlas)
         index = torch.tensor([experts] * 5)
-        counters.step([Plain(request=Plain(number=1, domain=domain, tags={}), chunk=Plain(tokens=5))], RoutingRecord(
+        counters.step([item(1, domain, 5)], RoutingRecord(
             {1: Route(index, torch.ones(5, 2), torch.zeros(5, 16))}), 0.1)
         return counters.snapshot()[f"correct_tokens_total|{domain}"] / 5
 
@@ -266,7 +271,7 @@ def test_a_measured_name_is_held_against_those_of_other_experts(tiny_config: Cal
     assert right(measured, "law", 4, 5) == right(measured, "contracts", 4, 5) == 0.0
     counters = ServingCounters(config, measured)
     index = torch.tensor([[0, 1]])
-    counters.step([Plain(request=Plain(number=1, domain="law", tags={}), chunk=Plain(tokens=1))], RoutingRecord(
+    counters.step([item(1, "law", 1)], RoutingRecord(
         {1: Route(index, torch.ones(1, 2), torch.zeros(1, 16))}), 0.1)
     assert counters.snapshot()["conflict_tokens_total"] == 0, "two names of the same experts are in no conflict"
 
@@ -283,7 +288,7 @@ def test_steps_of_a_thread_while_another_reads(config: ModelConfig, atlas: Atlas
     index = torch.tensor([[2, 3]])
     routing = RoutingRecord({layer: Route(index, torch.ones(1, 2), torch.zeros(1, 8)) for layer in config.moe_layers})
     for i in range(2000):
-        counters.step([Plain(request=Plain(number=i, domain="law", tags={}), chunk=Plain(tokens=1))], routing, 0.1)
+        counters.step([item(i, "law", 1)], routing, 0.1)
         counters.finished(i, "law", "stop", 0.1, 0.1)
     over.set()
     thread.join()
@@ -300,7 +305,7 @@ def test_domains_of_clients_stay_few(config: ModelConfig, atlas: Atlas) -> None:
 
 def test_without_atlas_or_experts(tiny_config: Callable) -> None:
     counters = ServingCounters(tiny_config(first_k_dense_replace=3))
-    counters.step([Plain(request=Plain(number=1, domain="law", tags={}), chunk=Plain(tokens=3))], None, 0.1)
+    counters.step([item(1, "law", 3)], None, 0.1)
     snapshot = counters.snapshot()
     assert snapshot["steps_total"] == 1 and snapshot["slice_tokens_total|domain|law_expert"] == 3
     assert not any(name.startswith(("slots", "max_vio", "group", "distinct")) for name in snapshot)
@@ -310,8 +315,7 @@ def test_clients_that_were_seen_last_are_remembered(config: ModelConfig) -> None
     counters = ServingCounters(config)
     for i in range(1000):
         for client in (str(i), "faithful"):
-            counters.step([Plain(request=Plain(number=i, domain="law", tags={"client": client, "language": "fr"}),
-                                 chunk=Plain(tokens=1))], None, 0.0)
+            counters.step([item(i, "law", 1, {"client": client, "language": "fr"})], None, 0.0)
             counters.now()
     found = values(counters.snapshot(), "slice_tokens_total")
     assert len(found) == 256 + 2 and found["client", "faithful"] == 1000 and found["client", "999"] == 1

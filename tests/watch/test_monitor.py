@@ -23,6 +23,12 @@ from deepseek.watch.terminal import view
 LONG = dict(interval=3600.0, alert_minutes=10.0)  # a snapshot only when the test takes one
 
 
+def item(request_id: int, domain: str | None, tokens: int, labels: dict[str, str] | None = None) -> Plain:
+    """A request's part of a step."""
+    return Plain(request=Plain(request_id=request_id, domain=domain, metric_labels=labels or {}),
+                 chunk=Plain(tokens=tokens))
+
+
 @pytest.fixture
 def make(tiny_config: Callable, tmp_path: Path) -> Iterator[Callable[..., tuple[Monitor, dict[str, float]]]]:
     opened = []
@@ -80,7 +86,7 @@ def test_the_heat_map_is_of_the_last_minutes(make: Callable) -> None:
     monitor, _ = make()
     index = torch.tensor([[0, 1, 2, 3]] * 6)
     routing = RoutingRecord({layer: Route(index, torch.ones(6, 4), torch.zeros(6, 16)) for layer in (1, 2)})
-    monitor.counters.step([Plain(request=Plain(number=1, domain=None, tags={}), chunk=Plain(tokens=6))], routing, 1.0)
+    monitor.counters.step([item(1, None, 6)], routing, 1.0)
     heat = monitor.heat()
     assert heat["ratio"] == [[4.0] * 4 + [0.0] * 12] * 2 and heat["groups"][0][0] == []
 

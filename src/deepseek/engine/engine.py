@@ -1,13 +1,14 @@
 """Requests -> tokens. The life of a request:
 
     1. `add`: its prompt is token ids by now; what it asks is checked before anything is done
-    2. schedule: it waits until there is room for it, is served what is known of its prefix, and gets pages for the rest
+    2. schedule: it waits until there is room for it; its cached prefix is matched, pages are allocated for the rest
     3. run: its prompt goes through the model in pieces, beside the tokens of others; then one token a step
     4. postprocess: each row draws its next token from its own generator; the token's text goes through the stop strings
-    5. it ends (end of sequence, stop string, length, abort), and its pages go back at once
+    5. listeners of the step's output count experts, keep routes, feed the monitor
+    6. it ends (end of sequence, stop string, length, abort), and its pages are freed at once
 
 Every token's numbers are its own: with a quantized model and the native kernels a request gets the same bits alone, in
-a batch, in pieces, after stepping back, with and without the prefix cache. With plain weights sums are rounded in
+a batch, in pieces, after preemption, with and without the prefix cache. With plain weights sums are rounded in
 another order when batches differ, and greedy tokens differ where two logits are that close.
 """
 
@@ -17,35 +18,33 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..atlas import Atlas
 from ..atlas.atlas import Shape
-from ..atlas.usage import ExpertUsage
-from ..checkpoint import UNNAMED
 from ..config import ModelConfig
 from ..errors import ConfigError, RequestError
-from ..model import CausalLM, RoutingRecord
+from ..model import CausalLM
 from ..model.adapters import names_on
-from ..model.cache import PAGE, Chunk, LatentPool
+from ..model.cache import PAGE, LatentPool
 from ..ops.native import native
 from ..quant.fused import FusedCausalLM, absorbs
+from .block_manager import BlockManager, pages_needed
 from .expert_affinity import ExpertAffinity
 from .options import EngineOptions
-from .pages import Pages
-from .request import FinishReason, Request
+from .request import Request
 from .residency import Residency
 from .routing_override import RoutingOverride
-from .runner import Runner, part, routed
-from .scheduler import Scheduler, Work, pages_needed
+from .runner import Runner
+from .scheduler import ScheduledRequest, Scheduler
 from .speculative import Drafter
+from .step_output import RouteRecorder, StepListener, StepOutput, UsageRecorder
 
-# told of a step that is over: what ran, in the order of its tokens, their routes, seconds; it must be quick
-Observer = Callable[[Sequence[Work], RoutingRecord | None, float], None]
 log = logging.getLogger("deepseek.engine")
 PATIENCE, WAIT = 0.005, 0.02  # seconds for the masks of a step's requests; where nothing else is to be done
 CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent pool at most
@@ -53,8 +52,8 @@ CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent po
 
 @dataclass
 class Counters:
-    """Since the engine began. computed: tokens that ran through the model; cached: prompt tokens served from the tree
-    of prefixes; sampled: new ones."""
+    """Since the engine began. computed: tokens that ran through the model; cached: prompt tokens served from the prefix
+    cache; sampled: new ones."""
 
     steps: int = 0
     computed: int = 0
@@ -79,19 +78,21 @@ class Engine:
         layers = config.num_hidden_layers + speculate
         pool = LatentPool(config, count, layers=layers, dtype=dtype, device=model.device)
         self.drafter = Drafter(model, pool) if speculate else None
-        self.pages = Pages(pool, prefix_cache=self.options.prefix_cache)
+        self.block_manager = BlockManager(pool, prefix_cache=self.options.prefix_cache)
         self.affinity = ExpertAffinity(config, atlas)
         self.scheduler = Scheduler(
-            self.pages, self.affinity, batch_size=self.options.batch_size, step_tokens=self.options.step_tokens,
+            self.block_manager, self.affinity, batch_size=self.options.batch_size, step_tokens=self.options.step_tokens,
             policy=self.options.policy, age_limit=self.options.age_limit)
         self.runner = Runner(model, pool)
         self.adapters = names_on(model)
         self._absorbed = {name for name, targets in self.adapters.items() if absorbs(model, targets)}
         self.counters = Counters()
-        self.observer: Observer | None = None
         self.lock = threading.RLock()
         self.stalled = False  # the last step had nothing to run: all wait for their readers
-        self._drafted: dict[int, RoutingRecord] = {}  # where the drafts of this step went
+        self.listeners: list[StepListener] = []  # others', such as a monitor: what goes wrong there is logged
+        self._recorders: list[StepListener] = [UsageRecorder(), RouteRecorder(config.num_experts_per_tok)]
+        self._recorders += [residency] if residency is not None else []
+        self._recorders += [self.affinity] if self.options.policy == "expert" else []
 
     @property
     def exact(self) -> bool:
@@ -106,17 +107,17 @@ class Engine:
 
     def check(self, *requests: Request) -> None:
         """Raises RequestError for what can never run; several are to run together."""
-        need = sum(pages_needed(len(request.prompt_ids) + request.limit) for request in requests)
-        if need > self.pages.count:
-            most = sum(len(request.prompt_ids) + request.limit for request in requests)
+        need = sum(pages_needed(len(request.prompt_ids) + request.max_new_tokens) for request in requests)
+        if need > self.block_manager.count:
+            most = sum(len(request.prompt_ids) + request.max_new_tokens for request in requests)
             raise RequestError(f"prompt and max_tokens are {most} tokens: must fit the cache of "
-                               f"{self.pages.count * PAGE} (cache_tokens)")
+                               f"{self.block_manager.count * PAGE} (cache_tokens)")
         for request in requests:
             self._check_ids(request)
             if request.adapter is not None and request.adapter not in self.adapters:
                 raise RequestError(f"adapter = {request.adapter!r}: there is "
                                    f"{', '.join(map(repr, self.adapters)) or 'none'}")
-            request.order = "absorbed" if request.adapter in self._absorbed else "naive"
+            request.sequence.order = "absorbed" if request.adapter in self._absorbed else "naive"
             if request.params.routed and not self.model.config.moe_layers:
                 raise RequestError("routed = True: this model has no routed experts")
             if request.params.experts is not None and request.routing_override is None:
@@ -142,27 +143,23 @@ class Engine:
                     self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """End a request at once, and those coupled with it; their pages go back. Nothing happens to one that has
+        """End a request at once, and its ensemble with it, and free their pages. Nothing happens to one that has
         ended."""
         with self.lock:
-            for one in [request] if request.coupling is None else request.coupling.members:
-                if one.finish_reason is None:
-                    self.counters.aborted += 1
-                    self._end(one, "abort")
-                    self._tell(one)
-
-    def _end(self, request: Request, reason: FinishReason | None = None) -> None:
-        if reason is not None:
-            request.end(reason)
-        self.scheduler.finish(request)
-        self.affinity.finish(request)
+            aborted = [one for one in request.mates if one.finish_reason is None]
+            for one in aborted:
+                one.end("abort")
+            self.counters.aborted += len(aborted)
+            self._remove_ended()
+            for one in aborted:
+                self._tell(one)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        """End a request, and those coupled with it, with an error that its caller will raise."""
-        for one in [request] if request.coupling is None else request.coupling.members:
+        """End a request, and its ensemble with it, with an error that its caller will raise."""
+        for one in request.mates:
             if one.finish_reason is None:
                 one.error = error
-                self._end(one, "error")
+                one.end("error")
 
     def _tell(self, request: Request) -> None:
         try:
@@ -170,208 +167,135 @@ class Engine:
                 request.on_token(request)
         except Exception as error:  # of the caller's own
             self._fail(request, error)
+            self._remove_ended()
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
-        """Run one step; the requests that got a token. What goes wrong ends the requests that it concerns: their
-        `error` says why, and nobody else notices."""
+        """Run one step; returns the requests that got a token. A failure ends only the affected requests and is stored
+        in request.error."""
         with self.lock:
-            settled = self._settle(0.0)
-            works = self.scheduler.schedule()
-            self.stalled = not works and not any(one.pending for one in self.scheduler.running)
-            moved: list[Request] = []
+            self._settle(0.0)
+            told = self._remove_ended()
+            batch, advanced = self.scheduler.schedule(), list[Request]()
+            self.stalled = not batch and not any(one.pending for one in self.scheduler.running)
             try:
-                if works:
-                    moved = self._run(works)
+                if batch:
+                    output = self.runner.run(batch, self._wants_routes(batch))
+                    self.postprocess(output)
+                    advanced = output.advanced
             except Exception as error:  # the model's, or the disk's: nobody's tokens can be trusted
-                for work in works:
-                    self._fail(work.request, error)
-            settled += self._settle(PATIENCE if works else WAIT)
-            failed = [work.request for work in works if work.request.error is not None]
-            for request in {one.number: one for one in (*moved, *failed, *settled)}.values():
+                for scheduled in batch:
+                    scheduled.request.error = error
+                    self._fail(scheduled.request, error)
+            self._settle(PATIENCE if batch else WAIT)
+            told += self._remove_ended()
+            for request in {one.request_id: one for one in (*advanced, *told)}.values():
                 self._tell(request)
-            return moved
+            return advanced
 
-    def _settle(self, seconds: float) -> list[Request]:
-        """Wait for pending constraints, for all of them together `seconds` at most; the requests that have ended.
+    def _wants_routes(self, batch: Sequence[ScheduledRequest]) -> bool:
+        return bool(self.model.config.moe_layers) and any(
+            listener.wants_routes(batch) for listener in (*self._recorders, *self.listeners))
+
+    def _settle(self, seconds: float) -> None:
+        """Wait for pending constraints, for all of them together `seconds` at most.
 
         Those that were late before are not waited for, unless there is nothing else to do.
         """
         deadline = time.monotonic() + seconds
-        ended = []
-        for request in [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.pending]:
+        for request in (*self.scheduler.running, *self.scheduler.waiting):
+            if not request.pending or request.finish_reason is not None:
+                continue
             hurry = seconds < WAIT and request.constraint is not None and request.constraint.late
             try:
-                if request.settle(0.0 if hurry else max(0.0, deadline - time.monotonic())) and (
-                        request.finish_reason is not None):
-                    self._finished(request)
-                    ended.append(request)
+                request.settle(0.0 if hurry else max(0.0, deadline - time.monotonic()))
             except Exception as error:  # its grammar's
                 self._fail(request, error)
-                ended += [request] if request.coupling is None else request.coupling.members
+
+    def _remove_ended(self) -> list[Request]:
+        """Free what the requests that have ended hold; returns them."""
+        ended = [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.finish_reason is not None]
+        for request in ended:
+            self.counters.finished += request.finish_reason in ("stop", "length")
+            self.scheduler.finish(request)
+            self.affinity.finish(request)
         return ended
 
-    def _finished(self, request: Request) -> None:
-        self.counters.finished += 1
-        self._end(request)
-
-    def _run(self, works: Sequence[Work]) -> list[Request]:
-        watched = self.residency is not None or self.observer is not None
-        record = bool(self.model.config.moe_layers) and (watched or any(
-            work.request.params.routed or work.request.usage is not None or self._signs(work) for work in works))
-        began = time.perf_counter()
-        logits, hidden, routing = self.runner.run(works, [work.request.routing_override for work in works], record)
-        if routing is not None:
-            self._count(works, routing)
-        self.counters.steps += 1
+    def postprocess(self, output: StepOutput) -> None:
+        """Draw the next tokens from the step's logits, leave drafts, and pass the output to the listeners."""
         sampled = self.counters.sampled
-        moved: list[Request] = []
-        for work, logits_SV, own in zip(works, logits, hidden, strict=True):
-            if work.request.finish_reason is not None:  # a mate of one that failed
+        self.counters.steps += 1
+        for scheduled, logits_SV, hidden_TH in zip(output.batch, output.logits, output.hidden, strict=True):
+            if scheduled.request.finish_reason is not None:  # a mate of one that failed
                 continue
-            self._computed(work)
-            if work.request.pooled is not None:
-                work.request.pool(work.chunk.past, own)
-            if work.request.unscored:
-                try:
-                    self.runner.score(work, own)
-                except Exception as error:
-                    self._fail(work.request, error)
-                    continue
-            for row, logits_V in enumerate(logits_SV):
-                try:
-                    if row and not self._accepted(work):
-                        break
-                    moved += self._advance(work.request, logits_V)
-                except Exception as error:  # its logits', or its grammar's
-                    self._fail(work.request, error)
-                    break
-        if self.drafter is not None:
-            self._draft(works, hidden, began, self.counters.sampled - sampled)
-        if self.observer is not None:
             try:
-                self.observer(works, routing, time.perf_counter() - began)
-            except Exception:  # whoever watches must not harm what is watched
-                log.exception("the engine's observer failed")
-        return moved
+                self._process(output, scheduled, logits_SV, hidden_TH)
+            except Exception as error:  # its logits', or its grammar's
+                self._fail(scheduled.request, error)
+        if self.drafter is not None:
+            running = [one for one in self.scheduler.running if one.finish_reason is None]
+            self.drafter.after_step(output, running, self.counters.sampled - sampled)
+        output.seconds = time.perf_counter() - output.began
+        for recorder in self._recorders:
+            recorder.on_step(output)
+        for listener in tuple(self.listeners):
+            try:
+                listener.on_step(output)
+            except Exception:  # whoever listens must not harm what runs
+                log.exception("a listener of the engine's steps failed")
 
-    def _count(self, works: Sequence[Work], routing: RoutingRecord) -> None:
-        if self.residency is not None:
-            self.residency.after(routing)
-        self._drafted, start = {}, 0
-        masks: dict[int, tuple[ExpertUsage, torch.Tensor]] = {}
-        for work in works:
-            request, stop = work.request, start + work.chunk.tokens
-            if work.draft is not None:  # whether it is one of the request's tokens is not known yet
-                stop -= 1
-                self._drafted[request.number] = part(routing, stop, stop + 1)
-            for usage in self._counted(request):
-                mask_T = masks.setdefault(id(usage), (usage, torch.zeros(sum(w.chunk.tokens for w in works),
-                                                                        dtype=torch.bool)))[1]
-                mask_T[start:stop] = True
-            if self._signs(work) or request.params.routed:
-                index_TLK = routed(routing, start, stop)
-                if self._signs(work):
-                    self.affinity.measure(request, index_TLK)
-                self._routed(request, work.chunk.past, index_TLK)
-            start += work.chunk.tokens
-        for usage, mask_T in masks.values():
-            usage.add(routing, mask_T)
+    def _process(self, output: StepOutput, scheduled: ScheduledRequest, logits_SV: Tensor, hidden_TH: Tensor) -> None:
+        request = scheduled.request
+        self._count_computed(scheduled)
+        if request.pooled is not None:
+            request.pool(scheduled.chunk.past, hidden_TH)
+        if request.unscored:
+            self.runner.score(scheduled, hidden_TH)
+        for row, logits_V in enumerate(logits_SV):
+            if row and not self._accepts(scheduled):
+                break
+            if row:
+                output.accepted.add(request.request_id)
+            output.advanced += self._advance(request, logits_V)
 
-    @staticmethod
-    def _counted(request: Request) -> list[ExpertUsage]:
-        """Where the experts of its tokens are counted: in what its caller gave, and in its adapter's part of that."""
-        usage = request.usage
-        if usage is None or request.adapter in (None, UNNAMED):
-            return [] if usage is None else [usage]
-        return [usage, usage.part(request.adapter)]
+    def _count_computed(self, scheduled: ScheduledRequest) -> None:
+        request, sequence = scheduled.request, scheduled.request.sequence
+        prefilled, certain = sequence.prefilling, scheduled.chunk.tokens - (scheduled.draft is not None)
+        sequence.num_computed_tokens += certain
+        self.counters.computed += certain
+        if prefilled and not sequence.prefilling:
+            self.counters.cached += sequence.cached_tokens
+            self.scheduler.insert_prefix(request)
+        elif (full := sequence.num_computed_tokens // PAGE) > sequence.block_table.num_inserted:
+            self.scheduler.insert_prefix(request, full * PAGE)
 
-    def _signs(self, work: Work) -> bool:
-        """Whether its request is to be known by where this work's tokens went: those of prompts, if anybody asks."""
-        return self.options.policy == "expert" and work.prompt
-
-    def _routed(self, request: Request, first: int, index_TLK: torch.Tensor) -> None:
-        """Where the tokens of a request at positions first, … went."""
-        skip = sum(map(len, request.routed)) - first  # known from before it stepped back
-        if request.params.routed and 0 <= skip < len(index_TLK):
-            asked = request.params.experts
-            top = asked.top_k if asked is not None and asked.top_k else self.model.config.num_experts_per_tok
-            request.routed.append(index_TLK[skip:, :, :top])  # beyond are places that others have more of
-
-    def _accepted(self, work: Work) -> bool:
+    def _accepts(self, scheduled: ScheduledRequest) -> bool:
         """Whether a request goes on behind its draft: it is what was drawn."""
-        assert self.drafter is not None
-        request = work.request
-        if request.finish_reason is not None or request.token_ids[-1] != work.draft or not request.settle(PATIENCE):
+        request = scheduled.request
+        if request.finish_reason is not None or request.token_ids[-1] != scheduled.draft or not (
+                request.settle(PATIENCE)) or request.finish_reason is not None:  # by its constraint's last token
             return False
-        if request.finish_reason is not None:  # its constraint's last token, as is known now
-            self._finished(request)
-            return False
-        self.drafter.stats.accepted += 1
-        request.computed += 1
+        request.sequence.num_computed_tokens += 1
         self.counters.computed += 1
-        if (own := self._drafted.get(request.number)) is not None:
-            for usage in self._counted(request):
-                usage.add(own)
-            if request.params.routed:
-                self._routed(request, request.computed - 1, routed(own, 0, 1))
         return True
 
-    def _draft(self, works: Sequence[Work], hidden: Sequence[torch.Tensor], began: float, tokens: int) -> None:
-        """Drafts for the next step, where they pay."""
-        assert self.drafter is not None
-        running = self.scheduler.running
-        choice = self.drafter.gain.of(max(1, len(running)))
-        drafts = any(work.draft is not None for work in works)
-        self.drafter.stats.drafted += sum(work.draft is not None for work in works)
-        chosen = []
-        for work, own in zip(works, hidden, strict=True):
-            request, past = work.request, work.chunk.past
-            request.draft = None
-            if request.finish_reason is None and request.coupling is None and request.followed == past:
-                chosen.append((request, Chunk(request.computed - past, past, request.table.pages, work.chunk.order),
-                               own[: request.computed - past]))
-        prompts = any(work.prompt for work in works)
-        if choice.drafts() or prompts:
-            self.drafter.draft(chosen)
-        if not choice.drafts():
-            for request in running:
-                request.draft = None
-        if tokens and not prompts:
-            choice.add(drafts, time.perf_counter() - began, tokens)
-
-    def _computed(self, work: Work) -> None:
-        request, chunk = work.request, work.chunk
-        prefilled, certain = request.prefilling, chunk.tokens - (work.draft is not None)
-        request.computed += certain
-        self.counters.computed += certain
-        if prefilled and not request.prefilling:
-            self.counters.cached += request.cached_tokens
-            self.scheduler.file(request)
-        elif request.computed // PAGE > request.table.filed:
-            self.scheduler.file(request, request.computed // PAGE * PAGE)
-
-    def _advance(self, request: Request, logits_V: torch.Tensor) -> list[Request]:
-        """One more token for a request, or for all that it is coupled with."""
-        moved = [request]
-        if request.limit <= 0:  # the prompt alone was asked for
+    def _advance(self, request: Request, logits_V: Tensor) -> list[Request]:
+        """One more token for a request, or for all of its ensemble; those that got it."""
+        if request.max_new_tokens <= 0:  # the prompt alone was asked for
             request.end("length")
-            self._finished(request)
-            return moved
-        if (coupling := request.coupling) is not None:
-            mixed_V = coupling.offer(request, logits_V)
+            return [request]
+        advanced = [one for one in request.mates if one.finish_reason is None]
+        if request.ensemble is not None:
+            mixed_V = request.ensemble.offer(request, logits_V)
             if mixed_V is None:
                 return []
-            moved = [member for member in coupling.members if member.finish_reason is None]
             logits_V = mixed_V
-        token = moved[0].choose(logits_V)
-        for one in moved:
+        token = advanced[0].sample(logits_V)
+        for one in advanced:
             one.append(token)
-            self.counters.sampled += 1
-            if one.finish_reason is not None:
-                self._finished(one)
-        return moved
+        self.counters.sampled += len(advanced)
+        return advanced
 
 
 def _pool_pages(model: CausalLM, options: EngineOptions, dtype: torch.dtype) -> int:

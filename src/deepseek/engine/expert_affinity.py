@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from torch import Tensor
 from ..atlas import Atlas
 from ..config import ModelConfig
 from .request import Request
+
+if TYPE_CHECKING:
+    from .scheduler import ScheduledRequest
+    from .step_output import StepOutput
 
 HALF_LIFE = 32  # requests after which an old measurement of a domain counts half
 LEARNED = 256  # domains that are remembered beside those of the atlas: callers may name as many as they like
@@ -39,17 +44,26 @@ class ExpertAffinity:
                 share_LE[self.layers.index(expert.layer), expert.index] = 1.0
             self.domains[group.name] = share_LE / share_LE.sum(1, keepdim=True).clamp(min=1.0)
 
+    def wants_routes(self, batch: Sequence[ScheduledRequest]) -> bool:
+        return any(scheduled.prompt for scheduled in batch)
+
+    def on_step(self, output: StepOutput) -> None:
+        """Measure the requests whose prompts ran."""
+        for scheduled, start, stop in output.rows():
+            if output.routing is not None and scheduled.prompt:
+                self.measure(scheduled.request, output.experts(start, stop))
+
     def measure(self, request: Request, index_TLK: Tensor) -> None:
         """Count the experts of some tokens of a request."""
-        counts_LE = self.measured.get(request.number)
+        counts_LE = self.measured.get(request.request_id)
         if counts_LE is None:
-            counts_LE = self.measured[request.number] = torch.zeros(len(self.layers), self.experts)
+            counts_LE = self.measured[request.request_id] = torch.zeros(len(self.layers), self.experts)
         flat = index_TLK.transpose(0, 1).flatten(1)
         counts_LE.scatter_add_(1, flat.clamp(min=0), (flat >= 0).float())
 
     def finish(self, request: Request) -> None:
         """A request is over: its domain learns from it."""
-        counts_LE = self.measured.pop(request.number, None)
+        counts_LE = self.measured.pop(request.request_id, None)
         if counts_LE is None or (kind := affinity_key(request)) is None:
             return
         share_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1.0)
@@ -60,7 +74,7 @@ class ExpertAffinity:
             del self.domains[next(name for name in self.domains if name not in self.named)]  # longest ago
 
     def of(self, request: Request) -> Tensor | None:
-        counts_LE = self.measured.get(request.number)
+        counts_LE = self.measured.get(request.request_id)
         if counts_LE is not None:
             return counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1.0)
         known = self.domains.get(kind) if (kind := affinity_key(request)) is not None else None
@@ -76,7 +90,7 @@ class ExpertAffinity:
         best, most = waiting[0], -1.0
         seen: dict[str | None, float] = {}
         for request in waiting:
-            key = affinity_key(request) if request.number not in self.measured else f"#{request.number}"
+            key = affinity_key(request) if request.request_id not in self.measured else f"#{request.request_id}"
             if key not in seen:
                 share_LE = self.of(request)
                 seen[key] = 0.0 if share_LE is None else float(torch.minimum(share_LE, mean_LE).sum())

@@ -29,12 +29,12 @@ from ..tokenizer import Tokenizer
 from .constraint import Constraints
 from .engine import WAIT, Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
-from .request import Coupling, Request, RequestOutput
+from .request import Ensemble, Request, RequestOutput
 from .residency import Residency
 from .sampler import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
-SURE = 0.6  # as in `deepseek data label`
+MIN_CONFIDENCE = 0.6  # as in `deepseek data label`
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -163,7 +163,7 @@ class LLM:
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
         self._run([request for group in groups for request in group], usage)
-        return [outcome(group) for group in groups]
+        return [to_output(group) for group in groups]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
@@ -230,13 +230,13 @@ class LLM:
         requests = [self.requests(prompt, params, parse_special=parse_special, tools=tools, adapter=own,
                                   chat_template_kwargs=chat_template_kwargs)[0]
                     for prompt, own in zip(prompts, adapter, strict=True)]
-        shortest = min(request.limit for request in requests)
-        coupling = Coupling(weights)
+        shortest = min(request.max_new_tokens for request in requests)
+        ensemble = Ensemble(weights)
         for request in requests:
-            request.coupling, request.limit = coupling, shortest
-            coupling.members.append(request)
+            request.ensemble, request.max_new_tokens = ensemble, shortest
+            ensemble.members.append(request)
         if len(requests) > self.engine.options.batch_size:
-            raise RequestError(f"{len(requests)} prompts are coupled: must be batch_size "
+            raise RequestError(f"{len(requests)} prompts of an ensemble: must be batch_size "
                                f"({self.engine.options.batch_size}) at most")
         self.engine.check(*requests)
         self._run(requests, None)
@@ -331,8 +331,8 @@ class LLM:
 
     def pooling_request(self, prompt: Prompt, adapter: str | None = None) -> Request:
         """The request that `embed` makes of a prompt. Raises RequestError for a prompt that cannot be run."""
-        return Request(self.encode(prompt), SamplingParams(max_tokens=1), limit=0, adapter=self.find_adapter(adapter),
-                       pooling=True)
+        return Request(self.encode(prompt), SamplingParams(max_tokens=1), max_new_tokens=0,
+                       adapter=self.find_adapter(adapter), pooling=True)
 
     # ---- beside the engine's steps ------------------------------------------------------------------------------
 
@@ -346,7 +346,7 @@ class LLM:
         found = self._rules.predict(text)
         if found is None and self.classifier is not None and text.strip():
             (name,), (confidence,) = self.classifier.predict([text])
-            found = name if confidence >= SURE else None
+            found = name if confidence >= MIN_CONFIDENCE else None
         return found
 
     # ---- prompts ------------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ class LLM:
             self._need_tokenizer("a stop string")
         adapter = self.find_adapter(adapter)
         ids = self.encode(prompt, parse_special=parse_special, chat_template_kwargs=chat_template_kwargs, **chat)
-        if domain is None and (text := _said(prompt)):
+        if domain is None and (text := _routing_text(prompt)):
             domain = self.domain_of(text)
         out: list[Request] = []
         for i in range(params.n):
@@ -379,10 +379,10 @@ class LLM:
                 params, prompt_logprobs=None,  # the first one's are those of all
                 seed=None if params.seed is None else _next_seed(params.seed, i))
             request = Request(
-                ids, own, limit=min(params.max_tokens, self.max_length - len(ids)), eos_ids=self.eos_ids,
+                ids, own, max_new_tokens=min(params.max_tokens, self.max_length - len(ids)), eos_ids=self.eos_ids,
                 tokenizer=self.tokenizer, vocabulary=self.model.config.vocab_size, domain=domain,
                 constraint=self._constraints.of(params), constraint_after=constraint_after, adapter=adapter)
-            request.after = out[0] if out else None
+            request.prefill_leader = out[0] if out else None
             self.engine.check(request)
             out.append(request)
         return out
@@ -496,7 +496,7 @@ def _next_seed(seed: int, i: int) -> int:
     return (seed + i + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _said(prompt: Prompt) -> str:
+def _routing_text(prompt: Prompt) -> str:
     """The text that says what a prompt is about: the prompt, or what was said last in a conversation."""
     if isinstance(prompt, str):
         return prompt
@@ -518,7 +518,7 @@ def _with_variables(tokenizer: Tokenizer | None, variables: Mapping[str, Any] | 
         raise ConfigError(str(error)) from None
 
 
-def outcome(group: Sequence[Request]) -> RequestOutput:
+def to_output(group: Sequence[Request]) -> RequestOutput:
     """The output of a prompt's continuations."""
     first, *others = (request.output() for request in group)
     return replace(first, others=tuple(others)) if others else first

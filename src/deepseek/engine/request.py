@@ -1,4 +1,4 @@
-"""One request: its prompt, its random numbers, its tokens and its text so far, and what became of it."""
+"""One request: what was asked, and what became of it. Its tokens are a SequenceState, its text is a TextStream."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import MoEDRError
-from ..model.cache import Chunk
 from ..tokenizer import Tokenizer
-from .pages import PageTable, Token
 from .sampler import Adjustment, Logprob, SamplingParams, finite, logprobs, penalise, sample
+from .sequence import SequenceState
+from .text_stream import TextStream
 
 if TYPE_CHECKING:
     from ..atlas.usage import ExpertUsage
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .routing_override import RoutingOverride
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-_numbers = count()
+_ids = count()
 
 
 @dataclass(frozen=True)
@@ -60,38 +60,7 @@ class RequestOutput:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": new, "total_tokens": self.prompt_tokens + new}
 
 
-class StopText:
-    """Text that arrives in pieces and ends before the first stop string.
-
-    What could be the beginning of a stop string is held back until more is known, so that no part of one gets out. Of
-    several stop strings the one that is complete first counts, however the text is cut into pieces.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = stops
-        self.stopped = False
-        self.held = ""
-
-    def push(self, piece: str) -> str:
-        """Take a piece in; returns the text that is now certain."""
-        if self.stopped or not piece:
-            return ""
-        held = self.held + piece
-        found = [(start + len(stop), start) for stop in self.stops if (start := held.find(stop)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return held[: min(found)[1]]
-        keep = next((n for n in range(len(held), 0, -1) if any(stop.startswith(held[-n:]) for stop in self.stops)), 0)
-        self.held = held[len(held) - keep :]
-        return held[: len(held) - keep]
-
-    def flush(self) -> str:
-        """The text is over: what was held back was no stop string after all."""
-        held, self.held = self.held, ""
-        return held
-
-
-class Coupling:
+class Ensemble:
     """Requests that advance together: each step one token is drawn from the weighted mean of their distributions and
     goes to all of them. The first one's parameters and random numbers are used.
 
@@ -107,75 +76,78 @@ class Coupling:
 
     def offer(self, request: Request, logits_V: Tensor) -> Tensor | None:
         """The mixture's logits once all members are there."""
-        self.waiting[request.number] = logits_V
+        self.waiting[request.request_id] = logits_V
         alive = [member for member in self.members if member.finish_reason is None]
-        if any(member.number not in self.waiting for member in alive):
+        if any(member.request_id not in self.waiting for member in alive):
             return None
         weight_M = torch.tensor([w for w, m in zip(self.weights, self.members, strict=True) if m in alive])
-        parts_MV = torch.stack([self.waiting[member.number].double().log_softmax(-1) for member in alive])
+        parts_MV = torch.stack([self.waiting[member.request_id].double().log_softmax(-1) for member in alive])
         self.waiting = {}
         return (parts_MV + weight_M.double().log().unsqueeze(1)).logsumexp(0).float()
 
 
 class Request:
-    """A continuation in the making. `computed` positions are in its pages; tokens beyond them are still to be run."""
+    """A continuation in the making.
+
+    max_new_tokens: 0 runs the prompt alone. constraint_after: the text up to and with this marker is free, such as the
+    reasoning before an answer. adapter: the name of the one that its tokens go through. pooling: the mean of the
+    prompt's last hidden states is wanted.
+    """
 
     def __init__(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, limit: int, eos_ids: frozenset[int] = frozenset(),
-        tokenizer: Tokenizer | None = None, vocabulary: int = 0, domain: str | None = None,
-        constraint: Constraint | None = None, constraint_after: str | None = None, adapter: str | None = None,
-        pooling: bool = False,
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, max_new_tokens: int,
+        eos_ids: frozenset[int] = frozenset(), tokenizer: Tokenizer | None = None, vocabulary: int = 0,
+        domain: str | None = None, constraint: Constraint | None = None, constraint_after: str | None = None,
+        adapter: str | None = None, pooling: bool = False,
     ) -> None:
-        """constraint_after: the text up to and with this marker is free, such as the reasoning before an answer.
-        adapter: the name of the one that its tokens go through. pooling: the mean of the prompt's last hidden states
-        is wanted."""
-        self.number = next(_numbers)
-        self.prompt_ids, self.params, self.eos_ids, self.limit = list(prompt_ids), params, eos_ids, limit
+        self.request_id = next(_ids)
+        self.params, self.eos_ids, self.max_new_tokens = params, eos_ids, max_new_tokens
         self.domain, self.constraint, self.adapter = domain, constraint, adapter
-        self.order: Literal["naive", "absorbed"] = "naive"  # of its prompt's tokens (model/mla.py)
-        self._free: str | None = None if constraint_after is None else ""  # the text so far, while it is free
-        self._marker = constraint_after or ""
-        self.tags: dict[str, str] = {}  # what else it is counted under, by whoever watches
-        self.generator = params.generator()
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.finish_reason: FinishReason | None = None
-        self.error: Exception | None = None  # why it ended, if that is it
-        self.table = PageTable()
-        self.computed = 0
-        self.cached_tokens = 0
-        self.coupling: Coupling | None = None
-        self.draft: int | None = None  # a guess at the token after the last
-        self.followed = 0  # positions that the MTP module has run over
-        self.ran = 0  # the step that ran it last
+        self.metric_labels: dict[str, str] = {}  # what else it is counted under, by whoever watches
         self.usage: ExpertUsage | None = None  # counts the experts of what runs
         self.routing_override: RoutingOverride | None = None
-        self.after: Request | None = None  # the first of the continuations of one prompt, whose pages serve the others
-        self.arrived = time.monotonic()
-        self.first_token: float | None = None
-        self.finished: float | None = None
+        self.ensemble: Ensemble | None = None
+        self.prefill_leader: Request | None = None  # of one prompt's continuations the first, whose pages serve all
         self.on_token: Callable[[Request], None] | None = None
         self.checked = False  # by the engine, which does it once
         self.paused = False  # its reader is behind: set by the reader, at any time
-        self.routed: list[Tensor] = []  # [tokens, layers, K] a chunk
+
+        self.sequence = SequenceState(prompt_ids, adapter)
+        self.text_stream = TextStream(tokenizer, params)
+        self.arrived = time.monotonic()
+        self.first_token: float | None = None
+        self.finished: float | None = None
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None  # why it ended, if that is it
+        self.routes: list[Tensor] = []  # [tokens, layers, K] a chunk
         self.logprobs: list[Logprob] = []
         self.prompt_logprobs: list[Logprob | None] = [None]  # those known so far
         self.pooled = 0 if pooling else None  # positions whose hidden states are in the sum
         self._sum_H: Tensor | None = None
-        self._pieces = None
-        if tokenizer is not None:
-            self._pieces = tokenizer.stream(skip_special=params.skip_special_tokens)
+
+        self.generator = params.generator()
+        self._free: str | None = None if constraint_after is None else ""  # the text so far, while it is free
+        self._marker = constraint_after or ""
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self._adjustment = Adjustment(params, self._ends, vocabulary)
-        self._stop = StopText(params.stop)
         self._seen_V: Tensor | None = None
         if params.repetition_penalty != 1.0:
             self._seen_V = torch.zeros(vocabulary, dtype=torch.bool)
             self._seen_V[self.prompt_ids] = True
 
     @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.token_ids)
+    def prompt_ids(self) -> list[int]:
+        return self.sequence.prompt_ids
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Every token sampled so far."""
+        return self.sequence.token_ids
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self.text_stream.text
 
     @property
     def unscored(self) -> bool:
@@ -193,29 +165,11 @@ class Request:
         return self.paused or self.pending
 
     @property
-    def prefilling(self) -> bool:
-        return self.computed < len(self.prompt_ids)
+    def mates(self) -> list[Request]:
+        """Those that advance with it, itself among them."""
+        return [self] if self.ensemble is None else self.ensemble.members
 
-    def token(self, position: int) -> int:
-        prompt = len(self.prompt_ids)
-        return self.prompt_ids[position] if position < prompt else self.token_ids[position - prompt]
-
-    def tokens(self, start: int, stop: int) -> list[int]:
-        return [self.token(i) for i in range(start, stop)]
-
-    def filed(self, stop: int) -> list[Token]:
-        """The first `stop` tokens as the tree of prefixes names them."""
-        prompt = len(self.prompt_ids) if self.order == "naive" else 0
-        return [(self.token(i), i < prompt) for i in range(stop)]
-
-    def chunk(self, most: int) -> Chunk:
-        """The next tokens to run, at most `most`, all in one order; a draft is one of them."""
-        prompt = len(self.prompt_ids)
-        end = prompt if self.prefilling else self.length + (self.draft is not None)
-        return Chunk(min(most, end - self.computed), self.computed, self.table.pages,
-                     self.order if self.prefilling else "absorbed", self.adapter)
-
-    def choose(self, logits_V: Tensor) -> int:
+    def sample(self, logits_V: Tensor) -> int:
         """Draw the next token from the logits after everything so far."""
         if self.constraint is not None and self._free is None:
             logits_V = self.constraint.allow(logits_V)
@@ -225,8 +179,7 @@ class Request:
             adjusted_V = penalise(adjusted_V, self.params.repetition_penalty, self._seen_V)
         token = sample(self._adjustment.discourage(adjusted_V), self.params, self.generator, None)
         if self.params.logprobs is not None:
-            offset = len(self.text) + len(self._stop.held)
-            self.logprobs.append(logprobs(logits_V, token, self.params.logprobs, offset))
+            self.logprobs.append(logprobs(logits_V, token, self.params.logprobs, self.text_stream.length))
         return token
 
     def score(self, first: int, logits_SV: Tensor) -> None:
@@ -266,11 +219,9 @@ class Request:
             self._seen_V[token] = True
         self._adjustment.add(token)
         ended = token in self._ends
-        piece = ""
-        if self._pieces is not None and not ended:
-            piece = self._pieces.push(token)
-            self.text += self._stop.push(piece) if len(self.token_ids) > self.params.min_tokens else piece
-        if ended or self._stop.stopped:
+        match = len(self.token_ids) > self.params.min_tokens
+        piece = "" if ended else self.text_stream.push(token, match=match)
+        if ended or self.text_stream.stopped:
             self.end("stop")
             return
         if self._free is not None:
@@ -290,18 +241,16 @@ class Request:
             return False
         if self.constraint is not None and self.constraint.finished:
             self.end("stop")
-        elif len(self.token_ids) >= self.limit:
+        elif len(self.token_ids) >= self.max_new_tokens:
             self.end("length")
         return True
 
     def end(self, reason: FinishReason) -> None:
         """The reason is set last: whoever reads it in another thread then reads the whole text."""
         self.finished = time.monotonic()
-        if self._pieces is not None:
-            self.text += self._stop.push(self._pieces.flush())
-            self.text += self._stop.flush()
-            if self._stop.stopped and reason == "length":
-                reason = "stop"
+        self.text_stream.flush()
+        if self.text_stream.stopped and reason == "length":
+            reason = "stop"
         self.finish_reason = reason
 
     def output(self) -> RequestOutput:
@@ -309,5 +258,5 @@ class Request:
         return RequestOutput(
             self.text, tuple(self.token_ids), self.finish_reason, len(self.prompt_ids),
             tuple(self.logprobs) if self.params.logprobs is not None else None,
-            torch.cat(self.routed) if self.routed else None, self.cached_tokens,
+            torch.cat(self.routes) if self.routes else None, self.sequence.cached_tokens,
             prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs))

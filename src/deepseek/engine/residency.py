@@ -36,7 +36,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ from ..model.adapters import bare
 from ..ops.native import native
 from ..quant.fused import FusedCausalLM
 from ..quant.linear import QuantizedExperts
+
+if TYPE_CHECKING:
+    from .step_output import StepOutput
 
 HALF_LIFE = 64  # steps
 REBALANCE = 128  # steps
@@ -298,7 +301,14 @@ class Residency:
 
     # ---- between steps ------------------------------------------------------------------------------------------
 
-    def after(self, routing: RoutingRecord) -> None:
+    def wants_routes(self, batch: object) -> bool:
+        return True
+
+    def on_step(self, output: StepOutput) -> None:
+        if output.routing is not None:
+            self.count_routes(output.routing)
+
+    def count_routes(self, routing: RoutingRecord) -> None:
         """Count a step's routes."""
         with self._changed:
             self.step += 1

@@ -27,7 +27,7 @@ from ..atlas.usage import ExpertUsage
 from ..errors import DataError, RequestError
 from ..files import is_file_at, take_lock, to_json
 from ..interrupts import kept
-from .llm import LLM, outcome
+from .llm import LLM, to_output
 from .request import Request, RequestOutput
 from .sampler import SamplingParams
 
@@ -68,7 +68,7 @@ def run_file(
                 if not isinstance(failed[0], RequestError):
                     raise failed[0]
                 group = str(failed[0])  # what this line asks for came to a limit on the way
-            answer = {"error": group} if isinstance(group, str) else _answer(outcome(group))
+            answer = {"error": group} if isinstance(group, str) else _answer(to_output(group))
             _write(out, name | answer)
             if not is_file_at(out, target):
                 raise DataError(f"{target}: was deleted or replaced while answers were written to it, and they are "

@@ -1,20 +1,22 @@
-"""Work -> logits: one pass of the model over the step's tokens, all requests side by side.
+"""A batch -> logits: one pass of the model over the step's tokens, all requests side by side.
 
 Shape letters: T tokens of the step, S requests that sample, V vocabulary, L MoE layers, K experts a token.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..model import CausalLM, Route, RoutingRecord
+from ..model import CausalLM, RoutingRecord
 from ..model.adapters import rows_of, side_by_side, whole
 from ..model.cache import LatentPool, Pack
-from .routing_override import RoutingOverride, combine_overrides
-from .scheduler import Work
+from .routing_override import combine_overrides
+from .scheduler import ScheduledRequest
+from .step_output import StepOutput
 
 SCORED = 64  # rows of logits at a time: with a large vocabulary they are many bytes
 
@@ -24,48 +26,33 @@ class Runner:
         self.model, self.pool = model, pool
 
     @torch.inference_mode()
-    def run(
-        self, works: Sequence[Work], overrides: Sequence[RoutingOverride | None], record: bool
-    ) -> tuple[list[Tensor], list[Tensor], RoutingRecord | None]:
-        """(logits after each work's last token, and after the one before where the last is a draft, FP32 on the CPU, no
-        rows where it does not sample; the hidden states of each work's tokens; the routing)."""
-        chunks = [work.chunk for work in works]
+    def run(self, batch: Sequence[ScheduledRequest], record: bool) -> StepOutput:
+        """Run the model over a batch. record: with its routing."""
+        began, chunks = time.perf_counter(), [scheduled.chunk for scheduled in batch]
         ids: list[int] = []
-        for work in works:
-            own = work.chunk.tokens - (work.draft is not None)
-            ids += work.request.tokens(work.chunk.past, work.chunk.past + own)
-            ids += [] if work.draft is None else [work.draft]
-        ids_T = torch.tensor(ids)
+        for scheduled in batch:
+            past, drafts = scheduled.chunk.past, [] if scheduled.draft is None else [scheduled.draft]
+            ids += scheduled.request.sequence.tokens(past, past + scheduled.chunk.tokens - len(drafts)) + drafts
+        overrides = [scheduled.request.routing_override for scheduled in batch]
         control = None
         if any(one is not None for one in overrides):
             control = combine_overrides([(c.tokens, c.past, own) for c, own in zip(chunks, overrides, strict=True)])
         routing = RoutingRecord() if record else None
         pack = Pack(self.pool, chunks, control)
-        hidden_TH = self.model.packed(ids_T.to(self.model.device), pack, routing)
+        hidden_TH = self.model.packed(torch.tensor(ids).to(self.model.device), pack, routing)
         hidden = hidden_TH.split([chunk.tokens for chunk in chunks])
-        wanted = [work.samples + (work.draft is not None) for work in works]
+        wanted = [scheduled.samples + (scheduled.draft is not None) for scheduled in batch]
         rows_SH = torch.cat([own[len(own) - count :] for own, count in zip(hidden, wanted, strict=True)])
         if not len(rows_SH):
-            return [hidden_TH.new_empty(0)] * len(works), list(hidden), routing
+            return StepOutput(batch, [hidden_TH.new_empty(0)] * len(batch), hidden, routing, began)
         with rows_of(side_by_side(zip((c.adapter for c in chunks), wanted, strict=True)) if pack.spans else ()):
             logits_SV = self.model.lm_head(rows_SH).float().cpu()
-        return list(logits_SV.split(wanted)), list(hidden), routing
+        return StepOutput(batch, logits_SV.split(wanted), hidden, routing, began)
 
     @torch.inference_mode()
-    def score(self, work: Work, hidden_TH: Tensor) -> None:
-        """Note the log-probabilities of the prompt's tokens that follow a work's own. Raises MoEDRError for NaN."""
-        for first in range(0, work.chunk.tokens, SCORED):
-            with rows_of(whole(work.request.adapter)):
+    def score(self, scheduled: ScheduledRequest, hidden_TH: Tensor) -> None:
+        """Note the log-probabilities of the prompt's tokens that follow those of a chunk. Raises MoEDRError for NaN."""
+        for first in range(0, scheduled.chunk.tokens, SCORED):
+            with rows_of(whole(scheduled.request.adapter)):
                 logits_SV = self.model.lm_head(hidden_TH[first : first + SCORED]).float().cpu()
-            work.request.score(work.chunk.past + first, logits_SV)
-
-
-def part(routing: RoutingRecord, start: int, stop: int) -> RoutingRecord:
-    """The routes of some of the tokens."""
-    return RoutingRecord({layer: Route(*(field[start:stop] for field in route))
-                          for layer, route in routing.routes.items()})
-
-
-def routed(routing: RoutingRecord, start: int, stop: int) -> Tensor:
-    """The experts of some of the tokens, int64 [T, L, K], layers in ascending order."""
-    return torch.stack([routing.routes[layer].index_TK[start:stop] for layer in sorted(routing.routes)], 1).cpu()
+            scheduled.request.score(scheduled.chunk.past + first, logits_SV)

@@ -1,7 +1,7 @@
 """What attention remembers: the latents and rotary keys of past positions, R + rope numbers each.
 
     LatentCache   a rectangle: the rows of a batch of sequences that advance together
-    LatentPool    pages that belong to nobody in particular; who holds which is the caller's affair (engine/pages.py)
+    LatentPool    pages; who holds which is the caller's affair (engine/block_manager.py)
 
 A `Pack` is one call over a pool: pieces of many sequences side by side, some of them prompts and some single tokens.
 

@@ -192,7 +192,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        scheduler, pages = llm.engine.scheduler, llm.engine.pages
+        scheduler, pages = llm.engine.scheduler, llm.engine.block_manager
         return JSONResponse({"status": "closing" if server.closing else "ok", "running": len(scheduler.running),
                              "waiting": len(scheduler.waiting), "free_positions": pages.available * PAGE},
                             status_code=503 if server.closing else 200)

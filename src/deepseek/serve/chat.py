@@ -83,11 +83,11 @@ class Chat:
         self.parsers = [OutputParser(thinking=thinking, tools=self.tools, forced=forced,
                                      parallel=body.parallel_tool_calls) for _ in self.requests]
         self.sent = [0] * len(self.requests)
-        self.place = {request.number: i for i, request in enumerate(self.requests)}
+        self.place = {request.request_id: i for i, request in enumerate(self.requests)}
 
     def advance(self, request: Generation) -> dict[str, Any]:
         """What is new of a choice, as a delta."""
-        i = self.place[request.number]
+        i = self.place[request.request_id]
         ended, text = request.finish_reason is not None, request.text
         delta = self.parsers[i].push(text[self.sent[i] :])
         self.sent[i] = len(text)
@@ -149,7 +149,7 @@ class Chat:
         for i in range(len(self.requests)):
             yield chunk(i, {"role": "assistant", "content": ""})
         async for request in self.server.run(http, self.requests):
-            i = self.place[request.number]
+            i = self.place[request.request_id]
             if done[i]:
                 continue
             ended = request.finish_reason is not None

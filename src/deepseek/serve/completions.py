@@ -42,7 +42,7 @@ class Completion:
                 "", [])
             self.echoes += [echo] * body.n
         self.requests = [request for group in self.groups for request in group]
-        self.place = {request.number: i for i, request in enumerate(self.requests)}
+        self.place = {request.request_id: i for i, request in enumerate(self.requests)}
 
     def _echo(self, prompt: str | list[int], ids: Sequence[int], skip_special: bool) -> tuple[str, list[int]]:
         """The prompt as text, and where in it the text of each token begins; a begin token that we put there has none.
@@ -113,7 +113,7 @@ class Completion:
         sent, told = [0] * len(self.requests), [0] * len(self.requests)
         done = [False] * len(self.requests)
         async for request in self.server.run(http, self.requests):
-            i = self.place[request.number]
+            i = self.place[request.request_id]
             ended, text = request.finish_reason is not None, self.echoes[i][0] + request.text
             count = len(request.logprobs)
             if done[i] or (not ended and len(text) == sent[i]):

@@ -51,12 +51,13 @@ class Watch:
         self.monitor = Monitor(name, self.counters, self._engine, options, resident=self._resident,
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
-        llm.engine.observer = self.counters.step
+        llm.engine.listeners.append(self.counters)
         self.identify: Callable[[str], str] | None = None
         threading.Thread(target=self._load, daemon=True).start()
 
     def close(self) -> None:
-        self.llm.engine.observer = None
+        if self.counters in self.llm.engine.listeners:
+            self.llm.engine.listeners.remove(self.counters)
         self.monitor.close()
 
     def _load(self) -> None:
@@ -73,7 +74,7 @@ class Watch:
             "tokens_total|computed": counters.computed, "tokens_total|cached": counters.cached,
             "tokens_total|sampled": counters.sampled, "requests_running": len(scheduler.running),
             "requests_waiting": len(scheduler.waiting), "preempted_total": scheduler.preempted,
-            "cache_free_positions": engine.pages.available * PAGE}
+            "cache_free_positions": engine.block_manager.available * PAGE}
         if engine.residency is not None:
             stats = engine.residency.stats
             out |= {"experts_wanted_total": stats.wanted, "experts_missed_total": stats.missed,
@@ -99,9 +100,9 @@ class Watch:
         if self.llm.adapters:
             tags["adapter"] = requests[0].adapter or self.monitor.model
         for request in requests:
-            request.tags = tags
+            request.metric_labels = tags
             if self.texts:
-                self.known[request.number] = {"request_id": http.state.request_id, "answer": answer, "prompt": text}
+                self.known[request.request_id] = {"request_id": http.state.request_id, "answer": answer, "prompt": text}
         self.answers[answer] = requests[0].domain
         if len(self.answers) > ANSWERS:
             self.answers.popitem(last=False)
@@ -114,14 +115,14 @@ class Watch:
         """late: it was ended because it took too long, an error of ours."""
         assert request.finish_reason is not None and request.finished is not None
         if self.texts:
-            log.info(to_json(self.known.pop(request.number, {}) | {"text": request.text}, ensure_ascii=False))
+            log.info(to_json(self.known.pop(request.request_id, {}) | {"text": request.text}, ensure_ascii=False))
         first = None if request.first_token is None else request.first_token - request.arrived
         new = len(request.token_ids)
         each = None
         if request.first_token is not None and new > 1:
             each = (request.finished - request.first_token) / (new - 1)
-        self.counters.finished(request.number, request.domain, "error" if late else request.finish_reason, first, each,
-                               request.tags.get("adapter"))
+        self.counters.finished(request.request_id, request.domain, "error" if late else request.finish_reason, first,
+                               each, request.metric_labels.get("adapter"))
 
 
 def key_name(http: Request) -> str:

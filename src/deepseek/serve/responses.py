@@ -149,7 +149,7 @@ class Response:
             new, thoughts = len(request.token_ids), self.chat.parsers[0].answer.reasoning
             out["usage"] = {
                 "input_tokens": len(request.prompt_ids),
-                "input_tokens_details": {"cached_tokens": request.cached_tokens}, "output_tokens": new,
+                "input_tokens_details": {"cached_tokens": request.sequence.cached_tokens}, "output_tokens": new,
                 "output_tokens_details": {"reasoning_tokens": min(new, len(self.server.tokenizer.encode(thoughts)))},
                 "total_tokens": len(request.prompt_ids) + new}
             out |= self.server.extra(self.chat_body, self.chat.requests)

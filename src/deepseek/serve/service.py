@@ -172,7 +172,7 @@ class Server:
     async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncIterator[Generation]:
         """Yields a request whenever it has moved, until all have ended. Leaving aborts them."""
         loop, moved = asyncio.get_running_loop(), asyncio.Queue[Generation | None]()
-        known = {request.number: 0 for request in requests}  # tokens that have been yielded
+        known = {request.request_id: 0 for request in requests}  # tokens that have been yielded
         clock: asyncio.TimerHandle | None = None
 
         def poll() -> None:
@@ -184,7 +184,7 @@ class Server:
             request.on_token = functools.partial(self._tell, loop, moved, known)
         late = False
         deadline = http.state.arrived + self.options.timeout
-        left = {request.number for request in requests}
+        left = {request.request_id for request in requests}
         poll()
         self.open += 1
         try:
@@ -199,9 +199,9 @@ class Server:
                     if await http.is_disconnected():
                         return
                     continue
-                known[one.number], one.paused = len(one.token_ids), False
+                known[one.request_id], one.paused = len(one.token_ids), False
                 if one.finish_reason is not None:
-                    left.discard(one.number)
+                    left.discard(one.request_id)
                 if one.error is not None:
                     raise one.error
                 yield one
@@ -216,7 +216,7 @@ class Server:
               one: Generation) -> None:
         """The engine says that a request has moved. The event loop is woken once for all of a step. Nothing is made
         for a client that does not read."""
-        one.paused = len(one.token_ids) - known[one.number] > AHEAD  # until this is read
+        one.paused = len(one.token_ids) - known[one.request_id] > AHEAD  # until this is read
         self._moved.append((moved, one))
         if len(self._moved) == 1:
             loop.call_soon_threadsafe(self._deliver)
@@ -260,9 +260,9 @@ class Server:
         layers, experts = self.llm.model.config.moe_layers, self.llm.model.config.n_routed_experts
         choices = []
         for request in requests:
-            if not request.routed:  # its client has left
+            if not request.routes:  # its client has left
                 return {}
-            index_TLK = torch.cat(request.routed)
+            index_TLK = torch.cat(request.routes)
             choices.append({str(layer): torch.bincount(index_TLK[:, row].flatten().clamp(min=-1) + 1,
                                                        minlength=experts + 1)[1:].tolist()
                             for row, layer in enumerate(layers)})
@@ -272,7 +272,7 @@ class Server:
 def usage(requests: Sequence[Generation]) -> dict[str, Any]:
     prompt, new = len(requests[0].prompt_ids), sum(len(request.token_ids) for request in requests)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": requests[0].cached_tokens}}
+            "prompt_tokens_details": {"cached_tokens": requests[0].sequence.cached_tokens}}
 
 
 def floored(logprob: float) -> float:

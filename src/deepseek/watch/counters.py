@@ -46,12 +46,23 @@ SLICES = 256  # values of a kind of slice that are remembered: those seen last
 
 
 class StepItem(Protocol):
-    """A request's part of a step: what is looked at is request.number, .domain, .tags and chunk.tokens."""
+    """A request's part of a step: what is looked at is request.request_id, .domain, .metric_labels and chunk.tokens."""
 
     @property
     def request(self) -> Any: ...
     @property
     def chunk(self) -> Any: ...
+
+
+class EngineStep(Protocol):
+    """The output of an engine's step: what ran, in the order of its tokens, their routes, seconds."""
+
+    @property
+    def batch(self) -> Sequence[StepItem]: ...
+    @property
+    def routing(self) -> RoutingRecord | None: ...
+    @property
+    def seconds(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _End:
-    number: int
+    request_id: int
     name: str  # of the counter
     first: float | None
     each: float | None
@@ -199,6 +210,12 @@ class ServingCounters:
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
+    def wants_routes(self, batch: object) -> bool:
+        return True
+
+    def on_step(self, output: EngineStep) -> None:
+        self.step(output.batch, output.routing, output.seconds)
+
     def step(self, works: Sequence[StepItem], routing: RoutingRecord | None, seconds: float) -> None:
         """A step is over: its requests in the order of their tokens, the routes of all tokens, its time."""
         began = time.perf_counter()
@@ -222,12 +239,12 @@ class ServingCounters:
         requests: dict[int, Any] = {}
         tokens_of: Counter[int] = Counter()
         for request, tokens in (part for step in steps for part in step.parts):
-            requests[request.number] = request
-            tokens_of[request.number] += tokens
+            requests[request.request_id] = request
+            tokens_of[request.request_id] += tokens
         for number, request in requests.items():
-            for kind, value in (("domain", self.groups.label(request.domain)), *request.tags.items()):
+            for kind, value in (("domain", self.groups.label(request.domain)), *request.metric_labels.items()):
                 self._slice(kind, value, tokens_of[number])
-            if (adapter := request.tags.get("adapter")) is not None:
+            if (adapter := request.metric_labels.get("adapter")) is not None:
                 self.numbers[key("adapter_tokens_total", adapter)] += tokens_of[number]
         if routed := [step for step in steps if step.index]:
             self._routes(routed, requests)
@@ -240,7 +257,7 @@ class ServingCounters:
                 self.first_token.add(end.first)
             if end.each is not None:
                 self.per_token.add(end.each)
-            if (strength_R := self.strength.pop(end.number, None)) is not None:
+            if (strength_R := self.strength.pop(end.request_id, None)) is not None:
                 self.numbers["judged_requests_total"] += 1
                 self.numbers["conflict_requests_total"] += int(self.groups.near(strength_R[None])[0])
         self.settle_seconds += time.perf_counter() - began
@@ -265,7 +282,7 @@ class ServingCounters:
             place_TLK[absent_TLK] = nobody
         place_TP = place_TLK.reshape(len(place_TLK), -1)
         row = {number: i for i, number in enumerate(requests)}
-        parts = [(row[request.number], tokens) for step in steps for request, tokens in step.parts]
+        parts = [(row[request.request_id], tokens) for step in steps for request, tokens in step.parts]
         of_T = np.repeat([i for i, _ in parts], [tokens for _, tokens in parts])
         label_T = np.array([groups.place(groups.label(request.domain)) for request in requests.values()])[of_T]
         count_D = np.bincount(((label_T + 1)[:, None] * (nobody + 1) + place_TP).ravel(),
