@@ -69,7 +69,7 @@ def main() -> None:
                for way, found in reports.items() for rate, r in found.items())]
     where, torch_version = machine(args.threads), versions("torch")["torch"]
     text = ["# Law, end to end", "",
-            f"{full.examples} records ({full.learnt_tokens:,} tokens of answers), {args.steps} steps of 8; losses are "
+            f"{full.examples} records ({full.loss_tokens:,} tokens of answers), {args.steps} steps of 8; losses are "
             f"nats a token; {where['cpu']}, {args.threads} threads, torch {torch_version}.", "", table(rows), "",
             "Every frozen tensor of every run kept its SHA-256.", "", "Every rate:", "", table(every)]
     assert all(r.frozen_unchanged == r.frozen_tensors for found in reports.values() for r in found.values())

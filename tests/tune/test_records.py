@@ -22,7 +22,7 @@ from deepseek.tokenizer import Tokenizer
 from deepseek.tune import records as tune_records
 from deepseek.tune.examples import Example, Examples, pad
 from deepseek.tune.records import POOL, RecordSet, digest, each_record, encode, places, read_records
-from deepseek.tune.streams import fresh, take_round
+from deepseek.tune.streams import iter_new, next_round
 
 
 def learnt(record: Any, tokenizer: Tokenizer, max_length: int = 200) -> str:
@@ -134,7 +134,7 @@ def test_examples_come_back_from_their_arrays_and_take_four_bytes_a_token() -> N
     rows = [Example(tuple(drawn.integers(0, 120_000, n).tolist()), ((1, n // 2), (n // 2 + 1, n)))
             for n in drawn.integers(4, 200, 2000)]
     assert list(Examples(rows)) == rows and len(Examples(rows)) == 2000
-    assert Examples(rows).learnt_tokens == sum(end - start for row in rows for start, end in row.learnt)
+    assert Examples(rows).loss_tokens == sum(end - start for row in rows for start, end in row.loss_spans)
     tracemalloc.start()
     data = RecordSet(iter(rows), ())
     size, _ = tracemalloc.get_traced_memory()
@@ -210,25 +210,25 @@ def test_a_stream_is_stored_as_it_comes(tmp_path: Path) -> None:
     seen: set[str] = set()
     refused = tmp_path / "refused.jsonl"
     rows: list[Any] = [*records(3), *records(3), {"input": "q"}, *records(6)]
-    stream = fresh(iter(rows), seen, refused, lambda _: None)
-    first = take_round(tmp_path / "1", stream, 4, seen)
+    stream = iter_new(iter(rows), seen, refused, lambda _: None)
+    first = next_round(tmp_path / "1", stream, 4, seen)
     assert [d.text for d in first] == [d.text for d in read_records(records(4))]
     assert [json.loads(line)["record"] for line in refused.read_text().splitlines()] == [{"input": "q"}]
-    part = take_round(tmp_path / "2", stream, 4, seen)
+    part = next_round(tmp_path / "2", stream, 4, seen)
     assert len(part) == 2 and not (tmp_path / "2" / "records.jsonl").exists()
     with (tmp_path / "2" / "incoming.jsonl").open("a") as file:
         file.write('{"text": "torn by a ki')
     known: set[str] = set()
-    assert take_round(tmp_path / "1", iter([]), 4, known) == first and len(known) == 4
-    rest = take_round(tmp_path / "2", fresh(records(9), known, refused, lambda _: None), 4, known)
+    assert next_round(tmp_path / "1", iter([]), 4, known) == first and len(known) == 4
+    rest = next_round(tmp_path / "2", iter_new(records(9), known, refused, lambda _: None), 4, known)
     assert [d.text for d in rest] == [d.text for d in read_records(records(9))][4:8]  # the stream began again
 
 
 @pytest.mark.parametrize("odd", ["\u2028", "\u0085", "\x1c"])
 def test_odd_line_ends_in_a_stored_round(odd: str, tmp_path: Path) -> None:
     document = Document(f"one{odd}two", "here")
-    assert take_round(tmp_path, iter([document]), 1, set()) == [document]
-    assert take_round(tmp_path, iter([]), 1, set()) == [document]
+    assert next_round(tmp_path, iter([document]), 1, set()) == [document]
+    assert next_round(tmp_path, iter([]), 1, set()) == [document]
 
 
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
@@ -253,7 +253,7 @@ def test_tools_are_shown_to_the_model_as_in_a_request(tmp_path: Path) -> None:
     [without, *others] = read_records([{"messages": turns, "tools": none} for none in (None, [], "[]", " ")])
     assert all(other.turns == without.turns for other in others)
     assert without.turns == document.turns[1:] and tune_records.digest(without) != tune_records.digest(document)
-    assert take_round(tmp_path, iter([document]), 1, set()) == take_round(tmp_path, iter([]), 1, set()) == [document]
+    assert next_round(tmp_path, iter([document]), 1, set()) == next_round(tmp_path, iter([]), 1, set()) == [document]
     for odd, rule in (("clock", "not JSON"), (["clock"], r"tools\[0\] = 'clock': must be a tool"),
                       ({"name": "clock"}, "must be a list"), ([{"function": {}}], r"tools\[0\]")):
         with pytest.raises(DataError, match=rf"record 1: tools.*{rule}|record 1: {rule}"):
@@ -346,8 +346,8 @@ def test_tool_turns_are_learnt_as_the_server_reads_them() -> None:
     for messages in (trl, sharegpt):
         [document] = read_records([{"messages": messages}])
         [example] = encode(document, tokenizer, 999)
-        assert list(example.ids) == want and len(example.learnt) == 2
-    said = tokenizer.decode(want[example.learnt[0][0] : example.learnt[0][1]], skip_special=False)
+        assert list(example.ids) == want and len(example.loss_spans) == 2
+    said = tokenizer.decode(want[example.loss_spans[0][0] : example.loss_spans[0][1]], skip_special=False)
     assert "time" in said and '{"zone": "UTC"}' in said and "12:00" not in said
 
 

@@ -59,3 +59,8 @@ def test_the_next_rate() -> None:
         1e-5, 1e-4, 3e-4, 3e-4, 1e-3, 1e-3, 3e-3]
     assert [lower(lr) for lr in (1e-5, 1e-4, 2e-4, 3e-4, 1e-3)] == [3e-6, 3e-5, 3e-5, 1e-4, 3e-4]
     assert student(1) == 12.71 and student(11) == pytest.approx(2.201, rel=0.02) and student(500) < 1.97
+
+
+def test_former_names_of_a_report_still_work() -> None:
+    with pytest.warns(DeprecationWarning, match="learnt_tokens is called loss_tokens now"):
+        assert report(0.1, 0.01, 8).learnt_tokens == 1

@@ -231,6 +231,7 @@ def test_records_that_are_mapped_and_counted(
     note = "keys of records that were not used: id (20)"
     assert note in capsys.readouterr().out.splitlines()
     report = json.loads((out / "report.json").read_text())
+    assert report["learnt_tokens"] == report["loss_tokens"] > 0  # the former name, too
     assert report["notes"] == [note] and report["examples"] < 20
     lines = "".join(json.dumps(row) + "\n" for row in [*rows, {"q": "x", "a": float("nan")}, {"q": "y"}])
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))

@@ -22,7 +22,7 @@ from deepseek.errors import CheckpointError, ConfigError, DataError, NotFoundErr
 from deepseek.ids import ExpertId
 from deepseek.model import RoutingRecord
 from deepseek.tokenizer import Tokenizer
-from deepseek.tune.loop import Tuning
+from deepseek.tune.loop import TuneTrainer
 from deepseek.tune.records import read_records
 
 
@@ -247,7 +247,7 @@ def test_a_folder_with_another_run_is_refused_before_the_base_is_read(
     path.write_text(json.dumps(settings))
     MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", chat_template_kwargs={}, **quick).fit(
         records(), steps=1)
-    monkeypatch.setattr("deepseek.tune.workpiece.load_model", lambda *_, **__: pytest.fail("the base was read"))
+    monkeypatch.setattr("deepseek.tune.tuned_model.load_model", lambda *_, **__: pytest.fail("the base was read"))
     for changes, message in (({"expert_tune": ["code_expert"]}, "expert_tune"), ({"lr": 1.0}, "lr = 0.003"),
                              ({"general": general()[:3]}, "general"), ({"adapter": LoRAAdapter()}, "(expert_tune|r)")):
         settings = {"expert_tune": None if "adapter" in changes else ["law_expert"]} | quick | changes
@@ -281,16 +281,16 @@ def test_out_and_data_must_lie_apart(base: Callable[..., Path], quick: dict[str,
 def test_the_seconds_of_a_run_are_those_of_all_its_processes(
     base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, passed, clock, step = base(), [0.0], time.perf_counter, Tuning.train_step
+    folder, passed, clock, step = base(), [0.0], time.perf_counter, TuneTrainer.train_step
 
-    def slow(self: Tuning) -> dict[str, Any]:
+    def slow(self: TuneTrainer) -> dict[str, Any]:
         passed[0] += 1000
         if passed[0] == 3000:
             raise KeyboardInterrupt
         return step(self)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
-    monkeypatch.setattr(Tuning, "train_step", slow)
+    monkeypatch.setattr(TuneTrainer, "train_step", slow)
 
     def fit() -> float:
         return MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(
@@ -307,15 +307,15 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch; torch.set_num_threads(1)
 from deepseek import LoRAAdapter, MoEFineTuner
-from deepseek.tune.loop import Tuning
+from deepseek.tune.loop import TuneTrainer
 from samples import general, records
 base, out, mode, stop = sys.argv[2:6]
-real = Tuning.train_step
+real = TuneTrainer.train_step
 def step(self):
     if self.step == int(stop):
         os.kill(os.getpid(), 9)
     return real(self)
-Tuning.train_step = step
+TuneTrainer.train_step = step
 kind = {"adapter": LoRAAdapter(r=4, lora_dropout=0.1, experts=["law_expert"])} if mode == "lora" else {
     "expert_tune": "auto", "balance": True} if mode == "auto" else {"expert_freeze": ["code_expert"]}
 MoEFineTuner(base, out=out, lr=3e-3, batch_size=4, max_length=64, eval_records=8, save_every=3, general=general(),
@@ -365,14 +365,14 @@ def test_what_a_stream_leaves_after_every_round_is_what_folding_gives(
     base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, seen = base(torch.bfloat16), []
-    from deepseek.tune.workpiece import Workpiece
-    real = Workpiece.finish
+    from deepseek.tune.tuned_model import TunedModel
+    real = TunedModel.finish
 
-    def finish(self: Workpiece, job: Any) -> Path:
+    def finish(self: TunedModel) -> Path:
         seen.append(tensor_hashes(load_model(folder, adapter=tmp_path / "out" / "delta")))
-        return real(self, job)
+        return real(self)
 
-    monkeypatch.setattr(Workpiece, "finish", finish)
+    monkeypatch.setattr(TunedModel, "finish", finish)
     MoEFineTuner(folder, expert_tune=["law_expert"], train_router=True, balance=True, out=tmp_path / "out",
                  **quick).fit_stream(records(8), records_a_round=8)
     assert seen == [tensor_hashes(load_model(folder, adapter=tmp_path / "out" / "delta"))]

@@ -1,4 +1,4 @@
-"""What is learnt of a record as token ids, millions of them in a few flat arrays, and batches of them.
+"""Training examples as token ids in a few flat arrays, which hold millions of them, and batches of examples.
 
 Shape letters: B records of a batch, T tokens, N records of a set.
 """
@@ -17,14 +17,14 @@ from ..ops.loss import IGNORE
 
 
 class Example(NamedTuple):
-    """Token ids of one record, and how many of them, from each start, are learnt: (start, end) spans."""
+    """Token ids of one example, and the [start, end) spans of them that count in the loss."""
 
     ids: tuple[int, ...]
-    learnt: tuple[tuple[int, int], ...]
+    loss_spans: tuple[tuple[int, int], ...]
 
 
 class Examples:
-    """Examples as flat arrays, some four bytes a token: ids and spans one after the other, and where each ends."""
+    """A sequence of examples in flat arrays, about four bytes per token: ids, spans, and where those of each end."""
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._ids, self._ends = array("i"), array("q", [0])
@@ -35,7 +35,7 @@ class Examples:
         for example in examples:
             self._ids.extend(example.ids)
             self._ends.append(len(self._ids))
-            for span in example.learnt:
+            for span in example.loss_spans:
                 self._spans.extend(span)
             self._span_ends.append(len(self._spans))
 
@@ -51,33 +51,34 @@ class Examples:
         return Example(tuple(self._ids[self._ends[n] : self._ends[n + 1]]), tuple(zip(spans, spans, strict=True)))
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each, [N]."""
+        """Token counts of the examples, [N]."""
         return np.diff(np.frombuffer(self._ends, np.int64))
 
     @property
-    def learnt_tokens(self) -> int:
+    def loss_tokens(self) -> int:
+        """Count of the tokens that count in the loss."""
         spans = np.frombuffer(self._spans, np.int32).reshape(-1, 2)
         return int((spans[:, 1] - spans[:, 0]).sum(dtype=np.int64))
 
     def add_to(self, digest: Any) -> None:
-        """Feed everything that is here to a hash."""
+        """Update a hash with all ids and spans."""
         for part in (self._ends, self._ids, self._span_ends, self._spans):
             digest.update(f"{len(part)} ".encode())
             digest.update(part)
 
 
 def pad(examples: Sequence[Example]) -> Batch:
-    """Right-padded inputs and labels; what is not learnt has label -100."""
+    """Batch examples into right-padded inputs and labels; tokens outside the loss have label -100."""
     longest = max(len(e.ids) for e in examples)
     ids_BT = torch.zeros(len(examples), longest, dtype=torch.long)
-    learnt_BT = torch.full((len(examples), longest), IGNORE)
+    label_BT = torch.full((len(examples), longest), IGNORE)
     real_BT = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, example in enumerate(examples):
         ids = torch.tensor(example.ids)
         ids_BT[row, : len(ids)] = ids
         real_BT[row, : len(ids)] = True
-        for start, end in example.learnt:
-            learnt_BT[row, start:end] = ids[start:end]
+        for start, end in example.loss_spans:
+            label_BT[row, start:end] = ids[start:end]
     expert_BT = torch.full((len(examples), longest - 1), -1)
     real = real_BT[:, :-1]
-    return Batch(ids_BT[:, :-1], learnt_BT[:, 1:], expert_BT, None if bool(real.all()) else real)
+    return Batch(ids_BT[:, :-1], label_BT[:, 1:], expert_BT, None if bool(real.all()) else real)

@@ -1,4 +1,4 @@
-"""Deepopt's loop over records, with an eye on general text."""
+"""Deepopt's training loop over records, evaluated on held-out records and on general text."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ..deepopt.settings import TrainConfig
 from ..files import replace_folder, write_json
 from ..quant.linear import is_quantized
 from .records import RecordSet
-from .workpiece import Workpiece
+from .tuned_model import TunedModel
 
 
-class Tuning(TrainingLoop):
-    """Deepopt's loop over records; checkpoints hold what is trained and nothing else."""
+class TuneTrainer(TrainingLoop):
+    """Deepopt's loop over records; checkpoints hold the trained parameters alone."""
 
-    def __init__(self, work: Workpiece, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path, *,
+    def __init__(self, tuned: TunedModel, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path, *,
                  general_batches: int, general_name: str, settings: Mapping[str, Any], began: float, extend: bool
                  ) -> None:
-        self.work, self.general, self.general_batches, self.general_name = work, general, general_batches, general_name
+        self.general, self.general_batches, self.general_name = general, general_batches, general_name
         self.last: dict[str, Any] = {}
         self.found: HeldOut | None = None  # of the records, in the last evaluation
-        super().__init__(work.model, data, config, out, work.tokenizer, settings=settings, extend=extend)
+        super().__init__(tuned.model, data, config, out, tuned.tokenizer, settings=settings, extend=extend)
         self.data: RecordSet = data
         self.began = began
-        if is_quantized(work.model):
-            work.model.compute_dtype = torch.float32
+        if is_quantized(tuned.model):
+            tuned.model.compute_dtype = torch.float32
 
     def before(self) -> dict[str, Any]:
-        """The evaluation of the base, made once. sums, counts: HeldOut of the records; runs of old versions lack it."""
+        """Evaluate the base, once per run. sums, counts: HeldOut of the records, absent in runs of old versions."""
         path = self.out / "before.json"
         if not path.is_file():
             assert self.step == 0
@@ -46,7 +46,7 @@ class Tuning(TrainingLoop):
         return json.loads(path.read_text(encoding="utf-8"))
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss on held-out records and on general text; kept in `last`."""
+        """Compute the loss on held-out records and on general text; also stored in `last`."""
         records = len(self.data.evaluated(self.config.batch_size, self.config.eval_batches))
         windows = len(self.general.evaluated(self.config.batch_size, self.general_batches))
         self.found = held_out_loss(self.model, self.data, self.config, desc=f"evaluate {records:,} held-out records")
@@ -74,4 +74,4 @@ class Tuning(TrainingLoop):
             tensor.copy_(saved[name])
 
     def _finish(self) -> None:
-        """The tuner writes the result."""
+        """Do nothing: the tuner writes the result."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from ..atlas import Atlas
 from ..checkpoint import attach_adapter, fingerprint, save_adapter, tensor_hashes
+from ..config import ModelConfig
 from ..errors import ConfigError
 from ..ids import ExpertId, ExpertSet
 from ..model import CausalLM
@@ -152,3 +153,11 @@ def named_experts(names: Sequence[str], atlas: Atlas | None) -> ExpertSet:
         else:
             found = found | atlas[name]
     return found
+
+
+def validate_experts(experts: Iterable[ExpertId], config: ModelConfig) -> None:
+    """Raises ConfigError for the first expert that a model of this configuration does not have."""
+    for expert in experts:
+        if expert.layer not in config.moe_layers or not 0 <= expert.index < config.n_routed_experts:
+            raise ConfigError(f"expert {expert}: the model has experts 0..{config.n_routed_experts - 1} in layers "
+                              f"{list(config.moe_layers)}")

@@ -263,7 +263,7 @@ def _spoken(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, 
         turn = encode_turn(messages, n, tokenizer, tools=tools, **variables)
         notes.update(turn.notes)
         goes_on = bool(out) and list(out[-1].ids) == turn.ids[: len(out[-1].ids)] and turn.start >= len(out[-1].ids)
-        before = out.pop().learnt if goes_on else ()
+        before = out.pop().loss_spans if goes_on else ()
         out.append(Example(tuple(turn.ids), (*before, (turn.start, len(turn.ids)))))
     return out
 
@@ -353,14 +353,14 @@ class RecordSet:
         return digest.hexdigest()
 
     @property
-    def learnt_tokens(self) -> int:
+    def loss_tokens(self) -> int:
         """Tokens of the training records that count in the loss."""
-        return self.train.learnt_tokens
+        return self.train.loss_tokens
 
     @property
     def held_out_tokens(self) -> int:
         """The same of the held-out records."""
-        return self.valid.learnt_tokens
+        return self.valid.loss_tokens
 
     def batches(self, batch_size: int) -> int:
         """In an epoch."""
@@ -426,5 +426,5 @@ def _moved(sides: tuple[Examples, Examples], ends: tuple[list[int], list[int]], 
 def _cut(example: Example, max_length: int) -> Example | None:
     """The first max_length + 1 tokens; None where nothing is learnt in them."""
     ids = example.ids[: max_length + 1]
-    spans = tuple((start, min(end, len(ids))) for start, end in example.learnt if start < len(ids))
+    spans = tuple((start, min(end, len(ids))) for start, end in example.loss_spans if start < len(ids))
     return Example(ids, spans) if spans else None

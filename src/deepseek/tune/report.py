@@ -1,8 +1,9 @@
-"""What a run of tuning did: gained, forgotten, and the proof that nothing else moved."""
+"""The report of a tuning run: what was gained and forgotten, and the proof that nothing else changed."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,13 +14,13 @@ from ..deepopt.loop import HeldOut
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What a run did. Losses are nats per token; *_bytes are bytes; frozen_unchanged counts tensors of the base;
-    seconds are those of all processes that worked on the run, of a killed one up to its last checkpoint."""
+    """Figures of a run. Losses are nats per token; *_bytes are bytes; frozen_unchanged counts tensors of the base;
+    seconds sum over all processes of the run, each up to its last checkpoint where it was killed."""
 
     mode: str
     steps: int
     examples: int
-    learnt_tokens: int
+    loss_tokens: int
     domain_before: float
     domain_after: float
     general_before: float
@@ -42,14 +43,20 @@ class TuneReport:
     held_out: int = 0  # documents that it rests on
 
     @property
+    def learnt_tokens(self) -> int:
+        """Deprecated name of `loss_tokens`."""
+        warnings.warn("TuneReport.learnt_tokens is called loss_tokens now", DeprecationWarning, stacklevel=2)
+        return self.loss_tokens
+
+    @property
     def gained(self) -> float:
-        """Fall of the loss on held-out records; above 0 is better."""
+        """Decrease of the loss on held-out records; above 0 is better."""
         return self.domain_before - self.domain_after
 
     @property
     def verdict(self) -> str:
-        """Whether the gain is more than noise, and what may help where it is not. Noise: what lies within the 95 %
-        interval of Student's t."""
+        """Say whether the gain exceeds noise, and what may help where it does not. Noise: the 95 % interval of
+        Student's t."""
         if self.standard_error is None:
             return (f"{self.held_out} held-out document{'' if self.held_out == 1 else 's'}: too few to tell whether "
                     "this is more than noise (--valid_fraction)" if self.held_out < 2 else "")
@@ -65,7 +72,7 @@ class TuneReport:
 
     @property
     def forgotten(self) -> float:
-        """Rise of the loss on general text; above 0 is worse."""
+        """Increase of the loss on general text; above 0 is worse."""
         return self.general_after - self.general_before
 
     @property
@@ -86,7 +93,7 @@ class TuneReport:
         return sum(end - least for end, least in zip(last, best, strict=False)) / len(best)
 
     def table(self) -> str:
-        """The forgetting report, for people."""
+        """Format the report as text."""
         def row(name: str, before: float, after: float) -> str:
             return (f"{name:16} {before:8.4f} {after:8.4f}  {after - before:+8.4f}   "
                     f"{_perplexity(before):10.2f} {_perplexity(after):10.2f}")
@@ -103,7 +110,7 @@ class TuneReport:
             f"{self.mode}: {self.trained_parameters:,} of {self.all_parameters:,} parameters trained ({share:.2%}), "
             f"{self.optimizer_bytes / 1e6:.1f} MB of optimiser state, lr {self.lr:g}",
             f"{self.frozen_tensors:,} frozen tensors: {proof}; {self.changed_tensors:,} tensors changed",
-            f"{self.examples:,} examples with {self.learnt_tokens:,} tokens to learn, {self.steps:,} steps, "
+            f"{self.examples:,} examples with {self.loss_tokens:,} tokens to learn, {self.steps:,} steps, "
             f"{self.seconds:.0f} s",
             *([f"{len(self.rounds)} rounds: backward transfer {self.backward_transfer:+.4f}, forgetting "
                f"{self.forgetting:.4f} nats a token"] if len(self.rounds) > 1 else []),

@@ -16,7 +16,7 @@ from .records import encode, place
 
 def pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
     """(whether it is learnt, text) of the parts of an example, in their order."""
-    ends = [0, *itertools.chain(*example.learnt), len(example.ids)]
+    ends = [0, *itertools.chain(*example.loss_spans), len(example.ids)]
     for n, (start, end) in enumerate(itertools.pairwise(ends)):
         if end > start:
             yield n % 2 == 1, tokenizer.decode(example.ids[start:end], skip_special=False)
@@ -33,7 +33,7 @@ def show(documents: Iterable[Document], tokenizer: Tokenizer, max_length: int, *
             continue
         for n, example in enumerate(examples, 1):
             which = f", example {n} of {len(examples)}" if len(examples) > 1 else ""
-            learnt = sum(end - start for start, end in example.learnt)
+            learnt = sum(end - start for start, end in example.loss_spans)
             yield f"{place(document)}{which}: {len(example.ids)} tokens, {learnt} of them learnt"
             for is_learnt, text in pieces(example, tokenizer):
                 line = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')

@@ -1,4 +1,4 @@
-"""Streams of records -> rounds, every record kept on the disk as it comes."""
+"""Splits a stream of records into rounds; every record is written to disk as it arrives."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..files import to_json, write_atomically
 from .records import digest, documents_in
 
 
-def fresh(
+def iter_new(
     stream: Iterable[Any], seen: set[str], refused: Path, check: Callable[[Document], object],
     report: ReadReport | None = None, mapping: RecordMap | None = None
 ) -> Iterator[Document]:
-    """The documents of a stream whose text is new; their hashes join `seen`. What cannot be used (`check` raises
-    DataError) is appended to the file `refused`, with the reason."""
+    """Yield the documents whose text is new, adding their hashes to `seen`. Records that cannot be used (`check` raises
+    DataError) are appended to the file `refused`, with the reason."""
     report = report or ReadReport(strict=True)
     for number, record in enumerate(stream, 1):
         try:
@@ -38,9 +38,9 @@ def fresh(
                 yield document
 
 
-def take_round(folder: Path, waiting: Iterator[Document], size: int, seen: set[str]) -> list[Document]:
-    """`size` documents, or what is left of the stream: those that the folder has, then new ones, each written to it as
-    it comes, so that a killed run loses none."""
+def next_round(folder: Path, waiting: Iterator[Document], size: int, seen: set[str]) -> list[Document]:
+    """Return `size` documents, or the rest of the stream: first those in the folder, then new ones. Each is written to
+    the folder as it arrives, so a killed run loses none."""
     whole, partly = folder / "records.jsonl", folder / "incoming.jsonl"
     if whole.is_file():
         return stored(whole, seen)
@@ -58,7 +58,7 @@ def take_round(folder: Path, waiting: Iterator[Document], size: int, seen: set[s
 
 
 def stored(path: Path, seen: set[str]) -> list[Document]:
-    """What `take_round` wrote; the hashes join `seen`. A last line that is not whole is left out."""
+    """Read what `next_round` wrote, adding the hashes to `seen`. A torn last line is left out."""
     documents = []
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         keys = json.loads(line)

@@ -42,14 +42,14 @@ from ..interrupts import handled, kept
 from ..model import describe
 from ..tokenizer import Tokenizer
 from .examples import Example
-from .loop import Tuning
-from .lora import LoRAAdapter, named_experts
+from .loop import TuneTrainer
+from .lora import LoRAAdapter, named_experts, validate_experts
 from .records import RecordSet, digest, each_record, places, read_records
 from .report import TuneReport, paired
 from .settings import DEFAULT_LR, TuneConfig, TuneSettings
 from .show import show
-from .streams import fresh, take_round
-from .workpiece import Workpiece
+from .streams import iter_new, next_round
+from .tuned_model import TunedModel, TunePlan
 
 _FILLER = Document("filler", "", answer_at=None)  # beside a record that is looked at alone
 # settings that older runs lack, and the values that are as theirs
@@ -116,10 +116,7 @@ class MoEFineTuner:
         if config.balance and model_config.topk_method != "noaux_tc":
             raise ConfigError("balance: this model's gates have no bias to balance with (topk_method = "
                               f"{model_config.topk_method!r})")
-        for expert in self.named or ():
-            if expert.layer not in model_config.moe_layers or expert.index >= model_config.n_routed_experts:
-                raise ConfigError(f"expert {expert}: the model has experts 0..{model_config.n_routed_experts - 1} in "
-                                  f"layers {list(model_config.moe_layers)}")
+        validate_experts(self.named or (), model_config)
         if adapter is not None:
             check_targets(model_config, recipe, adapter.side({}).targets)
         positions = model_config.max_position_embeddings
@@ -160,6 +157,11 @@ class MoEFineTuner:
         """experts, lora or full."""
         return "lora" if self.adapter else "experts" if self.config.expert_tune is not None else "full"
 
+    @property
+    def _plan(self) -> TunePlan:
+        return TunePlan(self.folder, self.model_path, self.out, self.mode, self.save, self.config, self.adapter,
+                        self.atlas, self.named)
+
     # ---- the run ----------------------------------------------------------------------------------------------
 
     def fit(self, dataset: Any, epochs: float | None = None, *, steps: int | None = None) -> TuneReport:
@@ -191,12 +193,12 @@ class MoEFineTuner:
             data.train.extend(self._replayed(read_records(self.old, mapping=self.map), data, [data], tokenizer))
         general, general_name = self._general(tokenizer)
         refuse_other_run(self.out, self._known(data, general), whole=False)
-        work = Workpiece.load(self, tokenizer, data)
-        tuning = self._tuning(work, data, general, general_name, self.out, began, extend=True)
-        before = tuning.before()
-        tuning.run()
-        with kept(tuning.kept):
-            return self._conclude(work, [tuning], [data], [before], general_name, began, notes)
+        tuned = TunedModel.load(self._plan, tokenizer, data)
+        trainer = self._trainer(tuned, data, general, general_name, self.out, began, extend=True)
+        before = trainer.before()
+        trainer.run()
+        with kept(trainer.kept):
+            return self._conclude(tuned, [trainer], [data], [before], general_name, began, notes)
 
     def show(self, dataset: Any, count: int = 5) -> None:
         """Print what would be learnt of the first `count` records, decoded; nothing is trained. `-` begins what the
@@ -247,17 +249,17 @@ class MoEFineTuner:
             RecordSet.of([document, _FILLER], tokenizer, max_length=self.max_length, overlong=self.config.overlong,
                          parse_special=self.config.parse_special, reasoning=self.config.reasoning)
 
-        waiting = fresh(stream, seen, refused, check, report, self.map)
-        work: Workpiece | None = None
+        waiting = iter_new(stream, seen, refused, check, report, self.map)
+        tuned: TunedModel | None = None
         sets: list[RecordSet] = []
-        tunings: list[Tuning] = []
+        trainers: list[TuneTrainer] = []
         arrived: list[dict[str, Any]] = []
         losses: list[list[float]] = []
         found: list[HeldOut] = []  # after the last round, of the records of each
         while rounds is None or len(sets) < rounds:
             folder = self.out / f"round-{len(sets) + 1:04d}"
             round_began = time.perf_counter() if sets else began
-            documents = take_round(folder, waiting, records_a_round, seen)
+            documents = next_round(folder, waiting, records_a_round, seen)
             if len(documents) < 4:
                 if documents:
                     print(f"{len(documents)} records are too few for a round; they wait in {folder}")
@@ -265,24 +267,24 @@ class MoEFineTuner:
             data = self._record_set(documents, tokenizer)
             sets.append(data)
             data.train.extend(self._replayed(old, data, sets, tokenizer))
-            if work is None:
+            if tuned is None:
                 refuse_other_run(folder, self._known(data, general), whole=False, extend=False)
-                work = Workpiece.load(self, tokenizer, data)
-            tuning = self._tuning(work, data, general, general_name, folder, round_began, extend=False)
-            tunings.append(tuning)
-            arrived.append(tuning.before())  # of the model as it is when the round arrives
-            tuning.run()
+                tuned = TunedModel.load(self._plan, tokenizer, data)
+            trainer = self._trainer(tuned, data, general, general_name, folder, round_began, extend=False)
+            trainers.append(trainer)
+            arrived.append(trainer.before())  # of the model as it is when the round arrives
+            trainer.run()
             old += documents
-            found = [held_out_loss(work.model, each, tuning.config) for each in sets]
+            found = [held_out_loss(tuned.model, each, trainer.config) for each in sets]
             losses.append([each.mean or 0.0 for each in found])
-            work.save_so_far(self)
+            tuned.save_so_far()
         if refused.is_file():
             print(f"{len(refused.read_text(encoding='utf-8').splitlines())} records could not be used: {refused}")
-        if work is None:
+        if tuned is None:
             raise DataError("stream: ended before a round was full")
         notes = _notes(report, sets)
         print(*notes, sep="\n", end="\n" if notes else "")
-        return self._conclude(work, tunings, sets, arrived, general_name, began, notes, losses, found)
+        return self._conclude(tuned, trainers, sets, arrived, general_name, began, notes, losses, found)
 
     def _says_lr(self) -> str:
         what = {"experts": "where experts are tuned", "lora": "of LoRA adapters", "full": "where all is trained"}
@@ -318,16 +320,16 @@ class MoEFineTuner:
         return {"train": asdict(self._train_config(data)), "model": self.model_config.to_dict(),
                 "data": {"fingerprint": data.fingerprint}, **settings}
 
-    def _tuning(self, work: Workpiece, data: RecordSet, general: RecordSet, general_name: str, out: Path, began: float,
-                *, extend: bool) -> Tuning:
-        settings = self._settings(data, general) | {"base": {"base": work.fingerprint}}
-        settings["chosen"]["experts"] = [str(expert) for expert in work.experts]
-        tuning = Tuning(work, data, general, self._train_config(data), out, settings=settings, began=began,
-                        extend=extend, general_name=general_name,
-                        general_batches=-(-self.config.general_records // self.config.batch_size))
+    def _trainer(self, tuned: TunedModel, data: RecordSet, general: RecordSet, general_name: str, out: Path,
+                 began: float, *, extend: bool) -> TuneTrainer:
+        settings = self._settings(data, general) | {"base": {"base": tuned.fingerprint}}
+        settings["chosen"]["experts"] = [str(expert) for expert in tuned.experts]
+        trainer = TuneTrainer(tuned, data, general, self._train_config(data), out, settings=settings, began=began,
+                              extend=extend, general_name=general_name,
+                              general_batches=-(-self.config.general_records // self.config.batch_size))
         # what names built in by training rest on: no group gains against another
-        tuning.within_groups = self.atlas is not None and any(g.kind == "built-in" for g in self.atlas.groups)
-        return tuning
+        trainer.within_groups = self.atlas is not None and any(g.kind == "built-in" for g in self.atlas.groups)
+        return trainer
 
     def _replayed(
         self, old: Sequence[Document], data: RecordSet, sets: Sequence[RecordSet], tokenizer: Tokenizer
@@ -393,40 +395,40 @@ class MoEFineTuner:
             seed=config.seed)
 
     def _conclude(
-        self, work: Workpiece, tunings: Sequence[Tuning], sets: Sequence[RecordSet],
+        self, tuned: TunedModel, trainers: Sequence[TuneTrainer], sets: Sequence[RecordSet],
         arrived: Sequence[Mapping[str, Any]], general_name: str, began: float, notes: Sequence[str] = (),
         rounds: Sequence[Sequence[float]] = (), found: Sequence[HeldOut] = (),
     ) -> TuneReport:
         """arrived: the evaluations before every round; found: of every round's records, after the last one."""
-        tuning = tunings[-1]
-        after = tuning.last or tuning.evaluate()
-        assert tuning.found is not None
-        found = found or [tuning.found]
+        trainer = trainers[-1]
+        after = trainer.last or trainer.evaluate()
+        assert trainer.found is not None
+        found = found or [trainer.found]
         weights = [data.held_out_tokens for data in sets]
-        error, documents = _error(tuning, sets, arrived, found)
-        parameters = trained(work.model)
+        error, documents = _error(trainer, sets, arrived, found)
+        parameters = trained(tuned.model)
         count = sum(p.numel() for p in parameters.values())
-        moments = sum(t.nbytes for state in tuning.optimizer.state.values() for k, t in state.items() if k != "step")
-        result = work.finish(self)
-        frozen = {name for name in work.hashes if name not in work.trainable}
-        unchanged = sum(work.hashes[name] == work.hashes_after[name] for name in frozen)
+        moments = sum(t.nbytes for state in trainer.optimizer.state.values() for k, t in state.items() if k != "step")
+        result = tuned.finish()
+        frozen = {name for name in tuned.hashes if name not in tuned.trainable}
+        unchanged = sum(tuned.hashes[name] == tuned.hashes_after[name] for name in frozen)
         report = TuneReport(
             mode=self.mode, steps=sum(self._train_config(data).steps for data in sets),
-            examples=sum(len(data.train) for data in sets), learnt_tokens=sum(data.learnt_tokens for data in sets),
+            examples=sum(len(data.train) for data in sets), loss_tokens=sum(data.loss_tokens for data in sets),
             domain_before=_mean([each["eval_loss"] for each in arrived], weights),
             domain_after=_mean([each.mean or 0.0 for each in found], weights),
             general_before=arrived[0]["general_loss"], general_after=after["general_loss"], general_text=general_name,
-            trained_parameters=count, all_parameters=work.parameters, optimizer_bytes=moments,
+            trained_parameters=count, all_parameters=tuned.parameters, optimizer_bytes=moments,
             frozen_tensors=len(frozen), frozen_unchanged=unchanged,
-            changed_tensors=sum(work.hashes[n] != work.hashes_after[n] for n in work.hashes),
-            experts={} if self.mode == "full" else {str(k): v for k, v in work.experts.by_layer().items()},
-            seconds=time.perf_counter() - began + sum(each.seconds_before for each in tunings),
+            changed_tensors=sum(tuned.hashes[n] != tuned.hashes_after[n] for n in tuned.hashes),
+            experts={} if self.mode == "full" else {str(k): v for k, v in tuned.experts.by_layer().items()},
+            seconds=time.perf_counter() - began + sum(each.seconds_before for each in trainers),
             result=str(result), result_bytes=sum(f.stat().st_size for f in result.rglob("*") if f.is_file()),
-            rounds=rounds, notes=notes, lr=tuning.config.lr, standard_error=error, held_out=documents)
-        write_json(self.out / "report.json", asdict(report) | {
+            rounds=rounds, notes=notes, lr=trainer.config.lr, standard_error=error, held_out=documents)
+        write_json(self.out / "report.json", asdict(report) | {"learnt_tokens": report.loss_tokens} | {
             key: getattr(report, key) for key in ("gained", "verdict", "forgotten", "backward_transfer", "forgetting")})
         if unchanged != len(frozen):
-            moved = sorted(n for n in frozen if work.hashes[n] != work.hashes_after[n])
+            moved = sorted(n for n in frozen if tuned.hashes[n] != tuned.hashes_after[n])
             raise AssertionError(f"{len(moved)} frozen tensors changed, first {moved[0]}")
         print(report.table())
         return report
@@ -451,14 +453,14 @@ def _notes(report: ReadReport, sets: Sequence[RecordSet]) -> list[str]:
             *(f"{count:,} {note}" for note, count in notes.items())]
 
 
-def _error(tuning: Tuning, sets: Sequence[RecordSet], arrived: Sequence[Mapping[str, Any]],
+def _error(trainer: TuneTrainer, sets: Sequence[RecordSet], arrived: Sequence[Mapping[str, Any]],
            found: Sequence[HeldOut]) -> tuple[float | None, int]:
     """(standard error of the gain, held-out documents that it rests on); (None, 2) where an old run does not tell."""
     if not all("sums" in each for each in arrived):
         return None, 2
     first, rows = 0, []
     for data in sets:  # the documents of one round after those of another
-        chosen = data.evaluated(tuning.config.batch_size, tuning.config.eval_batches)
+        chosen = data.evaluated(trainer.config.batch_size, trainer.config.eval_batches)
         rows.append(first + data.document_V[chosen])
         first += int(data.document_V.max(initial=0)) + 1
     before = HeldOut(*(np.concatenate([each[key] for each in arrived]) for key in ("sums", "counts")))

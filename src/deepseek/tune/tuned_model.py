@@ -1,15 +1,15 @@
-"""The model between base and result: which parts of it are trained, and the hashes of what it was."""
+"""A model under tuning: which parts of it are trained, and the hashes of its base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..atlas import ExpertUsage, select_experts
+from ..atlas import Atlas, ExpertUsage, select_experts
 from ..atlas.profile import gate_scale
 from ..atlas.selection import THRESHOLDS
 from ..checkpoint import (
@@ -32,22 +32,36 @@ from ..model.adapter import Side, TunedExperts, fold
 from ..progress import ProgressBar
 from ..quant.linear import is_quantized
 from ..tokenizer import Tokenizer
-from .lora import LoRAAdapter
+from .lora import LoRAAdapter, validate_experts
 from .records import RecordSet
 from .settings import TuneConfig
 
-if TYPE_CHECKING:
-    from .tuner import MoEFineTuner
+
+@dataclass(frozen=True)
+class TunePlan:
+    """What a run trains and where its result goes. folder: of the base, which the user called model_path; mode:
+    experts, lora or full; named: the experts of expert_tune or expert_freeze, None for "auto" and where none are given;
+    save: auto, delta or full."""
+
+    folder: Path
+    model_path: str
+    out: Path
+    mode: str
+    save: str
+    config: TuneConfig
+    adapter: LoRAAdapter | None
+    atlas: Atlas | None
+    named: ExpertSet | None
 
 
-class Workpiece:
-    """The model between its base and its result: what is trained in it, and the hashes of what it was."""
+class TunedModel:
+    """The base with its trained parts, and the hashes of what it was."""
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, hashes: dict[str, str], dtype: torch.dtype,
-                 experts: ExpertSet, side: Side | None, trainable: set[str]) -> None:
+    def __init__(self, plan: TunePlan, model: CausalLM, tokenizer: Tokenizer, hashes: dict[str, str],
+                 dtype: torch.dtype, experts: ExpertSet, side: Side | None, trainable: set[str]) -> None:
         """hashes: of every tensor of the base; dtype: that of the base's weights; experts: tuned or frozen ones;
         trainable: names on disk of the tensors that training may change."""
-        self.model, self.tokenizer, self.hashes, self.dtype = model, tokenizer, hashes, dtype
+        self.plan, self.model, self.tokenizer, self.hashes, self.dtype = plan, model, tokenizer, hashes, dtype
         self.experts, self.side, self.trainable = experts, side, trainable
         self.fingerprint = fingerprint(hashes, model.config)
         with torch.device("meta"):
@@ -55,23 +69,23 @@ class Workpiece:
         self.hashes_after: dict[str, str] = {}
 
     @classmethod
-    def load(cls, job: MoEFineTuner, tokenizer: Tokenizer, data: RecordSet) -> Workpiece:
-        """Read the base, hash it, decide on the experts and part the model into trained and frozen."""
-        config = job.config
-        model = load_model(job.folder, device=config.device)
+    def load(cls, plan: TunePlan, tokenizer: Tokenizer, data: RecordSet) -> TunedModel:
+        """Read the base, hash it, select the experts and split the model into trained and frozen parts."""
+        config = plan.config
+        model = load_model(plan.folder, device=config.device)
         dtype = model.lm_head.weight.dtype if not is_quantized(model) else torch.float32
         hashes = _hashed(model, "hash the base")
         torch.manual_seed(config.seed)
-        if job.adapter is not None:
-            side = job.adapter.attach(model, job.atlas)
-            return cls(model, tokenizer, hashes, dtype, job.named or ExpertSet(), side, set())
+        if plan.adapter is not None:
+            side = plan.adapter.attach(model, plan.atlas)
+            return cls(plan, model, tokenizer, hashes, dtype, plan.named or ExpertSet(), side, set())
         model.requires_grad_(False)
-        experts = job.named
+        experts = plan.named
         if config.expert_tune == "auto":
-            experts = _auto(model, data, config, job.out, fingerprint(hashes, model.config))
+            experts = _auto(model, data, config, plan.out, fingerprint(hashes, model.config))
         if experts is not None:
-            _check_there(experts, model)
-        if job.mode == "full":
+            validate_experts(experts, model.config)
+        if plan.mode == "full":
             frozen = (experts or ExpertSet()).by_layer()
             for layer, block in model.moe_blocks().items():
                 chosen = [e for e in range(model.config.n_routed_experts) if e not in frozen.get(layer, ())]
@@ -93,11 +107,11 @@ class Workpiece:
         model.model.mtp.requires_grad_(False)
         for parameter in trained(model).values():  # FP32 whatever the base: see TunedExperts
             parameter.data = parameter.data.float()
-        work = cls(model, tokenizer, hashes, dtype, experts or ExpertSet(), None, set())
-        work.trainable = work._trainable_names(config.balance)
+        tuned = cls(plan, model, tokenizer, hashes, dtype, experts or ExpertSet(), None, set())
+        tuned.trainable = tuned._trainable_names(config.balance)
         if not trained(model):
             raise ConfigError("nothing is left to train: every expert is frozen")
-        return work
+        return tuned
 
     def _trainable_names(self, balance: bool) -> set[str]:
         """Names on disk of what has a gradient, and of the gate biases where they balance."""
@@ -111,12 +125,12 @@ class Workpiece:
             out |= {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in self.model.config.moe_layers}
         return out
 
-    def save_so_far(self, job: MoEFineTuner) -> None:
+    def save_so_far(self) -> None:
         """The result as it stands, without putting the model together: between the rounds of a stream."""
         if self.side is not None:
-            save_adapter(job.out / "adapter", self.model, self.side, job.model_path, self.fingerprint)
-        elif job.mode == "experts":
-            self._save_delta(job, dict(self._trained_on_disk()))
+            save_adapter(self.plan.out / "adapter", self.model, self.side, self.plan.model_path, self.fingerprint)
+        elif self.plan.mode == "experts":
+            self._save_delta(dict(self._trained_on_disk()))
 
     def _trained_on_disk(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in trained(self.model).items():
@@ -130,32 +144,30 @@ class Workpiece:
                     yield disk_name, tensor[owner.chosen.index(part[0])][part[1]]
         yield from ((name, buffer) for name, buffer in self.model.named_buffers() if name in self.trainable)
 
-    def _save_delta(self, job: MoEFineTuner, tensors: dict[str, Tensor]) -> Path:
-        return save_delta(job.out / "delta", tensors, self.fingerprint, {
-            "base_name": job.model_path, "mode": job.mode,
+    def _save_delta(self, tensors: dict[str, Tensor]) -> Path:
+        return save_delta(self.plan.out / "delta", tensors, self.fingerprint, {
+            "base_name": self.plan.model_path, "mode": self.plan.mode,
             "experts": {str(k): v for k, v in self.experts.by_layer().items()}})
 
-    def finish(self, job: MoEFineTuner) -> Path:
+    def finish(self) -> Path:
         """Put the model together again, hash it, and write the result."""
         model, base = self.model.eval(), self.fingerprint
         if self.side is not None:
             self.hashes_after = _hashed(model, "hash the result")
-            if job.save != "full":
-                return save_adapter(job.out / "adapter", model, self.side, job.model_path, base)
+            if self.plan.save != "full":
+                return save_adapter(self.plan.out / "adapter", model, self.side, self.plan.model_path, base)
             LoRAAdapter.merge(model)
-            return save_model(model, job.out / "model", tokenizer=self.tokenizer, add=self._add_atlas(job))
+            return save_model(model, self.plan.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
         fold(model)
         to_dtype(model, self.dtype)
         self.hashes_after = _hashed(model, "hash the result")
-        if job.save == "delta" or (job.save == "auto" and job.mode == "experts"):
-            return self._save_delta(job, {n: t for n, t in base_tensors(model).items() if n in self.trainable})
-        return save_model(model, job.out / "model", tokenizer=self.tokenizer, add=self._add_atlas(job))
+        if self.plan.save == "delta" or (self.plan.save == "auto" and self.plan.mode == "experts"):
+            return self._save_delta({n: t for n, t in base_tensors(model).items() if n in self.trainable})
+        return save_model(model, self.plan.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
 
-    def _add_atlas(self, job: MoEFineTuner) -> Callable[[Path], None]:
-        def add(folder: Path) -> None:
-            if job.atlas is not None:
-                job.atlas.save(folder)
-        return add
+    def _add_atlas(self, folder: Path) -> None:
+        if self.plan.atlas is not None:
+            self.plan.atlas.save(folder)
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------
@@ -175,14 +187,6 @@ def _rest(model: CausalLM, wanted: bool) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." not in name and ".shared_experts." not in name and not name.endswith("mlp.gate.weight"):
             parameter.requires_grad_(wanted)
-
-
-def _check_there(experts: ExpertSet, model: CausalLM) -> None:
-    config = model.config
-    for expert in experts:
-        if expert.layer not in config.moe_layers or not 0 <= expert.index < config.n_routed_experts:
-            raise ConfigError(f"expert {expert}: the model has experts 0..{config.n_routed_experts - 1} in layers "
-                              f"{list(config.moe_layers)}")
 
 
 @torch.no_grad()
