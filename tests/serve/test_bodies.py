@@ -202,7 +202,7 @@ def test_turns_come_one_after_another() -> None:
 
 def test_an_answer_that_does_not_end_does_not_keep_the_server(tiny_llm: Callable[..., LLM],
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "LAST", 0.1)
+    monkeypatch.setattr(service, "SHUTDOWN_GRACE", 0.1)
     llm = tiny_llm()
     server = service.Server(llm, ServeOptions("tiny"))
     server.open = 1

@@ -173,7 +173,7 @@ def test_who_watches_cannot_harm(watched: Watched, monkeypatch: pytest.MonkeyPat
     told = []
     with monkeypatch.context() as patch:
         patch.setattr(monitor.alerts, "sinks", [broken, lambda *what: told.append(what)])
-        monitor.alerts._tell("an alert", True)
+        monitor.alerts._notify("an alert", True)
     assert told == [("an alert", True)] and "could not be passed on" in caplog.text
 
 

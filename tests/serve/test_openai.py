@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -206,3 +208,12 @@ def test_errors_are_openais(client: openai.OpenAI, changes: dict[str, Any], stat
 def test_a_wrong_key(running: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{running.url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+def test_the_manual_names_files_that_exist() -> None:
+    """The walk of a request, in numbered steps."""
+    root = Path(__file__).parents[2]
+    walk = (root / "docs" / "serving.md").read_text(encoding="utf-8").partition("step by step")[2]
+    named = re.findall(r"`((?:\w+/)?\w+\.py)`", walk)
+    assert len(named) > 15 and [name for name in named if not (root / "src" / "deepseek" / name).is_file()] == []
+    assert [int(n) for n in re.findall(r"^(\d+)\.", walk, re.MULTILINE)] == list(range(1, 16))

@@ -33,9 +33,9 @@ from .protocol import Common, DeepseekOptions, EmbeddingRequest, ResponsesReques
 
 T = TypeVar("T")
 POLL_SECONDS = 0.25  # seconds between two checks that the client is still connected
-AHEAD = 16  # tokens that a request may be ahead of its reader
-TOGETHER = 8  # prompts of one request for embeddings that run side by side
-LAST = 5.0  # seconds in which answers that were told to end must do so
+MAX_AHEAD = 16  # tokens that a request may be ahead of its reader
+EMBED_BATCH = 8  # prompts of one request for embeddings that run side by side
+SHUTDOWN_GRACE = 5.0  # seconds in which answers that were told to end must do so
 DONE = b"data: [DONE]\n\n"
 
 
@@ -124,18 +124,18 @@ class Server:
         try:
             return await asyncio.wait_for(future, max(left, 0.001))
         except TimeoutError:
-            raise self._late() from None
+            raise self._timeout_error() from None
 
-    def _late(self) -> ServeError:
+    def _timeout_error(self) -> ServeError:
         return ServeError(504, f"the answer took longer than {self.options.timeout:g} seconds", kind="server_error",
                           code="timeout")
 
     async def embed(self, http: Request, prompts: Sequence[str | list[int]], adapter: str | None
                     ) -> tuple[list[Tensor], int]:
-        """As LLM.embed, TOGETHER prompts at a time, so that those of others come in between. Leaving ends it."""
+        """As LLM.embed, EMBED_BATCH prompts at a time, so that those of others come in between. Leaving ends it."""
         vectors, tokens = [], 0
-        for first in range(0, len(prompts), TOGETHER):
-            some = prompts[first : first + TOGETHER]
+        for first in range(0, len(prompts), EMBED_BATCH):
+            some = prompts[first : first + EMBED_BATCH]
             requests = await self.prepare(http, self._pooling_requests, some, adapter)
             async for _ in self.run(http, requests):
                 pass
@@ -181,7 +181,7 @@ class Server:
             clock = loop.call_later(POLL_SECONDS, poll)
 
         for request in requests:
-            request.on_token = functools.partial(self._tell, loop, moved, known)
+            request.on_token = functools.partial(self._notify, loop, moved, known)
         late = False
         deadline = http.state.arrived + self.options.timeout
         left = {request.request_id for request in requests}
@@ -191,7 +191,7 @@ class Server:
             await asyncio.to_thread(self.llm.submit, *requests)
             while left:
                 if late := time.monotonic() >= deadline:
-                    raise self._late()
+                    raise self._timeout_error()
                 if self.ending:
                     raise ServeError(503, "the server is shutting down", kind="server_error", code="shutting_down")
                 one = await moved.get()
@@ -210,13 +210,13 @@ class Server:
             if clock is not None:
                 clock.cancel()
             # begun at once: where the client has left, every await is cancelled, again and again
-            await asyncio.shield(loop.run_in_executor(None, self._leave, requests, late))
+            await asyncio.shield(loop.run_in_executor(None, self._finish, requests, late))
 
-    def _tell(self, loop: asyncio.AbstractEventLoop, moved: asyncio.Queue[Generation | None], known: Mapping[int, int],
+    def _notify(self, loop: asyncio.AbstractEventLoop, moved: asyncio.Queue[Generation | None], known: Mapping[int, int],
               one: Generation) -> None:
         """The engine says that a request has moved. The event loop is woken once for all of a step. Nothing is made
         for a client that does not read."""
-        one.paused = len(one.token_ids) - known[one.request_id] > AHEAD  # until this is read
+        one.paused = len(one.token_ids) - known[one.request_id] > MAX_AHEAD  # until this is read
         self._moved.append((moved, one))
         if len(self._moved) == 1:
             loop.call_soon_threadsafe(self._deliver)
@@ -227,7 +227,7 @@ class Server:
             moved.put_nowait(one)
             self._moved.popleft()
 
-    def _leave(self, requests: Sequence[Generation], late: bool) -> None:
+    def _finish(self, requests: Sequence[Generation], late: bool) -> None:
         for request in requests:
             whole = request.finish_reason is not None
             self.llm.engine.abort(request)
@@ -245,7 +245,7 @@ class Server:
     async def shutdown(self, seconds: float = 30.0) -> None:
         if not self.ending:  # else it has drained already
             await self.drain(seconds)
-        until = time.monotonic() + LAST
+        until = time.monotonic() + SHUTDOWN_GRACE
         while self.open and time.monotonic() < until:  # they check every POLL_SECONDS
             await asyncio.sleep(0.05)
         for pool in (self.large, self.preparing):
