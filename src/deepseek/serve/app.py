@@ -1,4 +1,4 @@
-"""The routes, and how errors are told. What a route does is in the module of its name."""
+"""The routes, and the form of errors. What a route does is in the module of its name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        for workers in (templates.WORKERS, grammars.WORKERS):  # the first request should not wait for them
+        for workers in (templates.WORKERS, grammars.WORKERS):  # so that the first request does not wait for them
             await asyncio.to_thread(workers.start)
         await asyncio.to_thread(llm.load)
         yield
@@ -203,7 +203,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:
-    """As vLLM lists them: an adapter has a parent."""
+    """An entry of /v1/models in vLLM's form: an adapter has a parent."""
     atlas, parent = server.llm.engine.atlas, None if server.adapter_of(name) is None else server.options.name
     return {"id": name, "object": "model", "created": server.began, "owned_by": "moe-dr", "parent": parent,
             "max_model_len": server.llm.max_length, "deepseek": {"experts": [] if atlas is None else list(atlas)}}

@@ -1,7 +1,7 @@
-"""Request bodies: counted before they are parsed; large ones are parsed and checked beside the event loop.
+"""Reads and checks request bodies: their size in JSON values is bounded before they are parsed.
 
-Both hold the interpreter's lock, so that the engine's steps and everybody's streams wait: 4 MB of empty objects take a
-second. What is refused here for its size takes some milliseconds.
+Parsing holds the interpreter's lock, so the engine and all streams wait for it: 4 MB of empty objects take a second.
+Refusing them here takes some milliseconds. Large bodies are parsed in a thread.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .protocol import Body, complaint
 B = TypeVar("B", bound=Body)
 LIMITS = (("objects, lists and members", b"{[:", 1 << 16), ("items", b",", 1 << 19))  # what, its marks, at most
 PIECE = 32 << 10  # bytes that are counted at a time
-SMALL = 16 << 10  # bytes that are soon parsed, and do not wait behind large bodies
+SMALL = 16 << 10  # bytes that are parsed quickly, on the event loop
 
 
 async def read(http: Request) -> bytes:
-    """The body. Raises ServeError where there is none, or of another type: what a page of any origin may send without
-    being asked (text/plain, forms) is not taken."""
+    """The bytes of a body. Raises ServeError for an empty one and for other types than JSON: a web page of any origin
+    may send text/plain and forms without a preflight request."""
     try:
         raw = await http.body()
     except ClientDisconnect:
@@ -44,7 +44,7 @@ async def read(http: Request) -> bytes:
 
 
 def parse(raw: bytes, form: type[B]) -> B:
-    """A body as what it must be. Raises ServeError, naming the first thing that is wrong."""
+    """A body as a checked request. Raises ServeError naming the first thing that is wrong."""
     for what, marks, most in LIMITS:
         if len(raw) > most and _count(raw, marks) > most:
             raise ServeError(400, f"the body has more than {most:,} {what}: must have that many at most")
@@ -66,7 +66,7 @@ def _no_json(word: str) -> NoReturn:
 
 
 def _count(raw: bytes, marks: bytes) -> int:
-    """How many of its bytes are marks, outside of strings. In pieces, so that other threads go on."""
+    """Count the marks outside of strings, in pieces so that other threads can run."""
     text = np.frombuffer(raw.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in raw else raw, np.uint8)
     wanted = np.zeros(256, bool)
     wanted[list(marks)] = True
@@ -86,14 +86,14 @@ _REFERENCE = "#/components/schemas/{model}"
 
 
 def takes(form: type[BaseModel]) -> dict[str, Any]:
-    """What a route says of its body."""
+    """The OpenAPI entry of a route with this body."""
     _forms.add(form)
     schema = {"$ref": _REFERENCE.format(model=form.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def describe(app: FastAPI) -> None:
-    """Has the app's OpenAPI document define the bodies of its routes."""
+    """Add the bodies of the routes to the app's OpenAPI document."""
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)

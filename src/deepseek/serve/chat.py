@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: messages -> prompt ids and SamplingParams -> the engine -> messages, or deltas."""
+"""POST /v1/chat/completions: messages -> prompt ids and sampling parameters -> engine -> messages or deltas."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .service import Server, event, floored, usage
 
 
 def chat_prompt(llm: LLM, body: ChatRequest | TokenizeRequest) -> list[int]:
-    """The ids of a conversation, in the form that the template expects (conversation.py).
+    """The prompt ids of a conversation.
 
-    Raises RequestError for messages that the template refuses, and, before they are rendered, for those too long.
+    Raises RequestError for messages that the template refuses, and for too long ones before they are rendered.
     """
     tokenizer = llm.tokenizer
     if tokenizer is None:
@@ -51,7 +51,7 @@ def joined(content: str | Sequence[ContentPart] | None) -> str:
 
 
 class Chat:
-    """One /v1/chat/completions."""
+    """One request to /v1/chat/completions."""
 
     def __init__(self, server: Server, http: Request, body: ChatRequest, adapter: str | None,
                  name: str | None = None) -> None:
@@ -86,7 +86,7 @@ class Chat:
         self.place = {request.request_id: i for i, request in enumerate(self.requests)}
 
     def advance(self, request: Generation) -> dict[str, Any]:
-        """What is new of a choice, as a delta."""
+        """The delta of a choice since the last call."""
         i = self.place[request.request_id]
         ended, text = request.finish_reason is not None, request.text
         delta = self.parsers[i].push(text[self.sent[i] :])
@@ -100,7 +100,7 @@ class Chat:
         return "tool_calls" if self.parsers[i].answer.calls else str(self.requests[i].finish_reason)
 
     def record_outcome(self) -> None:
-        """Count what can be told of the answers now that they are whole."""
+        """Count tool calls and schema answers, now that the answers are complete."""
         counters = self.server.watch.counters
         for request, parser in zip(self.requests, self.parsers, strict=True):
             if request.finish_reason not in ("stop", "length"):
@@ -124,7 +124,7 @@ class Chat:
                             for p in self.requests[i].logprobs[start:]], "refusal": None}
 
     def prompt_logprobs(self) -> dict[str, Any]:
-        """Where vLLM puts them."""
+        """The key of an answer where vLLM puts them; empty if not asked for."""
         if self.body.sampling.get("prompt_logprobs") is None:
             return {}
         return {"prompt_logprobs": self.server.prompt_logprobs(self.requests[0])}

@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts or token ids -> the engine -> texts."""
+"""POST /v1/completions: texts or token ids -> engine -> texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .service import Server, event, floored, usage
 
 
 class Completion:
-    """One /v1/completions, of one prompt or several."""
+    """One request to /v1/completions, with one prompt or several."""
 
     def __init__(self, server: Server, http: Request, body: CompletionRequest, adapter: str | None) -> None:
         self.server, self.body = server, body
@@ -45,8 +45,7 @@ class Completion:
         self.place = {request.request_id: i for i, request in enumerate(self.requests)}
 
     def _echo(self, prompt: str | list[int], ids: Sequence[int], skip_special: bool) -> tuple[str, list[int]]:
-        """The prompt as text, and where in it the text of each token begins; a begin token that we put there has none.
-        """
+        """(the prompt as text, where the text of each token begins in it). A begin token that we added has no text."""
         tokenizer, text = self.server.tokenizer, ""
         pieces = tokenizer.stream(skip_special=skip_special and not isinstance(prompt, str))
         ours = isinstance(prompt, str) and ids[0] == self.server.llm.bos_id and not (
@@ -58,7 +57,7 @@ class Completion:
         return prompt if isinstance(prompt, str) else text + pieces.flush(), offsets
 
     def name(self, token: int) -> str:
-        """A token as text; one that is no whole character as OpenAI writes it, `bytes:\\xf0\\x9f`."""
+        """A token as text; part of a character in OpenAI's notation, `bytes:\\xf0\\x9f`."""
         tokenizer = self.server.llm.tokenizer
         if tokenizer is None:
             return str(token)
@@ -68,7 +67,7 @@ class Completion:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes(token))
 
     def logprobs(self, i: int, start: int = 0) -> dict[str, Any] | None:
-        """Of the tokens from `start` on; from the first on, of those of an echoed prompt before them."""
+        """Log-probabilities of the tokens from `start` on; start = 0 includes those of an echoed prompt."""
         if self.body.logprobs is None:
             return None
         text, offsets = self.echoes[i]

@@ -1,7 +1,7 @@
-"""Connections and the end of the process: uvicorn's, with the limits that it lacks.
+"""Connections with limits that uvicorn lacks, and the process's shutdown.
 
-A request must arrive within a time, a client must read within a time, and there may be so many connections; beyond, the
-one that has been silent the longest makes room. At a signal the port stays open while open streams end.
+Requests must arrive and clients must read within a time. The number of connections is bounded: the one that has been
+silent the longest is closed for a new one. After a signal the port stays open while open streams end.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from ..errors import ConfigError
 from ..files import to_json
 
 IDLE = 30  # seconds that a connection stays open for another request: longer than clients keep it, else both race
-LINGER = 1.0  # seconds that a refused client has to read why
-UNSENT = 16 << 10  # bytes that wait for a client, here and in the kernel each, before its stream is made no further
+LINGER = 1.0  # seconds that a refused client has to read the error
+UNSENT = 16 << 10  # bytes that wait for a client, here and in the kernel each, before its stream is paused
 TURN = 0.001  # seconds from one read of a large body to the next, of whichever connection
 SPARE = 128  # file descriptors beside the connections: weights, logs, refused clients
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """connections: at most. receive: seconds in which a request must be there, header and body. read: seconds in which
-    a client must take what waits for it. shutdown: seconds that open answers have after a signal."""
+    """Limits of connections.
+
+    connections: at most so many. receive: seconds for a request to arrive, header and body. read: seconds for a client
+    to take the data that waits for it. shutdown: seconds for open answers after a signal.
+    """
 
     connections: int = 1000
     receive: float = 60.0
@@ -50,7 +53,7 @@ class ConnectionLimits:
 
 
 class Turns:
-    """Lets things happen one after another, TURN seconds apart."""
+    """Runs callbacks one at a time, TURN seconds apart."""
 
     def __init__(self) -> None:
         self._waiting = deque[Callable[[], None]]()
@@ -71,8 +74,7 @@ class Turns:
 
 
 class Flow(FlowControl):
-    """Reading that was paused (256 KB wait for whoever reads the body) goes on in its turn: else forty uploads at once
-    keep the event loop from everybody's streams."""
+    """Flow control that resumes reading in turns: forty uploads at once would keep the event loop from all streams."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, turns: Turns) -> None:
         super().__init__(transport)
@@ -84,7 +86,7 @@ class Flow(FlowControl):
 
 
 class Connection(H11Protocol):
-    """One client's connection."""
+    """A client's connection."""
 
     def __init__(self, *args: Any, limits: ConnectionLimits, turns: Turns, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -92,7 +94,7 @@ class Connection(H11Protocol):
         self.refused = False
         self._receiving: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
-        self._since = self.loop.time()  # when it last had a whole request
+        self._since = self.loop.time()  # when it last had a complete request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -110,7 +112,7 @@ class Connection(H11Protocol):
         self._update_timer()
 
     def _make_room(self) -> bool:
-        """Ends the connection that has sent no whole request for the longest."""
+        """Close the connection that has sent no complete request for the longest time. False if there is none."""
         idle = [other for other in self.connections
                 if isinstance(other, Connection) and other is not self and not other.refused and other.silent]
         if not idle:
@@ -122,7 +124,7 @@ class Connection(H11Protocol):
 
     @property
     def silent(self) -> bool:
-        """Whether no whole request is being answered."""
+        """Whether no complete request is being answered."""
         return self.transport.is_closing() or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
     def data_received(self, data: bytes) -> None:
@@ -136,7 +138,7 @@ class Connection(H11Protocol):
         self._update_timer()
 
     def _update_timer(self) -> None:
-        """Starts the clock of a request that is not whole, and stops that of one that is."""
+        """Start the timer of an incomplete request; stop that of a complete one."""
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._since = self.loop.time()
             if self._receiving is not None:
@@ -149,12 +151,12 @@ class Connection(H11Protocol):
         self._end(408, "request_timeout", f"the request was not complete after {self.limits.receive:g} seconds")
 
     def leave(self) -> None:
-        """The server ends: half a request is not waited for."""
+        """End a connection with an incomplete request, at shutdown."""
         if self.conn.their_state is h11.SEND_BODY and not self.refused:
             self._end(503, "shutting_down", "the server is shutting down")
 
     def _end(self, status: int, code: str, message: str) -> None:
-        """Says why, where no answer has begun, and closes."""
+        """Send an error, unless an answer has begun, and close."""
         if self.refused or self.transport.is_closing():
             self.transport.abort()
             return
@@ -202,7 +204,7 @@ class Connection(H11Protocol):
 
 
 class Process(uvicorn.Server):
-    """drain: closes the service; returns when its answers have ended, after so many seconds at the latest."""
+    """uvicorn's server. drain(seconds): refuses new requests and waits, that long at most, for open answers."""
 
     def __init__(self, app: Any, limits: ConnectionLimits, drain: Callable[[float], Awaitable[None]]) -> None:
         # the answers that drain() has ended get a moment to say so
@@ -212,7 +214,7 @@ class Process(uvicorn.Server):
         self.limits, self.drain = limits, drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets open answers end, a second one ends the process at once."""
+        """Let open answers end at the first signal; end the process at the second."""
         if self.should_exit:
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
@@ -227,7 +229,7 @@ class Process(uvicorn.Server):
 
 
 def allow_files(connections: int) -> None:
-    """Raise the process's limit of open files to what so many connections need. Raises ConfigError if it cannot be."""
+    """Raise the limit of open files for so many connections. Raises ConfigError where the system does not allow it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = connections + 2 * SPARE
     if hard != resource.RLIM_INFINITY and need > hard:

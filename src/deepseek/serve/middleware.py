@@ -1,4 +1,4 @@
-"""What stands before the routes: errors in OpenAI's shape, keys, body limits, request ids, the log."""
+"""ASGI middleware: API keys, Host headers, body limits, request ids, the log, and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("deepseek.serve")
 
 
 class ServeError(Exception):
-    """An answer that is an error. kind, param, code: as in OpenAI's errors."""
+    """An error response. kind, param, code: as in OpenAI's errors."""
 
     def __init__(self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
                  code: str | None = None, headers: dict[str, str] | None = None) -> None:
@@ -37,13 +37,13 @@ class ServeError(Exception):
 
 
 class Guard:
-    """ASGI around the routes: whoever has no key, or sends too much, gets no further.
+    """Refuses requests without a key, from a wrong host, or too large; gives each an id and a log line.
 
-    keys: empty lets everybody in. body: bytes of a request at most. told: of the status of a refusal. bound: what the
-    server listens on. hosts: further names that a Host header may have; looked at where there is no key, so that no web
-    page reaches the server by a name of its own that it points here (DNS rebinding), and where names are given.
-    requests: how many may be here, from arrival on; together they may have the bytes of 16 of the largest. Every
-    answer carries `x-request-id`, and one line of JSON about it goes to the log: no text of prompts or answers.
+    keys: none admits everybody. body: bytes of a request at most. on_refused: called with the status of a refusal.
+    bound: the address that the server listens on. hosts: further names that a Host header may have. Host headers are
+    checked where there is no key, since a web page could point a name of its own here (DNS rebinding), and where hosts
+    are given. requests: at most so many at a time, from arrival on; together they may have 16 times `body` bytes. Every
+    answer carries `x-request-id`, and a line of JSON goes to the log, without the text of prompts and answers.
     """
 
     def __init__(self, app: App, keys: Sequence[str], body: int, on_refused: Callable[[int], None],
@@ -51,7 +51,7 @@ class Guard:
         check_keys(keys)
         self.app, self.keys, self.body, self.on_refused = app, [key.encode() for key in keys], body, on_refused
         self.requests, self.bytes = requests or math.inf, 16 * body
-        self.open = self.held = 0  # requests with a body that are here, and their bytes
+        self.open = self.held = 0  # requests with a body under way, and their bytes
         self.hosts = frozenset((*map(check_host, hosts), bound.lower()))
         self.checks_hosts = not keys or bool(hosts)
 
@@ -65,7 +65,7 @@ class Guard:
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status
-            if cut is not None and status == 500:  # what is said of a body that was cut off is beside the point
+            if cut is not None and status == 500:  # an error about a body that was cut off would mislead
                 return
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -151,7 +151,7 @@ async def refuse(error: ServeError, send: Send) -> None:
 
 
 def host_name(header: str) -> str | None:
-    """The host of a Host header: lower case, without port, brackets and the dot of a full name; None if it is none."""
+    """The host of a Host header in lower case, without port, brackets and final dot; None if it is malformed."""
     name, bracket, port = header.strip().rpartition("]") if header.strip().startswith("[") else ("", "", "")
     if bracket:
         address = _address(name[1:])
@@ -172,7 +172,7 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def check_host(name: str) -> str:
-    """A name as Host headers are compared with it. Raises ConfigError for one that none can have."""
+    """A host name in the form that Host headers are compared with. Raises ConfigError for a malformed one."""
     address = _address(name.strip("[]"))
     if address is not None:
         return str(address)

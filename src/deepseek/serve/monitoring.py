@@ -1,5 +1,4 @@
-"""The server and its monitor: what the engine says under the names of watch/metrics.py, whose requests these are, and
-the routes /metrics, /v1/feedback and /dashboard."""
+"""Adapts engine state to metrics, labels requests, and serves /metrics, /v1/feedback and /dashboard."""
 
 from __future__ import annotations
 
@@ -32,20 +31,20 @@ from .bodies import takes
 from .middleware import ServeError, log
 from .protocol import FeedbackRequest
 
-ANSWERS = 4096  # whose feedback is still taken
-CLIENT = 256  # characters of a client's name that count
+ANSWERS = 4096  # the last ones, which can be rated
+CLIENT = 256  # characters of a client's name that are kept
 # the page holds its own style and script, and talks to nobody but this server
 POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 class Watch:
-    """Counts what a server does, until it is closed."""
+    """Counts the requests and steps of a server until it is closed."""
 
     def __init__(self, llm: LLM, name: str, options: WatchOptions, *, texts: bool = False) -> None:
         """texts: prompts and answers go to the log."""
         self.llm, self.texts = llm, texts
-        self.known: dict[int, dict[str, str]] = {}  # what the log says of a request with its text
+        self.known: dict[int, dict[str, str]] = {}  # the rest of a request's line in the log of texts
         self.counters = ServingCounters(llm.model.config, llm.engine.atlas,
                                         (name, *llm.adapters) if llm.adapters else ())
         self.monitor = Monitor(name, self.counters, self._engine, options, resident=self._resident,
@@ -61,11 +60,11 @@ class Watch:
         self.monitor.close()
 
     def _load(self) -> None:
-        """The table of languages: a second, which no request shall wait for."""
+        """Load the table of languages: it takes a second, which no request should wait for."""
         language("")
         self.identify = language
 
-    # ---- what the engine says -----------------------------------------------------------------------------------
+    # ---- engine state -------------------------------------------------------------------------------------------
 
     def _engine(self) -> dict[str, float]:
         engine = self.llm.engine
@@ -94,7 +93,7 @@ class Watch:
     # ---- requests -----------------------------------------------------------------------------------------------
 
     def begin(self, answer: str, http: Request, user: str | None, text: str, requests: Sequence[Generation]) -> None:
-        """The requests of an answer, before they run."""
+        """Label the requests of an answer, before they run."""
         client = "".join(c if c.isprintable() else "?" for c in (user or key_name(http))[:CLIENT])
         tags = {"client": client, "language": self._language(text)}
         if self.llm.adapters:
@@ -108,11 +107,11 @@ class Watch:
             self.answers.popitem(last=False)
 
     def _language(self, text: str) -> str:
-        """As `language`, or "und" where the table is not there yet."""
+        """The text's language, "und" while the table is being loaded."""
         return NONE if self.identify is None else self.identify(text)
 
     def end(self, request: Generation, late: bool) -> None:
-        """late: it was ended because it took too long, an error of ours."""
+        """Count a request that has ended. late: by a timeout, which counts as an error."""
         assert request.finish_reason is not None and request.finished is not None
         if self.texts:
             log.info(to_json(self.known.pop(request.request_id, {}) | {"text": request.text}, ensure_ascii=False))
@@ -126,7 +125,7 @@ class Watch:
 
 
 def key_name(http: Request) -> str:
-    """A client by the hash of its API key."""
+    """The name of a client that sent no `user`: a hash of its API key."""
     _, _, key = http.headers.get("authorization", "").partition(" ")
     return f"key-{hashlib.sha256(key.encode()).hexdigest()[:8]}" if key else "anonymous"
 
@@ -138,7 +137,7 @@ def add_routes(app: FastAPI, watch: Watch) -> None:
     monitor, pool = watch.monitor, ThreadPoolExecutor(2, "watch")  # its own: others wait for the engine
 
     async def answer(make: Callable[[], Any]) -> Response:
-        """As JSON, made and written beside the event loop."""
+        """A JSON response that is made and encoded in a thread."""
         body = await asyncio.get_running_loop().run_in_executor(pool, lambda: json.dumps(make(), allow_nan=False))
         return Response(body, media_type="application/json")
 

@@ -1,4 +1,4 @@
-"""The text of a model -> what a client is told: content, reasoning, tool calls; piece by piece as it comes.
+"""Parses a model's text, as it is generated, into content, reasoning and tool calls.
 
     reasoning     up to `</think>`, where the template opened it or the text begins with `<think>`
     content       up to the first tool call
@@ -6,7 +6,7 @@
                   in a fenced block; V3.1's `NAME<sep>ARGUMENTS`. Where a call is forced (tool_choice) the text is a
                   JSON object by constraint, and that is the call
 
-What could be the beginning of a marker is held back until more is known.
+Text that may be the beginning of a marker is held back until more of it has come.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FENCED = re.compile(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
 @dataclass
 class ParsedOutput:
-    """Of one choice so far. valid: whether every call names a tool and holds the arguments that it requires."""
+    """One choice so far. valid: whether every call names a known tool and has its required arguments."""
 
     content: str = ""
     reasoning: str = ""
@@ -45,11 +45,11 @@ class ParsedOutput:
 
 
 class OutputParser:
-    """Takes the text in; `push` returns what is new as a delta of OpenAI's stream, empty while nothing is certain."""
+    """Parses text in pieces; `push` returns a delta of OpenAI's stream, empty while nothing is certain."""
 
     def __init__(self, *, thinking: bool, tools: Sequence[Tool] = (), forced: bool = False,
                  parallel: bool = True) -> None:
-        """parallel: whether more than one call may be made; else only the first counts."""
+        """parallel: whether more than one call may be made; otherwise only the first counts."""
         self.answer, self.forced = ParsedOutput(), forced
         self.required = {tool.function.name: (tool.function.parameters or {}).get("required", []) for tool in tools}
         self.parallel = parallel
@@ -64,7 +64,7 @@ class OutputParser:
         return delta
 
     def flush(self) -> dict[str, Any]:
-        """The text is over."""
+        """The last delta: the text has ended."""
         delta: dict[str, Any] = {}
         if self._state in ("calls", "forced"):
             self._calls(delta)
@@ -74,7 +74,7 @@ class OutputParser:
         return delta
 
     def _step(self, delta: dict[str, Any]) -> bool:
-        """One part of the held text; False when all that is certain has been put."""
+        """Parse one part of the held text. False when nothing more is certain."""
         if self._state == "start":
             if self.forced:
                 self._state = "forced"
@@ -120,7 +120,7 @@ class OutputParser:
 
 
 def _parse(text: str) -> list[tuple[str, str]]:
-    """(name, arguments) of every whole call."""
+    """(name, arguments) of every complete call."""
     out = []
     for head, tail in _CALL.findall(text):
         if head.strip() == "function" and (fenced := _FENCED.fullmatch(tail)):
@@ -147,7 +147,7 @@ def _holds(arguments: str, required: Any) -> bool:
 
 
 def forced_schema(tools: Sequence[Tool], choice: str | NamedTool) -> dict[str, Any]:
-    """The JSON schema of a call that must be made.
+    """The JSON schema of a call that tool_choice demands.
 
     A tool's parameters become a definition of their own, and their references (`#/$defs/City`) point into it: what the
     client wrote counts from the root of its own schema.
@@ -161,7 +161,7 @@ def forced_schema(tools: Sequence[Tool], choice: str | NamedTool) -> dict[str, A
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A schema with its references counted from `place`."""
+    """A schema whose references start from `place`."""
     def point(part: dict[str, Any]) -> dict[str, Any]:
         reference = part.get("$ref")
         if isinstance(reference, str) and reference.startswith("#"):

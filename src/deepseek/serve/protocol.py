@@ -1,9 +1,9 @@
-"""What clients may send: OpenAI's request bodies, vLLM's sampling fields, and what is ours under one key, `deepseek`.
+"""Request bodies: OpenAI's, with vLLM's sampling fields, and our own options under one key, `deepseek`.
 
-Null means "not given" for every field that has a default. A field that we do not know is an error, as at OpenAI; one
-that we know and do not do may only have a value that asks for nothing. Inside messages and tools unknown keys are
-ignored, so that an answer can be sent back as a client holds it. Bounds that depend on the model are checked where the
-request is made (engine/sampler.py, engine/llm.py).
+Null means "not given" for every field that has a default. Unknown fields are errors, as at OpenAI; a known field that
+is not supported may only have a value that asks for nothing. Inside messages and tools unknown keys are ignored, so that
+a client can send an answer back as it is. Bounds that depend on the model are checked where the engine's request is made
+(engine/sampler.py, engine/llm.py).
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ class Body(BaseModel):
 
 @lru_cache(None)
 def _names(form: type[Body]) -> tuple[frozenset[str], frozenset[str]]:
-    """(the fields of a form, those of them that may be left out), as clients write them."""
+    """(all fields of a body, those that may be left out), as clients write them."""
     fields = {field.alias or name: field for name, field in form.model_fields.items()}
     return frozenset((*fields, *form.model_fields)), frozenset(
         name for name, field in fields.items() if not field.is_required())
 
 
 class Part(Body):
-    """Of a message or a tool: unknown keys are ignored."""
+    """A part of a message or a tool: unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class Sampling(Body):
-    """vLLM's fields, at the top level or under `deepseek`; None is "not given"."""
+    """vLLM's sampling fields, at the top level or under `deepseek`; None is "not given"."""
 
     top_k: Annotated[int, Field(strict=True, ge=-1)] | None = None  # -1 and 0 are off
     min_p: Number | None = None
@@ -76,7 +76,7 @@ class Sampling(Body):
 
 
 class Templating(Body):
-    """What a chat template is rendered with."""
+    """Fields that control the chat template."""
 
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: Flag | None = None
@@ -102,8 +102,8 @@ class Templating(Body):
         return self.chat_template_kwargs | own | {"continue_final_message": self.continue_final_message}
 
 
-class Harmless(Body):
-    """OpenAI's fields that change no answer here."""
+class AcceptedFields(Body):
+    """OpenAI's fields that are accepted and change no answer."""
 
     store: Flag = False
     metadata: dict[str, Any] = {}
@@ -115,8 +115,10 @@ class Harmless(Body):
 
 
 def complaint(errors: Sequence[Any]) -> tuple[str, str]:
-    """(the field, what is wrong with it) of the first field that pydantic complains of. Of the forms that the field may
-    have, the one that got furthest; a wrong type explains what else is missing."""
+    """(field, message) of the first field that pydantic refuses.
+
+    Of the alternatives that a field may be, the one that matched furthest; a wrong type explains what else is missing.
+    """
     places = [tuple(part for part in error["loc"] if part != "body") for error in errors]
     first = places[0][:1]
     chosen = max((i for i, place in enumerate(places) if place[:1] == first),
@@ -126,7 +128,7 @@ def complaint(errors: Sequence[Any]) -> tuple[str, str]:
 
 
 def _numbers(pattern: str, what: str) -> BeforeValidator:
-    """Refuses an object at its first entry that is no name with a number; pydantic would list them all."""
+    """A validator that refuses an object at its first wrong entry; pydantic would list them all."""
     def check(given: Any) -> Any:
         for key, value in given.items() if isinstance(given, dict) else ():
             if not (re.fullmatch(pattern, key, re.DOTALL) and isinstance(value, int | float)
@@ -138,7 +140,7 @@ def _numbers(pattern: str, what: str) -> BeforeValidator:
 
 
 class Experts(Body):
-    """Inexact controls of the gates (engine/routing_override.py)."""
+    """Overrides of expert routing (engine/routing_override.py): answers differ from the model's own."""
 
     mask: Each[Text] = []
     bias: Annotated[dict[Text, Number], _numbers(r".*", "names")] = {}
@@ -147,8 +149,8 @@ class Experts(Body):
 
 
 class DeepseekOptions(Sampling):
-    """domain: what the request is about, for batching by expert and for measuring routing. routed: send back how many
-    of the request's tokens visited each expert. The others are SamplingParams by name."""
+    """Our own options. domain: the subject of the request, for batching by expert and for measuring routing. routed:
+    return how many of the request's tokens visited each expert. The others are SamplingParams by name."""
 
     domain: Annotated[str, Field(strict=True, min_length=1, max_length=64)] | None = None
     routed: Flag = False
@@ -162,7 +164,7 @@ class StreamOptions(Body):
     include_obfuscation: Flag = False  # padding against eavesdroppers who count bytes: none is sent
 
 
-class Common(Sampling, Harmless):
+class Common(Sampling, AcceptedFields):
     model: Text
     max_tokens: Count | None = None
     temperature: Number = 1.0
@@ -200,7 +202,7 @@ PARTS = ("text", "refusal", "input_text", "output_text", "reasoning_text")  # of
 
 
 def _parts(content: Any) -> Any:
-    """Parts that are not text are refused by name; what they hold is then checked as text."""
+    """Refuse parts that are not text, by name."""
     if isinstance(content, list):
         for i, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -333,7 +335,7 @@ class ChatRequest(Common, Templating):
 
 
 class Item(Part):
-    """Of the input of /v1/responses: a message, or what an answer before it held."""
+    """An item of the input of /v1/responses: a message, or an item of an earlier answer."""
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -353,7 +355,7 @@ class Item(Part):
 
 
 class FlatTool(Function):
-    """Of /v1/responses: no level between."""
+    """A tool of /v1/responses, without the level `function`."""
 
     type: Literal["function"]
 
@@ -387,8 +389,8 @@ class Reasoning(Body):
     summary: Literal["auto"] | None = None
 
 
-class ResponsesRequest(Sampling, Harmless):
-    """store: keep the response, so that it can be read and gone on from."""
+class ResponsesRequest(Sampling, AcceptedFields):
+    """The body of /v1/responses. store: keep the response, so that it can be read and continued."""
 
     model: Text
     input: Text | Annotated[Each[Item], Field(min_length=1, max_length=MESSAGES)]
@@ -450,12 +452,12 @@ class EmbeddingRequest(Body):
 
 
 def _each(given: Any) -> list[str | list[int]]:
-    """One text or one list of ids is a list of one."""
+    """The prompts of a field: one text or one list of ids is a list of one."""
     return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
 
 
 class TokenizeRequest(Templating):
-    """vLLM's: a prompt, or the messages of a chat. add_special_tokens: of a prompt, begin with the begin token."""
+    """vLLM's tokenize request: a prompt or messages. add_special_tokens: put the begin token before a prompt."""
 
     model: Text | None = None
     prompt: Text | None = None
@@ -478,13 +480,13 @@ class DetokenizeRequest(Body):
 
 
 class WarmRequest(Body):
-    """Names whose experts are to be in memory from now on."""
+    """Named groups whose experts are loaded into memory."""
 
     experts: Annotated[Each[Text], Field(min_length=1)]
 
 
 class FeedbackRequest(Body):
-    """What somebody thinks of an answer. id: that of the completion."""
+    """A rating of an answer. id: that of the completion."""
 
     id: Text
     rating: Literal["up", "down"]

@@ -1,7 +1,7 @@
-"""/v1/responses: OpenAI's other way to hold a conversation, as a translation to chat and back.
+"""POST /v1/responses: OpenAI's newer API, translated to a chat request and back.
 
-Items of the input become messages, the answer becomes items of the output. What `store` keeps (in memory, the oldest go
-first) can be read, deleted, and gone on from with `previous_response_id`.
+Items of the input become messages, and the answer becomes items of the output. Stored responses (in memory, the oldest
+are dropped) can be read, deleted, and continued with `previous_response_id`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT, KEPT_CHARACTERS = 1024, 64 << 20  # responses in memory
 
 @dataclass(frozen=True)
 class Stored:
-    """body: the response as it was sent. messages: of the conversation so far, without instructions."""
+    """A stored response. body: as it was sent. messages: the conversation so far, without instructions."""
 
     body: dict[str, Any]
     messages: list[dict[str, Any]]
@@ -38,7 +38,7 @@ class Stored:
 
 
 class Store:
-    """Responses by id; the oldest go where there are too many, or their texts too long."""
+    """Responses by id; the oldest are dropped where there are too many, or their texts too long."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, Stored] = OrderedDict()
@@ -52,7 +52,7 @@ class Store:
             self._size -= self._kept.popitem(last=False)[1].size
 
     def find(self, name: str, param: str | None = None) -> Stored:
-        """Raises ServeError for a response that is not kept, or no longer."""
+        """The response of this id. Raises ServeError for one that is not stored, or no longer."""
         if name not in self._kept:
             raise ServeError(404 if param is None else 400, f"response {name!r}: is not kept: it was not stored, or "
                              "long ago, or by another server", param=param, code="previous_response_not_found")
@@ -64,7 +64,7 @@ class Store:
 
 
 def to_messages(items: str | Sequence[Item]) -> list[dict[str, Any]]:
-    """Chat messages of an input. Calls and reasoning belong to the assistant's message that they stand beside."""
+    """The chat messages of an input. Calls and reasoning join the assistant's message beside them."""
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
     out: list[dict[str, Any]] = []
@@ -91,7 +91,7 @@ def to_messages(items: str | Sequence[Item]) -> list[dict[str, Any]]:
 
 
 def to_chat(body: ResponsesRequest, messages: Sequence[dict[str, Any]]) -> ChatRequest:
-    """The chat request that asks the same. Raises ServeError where there is none."""
+    """The equivalent chat request. Raises ServeError where there is none."""
     given = body.model_dump(include={"model", "temperature", "top_p", "stream", "user", "parallel_tool_calls",
                                      "deepseek", "chat_template_kwargs", "top_k", "min_p", "repetition_penalty",
                                      "ignore_eos", "seed"}, exclude_unset=True)
@@ -115,7 +115,7 @@ def to_chat(body: ResponsesRequest, messages: Sequence[dict[str, Any]]) -> ChatR
 
 
 class Response:
-    """One POST /v1/responses."""
+    """One request to /v1/responses."""
 
     def __init__(self, server: Server, store: Store, http: Request, body: ResponsesRequest,
                  adapter: str | None) -> None:
@@ -176,7 +176,7 @@ class Response:
                 "arguments": call["function"]["arguments"], "status": "completed"}
 
     def end(self) -> dict[str, Any]:
-        """The whole response; kept, if it is to be."""
+        """The complete response, which is stored if asked for."""
         self.chat.record_outcome()
         answer = self.chat.parsers[0].answer
         output = [self.item("reasoning", answer.reasoning)] if answer.reasoning else []
@@ -204,7 +204,7 @@ class Response:
         return f"event: {kind}\ndata: {to_json(data, ensure_ascii=False)}\n\n".encode()
 
     async def stream(self, http: Request) -> AsyncIterator[bytes]:
-        """OpenAI's events; one that fails on the way ends with `error`."""
+        """OpenAI's events; a stream that fails ends with `error`."""
         try:
             async for part in self._events(http):
                 yield part
@@ -219,7 +219,7 @@ class Response:
         answer = self.chat.parsers[0].answer
 
         def close() -> list[bytes]:
-            """The item that has been open ends."""
+            """Events that close the open item."""
             if not open_kind:
                 return []
             text = answer.reasoning if open_kind == "reasoning" else answer.content

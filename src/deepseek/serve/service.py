@@ -1,7 +1,7 @@
-"""The engine behind the routes: admission, sampling parameters, the life of a request, shutting down.
+"""Runs requests of HTTP clients on the engine: admission, sampling parameters, waiting, shutdown.
 
-The engine says through `on_token` that a request has moved; the event loop wakes, reads what is new and sends it. A
-client that leaves, a time-out and a shutdown abort the requests, whose pages go back at once.
+The engine calls `on_token` when a request has new tokens; the event loop wakes up and sends them. A client that leaves,
+a timeout and a shutdown abort the requests, whose pages are freed at once.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ from .protocol import Common, DeepseekOptions, EmbeddingRequest, ResponsesReques
 
 T = TypeVar("T")
 POLL_SECONDS = 0.25  # seconds between two checks that the client is still connected
-MAX_AHEAD = 16  # tokens that a request may be ahead of its reader
-EMBED_BATCH = 8  # prompts of one request for embeddings that run side by side
-SHUTDOWN_GRACE = 5.0  # seconds in which answers that were told to end must do so
+MAX_AHEAD = 16  # tokens that are generated ahead of a slow client
+EMBED_BATCH = 8  # prompts of one request for embeddings that run at once
+SHUTDOWN_GRACE = 5.0  # seconds for answers that were told to end
 DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """name: what clients call the model. keys: empty lets everybody in. waiting: requests that may queue. body: bytes.
-    timeout: seconds that an answer may take. log_texts: prompts and answers go to the log. watch: how it is watched.
-    cors: origins whose pages may ask (`*`: all).
-    bound, hosts: what it listens on, and further names in Host headers (middleware.py)."""
+    """Options of a server.
+
+    name: what clients call the model. keys: API keys, none admits everybody. waiting: requests that may queue. body:
+    bytes of a request at most. timeout: seconds for an answer. log_texts: prompts and answers go to the log. cors:
+    origins whose pages may send requests (`*`: all). bound, hosts: the address that the server listens on, and further
+    names in Host headers (middleware.py).
+    """
 
     name: str
     keys: tuple[str, ...] = ()
@@ -59,7 +62,7 @@ class ServeOptions:
 
 
 class Server:
-    """Answers on one LLM."""
+    """Serves one LLM."""
 
     def __init__(self, llm: LLM, options: ServeOptions) -> None:
         self.llm, self.options = llm, options
@@ -67,11 +70,11 @@ class Server:
             raise ConfigError(f"adapter {options.name}: is what the base is called: must have another name")
         self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts)
         self.began = int(time.time())
-        self.closing = False  # nothing new is begun
-        self.ending = False  # what is open ends now
+        self.closing = False  # new requests are refused
+        self.ending = False  # open answers end now
         self.open = 0  # answers under way
-        self._moved = deque[tuple[asyncio.Queue[Generation | None], Generation]]()  # not yet told to those who wait
-        # its own: the default pool also submits and aborts, which must not wait behind megabytes of text
+        self._moved = deque[tuple[asyncio.Queue[Generation | None], Generation]]()  # new tokens that `run` has not seen
+        # pools of their own: the default one also submits and aborts, which must not wait behind megabytes of text
         self.large = ThreadPoolExecutor(1, "prepare-large")
         self.preparing = ThreadPoolExecutor(2, "prepare")
 
@@ -85,7 +88,7 @@ class Server:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """What may be asked for: the base, and the adapters beside it."""
+        """Names of the base model and of its adapters."""
         return self.options.name, *self.llm.adapters
 
     def adapter_of(self, model: str) -> str | None:
@@ -108,15 +111,15 @@ class Server:
         return adapter
 
     async def read(self, http: Request, form: type[B]) -> B:
-        """The body of a request. Large ones are parsed one after another, beside the event loop."""
+        """Read and check the body of a request. Large ones are parsed one at a time, in a thread."""
         raw = await read_body(http)
         http.state.large = len(raw) > SMALL
         return await self.prepare(http, parse, raw, form) if http.state.large else parse(raw, form)
 
     async def prepare(self, http: Request, work: Callable[..., T], *args: Any) -> T:
-        """Runs what comes before the engine (templates, tokenizing) within the request's time.
+        """Run in a thread what comes before the engine (templates, tokenizing), within the request's timeout.
 
-        Large requests one after another, so that small ones do not wait for them.
+        Large requests run one at a time, so that small ones do not wait for them.
         """
         left = http.state.arrived + self.options.timeout - time.monotonic()
         pool = self.large if http.state.large else self.preparing
@@ -132,7 +135,7 @@ class Server:
 
     async def embed(self, http: Request, prompts: Sequence[str | list[int]], adapter: str | None
                     ) -> tuple[list[Tensor], int]:
-        """As LLM.embed, EMBED_BATCH prompts at a time, so that those of others come in between. Leaving ends it."""
+        """(embeddings, number of tokens) as by LLM.embed; EMBED_BATCH prompts at a time, so that other requests run."""
         vectors, tokens = [], 0
         for first in range(0, len(prompts), EMBED_BATCH):
             some = prompts[first : first + EMBED_BATCH]
@@ -159,7 +162,7 @@ class Server:
         return SamplingParams(**(fields | {key: value for key, value in more.items() if value is not None}))
 
     def prompt_logprobs(self, request: Generation) -> list[dict[str, Any] | None]:
-        """In vLLM's form. A rank is told of the likeliest tokens alone."""
+        """Log-probabilities of the prompt, in vLLM's form. Only the likeliest tokens have a rank."""
         def one(token: int, value: float, rank: int | None) -> dict[str, Any]:
             tokenizer = self.llm.tokenizer
             name = None if tokenizer is None else tokenizer.token_text(token)
@@ -170,7 +173,7 @@ class Server:
             for p in request.prompt_logprobs]
 
     async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncIterator[Generation]:
-        """Yields a request whenever it has moved, until all have ended. Leaving aborts them."""
+        """Yield a request whenever it has new tokens, until all have ended. Closing the generator aborts them."""
         loop, moved = asyncio.get_running_loop(), asyncio.Queue[Generation | None]()
         known = {request.request_id: 0 for request in requests}  # tokens that have been yielded
         clock: asyncio.TimerHandle | None = None
@@ -212,10 +215,12 @@ class Server:
             # begun at once: where the client has left, every await is cancelled, again and again
             await asyncio.shield(loop.run_in_executor(None, self._finish, requests, late))
 
-    def _notify(self, loop: asyncio.AbstractEventLoop, moved: asyncio.Queue[Generation | None], known: Mapping[int, int],
-              one: Generation) -> None:
-        """The engine says that a request has moved. The event loop is woken once for all of a step. Nothing is made
-        for a client that does not read."""
+    def _notify(self, loop: asyncio.AbstractEventLoop, moved: asyncio.Queue[Generation | None],
+                known: Mapping[int, int], one: Generation) -> None:
+        """Take the engine's call that a request has new tokens; wake the event loop once a step.
+
+        A request whose client does not read is paused.
+        """
         one.paused = len(one.token_ids) - known[one.request_id] > MAX_AHEAD  # until this is read
         self._moved.append((moved, one))
         if len(self._moved) == 1:
@@ -235,7 +240,7 @@ class Server:
                 self.watch.end(request, late and not whole)
 
     async def drain(self, seconds: float) -> None:
-        """Begin nothing new, let open answers end, for a while; then end them."""
+        """Refuse new requests and let open answers end for `seconds`; then end them."""
         self.closing = True
         until = time.monotonic() + seconds
         while self.open and time.monotonic() < until:
@@ -254,7 +259,7 @@ class Server:
         await asyncio.to_thread(self.watch.close)
 
     def extra(self, body: Common, requests: Sequence[Generation]) -> dict[str, Any]:
-        """What comes back under our own key."""
+        """The answer's `deepseek` key."""
         if not body.deepseek.routed:
             return {}
         layers, experts = self.llm.model.config.moe_layers, self.llm.model.config.n_routed_experts
@@ -276,7 +281,7 @@ def usage(requests: Sequence[Generation]) -> dict[str, Any]:
 
 
 def floored(logprob: float) -> float:
-    """JSON has no infinity."""
+    """A log-probability that JSON can hold."""
     return max(logprob, -9999.0)
 
 
@@ -285,7 +290,7 @@ def event(body: Mapping[str, Any]) -> bytes:
 
 
 async def sse(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """A stream that has begun can only say in words that it failed."""
+    """End a stream with [DONE], or with an error event where it fails: its status has been sent."""
     try:
         async for part in stream:
             yield part
