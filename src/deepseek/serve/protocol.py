@@ -1,9 +1,9 @@
 """Request bodies: OpenAI's, with vLLM's sampling fields, and our own options under one key, `deepseek`.
 
 Null means "not given" for every field that has a default. Unknown fields are errors, as at OpenAI; a known field that
-is not supported may only have a value that asks for nothing. Inside messages and tools unknown keys are ignored, so that
-a client can send an answer back as it is. Bounds that depend on the model are checked where the engine's request is made
-(engine/sampler.py, engine/llm.py).
+is not supported may only have a value that asks for nothing. Inside messages and tools unknown keys are ignored, so
+that a client can send an answer back as it is. Bounds that depend on the model are checked where the engine's request
+is made (engine/sampler.py, engine/llm.py).
 """
 
 from __future__ import annotations
