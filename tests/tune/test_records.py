@@ -224,6 +224,14 @@ def test_a_stream_is_stored_as_it_comes(tmp_path: Path) -> None:
     assert [d.text for d in rest] == [d.text for d in read_records(records(9))][4:8]  # the stream began again
 
 
+def test_a_round_that_an_earlier_version_stored(tmp_path: Path) -> None:
+    document = Document("q\na", "here", response_start=2)
+    assert next_round(tmp_path, iter([document]), 1, set()) == [document]
+    path = tmp_path / "records.jsonl"
+    path.write_text(path.read_text().replace("response_start", "answer_at"))
+    assert '"answer_at": 2' in path.read_text() and next_round(tmp_path, iter([]), 1, set()) == [document]
+
+
 @pytest.mark.parametrize("odd", ["\u2028", "\u0085", "\x1c"])
 def test_odd_line_ends_in_a_stored_round(odd: str, tmp_path: Path) -> None:
     document = Document(f"one{odd}two", "here")
@@ -274,8 +282,9 @@ def test_of_prompt_and_completion_the_completion_is_learnt(tools: Any, tmp_path:
         (tmp_path / "a.jsonl").write_text(json.dumps(record))
         [document], [same] = read_records([record]), read_records(tmp_path / "a.jsonl")
         [again] = to_documents(to_table([document]))
-        assert document.turns == same.turns == again.turns and document.answer_at == same.answer_at == again.answer_at
-        assert document.answer_at is not None and document.text[document.answer_at :] == "Assistant: noon"
+        assert document.turns == same.turns == again.turns
+        assert document.response_start == same.response_start == again.response_start
+        assert document.response_start is not None and document.text[document.response_start :] == "Assistant: noon"
         [example] = encode(document, tokenizer, 999)
         assert list(example.ids) == tokenizer.encode_chat(prompt + completion, tools=tools, add_generation_prompt=False)
         assert learnt(record, tokenizer, 999) == f"noon{EOS}" and learnt(record, bare, 999) == f"noon\n\n{EOS}"
@@ -329,7 +338,7 @@ def test_a_hugging_face_data_set(tokenizer: Tokenizer) -> None:
     rows = records(4)
     found = read_records(datasets.Dataset.from_list(rows))
     assert [d.text for d in found] == [d.text for d in read_records(rows)]
-    assert found[0].answer_at is not None and found[0].metadata["complexity"] == "初级"
+    assert found[0].response_start is not None and found[0].metadata["complexity"] == "初级"
 
 
 def test_tool_turns_are_learnt_as_the_server_reads_them() -> None:
@@ -353,7 +362,7 @@ def test_tool_turns_are_learnt_as_the_server_reads_them() -> None:
 
 def test_every_name_has_held_out_records(tokenizer: Tokenizer) -> None:
     def documents(name: str, count: int) -> list[Document]:
-        return [Document(f"{name} {i} pay coins", name, i, expert=name, answer_at=6) for i in range(count)]
+        return [Document(f"{name} {i} pay coins", name, i, expert=name, response_start=6) for i in range(count)]
 
     plain = Tokenizer(tokenizer._definition, {}, None)
     given = [*documents("law", 30), *documents("act", 5), *documents("one", 1)]

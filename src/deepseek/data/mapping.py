@@ -1,5 +1,5 @@
-"""Which column of a record is what, where no key says it. A column is a name, a dotted path into nested objects, or the
-number of a column, from 0."""
+"""Maps columns of records to their meaning, where keys do not tell it. A column is a name, a dotted path into nested
+objects, or the number of a column, from 0."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import ConfigError, DataError
 from ..files import read_yaml
-from .shapes import (
+from .record_formats import (
     VARIABLES,
-    Shaped,
+    ParsedRecord,
     asked_and_answered,
     checked,
     conversation,
@@ -99,8 +99,8 @@ class RecordMap:
         except ConfigError as error:
             raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
-    def shape(self, record: Any) -> list[Shaped]:
-        """As `shape`, by this map. Raises DataError where a column is missing or empty."""
+    def parse(self, record: Any) -> list[ParsedRecord]:
+        """Parse a record by this map. Raises DataError where a column is missing or empty."""
         used: set[str] = set()
 
         def look(column: Column) -> Any:

@@ -10,7 +10,7 @@
     a pattern           such as data/law/*.jsonl (** for folders between): what it matches, sorted by name
     hf:NAME[:SPLIT]     a data set of the `datasets` library, on the hub or saved in the folder NAME; split `train`
 
-What a record says is the business of shapes.py.
+Records are parsed by record_formats.py.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import Any, BinaryIO, cast
 from ..errors import ConfigError, DataError, NotFoundError
 from ..files import to_json
 from .mapping import RecordMap
+from .record_formats import known_keys, parse_record
 from .records import COLUMNS, Document, collect, to_documents
-from .shapes import known_keys, shape
 from .turns import is_turn
 
 PIECE_BYTES = 4 << 20
@@ -323,14 +323,15 @@ def documents_of(
 ) -> list[Document]:
     """The documents of one record, which is counted in `report` where it asks to be left out, as are its keys that mean
     nothing. Raises DataError where it cannot be used."""
-    found = shape(record, mapping)
+    found = parse_record(record, mapping)
     if not found:
         report.skipped[NOT_LEARNT] += 1
     for one in found:
         report.unused.update(one.unused)
     if len(report.unused) > UNUSED_KEYS:
         report.unused = Counter(dict(report.unused.most_common(UNUSED_KEYS // 2)))
-    return [Document(one.text, source, number, one.turns, one.expert, one.metadata, one.answer_at) for one in found]
+    return [Document(one.text, source, number, one.turns, one.expert, one.metadata, one.response_start)
+            for one in found]
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------

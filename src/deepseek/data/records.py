@@ -1,4 +1,4 @@
-"""A document, and tables of them: what lies in Parquet between the steps of the pipeline.
+"""A document, and tables of documents: the Parquet files between the stages of the pipeline.
 
     text, answer_at, turns (JSON)    what is learnt; offset of the answer; (role, text) pairs of a conversation
     source, line                     where it comes from
@@ -33,8 +33,8 @@ ENGLISH = [" the ", " of ", " and ", " to ", " is ", " in ", " a ", " you ", "Th
 @dataclass(frozen=True)
 class Document:
     """One text. turns: (role, text) of a conversation (`conversation.to_turns`); `text` is its plain form.
-    expert: the name of the experts that it is for. answer_at: offset where the answer begins, so that
-    text[:answer_at] is what was asked, with the newline between; None where nothing was, or several things were."""
+    expert: the name of the experts that it is for. response_start (column `answer_at`): offset in `text` where the
+    answer begins, after the newline; None where there is no answer, or there are several."""
 
     text: str
     source: str
@@ -42,14 +42,14 @@ class Document:
     turns: Turns = ()
     expert: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    answer_at: int | None = None
+    response_start: int | None = None
 
 
 def to_table(documents: Iterable[Document]) -> polars.DataFrame:
     """A table of documents, in their order."""
     import polars as pl
 
-    rows = [(d.text, d.answer_at, to_json(d.turns, ensure_ascii=False) if d.turns else None, d.source, d.line,
+    rows = [(d.text, d.response_start, to_json(d.turns, ensure_ascii=False) if d.turns else None, d.source, d.line,
              d.expert, "given" if d.expert else None, None, _word(d.metadata.get("language")),
              _word(d.metadata.get("complexity")),
              to_json(d.metadata, ensure_ascii=False, default=str) if d.metadata else None) for d in documents]
@@ -61,10 +61,10 @@ def to_table(documents: Iterable[Document]) -> polars.DataFrame:
 
 def to_documents(table: polars.DataFrame) -> Iterator[Document]:
     """The documents of a table of records."""
-    for text, answer_at, turns, source, line, expert, metadata in table.select(
+    for text, response_start, turns, source, line, expert, metadata in table.select(
             "text", "answer_at", "turns", "source", "line", "expert", "metadata").iter_rows():
         yield Document(text, source, line, tuple((role, said) for role, said in json.loads(turns)) if turns else (),
-                       expert, json.loads(metadata) if metadata else {}, answer_at)
+                       expert, json.loads(metadata) if metadata else {}, response_start)
 
 
 def record_files(folder: str | Path) -> list[Path]:

@@ -29,12 +29,12 @@ Turns = tuple[tuple[str, str], ...]
 
 
 class Talk(NamedTuple):
-    """A conversation of a record. text: its plain form. answer_at: the offset there at which the answer begins, None
-    where several turns are answers. unused: keys of messages that mean nothing here."""
+    """A conversation of a record. text: its plain form. response_start: offset in it where the answer begins, None
+    where several turns are answers. unused: keys of messages that have no meaning here."""
 
     text: str
     turns: Turns
-    answer_at: int | None
+    response_start: int | None
     unused: tuple[str, ...]
 
 
@@ -86,12 +86,12 @@ def talk(turns: Sequence[Any], *, asked: int | None = None, system: str = "", re
         raise DataError(str(error)) from None
 
 
-def turns_asked(turns: Turns, answer_at: int) -> int:
+def turns_asked(turns: Turns, response_start: int) -> int:
     """How many messages of a conversation come before the place in its plain form where the answer begins."""
     conversation = of_turns(turns)
     at = len(told(conversation.tools)) + 2 if conversation.tools else 0
     for number, message in enumerate(conversation.messages):
-        if at >= answer_at:
+        if at >= response_start:
             return number
         at += len(plain(normalize([message])[0])) + 2
     return len(conversation.messages)

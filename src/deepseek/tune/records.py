@@ -165,15 +165,15 @@ def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_spec
     Raises DataError for a record with nothing to learn, LeftOutError where the template leaves out what is to be.
     """
     turns = document.turns
-    if not turns and document.answer_at is not None:
-        prompt, answer = document.text[: document.answer_at], document.text[document.answer_at :]
+    if not turns and document.response_start is not None:
+        prompt, answer = document.text[: document.response_start], document.text[document.response_start :]
         if not answer.strip():
             raise DataError(f"{place(document)}: the record has no output to learn")
         turns = (("user", prompt.removesuffix("\n")), ("assistant", answer))
         if not tokenizer.has_chat_template:
             [message] = _messages(turns[1:], reasoning)
             return [_joined([(prompt, False), (message["content"], True)], tokenizer)]
-        document = replace(document, answer_at=None)
+        document = replace(document, response_start=None)
     if not turns:
         if not parse_special:
             tokenizer.warn_of_control(document.text, place(document))
@@ -184,7 +184,7 @@ def encode(document: Document, tokenizer: Tokenizer, max_length: int, parse_spec
         return [Example(tuple(piece), ((1, len(piece)),)) for start in starts
                 if len(piece := ids[start : start + max_length + 1]) > 1]
     said, tools, variables = of_turns(turns)
-    asked = 0 if document.answer_at is None else turns_asked(turns, document.answer_at)
+    asked = 0 if document.response_start is None else turns_asked(turns, document.response_start)
     messages = _messages(turns, reasoning)
     learnt = [n for n, message in enumerate(messages) if n >= asked and message["role"] == "assistant"
               and said[n].get("learn", True) and _says(message)]

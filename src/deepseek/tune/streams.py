@@ -62,6 +62,8 @@ def stored(path: Path, seen: set[str]) -> list[Document]:
     documents = []
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         keys = json.loads(line)
+        if "answer_at" in keys:  # of an earlier version
+            keys["response_start"] = keys.pop("answer_at")
         documents.append(Document(**keys | {"turns": tuple((role, said) for role, said in keys["turns"])}))
         seen.add(digest(documents[-1]))
     return documents

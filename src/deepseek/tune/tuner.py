@@ -51,7 +51,7 @@ from .show import show
 from .streams import iter_new, next_round
 from .tuned_model import TunedModel, TunePlan
 
-_FILLER = Document("filler", "", answer_at=None)  # beside a record that is looked at alone
+_FILLER = Document("filler", "", response_start=None)  # beside a record that is looked at alone
 # settings that older runs lack, and the values that are as theirs
 LATER: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({}, None), "parse_special": (False,), "reasoning": ("learn",)}

@@ -1,4 +1,4 @@
-"""One record -> text, where its answer begins, turns, expert, metadata. Shapes are recognised by keys or mapped.
+"""One record -> text, where its answer begins, turns, expert, metadata. Formats are recognised by keys or mapped.
 
 A record is a string, a conversation, or an object recognised by its keys: `text` (with `code`, its answer, in MBPP), a
 conversation under one of CONVERSATIONS, or at least one key of ASKING and one of ANSWERING. Parts of the last kind are
@@ -13,7 +13,7 @@ Beside a conversation, or a question and its answer, these are used: a system pr
 thought before the answer (THINKING). A record that says `weight: 0` or `train: false` is left out.
 
 Refused are records with two readings, such as an answer beside `text`, and those of which a part would be lost:
-preferences, images. Keys that mean nothing are counted (`Shaped.unused`).
+preferences, images. Keys that mean nothing are counted (`ParsedRecord.unused`).
 
 Beside these an object may have `expert` (a name) and `metadata` (an object); `complexity`, `language` (or `lang`) and
 `error_type` at the top level count as metadata too.
@@ -27,14 +27,11 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..conversation import squeezed, tools_of
 from ..errors import DataError, RequestError
 from .turns import PARTIAL, THINKING, Turns, filled, flag, is_talk, pairs, speaks, talk
-
-if TYPE_CHECKING:
-    from .mapping import RecordMap
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "turns", "dialogue")
 ASKING = ("instruction", "context", "body", "problem", "question", "prompt", "input", "en", "options")
@@ -52,30 +49,36 @@ _BESIDE, _LOST = (*SYSTEM, *TOOLS, VARIABLES), (*NOT_TEXT, *PARTIAL)
 _SWITCH = ("on", "off", "yes", "no", "true", "false")  # `reasoning` says in some sets whether there is any
 
 
-class Shaped(NamedTuple):
-    """What a record says. answer_at: offset in `text` where its answer begins, None where it has none or several.
-    unused: its keys that mean nothing here."""
+class ParsedRecord(NamedTuple):
+    """The parts of a record. response_start: offset in `text` where its answer begins, None where it has none or
+    several. unused: keys that have no meaning here."""
 
     text: str
     turns: Turns = ()
-    answer_at: int | None = None
+    response_start: int | None = None
     metadata: Mapping[str, Any] = {}
     expert: str | None = None
     unused: tuple[str, ...] = ()
 
 
-def shape(record: Any, mapping: RecordMap | None = None) -> list[Shaped]:
-    """What one record says; more than one where it holds several instances, none where it asks to be left out. Raises
-    DataError, saying why it cannot."""
+class Mapper(Protocol):
+    """Says which columns of a record are what (mapping.RecordMap)."""
+
+    def parse(self, record: Any) -> list[ParsedRecord]: ...
+
+
+def parse_record(record: Any, mapping: Mapper | None = None) -> list[ParsedRecord]:
+    """Parse a record, by `mapping` where one is given, else by its keys. Several results where it holds several
+    instances, none where it asks to be left out. Raises DataError with the reason where it cannot be parsed."""
     try:
-        return _shape(record, mapping)
+        return _parse(record, mapping)
     except RecursionError:
         raise DataError("is nested too deeply") from None
 
 
-def _shape(record: Any, mapping: RecordMap | None) -> list[Shaped]:
+def _parse(record: Any, mapping: Mapper | None) -> list[ParsedRecord]:
     if mapping is not None:
-        found = mapping.shape(record)
+        found = mapping.parse(record)
     elif isinstance(record, str):
         found = [joined([record], [])]
     elif isinstance(record, list):
@@ -96,7 +99,7 @@ def _shape(record: Any, mapping: RecordMap | None) -> list[Shaped]:
 
 
 def checked(value: Any, key: str = "") -> Any:
-    """The value. Raises DataError, naming the key, for a number inside that JSON does not have."""
+    """Return the value unchanged. Raises DataError, naming the key, for a number inside that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{key or 'the record'} = {value}: must be a number that JSON has, a text or null")
     if isinstance(value, Mapping):
@@ -111,14 +114,14 @@ def checked(value: Any, key: str = "") -> Any:
 
 
 def known_keys(names: list[str]) -> bool:
-    """Whether these look like the names of columns rather than a first record."""
+    """Say whether these are names of columns rather than a first record."""
     low = {name.lower().strip() for name in names}
     asked = low & {*ASKING, "choices", "choice0"}
     return len(low) == len(names) and bool("text" in low or low & {*CONVERSATIONS, "chosen", "rejected"}
                                            or (asked and low & {*ANSWERING}))
 
 
-def _recognised(keys: dict[str, Any]) -> list[Shaped]:
+def _recognised(keys: dict[str, Any]) -> list[ParsedRecord]:
     given = {key: value for key, value in keys.items() if filled(value)}
     _refuse(given)
     if not all(flag(key, given[key]) for key in ("weight", "train") if key in given):
@@ -142,8 +145,8 @@ def _recognised(keys: dict[str, Any]) -> list[Shaped]:
         *found.unused, *(key for key in given if key not in used)))]
 
 
-def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
-    """What the keys of a record say, by the one reading that they have, whose keys join `used`; None where they have
+def _read(given: dict[str, Any], used: set[str]) -> ParsedRecord | None:
+    """Parse the keys of a record by their only reading, adding the keys that it uses to `used`; None where there is
     none."""
     if "choice0" in given or "choices" in given:
         used |= {key for key in given if re.fullmatch(r"choices|choice\d", key)}
@@ -188,7 +191,7 @@ def _read(given: dict[str, Any], used: set[str]) -> Shaped | None:
 
 
 def _refuse(given: Mapping[str, Any]) -> None:
-    """Raises DataError for a record of which something that counts would be lost, naming the key and what to do."""
+    """Raise DataError for a record of which a part would be lost, naming the key and what to do."""
     if pair := [key for key in given if key.startswith(("chosen", "rejected")) and re.match(_PREFERENCE, key)]:
         raise DataError(f"{', '.join(pair)}: preferences, and nothing is learnt from a comparison here; to learn the "
                         "preferred answers, give a map (prompt: prompt, answer: chosen; or messages: chosen)")
@@ -207,7 +210,7 @@ def _refuse(given: Mapping[str, Any]) -> None:
 
 
 def _named(names: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-    """Those of the names that are given, in their order."""
+    """Return the names that are given, in the order of `names`."""
     return [] if given.keys().isdisjoint(names) else [name for name in names if name in given]
 
 
@@ -218,7 +221,7 @@ def _one_reading(reading: str, others: Sequence[str]) -> None:
 
 
 def _beside(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands beside a conversation, by the keywords of `conversation`, from the keys of a record."""
+    """Collect system prompt, tools and template variables of a record, as keywords of `conversation`."""
     system = [given[key] for key in SYSTEM if key in given]
     if len(set(map(str, system))) > 1:
         raise DataError(f"{', '.join(key for key in SYSTEM if key in given)}: two system prompts")
@@ -234,8 +237,8 @@ def _tools(value: Any) -> list[dict[str, Any]]:
 
 
 def conversation(turns: list[Any], name: str | None = None, *, asked: int | None = None, system: Any = None,
-                  tools: Any = None, reasoning: str = "", chat_template_kwargs: Any = None) -> Shaped:
-    """A conversation and what stands beside it. name: the key of the turns."""
+                  tools: Any = None, reasoning: str = "", chat_template_kwargs: Any = None) -> ParsedRecord:
+    """Parse a conversation with its system prompt, tools and variables. name: the key of the turns."""
     variables = chat_template_kwargs
     if isinstance(variables, str):
         variables = parsed(variables)
@@ -245,13 +248,13 @@ def conversation(turns: list[Any], name: str | None = None, *, asked: int | None
         raise DataError(f"system = {system!r:.60}: must be a text")
     found = talk(turns, asked=asked, system=system or "", reasoning=reasoning, tools=_tools(tools), variables={
         key: value for key, value in (variables or {}).items() if value is not None})
-    return Shaped(found.text, found.turns, found.answer_at, unused=tuple(
+    return ParsedRecord(found.text, found.turns, found.response_start, unused=tuple(
         f"{name or 'messages'}[].{key}" for key in found.unused))
 
 
 def asked_and_answered(asked: list[Any], answered: list[Any], *, history: Any = None, reasoning: str = "",
-                        **beside: Any) -> Shaped:
-    """A question and its answer: a text where both are texts and nothing stands beside them, else a conversation."""
+                        **beside: Any) -> ParsedRecord:
+    """Parse a question and its answer: plain text where that is all there is, else a conversation."""
     beside["tools"] = _tools(beside.get("tools"))
     if not any(map(is_talk, asked + answered)) and not history and not reasoning and not any(beside.values()):
         return joined([part_text(part) for part in asked], [part_text(part) for part in answered])
@@ -265,7 +268,7 @@ def asked_and_answered(asked: list[Any], answered: list[Any], *, history: Any = 
 
 
 def _as_turns(parts: list[Any], role: str) -> list[Any]:
-    """Texts and messages as turns; texts that follow each other are one."""
+    """Convert texts and messages to turns; adjacent texts are joined."""
     out: list[Any] = []
     joins = False
     for part in parts:
@@ -283,14 +286,14 @@ def says(value: Any) -> bool:
 
 
 def _strings(value: Any) -> list[str]:
-    """All texts inside of a value."""
+    """Return all texts inside a value."""
     if isinstance(value, Mapping):
         value = list(value.values())
     return [text for item in value for text in _strings(item)] if isinstance(value, list) else [part_text(value)]
 
 
 def parsed(text: str) -> Any:
-    """The value of a text that is JSON, else the text."""
+    """Return the value of a text that is JSON, else the text."""
     try:
         return checked(json.loads(text))
     except (ValueError, RecursionError):
@@ -310,16 +313,16 @@ def _lettered(keys: dict[str, Any]) -> dict[str, Any]:
     return {**keys, "options": dict(zip(LETTERS, choices, strict=False)), "answer": answer}
 
 
-def joined(asked: list[str], answered: list[str]) -> Shaped:
+def joined(asked: list[str], answered: list[str]) -> ParsedRecord:
     text = ""
     for part in filter(None, asked):
         text += part if not text or text.endswith("\n") else "\n" + part
     if not any(answered):
-        return Shaped(text)
+        return ParsedRecord(text)
     at = len(text) + (not text.endswith("\n"))
     for part in filter(None, answered):
         text += part if text.endswith("\n") else "\n" + part
-    return Shaped(text, (), at)
+    return ParsedRecord(text, (), at)
 
 
 def expert_of(value: Any) -> str | None:
@@ -329,7 +332,7 @@ def expert_of(value: Any) -> str | None:
 
 
 def part_text(value: Any) -> str:
-    """A value as text; choices become a line each; what is nested deeper is not text."""
+    """Convert a value to text: choices become a line each; deeper nesting gives ''."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):

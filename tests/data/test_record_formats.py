@@ -40,14 +40,14 @@ def jsonl(path: Path, *records: Any) -> Path:
 ])
 def test_the_answer_begins_where_the_prompt_ends(record: Any, asked: str, answer: str, tmp_path: Path) -> None:
     [document], _ = read(jsonl(tmp_path / "a.jsonl", record))
-    assert document.answer_at == len(asked)
-    assert (document.text[: document.answer_at], document.text[document.answer_at :]) == (asked, answer)
+    assert document.response_start == len(asked)
+    assert (document.text[: document.response_start], document.text[document.response_start :]) == (asked, answer)
 
 
 @pytest.mark.parametrize("record", [
     {"text": "plain"}, "bare", {"messages": ["hi", "you"]}, {"questions": [{"question": "Q", "answer": "A"}]}])
 def test_what_has_no_single_answer_has_no_place_for_it(record: Any, tmp_path: Path) -> None:
-    assert read(jsonl(tmp_path / "a.jsonl", record))[0][0].answer_at is None
+    assert read(jsonl(tmp_path / "a.jsonl", record))[0][0].response_start is None
 
 
 def test_metadata_and_expert_are_kept(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_metadata_and_expert_are_kept(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"input": "i", "output": "o", "metadata": about, "expert": "code_expert"},
                  {"text": "t", "lang": "en", "complexity": "easy"}, {"text": "t", "expert": 3})
     (one, two), report = read(path)
-    assert (one.metadata, one.expert, one.text, one.answer_at) == (about, "code_expert", "i\no", 2)
+    assert (one.metadata, one.expert, one.text, one.response_start) == (about, "code_expert", "i\no", 2)
     assert (two.metadata, two.expert) == ({"complexity": "easy", "language": "en"}, None)
     assert "expert = 3: must be a name" in report.problems[0].detail
     named = list(read_documents({"law_expert": [path], "": [path]}, ReadReport()))
@@ -86,7 +86,7 @@ def test_csv_without_a_header(tmp_path: Path) -> None:
         read(tmp_path / "b.tsv")
     mapping = RecordMap.from_dict({"prompt": 1, "answer": 2, "metadata": {"id": 0}})
     documents, _ = read(tmp_path / "b.tsv", mapping=mapping)
-    assert [(d.text, d.answer_at, d.metadata) for d in documents] == [
+    assert [(d.text, d.response_start, d.metadata) for d in documents] == [
         ("asked\nsaid", 6, {"id": "7"}), ("and\nso", 4, {"id": "8"})]
 
 
@@ -153,7 +153,7 @@ def test_data_sets_of_the_datasets_library(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(tmp_path / "set"))
     assert [d.text for d in read(f"hf:{tmp_path / 'set'}")[0]] == ["Q\nA", "R\nB"]
     [one], _ = read(f"hf:{tmp_path / 'set'}:test")
-    assert (one.text, one.answer_at, one.line) == ("R\nB", 2, 1)
+    assert (one.text, one.response_start, one.line) == ("R\nB", 2, 1)
     assert all(file.is_file() for file in list_files([f"hf:{tmp_path / 'set'}"]))
     with pytest.raises(DataError, match="split = 'dev': must be one of train, test"):
         read(f"hf:{tmp_path / 'set'}:dev")
@@ -176,7 +176,7 @@ def test_a_map_says_which_column_is_what(tmp_path: Path) -> None:
                  {"title": "T", "body": {"text": "B"}, "verdict": "V", "kind": "law_expert", "level": 3},
                  {"title": "T", "body": {}, "verdict": "V", "kind": None, "level": 3})
     [document], report = read(path, mapping=mapping)
-    assert (document.text, document.answer_at, document.expert, document.metadata) == (
+    assert (document.text, document.response_start, document.expert, document.metadata) == (
         "T\nB\nV", 4, "law_expert", {"grade": 3})
     assert report.problems[0].detail == "there is no column 'body.text'"
     said = RecordMap.from_dict({"messages": "log"})
