@@ -17,10 +17,15 @@ ROOT = Path(__file__).parents[1]
 RETIRED = {
     r"\w*(?i:quanti)s(?:e|ed|es|er|ers|ing|ation(?!\.json))\w*": "quantize, quantized, quantization",
 }
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    # data, atlas, tune
+    "run_step": "run_stage", "in_order": "ordered_map", "Shaped": "ParsedRecord", "answer_at": "response_start",
+    "Refusal": "RejectedGroup", "claims": "expert_owners", "Workpiece": "TunedModel", "Tuning": "TuneTrainer",
+    "take_round": "next_round", "learnt_tokens": "loss_tokens", "_check_there": "validate_experts",
+}
 ALLOWED = {  # old names that are answered
     *(f"quantised_{what}" for what in ("linear", "mlp", "experts", "groups", "places")), "grouped_quantised_linear",
-    "quantise_panels",
+    "quantise_panels", "learnt_tokens",
 }
 
 
