@@ -11,7 +11,8 @@ from ..data.settings import named_paths
 from ..errors import ConfigError, DataError
 from ..files import locked, write_atomically
 from ..progress import tokens_bar
-from .common import Parser, add_command, add_device_flags, add_steps
+from .common import add_device_flags
+from .parser import Parser, add_command, add_steps
 
 if TYPE_CHECKING:
     from ..atlas.compare import Trace

@@ -22,9 +22,9 @@ COMMANDS = "/reset forgets the conversation, /experts shows who answered, /exit 
 
 
 def add_flags(parser: Parser) -> None:
-    add_device_flags(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message")
     add_model_flags(parser)
-    parser.add_argument("--system", help="system message")
+    add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,78 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError
+from .parser import Parser, Switch
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
     from ..engine.sampler import SamplingParams
 
-Run = Callable[[argparse.Namespace], None]
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=110)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        """A default that is none, and one that the help states itself, are not worth a word."""
-        plain = action.default in (None, False, "", []) or "(default: " in (action.help or "")
-        return action.help if plain else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, and suggests the nearest spelling of a flag or a command that it does not know."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
-        self.fill: Callable[[Parser], None] | None = None  # adds the flags when they are needed first
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.fill is not None:
-            self.fill(self)
-            self.fill = None
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(flag.partition('=')[0], flags)}")
-        return found, unknown
-
-    def error(self, message: str) -> NoReturn:
-        """The message, below the usage only where that is short."""
-        usage = self.format_usage()
-        if usage.count("\n") > 4:
-            self.exit(2, f"{self.prog}: error: {message} (see `{self.prog} --help`)\n")
-        super().error(message)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            known = ", ".join(map(str, action.choices))
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {known})"
-                                                 f"{nearest(str(value), map(str, action.choices))}")
-
-
-def add_command(commands: Any, name: str, run: Run | None, text: str) -> Parser:
-    """A parser of its own for `name`, among commands or steps of one."""
-    parser: Parser = commands.add_parser(name, help=text, description=text)
-    if run is not None:
-        parser.set_defaults(run=run)
-    return parser
-
-
-def add_steps(parser: Parser) -> Any:
-    """A place for the steps of a command; without one of them the command shows its help."""
-    parser.set_defaults(usage=parser.print_help)
-    return parser.add_subparsers(title="steps", metavar="STEP")
-
 
 def add_device_flags(parser: Parser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+    machine = parser.group("machine")
+    machine.add_argument("--device", default="cpu", help="cpu or cuda")
+    machine.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
 
 
 def apply_device(args: argparse.Namespace) -> None:
@@ -96,44 +40,49 @@ def apply_device(args: argparse.Namespace) -> None:
 
 
 def add_model_flags(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, help="a checkpoint folder or a hub id")
-    add_engine_flags(parser)
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a checkpoint folder or a hub id")
     parser.add_argument("--use_adapter", metavar="NAME", help="which of the adapters with names answers; else the base")
-    add_sampling_flags(parser)
+    _add_sampling_flags(parser)
+    add_engine_flags(parser)
 
 
 def add_engine_flags(parser: Parser) -> None:
-    parser.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
+    engine = parser.group("engine")
+    engine.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
                         help="a delta or an adapter that `deepseek tune` left, to put in; with names, LoRA adapters "
                         "beside the base, of which each request goes through one or none")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--chat_template_kwargs", type=template_variables, metavar="JSON",
+    engine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    engine.add_argument("--chat_template_kwargs", type=template_variables, metavar="JSON",
                         help="variables of the chat template, such as '{\"thinking\": true}'")
-    parser.add_argument("--batch_size", type=int, default=32, help="requests that run together at most")
-    parser.add_argument("--step_tokens", type=int, default=512, help="tokens of a step; longer prompts go in pieces")
-    parser.add_argument("--policy", choices=("fcfs", "expert"), default="fcfs",
+    engine.add_argument("--batch_size", type=int, default=32, help="requests that run together at most")
+    engine.add_argument("--step_tokens", type=int, default=512, help="tokens of a step; longer prompts go in pieces")
+    engine.add_argument("--policy", choices=("fcfs", "expert"), default="fcfs",
                         help="which waiting request is next: the first, or the one whose experts are in use")
-    parser.add_argument("--expert_memory", metavar="SIZE",
+    engine.add_argument("--expert_memory", metavar="SIZE",
                         help="memory for routed experts of a quantized model, such as 4GiB; the others stay on disk")
-    parser.add_argument("--warmup_experts", default="", metavar="NAMES",
+    engine.add_argument("--warmup_experts", default="", metavar="NAMES",
                         help="names, or auto (those of recorded use), in memory before the first request")
-    parser.add_argument("--no_prefetch", action="store_true", help="do not read the next layer's experts ahead")
+    engine.add_argument("--prefetch", "--no_prefetch", action=Switch, default=True,
+                        help="read the next layer's experts ahead")
 
 
-def add_sampling_flags(parser: Parser) -> None:
-    parser.add_argument("--max_tokens", type=int, default=256, help="tokens to generate at most")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this probability")
-    parser.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0 keeps all")
-    parser.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages what has been said")
-    parser.add_argument("--presence_penalty", type=float, default=0.0, help="above 0 discourages what the answer said")
-    parser.add_argument("--frequency_penalty", type=float, default=0.0, help="as above, as often as it said it")
-    parser.add_argument("--min_tokens", type=int, default=0, help="tokens before which the text does not end")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
-    parser.add_argument("--show_experts", action="store_true", help="print the experts' use, by name and by layer")
-    parser.add_argument("--expert_map", metavar="PNG", help="save that table as a heat map")
+def _add_sampling_flags(parser: Parser) -> None:
+    sampling = parser.group("sampling")
+    sampling.add_argument("--max_tokens", type=int, default=256, help="tokens to generate at most")
+    sampling.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
+    sampling.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this probability")
+    sampling.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0 keeps all")
+    sampling.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one")
+    sampling.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition")
+    sampling.add_argument("--presence_penalty", type=float, default=0.0, help="above 0 discourages what has been said")
+    sampling.add_argument("--frequency_penalty", type=float, default=0.0, help="as above, growing with each repetition")
+    sampling.add_argument("--min_tokens", type=int, default=0, help="tokens before which the text does not end")
+    sampling.add_argument("--seed", type=int, help="makes sampling repeatable")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                          help="end at this text; may be given several times")
+    use = parser.group("experts")
+    use.add_argument("--show_experts", action="store_true", help="print the experts' use, by name and by layer")
+    use.add_argument("--expert_map", metavar="PNG", help="save that table as a heat map")
 
 
 def template_variables(text: str) -> dict[str, Any]:
@@ -179,7 +128,7 @@ def make_llm(args: argparse.Namespace) -> LLM:
     llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=adapter, adapters=adapters,
               chat_template_kwargs=args.chat_template_kwargs, batch_size=args.batch_size,
               step_tokens=args.step_tokens, policy=args.policy, expert_memory=args.expert_memory,
-              warmup_experts=args.warmup_experts, prefetch=not args.no_prefetch)
+              warmup_experts=args.warmup_experts, prefetch=args.prefetch)
     if llm.warmup is not None:
         print(llm.warmup, file=sys.stderr)
     return llm

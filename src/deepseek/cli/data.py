@@ -7,9 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..data.mapping import RecordMap
 from ..data.settings import (
@@ -23,7 +22,7 @@ from ..data.settings import (
     settings_of,
 )
 from ..errors import ConfigError
-from .common import Parser, add_command, add_steps
+from .parser import Parser, add_command, add_settings, add_steps, given_settings
 
 if TYPE_CHECKING:
     from ..data.stage import Progress, StageResult
@@ -59,7 +58,7 @@ def add_flags(parser: Parser) -> None:
     step = add_command(steps, "pack", pack, "records into token shards for training")
     step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
     _shared(step, PackSettings, experts="the names in the order of the model's groups; sorted if not given")
-    _settings_flags(step, SplitSettings)
+    add_settings(step, SplitSettings, {})
     step = add_command(steps, "report", report, "counts, lengths, languages, complexity and balance per expert")
     step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
     step.add_argument("--out", required=True, help="folder to write")
@@ -70,20 +69,13 @@ def _shared(step: Parser, kind: type, experts: str | None = None) -> None:
     step.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads")
     if experts:
         step.add_argument("--experts", nargs="+", default=[], metavar="NAME", help=experts)
-    _settings_flags(step, kind)
-
-
-def _settings_flags(step: Parser, kind: type) -> None:
-    for one in fields(kind):
-        flag: dict[str, Any] = {"action": "store_true"} if one.default is False else {
-            "type": str if one.default is None else type(one.default)}
-        step.add_argument(f"--{one.name}", default=one.default, help=one.metadata["help"], **flag)
+    add_settings(step, kind, {})
 
 
 def _settings(args: argparse.Namespace, kind: type[S]) -> S:
     if getattr(args, "workers", 1) < 1:
         raise ConfigError(f"workers = {args.workers}: must be an integer >= 1")
-    return settings_of(kind, {one.name: getattr(args, one.name) for one in fields(kind)})  # type: ignore[arg-type]
+    return settings_of(kind, given_settings(args, kind))
 
 
 # ---- the steps ----------------------------------------------------------------------------------------------------

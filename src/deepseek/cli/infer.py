@@ -7,19 +7,20 @@ import sys
 from pathlib import Path
 
 from ..errors import ConfigError, RequestError
-from .common import Parser, add_device_flags, add_model_flags, expert_usage, make_llm, report_usage, sampling_params
+from .common import add_device_flags, add_model_flags, expert_usage, make_llm, report_usage, sampling_params
+from .parser import Parser
 
 
 def add_flags(parser: Parser) -> None:
-    add_device_flags(parser)
-    add_model_flags(parser)
-    parser.add_argument("--prompt", help="the prompt; else standard input")
+    parser.add_argument("--prompt", metavar="TEXT", help="the prompt; else standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
     parser.add_argument("--parse_special", action="store_true",
                         help="control tokens spelled out in a prompt count as such (a template of one's own, FIM)")
     parser.add_argument("--input", metavar="JSONL", help="prompts, one object a line: {prompt | messages, id, …}")
-    parser.add_argument("--output", metavar="JSONL", help="answers to --input, in its order; gone on with if it exists")
+    parser.add_argument("--output", metavar="JSONL", help="answers to --input, in its order; continued if it exists")
     parser.add_argument("--json_schema", metavar="FILE", help="a JSON schema that the text must match")
+    add_model_flags(parser)
+    add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:

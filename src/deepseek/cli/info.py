@@ -11,7 +11,7 @@ from ..errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from ..checkpoint import Verdict
-from .common import Parser
+from .parser import Parser
 
 
 def add_flags(parser: Parser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shlex
@@ -17,22 +16,23 @@ from typing import Any
 from .. import __version__
 from ..errors import MoEDRError, printable
 from ..interrupts import Stopped, handled
-from .common import Parser, add_command, apply_device
+from .common import apply_device
+from .parser import Parser, add_command
 
 COMMANDS = {  # in the order of the help
     "info": "parameters, FLOPs, memory and cost of a model, and what fits this machine",
-    "data": "prepare data",
+    "data": "prepare data: validate, deduplicate, label, split and pack records",
     "train": "train a model from scratch or from a checkpoint; the same command, or --out alone, continues a stopped "
              "run, more --steps extend it",
-    "atlas": "experts by name: measure, show and compare them",
-    "tune": "tune experts or side paths on records; the same command continues a stopped run",
-    "quantize": "write a checkpoint in fewer bits; the same command goes on after a stop",
-    "merge": "write the checkpoint that a delta or a LoRA adapter makes of its base; the same command goes on after a "
-             "stop",
+    "atlas": "measure, show and compare which experts serve which domain",
+    "tune": "tune experts or a LoRA adapter on records; the same command continues a stopped run",
+    "quantize": "write a checkpoint in fewer bits; the same command continues a stopped run",
+    "merge": "write the checkpoint that a delta or a LoRA adapter makes of its base; the same command continues "
+             "a stopped run",
     "infer": "complete a prompt, printing text as it comes",
-    "chat": "a conversation in the terminal",
-    "serve": "answer over HTTP as OpenAI's server does",
-    "watch": "look at a server that runs, from a terminal",
+    "chat": "chat with a model in the terminal",
+    "serve": "serve a model over HTTP with OpenAI's API",
+    "watch": "show the state of a running server in the terminal",
 }
 
 
@@ -41,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     a library), 130 for Ctrl-C, 143 for SIGTERM. A failure is one line; DEEPSEEK_DEBUG=1 shows its traceback
     instead."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(words)
+    parser = make_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        import argcomplete
+
+        for name in {*os.environ.get("COMP_LINE", "").split()} & {*COMMANDS}:  # it looks at flags before they are used
+            parser.commands[name].filled()
+        argcomplete.autocomplete(parser)
+    args = parser.parse_args(words)
     if not hasattr(args, "run"):
         args.usage()
         return 2
@@ -105,14 +112,16 @@ def infer_main() -> int:
     return main(["infer", *sys.argv[1:]])
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of all commands; one that is used takes its flags from its module."""
-    parser = Parser(prog="deepseek", description="MoE-DR: an open implementation of the DeepSeek-V3 system")
+    parser = Parser(prog="deepseek", description="MoE-DR: an open implementation of the DeepSeek-V3 system",
+                    epilog="`deepseek COMMAND --help` lists a command's flags. --a_flag may be spelled --a-flag.")
     parser.add_argument("--version", action="version", version=f"moe-dr {__version__}")
     parser.set_defaults(usage=parser.print_help)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, text in COMMANDS.items():
-        add_command(commands, name, None, text).fill = partial(_fill, name)
+        parser.commands[name] = add_command(commands, name, None, text)
+        parser.commands[name].fill = partial(_fill, name)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Parser
+from .parser import Parser
 
 
 def add_flags(parser: Parser) -> None:

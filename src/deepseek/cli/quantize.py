@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import ConfigError
-from .common import Parser
+from .parser import Parser
 
 
 def add_flags(parser: Parser) -> None:

@@ -13,45 +13,49 @@ from ..domain import DomainClassifier
 from ..errors import ConfigError
 from ..keys import find_keys
 from ..serve.middleware import check_host
-from .common import Parser, add_device_flags, add_engine_flags, make_llm, named_adapters
+from .common import add_device_flags, add_engine_flags, make_llm, named_adapters
+from .parser import Parser
 
 SWITCH = 2e-4  # seconds that a thread may keep the interpreter from others
 
 
 def add_flags(parser: Parser) -> None:
-    add_device_flags(parser)
-    parser.add_argument("model", help="a checkpoint folder or a hub id")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--api_key", action="append", default=[], help="clients must send it; may be given several "
-                        "times; a list of processes shows it")
-    parser.add_argument("--api_key_file", action="append", default=[], metavar="FILE", help="the same, a key a line; "
-                        "without either the variable DEEPSEEK_API_KEY counts")
-    parser.add_argument("--cors_origin", action="append", default=[], metavar="ORIGIN",
-                        help="web pages of this origin may ask, such as https://example.org; * is all; may be repeated")
-    parser.add_argument("--allowed_host", action="append", default=[], metavar="NAME", help="a further name by which "
-                        "clients may reach the server (Host header); may be given several times")
-    parser.add_argument("--name", help="what clients call the model; the folder's name")
-    parser.add_argument("--max_waiting", type=int, default=256, help="requests that may queue; beyond is status 429")
-    parser.add_argument("--max_body", type=int, default=4 << 20, help="bytes of a request at most")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take, from arrival")
-    parser.add_argument("--max_connections", type=int, default=1000, help="open connections at most; idle and half-"
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    network = parser.group("network")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
+    network.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    network.add_argument("--api_key", action="append", default=[], help="clients must send it; may be given several "
+                         "times; a list of processes shows it")
+    network.add_argument("--api_key_file", action="append", default=[], metavar="FILE", help="the same, a key a line; "
+                         "without either the variable DEEPSEEK_API_KEY counts")
+    network.add_argument("--cors_origin", action="append", default=[], metavar="ORIGIN",
+                         help="web pages of this origin may ask, such as https://example.org; * is all")
+    network.add_argument("--allowed_host", action="append", default=[], metavar="NAME", help="a further name by which "
+                         "clients may reach the server (Host header); may be given several times")
+    network.add_argument("--name", help="what clients call the model; the folder's name")
+    limits = parser.group("limits")
+    limits.add_argument("--max_waiting", type=int, default=256, help="requests that may queue; beyond is status 429")
+    limits.add_argument("--max_body", type=int, default=4 << 20, help="bytes of a request at most")
+    limits.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take, from arrival")
+    limits.add_argument("--max_connections", type=int, default=1000, help="open connections at most; idle and half-"
                         "sent ones make room, then further ones get status 503")
-    parser.add_argument("--receive_timeout", type=float, default=60.0, help="seconds in which a request must arrive")
-    parser.add_argument("--read_timeout", type=float, default=60.0, help="seconds in which a client must read")
-    parser.add_argument("--shutdown_timeout", type=float, default=30.0, help="seconds that open answers still have")
-    parser.add_argument("--classifier", type=Path, metavar="FILE", help="classifier.npz of `deepseek data`: says what "
-                        "requests are about that name no domain and have no keywords")
-    parser.add_argument("--history", type=Path, help="SQLite file for readings, alerts and feedback; none keeps them "
-                        "in memory")
-    parser.add_argument("--history_days", type=float, default=30.0, help="how long it keeps them")
-    parser.add_argument("--alert_minutes", type=float, default=10.0, help="the window of alerts and shares")
-    parser.add_argument("--alert_webhook", help="URL to which alerts are sent by POST, as JSON")
-    parser.add_argument("--price_per_hour", type=float, help="of this machine: gives the cost of 10^8 tokens")
-    parser.add_argument("--log", action="store_true", help="a line of JSON for every request, without its text")
-    parser.add_argument("--log_texts", action="store_true",
-                        help="and one with its prompt (of a chat, the last message) and its answer")
+    limits.add_argument("--receive_timeout", type=float, default=60.0, help="seconds in which a request must arrive")
+    limits.add_argument("--read_timeout", type=float, default=60.0, help="seconds in which a client must read")
+    limits.add_argument("--shutdown_timeout", type=float, default=30.0, help="seconds that open answers still have")
+    watch = parser.group("monitoring")
+    watch.add_argument("--classifier", type=Path, metavar="FILE", help="classifier.npz of `deepseek data`: says what "
+                       "requests are about that name no domain and have no keywords")
+    watch.add_argument("--history", type=Path, help="SQLite file for readings, alerts and feedback; none keeps them "
+                       "in memory")
+    watch.add_argument("--history_days", type=float, default=30.0, help="how long it keeps them")
+    watch.add_argument("--alert_minutes", type=float, default=10.0, help="the window of alerts and shares")
+    watch.add_argument("--alert_webhook", metavar="URL", help="URL to which alerts are sent by POST, as JSON")
+    watch.add_argument("--price_per_hour", type=float, help="of this machine: gives the cost of 10^8 tokens")
+    watch.add_argument("--log", action="store_true", help="a line of JSON for every request, without its text")
+    watch.add_argument("--log_texts", action="store_true",
+                       help="and one with its prompt (of a chat, the last message) and its answer")
     add_engine_flags(parser)
+    add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,9 +68,9 @@ def run(args: argparse.Namespace) -> None:
     from ..watch.history import History
     from ..watch.monitor import WatchOptions
 
-    watch = WatchOptions(**{name: getattr(args, name) for name in (
+    options = WatchOptions(**{name: getattr(args, name) for name in (
         "alert_minutes", "alert_webhook", "history", "history_days", "price_per_hour")})
-    History(watch.history).close()  # what cannot be is said before a large model is loaded
+    History(options.history).close()  # what cannot be is said before a large model is loaded
     classifier = None if args.classifier is None else DomainClassifier.load(args.classifier)
     from ..serve.connections import ConnectionLimits, Process, allow_files
 
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     app = create_app(llm, ServeOptions(name, tuple(keys), args.max_waiting, args.max_body, args.timeout,
-                                       args.log_texts, watch, tuple(args.cors_origin), args.host, hosts))
+                                       args.log_texts, options, tuple(args.cors_origin), args.host, hosts))
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     beside = f" with {', '.join(llm.adapters)}" if llm.adapters else ""
     print(f"serving {name}{beside} on {address}/v1" + ("" if keys else ", open to anyone who can reach it: no API key")

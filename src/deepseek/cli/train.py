@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from ..config import PRESETS, ModelConfig
 from ..data.settings import named_paths
 from ..deepopt.settings import TrainConfig
 from ..errors import ConfigError, MoEDRError
-from .common import Parser, add_device_flags
+from .common import add_device_flags
+from .parser import Parser, add_settings, given_settings
 
 
 def add_flags(parser: Parser) -> None:
@@ -24,24 +25,19 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--from", dest="from_model", metavar="MODEL", help="a checkpoint folder or a hub id: starts "
                         "from its weights, with its configuration, tokenizer and names; all parameters are trained")
     parser.add_argument("--tokenizer", help="folder of a tokenizer; else one is trained on the data")
-    parser.add_argument("--valid_fraction", type=float, default=argparse.SUPPRESS,
-                        help="share of the documents held out (default: 0.01)")
-    parser.set_defaults(valid_fraction=None)
+    parser.add_argument("--valid_fraction", type=float, help="share of the documents held out (default: 0.01)")
+    add_settings(parser, TrainConfig, {
+        "schedule": "steps batch_size seq_len accumulation lr min_lr_ratio warmup_steps seed",
+        "optimizer": "beta1 beta2 weight_decay clip", "losses": "mtp_weight balance_weight bias_speed guide_weight",
+        "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
+        "machine": "precision gradient_checkpointing"})
     add_device_flags(parser)
-    for setting in fields(TrainConfig):  # no default here: what is not given is the run's, where one goes on
-        kind: dict[str, Any] = {"action": "store_true"} if setting.default is False else {
-            "type": type(setting.default or 0.0)}
-        shown = f" (default: {setting.default})" if setting.default else ""
-        parser.add_argument(f"--{setting.name}", default=argparse.SUPPRESS,
-                            help=setting.metadata["help"] + shown, **kind)
-        parser.set_defaults(**{setting.name: None})
 
 
 def run(args: argparse.Namespace) -> None:
     from ..deepopt.trainer import Trainer
 
-    names = [setting.name for setting in fields(TrainConfig)]
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = given_settings(args, TrainConfig)
     words = [word for word in (args.config, *args.data) if word is not None]
     out, where = args.out, {"device": args.device}
     where |= {} if args.valid_fraction is None else {"valid_fraction": args.valid_fraction}

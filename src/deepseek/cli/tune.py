@@ -7,13 +7,13 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, nearest
 from ..tune.settings import TuneConfig
-from .common import Parser, template_variables
+from .common import template_variables
+from .parser import Parser, add_settings
 
 # fields of LoRAAdapter, as --adapter takes them
 _FIELDS: dict[str, Callable[[str], Any]] = {
@@ -37,27 +37,24 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--map", metavar="YAML", help="which column of a record is what, where names do not say it")
     parser.add_argument("--show_records", type=int, metavar="N",
                         help="print what would be learnt of the first N records, and stop")
-    parser.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (auto)")
-    parser.add_argument("--records_a_round", type=int, help="records of standard input that make a round (256)")
+    parser.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (default: auto)")
+    parser.add_argument("--records_a_round", type=int, help="records of standard input a round (default: 256)")
     parser.add_argument("--rounds", type=int, help="rounds after which standard input is left (its end)")
-    parser.add_argument("--adapter", nargs="+", metavar="FIELD=VALUE",
-                        help="train a LoRA adapter alone: its fields, such as r=16 lora_alpha=32 lora_dropout=0.05 "
-                           "target_modules=q_proj,v_proj experts=law_expert,3.17")
     for flag, (_, kind) in _OLDER_FLAGS.items():
         parser.add_argument(f"--{flag}", help=argparse.SUPPRESS, **({"type": kind} if kind else {"nargs": "+"}))
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
-    kinds: dict[str, Any] = {"chat_template_kwargs": template_variables, "atlas": str, "threshold": float,
-                             "steps": int, "max_length": int, "lr": float}
-    for setting in fields(TuneConfig):
-        flag, text, default = f"--{setting.name}", setting.metadata["help"], setting.default
-        if default is False:
-            parser.add_argument(flag, action="store_true", default=None, help=text)
-        elif setting.name in ("expert_tune", "expert_freeze"):
-            parser.add_argument(flag, nargs="+", metavar="NAME", help=text)
-        else:
-            shown = "" if default is None else f" ({default})"
-            parser.add_argument(flag, type=kinds.get(setting.name) or type(default), help=text + shown,
-                              metavar="JSON" if setting.name == "chat_template_kwargs" else None)
+    names = {"nargs": "+", "metavar": "NAME"}
+    add_settings(parser, TuneConfig, {
+        "what is trained": "expert_tune expert_freeze atlas score threshold shared_experts non_expert_modules "
+                           "train_router balance",
+        "records": "max_length overlong chat_template_kwargs parse_special reasoning valid_fraction replay",
+        "schedule": "lr epochs steps batch_size accumulation warmup min_lr_ratio weight_decay clip seed",
+        "evaluation and checkpoints": "eval_every eval_records general_records save_every",
+        "machine": "precision gradient_checkpointing device"},
+        expert_tune=names, expert_freeze=names, chat_template_kwargs={"type": template_variables, "metavar": "JSON"})
+    parser.group("what is trained").add_argument("--adapter", nargs="+", metavar="FIELD=VALUE",
+                        help="train a LoRA adapter alone: its fields, such as r=16 lora_alpha=32 lora_dropout=0.05 "
+                           "target_modules=q_proj,v_proj experts=law_expert,3.17")
+    parser.group("machine").add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..keys import find_keys
-from .common import Parser
+from .parser import Parser
 
 CLEAR = "\x1b[H\x1b[J"
 
 
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("url", nargs="?", help="of the server, like http://127.0.0.1:8000")
+    parser.add_argument("url", nargs="?", metavar="URL", help="of the server, like http://127.0.0.1:8000")
     parser.add_argument("--api_key", help="where the server wants one; a list of processes shows it")
     parser.add_argument("--api_key_file", metavar="FILE", help="the same, the first line of a file; without either the "
                         "variable DEEPSEEK_API_KEY counts")

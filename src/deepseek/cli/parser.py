@@ -1,0 +1,128 @@
+"""argparse as all commands use it: both spellings of a flag, flags of settings classes, help without empty defaults."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from ..errors import nearest
+
+Run = Callable[[argparse.Namespace], None]
+METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}  # of flags that say no other
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """A default that is none, and one that the help states itself, are not worth a word."""
+        plain = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if plain or "(default: " in (action.help or "") else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(action.type) or super()._get_default_metavar_for_optional(action).rpartition("_")[2]
+
+
+class Switch(argparse.Action):
+    """`--name` and `--no-name`, in any spelling; help shows those that are declared."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not (option_string or "").startswith(("--no-", "--no_")))
+
+    def format_usage(self) -> str:
+        return " | ".join(self.option_strings)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes flags with hyphens or underscores and no abbreviated ones; suggests the nearest spelling of a flag or a
+    command that it does not know."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
+        self.fill: Callable[[Parser], None] | None = None  # adds the flags when they are needed first
+        self.commands: dict[str, Parser] = {}
+
+    def filled(self) -> Parser:
+        """Itself, with its flags."""
+        if self.fill is not None:
+            self.fill(self)
+            self.fill = None
+        return self
+
+    def group(self, title: str) -> Any:
+        """The place in the help of flags that belong together."""
+        return next((group for group in self._action_groups if group.title == title), None) or (
+            self.add_argument_group(title))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.filled()
+        for flag, action in [*self._option_string_actions.items()]:
+            for name in (flag[2:], f"no_{flag[2:]}") if isinstance(action, Switch) else (flag[2:],):
+                for spelling in (name.replace("_", "-"), name.replace("-", "_")):
+                    self._option_string_actions.setdefault(flag[:2] + spelling, action)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+            hint = nearest(flag[:2] + flag[2:].replace("-", "_") if flag.startswith("--") else flag, flags)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """The message, below the usage only where that is short."""
+        usage = self.format_usage()
+        if usage.count("\n") > 4:
+            self.exit(2, f"{self.prog}: error: {message} (see `{self.prog} --help`)\n")
+        super().error(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {known})"
+                                                 f"{nearest(str(value), map(str, action.choices))}")
+
+
+def add_command(commands: Any, name: str, run: Run | None, text: str) -> Parser:
+    """A parser of its own for `name`, among commands or steps of one."""
+    parser: Parser = commands.add_parser(name, help=text, description=text)
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def add_steps(parser: Parser) -> Any:
+    """A place for the steps of a command; without one of them the command shows its help."""
+    parser.set_defaults(usage=parser.print_help)
+    return parser.add_subparsers(title="steps", metavar="STEP")
+
+
+def add_settings(parser: Parser, kind: type, groups: Mapping[str, str], **special: dict[str, Any]) -> None:
+    """A flag for every field of a settings class; what is not given is None, for `given_settings`.
+
+    groups: title -> names of fields, with blanks between them; the others stand among the command's own. special: what
+    argparse is told of a field's flag besides.
+    """
+    titles = {name: title for title, names in groups.items() for name in names.split()}
+    for title in groups:
+        parser.group(title)
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        types = get_args(hints[one.name]) or (hints[one.name],)
+        own: dict[str, Any] = {"action": Switch} if bool in types else {
+            "type": next((known for known in (int, float) if known in types), str)}
+        shown = "" if one.default is None or one.default is False else f" (default: {one.default})"
+        place = parser.group(titles[one.name]) if one.name in titles else parser
+        place.add_argument(f"--{one.name}", default=None, help=one.metadata["help"] + shown,
+                           **special.get(one.name) or own)
+
+
+def given_settings(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """What `args` say of a settings class."""
+    return {one.name: value for one in fields(kind) if (value := getattr(args, one.name)) is not None}
