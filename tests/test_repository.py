@@ -102,3 +102,13 @@ def test_workflows_call_what_there_is() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     said = " ".join(page.read_text(encoding="utf-8") for page in PAGES) + " ".join(runs)
     assert set(re.findall(r"`make ([a-z-]+)", said)) <= targets
+
+
+def test_the_site_has_every_page_and_every_public_name() -> None:
+    """`make docs` builds it; what can go wrong without mkdocs is looked at here."""
+    listed = re.findall(r"- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in ROOT.glob("docs/*.md"))
+    api = re.findall(r"^::: deepseek\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert api == deepseek.__all__
+    for page in ROOT.glob("docs/*.md"):
+        assert "](../" not in page.read_text(encoding="utf-8"), f"{page.name}: links out of the site"
