@@ -166,7 +166,7 @@ def compare(args: Any, folder: Path, name: str, prompts: list[list[int]], peer: 
             rows.append([
                 f"{share:.0%}", kind, f"{middle['speed']:.1f}", f"{middle['first']:.2f}",
                 f"{middle['hits'] / middle['wanted']:.0%}",
-                f"{middle['used'] / middle['foretold']:.0%}" if middle["foretold"] else "",
+                f"{middle['prefetch_hits'] / middle['prefetched']:.0%}" if middle["prefetched"] else "",
                 f"{middle['stall']:.1f}", f"{middle['read'] / 2**20:,.0f}",
                 f"{middle['system_read_later'] / max(middle['read_later'], 1):.1%}", covered])
         for repack, how in enumerate(("as in the file", "repacked") if peer is not None else ()):

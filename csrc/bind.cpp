@@ -59,23 +59,23 @@ NB_MODULE(_native, m) {
     for (nb::handle layer : layers) self->push_back(nb::cast<const Layer&>(layer));
   });
   nb::class_<Residency>(m, "Residency").def(
-      "__init__", [](Residency* self, nb::object need, nb::object expect) {
+      "__init__", [](Residency* self, nb::object fetch, nb::object prefetch) {
         auto numbers = [](const std::vector<int64_t>& v) {
           nb::list list;
           for (int64_t e : v) list.append(e);
           return list;
         };
         new (self) Residency;
-        self->need = [=](int64_t gate, const std::vector<int64_t>& wanted) {
+        self->on_fetch = [=](int64_t moe_layer, const std::vector<int64_t>& wanted) {
           nb::gil_scoped_acquire acquire;
-          return nb::cast<std::vector<int64_t>>(need(gate, numbers(wanted)));
+          return nb::cast<std::vector<int64_t>>(fetch(moe_layer, numbers(wanted)));
         };
-        if (!expect.is_none())
-          self->expect = [=](int64_t gate, const std::vector<int64_t>& wanted) {
+        if (!prefetch.is_none())
+          self->on_prefetch = [=](int64_t moe_layer, const std::vector<int64_t>& wanted) {
             nb::gil_scoped_acquire acquire;
-            expect(gate, numbers(wanted));
+            prefetch(moe_layer, numbers(wanted));
           };
-      }, nb::arg("need"), nb::arg("expect").none());
+      }, nb::arg("fetch"), nb::arg("prefetch").none());
 
   static const auto sequences = [](uintptr_t begin, uintptr_t past, uintptr_t block_begin, uintptr_t blocks, int64_t count) {
     return Sequences{count, at<int64_t>(begin), at<int64_t>(past), at<int64_t>(block_begin), at<int64_t>(blocks)};
@@ -118,18 +118,18 @@ NB_MODULE(_native, m) {
   m.def("quantised_experts",
         [](uintptr_t x, int64_t tokens, int64_t hidden, uintptr_t index, uintptr_t weight, int64_t top,
            uintptr_t experts, int64_t num_experts, int64_t inner, uintptr_t shared, int64_t shared_inner, int bits,
-           uintptr_t out, int threads, const Residency* residency, int64_t gate) {
+           uintptr_t out, int threads, const Residency* residency, int64_t moe_layer) {
           Fetch fetch;
           if (residency)
             fetch = [=](const std::vector<int64_t>& wanted) {
-              return residency->get(gate, at<const uint8_t*>(experts), wanted);
+              return residency->fetch(moe_layer, at<const uint8_t*>(experts), wanted);
             };
           quantized_experts(at<float>(x), tokens, hidden, at<int64_t>(index), at<float>(weight), top,
                             at<const uint8_t*>(experts), num_experts, inner, at<uint8_t>(shared), shared_inner, bits,
                             at<float>(out), threads, fetch);
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg("residency").none() = nb::none(), nb::arg("gate") = 0,
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg("residency").none() = nb::none(), nb::arg("moe_layer") = 0,
         release());
 
   m.def("panel_linear",

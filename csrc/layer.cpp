@@ -98,7 +98,7 @@ void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences&
   };
   const Decided ahead = take();
   Decided here = decided.scores ? decided : take();
-  int64_t gates = 0;
+  int64_t moe_layer = 0;
   for (const Layer& layer : layers) {
     const Ffn& ffn = layer.ffn;
     rms_norm(x, n, hidden, hidden, layer.attention_norm, layer.eps, normed, threads);
@@ -107,14 +107,15 @@ void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences&
     Fetch fetch;
     if (residency && ffn.gate.experts) {
       const Layer* next = &layer + 1;
-      bool foretell = residency->expect && next < layers.data() + layers.size() && next->ffn.gate.experts;
-      fetch = [&, gates, foretell](const std::vector<int64_t>& wanted) mutable {
-        std::vector<int64_t> ready = residency->get(gates, ffn.experts, wanted);
-        if (foretell) {  // what the next gate says of this layer's input is most of what it will say of its own
+      bool ahead_too = residency->on_prefetch && next < layers.data() + layers.size() && next->ffn.gate.experts;
+      fetch = [&, moe_layer, ahead_too](const std::vector<int64_t>& wanted) mutable {
+        std::vector<int64_t> ready = residency->fetch(moe_layer, ffn.experts, wanted);
+        if (ahead_too) {  // what the next gate says of this layer's input is most of what it will say of its own
           rms_norm(x, n, hidden, hidden, next->ffn_norm, next->eps, y, threads);
           gate_forward(next->ffn, y, n, hidden, ahead.scores, ahead.index, ahead.weight, threads);
-          residency->announce(gates + 1, next->ffn.experts, next->ffn.gate.experts, ahead.index, n * next->ffn.gate.top);
-          foretell = false;
+          residency->prefetch(moe_layer + 1, next->ffn.experts, next->ffn.gate.experts, ahead.index,
+                              n * next->ffn.gate.top);
+          ahead_too = false;
         }
         return ready;
       };
@@ -125,25 +126,26 @@ void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences&
                       ffn.shared, ffn.shared_inner, ffn.bits, y, threads, fetch);
     add(x, y, n, hidden, threads);
     cache += layer_stride;
-    gates += ffn.gate.experts > 0;
+    moe_layer += ffn.gate.experts > 0;
     if (const Gate& gate = ffn.gate; decided.scores && gate.experts)
       here.scores += n * gate.experts, here.index += n * gate.top, here.weight += n * gate.top;
   }
 }
 
-void Residency::announce(int64_t gate, const uint8_t* const* experts, int64_t count, const int64_t* index,
+void Residency::prefetch(int64_t moe_layer, const uint8_t* const* experts, int64_t count, const int64_t* index,
                          int64_t slots) const {
   std::vector<int64_t> votes(count, 0), likely;
   for (int64_t i = 0; i < slots; ++i)
     if (votes[index[i]]++ == 0) likely.push_back(index[i]);
   if (std::all_of(likely.begin(), likely.end(), [&](int64_t e) { return experts[e] != nullptr; })) return;
   std::stable_sort(likely.begin(), likely.end(), [&](int64_t a, int64_t b) { return votes[a] > votes[b]; });
-  expect(gate, likely);
+  on_prefetch(moe_layer, likely);
 }
 
-std::vector<int64_t> Residency::get(int64_t gate, const uint8_t* const* experts, const std::vector<int64_t>& wanted) const {
+std::vector<int64_t> Residency::fetch(int64_t moe_layer, const uint8_t* const* experts,
+                                      const std::vector<int64_t>& wanted) const {
   const bool all = std::all_of(wanted.begin(), wanted.end(), [&](int64_t e) { return experts[e] != nullptr; });
-  return all ? wanted : need(gate, wanted);
+  return all ? wanted : on_fetch(moe_layer, wanted);
 }
 
 }  // namespace deepseek

@@ -32,16 +32,17 @@ struct Layer {
   const float *attention_norm, *ffn_norm;
   float eps;
 };
-// Where not all experts are in memory: the table of a layer's experts holds null for the others. `need` makes some of the
-// experts `wanted` ready, at least one, and returns them; they stay until it is asked again for the same gate. `expect` is
-// told what the next gate will probably want, most wanted first, where not all of it is there. Both count the layers that
-// have a gate. Without `expect` nothing is foretold.
+// Where not all experts are in memory: the table of a layer's experts holds null for those that are not. `fetch` loads at
+// least one of the wanted experts and pins them until the next call for that layer; `prefetch` is optional: it names what
+// the next layer will probably want, most wanted first, where not all of it is resident. moe_layer counts the layers that
+// have a gate.
 struct Residency {
-  std::function<std::vector<int64_t>(int64_t gate, const std::vector<int64_t>& wanted)> need;
-  std::function<void(int64_t gate, const std::vector<int64_t>& wanted)> expect;
+  std::function<std::vector<int64_t>(int64_t moe_layer, const std::vector<int64_t>& wanted)> on_fetch;
+  std::function<void(int64_t moe_layer, const std::vector<int64_t>& wanted)> on_prefetch;
 
-  std::vector<int64_t> get(int64_t gate, const uint8_t* const* experts, const std::vector<int64_t>& wanted) const;
-  void announce(int64_t gate, const uint8_t* const* experts, int64_t count, const int64_t* index, int64_t slots) const;
+  std::vector<int64_t> fetch(int64_t moe_layer, const uint8_t* const* experts, const std::vector<int64_t>& wanted) const;
+  void prefetch(int64_t moe_layer, const uint8_t* const* experts, int64_t count, const int64_t* index,
+                int64_t slots) const;
 };
 // Layers one after the other. x [T, hidden] becomes their result. The first `naive` sequences run in naive order, the
 // others absorbed. cos, sin: as in mla_prepare. Layer i's rows of the cache begin at i * layer_stride. What the gates

@@ -16,8 +16,13 @@ ROOT = Path(__file__).parents[1]
 # NAMES in names alone, where English keeps the word
 RETIRED = {
     r"\w*(?i:quanti)s(?:e|ed|es|er|ers|ing|ation(?!\.json))\w*": "quantize, quantized, quantization",
+    "foretold": "prefetched",
 }
 NAMES: dict[str, str] = {
+    # engine
+    "announce": "prefetch", "Residents": "ResidencyStats", "Speculated": "DraftStats", "StopText": "StopStringMatcher",
+    "PageTable": "BlockTable", "Signatures": "ExpertAffinity", "Coupling": "Ensemble", "_step_back": "_preempt",
+    "_secure": "_allocate_or_preempt", "there_LE": "resident_LE",
     # data, atlas, tune
     "run_step": "run_stage", "in_order": "ordered_map", "Shaped": "ParsedRecord", "answer_at": "response_start",
     "Refusal": "RejectedGroup", "claims": "expert_owners", "Workpiece": "TunedModel", "Tuning": "TuneTrainer",

@@ -202,7 +202,7 @@ def test_an_adapter_runs_in_every_function(served: Callable[..., Served]) -> Non
     assert asyncio.run(all_at_once()) == [want[name].token_ids for name in NAMES]
     for name in NAMES:
         assert "".join(llm.stream(prompt, params(), adapter=name)) == want[name].text
-        assert llm.mix([prompt, prompt], None, params(), adapter=name).token_ids == want[name].token_ids
+        assert llm.generate_ensemble([prompt, prompt], None, params(), adapter=name).token_ids == want[name].token_ids
         assert llm.chat(hi, params(), adapter=name) == llm.generate([hi], params(), adapter=name)[0]
         (one,), _ = llm.embed([prompt], adapter=name)
         (other,), _ = own.alone(name, own.plain).embed([prompt])

@@ -218,7 +218,7 @@ def test_stop_strings_logprobs_streams_choices_and_mixtures(llm: LLM) -> None:
         assert [one.token for one in output.logprobs] == [*output.token_ids]
         assert output.logprobs[-1].logprob == 0.0 and all(one.logprob > -20 for one in output.logprobs)
     assert "".join(llm.stream("x", params)) == outputs[0].text
-    assert re.fullmatch("[ab]{3}-", llm.mix(["x", "y"], [1, 2], params).text)
+    assert re.fullmatch("[ab]{3}-", llm.generate_ensemble(["x", "y"], [1, 2], params).text)
 
 
 # ---- errors and laziness --------------------------------------------------------------------------------------------

@@ -225,7 +225,10 @@ def test_control_tokens_of_a_raw_prompt_count_where_they_are_asked_for(llm: LLM,
     assert llm.generate([hand], GREEDY, parse_special=True) == llm.generate([ids], GREEDY)
     assert "".join(llm.stream(hand, GREEDY, parse_special=True)) == llm.generate([ids], GREEDY)[0].text
     assert llm.requests(hand, GREEDY, parse_special=True)[0].prompt_ids == ids
-    assert llm.mix([hand, hand], None, GREEDY, parse_special=True).token_ids == llm.generate([ids], GREEDY)[0].token_ids
+    want, = llm.generate([ids], GREEDY)
+    assert llm.generate_ensemble([hand, hand], None, GREEDY, parse_special=True).token_ids == want.token_ids
+    with pytest.warns(DeprecationWarning, match="LLM.mix is deprecated: use LLM.generate_ensemble"):
+        assert llm.mix([hand, hand], None, GREEDY, parse_special=True).token_ids == want.token_ids
     plain = llm.encode(hand)
     assert plain[0] == tokenizer.bos_id and all(i >= 5 for i in plain[1:])
 
@@ -250,7 +253,7 @@ def test_tools_variables_and_control_tokens_in_every_function(llm: LLM, tokenize
         return [tuple(request.token_ids) async for request in mine.stream_async(prompt, GREEDY, **named)][-1]
 
     assert mine.chat(hi, GREEDY, **named) == mine.generate([hi], GREEDY, **named)[0] == want
-    assert mine.mix([hi, hi], None, GREEDY, **named).token_ids == want.token_ids
+    assert mine.generate_ensemble([hi, hi], None, GREEDY, **named).token_ids == want.token_ids
     assert "".join(mine.stream(hi, GREEDY, **named)) == want.text
     assert asyncio.run(last(hi, **named)) == want.token_ids
     raw = mine.generate([own.encode_prompt("<|User|>hi", parse_special=True)], GREEDY)[0]

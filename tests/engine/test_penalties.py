@@ -76,7 +76,7 @@ def test_greedy_tokens_are_those_of_the_rules(model: CausalLM, fields: dict[str,
 
 def test_a_mixture_is_penalised_by_what_it_said(model: CausalLM) -> None:
     params = SamplingParams(max_tokens=6, temperature=0, logit_bias={11: 9}, presence_penalty=2, frequency_penalty=2)
-    assert LLM(model).mix(PROMPTS[:1] * 2, params=params).token_ids == loop(model, PROMPTS[0], params)
+    assert LLM(model).generate_ensemble(PROMPTS[:1] * 2, params=params).token_ids == loop(model, PROMPTS[0], params)
 
 
 def test_stop_strings_and_ids_count_after_min_tokens(model: CausalLM, tokenizer: Tokenizer) -> None:
@@ -121,7 +121,7 @@ def test_a_prompt_alone(model: CausalLM) -> None:
     [out] = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=0, prompt_logprobs=0, n=2))
     assert [(one.token_ids, one.text, one.finish_reason) for one in out.choices] == [((), "", "length")] * 2
     assert out.prompt_logprobs is not None and len(out.prompt_logprobs) == 5 and out.usage["completion_tokens"] == 0
-    assert llm.mix(PROMPTS[:2], params=SamplingParams(max_tokens=0)).token_ids == ()
+    assert llm.generate_ensemble(PROMPTS[:2], params=SamplingParams(max_tokens=0)).token_ids == ()
     assert llm.engine.idle
 
 

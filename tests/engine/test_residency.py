@@ -68,12 +68,12 @@ def test_any_budget_gives_the_same_tokens(folder: Path, want: Any, slots: int, p
     llm = LLM(folder, expert_memory=slots * LAYERS * slot(folder), prefetch=prefetch, batch_size=4)
     assert llm.generate(prompts(folder, 10), GREEDY) == want
     stats = llm.engine.residency.stats
-    there = sum(len(layer.where) for layer in llm.engine.residency.layers)
+    there = sum(len(layer.slot_of) for layer in llm.engine.residency.layers)
     assert there <= slots * LAYERS and 0 < stats.missed <= stats.wanted
     assert stats.read == (stats.read // there_size(folder)) * there_size(folder)
     assert (slots < EXPERTS) == (stats.read > LAYERS * EXPERTS * there_size(folder))  # nothing is read twice in vain
-    assert bool(stats.foretold) == (prefetch and slots >= 3)  # fewer than a token visits: it would put others out
-    assert stats.used <= stats.foretold
+    assert bool(stats.prefetched) == (prefetch and slots >= 3)  # fewer than a token visits: it would put others out
+    assert stats.prefetch_hits <= stats.prefetched
 
 
 def there_size(folder: Path) -> int:
@@ -86,13 +86,13 @@ def test_tables_and_slots_agree_after_many_steps(folder: Path) -> None:
     llm.generate(prompts(folder, 6, seed=3), GREEDY)
     own = llm.engine.residency
     with own._changed:
-        own._changed.wait_for(lambda: not any(layer.coming for layer in own.layers), 10)
-    used = [s for layer in own.layers for s in layer.where.values()]
+        own._changed.wait_for(lambda: not any(layer.in_flight for layer in own.layers), 10)
+    used = [s for layer in own.layers for s in layer.slot_of.values()]
     assert sorted([*used, *own._free]) == list(range(6 * LAYERS))
     assert sum(own.quota) == 6 * LAYERS
     for layer in own.layers:
-        assert set(layer.where) == set((layer.table != 0).nonzero().flatten().tolist())
-        for expert, place in layer.where.items():
+        assert set(layer.slot_of) == set((layer.table != 0).nonzero().flatten().tolist())
+        for expert, place in layer.slot_of.items():
             span = layer.places[expert]
             with span.file.open("rb") as file:
                 file.seek(span.offset)
@@ -157,10 +157,10 @@ def test_the_most_valuable_stay(folder: Path) -> None:
     for wanted in ([0, 1, 2], [0, 3, 1], [0, 1, 4]):
         left = set(wanted)
         while left:
-            left -= set(own.need(0, sorted(left)))
+            left -= set(own.fetch(0, sorted(left)))
         record = fake_routes(wanted)
         own.count_routes(record)
-    assert set(own.layers[0].where) == {0, 1, 3, 4}
+    assert set(own.layers[0].slot_of) == {0, 1, 3, 4}
     assert own.stats.missed == 5 and own.stats.hits == 9 * LAYERS - 5
 
 
@@ -179,23 +179,23 @@ def test_a_file_that_shrinks_is_an_error_of_who_waits(folder: Path, tmp_path: Pa
     with (copy / "model.safetensors").open("r+b") as file:
         file.truncate(min(span.offset for own in spans.values() for span in own) + 1)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: ends within expert 3: the file has shrunk"):
-        llm.engine.residency.need(0, [3])
+        llm.engine.residency.fetch(0, [3])
 
 
 def test_the_smallest_budget_keeps_a_slot_a_layer_whatever_misses(folder: Path) -> None:
     own = LLM(folder, expert_memory=LAYERS * slot(folder), prefetch=False).engine.residency
     for step in range(300):  # layer 1 misses always, the others never
         for gate, wanted in enumerate(([0], [step % 2], [0])):
-            assert own.need(gate, wanted) == wanted
+            assert own.fetch(gate, wanted) == wanted
         own.count_routes(fake_routes([0]))
-    assert own.quota == [1] * LAYERS and own.need(0, [1]) == [1]
+    assert own.quota == [1] * LAYERS and own.fetch(0, [1]) == [1]
 
 
 def test_quotas_move_to_where_misses_are(folder: Path) -> None:
     own = LLM(folder, expert_memory=4 * LAYERS * slot(folder), prefetch=False).engine.residency
     for step in range(300):
         for gate, wanted in enumerate(([0], [step % 8], [0])):
-            own.need(gate, wanted)
+            own.fetch(gate, wanted)
         own.count_routes(fake_routes([0]))
     assert sum(own.quota) == 4 * LAYERS and own.quota[1] > 4 and min(own.quota) >= 1
 
@@ -224,9 +224,9 @@ def test_after_closing_what_is_there_is_used_and_what_is_not_is_an_error(folder:
     llm = LLM(folder, expert_memory=4 * LAYERS * slot(folder), warmup_experts="a_expert")
     own = llm.engine.residency
     llm.close()
-    assert own.need(0, [2]) == [2]
+    assert own.fetch(0, [2]) == [2]
     with pytest.raises(ConfigError, match="expert 9 of MoE layer 0 is not in memory and nobody reads it"):
-        own.need(0, [9])
+        own.fetch(0, [9])
 
 
 def test_a_fork_has_its_own_memory_and_says_that_it_cannot_read(folder: Path) -> None:
@@ -236,12 +236,12 @@ def test_a_fork_has_its_own_memory_and_says_that_it_cannot_read(folder: Path) ->
     if child == 0:
         status = 1
         try:
-            own.need(0, [9])
+            own.fetch(0, [9])
         except ConfigError:
             status = 0
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    assert own.need(0, [9]) == [9]
+    assert own.fetch(0, [9]) == [9]
 
 
 def test_a_file_system_without_direct_reads(folder: Path, want: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,8 +158,8 @@ def test_coupled_prompts_advance_together(model: CausalLM) -> None:
     """With all the weight on one, its tokens; with equal ones, the likeliest of the mean."""
     a, b = [3, 4, 5], [9, 8, 7, 6, 5]
     llm = LLM(model)
-    assert llm.mix([a, b], [1e9, 1e-9], params()).token_ids == llm.generate([a], params())[0].token_ids
-    got, tokens = llm.mix([a, b], None, params(max_tokens=3)).token_ids, []
+    assert llm.generate_ensemble([a, b], [1e9, 1e-9], params()).token_ids == llm.generate([a], params())[0].token_ids
+    got, tokens = llm.generate_ensemble([a, b], None, params(max_tokens=3)).token_ids, []
     with torch.no_grad():
         for _ in range(3):
             mean_V = sum(model(torch.tensor([prompt + tokens]), order="naive")[0, -1].double().softmax(-1)
@@ -168,7 +168,7 @@ def test_coupled_prompts_advance_together(model: CausalLM) -> None:
     assert got == tuple(tokens)
     llm.engine.block_manager.check_integrity([])
     with pytest.raises(RequestError, match="must be positive"):
-        llm.mix([a, b], [1, 0])
+        llm.generate_ensemble([a, b], [1, 0])
 
 
 def test_nobody_starves_under_batching_by_expert(model: CausalLM) -> None:
@@ -347,16 +347,16 @@ def test_coupled_prompts_that_do_not_fit_together_are_refused_and_others_in_betw
     llm = LLM(model, cache_tokens=512, batch_size=3)
     for prompts in ([[1] * 150, [2] * 150, [3] * 150], [[1] * 250, [2] * 250]):
         with pytest.raises(RequestError, match="must fit the cache of 512"):
-            llm.mix(prompts, None, params(max_tokens=20))
-    want = LLM(model).mix([[1] * 120, [2] * 120], None, params(max_tokens=20)).token_ids
+            llm.generate_ensemble(prompts, None, params(max_tokens=20))
+    want = LLM(model).generate_ensemble([[1] * 120, [2] * 120], None, params(max_tokens=20)).token_ids
     other, = llm.requests([5] * 120, params(max_tokens=100))
     llm.engine.add(other)  # whose growth makes a mate step back
-    assert llm.mix([[1] * 120, [2] * 120], None, params(max_tokens=20)).token_ids == want
+    assert llm.generate_ensemble([[1] * 120, [2] * 120], None, params(max_tokens=20)).token_ids == want
     while not llm.engine.idle:
         llm.engine.step()
     assert tuple(other.token_ids) == plain(model, [5] * 120, 100)
     with pytest.raises(RequestError, match="must be positive numbers"):
-        llm.mix([[1], [2]], [1, float("nan")])
+        llm.generate_ensemble([[1], [2]], [1, float("nan")])
 
 
 def test_routes_come_back_whole_after_stepping_back(model: CausalLM) -> None:

@@ -121,7 +121,7 @@ class LLM:
             lines.append(f"  expert memory: {self.engine.options.expert_memory} bytes, the other experts on disk")
         return "\n".join([*lines, *(["  closed"] if self._closed else [])])
 
-    # ---- the verbs ----------------------------------------------------------------------------------------------
+    # ---- generation ----------------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
@@ -208,14 +208,14 @@ class LLM:
         return self.generate([messages], params, usage=usage, chat_template_kwargs=chat_template_kwargs, tools=tools,
                              adapter=adapter, **sampling)[0]
 
-    def mix(
+    def generate_ensemble(
         self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None,
         *, parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Tools | None = None, adapter: str | Sequence[str | None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
-        """One continuation of several prompts at once: they advance together, and each token is drawn from the weighted
-        mean of their distributions (weights: positive, all equal if not given). The output is the first prompt's. The
+        """Continue several prompts with one text: they advance together, and each token is drawn from the weighted mean
+        of their distributions (weights: positive, all equal if not given). The output is the first prompt's. The
         other keywords as in `generate`."""
         weights = [1.0] * len(prompts) if weights is None else list(weights)
         if not prompts or len(weights) != len(prompts) or not all(
@@ -241,6 +241,11 @@ class LLM:
         self.engine.check(*requests)
         self._run(requests, None)
         return requests[0].output()
+
+    def mix(self, *args: Any, **kwargs: Any) -> RequestOutput:
+        """The old name of `generate_ensemble`."""
+        warnings.warn("LLM.mix is deprecated: use LLM.generate_ensemble", DeprecationWarning, stacklevel=2)
+        return self.generate_ensemble(*args, **kwargs)
 
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, *, domain: str | None = None,

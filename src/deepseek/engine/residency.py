@@ -16,8 +16,8 @@ the page cache, so that the budget is the truth.
 
 The experts of an MTP module are not among them: they are read by mapping, as without a budget.
 
-Addresses change only in calls that the computing thread makes (`need`, `expect`) and from nothing to something when a
-read is done, so the kernels never see an expert go while they use it.
+Addresses change only in calls that the computing thread makes (`fetch`, `prefetch`), and from null to an address when a
+read ends, so an expert is never evicted while the kernels use it.
 
 Shape letters: L MoE layers, E experts, K experts a token.
 """
@@ -56,20 +56,20 @@ HALF_LIFE = 64  # steps
 REBALANCE = 128  # steps
 ALIGNED = 4096  # bytes: what direct reads want of offsets, lengths and addresses
 DIRECT = getattr(os, "O_DIRECT", 0)
-AHEAD = 8  # experts of a layer that are foretold and read at once, at most
+AHEAD = 8  # experts of a layer that are prefetched at once, at most
 
 
 @dataclass
-class Residents:
+class ResidencyStats:
     """Counters since the start. wanted: experts that a layer of a step asked for; missed: those of them that were not
-    there (nor on their way: late). foretold: experts read ahead; used: those of them that the layer then wanted. stall:
-    seconds in which the computation waited for the disk. read: bytes."""
+    resident (nor on their way: late). prefetched: experts read ahead; prefetch_hits: those of them that the layer then
+    wanted. stall: seconds in which the computation waited for the disk. read: bytes."""
 
     wanted: int = 0
     missed: int = 0
     late: int = 0
-    foretold: int = 0
-    used: int = 0
+    prefetched: int = 0
+    prefetch_hits: int = 0
     stall: float = 0.0
     read: int = 0
 
@@ -87,7 +87,7 @@ class _Reads:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.urgent: deque[tuple[int, int]] = deque()  # (gate, expert): a layer waits for it
+        self.urgent: deque[tuple[int, int]] = deque()  # (moe_layer, expert): a layer waits for it
         self.later: deque[tuple[int, int]] = deque()  # read ahead
         self.failed: BaseException | None = None
         self.closed = False
@@ -124,13 +124,13 @@ class _Reads:
 
 
 class _Layer:
-    """The slots of one layer. where: expert -> slot, of those there or on their way."""
+    """The slots of one layer. slot_of: expert -> slot, of those resident or on their way."""
 
     def __init__(self, table: Tensor, places: Sequence[Span]) -> None:
         self.table, self.places = table, places  # table: addresses, 0 while an expert is not there
-        self.where: dict[int, int] = {}
-        self.coming: set[int] = set()
-        self.foretold: set[int] = set()  # read ahead and not yet asked for
+        self.slot_of: dict[int, int] = {}
+        self.in_flight: set[int] = set()
+        self.prefetched: set[int] = set()  # read ahead and not yet asked for
         self.asked: set[int] = set()  # in this step
         self.value = [0.0] * len(places)
         self.missed = 0
@@ -150,7 +150,7 @@ class Residency:
             raise ConfigError("expert_memory bounds the experts of a quantized model on the CPU, run by the native "
                               "kernels: `deepseek quantize` makes one")
         self.step = 0
-        self.stats = Residents()
+        self.stats = ResidencyStats()
         self._slot = slot_bytes(places)
         count, self.least = budget // self._slot, len(places) * self._slot
         if count < len(places):
@@ -179,9 +179,9 @@ class Residency:
         self._reads = _Reads()
         self._changed, self._urgent, self._later = self._reads.changed, self._reads.urgent, self._reads.later
         # the model holds this one, whose memory its tables point to; nothing here holds the model
-        model.residency = native.Residency(self.need, self.expect if prefetch else None)
-        for gate, table in enumerate(tables):
-            table.fetch = model.residency, gate
+        model.residency = native.Residency(self.fetch, self.prefetch if prefetch else None)
+        for moe_layer, table in enumerate(tables):
+            table.fetch = model.residency, moe_layer
         threads = [threading.Thread(target=self._reads.run, args=(weakref.ref(self),), name=f"experts-{i}", daemon=True)
                    for i in range(2)]
         for thread in threads:
@@ -195,90 +195,91 @@ class Residency:
 
     # ---- what the kernels ask -----------------------------------------------------------------------------------
 
-    def need(self, gate: int, wanted: Sequence[int]) -> list[int]:
-        """Those of the experts wanted that are there; where none is, waits for what is read now."""
-        layer, keep = self.layers[gate], set(wanted)
+    def fetch(self, moe_layer: int, wanted: Sequence[int]) -> list[int]:
+        """Load at least one of the wanted experts and pin them until the next call for that layer; returns those that
+        are resident."""
+        layer, keep = self.layers[moe_layer], set(wanted)
         if self._alone:
             if not (here := [e for e in wanted if layer.table[e]]):
-                raise ConfigError(f"expert {wanted[0]} of MoE layer {gate} is not in memory and nobody reads it: the "
-                                  "model was closed, or this process is a fork of the one that loaded it")
+                raise ConfigError(f"expert {wanted[0]} of MoE layer {moe_layer} is not in memory and nobody reads it: "
+                                  "the model was closed, or this process is a fork of the one that loaded it")
             return here
         with self._changed:
             new = keep - layer.asked  # else an earlier wave has counted it
-            late, missed = len(new & layer.coming), [e for e in new if e not in layer.where]
+            late, missed = len(new & layer.in_flight), [e for e in new if e not in layer.slot_of]
             self.stats.late, self.stats.missed = self.stats.late + late, self.stats.missed + len(missed)
             layer.missed += len(missed)
-            if absent := [e for e in new if e not in layer.where or e in layer.coming]:
-                self.missed_LE[gate, absent] += 1
+            if absent := [e for e in new if e not in layer.slot_of or e in layer.in_flight]:
+                self.missed_LE[moe_layer, absent] += 1
             layer.asked |= new
-            self.stats.used += len(new & layer.foretold)
-            layer.foretold -= new
-            for item in [item for item in self._later if item[0] == gate]:
+            self.stats.prefetch_hits += len(new & layer.prefetched)
+            layer.prefetched -= new
+            for item in [item for item in self._later if item[0] == moe_layer]:
                 self._later.remove(item)
                 if item[1] in keep:
                     self._urgent.append(item)
-                else:  # foretold in vain, and not begun
-                    self._free.append(layer.where.pop(item[1]))
-                    layer.coming.discard(item[1])
-                    layer.foretold.discard(item[1])
-                    self.stats.foretold -= 1
+                else:  # prefetched in vain, and not begun
+                    self._free.append(layer.slot_of.pop(item[1]))
+                    layer.in_flight.discard(item[1])
+                    layer.prefetched.discard(item[1])
+                    self.stats.prefetched -= 1
             began = time.perf_counter()
             while True:
                 for e in wanted:
-                    if e not in layer.where and self._place(gate, e, keep):
-                        self._urgent.append((gate, e))
+                    if e not in layer.slot_of and self._place(moe_layer, e, keep):
+                        self._urgent.append((moe_layer, e))
                 self._changed.notify_all()
-                here = [e for e in wanted if e in layer.where and e not in layer.coming]
+                here = [e for e in wanted if e in layer.slot_of and e not in layer.in_flight]
                 if here:
                     self.stats.stall += time.perf_counter() - began
                     return here
-                coming = layer.coming & keep or set(layer.coming)
-                assert coming, "a layer has a slot at least"
-                while self._reads.failed is None and layer.coming & coming:
+                awaited = layer.in_flight & keep or set(layer.in_flight)
+                assert awaited, "a layer has a slot at least"
+                while self._reads.failed is None and layer.in_flight & awaited:
                     self._changed.wait()
                 if self._reads.failed is not None:
                     raise copy(self._reads.failed)  # its own traceback would hold the model for ever
 
-    def expect(self, gate: int, likely: Sequence[int]) -> None:
-        """Begin to read what a layer will probably want, most wanted first."""
-        layer = self.layers[gate]
-        if self.quota[gate] < self.top_k or self._alone:  # one foretold would put another out
+    def prefetch(self, moe_layer: int, likely: Sequence[int]) -> None:
+        """Start reading what a layer will probably want, most wanted first."""
+        layer = self.layers[moe_layer]
+        if self.quota[moe_layer] < self.top_k or self._alone:  # one prefetched would evict another
             return
         with self._changed:
-            keep, absent = set(likely), [e for e in likely if e not in layer.where]
+            keep, absent = set(likely), [e for e in likely if e not in layer.slot_of]
             for e in absent[:AHEAD]:
-                if not self._place(gate, e, keep):
+                if not self._place(moe_layer, e, keep):
                     break
-                layer.foretold.add(e)
-                self.stats.foretold += 1
-                self._later.append((gate, e))
+                layer.prefetched.add(e)
+                self.stats.prefetched += 1
+                self._later.append((moe_layer, e))
             self._changed.notify_all()
 
-    def _place(self, gate: int, expert: int, keep: set[int]) -> bool:
+    def _place(self, moe_layer: int, expert: int, keep: set[int]) -> bool:
         """A slot of the layer for an expert: a free one, or that of the least valuable other."""
-        layer = self.layers[gate]
-        if len(layer.where) >= self.quota[gate] or not self._free:
-            able = [e for e in layer.where if e not in keep and e not in layer.coming]
+        layer = self.layers[moe_layer]
+        if len(layer.slot_of) >= self.quota[moe_layer] or not self._free:
+            able = [e for e in layer.slot_of if e not in keep and e not in layer.in_flight]
             if not able:
                 return False
             self._evict(layer, min(able, key=lambda e: layer.value[e]))
-        layer.where[expert] = self._free.pop()
-        layer.coming.add(expert)
+        layer.slot_of[expert] = self._free.pop()
+        layer.in_flight.add(expert)
         return True
 
     def _evict(self, layer: _Layer, expert: int) -> None:
         layer.table[expert] = 0
-        layer.foretold.discard(expert)
-        self._free.append(layer.where.pop(expert))
+        layer.prefetched.discard(expert)
+        self._free.append(layer.slot_of.pop(expert))
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
-    def _read(self, gate: int, expert: int) -> None:
+    def _read(self, moe_layer: int, expert: int) -> None:
         with self._changed:
-            slot = self.layers[gate].where.get(expert)
+            slot = self.layers[moe_layer].slot_of.get(expert)
             if slot is None:  # not wanted any more
                 return
-        place = self.layers[gate].places[expert]
+        place = self.layers[moe_layer].places[expert]
         begin = place.offset // ALIGNED * ALIGNED
         skip = place.offset - begin
         room = self._view[slot * self._slot :][: _up(skip + place.size)]
@@ -293,9 +294,9 @@ class Residency:
         if not DIRECT & fcntl.fcntl(self._files[place.file], fcntl.F_GETFL):
             os.posix_fadvise(self._files[place.file], begin, got, os.POSIX_FADV_DONTNEED)
         with self._changed:
-            layer = self.layers[gate]
+            layer = self.layers[moe_layer]
             layer.table[expert] = self._base + slot * self._slot + skip
-            layer.coming.discard(expert)
+            layer.in_flight.discard(expert)
             self.stats.read += got
             self._changed.notify_all()
 
@@ -324,9 +325,9 @@ class Residency:
                     if count:
                         layer.value[e] += now * count
                         self.stats.wanted += 1
-                        if e in layer.foretold:
-                            layer.foretold.discard(e)
-                            self.stats.used += 1
+                        if e in layer.prefetched:
+                            layer.prefetched.discard(e)
+                            self.stats.prefetch_hits += 1
             if self.step % REBALANCE == 0:
                 self._rebalance()
 
@@ -334,17 +335,17 @@ class Residency:
         most = max(range(len(self.layers)), key=lambda i: self.layers[i].missed * (self.quota[i] < self.experts))
         least = min(range(len(self.layers)), key=lambda i: self.layers[i].missed if self.quota[i] > 1 else 1 << 60)
         giver, taker = self.layers[least], self.layers[most]
-        if taker.missed > 2 * giver.missed and most != least and self.quota[least] > 1 and not giver.coming:
+        if taker.missed > 2 * giver.missed and most != least and self.quota[least] > 1 and not giver.in_flight:
             self.quota[least] -= 1
             self.quota[most] += 1
-            if len(giver.where) > self.quota[least]:
-                self._evict(giver, min(giver.where, key=lambda e: giver.value[e]))
+            if len(giver.slot_of) > self.quota[least]:
+                self._evict(giver, min(giver.slot_of, key=lambda e: giver.value[e]))
         for layer in self.layers:
             layer.missed //= 2
 
-    def loaded(self, gate: int) -> Tensor:
+    def loaded(self, moe_layer: int) -> Tensor:
         """Boolean [E]: the experts that are there."""
-        return self.layers[gate].table != 0
+        return self.layers[moe_layer].table != 0
 
     # ---- warm-up ------------------------------------------------------------------------------------------------
 
@@ -353,18 +354,18 @@ class Residency:
         valuable of others makes room. How many were read."""
         asked = []
         with self._changed:
-            for gate, (layer, experts) in enumerate(zip(self.layers, order, strict=True)):
+            for moe_layer, (layer, experts) in enumerate(zip(self.layers, order, strict=True)):
                 most, keep = max(layer.value), set[int]()
                 for rank, e in enumerate(experts):
-                    if len(keep) >= self.quota[gate]:
+                    if len(keep) >= self.quota[moe_layer]:
                         break
                     keep.add(e)
                     layer.value[e] = max(layer.value[e], most + 1.0 / (1 + rank))  # they stay for a while
-                    if e not in layer.where and self._place(gate, e, keep):
-                        self._later.append((gate, e))
-                        asked.append((gate, e))
+                    if e not in layer.slot_of and self._place(moe_layer, e, keep):
+                        self._later.append((moe_layer, e))
+                        asked.append((moe_layer, e))
             self._changed.notify_all()
-            while self._reads.failed is None and any(layer.coming for layer in self.layers):
+            while self._reads.failed is None and any(layer.in_flight for layer in self.layers):
                 self._changed.wait()
         if self._reads.failed is not None:
             raise copy(self._reads.failed)
@@ -390,10 +391,10 @@ def _up(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-def report(stats: Residents, extra: dict[str, Any] | None = None) -> str:
+def report(stats: ResidencyStats, extra: dict[str, Any] | None = None) -> str:
     """One line for people."""
     share = stats.hits / stats.wanted if stats.wanted else 0.0
-    right = stats.used / stats.foretold if stats.foretold else 0.0
+    right = stats.prefetch_hits / stats.prefetched if stats.prefetched else 0.0
     return (f"experts: {stats.wanted:,} wanted, {share:.1%} there, {stats.missed:,} missed, {stats.late:,} late; "
-            f"{stats.foretold:,} read ahead, {right:.0%} of them used; {stats.read / 2**20:,.0f} MiB read, "
+            f"{stats.prefetched:,} read ahead, {right:.0%} of them used; {stats.read / 2**20:,.0f} MiB read, "
             f"{stats.stall:.1f} s waited")

@@ -6,9 +6,9 @@
     out   {"id" | "line", "text", "finish_reason", "usage", "choices"?, "logprobs"?, "prompt_logprobs"?}, or
           {"id" | "line", "error"}
 
-Answers stand in the order of the prompts. A bad line costs one error line, a blank one nothing. An output that is there
-already is gone on with: its lines must bear the names (id, or number of the line) of the input's first, a torn last one
-is written anew. Every answer is on disk before the next is; what is lost in a crash are the requests in flight.
+Answers are in the order of the prompts. A bad line gives one error line, a blank one none. An existing output file is
+resumed: its ids (or line numbers) must match the input's first lines, and a torn last line is written again. Every
+answer is synced to disk before the next; a crash loses only the requests in flight.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run_file(
     llm: LLM, source: Path, target: Path, params: SamplingParams, progress: Callable[[int, int], None] | None = None,
     usage: ExpertUsage | None = None, *, parse_special: bool = False, adapter: str | None = None,
 ) -> tuple[int, int]:
-    """Answer what is not answered yet; (answers, errors among them) of this call. progress: told (done, all lines).
+    """Answer the lines that have no answer yet; returns (answers, errors among them). progress: gets (done, all lines).
     usage: counts the experts of what runs. parse_special, adapter: as in `LLM.generate`, for lines that do not say.
 
     Raises what `check_files` raises, RequestError for params that no line could have; and what goes wrong with the

@@ -35,8 +35,8 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Warmup:
-    """What was done. expected: share of pairs covered, 0..1; None where nothing was measured that could say. there_LE:
-    the experts that were in memory afterwards."""
+    """What was done. expected: share of pairs covered, 0..1; None where nothing was measured that could say.
+    resident_LE: the experts that were in memory afterwards."""
 
     names: tuple[str, ...]
     experts: int
@@ -44,11 +44,11 @@ class Warmup:
     bytes: int
     seconds: float
     expected: float | None
-    there_LE: Tensor
+    resident_LE: Tensor
 
     def measured(self, usage: ExpertUsage) -> float:
         """Coverage of what ran since: the share of its (token, expert) pairs whose expert was warm from the start."""
-        return float(usage.counts_LE[self.there_LE].sum() / max(int(usage.counts_LE.sum()), 1))
+        return float(usage.counts_LE[self.resident_LE].sum() / max(int(usage.counts_LE.sum()), 1))
 
     def __str__(self) -> str:
         covered = "nothing says what coverage to expect" if self.expected is None else (
@@ -87,11 +87,11 @@ def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], 
                     tensor.view(torch.uint8).flatten()[::4096].sum()
                     size += tensor.nbytes
     seconds = time.perf_counter() - began
-    there_LE = torch.zeros(len(layers), model.config.n_routed_experts, dtype=torch.bool)
+    resident_LE = torch.zeros(len(layers), model.config.n_routed_experts, dtype=torch.bool)
     for row, own in enumerate(there):
-        there_LE[row, sorted(own)] = True
-    done = Warmup(tuple(names), int(there_LE.sum()), there_LE.numel(), size, seconds,
-                  _by_names(there, names, atlas, layers), there_LE)
+        resident_LE[row, sorted(own)] = True
+    done = Warmup(tuple(names), int(resident_LE.sum()), resident_LE.numel(), size, seconds,
+                  _by_names(there, names, atlas, layers), resident_LE)
     return replace(done, expected=done.measured(use)) if done.expected is None and use is not None else done
 
 
@@ -116,7 +116,7 @@ def recorded_use(model: CausalLM, folder: Path | None) -> ExpertUsage | None:
 
 
 def _read(file: Path) -> ExpertUsage | None:
-    """A damaged file counts as none: it is a habit that is lost, and the next run writes it anew."""
+    """A corrupt usage file is ignored and rewritten by the next run."""
     try:
         return ExpertUsage.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, UnicodeDecodeError, DataError):

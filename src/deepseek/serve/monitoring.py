@@ -77,8 +77,8 @@ class Watch:
         if engine.residency is not None:
             stats = engine.residency.stats
             out |= {"experts_wanted_total": stats.wanted, "experts_missed_total": stats.missed,
-                    "experts_late_total": stats.late, "experts_prefetched_total": stats.foretold,
-                    "prefetch_hits_total": stats.used, "expert_stall_seconds_total": stats.stall,
+                    "experts_late_total": stats.late, "experts_prefetched_total": stats.prefetched,
+                    "prefetch_hits_total": stats.prefetch_hits, "expert_stall_seconds_total": stats.stall,
                     "expert_read_bytes_total": stats.read}
         return out
 

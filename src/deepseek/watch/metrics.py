@@ -68,7 +68,7 @@ SYSTEM = (
     _gauge("requests_running", "Requests that have pages of the cache"),
     _gauge("requests_waiting", "Requests in the queue"),
     _gauge("cache_free_positions", "Positions of the latent cache that a new request could have"),
-    _counter("preempted", "Requests that stepped back for want of room in the cache"),
+    _counter("preempted", "Requests that were preempted because the cache was full"),
     _gauge("cpu_ratio", "Use of all processors, 0..1", formerly="cpu_share"),
     _gauge("process_cpus", "Processors' worth of time that this process uses"),
     _gauge("resident_bytes", "Memory of this process"),

@@ -285,10 +285,10 @@ def residency(now: Snapshot, old: Snapshot) -> dict[str, float | None] | None:
     """None where all experts are always in memory."""
     if "experts_wanted_total" not in now:
         return None
-    wanted, foretold = delta(now, old, "experts_wanted_total"), delta(now, old, "experts_prefetched_total")
+    wanted, prefetched = delta(now, old, "experts_wanted_total"), delta(now, old, "experts_prefetched_total")
     missed = delta(now, old, "experts_missed_total") + delta(now, old, "experts_late_total")
     return {"hits": _ratio(max(0.0, wanted - missed), wanted),
-            "prefetch_hits": _ratio(delta(now, old, "prefetch_hits_total"), foretold),
+            "prefetch_hits": _ratio(delta(now, old, "prefetch_hits_total"), prefetched),
             "stall": _ratio(delta(now, old, "expert_stall_seconds_total"), delta(now, old, "step_seconds_total")),
             "read_bytes": delta(now, old, "expert_read_bytes_total")}
 
