@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def tune(way: str, rate: float, args: Any, general: list[Path]) -> TuneReport:
     tuner = MoEFineTuner(
         args.base, out=args.work / f"{way}-{rate:g}", lr=rate, batch_size=8, max_length=384, overlong="cut",
-        general=general, eval_records=192, eval_every=args.steps, save_every=args.steps, precision="fp32", seed=0,
+        retain_data=general, eval_records=192, eval_every=args.steps, save_every=args.steps, precision="fp32", seed=0,
         **WAYS[way])
     return tuner.fit(args.data / "esft/datasets/train/law.jsonl", steps=args.steps)
 

@@ -23,7 +23,7 @@ WORDS = "the court heard the appeal and the judge wrote down what a party had sa
 API = """
 from deepseek import MoEFineTuner
 MoEFineTuner({model!r}, out={out!r}, expert_tune=["1.0", "2.0"], steps={steps}, batch_size={batch},
-             max_length={length}, general={data!r}).fit({data!r})
+             max_length={length}, retain_data={data!r}).fit({data!r})
 """
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     names = {"model": str(folder / "model"), "data": str(folder / "records.jsonl"), "steps": STEPS, "batch": BATCH,
              "length": LENGTH}
-    flags = ["--steps", STEPS, "--batch_size", BATCH, "--max_length", LENGTH, "--general", names["data"], "--out"]
+    flags = ["--steps", STEPS, "--batch_size", BATCH, "--max_length", LENGTH, "--retain_data", names["data"], "--out"]
     command = [sys.executable, "-m", "deepseek.cli", "tune", names["model"], names["data"], "--expert_tune", "1.0",
                "2.0", *flags]
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -11,7 +11,7 @@ from deepseek import LLM, MoEFineTuner
 
 
 def main(model: str, records: str, out: str, general: str | None = None, name: str = "law_expert") -> None:
-    tuner = MoEFineTuner(model, expert_tune=(name,), general=general, out=out, batch_size=4, max_length=128)
+    tuner = MoEFineTuner(model, expert_tune=(name,), retain_data=general, out=out, batch_size=4, max_length=128)
     print(tuner)
     report = tuner.fit(records, epochs=1)
     print(f"gained {report.gained:.3f} nats a token on held-out records; on other text the loss went from "

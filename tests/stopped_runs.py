@@ -121,8 +121,8 @@ def main_() -> None:
                               for out in ("int", "twice", "evaluating", "packing")}
 
     def tune(out: str) -> list[str]:
-        return ["tune", "calm/model", "text.jsonl", "--general", "text.jsonl", "--out", out, "--r", "2", "--steps", "6",
-                "--batch_size", "2", "--eval_records", "4"]
+        return ["tune", "calm/model", "text.jsonl", "--retain_data", "text.jsonl", "--out", out, "--r", "2",
+                "--steps", "6", "--batch_size", "2", "--eval_records", "4"]
 
     run("tune calm", tune("tune-calm"))
     run("tune", tune("tune"), step, signal.SIGTERM)

@@ -59,4 +59,4 @@ def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def quick() -> dict[str, Any]:
     """Settings of a run of seconds that still learns."""
     return {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "eval_every": 100, "save_every": 3,
-            "general": general(), "precision": "fp32"}
+            "retain_data": general(), "precision": "fp32"}

@@ -12,6 +12,7 @@ from samples import general, records
 
 from deepseek import LoRAAdapter, MoEFineTuner
 from deepseek.cli import main
+from deepseek.errors import ConfigError
 from deepseek.files import locked
 from deepseek.tune.settings import TuneConfig
 
@@ -31,19 +32,48 @@ def test_flags_and_yaml_say_the_same(
     base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, (law, rest) = str(base()), files
-    assert main(["tune", model, law, "--general", rest, "--out", str(tmp_path / "a"), "--expert_tune", "law_expert",
+    assert main(["tune", model, law, "--retain_data", rest, "--out", str(tmp_path / "a"), "--expert_tune", "law_expert",
                  *QUICK]) == 0
     said = capsys.readouterr().out
     assert "all unchanged, by SHA-256" in said
     assert f"try:   deepseek infer --model {model} --adapter {tmp_path / 'a' / 'delta'} --prompt" in said
     (tmp_path / "tune.yaml").write_text(
-        f"model: {model}\ndata: [{law}]\ngeneral: [{rest}]\nexpert_tune: [law_expert]\nsteps: 2\nbatch_size: 4\n"
+        f"model: {model}\ndata: [{law}]\nretain_data: [{rest}]\nexpert_tune: [law_expert]\nsteps: 2\nbatch_size: 4\n"
         f"max_length: 64\nlr: 9e-0\neval_records: 8\nout: {tmp_path / 'b'}\n")
     assert main(["tune", "--config", str(tmp_path / "tune.yaml"), "--lr", "3e-3"]) == 0  # the flag wins
     one, two = ((tmp_path / out / "delta" / "delta.safetensors").read_bytes() for out in "ab")
     assert one == two
     assert main(["infer", "--model", model, "--adapter", str(tmp_path / "a" / "delta"), "--prompt", "pay",
                  "--max_tokens", "3"]) == 0
+
+
+def test_former_names_of_data_still_work(
+    base: Callable[..., Path], files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, (law, rest) = str(base()), files
+    words = ["tune", model, law, "--out", str(tmp_path / "a"), "--expert_tune", "law_expert", "--replay", "0.2", *QUICK]
+    assert main([*words, "--retain_data", rest, "--replay_data", rest]) == 0
+    assert "now" not in capsys.readouterr().err
+    assert main([*words, "--general", rest, "--old", rest]) == 0  # the same run: it is finished
+    said = capsys.readouterr().err
+    for now in ("--general is --retain_data now", "--old is --replay_data now"):
+        assert f"deepseek: warning: {now}\n" in said
+    (tmp_path / "tune.yaml").write_text(f"general: {rest}\nold: [{rest}]\n")
+    assert main([*words, "--config", str(tmp_path / "tune.yaml")]) == 0
+    said = capsys.readouterr().err
+    for now in ("`general` of a YAML file is called `retain_data` now",
+                "`old` of a YAML file is called `replay_data` now"):
+        assert f"deepseek: warning: {now}\n" in said
+    (tmp_path / "tune.yaml").write_text("old: nowhere\n")
+    assert main([*words, "--config", str(tmp_path / "tune.yaml"), "--retain_data", rest, "--replay_data", rest]) == 0
+    for former, name in (("general", "retain_data"), ("old", "replay_data")):
+        assert main([*words, f"--{former}", rest, f"--{name}", rest]) == 2
+        assert f"{name} and {former}: are two names of one setting: leave out {former}" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=f"{name} and {former}: are two names"):
+            MoEFineTuner(model, replay=0.2, **{former: rest, name: rest})
+        with pytest.warns(DeprecationWarning, match=f"{former} is called {name} now") as noted:
+            tuner = MoEFineTuner(model, replay=0.2, **{former: rest})
+        assert getattr(tuner, name) == rest and noted[0].filename == __file__
 
 
 def test_variables_of_the_template_are_the_same_from_flag_yaml_and_python(
@@ -53,14 +83,14 @@ def test_variables_of_the_template_are_the_same_from_flag_yaml_and_python(
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}{% if m.role == 'assistant' and thinking %}<think>{% endif %}{{ m.content }}"
         "{% endfor %}{{ style }}")
-    words = ["tune", str(model), law, "--general", rest, "--out", str(out), "--expert_tune", "law_expert", *QUICK]
+    words = ["tune", str(model), law, "--retain_data", rest, "--out", str(out), "--expert_tune", "law_expert", *QUICK]
     flag = ["--chat_template_kwargs", '{"thinking": true, "style": [1]}']
     assert main([*words, *flag]) == 0
     fingerprint = json.loads((out / "settings.json").read_text())["data"]["fingerprint"]
     (tmp_path / "tune.yaml").write_text("chat_template_kwargs: {thinking: true, style: [1]}\n")
     assert main([*words, "--config", str(tmp_path / "tune.yaml")]) == 0  # the same run goes on: it is finished
     settings = {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "steps": 2}
-    tuner = MoEFineTuner(model, general=Path(rest), out=out, expert_tune=["law_expert"],
+    tuner = MoEFineTuner(model, retain_data=Path(rest), out=out, expert_tune=["law_expert"],
                          chat_template_kwargs={"style": (1,), "thinking": True}, **settings)
     tuner.fit(Path(law))
     assert json.loads((out / "settings.json").read_text())["data"]["fingerprint"] == fingerprint
@@ -84,7 +114,7 @@ def test_an_adapter_by_flag_yaml_and_python_and_by_the_older_names(
     file = tmp_path / "tune.yaml"
 
     def tuned(out: str, *words: str, yaml: str = "") -> bytes:
-        file.write_text(f"model: {model}\ndata: {law}\ngeneral: {rest}\nout: {tmp_path / out}\n{yaml}")
+        file.write_text(f"model: {model}\ndata: {law}\nretain_data: {rest}\nout: {tmp_path / out}\n{yaml}")
         assert main(["tune", "--config", str(file), *QUICK, *words]) == 0
         return (tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes()
 
@@ -95,7 +125,7 @@ def test_an_adapter_by_flag_yaml_and_python_and_by_the_older_names(
     assert first == tuned("c", "--adapter", "r=2", yaml=f"adapter: {table.replace('r: 2', 'r: 5')}")  # the flag wins
     settings = {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "steps": 2}
     for out, adapter in (("d", fields), ("e", LoRAAdapter(**fields))):
-        MoEFineTuner(model, adapter=adapter, general=Path(rest), out=tmp_path / out, **settings).fit(Path(law))
+        MoEFineTuner(model, adapter=adapter, retain_data=Path(rest), out=tmp_path / out, **settings).fit(Path(law))
         assert (tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes() == first
     capsys.readouterr()
     assert first == tuned("f", yaml=f"lora: {table}")
@@ -114,11 +144,11 @@ def test_a_pipe_is_learnt_round_by_round(
 ) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in records(20)) + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert main(["tune", str(base()), "-", "--general", files[1], "--out", str(tmp_path / "a"), "--expert_tune", "auto",
-                 "--records_a_round", "10", *QUICK]) == 0
+    assert main(["tune", str(base()), "-", "--retain_data", files[1], "--out", str(tmp_path / "a"),
+                 "--expert_tune", "auto", "--records_a_round", "10", *QUICK]) == 0
     assert "2 rounds: backward transfer" in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO('{"input": 1\n'))
-    assert main(["tune", str(base()), "-", "--general", files[1], "--out", str(tmp_path / "b")]) == 2
+    assert main(["tune", str(base()), "-", "--retain_data", files[1], "--out", str(tmp_path / "b")]) == 2
     assert "standard input:1: not JSON" in capsys.readouterr().err
 
 
@@ -225,7 +255,7 @@ def test_records_that_are_mapped_and_counted(
     rows = [{"q": row["input"], "a": row["output"], "id": n} for n, row in enumerate(records(20))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "map.yaml").write_text("prompt: q\nanswer: a\n")
-    words = ["--general", files[1], "--out", str(out), "--expert_tune", "law_expert"]
+    words = ["--retain_data", files[1], "--out", str(out), "--expert_tune", "law_expert"]
     words += ["--map", str(tmp_path / "map.yaml")]
     assert main(["tune", model, str(tmp_path / "a.jsonl"), *words, *QUICK]) == 0
     note = "keys of records that were not used: id (20)"
@@ -251,12 +281,12 @@ def test_plain_text_is_learnt_as_documented(
     (tmp_path / "statutes").mkdir()
     for number in range(6):
         (tmp_path / "statutes" / f"{number}.txt").write_text(f"Section {number} of the act says: pay coins. " * 20)
-    quick = ["--general", files[1], "--max_length", "64", "--epochs", "2", "--batch_size", "2"]
+    quick = ["--retain_data", files[1], "--max_length", "64", "--epochs", "2", "--batch_size", "2"]
     assert main(["tune", model, *map(str, sorted((tmp_path / "statutes").glob("*.txt"))), "--expert_tune", "law_expert",
                  "--out", str(tmp_path / "a"), *quick]) == 0
     assert "lr 0.0003, the default where experts are tuned" in capsys.readouterr().out
     report = MoEFineTuner(model, expert_tune="law_expert", max_length=64, batch_size=2, out=tmp_path / "b",
-                          general=Path(files[1])).fit(str(tmp_path / "statutes"), epochs=2)
+                          retain_data=Path(files[1])).fit(str(tmp_path / "statutes"), epochs=2)
     told = json.loads((tmp_path / "a" / "report.json").read_text())
     assert told["domain_after"] == report.domain_after and told["held_out"] == report.held_out == 2
     assert main(["tune", model, str(tmp_path / "statutes" / "0.txt"), "--expert_tune", "law_expert", "--out",

@@ -249,7 +249,8 @@ def test_a_folder_with_another_run_is_refused_before_the_base_is_read(
         records(), steps=1)
     monkeypatch.setattr("deepseek.tune.tuned_model.load_model", lambda *_, **__: pytest.fail("the base was read"))
     for changes, message in (({"expert_tune": ["code_expert"]}, "expert_tune"), ({"lr": 1.0}, "lr = 0.003"),
-                             ({"general": general()[:3]}, "general"), ({"adapter": LoRAAdapter()}, "(expert_tune|r)")):
+                             ({"retain_data": general()[:3]}, "general"),
+                             ({"adapter": LoRAAdapter()}, "(expert_tune|r)")):
         settings = {"expert_tune": None if "adapter" in changes else ["law_expert"]} | quick | changes
         with pytest.raises(ConfigError, match=f"holds a run with {message}"):
             MoEFineTuner(folder, out=tmp_path / "b", **settings).fit(records(), steps=1)
@@ -272,9 +273,9 @@ def test_out_and_data_must_lie_apart(base: Callable[..., Path], quick: dict[str,
         with pytest.raises(ConfigError, match=message):
             MoEFineTuner(folder, out=tmp_path / out, **quick).fit(data, steps=1)
         with pytest.raises(ConfigError, match=message):
-            MoEFineTuner(folder, out=tmp_path / out, **quick | {"general": data}).fit(records(), steps=1)
+            MoEFineTuner(folder, out=tmp_path / out, **quick | {"retain_data": data}).fit(records(), steps=1)
         with pytest.raises(ConfigError, match=message):
-            MoEFineTuner(folder, out=tmp_path / out, replay=0.1, old=data, **quick).fit_stream(records())
+            MoEFineTuner(folder, out=tmp_path / out, replay=0.1, replay_data=data, **quick).fit_stream(records())
     assert not (tmp_path / "data" / "run").exists()
 
 
@@ -318,7 +319,7 @@ def step(self):
 TuneTrainer.train_step = step
 kind = {"adapter": LoRAAdapter(r=4, lora_dropout=0.1, experts=["law_expert"])} if mode == "lora" else {
     "expert_tune": "auto", "balance": True} if mode == "auto" else {"expert_freeze": ["code_expert"]}
-MoEFineTuner(base, out=out, lr=3e-3, batch_size=4, max_length=64, eval_records=8, save_every=3, general=general(),
+MoEFineTuner(base, out=out, lr=3e-3, batch_size=4, max_length=64, eval_records=8, save_every=3, retain_data=general(),
              precision="fp32", **kind).fit(records(), steps=8)
 """
 
@@ -343,7 +344,7 @@ def test_a_stream_is_learnt_round_by_round(base: Callable[..., Path], quick: dic
     folder = base()
 
     def tuner() -> MoEFineTuner:
-        return MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", replay=0.3, old=general(),
+        return MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", replay=0.3, replay_data=general(),
                             valid_fraction=0.25, **quick)
 
     report = tuner().fit_stream(iter(records(30)), records_a_round=12, epochs=2)
@@ -381,7 +382,8 @@ def test_what_a_stream_leaves_after_every_round_is_what_folding_gives(
 def test_replay_mixes_in_its_share_and_nothing_that_is_held_out(
     base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    tuner = MoEFineTuner(base(), expert_tune=["law_expert"], out=tmp_path / "out", replay=0.5, old=records(), **quick)
+    tuner = MoEFineTuner(base(), expert_tune=["law_expert"], out=tmp_path / "out", replay=0.5,
+                         replay_data=records(), **quick)
     data = tuner._record_set(read_records(records()), tokenizer)
     drawn = tuner._replayed(read_records(records()), data, [data], tokenizer)
     assert len(drawn) == len(data.train) == 40 - len(data.valid) and not set(drawn) & set(data.valid)
@@ -395,9 +397,9 @@ def test_a_run_goes_on_with_the_same_experts_and_texts_alone(
     folder = base()
     MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), steps=1)
     with pytest.raises(ConfigError, match="holds a run with general"):
-        quick["general"] = general()[:3]
+        quick["retain_data"] = general()[:3]
         MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), steps=1)
-    quick["general"] = general()
+    quick["retain_data"] = general()
     Atlas.built_in(load_model(folder).config, ("law_expert",)).save(folder)
     with pytest.raises(ConfigError, match="holds a run with experts"):
         MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), steps=1)
@@ -440,8 +442,8 @@ def test_an_adapter_excludes_other_training(base: Callable[..., Path], quick: di
     for extra in ("train_router", "balance", "shared_experts", "non_expert_modules"):
         with pytest.raises(ConfigError, match="side paths are all that is trained"):
             MoEFineTuner(base(), adapter=LoRAAdapter(r=2), **{extra: True})
-    with pytest.raises(ConfigError, match="old: has a meaning only with replay"):
-        MoEFineTuner(base(), old=general())
+    with pytest.raises(ConfigError, match="replay_data: has a meaning only with replay"):
+        MoEFineTuner(base(), replay_data=general())
     with pytest.raises(ConfigError, match=r"threshold = 0\.2: has a meaning only with expert_tune = auto"):
         MoEFineTuner(base(), threshold=0.2)
     v2 = base(model_type="deepseek_v2", topk_method="greedy", scoring_func="softmax")

@@ -22,6 +22,7 @@ _FIELDS: dict[str, Callable[[str], Any]] = {
 _OLDER_FLAGS: dict[str, tuple[str, Any]] = {  # what stood for them before
     "r": ("r", int), "lora_alpha": ("lora_alpha", float), "lora_dropout": ("lora_dropout", float),
     "target_modules": ("target_modules", None), "lora_experts": ("experts", None)}
+_RENAMED = {"general": "retain_data", "old": "replay_data"}
 
 
 def add_flags(parser: Parser) -> None:
@@ -32,8 +33,11 @@ def add_flags(parser: Parser) -> None:
                            "learnt round by round")
     parser.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win over it")
     parser.add_argument("--out", help="folder of the run (MODEL-tuned-HASH, of where MODEL is)")
-    parser.add_argument("--general", nargs="+", metavar="PATH", help="text that must not be forgotten, to measure it")
-    parser.add_argument("--old", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
+    parser.add_argument("--retain_data", nargs="+", metavar="PATH",
+                        help="general text that must not be forgotten, to measure it")
+    parser.add_argument("--replay_data", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
+    for flag in _RENAMED:
+        parser.add_argument(f"--{flag}", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--map", metavar="YAML", help="which column of a record is what, where names do not say it")
     parser.add_argument("--show_records", type=int, metavar="N",
                         help="print what would be learnt of the first N records, and stop")
@@ -70,11 +74,13 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"{args.config}: must be a table of settings, got {type(settings).__name__}")
     flags = {key: value for key, value in vars(args).items()
              if value not in (None, []) and key not in ("run", "usage", "config", "threads", "command")}
+    _rename(settings, "`{}` of a YAML file is called `{}` now")
+    _rename(flags, "--{} is --{} now")
     adapter = _adapter(settings, flags)
     settings |= flags
     if settings.get("expert_tune") == ["auto"]:
         settings["expert_tune"] = "auto"
-    for key in ("data", "general", "old"):  # here all are paths, also where nothing is
+    for key in ("data", "retain_data", "replay_data"):  # here all are paths, also where nothing is
         if settings.get(key, "-") not in ("-", ["-"]):
             value = settings[key]
             settings[key] = [Path(place) for place in ([value] if isinstance(value, str) else value)]
@@ -96,6 +102,16 @@ def run(args: argparse.Namespace) -> None:
     whole = Path(report.result).name == "model"
     print(f"try:   deepseek infer --model {report.result if whole else f'{model} --adapter {report.result}'} "
           "--prompt '…'")
+
+
+def _rename(given: dict[str, Any], message: str) -> None:
+    """Give renamed settings their new names, with a warning. Raises ConfigError where both names are given."""
+    for former, name in _RENAMED.items():
+        if former in given:
+            if name in given:
+                raise ConfigError(f"{name} and {former}: are two names of one setting: leave out {former}")
+            warnings.warn(message.format(former, name), FutureWarning, stacklevel=3)
+            given[name] = given.pop(former)
 
 
 def _adapter(settings: dict[str, Any], flags: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ import math
 import random
 import sysconfig
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -65,22 +66,25 @@ class MoEFineTuner:
         tuner.fit(legal_dataset, epochs=10)
 
     model_path: a checkpoint folder or hub id. adapter: a LoRAAdapter, or a table of its fields, to train a LoRA adapter
-    alone. general: text that must not be forgotten (a path or several, or documents); Python's own library where none
-    is given. old: records to replay (with `replay`), such as those of an earlier tuning. map: which columns of records,
-    and of old ones, are what (a RecordMap, its keys, or a YAML file), where their names do not say it. out: folder of
-    the run (MODEL-tuned-HASH if not given, the hash of where MODEL is); the same call continues a run that was
-    stopped. save: "auto" writes a delta where experts are tuned, an adapter for LoRA, else a whole checkpoint; "delta"
-    and "full" what they say.
+    alone. retain_data: general text that must not be forgotten (a path or several, or documents); Python's own library
+    where none is given. replay_data: records to replay (with `replay`), such as those of an earlier tuning. map: which
+    columns of records, and of those to replay, are what (a RecordMap, its keys, or a YAML file), where their names do
+    not say it. out: folder of the run (MODEL-tuned-HASH if not given, the hash of where MODEL is); the same call
+    continues a run that was stopped. save: "auto" writes a delta where experts are tuned, an adapter for LoRA, else a
+    whole checkpoint; "delta" and "full" what they say.
     """
 
     def __init__(self, model_path: str | Path, *, adapter: LoRAAdapter | Mapping[str, Any] | None = None,
-                 general: Any = None, old: Any = None, map: RecordMap | Mapping[str, Any] | str | Path | None = None,
-                 out: str | Path | None = None, save: str = "auto", **settings: Unpack[TuneSettings]) -> None:
+                 retain_data: Any = None, replay_data: Any = None,
+                 map: RecordMap | Mapping[str, Any] | str | Path | None = None, out: str | Path | None = None,
+                 save: str = "auto", general: Any = None, old: Any = None, **settings: Unpack[TuneSettings]) -> None:
         """Raises ConfigError for an impossible setting, NotFoundError for a model that is nowhere, RequestError for a
         name of experts that the atlas does not have, listing those it has. No weight is read before `fit`."""
         config = TuneConfig.of(**settings)
         adapter = None if adapter is None else LoRAAdapter.of(adapter)
-        self.adapter, self.general, self.old, self.save = adapter, general, old, save
+        self.adapter, self.save = adapter, save
+        self.retain_data = _renamed("general", general, "retain_data", retain_data)
+        self.replay_data = _renamed("old", old, "replay_data", replay_data)
         self.config = config  # `mode` depends on it
         self.lr_given = config.lr is not None
         self.config = config = config if self.lr_given else replace(config, lr=DEFAULT_LR[self.mode])
@@ -93,8 +97,8 @@ class MoEFineTuner:
             raise ConfigError("adapter: side paths are all that is trained and kept then: give experts to LoRAAdapter"
                               "(experts=[…]), and leave out expert_tune, expert_freeze, shared_experts, "
                               "non_expert_modules, train_router, balance and save = delta")
-        if old is not None and not config.replay:
-            raise ConfigError("old: has a meaning only with replay, the share of old records to mix in")
+        if self.replay_data is not None and not config.replay:
+            raise ConfigError("replay_data: has a meaning only with replay, the share of old records to mix in")
         if config.threshold is not None and config.expert_tune != "auto":
             raise ConfigError(f"threshold = {config.threshold}: has a meaning only with expert_tune = auto")
         self.folder, self.model_path = resolve(model_path), str(model_path)
@@ -188,9 +192,9 @@ class MoEFineTuner:
         notes = _notes(report, [data])
         print(*notes, self._says_lr(), sep="\n", flush=True)
         if config.replay:
-            if self.old is None:
-                raise ConfigError(f"replay = {config.replay}: needs old records to replay (old=…)")
-            data.train.extend(self._replayed(read_records(self.old, mapping=self.map), data, [data], tokenizer))
+            if self.replay_data is None:
+                raise ConfigError(f"replay = {config.replay}: needs old records to replay (replay_data=…)")
+            data.train.extend(self._replayed(read_records(self.replay_data, mapping=self.map), data, [data], tokenizer))
         general, general_name = self._general(tokenizer)
         refuse_other_run(self.out, self._known(data, general), whole=False)
         tuned = TunedModel.load(self._plan, tokenizer, data)
@@ -215,7 +219,7 @@ class MoEFineTuner:
     def fit_stream(self, stream: Iterable[Any], *, records_a_round: int = 256, rounds: int | None = None,
                    epochs: float | None = None) -> TuneReport:
         """Continual tuning: so many records of `stream` at a time, with a share (`replay`) of all earlier ones, and of
-        `old`, mixed in; ends with the stream, or after `rounds`.
+        `replay_data`, mixed in; ends with the stream, or after `rounds`.
 
         Every record is written to OUT/round-N as it comes, so a killed run loses none and goes on where it was; records
         whose text an earlier round had are passed over, so a stream may begin again from its start; what cannot be used
@@ -240,7 +244,7 @@ class MoEFineTuner:
         tokenizer = self._tokenizer
         print(self._says_lr(), flush=True)
         general, general_name = self._general(tokenizer)
-        old = read_records(self.old, mapping=self.map) if self.old is not None else []
+        old = read_records(self.replay_data, mapping=self.map) if self.replay_data is not None else []
         report = ReadReport(strict=True)
         seen: set[str] = set()
         refused = self.out / "refused.jsonl"
@@ -298,7 +302,8 @@ class MoEFineTuner:
     def _check_apart(self, *more: Any) -> None:
         """Raises ConfigError where a run would read its own files, or write over what it reads."""
         out = self.out.resolve()
-        for place in (place for each in (*more, self.general, self.old) if each is not None for place in places(each)):
+        given = [each for each in (*more, self.retain_data, self.replay_data) if each is not None]
+        for place in (place for each in given for place in places(each)):
             if out.is_relative_to(where := place.resolve()):
                 raise ConfigError(f"out = {self.out}: must not lie inside DATA ({place}), or a run would read its own "
                                   "files")
@@ -365,12 +370,12 @@ class MoEFineTuner:
 
     def _general(self, tokenizer: Tokenizer) -> tuple[RecordSet, str]:
         """General text as held-out windows, and its name."""
-        if self.general is None:
+        if self.retain_data is None:
             library = Path(sysconfig.get_path("stdlib"))
             documents = list(read_documents(sorted(library.glob("*.py"))[:GENERAL_FILES], ReadReport()))
             name = "sources of Python's library, as none was given"
         else:
-            documents = read_records(self.general, report := ReadReport())
+            documents = read_records(self.retain_data, report := ReadReport())
             name = f"of {len(documents):,} documents"
             if report.problems:
                 name += f"; {len(report.problems):,} could not be read, first {report.problems[0]}"
@@ -432,6 +437,16 @@ class MoEFineTuner:
             raise AssertionError(f"{len(moved)} frozen tensors changed, first {moved[0]}")
         print(report.table())
         return report
+
+
+def _renamed(former: str, value: Any, name: str, given: Any) -> Any:
+    """Return the value of an argument that may be given by its deprecated name."""
+    if value is None:
+        return given
+    if given is not None:
+        raise ConfigError(f"{name} and {former}: are two names of one setting: leave out {former}")
+    warnings.warn(f"{former} is called {name} now", DeprecationWarning, stacklevel=3)
+    return value
 
 
 def _run_folder(model: str, folder: Path) -> Path:
