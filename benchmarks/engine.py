@@ -159,7 +159,7 @@ def orders(args: Any, model: CausalLM, queue: Queue, tokens: int) -> tuple[list[
                 return True
 
             def on_step(self, output: Any) -> None:
-                if all(one.chunk.order == "absorbed" for one in output.batch) and len(output.batch) == batch:
+                if all(one.chunk.attn_impl == "absorbed" for one in output.batch) and len(output.batch) == batch:
                     seen.extend(len(route.index_TK.unique()) for route in output.routing.routes.values())
 
         own.listeners.append(Distinct())

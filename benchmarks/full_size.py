@@ -31,7 +31,7 @@ from deepseek.files import write_json
 from deepseek.info.machine import read_bandwidth
 from deepseek.model import LatentCache
 from deepseek.ops.native import isa
-from deepseek.quant.linear import Recipe
+from deepseek.quant.linear import QuantConfig
 from harness import arguments, machine, table, versions, write_result
 from shape import CACHE, CONFIG, deviation, tensor_shapes, write_model
 
@@ -114,7 +114,7 @@ def main() -> None:
         source = args.cache / "full-source"  # its configuration alone
         source.mkdir(parents=True, exist_ok=True)
         write_json(source / "config.json", FULL.to_dict())
-        quantize_tensors(FULL, RandomTensors(source, FULL), full, Recipe("nf4"))
+        quantize_tensors(FULL, RandomTensors(source, FULL), full, QuantConfig("nf4"))
     rows = [["model", "parameters", "bits a weight", "checkpoint", "resident after loading", "after work",
              "after work / checkpoint", "loading", "prefill of 512, tokens/s", "decoding, tokens/s"]]
     data = {}

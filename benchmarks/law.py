@@ -6,7 +6,7 @@ their judgements), a tenth held out. General text: sources of other domains that
     full      every parameter but the router
     experts   ESFT: only the experts that the records visit most (token score, threshold 0.2)
     named     only the experts named law_expert
-    LoRA      side paths of rank 16 on attention
+    LoRA      of rank 16 on attention
 
 All take the same batches in the same order. Each way's learning rate is the best of RATES by held-out loss after the
 same steps; all are in the result. Yardstick: ESFT's published pattern (arXiv 2407.01906), most of full tuning's gain

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepseek.checkpoint import INDEX, disk_parts
+from deepseek.checkpoint import INDEX, hf_names
 from deepseek.config import ModelConfig
 from deepseek.files import replace_folder, write_json
 from deepseek.model import CausalLM
@@ -40,7 +40,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
         model = CausalLM(config)
     shapes: dict[str, torch.Size] = {}
     for name, tensor in model.state_dict().items():
-        for disk_name, part in disk_parts(name, config):
+        for disk_name, part in hf_names(name, config):
             shapes[disk_name] = (tensor if part is None else tensor[part[0]][part[1]]).shape
     return shapes
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepseek import checkpoint
-from deepseek.checkpoint import INDEX, MANIFEST, TensorFiles, disk_parts, load_model, resolve, save_model
+from deepseek.checkpoint import INDEX, MANIFEST, TensorFiles, hf_names, load_model, resolve, save_model
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError, ConfigError, NotFoundError
 from deepseek.model import CausalLM
@@ -120,14 +120,14 @@ def test_the_dtype_a_download_was_in_does_not_survive_in_config_json(tmp_path: P
 
 
 def test_names_on_disk() -> None:
-    assert disk_parts("model.norm.weight", CONFIG) == [("model.norm.weight", None)]
-    assert disk_parts("model.mtp.0.entrance.eh_proj.weight", CONFIG) == [("model.layers.2.eh_proj.weight", None)]
-    assert disk_parts("model.mtp.1.norm.weight", CONFIG) == [("model.layers.3.norm.weight", None)]
-    parts = disk_parts("model.layers.1.mlp.experts.gate_up_proj", CONFIG)
+    assert hf_names("model.norm.weight", CONFIG) == [("model.norm.weight", None)]
+    assert hf_names("model.mtp.0.input.eh_proj.weight", CONFIG) == [("model.layers.2.eh_proj.weight", None)]
+    assert hf_names("model.mtp.1.norm.weight", CONFIG) == [("model.layers.3.norm.weight", None)]
+    parts = hf_names("model.layers.1.mlp.experts.gate_up_proj", CONFIG)
     assert parts[:2] == [("model.layers.1.mlp.experts.0.gate_proj.weight", (0, slice(0, 8))),
                          ("model.layers.1.mlp.experts.0.up_proj.weight", (0, slice(8, 16)))]
     assert len(parts) == 8
-    last = disk_parts("model.mtp.0.mlp.experts.down_proj", CONFIG)[3]
+    last = hf_names("model.mtp.0.mlp.experts.down_proj", CONFIG)[3]
     assert last == ("model.layers.2.mlp.experts.3.down_proj.weight", (3, slice(None)))
 
 

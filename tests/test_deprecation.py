@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
+import torch
+
+from deepseek.config import ModelConfig
+from deepseek.model import CausalLM
 
 RENAMED = [
     ("deepseek.ops", "quantised_linear", "quantized_linear"),
     ("deepseek.ops", "grouped_quantised_linear", "grouped_quantized_linear"),
     ("deepseek.ops", "quantised_mlp", "quantized_mlp"),
     ("deepseek.ops", "quantised_experts", "quantized_experts"),
-    ("deepseek.checkpoint", "quantised_places", "quantized_places"),
+    ("deepseek.checkpoint", "quantised_places", "quantized_targets"),
+    ("deepseek.checkpoint", "disk_parts", "hf_names"),
 ]
 
 
@@ -27,3 +33,11 @@ def test_an_old_name_works_and_warns(module: str, old: str, new: str) -> None:
 def test_an_unknown_name_is_still_an_error(module: str) -> None:
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
         getattr(import_module(module), "nothing")  # noqa: B009
+
+
+def test_the_order_of_attention_is_its_impl(tiny_config: Callable[..., ModelConfig]) -> None:
+    model, ids = CausalLM(tiny_config()).init_weights(torch.Generator().manual_seed(0)), torch.tensor([[1, 2, 3]])
+    with pytest.warns(DeprecationWarning, match="order is deprecated: use attn_impl") as caught:
+        logits = model(ids, order="absorbed")
+    assert caught[0].filename == __file__
+    assert torch.equal(logits, model(ids, attn_impl="absorbed")) and not torch.equal(logits, model(ids))

@@ -131,7 +131,7 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, int], monkeypatch:
     config, tokens = NANO.with_(**changes), 64
     model = CausalLM(config).init_weights()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, tokens, dtype=torch.long), order="naive")
+        model(torch.zeros(1, tokens, dtype=torch.long), attn_impl="naive")
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     one, two = describe(config, context=1).flops, describe(config, context=2).flops
     assert counted == tokens * (one - (two - one))

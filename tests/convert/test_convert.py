@@ -28,7 +28,7 @@ from deepseek.errors import ConfigError
 from deepseek.ops.panels import Quantized, unpack, unpack_mlp
 from deepseek.quant import fp8, int8, nf4
 from deepseek.quant.linear import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, QuantizedMLP
-from deepseek.quant.panels import quantize_panels
+from deepseek.quant.pack import quantize_panels
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "no shared": dict(n_shared_experts=0), "tied": dict(tie_word_embeddings=True),
@@ -389,7 +389,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     code = f"""
 import pathlib, resource, torch
 from deepseek import convert
-from deepseek.checkpoint import disk_parts
+from deepseek.checkpoint import hf_names
 from deepseek.config import ModelConfig
 from deepseek.convert import writing
 from deepseek.files import write_json
@@ -404,7 +404,7 @@ small = ModelConfig(
 def write(folder, config):
     with torch.device("meta"):
         tensors = [(on_disk, tuple(t.shape if part is None else t[part[0]][part[1]].shape))
-                   for name, t in CausalLM(config).state_dict().items() for on_disk, part in disk_parts(name, config)]
+                   for name, t in CausalLM(config).state_dict().items() for on_disk, part in hf_names(name, config)]
     parts = [writing.Part(name, "F32", shape, lambda s=shape: iter([torch.randn(s)])) for name, shape in tensors]
     folder.mkdir()
     write_json(folder / "config.json", config.to_dict())

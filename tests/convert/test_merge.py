@@ -28,7 +28,7 @@ from deepseek.checkpoint import (
 from deepseek.cli import main
 from deepseek.convert import PROVENANCE, dequantize, merge, writing
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.model.adapter import Side, fold, side_paths
+from deepseek.model.adapter import LoraSpec, fold, lora_modules
 from deepseek.quant import fp8
 
 EXPERTS = {1: (0, 5), 2: (15,)}
@@ -46,10 +46,10 @@ def of(folder: Path) -> str:
 def lora(base: Path, kind: str = "everything", scale: float = 0.05) -> Path:
     """An adapter on the checkpoint `base`, as if trained."""
     model = load_model(base, torch.float32)
-    side = Side(3, 6.0, **SIDES[kind])
+    side = LoraSpec(3, 6.0, **SIDES[kind])
     attach_adapter(model, side)
     generator = torch.Generator().manual_seed(3)
-    for _, module in side_paths(model):
+    for _, module in lora_modules(model):
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("_B"):
                 parameter.normal_(0.0, scale, generator=generator)
@@ -92,7 +92,7 @@ def test_a_merge_is_the_adapted_model_and_gives_the_same_four_bits(
     names = {name for name in plain if not torch.equal(plain.read(name, merged.read(name).dtype), merged.read(name))}
     assert set(plain) == set(merged) and len(names) == done.changed
     want = load_model(base, adapter=adapter)
-    assert any(side_paths(want)) == (kind != "delta")
+    assert any(lora_modules(want)) == (kind != "delta")
     fold(want)
     ours = base_tensors(load_model(done.path))
     for name, tensor in base_tensors(want).items():

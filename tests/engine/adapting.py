@@ -9,7 +9,7 @@ import torch
 
 from deepseek import LoRAAdapter
 from deepseek.checkpoint import load_model
-from deepseek.model.adapter import side_paths
+from deepseek.model.adapter import lora_modules
 
 # attention with and without kv_b_proj, experts, both; the last one's names are what a quantized base cannot take
 KINDS: dict[str, dict[str, Any]] = {
@@ -25,7 +25,7 @@ def save_adapter(base: Path, folder: Path, seed: int = 0, scale: float = 0.15, *
     """An adapter of LoRAAdapter's fields with random B, for the plain or quantized checkpoint `base`."""
     model, generator = load_model(base), torch.Generator().manual_seed(seed)
     side = LoRAAdapter(**fields).attach(model)
-    for _, module in side_paths(model):
+    for _, module in lora_modules(model):
         for name, parameter in module.named_parameters(recurse=False):
             parameter.normal_(0.0, scale if "_B" in name else parameter.shape[-1] ** -0.5, generator=generator)
     return LoRAAdapter.save(model, side, folder, str(base))

@@ -13,12 +13,12 @@ from deepseek.model import CausalLM, LatentCache
 def plain(model: CausalLM, prompt: list[int], count: int) -> tuple[int, ...]:
     """Greedy tokens by the model alone: the prompt in one call, then token by token."""
     cache = LatentCache(model.config, 1, len(prompt) + count)
-    logits, out = model(torch.tensor([prompt]), cache=cache, order="naive", last_only=True), []
+    logits, out = model(torch.tensor([prompt]), cache=cache, attn_impl="naive", last_only=True), []
     while True:
         out.append(int(logits[0, -1].argmax()))
         if len(out) == count:
             return tuple(out)
-        logits = model(torch.tensor([[out[-1]]]), cache=cache, order="absorbed", last_only=True)
+        logits = model(torch.tensor([[out[-1]]]), cache=cache, attn_impl="absorbed", last_only=True)
 
 
 def mixed_prompts(draw: random.Random, vocabulary: int, count: int) -> list[list[int]]:

@@ -223,7 +223,7 @@ def test_no_page_of_an_adapter_serves_another(served: Callable[..., Served]) -> 
 
 @needs_native
 def test_experts_of_an_adapter_within_a_budget(served: Callable[..., Served]) -> None:
-    """Experts with side paths are read where they lie in the file, beside the budget; the others within it."""
+    """Experts with LoRA adapters are read where they lie in the file, beside the budget; the others within it."""
     own, draw = served(), random.Random(4)
     least = LLM(own.four).model.moe_blocks()[1].experts.table[0].numel() * 2 + (1 << 16)
     prompts = mixed_prompts(draw, 96, 6)
@@ -320,7 +320,7 @@ def test_adapters_of_another_base_are_refused_before_any_is_put_in(
         LLM(tmp_path / "wide", adapters={"law": own.adapters["law"]})
     dense = save_adapter(own.plain, tmp_path / "dense", r=2, target_modules=["gate_proj"])
     assert LLM(own.plain, adapters={"dense": dense}).generate([[5]], params(), adapter="dense")
-    with pytest.raises(CheckpointError, match="inside a packed MLP of this quantized base and takes no side path"):
+    with pytest.raises(CheckpointError, match="inside a packed MLP of this quantized base and takes no LoRA adapter"):
         LLM(own.four, adapters={"dense": dense})
     with pytest.raises(CheckpointError, match="stands beside this model and would not be written"):
         save_model(own.llm(own.plain).model, tmp_path / "written")

@@ -40,7 +40,7 @@ def tokenizer() -> Tokenizer:
 def loop(model: CausalLM, prompt: list[int], params: SamplingParams) -> tuple[int, ...]:
     """Greedy, as OpenAI and vLLM define the fields, written down without the engine."""
     cache = LatentCache(model.config, 1, len(prompt) + params.max_tokens)
-    logits_V = model(torch.tensor([prompt]), cache=cache, order="naive", last_only=True)[0, -1]
+    logits_V = model(torch.tensor([prompt]), cache=cache, attn_impl="naive", last_only=True)[0, -1]
     out: list[int] = []
     while len(out) < params.max_tokens:
         logits = logits_V.float().tolist()
@@ -58,7 +58,7 @@ def loop(model: CausalLM, prompt: list[int], params: SamplingParams) -> tuple[in
         out.append(max(range(len(logits)), key=lambda token: logits[token]))
         if out[-1] in (1, *params.stop_token_ids):
             break
-        logits_V = model(torch.tensor([out[-1:]]), cache=cache, order="absorbed", last_only=True)[0, -1]
+        logits_V = model(torch.tensor([out[-1:]]), cache=cache, attn_impl="absorbed", last_only=True)[0, -1]
     return tuple(out)
 
 

@@ -115,7 +115,7 @@ def test_n_continuations_share_the_prompt(model: CausalLM) -> None:
 def test_logprobs_are_those_of_the_model(model: CausalLM) -> None:
     output = LLM(model).generate([[5, 6, 7]], params(logprobs=3, max_tokens=4))[0]
     with torch.no_grad():
-        log_TV = model(torch.tensor([[5, 6, 7]]), order="naive")[0].double().log_softmax(-1)
+        log_TV = model(torch.tensor([[5, 6, 7]]), attn_impl="naive")[0].double().log_softmax(-1)
     first = output.logprobs[0]
     assert first.token == output.token_ids[0] and first.logprob == pytest.approx(float(log_TV[-1].max()))
     assert [token for token, _ in first.top] == log_TV[-1].topk(3).indices.tolist() and len(output.logprobs) == 4
@@ -162,7 +162,7 @@ def test_coupled_prompts_advance_together(model: CausalLM) -> None:
     got, tokens = llm.generate_ensemble([a, b], None, params(max_tokens=3)).token_ids, []
     with torch.no_grad():
         for _ in range(3):
-            mean_V = sum(model(torch.tensor([prompt + tokens]), order="naive")[0, -1].double().softmax(-1)
+            mean_V = sum(model(torch.tensor([prompt + tokens]), attn_impl="naive")[0, -1].double().softmax(-1)
                          for prompt in (a, b))
             tokens.append(int(mean_V.argmax()))
     assert got == tuple(tokens)

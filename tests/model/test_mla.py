@@ -16,7 +16,7 @@ from torch import Tensor
 from deepseek.config import ModelConfig, YarnScaling
 from deepseek.model import LatentCache
 from deepseek.model.layers import Rotary
-from deepseek.model.mla import MLA, Visible
+from deepseek.model.mla import MLA, AttentionContext, AttentionMask, AttnImpl
 from deepseek.ops import rotate
 
 CONFIG = ModelConfig(
@@ -29,6 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"rope_interleave": False},
     {"yarn": YarnScaling(8.0, 16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.5), "v_head_dim": 4},
 ]
+IMPLS: tuple[AttnImpl, ...] = ("naive", "absorbed")
 variants = pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: ",".join(c) or "plain")
 
 
@@ -101,30 +102,31 @@ def by_hand(mla: MLA, rotary: Rotary, x_TH: Tensor) -> Tensor:
 
 
 @variants
-@pytest.mark.parametrize("order", ["naive", "absorbed"])
-def test_both_orders_are_the_formula(changes: dict[str, Any], order: Any) -> None:
+@pytest.mark.parametrize("attn_impl", IMPLS)
+def test_both_orders_are_the_formula(changes: dict[str, Any], attn_impl: Any) -> None:
     mla, rotary = make(CONFIG.with_(**changes))
     x = hidden(2, 7)
-    out = mla(x, *rotary(positions(0, 7)), None, None, 0, order)
+    out = mla(x, AttentionContext(*rotary(positions(0, 7)), attn_impl=attn_impl), 0)
     for row in range(2):
         torch.testing.assert_close(out[row], by_hand(mla, rotary, x[row]), rtol=1e-4, atol=1e-5)
 
 
 @variants
-@pytest.mark.parametrize("order", ["naive", "absorbed", "auto"])
+@pytest.mark.parametrize("attn_impl", ["naive", "absorbed", "auto"])
 @pytest.mark.parametrize("steps", [(9,), (4, 1, 1, 3), (1,) * 9])
-def test_the_cache_changes_nothing(changes: dict[str, Any], order: Any, steps: tuple[int, ...]) -> None:
+def test_the_cache_changes_nothing(changes: dict[str, Any], attn_impl: Any, steps: tuple[int, ...]) -> None:
     config = CONFIG.with_(**changes)
     mla, rotary = make(config)
     x = hidden(2, 9)
-    want = mla(x, *rotary(positions(0, 9)), None, None, 0, "naive")
+    want = mla(x, AttentionContext(*rotary(positions(0, 9)), attn_impl="naive"), 0)
     cache = LatentCache(config, 2, capacity=2)
     parts = []
     for tokens in steps:
         cache.reserve(tokens)
         start, end = cache.length, cache.length + tokens
-        visible = Visible(None, 2, tokens, start, x.device)
-        parts.append(mla(x[:, start:end], *rotary(positions(start, tokens)), visible, cache, 1, order))
+        visible = AttentionMask(None, 2, tokens, start, x.device)
+        context = AttentionContext(*rotary(positions(start, tokens)), visible, cache, attn_impl)
+        parts.append(mla(x[:, start:end], context, 1))
         cache.length = end
     torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)
 
@@ -134,8 +136,8 @@ def test_both_orders_agree_under_a_padding_mask() -> None:
     x, angles = hidden(2, 6), rotary(positions(0, 6))
     real = torch.ones(2, 6, dtype=torch.bool)
     real[0, :2] = False  # the first two rows of sequence 0 may look nowhere
-    visible = Visible(real, 2, 6, 0, x.device)
-    naive, absorbed = (mla(x, *angles, visible, None, 0, order) for order in ("naive", "absorbed"))
+    visible = AttentionMask(real, 2, 6, 0, x.device)
+    naive, absorbed = (mla(x, AttentionContext(*angles, visible, None, impl), 0) for impl in IMPLS)
     seen = visible.dense.any(-1)[:, 0]
     torch.testing.assert_close(naive[seen], absorbed[seen], rtol=1e-4, atol=1e-5)
     assert bool(naive.isfinite().all()) and bool(absorbed.isfinite().all())
@@ -144,7 +146,7 @@ def test_both_orders_agree_under_a_padding_mask() -> None:
 def test_both_orders_agree_in_bf16() -> None:
     mla, rotary = make(CONFIG)
     x, angles = hidden(2, 6).bfloat16(), rotary(positions(0, 6))
-    naive, absorbed = (mla(x, *angles, None, None, 0, order) for order in ("naive", "absorbed"))
+    naive, absorbed = (mla(x, AttentionContext(*angles, None, None, impl), 0) for impl in IMPLS)
     assert naive.dtype == absorbed.dtype == torch.bfloat16
     torch.testing.assert_close(naive.float(), absorbed.float(), rtol=5e-2, atol=1e-1)
 
@@ -158,7 +160,7 @@ def test_one_new_token_is_absorbed(tokens: int, cached: bool, chosen: str, monke
             monkeypatch.setattr(mla, form, None)
     cache = LatentCache(CONFIG, 1) if cached else None
     x = hidden(1, tokens)
-    assert mla(x, *rotary(positions(0, tokens)), None, cache, 0).shape == x.shape
+    assert mla(x, AttentionContext(*rotary(positions(0, tokens)), None, cache), 0).shape == x.shape
 
 
 # ---- rotation -----------------------------------------------------------------------------------------------------

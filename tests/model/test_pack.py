@@ -16,7 +16,7 @@ from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine.routing_override import ExpertControl, RoutingOverride, combine_overrides
 from deepseek.model import CausalLM, LatentCache, RoutingRecord
-from deepseek.model.cache import PAGE, Chunk, LatentPool, Pack
+from deepseek.model.cache import PAGE, Chunk, LatentPool, PackedBatch
 from deepseek.ops.native import native
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def alone(model: CausalLM, ids: list[int], prompt: int) -> tuple[torch.Tensor, t
     cache = LatentCache(model.config, 1, len(ids))
     calls = [ids[:prompt], *([token] for token in ids[prompt:])]
     routings = [RoutingRecord() for _ in calls]
-    parts = [model(torch.tensor([call]), cache=cache, routing=routing, order="absorbed" if i else "naive")
+    parts = [model(torch.tensor([call]), cache=cache, routing=routing, attn_impl="absorbed" if i else "naive")
              for i, (call, routing) in enumerate(zip(calls, routings, strict=True))]
     visited = [torch.stack([route.index_TK for route in routing.routes.values()], 1) for routing in routings]
     return torch.cat(parts, 1)[0], torch.cat(visited)
@@ -75,7 +75,7 @@ def packed(model: CausalLM, texts: list[tuple[list[int], int]], draw: random.Ran
             end = prompt if done[i] < prompt else len(ids)
             count = draw.randint(1, end - done[i])
             chunks.append(Chunk(count, done[i], own[i], "naive" if done[i] < prompt else "absorbed"))
-        pack = Pack(pool, chunks, None if visit is None else combine_overrides([
+        pack = PackedBatch(pool, chunks, None if visit is None else combine_overrides([
             (c.tokens, c.past, RoutingOverride(ExpertControl(replay=visit[i]), model, None, None))
             for i, c in zip(moved, chunks, strict=True)]))
         tokens = [token for i, c in zip(moved, chunks, strict=True)
@@ -140,17 +140,17 @@ def test_a_control_has_the_last_word_at_every_gate(model: CausalLM) -> None:
         return route._replace(index_TK=torch.zeros_like(route.index_TK))
 
     with torch.no_grad():
-        want = model.packed(ids, Pack(pool, [Chunk(3, 0, [0], "naive")]))
-        assert torch.equal(model.packed(ids, Pack(pool, [Chunk(3, 0, [0], "naive")], same)), want)
+        want = model.packed(ids, PackedBatch(pool, [Chunk(3, 0, [0], "naive")]))
+        assert torch.equal(model.packed(ids, PackedBatch(pool, [Chunk(3, 0, [0], "naive")], same)), want)
         assert tuple(seen) == model.config.moe_layers
         routing = RoutingRecord()
-        assert not torch.equal(model.packed(ids, Pack(pool, [Chunk(3, 0, [0], "naive")], first), routing), want)
+        assert not torch.equal(model.packed(ids, PackedBatch(pool, [Chunk(3, 0, [0], "naive")], first), routing), want)
     assert all(not route.index_TK.any() for route in routing.routes.values())
 
 
 def test_packs_that_cannot_be(model: CausalLM) -> None:
     pool = LatentPool(model.config, 2)
     with pytest.raises(ValueError, match=r"100 \+ 29 positions do not fit 1 pages"):
-        Pack(pool, [Chunk(29, 100, [0], "naive")])
-    with pytest.raises(ValueError, match="naive order must come first"):
-        Pack(pool, [Chunk(1, 3, [0], "absorbed"), Chunk(3, 0, [1], "naive")])
+        PackedBatch(pool, [Chunk(29, 100, [0], "naive")])
+    with pytest.raises(ValueError, match="naive attention must come first"):
+        PackedBatch(pool, [Chunk(1, 3, [0], "absorbed"), Chunk(3, 0, [1], "naive")])

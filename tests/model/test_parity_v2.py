@@ -61,7 +61,7 @@ def test_v2(
             cache = LatentCache(config, 3, capacity=4)
             pieces = [model(i, mask_BT=m, cache=cache) for i, m in
                       zip(ids_BT.split([9, 1, 14], 1), mask_BT.split([9, 1, 14], 1), strict=True)]
-            absorbed = model(ids_BT, mask_BT=mask_BT, order="absorbed")
+            absorbed = model(ids_BT, mask_BT=mask_BT, attn_impl="absorbed")
         assert 1 < theirs[mask_BT].std() < 5
         error = float((ours - theirs)[mask_BT].abs().max())
         print(f"largest logit {theirs[mask_BT].abs().max():.1f}, largest difference {error:.1e}")

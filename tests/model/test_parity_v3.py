@@ -125,7 +125,7 @@ def test_gradients(
         assert worst(parameter.grad, theirs[name].grad) <= 1e-4 * float(theirs[name].grad.abs().max()), name
 
 
-def greedy(model: CausalLM, ids_BT: Tensor, mask_BT: Tensor | None, count: int, order: str = "auto") -> Tensor:
+def greedy(model: CausalLM, ids_BT: Tensor, mask_BT: Tensor | None, count: int, attn_impl: str = "auto") -> Tensor:
     """`count` tokens by arg max, one at a time through the latent cache (which has to grow on the way)."""
     cache = LatentCache(model.config, ids_BT.shape[0], capacity=8)
     out: list[Tensor] = []
@@ -133,7 +133,7 @@ def greedy(model: CausalLM, ids_BT: Tensor, mask_BT: Tensor | None, count: int, 
         logits = model(ids_BT, mask_BT=mask_BT, cache=cache, last_only=True)
         for _ in range(count):
             out.append(logits[:, -1].argmax(-1, keepdim=True))
-            logits = model(out[-1], cache=cache, order=order)
+            logits = model(out[-1], cache=cache, attn_impl=attn_impl)
     return torch.cat(out, 1)
 
 
@@ -152,7 +152,7 @@ def test_64_greedy_tokens(
     assert theirs.shape == (3, 64)
     assert len(theirs.unique()) > 8  # not one token repeated
     assert torch.equal(greedy(model, ids_BT, mask_BT, 64), theirs)
-    assert torch.equal(greedy(model, ids_BT, mask_BT, 64, order="naive"), theirs)
+    assert torch.equal(greedy(model, ids_BT, mask_BT, 64, attn_impl="naive"), theirs)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
@@ -163,16 +163,16 @@ def test_cached_equals_uncached_and_absorbed_equals_naive(
 ) -> None:
     model: CausalLM = random_model(tiny_config(**changes))
     ids_BT, mask_BT = padded(padding, model.config)
-    whole = model(ids_BT, mask_BT=mask_BT, order="naive")
-    assert worst(model(ids_BT, mask_BT=mask_BT, order="absorbed"), whole, mask_BT) <= SAME_SUMS
+    whole = model(ids_BT, mask_BT=mask_BT, attn_impl="naive")
+    assert worst(model(ids_BT, mask_BT=mask_BT, attn_impl="absorbed"), whole, mask_BT) <= SAME_SUMS
     chunks = [7, 1, 5, 1, 1, 9]
     assert sum(chunks) == ids_BT.shape[1]
-    for order in ("auto", "naive", "absorbed"):
+    for attn_impl in ("auto", "naive", "absorbed"):
         cache = LatentCache(model.config, 3, capacity=4)
-        pieces = [model(i, mask_BT=m, cache=cache, order=order)
+        pieces = [model(i, mask_BT=m, cache=cache, attn_impl=attn_impl)
                   for i, m in zip(ids_BT.split(chunks, 1), mask_BT.split(chunks, 1), strict=True)]
         assert cache.length == ids_BT.shape[1]
-        assert worst(torch.cat(pieces, 1), whole, mask_BT) <= SAME_SUMS, order
+        assert worst(torch.cat(pieces, 1), whole, mask_BT) <= SAME_SUMS, attn_impl
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def test_mtp_module(tiny_config: Callable, random_model: Callable, in_transforme
     theirs = modeling_layers.MtpModel(twin, 2).eval()
     for ours, layer in zip(model.model.mtp, theirs.layers, strict=True):
         state = ours.state_dict()
-        outside = {"entrance.enorm.": "enorm.", "entrance.hnorm.": "hnorm.", "entrance.eh_proj.": "eh_proj.",
+        outside = {"input.enorm.": "enorm.", "input.hnorm.": "hnorm.", "input.eh_proj.": "eh_proj.",
                    "shared_head.norm.": "post_norm."}
         renamed = {}
         for name, tensor in state.items():

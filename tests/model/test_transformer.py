@@ -61,14 +61,14 @@ def test_logits_are_fp32_and_the_last_row_can_be_had_alone(model: CausalLM) -> N
     close(model(ids, last_only=True), logits[:, -1:])
 
 
-@pytest.mark.parametrize("order", ["auto", "naive", "absorbed"])
+@pytest.mark.parametrize("attn_impl", ["auto", "naive", "absorbed"])
 @pytest.mark.parametrize("steps", [(8,), (5, 1, 1, 1), (1,) * 8, (2, 3, 3)])
-def test_cached_equals_uncached(model: CausalLM, steps: tuple[int, ...], order: Any) -> None:
+def test_cached_equals_uncached(model: CausalLM, steps: tuple[int, ...], attn_impl: Any) -> None:
     ids = tokens(2, 8)
     cache = LatentCache(CONFIG, 2, capacity=1)
     parts, start = [], 0
     for n in steps:
-        parts.append(model(ids[:, start : start + n], cache=cache, order=order))
+        parts.append(model(ids[:, start : start + n], cache=cache, attn_impl=attn_impl))
         start += n
         assert cache.length == start
     close(torch.cat(parts, 1), model(ids))

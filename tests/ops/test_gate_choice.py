@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepseek import ops
 from deepseek.config import ModelConfig
-from deepseek.model.gate import choose, rule
+from deepseek.model.gate import choose, routing_rule
 
 GATES: dict[str, dict[str, Any]] = {
     "V3": dict(n_routed_experts=32, n_group=8, topk_group=4, num_experts_per_tok=6, routed_scaling_factor=2.5),
@@ -43,7 +43,7 @@ GATES: dict[str, dict[str, Any]] = {
 def chosen(scores_TE: Tensor, config: ModelConfig, bias_E: Tensor | None) -> Tensor:
     """The K best by stable sorting alone, so that ties go to the lower index."""
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if best := rule(config)[3]:
+    if best := routing_rule(config).group_best:
         grouped_TGE = choice_TE.unflatten(-1, (config.n_group, -1))
         group_TG = grouped_TGE.sort(-1, descending=True)[0][..., :best].sum(-1)
         rank_TG = group_TG.argsort(dim=-1, descending=True, stable=True)
@@ -67,7 +67,7 @@ def test_choices_are_those_of_the_model(changes: dict[str, Any], kind: str, tiny
         "ties": torch.tensor([0.0, 0.0625])[torch.arange(experts) % 2], "all equal": torch.zeros(experts)}.get(
         kind, randn(experts, seed=5) * 0.1)
     route = choose(logits_TE, config, bias_E)
-    index_TK, weight_TK, scores_TE = ops.choose_experts(logits_TE, bias_E, *rule(config))
+    index_TK, weight_TK, scores_TE = ops.choose_experts(logits_TE, bias_E, *routing_rule(config))
     torch.testing.assert_close(scores_TE, route.scores_TE, rtol=1e-5, atol=1e-7)
     assert torch.equal(index_TK, chosen(scores_TE, config, bias_E))
     same_T = (index_TK == route.index_TK).all(-1)

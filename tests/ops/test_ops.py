@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek import ops
 from deepseek.ops import attention, experts, loss, native
-from deepseek.ops.linear import fast_bf16, mm, widen
+from deepseek.ops.linear import fast_bf16, mm, to_compute_dtype
 
 LINEAR = sys.modules["deepseek.ops.linear"]  # the module: `ops.linear` is the function
 
@@ -103,9 +103,9 @@ def test_linear_skips_the_gradients_nobody_wants() -> None:
 
 def test_widen_leaves_fp32_alone() -> None:
     x = randn(3)
-    assert widen(x) is x
+    assert to_compute_dtype(x) is x
     half = x.bfloat16()
-    assert widen(half).dtype == (torch.bfloat16 if fast_bf16("cpu") else torch.float32)
+    assert to_compute_dtype(half).dtype == (torch.bfloat16 if fast_bf16("cpu") else torch.float32)
 
 
 # ---- rms_norm -----------------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def test_inference_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     args = inputs_for(index)
     saved: list[Tensor] = []
     flags: list[bool] = []
-    form = experts._NativeExperts if native.trains(*args) else experts._ExpertLoop
+    form = experts._NativeExperts if native.trains_native(*args) else experts._ExpertLoop
     apply = form.apply
 
     def spy(*given: Any) -> Any:

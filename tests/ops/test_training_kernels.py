@@ -46,7 +46,7 @@ def compare(function: Callable[..., Tensor], *inputs: Tensor, monkeypatch: pytes
     monkeypatch.setattr(native, "threads", lambda: 3)
     for a, b in zip(ours, with_grads(function, *inputs), strict=True):
         assert torch.equal(a, b)
-    monkeypatch.setattr(native, "trains", lambda *_: False)
+    monkeypatch.setattr(native, "trains_native", lambda *_: False)
     for a, b in zip(ours, with_grads(function, *inputs), strict=True):
         assert a.dtype == b.dtype
         half = torch.bfloat16 in (a.dtype, inputs[0].dtype)
@@ -154,9 +154,9 @@ def test_the_same_bits_from_every_instruction_set() -> None:
 
 def test_the_choice_is_apart_from_the_ability(monkeypatch: pytest.MonkeyPatch) -> None:
     half, full = randn(2, 3, dtype=torch.bfloat16), randn(2, 3)
-    assert native.trains(half, full) and not ops.fast_bf16("cpu")
+    assert native.trains_native(half, full) and not ops.fast_bf16("cpu")
     monkeypatch.setattr(native, "BF16", "torch")
-    assert native.can_train(half, full) and native.trains(full) and not native.trains(half, full)
+    assert native.can_train(half, full) and native.trains_native(full) and not native.trains_native(half, full)
     assert ops.fast_bf16("cpu") and not native.can_train(full.double(), half)
     monkeypatch.setattr(native, "CHOSEN", False)  # the plain kernels, where nobody asked for them
-    assert native.can_train(full) and not native.trains(full)
+    assert native.can_train(full) and not native.trains_native(full)

@@ -119,7 +119,7 @@ def expected(published: tuple[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def in_memory(expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names inside the model, written out by hand rather than through checkpoint.disk_parts."""
+    """The names inside the model, written out by hand rather than through checkpoint.hf_names."""
     out = {}
     for name, value in expected.items():
         if ".experts." in name:
@@ -129,8 +129,8 @@ def in_memory(expected: dict[str, Tensor]) -> dict[str, Tensor]:
             rest = name.removeprefix(mtp)
             if rest in ("embed_tokens.weight", "shared_head.head.weight"):
                 continue
-            entrance = "entrance." if rest.split(".")[0] in ("enorm", "hnorm", "eh_proj") else ""
-            name = f"model.mtp.0.{entrance}{rest}"
+            inside = "input." if rest.split(".")[0] in ("enorm", "hnorm", "eh_proj") else ""
+            name = f"model.mtp.0.{inside}{rest}"
         out[name] = value
     for layer, ours in ((1, "model.layers.1"), (2, "model.mtp.0")):
         stem = f"model.layers.{layer}.mlp.experts"

@@ -18,7 +18,7 @@ from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import dequantize, quantize
 from deepseek.model import CausalLM, LatentCache, RoutingRecord
 from deepseek.model.gate import Gate
-from deepseek.model.mla import MLA, Visible
+from deepseek.model.mla import MLA, AttentionContext, AttentionMask
 from deepseek.ops.native import native
 from deepseek.quant.fused import FusedGate, FusedMLA
 from deepseek.quant.linear import QuantizedLinear
@@ -105,9 +105,9 @@ def attend(
         if cache is not None:
             cache.reserve(width)
         mask = None if mask_BT is None else mask_BT[:, : now.stop]
-        visible = None if mask is None and start == 0 else Visible(mask, batch, width, start, x_BTH.device)
-        cos, sin = model.model.rotary(position_BT[:, now])
-        parts.append(forward(model.model.layers[0].self_attn, x_BTH[:, now], cos, sin, visible, cache, 0, **options))
+        visible = None if mask is None and start == 0 else AttentionMask(mask, batch, width, start, x_BTH.device)
+        context = AttentionContext(*model.model.rotary(position_BT[:, now]), visible, cache, **options)
+        parts.append(forward(model.model.layers[0].self_attn, x_BTH[:, now], context, 0))
         start += width
         if cache is not None:
             cache.length = start
@@ -115,17 +115,17 @@ def attend(
 
 
 @every_variant
-@pytest.mark.parametrize("order", ["naive", "absorbed"])
-def test_attention_equals_mlas_own_form(quantized: Callable, order: Any, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("attn_impl", ["naive", "absorbed"])
+def test_attention_equals_mlas_own_form(quantized: Callable, attn_impl: Any, changes: dict[str, Any]) -> None:
     """In either order, over the same weights, up to the int8 of what enters a quantized product. With and without a
     cache, in chunks, with padding."""
     model = quantized(**changes)
     x_BTH = torch.randn(5, 150, model.config.hidden_size)
-    bound = 1e-3 if order == "naive" else 0.02  # MLA's own absorbed form multiplies by kv_b_proj in FP32
+    bound = 1e-3 if attn_impl == "naive" else 0.02  # MLA's own absorbed form multiplies by kv_b_proj in FP32
     for side, chunks in itertools.product((None, "left", "right"), (None, (150,), (149, 1), (7, 1, 1, 141))):
         mask_BT = None if side is None else padded([torch.ones(n) for n in LENGTHS], side)[1]
         real_BT = torch.ones(5, 150, dtype=torch.bool) if mask_BT is None else mask_BT
-        got, want = (attend(model, form.forward, x_BTH, mask_BT, chunks, order=order)[real_BT]
+        got, want = (attend(model, form.forward, x_BTH, mask_BT, chunks, attn_impl=attn_impl)[real_BT]
                      for form in (FusedMLA, MLA))
         assert (got - want).norm() < bound * want.norm(), (side, chunks)
 
@@ -135,8 +135,8 @@ def test_the_order_is_the_callers_or_follows_the_call(quantized: Callable, chang
     """Naive for several tokens, absorbed for one; what the model runs is what attention alone does with that order."""
     model = quantized(**changes)
     x_BTH = torch.randn(2, 9, model.config.hidden_size)
-    naive, absorbed = (attend(model, FusedMLA.forward, x_BTH, None, (8, 1), order=order)
-                       for order in ("naive", "absorbed"))
+    naive, absorbed = (attend(model, FusedMLA.forward, x_BTH, None, (8, 1), attn_impl=attn_impl)
+                       for attn_impl in ("naive", "absorbed"))
     auto = attend(model, FusedMLA.forward, x_BTH, None, (8, 1))
     assert torch.equal(auto[:, :8], naive[:, :8]) and torch.equal(auto[:, 8:], absorbed[:, 8:])
     assert 0 < (naive - absorbed).norm() < 0.02 * naive.norm()
@@ -175,15 +175,17 @@ def test_fused_forms_add_nothing_to_the_state(quantized: Callable) -> None:
 
 @natively
 @every_native
-@pytest.mark.parametrize("order", ["naive", "absorbed"])
-def test_prefill_and_decode_have_the_bits_of_one_pass(quantized: Callable, order: Any, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("attn_impl", ["naive", "absorbed"])
+def test_prefill_and_decode_have_the_bits_of_one_pass(
+    quantized: Callable, attn_impl: Any, changes: dict[str, Any]
+) -> None:
     """In one and the same order."""
     model = quantized(**changes)
     ids_BT = ids(2, 160)
-    whole_BTV = model(ids_BT, order=order)
+    whole_BTV = model(ids_BT, attn_impl=attn_impl)
     for chunks in ((150, *[1] * 10), (1, 128, 31), (7, 153), (160,)):
         cache = LatentCache(model.config, 2, 16)
-        parts = [model(part_BT, cache=cache, order=order) for part_BT in ids_BT.split(chunks, 1)]
+        parts = [model(part_BT, cache=cache, attn_impl=attn_impl) for part_BT in ids_BT.split(chunks, 1)]
         assert torch.equal(torch.cat(parts, 1), whole_BTV), chunks
 
 
@@ -203,7 +205,7 @@ def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(
         after_BTV = model(more_BT, cache=cache)
         for b, row in enumerate(rows):
             alone = LatentCache(model.config, 1, 16)
-            row_TV = model(row.unsqueeze(0), cache=alone, order="naive")[0]
+            row_TV = model(row.unsqueeze(0), cache=alone, attn_impl="naive")[0]
             assert torch.equal(logits_BTV[b][mask_BT[b]], row_TV), (side, b)
             if side == "left":  # on the right there is a hole before the new token, which takes MLA's own form
                 assert torch.equal(after_BTV[b], model(more_BT[b : b + 1], cache=alone)[0]), b

@@ -8,7 +8,7 @@ import torch
 from deepseek.ops import native
 from deepseek.ops.panels import unpack
 from deepseek.quant import int8, nf4
-from deepseek.quant.panels import quantize_panels
+from deepseek.quant.pack import quantize_panels
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 64), (48, 256), (33, 130), (7, 1000)])

@@ -18,7 +18,7 @@ from deepseek.checkpoint import load_model, save_model
 from deepseek.cli import main
 from deepseek.engine import LLM, SamplingParams
 from deepseek.errors import ConfigError
-from deepseek.model.adapter import side_paths
+from deepseek.model.adapter import lora_modules
 from deepseek.serve.app import create_app
 from deepseek.serve.service import ServeOptions
 from serving import KEY, Running
@@ -32,7 +32,7 @@ def adapter(base: Path, folder: Path, seed: int) -> Path:
     model, generator = load_model(base), torch.Generator().manual_seed(seed)
     side = LoRAAdapter(r=3, lora_alpha=9, target_modules=["q_proj", "v_proj", "o_proj"], experts=["1.0", "2.3"]).attach(
         model)
-    for _, module in side_paths(model):
+    for _, module in lora_modules(model):
         for name, parameter in module.named_parameters(recurse=False):
             if "_B" in name:
                 parameter.normal_(0.0, 0.2, generator=generator)

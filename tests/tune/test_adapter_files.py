@@ -20,7 +20,7 @@ from deepseek.checkpoint.adapter_keys import KNOWN_TO_PEFT
 from deepseek.convert import merge, quantize
 from deepseek.errors import CheckpointError, MoEDRError, NotFoundError
 from deepseek.model import CausalLM
-from deepseek.model.adapter import side_paths
+from deepseek.model.adapter import lora_modules
 
 IDS = torch.arange(5, 25).view(1, 20)
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -37,7 +37,7 @@ def lora(folder: Path, *, experts: bool = False, name: str = "adapter") -> Path:
     model = load_model(folder)
     adapter = LoRAAdapter(r=4, target_modules=["q_proj", "o_proj"], experts=["1.3", "2.0"] if experts else ())
     side = adapter.attach(model)
-    for _, module in side_paths(model):
+    for _, module in lora_modules(model):
         for parameter in module.parameters(recurse=False):
             parameter.normal_(0.0, 0.05)
     return LoRAAdapter.save(model, side, folder.parent / name, str(folder))
@@ -305,9 +305,9 @@ def test_targets_that_match_nothing(base: Callable[..., Path]) -> None:
     edit(adapter := lora(folder := base()), {"target_modules": ["query", "value"]})
     refused(folder, adapter, "target_modules = query, value: match nothing in this model, whose linear modules are")
     edit(adapter, {"target_modules": ["q_proj", "o_proj", "v_proj"]})  # of which peft made nothing either
-    assert any(side_paths(load_model(folder, adapter=adapter)))
+    assert any(lora_modules(load_model(folder, adapter=adapter)))
     edit(adapter, {"target_modules": r".*self_attn\.(q|o)_proj"})
-    assert any(side_paths(load_model(folder, adapter=adapter)))
+    assert any(lora_modules(load_model(folder, adapter=adapter)))
 
 
 def test_a_tied_head_takes_no_adapter(base: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""LoRA side paths: what they compute, what peft makes of them, on four bits, and merged."""
+"""LoRA adapters: what they compute, what peft makes of them, on four bits, and merged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deepseek.checkpoint import base_tensors, load_model, save_model, tensor_has
 from deepseek.convert import quantize
 from deepseek.errors import CheckpointError, ConfigError, RequestError
 from deepseek.model import CausalLM
-from deepseek.model.adapter import LoRAExperts, LoRALinear, side_paths
+from deepseek.model.adapter import LoRAExperts, LoRALinear, lora_modules
 from deepseek.ops import native
 
 IDS = torch.arange(5, 45).view(2, 20)
@@ -28,7 +28,7 @@ IDS = torch.arange(5, 45).view(2, 20)
 def trained(model: CausalLM, scale: float = 0.05) -> CausalLM:
     """As if B had been trained: nothing left at zero."""
     generator = torch.Generator().manual_seed(3)
-    for _, module in side_paths(model):
+    for _, module in lora_modules(model):
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("_B"):
                 parameter.normal_(0.0, scale, generator=generator)
@@ -38,7 +38,7 @@ def trained(model: CausalLM, scale: float = 0.05) -> CausalLM:
 def by_hand(model: CausalLM, folder: Path) -> CausalLM:
     """The same model with the deltas added to its matrices, one expert at a time."""
     plain = load_model(folder, torch.float32)
-    for name, module in side_paths(model):
+    for name, module in lora_modules(model):
         if isinstance(module, LoRALinear):
             plain.get_submodule(name).weight.data += module.scale * module.lora_B @ module.lora_A
             continue
@@ -71,7 +71,7 @@ def test_side_paths_are_the_merged_weights(
     torch.testing.assert_close(beside, by_hand(model, folder)(IDS), rtol=1e-4, atol=1e-4)
     assert LoRAAdapter.merge(model) < 1e-3
     torch.testing.assert_close(model(IDS), beside, rtol=1e-4, atol=1e-4)
-    assert not list(side_paths(model)) and base_tensors(model).keys() == base_tensors(load_model(folder)).keys()
+    assert not list(lora_modules(model)) and base_tensors(model).keys() == base_tensors(load_model(folder)).keys()
 
 
 def test_gradients_are_those_of_the_merged_weights(base: Callable[..., Path]) -> None:
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_merged_weights(base: Callable[..., Path]) ->
     plain = by_hand(trained(model), folder).requires_grad_(True)
     for each in (model, plain):
         each(IDS).pow(2).mean().backward()
-    for name, module in side_paths(model):
+    for name, module in lora_modules(model):
         if isinstance(module, LoRALinear):
             dw = plain.get_submodule(name).weight.grad
             torch.testing.assert_close(module.lora_B.grad, module.scale * dw @ module.lora_A.T, rtol=1e-3, atol=1e-5)
@@ -105,9 +105,9 @@ def test_friendly_names_stand_for_mlas_projections(
 ) -> None:
     model = load_model(base(q_lora_rank=rank))
     LoRAAdapter(r=2, target_modules=targets).attach(model)
-    assert {name.rpartition(".")[2] for name, _ in side_paths(model)} == found
+    assert {name.rpartition(".")[2] for name, _ in lora_modules(model)} == found
     count = 1 if "." in targets[0] or found == {"lm_head"} else 3 * len(found)
-    assert len(list(side_paths(model))) == count
+    assert len(list(lora_modules(model))) == count
 
 
 def test_q_proj_alone_trains_two_parameters_in_a_hundred_at_most(
@@ -140,7 +140,7 @@ def test_attention_adapters_load_in_peft_with_equal_logits(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Unexpected keyword")  # peft, of a key that it does not know
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    assert len([m for m in theirs.modules() if hasattr(m, "lora_A")]) == len(list(side_paths(model)))
+    assert len([m for m in theirs.modules() if hasattr(m, "lora_A")]) == len(list(lora_modules(model)))
     with torch.no_grad():
         torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
     again = load_model(folder, adapter=tmp_path / "adapter")
@@ -209,7 +209,7 @@ def test_on_a_four_bit_base(base: Callable[..., Path], quick: dict[str, Any], tm
         records(), epochs=3)
     assert report.gained > 0.02 and report.frozen_unchanged == report.frozen_tensors > 40
     model = load_model(tmp_path / "four", adapter=tmp_path / "out" / "adapter")
-    assert {type(m) for _, m in side_paths(model)} == {LoRALinear, LoRAExperts}
+    assert {type(m) for _, m in lora_modules(model)} == {LoRALinear, LoRAExperts}
     after = model(IDS).detach()
     assert not torch.allclose(after, before, atol=1e-3)
     # the kernels round activations to 8 bits, the path with a gradient does not
@@ -235,7 +235,7 @@ def test_an_adapter_knows_its_base_and_what_that_was_made_from(base: Callable[..
             side = LoRAAdapter(r=2, experts=experts).attach(model)
             LoRAAdapter.save(trained(model), side, tmp_path / name)
             for fits in (tmp_path / "four", folder, tmp_path / "eight"):
-                assert any(side_paths(load_model(fits, adapter=tmp_path / name)))
+                assert any(lora_modules(load_model(fits, adapter=tmp_path / name)))
             for another in (tmp_path / "other", tmp_path / "other-four"):
                 with pytest.raises(CheckpointError, match=f"{name}: made for another base: its hash is"):
                     load_model(another, adapter=tmp_path / name)
@@ -254,7 +254,7 @@ def test_packed_mlps_take_no_side_paths_and_are_not_left_out_in_silence(
         LoRAAdapter(target_modules=[target]).attach(load_model(tmp_path / "four"))
     quantize(folder, tmp_path / "kept", keep=["*.mlp.*"], progress=False)  # these are modules of their own
     LoRAAdapter(target_modules=[target]).attach(model := load_model(tmp_path / "kept"))
-    assert any(".mlp." in name for name, _ in side_paths(model))
+    assert any(".mlp." in name for name, _ in lora_modules(model))
 
 
 def test_only_active_experts_are_computed(base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def test_merging_says_when_it_would_do_nothing_or_lose_too_much(
     monkeypatch.setattr(native, "BF16", bf16)
     folder = base(torch.bfloat16)
     model = load_model(folder)
-    with pytest.raises(ConfigError, match="no side paths to merge"):
+    with pytest.raises(ConfigError, match="no LoRA adapter to merge"):
         LoRAAdapter.merge(model)
     LoRAAdapter(r=4, experts=["law_expert"]).attach(model, Atlas.load(folder))
     with pytest.raises(ConfigError, match="every B is zero, the adapter was never trained"):
@@ -308,12 +308,12 @@ def test_merging_says_when_it_would_do_nothing_or_lose_too_much(
     with pytest.raises(CheckpointError, match="is still apart from its base: merge it first"):
         save_model(model, tmp_path / "x")
     trained(model, 1e-5)  # below the resolution of BF16: merging would round it away
-    before, logits, paths = tensor_hashes(model), model(IDS), [name for name, _ in side_paths(model)]
+    before, logits, paths = tensor_hashes(model), model(IDS), [name for name, _ in lora_modules(model)]
     with pytest.raises(ConfigError, match=r"merging would lose [\d.]+% of the adapter's effect .*float32"):
         LoRAAdapter.merge(model)
     # nothing has been changed by then
     assert model.compute_dtype is None
-    assert tensor_hashes(model) == before and [name for name, _ in side_paths(model)] == paths
+    assert tensor_hashes(model) == before and [name for name, _ in lora_modules(model)] == paths
     assert torch.equal(model(IDS), logits)
     trained(model, 1e-6)  # so little that BF16 activations would show no effect at all
     with pytest.raises(ConfigError, match=r"merging would lose [\d.]+% of the adapter's effect"):

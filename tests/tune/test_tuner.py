@@ -165,7 +165,7 @@ def test_print_says_what_is_tuned(base: Callable[..., Path], quick: dict[str, An
             ({}, "everything"),
             ({"expert_freeze": ["law_expert"]}, "everything but 8 experts in 2 layers (law_expert)"),
             ({"adapter": LoRAAdapter(r=4, experts=["law_expert"])},
-             "side paths of rank 4 on q_proj, 8 experts in 2 layers (law_expert)")):
+             "LoRA of rank 4 on q_proj, 8 experts in 2 layers (law_expert)")):
         lines = str(MoEFineTuner(folder, out="somewhere", **{"lr": 1e-5, "max_length": 64} | settings)).splitlines()
         assert lines[0].startswith(f"MoEFineTuner of {folder}: ") and lines[0].endswith(
             " K parameters, 3 layers, 2 of them with 16 experts, 4 a token")
@@ -440,7 +440,7 @@ def test_every_kind_of_model_in_every_mode(
 
 def test_an_adapter_excludes_other_training(base: Callable[..., Path], quick: dict[str, Any]) -> None:
     for extra in ("train_router", "balance", "shared_experts", "non_expert_modules"):
-        with pytest.raises(ConfigError, match="side paths are all that is trained"):
+        with pytest.raises(ConfigError, match="LoRA alone is trained"):
             MoEFineTuner(base(), adapter=LoRAAdapter(r=2), **{extra: True})
     with pytest.raises(ConfigError, match="replay_data: has a meaning only with replay"):
         MoEFineTuner(base(), replay_data=general())

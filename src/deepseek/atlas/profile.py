@@ -25,7 +25,7 @@ from ..config import ModelConfig
 from ..data import Document
 from ..errors import ConfigError, DataError
 from ..model import CausalLM
-from ..model.gate import rule
+from ..model.gate import routing_rule
 from ..tokenizer import Tokenizer
 from .atlas import MEASURED, Atlas, Measurement, NamedGroup, RejectedGroup, Shape, count, jaccard
 from .evidence import (
@@ -131,7 +131,7 @@ def _measure(model: CausalLM, sample: Sample, tokenizer: Tokenizer, advance: Cal
 
 def gate_scale(config: ModelConfig) -> float:
     """What the gate multiplied its weights by."""
-    *_, normalise, scale_anyway, scale = rule(config)
+    *_, normalise, scale_anyway, scale = routing_rule(config)
     return scale if scale_anyway or not normalise else 1.0
 
 

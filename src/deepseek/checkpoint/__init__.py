@@ -7,7 +7,7 @@ same, but for two rows of one table:
     in memory                                       on disk
     model.layers.L.mlp.experts.gate_up_proj [E,..]  model.layers.L.mlp.experts.e.gate_proj.weight, ….up_proj.weight
     model.layers.L.mlp.experts.down_proj    [E,..]  model.layers.L.mlp.experts.e.down_proj.weight
-    model.mtp.d.…  (entrance.enorm, …)              model.layers.(num_hidden_layers + d).…  (enorm, …)
+    model.mtp.d.…  (input.enorm, …)                 model.layers.(num_hidden_layers + d).…  (enorm, …)
 
 MTP tensors are written to `mtp.safetensors`, outside the index, unless the model has V3's 61 layers: transformers
 skips `model.layers.61.*` by name and would report any other extra layer as unexpected.
@@ -40,17 +40,17 @@ from .models import (
     stored_dtype,
     to_dtype,
 )
-from .names import INDEX, PAGE, disk_parts, find_config, outside_index, packed_bytes, quantized_places, resolve, units
+from .names import INDEX, PAGE, find_config, hf_names, outside_index, packed_bytes, quantized_targets, resolve, units
 from .several import UNNAMED, put_beside, read_several, sort_out
 
 __all__ = [
     "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "UNNAMED", "AdaptedFiles", "Dtype", "Span",
     "TensorFiles", "Verdict", "attach_adapter", "base_tensors", "check_manifest", "check_names", "check_targets",
-    "check_tensors", "disk_parts", "expert_spans", "find_config", "fingerprint", "load_model", "open_checkpoint",
-    "outside_index", "packed_bytes", "put_beside", "quantized_places", "read_several", "resolve", "save_adapter",
+    "check_tensors", "hf_names", "expert_spans", "find_config", "fingerprint", "load_model", "open_checkpoint",
+    "outside_index", "packed_bytes", "put_beside", "quantized_targets", "read_several", "resolve", "save_adapter",
     "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units",
     "verdict", "write_manifest",
 ]
 
 if not TYPE_CHECKING:
-    __getattr__ = renamed(__name__, {"quantised_places": "quantized_places"})
+    __getattr__ = renamed(__name__, {"disk_parts": "hf_names", "quantised_places": "quantized_targets"})

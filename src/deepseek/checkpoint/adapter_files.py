@@ -25,7 +25,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, NotFoundError
 from ..files import read_json
 from ..model import CausalLM
-from ..model.adapter import Side, linears
+from ..model.adapter import LoraSpec, linears
 from .adapter_keys import (
     BASE,
     DELTA,
@@ -147,7 +147,7 @@ class LoRA(Adapter):
     """W + scale * B A. modules: module on disk (an expert's too) -> names of its A and B in the file."""
 
     modules: Mapping[str, tuple[str, str]]
-    side: Side
+    spec: LoraSpec
 
     @property
     def changed(self) -> frozenset[str]:
@@ -200,7 +200,7 @@ class LoRA(Adapter):
     @cached_property
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight on disk -> (A, scale * B), float32."""
-        return {f"{module}.weight": (self._number(a), self.side.scale * self._number(b))
+        return {f"{module}.weight": (self._number(a), self.spec.scale * self._number(b))
                 for module, (a, b) in self.modules.items()}
 
     def added(self, name: str, start: int, stop: int) -> Tensor:
@@ -364,8 +364,8 @@ def _lora(folder: Path, about: str, keys: dict[str, Any], tensors: TensorFiles) 
         raise CheckpointError(f"{folder}: {about} names the experts {_shown(said)}, the tensors those of "
                               f"{_shown(chosen)}")
     try:
-        side = Side(keys["r"], keys["lora_alpha"], keys.get("lora_dropout") or 0.0,
-                    tuple(sorted(name for name in modules if ".mlp.experts." not in name)), chosen,
+        spec = LoraSpec(keys["r"], keys["lora_alpha"], keys.get("lora_dropout") or 0.0,
+                        tuple(sorted(name for name in modules if ".mlp.experts." not in name)), chosen,
                     bool(keys.get("use_rslora")))
     except KeyError as error:
         raise CheckpointError(f"{path}: {error.args[0]} is missing") from None
@@ -375,11 +375,11 @@ def _lora(folder: Path, about: str, keys: dict[str, Any], tensors: TensorFiles) 
         shapes = tensors.shape(a), tensors.shape(b)
         if not all(len(shape) == 2 for shape in shapes):
             raise CheckpointError(f"{folder}: {a} is {list(shapes[0])}, its B {list(shapes[1])}: must be matrices")
-        if not shapes[0][0] == shapes[1][1] == side.r:
-            raise CheckpointError(f"{folder}: r = {side.r} in {about}, but {a} is {list(shapes[0])} and its B "
+        if not shapes[0][0] == shapes[1][1] == spec.r:
+            raise CheckpointError(f"{folder}: r = {spec.r} in {about}, but {a} is {list(shapes[0])} and its B "
                                   f"{list(shapes[1])}: their rank must be r")
     made_for = tuple(marks[key] for key in (BASE, SOURCE) if key in marks)
-    return LoRA(folder, about, keys, tensors, made_for, modules, side)
+    return LoRA(folder, about, keys, tensors, made_for, modules, spec)
 
 
 def _pairs(folder: Path, tensors: TensorFiles) -> dict[str, tuple[str, str]]:
@@ -402,7 +402,7 @@ def _pairs(folder: Path, tensors: TensorFiles) -> dict[str, tuple[str, str]]:
 
 
 def _experts(folder: Path, modules: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
-    """{layer: experts} that have side paths: on all three of their matrices."""
+    """{layer: experts} with LoRA: on all three of their matrices."""
     parts: dict[tuple[int, int], set[str]] = {}
     for module in modules:
         if ".mlp.experts." in module:

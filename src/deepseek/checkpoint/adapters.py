@@ -1,7 +1,7 @@
-"""What tuning leaves beside a base: deltas (the tensors that changed) and adapters (LoRA's side paths).
+"""What tuning leaves beside a base: deltas (the tensors that changed) and adapters (LoRA).
 
     DELTA/delta.json, .safetensors             changed tensors under their names on disk, and the hash of their base
-    ADAPTER/adapter_config.json,               peft's own files, where only attention has side paths; the hash of their
+    ADAPTER/adapter_config.json,               peft's own files, where LoRA is on attention alone; the hash of their
             adapter_model.safetensors          base is in the second one's metadata, which peft passes over: of an
                                                unknown key in the first it says that it must be upgraded
     ADAPTER/moe_dr_adapter.json, .safetensors  the same content where MLPs or experts have them too: peft (0.21) takes
@@ -26,14 +26,14 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, to_json, write_json
 from ..model import CausalLM
-from ..model.adapter import LoRALinear, Side, attach, linears, resolve_targets, side_paths
+from ..model.adapter import LoRALinear, LoraSpec, attach, linears, lora_modules, resolve_targets
 from ..quant.fused import unfuse
-from ..quant.linear import Recipe, allow_side_paths, is_quantized
+from ..quant.linear import QuantConfig, allow_adapters, is_quantized
 from .adapter_files import Delta, read_adapter
 from .adapter_keys import BASE, DELTA, FORMAT, OURS, PEFT, SOURCE, WEIGHTS
 from .files import write_manifest
 from .identity import check_base, fingerprint, source_of, tensor_hashes
-from .names import quantized_places
+from .names import quantized_targets
 
 _PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -54,33 +54,33 @@ def save_delta(folder: str | Path, tensors: Mapping[str, Tensor], base: str, abo
 # ---- adapters ---------------------------------------------------------------------------------------------------
 
 
-def check_targets(config: ModelConfig, recipe: Recipe | None, targets: Sequence[str]) -> None:
+def check_targets(config: ModelConfig, recipe: QuantConfig | None, targets: Sequence[str]) -> None:
     """Raises ConfigError for a target that matches nothing in such a model, or one that names a packed MLP: gate, up
     and down of it are no modules of their own, and to leave them out would be another adapter than was asked for."""
     with torch.device("meta"):
         plain = CausalLM(config)
-    places = quantized_places(plain, recipe) if recipe is not None else []
-    packed = tuple(f"{place.module}." for place in places if place.kind == "mlp")
+    packed_targets = quantized_targets(plain, recipe) if recipe is not None else []
+    packed = tuple(f"{target.module}." for target in packed_targets if target.kind == "mlp")
     for target, names in resolve_targets(plain, targets).items():
         if inside := [name for name in names if name.startswith(packed)]:
             raise ConfigError(f"target_modules = {target!r}: names {inside[0]}, which is inside a packed MLP of this "
-                              "quantized base and takes no side path: name the targets that do, such as q_proj, "
+                              "quantized base and takes no LoRA adapter: name the targets that do, such as q_proj, "
                               "v_proj and o_proj, or tune the plain checkpoint")
 
 
-def attach_adapter(model: CausalLM, side: Side) -> list[str]:
+def attach_adapter(model: CausalLM, spec: LoraSpec) -> list[str]:
     """`model.adapter.attach` for a model that may be quantized. Raises ConfigError as `check_targets` does."""
     if is_quantized(model):
-        check_targets(model.config, Recipe.of(model.config, "the base"), side.targets)
+        check_targets(model.config, QuantConfig.of(model.config, "the base"), spec.targets)
         unfuse(model)
-        allow_side_paths(model)
-    return attach(model, side)
+        allow_adapters(model)
+    return attach(model, spec)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The side paths under peft's names; an expert's as if it were a module of its own, as it is on disk."""
+    """The LoRA matrices under peft's names; an expert's as if it were a module of its own, as it is on disk."""
     out: dict[str, Tensor] = {}
-    for name, module in side_paths(model):
+    for name, module in lora_modules(model):
         if isinstance(module, LoRALinear):
             out[f"base_model.model.{name}.lora_A.weight"] = module.lora_A
             out[f"base_model.model.{name}.lora_B.weight"] = module.lora_B
@@ -93,23 +93,23 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def save_adapter(folder: str | Path, model: nn.Module, side: Side, base_name: str, base: str) -> Path:
-    """Write the side paths of `model`. base_name: where the base is; base: its fingerprint, beside which goes that of
+def save_adapter(folder: str | Path, model: nn.Module, spec: LoraSpec, base_name: str, base: str) -> Path:
+    """Write the LoRA adapter of `model`. base_name: where the base is; base: its fingerprint, beside which goes that of
     the checkpoint which a quantized base was made from."""
-    names = [name for name, module in side_paths(model) if isinstance(module, LoRALinear)]
+    names = [name for name, module in lora_modules(model) if isinstance(module, LoRALinear)]
     last = sorted({name.rpartition(".")[2] for name in names})
-    # a bare name would match more modules in peft than have a side path here, if a target was given in full
+    # a bare name would match more modules in peft than have a LoRA adapter here, if a target was given in full
     bare = {name for name in linears(model) if name.rpartition(".")[2] in last} == set(names)
     keys: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": side.r,
-        "lora_alpha": side.lora_alpha, "lora_dropout": side.lora_dropout, "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": spec.r,
+        "lora_alpha": spec.lora_alpha, "lora_dropout": spec.lora_dropout, "bias": "none",
         "target_modules": last if bare else names, "inference_mode": True, "fan_in_fan_out": False,
-        "use_rslora": side.use_rslora, "modules_to_save": None}
+        "use_rslora": spec.use_rslora, "modules_to_save": None}
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in adapter_tensors(model).items()}
     bases = {BASE: base} | ({SOURCE: source} if (source := source_of(cast(CausalLM, model))) else {})
     with replace_folder(folder) as staging:
-        if side.experts or not all(".self_attn." in name for name in names):
-            keys |= {"format": FORMAT, **bases, "experts": {str(k): list(v) for k, v in side.experts.items()}}
+        if spec.experts or not all(".self_attn." in name for name in names):
+            keys |= {"format": FORMAT, **bases, "experts": {str(k): list(v) for k, v in spec.experts.items()}}
             write_json(staging / OURS, keys)
             save_file(tensors, staging / WEIGHTS[OURS], metadata={"format": "pt"})
         else:
@@ -137,7 +137,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def apply(model: CausalLM, folder: str | Path, *, verify: bool = True) -> None:
-    """Put a delta's tensors, or an adapter's side paths, into the model that was loaded as stored (dtype "auto").
+    """Put a delta's tensors, or an adapter's matrices, into the model that was loaded as stored (dtype "auto").
 
     Raises NotFoundError, or CheckpointError: damaged files, another base (verify), another shape.
     """
@@ -153,7 +153,7 @@ def apply(model: CausalLM, folder: str | Path, *, verify: bool = True) -> None:
         adapter.put_into(model)
         return
     try:
-        attach_adapter(model, adapter.side)
+        attach_adapter(model, adapter.spec)
     except ConfigError as error:
         raise CheckpointError(f"{adapter.folder}: {error}; or quantize the plain checkpoint with the adapter in it "
                               "(`deepseek quantize PLAIN OUT --adapter ADAPTER`)") from None

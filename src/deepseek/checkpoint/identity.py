@@ -21,11 +21,11 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import CheckpointError
 from ..model import CausalLM
-from ..model.adapter import PARTS_APART
+from ..model.adapter import UNMERGED
 from ..progress import ProgressBar
 from ..quant.linear import QuantizedExperts, is_quantized
 from .files import TensorFiles
-from .names import disk_parts
+from .names import hf_names
 
 # of config.json, what changes the logits of the same tensors
 FUNCTION_KEYS = (
@@ -45,13 +45,13 @@ def base_tensors(model: CausalLM) -> dict[str, Tensor]:
             state |= {f"{name.replace('.base', '')}.{e}.packed": packed for e, packed in enumerate(module.table)}
     for name, tensor in model.state_dict().items():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(owner, PARTS_APART):
+        if not isinstance(owner, UNMERGED):
             state[name.replace(".base.", ".")] = tensor
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        for disk_name, part in disk_parts(name, model.config):
+        for disk_name, part in hf_names(name, model.config):
             out[disk_name] = tensor if part is None else tensor[part[0]][part[1]]
     return out
 

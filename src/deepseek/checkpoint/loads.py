@@ -12,11 +12,11 @@ import torch
 from ..config import ModelConfig
 from ..errors import CheckpointError, MoEDRError
 from ..model import CausalLM
-from ..quant.linear import Recipe
+from ..quant.linear import QuantConfig
 from ..tokenizer import Tokenizer
 from .files import TensorFiles
 from .models import check_names, check_tensors, fitted
-from .names import INDEX, Names, disk_parts, other_weights, packed_bytes, quantized_places, units, weight_map_of
+from .names import INDEX, Names, hf_names, other_weights, packed_bytes, quantized_targets, units, weight_map_of
 
 
 class Verdict(NamedTuple):
@@ -34,7 +34,7 @@ def verdict(folder: Path) -> Verdict:
     """Of a checkpoint folder; what is wrong with it is the verdict's, no error."""
     try:
         config = ModelConfig.from_file(folder)
-        config, weights = _weights(folder, config, Recipe.of(config, str(folder)))
+        config, weights = _weights(folder, config, QuantConfig.of(config, str(folder)))
         tokenizer = Tokenizer.load(folder)
     except MoEDRError as error:
         return Verdict(str(error))
@@ -44,7 +44,7 @@ def verdict(folder: Path) -> Verdict:
                    + (f", {more:,} more than the model has: a prompt with one of them is refused" if more > 0 else ""))
 
 
-def _weights(folder: Path, config: ModelConfig, recipe: Recipe | None) -> tuple[ModelConfig, str]:
+def _weights(folder: Path, config: ModelConfig, recipe: QuantConfig | None) -> tuple[ModelConfig, str]:
     """The configuration as loading would have it, and what the weights are. Raises CheckpointError."""
     index = folder / INDEX
     wanted = sorted(set(weight_map_of(index).values())) if index.is_file() else []
@@ -63,7 +63,7 @@ def _weights(folder: Path, config: ModelConfig, recipe: Recipe | None) -> tuple[
     return config, recipe.format if recipe else " and ".join(scaled) or "/".join(sorted(kinds))
 
 
-def _check(config: ModelConfig, recipe: Recipe | None, files: Names | TensorFiles) -> None:
+def _check(config: ModelConfig, recipe: QuantConfig | None, files: Names | TensorFiles) -> None:
     with torch.device("meta"):
         model = CausalLM(config)
     if recipe is None and isinstance(files, TensorFiles):
@@ -80,22 +80,22 @@ def _check(config: ModelConfig, recipe: Recipe | None, files: Names | TensorFile
                                       + (f" of {kind}" if kind else ""))
 
 
-def _stored(model: CausalLM, recipe: Recipe | None) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _stored(model: CausalLM, recipe: QuantConfig | None) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """(name on disk, shape, dtype or "" for any) of everything that a checkpoint of such a model holds."""
-    config, chosen = model.config, [] if recipe is None else quantized_places(model, recipe)
-    for place in chosen:
+    config, chosen = model.config, [] if recipe is None else quantized_targets(model, recipe)
+    for target in chosen:
         assert recipe is not None
-        for unit in units(place, config):
-            if place.kind == "table":
-                yield f"{unit.stem}.codes", (place.rows, place.columns), "I8"
-                yield f"{unit.stem}.step", (place.rows,), "F32"
+        for unit in units(target, config):
+            if target.kind == "table":
+                yield f"{unit.stem}.codes", (target.rows, target.columns), "I8"
+                yield f"{unit.stem}.step", (target.rows,), "F32"
             else:
-                yield f"{unit.stem}.packed", (packed_bytes(place, recipe.bits),), "U8"
-    inside = tuple(f"{place.module}." for place in chosen)
-    apart = {"lm_head", "model.embed_tokens"} & {place.module for place in chosen}
+                yield f"{unit.stem}.packed", (packed_bytes(target, recipe.bits),), "U8"
+    inside = tuple(f"{target.module}." for target in chosen)
+    apart = {"lm_head", "model.embed_tokens"} & {target.module for target in chosen}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if (name.startswith(inside) and not name.endswith(".bias")) or (
                 name == "lm_head.weight" and config.tie_word_embeddings and not apart):
             continue
-        for on_disk, part in disk_parts(name, config):
+        for on_disk, part in hf_names(name, config):
             yield on_disk, tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape), ""

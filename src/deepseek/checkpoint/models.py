@@ -17,14 +17,14 @@ from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, write_json
 from ..memory import check_memory
 from ..model import CausalLM
-from ..model.adapter import PARTS_APART
+from ..model.adapter import UNMERGED
 from ..model.adapters import names_on
 from ..model.layers import rotary_frequencies
 from ..quant.fused import fuse
-from ..quant.linear import Recipe, is_quantized, put
+from ..quant.linear import QuantConfig, is_quantized, replace_module
 from .adapters import apply
 from .files import Span, TensorFiles, write_manifest
-from .names import INDEX, Names, disk_parts, outside_index, packed_bytes, quantized_places, resolve, units
+from .names import INDEX, Names, hf_names, outside_index, packed_bytes, quantized_targets, resolve, units
 from .several import put_beside, read_several
 
 SHARD_BYTES = 5 << 30
@@ -36,7 +36,7 @@ Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
 def open_checkpoint(
     path_or_name: str | Path, *, verify: bool | None = None
-) -> tuple[ModelConfig, Recipe | None, TensorFiles]:
+) -> tuple[ModelConfig, QuantConfig | None, TensorFiles]:
     """The configuration of a checkpoint, how it is quantized if it is, and its tensors, which have the last word: MTP
     modules that the configuration announces and the files lack are taken out of it (transformers writes the count
     alone), and a head that it ties to the embedding, but that has other values, is untied, with a warning.
@@ -45,7 +45,7 @@ def open_checkpoint(
     """
     folder = resolve(path_or_name)
     config = ModelConfig.from_file(folder)
-    recipe = Recipe.of(config, str(folder))
+    recipe = QuantConfig.of(config, str(folder))
     files = TensorFiles(folder, verify=verify if verify is not None else True if recipe is None else "small")
     config = fitted(config, files)
     if config.tie_word_embeddings and _has_own_head(files):
@@ -131,8 +131,8 @@ def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
     with torch.device("meta"):
         model = CausalLM(config)
     layers = {f"model.layers.{layer}.mlp.experts": layer for layer in config.moe_layers}
-    return {layers[place.module]: [files.place(f"{unit.stem}.packed") for unit in units(place, config)]
-            for place in quantized_places(model, recipe) if place.module in layers}
+    return {layers[target.module]: [files.place(f"{unit.stem}.packed") for unit in units(target, config)]
+            for target in quantized_targets(model, recipe) if target.module in layers}
 
 
 def to_dtype(model: CausalLM, dtype: torch.dtype) -> CausalLM:
@@ -165,7 +165,7 @@ def _parts(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     """Every tensor as files have it: its name there, and the part of the model that it fills."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            for disk_name, part in disk_parts(name, model.config):
+            for disk_name, part in hf_names(name, model.config):
                 yield disk_name, tensor.data if part is None else tensor.data[part[0]][part[1]]
 
 
@@ -202,7 +202,7 @@ def check_names(files: Names | TensorFiles, used: set[str], missing: list[str]) 
 
 
 def _fill_quantized(
-    model: CausalLM, recipe: Recipe, files: TensorFiles, device: torch.device | str
+    model: CausalLM, recipe: QuantConfig, files: TensorFiles, device: torch.device | str
 ) -> CausalLM:
     """Put quantized modules into a model on the meta device; plain matrices keep their dtype, vectors become FP32."""
     config = model.config
@@ -224,24 +224,24 @@ def _fill_quantized(
         return tensor.to(device)
 
     tied = config.tie_word_embeddings
-    for place in quantized_places(model, recipe):
-        stems = [unit.stem for unit in units(place, config)]
-        if place.kind == "table":
-            parts = [stored(f"{stems[0]}.codes", torch.int8, (place.rows, place.columns)),
-                     stored(f"{stems[0]}.step", torch.float32, (place.rows,))]
+    for target in quantized_targets(model, recipe):
+        stems = [unit.stem for unit in units(target, config)]
+        if target.kind == "table":
+            parts = [stored(f"{stems[0]}.codes", torch.int8, (target.rows, target.columns)),
+                     stored(f"{stems[0]}.step", torch.float32, (target.rows,))]
         else:
-            size = packed_bytes(place, recipe.bits)
+            size = packed_bytes(target, recipe.bits)
             parts = [stored(f"{stem}.packed", torch.uint8, (size,)) for stem in stems]
         if missing:
             check_names(files, used, missing)
-        tied = tied and place.module not in ("lm_head", "model.embed_tokens")
-        put(model, place, parts, recipe.bits)
+        tied = tied and target.module not in ("lm_head", "model.embed_tokens")
+        replace_module(model, target, parts, recipe.bits)
     plain: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_meta or (name == "lm_head.weight" and tied):
             continue
         pieces = [stored(on_disk, None, tuple(tensor.shape) if part is None else tuple(tensor[part[0]][part[1]].shape))
-                  for on_disk, part in disk_parts(name, config)]
+                  for on_disk, part in hf_names(name, config)]
         if not missing:
             whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(tensor.shape)
             plain[name] = whole.float() if whole.ndim == 1 else whole
@@ -284,7 +284,7 @@ def save_model(
     tokenizer: a Tokenizer to save beside it. extra_files: copied in. add: called with the staging folder, for whatever
     else should appear together with the weights (optimiser state). Returns the path.
     """
-    if apart := [name for name, module in model.named_modules() if isinstance(module, PARTS_APART)]:
+    if apart := [name for name, module in model.named_modules() if isinstance(module, UNMERGED)]:
         raise CheckpointError(f"{path}: {apart[0]} is still apart from its base: merge it first")
     if beside := list(names_on(model)):
         raise CheckpointError(f"{path}: the adapter {beside[0]} stands beside this model and would not be written: "
@@ -318,7 +318,7 @@ def _disk_tensors(model: CausalLM) -> tuple[dict[str, Tensor], dict[str, Tensor]
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         inside = outside_index(name, model.config)
-        for disk_name, part in disk_parts(name, model.config):
+        for disk_name, part in hf_names(name, model.config):
             piece = tensor if part is None else tensor[part[0]][part[1]]
             (mtp if inside else main)[disk_name] = piece.detach().contiguous().cpu()
     return main, mtp

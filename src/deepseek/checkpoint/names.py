@@ -14,7 +14,7 @@ from ..files import leads_out, read_json
 from ..model import CausalLM
 from ..ops import panels
 from ..quant import int4
-from ..quant.linear import Place, Recipe, places
+from ..quant.linear import QuantConfig, QuantTarget, quant_targets
 
 HUB_NAMES = {"deepseek-v3": "deepseek-ai/DeepSeek-V3", "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite"}
 INDEX = "model.safetensors.index.json"
@@ -171,14 +171,14 @@ def _listed(names: Sequence[str]) -> str:
 
 # ---- the one name map -------------------------------------------------------------------------------------------
 
-_ENTRANCE = {f"entrance.{part}": part for part in ("enorm", "hnorm", "eh_proj")}
+_MTP_INPUT = {f"input.{part}": part for part in ("enorm", "hnorm", "eh_proj")}
 
 
-def disk_parts(name: str, config: ModelConfig) -> list[tuple[str, tuple[int, slice] | None]]:
+def hf_names(name: str, config: ModelConfig) -> list[tuple[str, tuple[int, slice] | None]]:
     """Where the tensor `name` of the model lives on disk: (name on disk, (expert, rows) or None for the whole)."""
     if match := re.fullmatch(r"model\.mtp\.(\d+)\.(.+)", name):
         rest = match[2]
-        for ours, theirs in _ENTRANCE.items():
+        for ours, theirs in _MTP_INPUT.items():
             rest = theirs + rest[len(ours):] if rest.startswith(ours) else rest
         name = f"model.layers.{config.num_hidden_layers + int(match[1])}.{rest}"
     if match := re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)", name):
@@ -203,27 +203,27 @@ class Unit(NamedTuple):
     weights: tuple[str, ...]
 
 
-def units(place: Place, config: ModelConfig) -> list[Unit]:
-    """The unit of a place, or those of its experts in their order."""
-    gated = place.kind in ("mlp", "experts")
-    name = {"mlp": "gate_proj.weight", "experts": "down_proj"}.get(place.kind, "weight")
-    suffix = {"mlp": ".gate_proj.weight", "experts": ".down_proj.weight"}.get(place.kind, ".weight")
-    stems = [on_disk.removesuffix(suffix) for on_disk, _ in disk_parts(f"{place.module}.{name}", config)]
+def units(target: QuantTarget, config: ModelConfig) -> list[Unit]:
+    """The unit of a target, or those of its experts in their order."""
+    gated = target.kind in ("mlp", "experts")
+    name = {"mlp": "gate_proj.weight", "experts": "down_proj"}.get(target.kind, "weight")
+    suffix = {"mlp": ".gate_proj.weight", "experts": ".down_proj.weight"}.get(target.kind, ".weight")
+    stems = [on_disk.removesuffix(suffix) for on_disk, _ in hf_names(f"{target.module}.{name}", config)]
     parts = ("gate_proj.weight", "up_proj.weight", "down_proj.weight") if gated else ("weight",)
     return [Unit(stem, tuple(f"{stem}.{part}" for part in parts)) for stem in stems]
 
 
-def quantized_places(model: CausalLM, recipe: Recipe) -> list[Place]:
+def quantized_targets(model: CausalLM, recipe: QuantConfig) -> list[QuantTarget]:
     """Those that the recipe does not keep. One kept weight keeps its whole MLP, or all routed experts of its layer."""
-    def kept(place: Place) -> bool:
-        names = (name for unit in units(place, model.config) for name in unit.weights)
+    def kept(target: QuantTarget) -> bool:
+        names = (name for unit in units(target, model.config) for name in unit.weights)
         return any(fnmatchcase(name, pattern) for name in names for pattern in recipe.keep)
 
-    return [place for place in places(model) if not kept(place)]
+    return [target for target in quant_targets(model) if not kept(target)]
 
 
-def packed_bytes(place: Place, bits: panels.Bits) -> int:
+def packed_bytes(target: QuantTarget, bits: panels.Bits) -> int:
     """Of one unit of a matrix, an MLP or experts, with the padding that an MLP ends with."""
-    if place.kind == "matrix":
-        return panels.matrix_bytes(place.rows, place.columns, bits)
-    return -(-panels.mlp_bytes(place.columns, place.rows, bits) // PAGE) * PAGE
+    if target.kind == "matrix":
+        return panels.matrix_bytes(target.rows, target.columns, bits)
+    return -(-panels.mlp_bytes(target.columns, target.rows, bits) // PAGE) * PAGE

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..model import CausalLM
 from ..model.adapters import LowRank, add, names_on
 from ..ops.native import native
-from ..quant.linear import Recipe
+from ..quant.linear import QuantConfig
 from .adapter_files import Delta, LoRA, read_adapter
 from .adapters import check_targets
 from .identity import check_base, fingerprint, source_of, tensor_hashes
@@ -69,8 +69,8 @@ def read_several(model: CausalLM, folders: Mapping[str, str | Path], *, verify: 
             there = there or [fingerprint(tensor_hashes(model), model.config), *filter(None, [source_of(model)])]
             check_base(there, adapter.made_for, adapter.folder, adapter.base_name)
         try:
-            if (recipe := Recipe.of(model.config, "the base")) is not None:
-                check_targets(model.config, recipe, adapter.side.targets)
+            if (recipe := QuantConfig.of(model.config, "the base")) is not None:
+                check_targets(model.config, recipe, adapter.spec.targets)
         except ConfigError as error:
             raise CheckpointError(f"{adapter.folder}: {error}") from None
         found[name] = adapter
@@ -85,7 +85,7 @@ def put_beside(model: CausalLM, adapters: Mapping[str, LoRA]) -> None:
         linears: dict[str, LowRank] = {}
         experts: dict[str, dict[int, dict[str, LowRank]]] = {}
         for module, (a, b) in adapter.modules.items():
-            path = LowRank(adapter.tensor(a), adapter.tensor(b), adapter.side.scale, panels).to(device)
+            path = LowRank(adapter.tensor(a), adapter.tensor(b), adapter.spec.scale, panels).to(device)
             block, inside, rest = module.partition(".mlp.experts.")
             if not inside:
                 linears[module] = path

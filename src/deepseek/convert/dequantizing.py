@@ -14,11 +14,11 @@ from ..checkpoint import (
     TORCH_DTYPES,
     TensorFiles,
     check_tensors,
-    disk_parts,
+    hf_names,
     load_model,
     open_checkpoint,
     outside_index,
-    quantized_places,
+    quantized_targets,
     units,
 )
 from ..config import ModelConfig
@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..files import locked
 from ..model import CausalLM
 from ..ops import panels
-from ..quant.linear import Place, Recipe
+from ..quant.linear import QuantConfig, QuantTarget
 from .writing import SHARD_BYTES, Part, Writer, copied, divide, finite, free_folder, row_blocks
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -71,7 +71,7 @@ def plain_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def plan_plain(
-    config: ModelConfig, recipe: Recipe | None, files: TensorFiles, kind: str
+    config: ModelConfig, recipe: QuantConfig | None, files: TensorFiles, kind: str
 ) -> tuple[list[Part], list[Part]]:
     """The tensors of the plain checkpoint, those of its mtp.safetensors apart; in all as `save_model` writes it."""
     with torch.device("meta"):
@@ -79,10 +79,10 @@ def plan_plain(
     if recipe is None:
         check_tensors(model, files)
     made: dict[str, Callable[[], Iterator[Tensor]]] = {}
-    for place in quantized_places(model, recipe) if recipe is not None else ():
+    for target in quantized_targets(model, recipe) if recipe is not None else ():
         assert recipe is not None
-        for unit in units(place, config):
-            made |= {name: partial(_unpack, files, place, unit.stem, which, recipe.bits, TORCH_DTYPES[kind])
+        for unit in units(target, config):
+            made |= {name: partial(_unpack, files, target, unit.stem, which, recipe.bits, TORCH_DTYPES[kind])
                      for which, name in enumerate(unit.weights)}
     main: list[Part] = []
     mtp: list[Part] = []
@@ -90,7 +90,7 @@ def plan_plain(
         parts = mtp if outside_index(name, config) else main
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        for on_disk, part in disk_parts(name, config):
+        for on_disk, part in hf_names(name, config):
             shape = tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape)
             dtype = "F32" if name.endswith("correction_bias") else kind
             parts.append(Part(on_disk, dtype, shape, made.get(on_disk) or partial(copied, files, on_disk, dtype)))
@@ -98,20 +98,20 @@ def plan_plain(
 
 
 def _unpack(
-    files: TensorFiles, place: Place, stem: str, which: int, bits: panels.Bits, dtype: torch.dtype
+    files: TensorFiles, target: QuantTarget, stem: str, which: int, bits: panels.Bits, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """Row blocks of the weight number `which` of a unit (0; or gate 0, up 1, down 2)."""
-    if place.kind == "table":
-        for start, stop in row_blocks((place.rows, place.columns)):
+    if target.kind == "table":
+        for start, stop in row_blocks((target.rows, target.columns)):
             code_OK = files.read_rows(f"{stem}.codes", start, stop)
             step_O = files.read_rows(f"{stem}.step", start, stop)
             yield finite(panels.Quantized(code_OK, None, step_O).dequantize().to(dtype), files, f"{stem}.step")
         return
-    rows, columns = (place.columns, place.rows) if which == 2 else (place.rows, place.columns)
-    in_turns = place.kind != "matrix" and which < 2  # gate and up
+    rows, columns = (target.columns, target.rows) if which == 2 else (target.rows, target.columns)
+    in_turns = target.kind != "matrix" and which < 2  # gate and up
     width, offset = panels.panel_bytes(columns, bits), 0
     if which == 2:
-        offset = 2 * panels.matrix_bytes(place.rows, place.columns, bits)
+        offset = 2 * panels.matrix_bytes(target.rows, target.columns, bits)
     for start, stop in row_blocks((rows, columns)):
         first, last = start // panels.ROWS, -(-stop // panels.ROWS)
         step = width * (2 if in_turns else 1)

@@ -19,10 +19,10 @@ from ..checkpoint import (
     AdaptedFiles,
     TensorFiles,
     check_names,
-    disk_parts,
+    hf_names,
     open_checkpoint,
     packed_bytes,
-    quantized_places,
+    quantized_targets,
     stored_dtype,
     stored_fingerprint,
     units,
@@ -33,8 +33,8 @@ from ..files import locked
 from ..model import CausalLM
 from ..ops import panels
 from ..quant import int8
-from ..quant.linear import Recipe, places
-from ..quant.panels import quantize_panels, squared
+from ..quant.linear import QuantConfig, quant_targets
+from ..quant.pack import quantize_panels, squared
 from .dequantizing import plain_keys
 from .merging import dtype_name, provenance
 from .writing import REPORT, SHARD_BYTES, Part, Writer, copied, divide, finite, free_folder, row_blocks
@@ -119,7 +119,7 @@ def quantize(
     Raises CheckpointError, ConfigError or NotFoundError; `out` appears whole or not at all. Another process that writes
     `out` is an error, and so is a text beside the weights that is a link out of the checkpoint.
     """
-    recipe = Recipe(format, tuple(keep))
+    recipe = QuantConfig(format, tuple(keep))
     with locked(out):
         out = free_folder(out, overwrite, source, adapter)
         config, before, files = open_checkpoint(source)
@@ -134,8 +134,8 @@ def quantize(
 
 
 def quantize_tensors(
-    config: ModelConfig, files: TensorFiles, out: Path, recipe: Recipe, *, resume: bool = True, progress: bool = True,
-    shard_bytes: int = SHARD_BYTES, note_source: bool = False,
+    config: ModelConfig, files: TensorFiles, out: Path, recipe: QuantConfig, *, resume: bool = True,
+    progress: bool = True, shard_bytes: int = SHARD_BYTES, note_source: bool = False,
 ) -> Report:
     """`quantize` for tensors that come from anything that reads like a checkpoint; `out` must be free. note_source:
     read them once more for the fingerprint by which adapters know the checkpoint that this one was made from."""
@@ -153,18 +153,18 @@ def quantize_tensors(
 
 
 def _plan_quantized(
-    config: ModelConfig, recipe: Recipe, files: TensorFiles, squares: dict[str, tuple[float, float]]
+    config: ModelConfig, recipe: QuantConfig, files: TensorFiles, squares: dict[str, tuple[float, float]]
 ) -> tuple[list[Part], tuple[str, ...], int]:
     """(the parts in order, what is kept, parameters of the source)."""
     with torch.device("meta"):
         model = CausalLM(config)
-    chosen = quantized_places(model, recipe)
-    candidates = [(place, units(place, config)) for place in places(model)]
+    chosen = quantized_targets(model, recipe)
+    candidates = [(target, units(target, config)) for target in quant_targets(model)]
     for pattern in recipe.keep:
         if not any(fnmatchcase(w, pattern) for _, made in candidates for unit in made for w in unit.weights):
             raise ConfigError(f"keep = {pattern!r}: no weight that could be quantized has such a name")
     tied = config.tie_word_embeddings
-    both = not tied or not {"lm_head", "model.embed_tokens"} & {place.module for place in chosen}
+    both = not tied or not {"lm_head", "model.embed_tokens"} & {target.module for target in chosen}
     parts: list[Part] = []
     used: set[str] = {"lm_head.weight"} if tied else set()
     missing: list[str] = []
@@ -180,35 +180,35 @@ def _plan_quantized(
             raise CheckpointError(f"{files.folder}: {name} has shape {files.shape(name)}, config.json asks for {shape}")
         return name
 
-    for place in chosen:
-        wide, narrow = (place.rows, place.columns), (place.columns, place.rows)
-        shapes = [wide, wide, narrow] if place.kind in ("mlp", "experts") else [wide]
-        for unit in units(place, config):
+    for target in chosen:
+        wide, narrow = (target.rows, target.columns), (target.columns, target.rows)
+        shapes = [wide, wide, narrow] if target.kind in ("mlp", "experts") else [wide]
+        for unit in units(target, config):
             sources = [source_of(name, shape) for name, shape in zip(unit.weights, shapes, strict=True)]
             encode = partial(quantize_panels, bits=recipe.bits)
             matrices = [partial(_blocks, files, source, name, squares, encode)
                         for source, name in zip(sources, unit.weights, strict=True)]
-            if place.kind == "table":
+            if target.kind == "table":
                 table = partial(_blocks, files, sources[0], unit.weights[0], squares, _table)
                 parts += [Part(f"{unit.stem}.codes", "I8", wide, partial(_codes, table)),
                           Part(f"{unit.stem}.step", "F32", wide[:1], partial(_steps, table))]
             else:
-                size = packed_bytes(place, recipe.bits)
-                write = matrices[0] if place.kind == "matrix" else partial(_mlp, matrices, size)
+                size = packed_bytes(target, recipe.bits)
+                write = matrices[0] if target.kind == "matrix" else partial(_mlp, matrices, size)
                 parts.append(Part(f"{unit.stem}.packed", "U8", (size,), write))
-    inside = tuple(f"{place.module}." for place in chosen)
+    inside = tuple(f"{target.module}." for target in chosen)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if (name.startswith(inside) and not name.endswith(".bias")) or (tied and both and name == "lm_head.weight"):
             continue
-        for on_disk, part in disk_parts(name, config):
+        for on_disk, part in hf_names(name, config):
             source = source_of(on_disk, tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape))
             if source in files:
                 kind = files.dtype(source)
                 kind = "BF16" if kind in ("F8_E4M3", "I4") else kind
                 parts.append(Part(on_disk, kind, files.shape(source), partial(copied, files, source, kind)))
     check_names(files, used, missing)
-    kept = tuple(made[0].stem.removesuffix(".0") if place.kind == "experts" else made[0].stem
-                 for place, made in candidates if place not in chosen)
+    kept = tuple(made[0].stem.removesuffix(".0") if target.kind == "experts" else made[0].stem
+                 for target, made in candidates if target not in chosen)
     counted = (n for n in used if not n.endswith("correction_bias") and not (tied and n == "lm_head.weight"))
     numbers = sum(math.prod(files.shape(name)) for name in counted)
     return sorted(parts, key=lambda part: part.rank), kept, numbers

@@ -262,7 +262,8 @@ class TrainingLoop:
             return
         folder = found[-1]
         self._read(folder)  # checks the manifest, optimizer.safetensors included
-        moments = load_file(folder / "optimizer.safetensors")
+        stored = load_file(folder / "optimizer.safetensors")
+        moments = {name.replace(".entrance.", ".input."): tensor for name, tensor in stored.items()}  # its name in 0.1
         about = json.loads((folder / "trainer.json").read_text())
         self.step, self.seconds_before = about["step"], about.get("seconds", 0.0)
         self._saved = self.step

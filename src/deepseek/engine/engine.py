@@ -117,7 +117,7 @@ class Engine:
             if request.adapter is not None and request.adapter not in self.adapters:
                 raise RequestError(f"adapter = {request.adapter!r}: there is "
                                    f"{', '.join(map(repr, self.adapters)) or 'none'}")
-            request.sequence.order = "absorbed" if request.adapter in self._absorbed else "naive"
+            request.sequence.attn_impl = "absorbed" if request.adapter in self._absorbed else "naive"
             if request.params.routed and not self.model.config.moe_layers:
                 raise RequestError("routed = True: this model has no routed experts")
             if request.params.experts is not None and request.routing_override is None:

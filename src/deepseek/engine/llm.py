@@ -24,7 +24,7 @@ from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, RequestError
 from ..model import CausalLM, describe
 from ..model.adapters import names_on
-from ..quant.linear import Recipe, is_quantized
+from ..quant.linear import QuantConfig, is_quantized
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
 from .engine import WAIT, Engine, atlas_beside
@@ -105,7 +105,7 @@ class LLM:
     def __repr__(self) -> str:
         """What it holds: the model and its format, the context, the tokenizer, the experts by name, the adapters."""
         model, tokenizer, atlas = self.model, self.tokenizer, self.engine.atlas
-        recipe = Recipe.of(model.config, "the model") if is_quantized(model) else None
+        recipe = QuantConfig.of(model.config, "the model") if is_quantized(model) else None
         stored = recipe.format if recipe else str(model.lm_head.weight.dtype).removeprefix("torch.")
         chat = "with" if tokenizer is not None and tokenizer.has_chat_template else "without"
         lines = [f"LLM of {self._folder or 'a model in memory'}: {describe(model.config)}; {stored} on {model.device}",

@@ -27,7 +27,7 @@ from ..errors import RequestError
 from ..ids import ExpertSet
 from ..model import CausalLM, Route
 from ..model.cache import Control
-from ..model.gate import rule
+from ..model.gate import routing_rule
 from ..ops.gate import top_k as choose
 from ..ops.gate import within_best_groups
 
@@ -92,7 +92,7 @@ class RoutingOverride:
             index_TK = route.index_TK.clone()
             index_TK[: len(kept)] = kept
             return self._weigh(route, index_TK)
-        groups, kept_groups, top, best, *_ = rule(self.config)
+        groups, kept_groups, top, best, *_ = routing_rule(self.config)
         choice_TE, bias_E = route.scores_TE, self.gates[layer].bias
         for delta_E in (bias_E, self.delta.get(layer)):
             choice_TE = choice_TE if delta_E is None else choice_TE + delta_E
@@ -107,7 +107,7 @@ class RoutingOverride:
 
     def _weigh(self, route: Route, index_TK: Tensor) -> Route:
         """Weights by the gate's rule; a token that keeps its experts keeps its weights, to the bit."""
-        *_, normalise, scale_anyway, scale = rule(self.config)
+        *_, normalise, scale_anyway, scale = routing_rule(self.config)
         weight_TK = route.scores_TE.gather(1, index_TK.clamp(min=0)).masked_fill(index_TK < 0, 0.0)
         if normalise:
             weight_TK = weight_TK / (weight_TK.sum(1, keepdim=True) + 1e-20)

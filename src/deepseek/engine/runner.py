@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..model import CausalLM, RoutingRecord
 from ..model.adapters import rows_of, side_by_side, whole
-from ..model.cache import LatentPool, Pack
+from ..model.cache import LatentPool, PackedBatch
 from .routing_override import combine_overrides
 from .scheduler import ScheduledRequest
 from .step_output import StepOutput
@@ -38,7 +38,7 @@ class Runner:
         if any(one is not None for one in overrides):
             control = combine_overrides([(c.tokens, c.past, own) for c, own in zip(chunks, overrides, strict=True)])
         routing = RoutingRecord() if record else None
-        pack = Pack(self.pool, chunks, control)
+        pack = PackedBatch(self.pool, chunks, control)
         hidden_TH = self.model.packed(torch.tensor(ids).to(self.model.device), pack, routing)
         hidden = hidden_TH.split([chunk.tokens for chunk in chunks])
         wanted = [scheduled.samples + (scheduled.draft is not None) for scheduled in batch]

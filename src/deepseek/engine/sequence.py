@@ -17,7 +17,7 @@ class SequenceState:
     def __init__(self, prompt_ids: Sequence[int], adapter: str | None) -> None:
         self.prompt_ids, self.adapter = list(prompt_ids), adapter
         self.token_ids: list[int] = []
-        self.order: Literal["naive", "absorbed"] = "naive"  # of its prompt's tokens (model/mla.py)
+        self.attn_impl: Literal["naive", "absorbed"] = "naive"  # of its prompt's tokens (model/mla.py)
         self.block_table = BlockTable()
         self.num_computed_tokens = 0
         self.num_drafted_tokens = 0  # positions that the MTP module has run over
@@ -42,14 +42,14 @@ class SequenceState:
 
     def prefix_key(self, stop: int) -> list[Token]:
         """The first `stop` tokens as the prefix tree names them."""
-        prompt = len(self.prompt_ids) if self.order == "naive" else 0
+        prompt = len(self.prompt_ids) if self.attn_impl == "naive" else 0
         return [(self.token(i), i < prompt) for i in range(stop)]
 
     def chunk(self, most: int) -> Chunk:
         """The next tokens to run, at most `most`, all in one order; a draft is one of them."""
         end = len(self.prompt_ids) if self.prefilling else self.length + (self.draft_token is not None)
         return Chunk(min(most, end - self.num_computed_tokens), self.num_computed_tokens, self.block_table.pages,
-                     self.order if self.prefilling else "absorbed", self.adapter)
+                     self.attn_impl if self.prefilling else "absorbed", self.adapter)
 
     def restart(self, computed: int = 0) -> None:
         """Only the first `computed` positions are in the pages."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..model import CausalLM
-from ..model.cache import Chunk, LatentPool, Pack
+from ..model.cache import Chunk, LatentPool, PackedBatch
 from .request import Request
 from .step_output import StepOutput
 
@@ -102,7 +102,7 @@ class Drafter:
             request, sequence, past = scheduled.request, scheduled.request.sequence, scheduled.chunk.past
             sequence.draft_token, tokens = None, sequence.num_computed_tokens - past
             if request.finish_reason is None and request.ensemble is None and sequence.num_drafted_tokens == past:
-                chunk = Chunk(tokens, past, sequence.block_table.pages, scheduled.chunk.order)
+                chunk = Chunk(tokens, past, sequence.block_table.pages, scheduled.chunk.attn_impl)
                 chosen.append((request, chunk, hidden_TH[:tokens]))
         prompts = any(scheduled.prompt for scheduled in output.batch)
         if trial.drafts() or prompts:
@@ -123,7 +123,7 @@ class Drafter:
                      for token in request.sequence.tokens(c.past + 1, c.past + c.tokens + 1)]
         h_TH = self.model.mtp_packed(0, torch.cat([hidden for *_, hidden in run]),
                                      torch.tensor(following, device=self.model.device),
-                                     Pack(self.pool, [chunk for _, chunk, _ in run]))
+                                     PackedBatch(self.pool, [chunk for _, chunk, _ in run]))
         rows, end = [], -1
         for request, chunk, _ in run:
             end += chunk.tokens

@@ -1,20 +1,20 @@
-"""What tuning puts into a model: experts with parameters of their own, and low-rank side paths (LoRA).
+"""What tuning puts into a model: experts with parameters of their own, and low-rank adapters (LoRA).
 
     TunedExperts   some experts of a layer as parameters of their own, the others frozen:   two calls of `expert_mlp`,
                    each over the pairs of its experts. A frozen expert is no parameter, so no optimiser can move it by
                    decay or momentum, and neither gradients nor moments of it exist.
     LoRALinear     W x + s B A x                                                   (arXiv 2106.09685; s = alpha / r)
-    LoRAExperts    the same on gate, up and down of some experts of a layer. The side path sits inside the experts'
+    LoRAExperts    the same on gate, up and down of some experts of a layer. The adapter sits inside the experts'
                    nonlinearity, so their pairs are computed here, expert by expert, for experts that got a token;
                    all other pairs stay in the one call.
 
 The modules stand in the places of those they hold as `base` and know nothing of how the base stores its weights: plain
 or quantized, it answers a call, and `dense(expert)` where a matrix is needed.
 
-`attach` puts side paths into a model, by peft's names (arXiv 2106.09685 and peft's LoraConfig); `fold` of each module
+`attach` puts an adapter into a model, by peft's names (arXiv 2106.09685 and peft's LoraConfig); `fold` of each module
 gives the merged base back.
 
-Shape letters: T tokens, H hidden, I intermediate, K experts a token, E experts, C experts with a side path, R its rank.
+Shape letters: T tokens, H hidden, I intermediate, K experts a token, E experts, C experts with LoRA, R its rank.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from .experts import RoutedExperts
 from .gate import Route
 
 # what users of other models call a projection -> MLA's own, in order of preference
-FRIENDLY = {"q_proj": ("q_proj", "q_b_proj"), "k_proj": ("kv_b_proj",), "v_proj": ("kv_b_proj",),
+TARGET_ALIASES = {"q_proj": ("q_proj", "q_b_proj"), "k_proj": ("kv_b_proj",), "v_proj": ("kv_b_proj",),
             "qkv_proj": ("q_proj", "q_b_proj", "kv_b_proj"), "kv_proj": ("kv_b_proj",)}
 
 
 @dataclass(frozen=True)
-class Side:
-    """Which side paths a model gets. targets: names of linear modules, as peft takes them. experts: {layer: [index]}.
+class LoraSpec:
+    """What a LoRA adapter covers. targets: names of linear modules, as peft takes them. experts: {layer: [index]}.
     use_rslora: the scale is alpha / sqrt(r) (arXiv 2312.03732).
 
     Raises ConfigError naming field, rule and value.
@@ -78,7 +78,7 @@ class _SomeExperts(nn.Module):
         place_E[list(self.chosen)] = torch.arange(len(self.chosen), device=device)
         self.register_buffer("place_E", place_E, persistent=False)
 
-    def parted(self, route: Route) -> tuple[Route, Tensor]:
+    def split_route(self, route: Route) -> tuple[Route, Tensor]:
         """(the route of the others' pairs, places [T, K] among the chosen): -1 where a pair is not there."""
         place_TK = self.place_E[route.index_TK]
         return route._replace(index_TK=torch.where(place_TK < 0, route.index_TK, -1)), place_TK
@@ -96,7 +96,7 @@ class TunedExperts(_SomeExperts):
         base.requires_grad_(False)
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
-        others, place_TK = self.parted(route)
+        others, place_TK = self.split_route(route)
         return self.base(x_TH, others) + ops.expert_mlp(
             x_TH, place_TK, route.weight_TK, self.gate_up_proj, self.down_proj)
 
@@ -143,13 +143,13 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
-        """The base with the side path added to its matrix, in float32 and rounded once."""
+        """The base with B A added to its matrix, in float32 and rounded once."""
         self.base.weight.copy_(self.base.weight.float() + self.delta())
         return self.base
 
 
 class LoRAExperts(_SomeExperts):
-    """Side paths on gate, up and down of the chosen experts. Names and shapes of the six parameters: `SHAPES`.
+    """LoRA on gate, up and down of the chosen experts. Names and shapes of the six parameters: `SHAPES`.
 
     base: RoutedExperts, or a quantized module with the same call and `dense(expert)`.
     """
@@ -166,7 +166,7 @@ class LoRAExperts(_SomeExperts):
             self.register_parameter(f"{part}_B", nn.Parameter(zeros))
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
-        others, place_TK = self.parted(route)
+        others, place_TK = self.split_route(route)
         out_TH = self.base(x_TH, others)
         if self.training:  # a batch that visits none of them still gives every parameter a gradient, of zero
             out_TH = out_TH + 0 * torch.stack([p.sum() for p in self.parameters(recurse=False)]).sum().to(out_TH.dtype)
@@ -199,14 +199,14 @@ class LoRAExperts(_SomeExperts):
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
-        """The base with the side paths added to its experts."""
+        """The base with B A added to its experts' matrices."""
         for place, expert in enumerate(self.chosen):
             for weight, delta in zip(self.base.dense(expert), self.delta(place), strict=True):
                 weight.copy_(weight.float() + delta)
         return self.base
 
 
-PARTS_APART = (TunedExperts, LoRALinear, LoRAExperts)
+UNMERGED = (TunedExperts, LoRALinear, LoRAExperts)
 
 
 def _low_rank(r: int, wide: int, *, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -223,7 +223,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def resolve_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, list[str]]:
     """Target -> the modules it names: those whose name is it or ends in `.` and it; `all-linear` is all but the head.
-    A friendly name that the model does not have stands for MLA's projection (FRIENDLY).
+    A name that the model does not have may be an alias of MLA's projections (TARGET_ALIASES).
 
     Raises ConfigError for a target that matches nothing, listing what there is.
     """
@@ -237,59 +237,59 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, list[
         if target == "all-linear":
             found[target] = [name for name in there if name != "lm_head"]
             continue
-        aliases = FRIENDLY.get(target, ()) if "." not in target else ()
+        aliases = TARGET_ALIASES.get(target, ()) if "." not in target else ()
         names = matching(target) or [name for alias in aliases for name in matching(alias)]
         if not names:
             last = sorted({name.rpartition(".")[2] for name in there})
             raise ConfigError(f"target_modules = {target!r}: matches nothing; the model has {', '.join(last)}, and "
-                              f"{', '.join(sorted(FRIENDLY))} stand for MLA's projections")
+                              f"{', '.join(sorted(TARGET_ALIASES))} stand for MLA's projections")
         found[target] = names
     return found
 
 
-def attach(model: nn.Module, side: Side) -> list[str]:
-    """Put side paths into `model` in place, freeze everything else, and return the names of the modules that got one.
+def attach(model: nn.Module, spec: LoraSpec) -> list[str]:
+    """Put a LoRA adapter into `model` in place, freeze everything else, and return the names of the adapted modules.
 
     Raises ConfigError for targets or experts that the model does not have, and where nothing would be adapted.
     """
     config = cast(Any, model).config
-    if any(side_paths(model)):
-        raise ConfigError("the model has side paths already: merge them, or load the base again")
-    targets = dict.fromkeys(name for names in resolve_targets(model, side.targets).values() for name in names)
-    if not targets and not any(side.experts.values()):
+    if any(lora_modules(model)):
+        raise ConfigError("the model has a LoRA adapter already: merge them, or load the base again")
+    targets = dict.fromkeys(name for names in resolve_targets(model, spec.targets).values() for name in names)
+    if not targets and not any(spec.experts.values()):
         raise ConfigError("target_modules and experts are both empty: there is nothing to adapt")
-    for layer, chosen in side.experts.items():
+    for layer, chosen in spec.experts.items():
         if layer not in config.moe_layers or any(not 0 <= e < config.n_routed_experts for e in chosen):
             raise ConfigError(f"experts: layer {layer} has no such experts {list(chosen)}: layers with routed experts "
                               f"are {list(config.moe_layers)}, of {config.n_routed_experts} each")
     if "lm_head" in targets and config.tie_word_embeddings:
-        raise ConfigError("target_modules = 'lm_head': the head is tied to the embeddings here, so a side path could "
+        raise ConfigError("target_modules = 'lm_head': the head is tied to the embeddings here, so an adapter could "
                           "not be merged into it alone")
     model.requires_grad_(False)
     device = cast(Any, model).device
     for name in targets:
         base = model.get_submodule(name)
-        model.set_submodule(name, LoRALinear(base, side.r, side.scale, side.lora_dropout, torch.float32))
+        model.set_submodule(name, LoRALinear(base, spec.r, spec.scale, spec.lora_dropout, torch.float32))
     names = list(targets)
-    for layer, chosen in side.experts.items():
+    for layer, chosen in spec.experts.items():
         if chosen:
             name = f"model.layers.{layer}.mlp.experts"
             model.set_submodule(name, LoRAExperts(
                 model.get_submodule(name), chosen, config.n_routed_experts, config.hidden_size,
-                config.moe_intermediate_size, side.r, side.scale, side.lora_dropout, device, torch.float32))
+                config.moe_intermediate_size, spec.r, spec.scale, spec.lora_dropout, device, torch.float32))
             names.append(name)
     return names
 
 
-def side_paths(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAExperts]]:
-    """(name, module) of every side path in the model."""
+def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAExperts]]:
+    """(name, module) of every module with LoRA matrices."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear | LoRAExperts):
             yield name, module
 
 
 def fold(model: nn.Module) -> None:
-    """Merge every side path and every tuned expert into the plain modules below them, in place."""
+    """Merge all LoRA matrices and tuned experts into the plain modules below them, in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, PARTS_APART):
+        if isinstance(module, UNMERGED):
             model.set_submodule(name, module.fold())

@@ -1,7 +1,7 @@
-"""Several adapters beside one base: each row of a pass goes through its own low-rank side paths, or through none.
+"""Several adapters beside one base: each row of a pass goes through its own low-rank adapter, or through none.
 
     AdaptedLinear    W x, and + s B A x for the rows of an adapter that has A and B here
-    AdaptedExperts   the same on gate, up and down of the experts that a row's adapter has. The side path sits inside
+    AdaptedExperts   the same on gate, up and down of the experts that a row's adapter has. The adapter sits inside
                      their nonlinearity, so such pairs are computed here, all others in the one call
 
 They stand in the places of those they hold as `base` and are for inference alone: no parameters, nothing to train or to
@@ -104,7 +104,7 @@ class LowRank(nn.Module):
 
 
 class _Adapted(nn.Module):
-    """Holds `base`, and the side paths of some adapters by name, which may hold any characters."""
+    """Holds `base`, and the LoRA matrices of adapters by name, which may hold any characters."""
 
     base: Any
 
@@ -121,11 +121,11 @@ class _Adapted(nn.Module):
         self.paths.append(path)
 
     def path(self, name: str | None) -> Any:
-        """The side path of an adapter, None where it has none here."""
+        """The matrices of an adapter, None where it has none here."""
         return None if name is None or name not in self.names else self.paths[self.names[name]]
 
     def here(self) -> list[tuple[Any, slice]]:
-        """The side paths of this pass, and their rows."""
+        """The matrices of this pass, and their rows."""
         return [(self.paths[self.names[name]], rows) for name, rows in _rows.get() if name in self.names]
 
     def train(self, mode: bool = True) -> _Adapted:
@@ -135,7 +135,7 @@ class _Adapted(nn.Module):
 
 
 class AdaptedLinear(_Adapted):
-    """A linear module, plain or quantized, with side paths."""
+    """A linear module, plain or quantized, with LoRA adapters."""
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
@@ -156,7 +156,7 @@ class AdaptedLinear(_Adapted):
 
 
 class ExpertPaths(nn.Module):
-    """Side paths of one adapter on some experts of a layer: gate, up, down of each, in the order of `chosen`."""
+    """The matrices of one adapter on some experts of a layer: gate, up, down of each, in the order of `chosen`."""
 
     place_E: Tensor
 
@@ -170,7 +170,7 @@ class ExpertPaths(nn.Module):
 
 
 class AdaptedExperts(_Adapted):
-    """The experts of a layer, plain or quantized, with side paths."""
+    """The experts of a layer, plain or quantized, with LoRA adapters."""
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         here = self.here()
@@ -203,7 +203,7 @@ def bare(module: Any) -> Any:
 
 
 def names_on(model: nn.Module) -> dict[str, list[str]]:
-    """Adapter -> the modules that it has side paths on."""
+    """Adapter -> the modules that it adapts."""
     found: dict[str, list[str]] = {}
     for target, module in model.named_modules():
         for name in module.names if isinstance(module, _Adapted) else ():
@@ -212,14 +212,14 @@ def names_on(model: nn.Module) -> dict[str, list[str]]:
 
 
 def path_of(module: Any, adapter: str | None) -> LowRank | None:
-    """An adapter's side path on a linear module, if there is one."""
+    """An adapter's matrices on a linear module, None where it has none."""
     return module.path(adapter) if isinstance(module, AdaptedLinear) else None
 
 
 def add(model: Any, name: str, linears: Mapping[str, LowRank],
         experts: Mapping[str, Mapping[int, Mapping[str, LowRank]]]) -> None:
-    """Put an adapter beside the model's modules, in place. linears: module -> side path; experts: module of a layer's
-    experts -> expert -> "gate", "up", "down" -> side path."""
+    """Add an adapter to the model, in place. linears: module -> matrices; experts: module of a layer's experts ->
+    expert -> "gate", "up", "down" -> matrices."""
     for target, path in linears.items():
         _wrapped(model, target, AdaptedLinear).add(name, path)
     for target, own in experts.items():

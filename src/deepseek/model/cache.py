@@ -3,7 +3,7 @@
     LatentCache   a rectangle: the rows of a batch of sequences that advance together
     LatentPool    pages; who holds which is the caller's affair (engine/block_manager.py)
 
-A `Pack` is one call over a pool: pieces of many sequences side by side, some of them prompts and some single tokens.
+A `PackedBatch` is one call over a pool: pieces of many sequences side by side, prompts and single tokens.
 
 Shape letters: B batch, T tokens, S positions, C = R + rope.
 """
@@ -104,28 +104,28 @@ class LatentPool:
 class Chunk:
     """The next `tokens` tokens of a sequence of which `past` positions are in its pages; the pages have room for both.
 
-    order: naive for a prompt's tokens, absorbed for what was generated; it decides a token's bits (model/mla.py).
-    adapter: whose side paths its tokens go through (model/adapters.py), None for the base alone.
+    attn_impl: naive for a prompt's tokens, absorbed for generated ones; a token's bits depend on it (model/mla.py).
+    adapter: the LoRA adapter of its tokens (model/adapters.py), None for the base alone.
     """
 
     tokens: int
     past: int
     pages: Sequence[int]
-    order: Literal["naive", "absorbed"]
+    attn_impl: Literal["naive", "absorbed"]
     adapter: str | None = None
 
 
-class Pack:
-    """Chunks side by side, those in naive order first. control: changes what gates decide, None for exact routing.
+class PackedBatch:
+    """Chunks side by side, naive attention first. control: changes what gates decide, None for exact routing.
 
-    Raises ValueError for chunks in another order, or whose pages have no room for them.
+    Raises ValueError for absorbed chunks before naive ones, and for chunks whose pages have no room for them.
     """
 
     def __init__(self, pool: LatentPool, chunks: Sequence[Chunk], control: Control | None = None) -> None:
         self.pool, self.chunks, self.control = pool, tuple(chunks), control
-        self.naive = sum(chunk.order == "naive" for chunk in self.chunks)
-        if any(chunk.order == "naive" for chunk in self.chunks[self.naive :]):
-            raise ValueError("chunks in naive order must come first")
+        self.naive = sum(chunk.attn_impl == "naive" for chunk in self.chunks)
+        if any(chunk.attn_impl == "naive" for chunk in self.chunks[self.naive :]):
+            raise ValueError("chunks of naive attention must come first")
         for chunk in self.chunks:
             if chunk.tokens < 1 or chunk.past + chunk.tokens > len(chunk.pages) * PAGE:
                 raise ValueError(f"{chunk.past} + {chunk.tokens} positions do not fit {len(chunk.pages)} pages")

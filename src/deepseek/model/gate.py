@@ -78,19 +78,32 @@ class Gate(nn.Module):
         bias_GE -= bias_GE.mean(1, keepdim=True)
 
 
-def rule(config: ModelConfig) -> tuple[int, int, int, int, bool, bool, bool, float]:
-    """How `ops.choose_experts` is to choose for this model: its arguments after the bias."""
+class RoutingRule(NamedTuple):
+    """How `ops.choose_experts` chooses: its arguments after the bias, explained there."""
+
+    groups: int
+    kept_groups: int
+    top: int
+    group_best: int
+    sigmoid: bool
+    normalise: bool
+    scale_anyway: bool
+    scale: float
+
+
+def routing_rule(config: ModelConfig) -> RoutingRule:
+    """The rule of a model: V3's, V2's, or what its config.json says."""
     limited = config.n_group > 1 and config.topk_group < config.n_group and config.topk_method != "greedy"
     sigmoid = config.scoring_func == "sigmoid"
-    return (config.n_group, config.topk_group, config.num_experts_per_tok,
-            (2 if config.topk_method == "noaux_tc" else 1) if limited else 0, sigmoid,
-            config.norm_topk_prob and (sigmoid or config.num_experts_per_tok > 1), sigmoid,
-            config.routed_scaling_factor)
+    return RoutingRule(
+        config.n_group, config.topk_group, config.num_experts_per_tok,
+        (2 if config.topk_method == "noaux_tc" else 1) if limited else 0, sigmoid,
+        config.norm_topk_prob and (sigmoid or config.num_experts_per_tok > 1), sigmoid, config.routed_scaling_factor)
 
 
 def choose(logits_TE: Tensor, config: ModelConfig, bias_E: Tensor | None) -> Route:
     """The formulas at the top of this file, for either generation, with a gradient."""
-    return Route(*choose_reference(logits_TE, bias_E, *rule(config)))
+    return Route(*choose_reference(logits_TE, bias_E, *routing_rule(config)))
 
 
 def sequence_balance_loss(route: Route, sequences: int, mask_T: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@
     k_n, v = c W_kv_b                per head, rebuilt from the latent
     score(i, j) = (q_n(i) . k_n(j) + q_r(i) . k_r(j)) * scale
 
-Two orders of the same products:
+attn_impl, two orders of the same products:
 
     naive      rebuild k_n and v of every position, then ordinary attention. Training and prefill: many queries share
                the rebuilt keys.
@@ -17,6 +17,7 @@ Shape letters: B batch, T new tokens, S cached positions (T included), N heads, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -28,20 +29,13 @@ from ..ops import causal_attention, rotate
 from ..ops.linear import mm
 from .adapter import LoRALinear
 from .adapters import LowRank, bare, of_all_rows, path_of
-from .cache import LatentCache, Pack
+from .cache import LatentCache, PackedBatch
 from .layers import Linear, RMSNorm
 
-Order = Literal["auto", "naive", "absorbed"]
+AttnImpl = Literal["auto", "naive", "absorbed"]
 
 
-def order_of(order: Order, cache: LatentCache | None, tokens: int) -> Order:
-    """What "auto" stands for: naive for a prompt, absorbed for one token after it."""
-    if order != "auto":
-        return order
-    return "naive" if cache is None or tokens > 1 else "absorbed"
-
-
-class Visible:
+class AttentionMask:
     """Which positions each query of a call may look at.
 
     mask_BS: True for real tokens of the cache and of the call together, None where there is no padding. Query t, at
@@ -70,6 +64,28 @@ class Visible:
         return None if bool((gaps > 1).any()) else (mask.argmax(1), past_B)
 
 
+@dataclass(frozen=True)
+class AttentionContext:
+    """What the attention of one call needs beside hidden states; the same for every layer.
+
+    cos, sin: rotary angles, [B or 1, T, rope / 2]. visible: None for causal over the tokens given, without padding and
+    without a past; a PackedBatch for chunks of sequences side by side, as one row of the batch, and then neither cache
+    nor attn_impl.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    visible: AttentionMask | PackedBatch | None = None
+    cache: LatentCache | None = None
+    attn_impl: AttnImpl = "auto"
+
+    def impl(self, tokens: int) -> AttnImpl:
+        """What "auto" stands for: naive for a prompt, absorbed for one token after it."""
+        if self.attn_impl != "auto":
+            return self.attn_impl
+        return "naive" if self.cache is None or tokens > 1 else "absorbed"
+
+
 class MLA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -86,13 +102,8 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = Linear(heads * config.v_head_dim, hidden, bias=bias)
 
-    def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
-        layer: int, order: Order = "auto",
-    ) -> Tensor:
-        """visible: None for causal over the tokens given, without padding and without a past; a Pack for chunks of
-        sequences side by side, as one row of the batch, and then neither cache nor order."""
-        config = self.config
+    def forward(self, x_BTH: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        config, visible, cos, sin = self.config, context.visible, context.cos, context.sin
         batch, tokens, _ = x_BTH.shape
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
@@ -105,26 +116,26 @@ class MLA(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTH).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         k_rope = rotate(k_rope.unsqueeze(2), cos, sin, config.rope_interleave).squeeze(2)
         latent = self.kv_a_layernorm(latent)
-        if isinstance(visible, Pack):
+        if isinstance(visible, PackedBatch):
             visible.write(layer, torch.cat((latent, k_rope), -1)[0])
             out_BTNW = torch.cat([
-                self._attend(q_nope[:, place], q_rope[:, place], rows.to(q.dtype), chunk.order,
-                             Visible(None, 1, chunk.tokens, chunk.past, rows.device) if chunk.past else None,
+                self._attend(q_nope[:, place], q_rope[:, place], rows.to(q.dtype), chunk.attn_impl,
+                             AttentionMask(None, 1, chunk.tokens, chunk.past, rows.device) if chunk.past else None,
                              chunk.adapter)
                 for chunk, place, rows in visible.read(layer)], 1)
             return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
         rows = torch.cat((latent, k_rope), -1)
-        if cache is not None:
-            rows = cache.extend(layer, rows).to(q.dtype)
-        out_BTNW = self._attend(q_nope, q_rope, rows, order_of(order, cache, tokens), visible, of_all_rows())
+        if context.cache is not None:
+            rows = context.cache.extend(layer, rows).to(q.dtype)
+        out_BTNW = self._attend(q_nope, q_rope, rows, context.impl(tokens), visible, of_all_rows())
         return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
 
-    def _attend(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, order: Order, visible: Visible | None,
+    def _attend(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, attn_impl: AttnImpl, visible: AttentionMask | None,
                 adapter: str | None) -> Tensor:
         """rows: latents and rotary keys of all positions, [B, S, R + rope]. adapter: whose they are."""
         latent, k_rope = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
-        # a side path on kv_b_proj is a call, not a matrix that could be absorbed
-        naive = order == "naive" or isinstance(self.kv_b_proj, LoRALinear)
+        # LoRA on kv_b_proj is a call, not a matrix that could be absorbed
+        naive = attn_impl == "naive" or isinstance(self.kv_b_proj, LoRALinear)
         attend = self._naive if naive else self._absorbed
         return attend(q_nope, q_rope, latent, k_rope, None if visible is None else visible.dense,
                       path_of(self.kv_b_proj, adapter))

@@ -12,6 +12,7 @@ Shape letters: B batch, T tokens, S positions in the cache, H hidden, V vocabula
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,11 +25,11 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, RequestError
 from ..ops.loss import IGNORE
 from .adapters import rows_of
-from .cache import LatentCache, LatentPool, Pack
+from .cache import LatentCache, LatentPool, PackedBatch
 from .experts import MoE
 from .gate import Route, expert_load, group_guidance_loss, sequence_balance_loss
 from .layers import MLP, Linear, RMSNorm, Rotary
-from .mla import MLA, Order, Visible
+from .mla import MLA, AttentionContext, AttentionMask, AttnImpl
 from .mtp import MTPInput, SharedHead
 
 
@@ -41,25 +42,22 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
-        order: Order
-    ) -> tuple[Tensor, Route | None]:
-        x = x_BTH + self.self_attn(self.input_layernorm(x_BTH), cos, sin, visible, cache, self.layer, order)
+    def forward(self, x_BTH: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
+        x = x_BTH + self.self_attn(self.input_layernorm(x_BTH), context, self.layer)
         normed = self.post_attention_layernorm(x)
         if not isinstance(self.mlp, MoE):
             return x + self.mlp(normed), None
-        control = visible.control if isinstance(visible, Pack) else None
+        control = context.visible.control if isinstance(context.visible, PackedBatch) else None
         y, route = self.mlp(normed, None if control is None else partial(control, self.layer))
         return x + y, route
 
 
 class MTPLayer(DecoderLayer):
-    """A decoder layer with the MTP module's entrance and exit around it."""
+    """A decoder layer with the MTP module's input and head around it."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.entrance = MTPInput(config)
+        self.input = MTPInput(config)
         self.shared_head = SharedHead(config)
 
 
@@ -155,17 +153,22 @@ class CausalLM(nn.Module):
         positions_BT: Tensor | None = None,
         cache: LatentCache | None = None,
         routing: RoutingRecord | None = None,
-        order: Order = "auto",
+        attn_impl: AttnImpl = "auto",
         last_only: bool = False,
+        order: AttnImpl | None = None,
     ) -> Tensor:
         """Logits in FP32, [B, T, V], or [B, 1, V] with `last_only`.
 
         mask_BT: True (or 1) for tokens, False for padding on either side. cache: a LatentCache to read and extend.
-        routing: filled with every gate's decision. order: of MLA's products (model/mla.py); a token's bits are its own
-        in either, and differ between them.
+        routing: filled with every gate's decision. attn_impl: naive or absorbed
+        (model/mla.py); each is batch-invariant, the two round differently.
+        order: deprecated, attn_impl.
         Raises RequestError for ids outside the vocabulary or shapes that do not fit.
         """
-        h_BTH = self.hidden(ids_BT, mask_BT, positions_BT, cache, routing, order)
+        if order is not None:
+            warnings.warn("order is deprecated: use attn_impl", DeprecationWarning, stacklevel=4)  # below torch's calls
+            attn_impl = order
+        h_BTH = self.hidden(ids_BT, mask_BT, positions_BT, cache, routing, attn_impl)
         return self.lm_head(h_BTH[:, -1:] if last_only else h_BTH).float()
 
     def hidden(
@@ -175,7 +178,7 @@ class CausalLM(nn.Module):
         positions_BT: Tensor | None = None,
         cache: LatentCache | None = None,
         routing: RoutingRecord | None = None,
-        order: Order = "auto",
+        attn_impl: AttnImpl = "auto",
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, H]."""
         self._check(ids_BT, mask_BT, positions_BT, cache)
@@ -184,28 +187,29 @@ class CausalLM(nn.Module):
             cache.reserve(tokens)
         mask_BT = _mask_over_cache(mask_BT, cache, ids_BT)
         positions_BT = _positions(ids_BT, mask_BT, positions_BT, cache)
-        cos, sin = self.model.rotary(positions_BT)
-        visible = _visible(mask_BT, ids_BT, cache.length if cache is not None else 0)
-        x = self._layers(self._embed(ids_BT), cos, sin, visible, cache, routing, order)
+        visible = _attention_mask(mask_BT, ids_BT, cache.length if cache is not None else 0)
+        context = self._context(positions_BT, visible, cache, attn_impl)
+        x = self._layers(self._embed(ids_BT), context, routing)
         if cache is not None:
             cache.length += tokens
             cache.valid_BS = mask_BT
         return self.model.norm(x)
 
-    def packed(self, ids_T: Tensor, pack: Pack, routing: RoutingRecord | None = None) -> Tensor:
+    def packed(self, ids_T: Tensor, pack: PackedBatch, routing: RoutingRecord | None = None) -> Tensor:
         """Hidden states after the final norm of a pack's tokens, [T, H]; their rows of the pool are written."""
         assert len(ids_T) == pack.tokens
-        cos, sin = self.model.rotary(pack.positions[None])
         with rows_of(pack.spans):
-            x = self._layers(self._embed(ids_T[None]), cos, sin, pack, None, routing, "auto")
+            x = self._layers(self._embed(ids_T[None]), self._context(pack.positions[None], pack), routing)
         return self.model.norm(x)[0]
 
-    def _layers(
-        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
-        routing: RoutingRecord | None, order: Order
-    ) -> Tensor:
+    def _context(self, positions_BT: Tensor, visible: AttentionMask | PackedBatch | None,
+                 cache: LatentCache | None = None, attn_impl: AttnImpl = "auto") -> AttentionContext:
+        cos, sin = self.model.rotary(positions_BT)
+        return AttentionContext(cos, sin, visible, cache, attn_impl)
+
+    def _layers(self, x: Tensor, context: AttentionContext, routing: RoutingRecord | None) -> Tensor:
         for layer, block in enumerate(self.model.layers):
-            x, route = self._run(block, x, cos, sin, visible, cache, order)
+            x, route = self._run(block, x, context)
             if routing is not None and route is not None:
                 routing.routes[layer] = route
         return x
@@ -214,11 +218,10 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(ids_BT)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def _run(self, block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None,
-             cache: LatentCache | None, order: Order) -> tuple[Tensor, Route | None]:
+    def _run(self, block: nn.Module, x: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, cos, sin, visible, cache, order, use_reentrant=False)
-        return block(x, cos, sin, visible, cache, order)
+            return checkpoint(block, x, context, use_reentrant=False)
+        return block(x, context)
 
     def _check(
         self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, cache: LatentCache | None
@@ -255,22 +258,21 @@ class CausalLM(nn.Module):
         token `depth + 1` places further on.
         """
         block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
-        cos, sin = self.model.rotary(_positions(next_ids_BT, mask_BT, None, None))
-        x = block.entrance(self._embed(next_ids_BT), previous_BTH)
-        x, route = self._run(block, x, cos, sin, _visible(mask_BT, next_ids_BT, 0), None, "auto")
+        positions_BT = _positions(next_ids_BT, mask_BT, None, None)
+        x = block.input(self._embed(next_ids_BT), previous_BTH)
+        x, route = self._run(block, x, self._context(positions_BT, _attention_mask(mask_BT, next_ids_BT, 0)))
         if routing is not None and route is not None:
             routing.routes[block.layer] = route
         return block.shared_head.norm(x)
 
-    def mtp_packed(self, depth: int, previous_TH: Tensor, next_ids_T: Tensor, pack: Pack) -> Tensor:
+    def mtp_packed(self, depth: int, previous_TH: Tensor, next_ids_T: Tensor, pack: PackedBatch) -> Tensor:
         """The same for a pack's tokens, [T, H]; the module's rows of the pool are written."""
         block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
-        cos, sin = self.model.rotary(pack.positions[None])
-        x = block.entrance(self._embed(next_ids_T[None]), previous_TH[None])
-        return block.shared_head.norm(self._ahead(block, x, cos, sin, pack))[0]
+        x = block.input(self._embed(next_ids_T[None]), previous_TH[None])
+        return block.shared_head.norm(self._ahead(block, x, self._context(pack.positions[None], pack)))[0]
 
-    def _ahead(self, block: MTPLayer, x_BTH: Tensor, cos: Tensor, sin: Tensor, pack: Pack) -> Tensor:
-        return self._run(block, x_BTH, cos, sin, pack, None, "auto")[0]
+    def _ahead(self, block: MTPLayer, x_BTH: Tensor, context: AttentionContext) -> Tensor:
+        return self._run(block, x_BTH, context)[0]
 
     def loss(
         self, ids_BT: Tensor, labels_BT: Tensor, *, mask_BT: Tensor | None = None, mtp_weight: float = 0.0,
@@ -372,10 +374,11 @@ def _positions(ids_BT: Tensor, mask_BS: Tensor | None, given: Tensor | None, cac
     return torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
 
 
-def _visible(mask_BS: Tensor | None, ids_BT: Tensor, past: int) -> Visible | None:
+def _attention_mask(mask_BS: Tensor | None, ids_BT: Tensor, past: int) -> AttentionMask | None:
     """None for plain causal over the tokens themselves."""
     batch, tokens = ids_BT.shape
-    return None if mask_BS is None and past == 0 else Visible(mask_BS, batch, tokens, past, ids_BT.device)
+    return None if mask_BS is None and past == 0 else AttentionMask(mask_BS, batch, tokens, past, ids_BT.device)
 
 
-__all__ = ["IGNORE", "CausalLM", "LatentCache", "LatentPool", "Pack", "RoutingRecord", "TrainingLoss", "describe"]
+__all__ = ["IGNORE", "CausalLM", "LatentCache", "LatentPool", "PackedBatch", "RoutingRecord", "TrainingLoss",
+           "describe"]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .linear import widen
-from .native import dense, kind, native, threads, trains
+from .linear import to_compute_dtype
+from .native import dense_rows, dtype_code, native, threads, trains_native
 
 BLOCK = 128  # queries a block: one head's [128, 256] scores are 128 KB
 LONGEST_SAVED = 512  # up to here the probabilities are kept for the backward pass; beyond, torch's flash kernel
@@ -34,13 +34,13 @@ class _CausalAttention(torch.autograd.Function):
         above = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q_BNTD.device).triu_(1)
         saved: list[Tensor] = []
         for b in range(batch):
-            q, k, v = widen(q_BNTD[b]) * scale, widen(k_BNTD[b]), widen(v_BNTW[b])
+            q, k, v = to_compute_dtype(q_BNTD[b]) * scale, to_compute_dtype(k_BNTD[b]), to_compute_dtype(v_BNTW[b])
             for lo in range(0, length, BLOCK):
                 hi = min(lo + BLOCK, length)
                 s = torch.bmm(q[:, lo:hi], k[:, :hi].transpose(1, 2))
                 s[:, :, lo:].masked_fill_(above[: hi - lo, : hi - lo], -math.inf)
                 p = torch.softmax(s, -1, dtype=torch.float32).to(q_BNTD.dtype)
-                out[b, lo:hi] = torch.bmm(widen(p), v[:, :hi]).transpose(0, 1)
+                out[b, lo:hi] = torch.bmm(to_compute_dtype(p), v[:, :hi]).transpose(0, 1)
                 saved.append(p)
         ctx.save_for_backward(q_BNTD, k_BNTD, v_BNTW, *saved)
         ctx.scale = scale
@@ -54,10 +54,11 @@ class _CausalAttention(torch.autograd.Function):
         batch, _, length, _ = q_BNTD.shape
         dq, dk, dv = torch.empty_like(q_BNTD), torch.empty_like(k_BNTD), torch.empty_like(v_BNTW)
         for b in reversed(range(batch)):
-            q, k, v, do = widen(q_BNTD[b]) * ctx.scale, widen(k_BNTD[b]), widen(v_BNTW[b]), widen(dout_BNTW[b])
+            q, k, v, do = map(to_compute_dtype, (q_BNTD[b], k_BNTD[b], v_BNTW[b], dout_BNTW[b]))
+            q = q * ctx.scale
             for lo in reversed(range(0, length, BLOCK)):  # the last block sees all keys: it starts the sums
                 hi = min(lo + BLOCK, length)
-                p = widen(next(probs))
+                p = to_compute_dtype(next(probs))
                 do_block = do[:, lo:hi]
                 dv_block = torch.bmm(p.transpose(1, 2), do_block)
                 dp = torch.bmm(do_block, v[:, :hi].transpose(1, 2))
@@ -81,8 +82,8 @@ class _NativeAttention(torch.autograd.Function):
         batch, heads, length, _ = q_BNTD.shape
         out = q_BNTD.new_empty(batch, length, heads, v_BNTW.shape[-1]).transpose(1, 2)
         p_BNTT = q_BNTD.new_empty(batch, heads, length, length)
-        native.attention_forward(*map(_steps, (q_BNTD, k_BNTD, v_BNTW, out)), kind(out), batch, heads, length, scale,
-                                 p_BNTT.data_ptr(), threads())
+        native.attention_forward(*map(_steps, (q_BNTD, k_BNTD, v_BNTW, out)), dtype_code(out), batch, heads, length,
+                                 scale, p_BNTT.data_ptr(), threads())
         ctx.save_for_backward(q_BNTD, k_BNTD, v_BNTW, p_BNTT)
         ctx.scale = scale
         return out
@@ -93,9 +94,9 @@ class _NativeAttention(torch.autograd.Function):
         q, k, v, p_BNTT = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = (t.new_empty(batch, length, heads, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
-        dout = dense(dout_BNTW.to(q.dtype))  # held until the kernel has read it
-        native.attention_backward(*map(_steps, (q, k, v, dout, dq, dk, dv)), kind(q), batch, heads, length, ctx.scale,
-                                  p_BNTT.data_ptr(), threads())
+        dout = dense_rows(dout_BNTW.to(q.dtype))  # held until the kernel has read it
+        native.attention_backward(*map(_steps, (q, k, v, dout, dq, dk, dv)), dtype_code(q), batch, heads, length,
+                                  ctx.scale, p_BNTT.data_ptr(), threads())
         return dq, dk, dv, None
 
 
@@ -122,7 +123,7 @@ def causal_attention(
     """
     needs_grad = torch.is_grad_enabled() and (q_BNTD.requires_grad or k_BNSD.requires_grad or v_BNSW.requires_grad)
     if mask is None and needs_grad and q_BNTD.device.type == "cpu" and q_BNTD.shape[2] <= LONGEST_SAVED:
-        fast = scale > 0 and trains(q_BNTD, k_BNSD, v_BNSW)
+        fast = scale > 0 and trains_native(q_BNTD, k_BNSD, v_BNSW)
         return (_NativeAttention if fast else _CausalAttention).apply(q_BNTD, k_BNSD, v_BNSW, scale)
     width = v_BNSW.shape[-1]
     v = pad(v_BNSW, (0, k_BNSD.shape[-1] - width)) if width < k_BNSD.shape[-1] else v_BNSW

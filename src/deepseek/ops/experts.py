@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, silu
 
-from .linear import widen
-from .native import address, fits, kind, native, threads, trains
+from .linear import to_compute_dtype
+from .native import address, dtype_code, native, runs_native, threads, trains_native
 
 
 class Pairs(NamedTuple):
@@ -86,7 +86,7 @@ class _ExpertLoop(torch.autograd.Function):
         both_P = x.new_empty(len(pairs.token_P), gate_up.shape[1]) if wants_grad else None
         for e, rows in _rows_by_expert(pairs.counts_E):
             tokens = pairs.token_P[rows]
-            both = widen(x.index_select(0, tokens)) @ _operand(gate_up[e], x).t()
+            both = to_compute_dtype(x.index_select(0, tokens)) @ _operand(gate_up[e], x).t()
             if both_P is not None:
                 both_P[rows] = both
             gate, up = both.chunk(2, 1)
@@ -109,8 +109,8 @@ class _ExpertLoop(torch.autograd.Function):
         dx_TH = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if want_x else None
         for e, rows in _rows_by_expert(counts_E):
             tokens = token_P[rows]
-            dout = widen(dout_TH.index_select(0, tokens))
-            gate, up = widen(both_P[rows]).chunk(2, 1)
+            dout = to_compute_dtype(dout_TH.index_select(0, tokens))
+            gate, up = to_compute_dtype(both_P[rows]).chunk(2, 1)
             weight = weight_P[rows].unsqueeze(1)
             act = silu(gate)
             h = act * up  # before the gate's weight
@@ -127,7 +127,7 @@ class _ExpertLoop(torch.autograd.Function):
             torch.mul(dh, act, out=d_up)
             d_gate.copy_(torch.ops.aten.silu_backward(dh.mul_(up), gate))
             if d_in is not None:
-                _product_into(d_in[e], d_both.t(), widen(x.index_select(0, tokens)))
+                _product_into(d_in[e], d_both.t(), to_compute_dtype(x.index_select(0, tokens)))
             if dx_TH is not None:
                 dx_TH.index_add_(0, tokens, (d_both @ _operand(gate_up[e], x)).float())
         return dx_TH.to(x.dtype) if dx_TH is not None else None, d_weight, d_in, d_out, None, None
@@ -145,7 +145,7 @@ class _NativeExperts(torch.autograd.Function):
         both_P = x.new_empty(len(weight_P), gate_up.shape[1]) if wants_grad else None
         out = torch.empty_like(x)
         native.experts_forward(
-            *_NativeExperts.described(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK),
+            *_NativeExperts.native_args(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK),
             address(both_P), out.data_ptr(), threads())
         if wants_grad:
             ctx.save_for_backward(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK, both_P)
@@ -159,22 +159,22 @@ class _NativeExperts(torch.autograd.Function):
                                      for t, want in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True))
         dout = dout_TH.to(both_P.dtype).contiguous()
         native.experts_backward(
-            *_NativeExperts.described(*inputs), both_P.data_ptr(), dout.data_ptr(),
+            *_NativeExperts.native_args(*inputs), both_P.data_ptr(), dout.data_ptr(),
             *map(address, (dx, d_weight, d_in, d_out)), threads())
         return dx, d_weight, d_in, d_out, None, None
 
     @staticmethod
-    def described(
+    def native_args(
         x: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, token_P: Tensor, ends_E: Tensor, slot_TK: Tensor
     ) -> tuple[Any, ...]:
         shape = (*x.shape, slot_TK.shape[1], len(weight_P), len(gate_up), down.shape[2])
-        return (shape, *(t.data_ptr() for t in (token_P, ends_E, slot_TK, weight_P, x, gate_up, down)), kind(x),
-                kind(gate_up, x))
+        return (shape, *(t.data_ptr() for t in (token_P, ends_E, slot_TK, weight_P, x, gate_up, down)), dtype_code(x),
+                dtype_code(gate_up, x))
 
 
 def _operand(w: Tensor, x: Tensor) -> Tensor:
     """One expert's matrix as the operand of a product with activations like `x`."""
-    return widen(w.to(x.dtype))
+    return to_compute_dtype(w.to(x.dtype))
 
 
 def _rows_by_expert(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
@@ -217,7 +217,7 @@ def expert_mlp(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: 
     if x_TH.device.type == "cpu":
         tensors = (x_TH, weight_P, gate_up_E2IH, down_EHI)
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        fast = trains(*tensors) and fits(*tensors) and (
+        fast = trains_native(*tensors) and runs_native(*tensors) and (
             gate_up_E2IH.dtype == down_EHI.dtype and weight_P.dtype == torch.float32)
         return (_NativeExperts if fast else _ExpertLoop).apply(*tensors, pairs, wants_grad)
     return _grouped(x_TH, weight_P, gate_up_E2IH, down_EHI, pairs)

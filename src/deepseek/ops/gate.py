@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .native import address, fits, native, threads
-from .registry import operation
+from .native import address, native, runs_native, threads
+from .registry import register_op
 
 
 def top_k_values(x: Tensor, k: int) -> Tensor:
@@ -56,7 +56,7 @@ def choose_reference(
     return index_TK, weight_TK, scores_TE
 
 
-@operation(lambda logits_TE, bias_E, groups, kept_groups, top, *rest: (
+@register_op(lambda logits_TE, bias_E, groups, kept_groups, top, *rest: (
     logits_TE.new_empty(len(logits_TE), top, dtype=torch.int64), logits_TE.new_empty(len(logits_TE), top),
     logits_TE.new_empty(logits_TE.shape)))
 def choose_experts(
@@ -76,7 +76,7 @@ def choose_experts(
             kept_groups <= groups and group_best <= experts // groups):
         raise ValueError(f"{top} of {experts} experts in {kept_groups} of {groups} groups, each scored by its best "
                          f"{group_best}: does not come out")
-    if not fits(logits_TE, *(() if bias_E is None else (bias_E,))):
+    if not runs_native(logits_TE, *(() if bias_E is None else (bias_E,))):
         index_TK, weight_TK, scores_TE = choose_reference(logits_TE.contiguous(), bias_E, groups, kept_groups, top,
                                                           group_best, sigmoid, normalise, scale_anyway, scale)
         return index_TK.contiguous(), weight_TK, scores_TE

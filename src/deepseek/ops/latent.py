@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .native import fits, native, threads
+from .native import native, runs_native, threads
 from .norm import rms_norm
 from .panels import matrix_bytes
 from .quantized import quantized_linear
-from .registry import operation
+from .registry import register_op
 from .rotary import rotate
 
 BLOCK = 128  # positions of a block (csrc/kernels.h, kKeys)
@@ -106,7 +106,7 @@ def _rows_suit(cache: Tensor) -> bool:
     return cache.stride()[1:] == (cache.shape[2], 1) and cache.dtype == torch.float32 and cache.device.type == "cpu"
 
 
-@operation(lambda q_latent, q_rope, cache, first_B, past_B, scale: q_latent.new_empty(q_latent.shape))
+@register_op(lambda q_latent, q_rope, cache, first_B, past_B, scale: q_latent.new_empty(q_latent.shape))
 def latent_attention(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, first_B: Tensor, past_B: Tensor, scale: float
 ) -> Tensor:
@@ -123,7 +123,7 @@ def latent_attention(
         raise ValueError(f"shapes do not fit: q_latent {list(q_latent.shape)}, q_rope {list(q_rope.shape)}, "
                          f"cache {list(cache.shape)}")
     _check_positions(first_B, past_B, batch, tokens, cache.shape[1])
-    if rank % 16 or not _rows_suit(cache) or not fits(q_latent, q_rope, first_B, past_B):
+    if rank % 16 or not _rows_suit(cache) or not runs_native(q_latent, q_rope, first_B, past_B):
         return latent_attention_reference(q_latent, q_rope, cache.float(), first_B, past_B, scale)
     out = torch.empty_like(q_latent)
     sequences = Sequences.in_rows(first_B, past_B, tokens, cache.stride(0), rank + rope)
@@ -132,7 +132,7 @@ def latent_attention(
     return out
 
 
-@operation(lambda q_BTND, q_rope, cache, kv_b, value, first_B, past_B, scale, *, bits=4: (
+@register_op(lambda q_BTND, q_rope, cache, kv_b, value, first_B, past_B, scale, *, bits=4: (
     q_BTND.new_empty(*q_BTND.shape[:3], value)))
 def naive_attention(
     q_BTND: Tensor, q_rope: Tensor, cache: Tensor, kv_b: Tensor, value: int, first_B: Tensor, past_B: Tensor,
@@ -152,7 +152,7 @@ def naive_attention(
                          f"{list(cache.shape)}")
     checks.packed_bytes("kv_b", kv_b, matrix_bytes(heads * (nope + value), rank, bits))
     _check_positions(first_B, past_B, batch, tokens, cache.shape[1])
-    if not _rows_suit(cache) or not fits(q_BTND, q_rope, first_B, past_B, kv_b):
+    if not _rows_suit(cache) or not runs_native(q_BTND, q_rope, first_B, past_B, kv_b):
         return naive_attention_reference(q_BTND, q_rope, cache.float(), kv_b, value, first_B, past_B, scale, bits)
     out = q_BTND.new_empty(batch, tokens, heads, value)
     sequences = Sequences.in_rows(first_B, past_B, tokens, cache.stride(0), rank + rope)
@@ -161,7 +161,7 @@ def naive_attention(
     return out
 
 
-@operation(lambda q_BTND, kv_BTC, norm_R, eps, cos_BTP, sin_BTP, interleave, rows_BSC, past: (
+@register_op(lambda q_BTND, kv_BTC, norm_R, eps, cos_BTP, sin_BTP, interleave, rows_BSC, past: (
     q_BTND.new_empty(*q_BTND.shape[:3], 2 * cos_BTP.shape[-1])), mutates=["rows_BSC"])
 def prepare_latents(
     q_BTND: Tensor, kv_BTC: Tensor, norm_R: Tensor, eps: float, cos_BTP: Tensor, sin_BTP: Tensor, interleave: bool,
@@ -186,7 +186,7 @@ def prepare_latents(
                          f"{list(cos_BTP.shape)} and {list(sin_BTP.shape)}")
     norm_R = norm_R.detach().float()
     rows_lie_together = rows_BSC.stride()[1:] == (rank + rope, 1)
-    if fits(q_BTND, kv_BTC, norm_R, cos_BTP, sin_BTP) and rows_lie_together and (
+    if runs_native(q_BTND, kv_BTC, norm_R, cos_BTP, sin_BTP) and rows_lie_together and (
             cos_BTP.dtype == sin_BTP.dtype == torch.float32):
         q_rope = q_BTND.new_empty(batch, tokens, heads, rope)
         cos_BTP, sin_BTP = (angle.expand(batch, -1, -1).contiguous() for angle in (cos_BTP, sin_BTP))
@@ -250,4 +250,4 @@ def latent_pages(q_latent: Tensor, q_rope: Tensor, cache: Tensor, sequences: Seq
 
 
 def _check_pages(cache: Tensor, *operands: Tensor) -> None:
-    assert fits(cache, *operands) and all(t.dtype == torch.float32 for t in (cache, *operands))
+    assert runs_native(cache, *operands) and all(t.dtype == torch.float32 for t in (cache, *operands))

@@ -20,28 +20,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .native import dense, fast_bf16, kind, native, threads, trains
+from .native import dense_rows, dtype_code, fast_bf16, native, threads, trains_native
 
 
-def widen(x: Tensor) -> Tensor:
+def to_compute_dtype(x: Tensor) -> Tensor:
     """`x` as the operand of a product: FP32 where half precision has no units of its own."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) and not fast_bf16(x.device.type) else x
 
 
 def mm(a_MK: Tensor, b_KO: Tensor) -> Tensor:
     """a @ b; half-precision operands are summed in FP32 and the result is rounded back once."""
-    return (widen(a_MK) @ widen(b_KO)).to(a_MK.dtype)
+    return (to_compute_dtype(a_MK) @ to_compute_dtype(b_KO)).to(a_MK.dtype)
 
 
 def product(a: Tensor, b: Tensor, x: Tensor, dtype: torch.dtype, *, a_transposed: bool = False,
             b_transposed: bool = False) -> Tensor:
     """a @ b through the native kernels, either one transposed, as operands of the dtype of the activations `x`."""
-    a, b = dense(a), dense(b)
+    a, b = dense_rows(a), dense_rows(b)
     rows, inner = a.shape[::-1] if a_transposed else a.shape
     columns = b.shape[0] if b_transposed else b.shape[1]
     out = a.new_empty(rows, columns, dtype=dtype)
-    native.product(a.data_ptr(), a.stride(0), kind(a, x), a_transposed, b.data_ptr(), b.stride(0), kind(b, x),
-                   b_transposed, rows, columns, inner, out.data_ptr(), kind(out), threads())
+    native.product(a.data_ptr(), a.stride(0), dtype_code(a, x), a_transposed, b.data_ptr(), b.stride(0),
+                   dtype_code(b, x), b_transposed, rows, columns, inner, out.data_ptr(), dtype_code(out), threads())
     return out
 
 
@@ -51,11 +51,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, w_OK: Tensor, b_O: Tensor | None) -> Tensor:
         ctx.has_bias, ctx.w_dtype = b_O is not None, w_OK.dtype
-        if b_O is None and trains(x_MK, w_OK):
+        if b_O is None and trains_native(x_MK, w_OK):
             ctx.save_for_backward(x_MK, w_OK)
             return product(x_MK, w_OK, x_MK, x_MK.dtype, b_transposed=True)
         ctx.save_for_backward(x_MK, w_OK)  # as it is stored: a copy in the activations' dtype lives for one product
-        y = widen(x_MK) @ widen(w_OK.to(x_MK.dtype)).t()
+        y = to_compute_dtype(x_MK) @ to_compute_dtype(w_OK.to(x_MK.dtype)).t()
         if b_O is not None:
             y += b_O
         return y.to(x_MK.dtype)
@@ -65,18 +65,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy_MO: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         dx = dw = db = None
-        if not ctx.has_bias and trains(x, w):
+        if not ctx.has_bias and trains_native(x, w):
             dy = dy_MO.to(x.dtype)
             if ctx.needs_input_grad[0]:
                 dx = product(dy, w, x, x.dtype)
             if ctx.needs_input_grad[1]:
                 dw = product(dy, x, x, ctx.w_dtype, a_transposed=True)
             return dx, dw, None
-        dy = widen(dy_MO.to(x.dtype))
+        dy = to_compute_dtype(dy_MO.to(x.dtype))
         if ctx.needs_input_grad[0]:
-            dx = (dy @ widen(w.to(x.dtype))).to(x.dtype)
+            dx = (dy @ to_compute_dtype(w.to(x.dtype))).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dw = (dy.t() @ widen(x)).to(ctx.w_dtype)
+            dw = (dy.t() @ to_compute_dtype(x)).to(ctx.w_dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = dy.sum(0).to(ctx.w_dtype)
         return dx, dw, db

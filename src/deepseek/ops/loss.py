@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import widen
-from .native import address, fits, kind, native, threads, trains
+from .linear import to_compute_dtype
+from .native import address, dtype_code, native, runs_native, threads, trains_native
 
 CHUNK_BYTES = 32 << 20  # logits held at a time: enough rows for the products, little enough for a shared cache
 IGNORE = -100
@@ -33,12 +33,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = keep.sum().clamp(min=1)
         want_x, want_w = (wants_grad and want for want in ctx.needs_input_grad[:2])
         ctx.want, ctx.dtypes = (want_x, want_w), (x_MH.dtype, w_VH.dtype)
-        if trains(x_MH, w_VH) and fits(x_MH, w_VH):
+        if trains_native(x_MH, w_VH) and runs_native(x_MH, w_VH):
             total, dx, dw = _native_loss(x_MH, w_VH, labels_M, 1 / count, want_x, want_w)
             ctx.save_for_backward(*(g for g in (dx, dw) if g is not None))
             return total
-        wide = widen(w_VH.to(x_MH.dtype))
-        x = widen(x_MH)
+        wide = to_compute_dtype(w_VH.to(x_MH.dtype))
+        x = to_compute_dtype(x_MH)
         dx = torch.empty_like(x) if want_x else None
         dw = torch.zeros_like(wide) if want_w else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -85,7 +85,7 @@ def _native_loss(x_MH: Tensor, w_VH: Tensor, labels_M: Tensor, scale: Tensor, wa
     dx = torch.empty_like(x_MH, dtype=torch.float32) if want_x else None
     dw = torch.empty_like(w_VH, dtype=torch.float32) if want_w else None
     native.head_loss(
-        x_MH.data_ptr(), kind(x_MH), w_VH.data_ptr(), kind(w_VH, x_MH), labels.data_ptr(), rows,
+        x_MH.data_ptr(), dtype_code(x_MH), w_VH.data_ptr(), dtype_code(w_VH, x_MH), labels.data_ptr(), rows,
         hidden, vocab, scale.item(), min(_chunk_rows(vocab), max(1, rows)), loss.data_ptr(), address(dx),
         address(dw), threads())
     return loss.sum() * scale, dx, dw

@@ -42,7 +42,7 @@ def isa() -> str:
     return "torch" if native is None else native.isa()
 
 
-def fits(*tensors: Tensor) -> bool:
+def runs_native(*tensors: Tensor) -> bool:
     """Whether the native kernels can take these: contiguous tensors in this machine's memory, and not while torch
     traces a graph, where they have no addresses."""
     return (native is not None and not torch.compiler.is_compiling()
@@ -90,20 +90,20 @@ def can_train(*tensors: Tensor) -> bool:
             and {t.dtype for t in tensors} <= {torch.float32, torch.bfloat16})
 
 
-def trains(*tensors: Tensor) -> bool:
+def trains_native(*tensors: Tensor) -> bool:
     """Whether the training kernels are to take these: they can, torch is not faster than this instruction set's, and
     BF16 does not go to units of its own."""
     return CHOSEN and can_train(*tensors) and not (fast_bf16("cpu") and any(t.dtype == torch.bfloat16 for t in tensors))
 
 
-def kind(t: Tensor, like: Tensor | None = None) -> int:
+def dtype_code(t: Tensor, like: Tensor | None = None) -> int:
     """How a kernel reads `t` (csrc/training.h): as it is, or FP32 rounded on the way in to match BF16 `like`."""
     if t.dtype == torch.bfloat16:
         return 1
     return 2 if like is not None and like.dtype == torch.bfloat16 else 0
 
 
-def dense(t: Tensor) -> Tensor:
+def dense_rows(t: Tensor) -> Tensor:
     """`t`, or a copy of it, with rows whose elements lie side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
 

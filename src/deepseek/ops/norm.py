@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .native import fits, kind, native, threads, trains
+from .native import dtype_code, native, runs_native, threads, trains_native
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MH: Tensor, w_H: Tensor, eps: float) -> Tensor:
-        if trains(x_MH, w_H) and x_MH.is_contiguous() and w_H.dtype == torch.float32:
+        if trains_native(x_MH, w_H) and x_MH.is_contiguous() and w_H.dtype == torch.float32:
             y, r_M1 = torch.empty_like(x_MH), x_MH.new_empty(len(x_MH), 1, dtype=torch.float32)
             ctx.save_for_backward(x_MH, w_H, r_M1)
-            native.norm_forward(x_MH.data_ptr(), kind(x_MH), w_H.data_ptr(), *x_MH.shape, eps, y.data_ptr(),
+            native.norm_forward(x_MH.data_ptr(), dtype_code(x_MH), w_H.data_ptr(), *x_MH.shape, eps, y.data_ptr(),
                                 r_M1.data_ptr(), threads())
             return y
         x = x_MH.float()
@@ -35,10 +35,10 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:
         x_MH, w_H, r_M1 = ctx.saved_tensors
-        if trains(x_MH, w_H) and x_MH.is_contiguous() and w_H.dtype == torch.float32:
+        if trains_native(x_MH, w_H) and x_MH.is_contiguous() and w_H.dtype == torch.float32:
             dy, dx, grad_w = dy_MH.contiguous(), torch.empty_like(x_MH), torch.empty_like(w_H)
             parts = grad_w.new_empty(-(-len(x_MH) // 64), len(w_H))
-            native.norm_backward(x_MH.data_ptr(), dy.data_ptr(), kind(x_MH), w_H.data_ptr(), r_M1.data_ptr(),
+            native.norm_backward(x_MH.data_ptr(), dy.data_ptr(), dtype_code(x_MH), w_H.data_ptr(), r_M1.data_ptr(),
                                  *x_MH.shape, dx.data_ptr(), parts.data_ptr(), grad_w.data_ptr(), threads())
             return dx, grad_w, None
         x, dy = x_MH.float(), dy_MH.float()
@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, w_H: Tensor, eps: float) -> Tensor:
         raise ValueError(f"weights must be [{x.shape[-1]}], got {list(w_H.shape)}")
     if torch.is_grad_enabled() and (x.requires_grad or w_H.requires_grad):
         return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), w_H, eps).view(x.shape)
-    if x.dtype == w_H.dtype == torch.float32 and fits(x, w_H):
+    if x.dtype == w_H.dtype == torch.float32 and runs_native(x, w_H):
         out = torch.empty_like(x)
         width = x.shape[-1]
         native.rms_norm(x.data_ptr(), x.numel() // width, width, width, w_H.data_ptr(), eps, out.data_ptr(), threads())

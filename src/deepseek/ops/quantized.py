@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from . import checks
-from .native import address, fits, native, threads
+from .native import address, native, runs_native, threads
 from .panels import BLOCK, LEVELS, Bits, Quantized, matrix_bytes, mlp_bytes, unpack, unpack_mlp
-from .registry import operation
+from .registry import register_op
 
 
 class ExpertTable(tuple[Tensor, ...]):
@@ -99,7 +99,7 @@ def experts_reference(
 # ---- operations -------------------------------------------------------------------------------------------------
 
 
-@operation(lambda x, packed, rows, bias=None, *, bits=4: x.new_empty(*x.shape[:-1], rows))
+@register_op(lambda x, packed, rows, bias=None, *, bits=4: x.new_empty(*x.shape[:-1], rows))
 def quantized_linear(
     x: Tensor, packed: Tensor, rows: int, bias: Tensor | None = None, *, bits: int = 4
 ) -> Tensor:
@@ -107,7 +107,7 @@ def quantized_linear(
     x_TK = checks.activations("x", x).reshape(-1, x.shape[-1])
     tokens, columns = x_TK.shape
     checks.packed_bytes("packed", packed, matrix_bytes(rows, columns, bits))
-    if fits(x_TK, packed):
+    if runs_native(x_TK, packed):
         out = x_TK.new_empty(tokens, rows)
         native.quantised_linear(x_TK.data_ptr(), tokens, columns, packed.data_ptr(), rows, bits, out.data_ptr(),
                                 threads())
@@ -118,13 +118,13 @@ def quantized_linear(
     return out.view(*x.shape[:-1], rows)
 
 
-@operation(lambda x_TH, packed, inner, *, bits=4: x_TH.new_empty(x_TH.shape))
+@register_op(lambda x_TH, packed, inner, *, bits=4: x_TH.new_empty(x_TH.shape))
 def quantized_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) -> Tensor:
     """down(silu(gate x) * up x) from one packed range, [T, H]."""
     x_TH = checks.activations("x", x_TH)
     tokens, hidden = x_TH.shape
     checks.packed_bytes("packed", packed, mlp_bytes(hidden, inner, bits))
-    if not fits(x_TH, packed):
+    if not runs_native(x_TH, packed):
         return mlp_reference(x_TH, packed, inner, bits)
     out = torch.empty_like(x_TH)
     native.quantised_experts(x_TH.data_ptr(), tokens, hidden, 0, 0, 0, 0, 0, inner, packed.data_ptr(), inner, bits,
@@ -132,7 +132,7 @@ def quantized_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) ->
     return out
 
 
-@operation(lambda x_TH, index_TK, weight_TK, experts, inner, shared=None, shared_inner=0, *, bits=4: (
+@register_op(lambda x_TH, index_TK, weight_TK, experts, inner, shared=None, shared_inner=0, *, bits=4: (
     x_TH.new_empty(x_TH.shape)))
 def quantized_experts(
     x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: Sequence[Tensor], inner: int,
@@ -159,7 +159,7 @@ def quantized_experts(
     if shared is not None:
         checks.packed_bytes("shared", shared, mlp_bytes(hidden, shared_inner, bits))
     index_TK, weight_TK = index_TK.contiguous(), weight_TK.contiguous()
-    if not fits(x_TH, *table[:1]):
+    if not runs_native(x_TH, *table[:1]):
         return experts_reference(x_TH, index_TK, weight_TK, table, shared, shared_inner)
     out = torch.empty_like(x_TH)
     native.quantised_experts(
@@ -169,7 +169,7 @@ def quantized_experts(
     return out
 
 
-@operation(lambda x_TGK, packed, offset, stride, rows, *, bits=4: x_TGK.new_empty(*x_TGK.shape[:2], rows))
+@register_op(lambda x_TGK, packed, offset, stride, rows, *, bits=4: x_TGK.new_empty(*x_TGK.shape[:2], rows))
 def grouped_quantized_linear(
     x_TGK: Tensor, packed: Tensor, offset: int, stride: int, rows: int, *, bits: int = 4
 ) -> Tensor:
@@ -182,7 +182,7 @@ def grouped_quantized_linear(
     if offset < 0 or stride < 0 or offset % 64 or stride % 64:
         raise ValueError(f"offset and stride must be multiples of 64 bytes, got {offset} and {stride}")
     checks.packed_bytes("packed", packed, offset + (groups - 1) * stride + matrix_bytes(rows, columns, bits))
-    if not fits(packed) or x_TGK.stride(2) != 1:
+    if not runs_native(packed) or x_TGK.stride(2) != 1:
         parts = (packed.flatten()[offset + g * stride :][: matrix_bytes(rows, columns, bits)] for g in range(groups))
         return torch.stack([linear_reference(x_TGK[:, g], unpack(part, rows, columns, bits))
                             for g, part in enumerate(parts)], 1)
@@ -204,7 +204,7 @@ def pack_panels(w_OK: Tensor) -> Tensor:
     return pad(w_OK, (0, 0, 0, -rows % 16)).view(-1, 16, columns).transpose(1, 2).contiguous()
 
 
-@operation(lambda x_TK, packed_PK16: x_TK.new_empty(len(x_TK), 16 * len(packed_PK16)))
+@register_op(lambda x_TK, packed_PK16: x_TK.new_empty(len(x_TK), 16 * len(packed_PK16)))
 def panel_linear(x_TK: Tensor, packed_PK16: Tensor) -> Tensor:
     """[T, 16 P] in float32: x times the matrix of `pack_panels`; products and sums in FP32."""
     x_TK = checks.activations("x", x_TK)
@@ -214,7 +214,7 @@ def panel_linear(x_TK: Tensor, packed_PK16: Tensor) -> Tensor:
         raise ValueError(f"weights must be [P, {columns}, 16], bfloat16 or float32, columns a multiple of 4, got "
                          f"{packed_PK16.dtype} {list(packed_PK16.shape)}")
     rows = len(packed_PK16) * 16
-    if not fits(x_TK, packed_PK16):
+    if not runs_native(x_TK, packed_PK16):
         return x_TK @ packed_PK16.float().transpose(1, 2).reshape(rows, columns).t()
     out = x_TK.new_empty(tokens, rows)
     native.panel_linear(x_TK.data_ptr(), tokens, columns, packed_PK16.data_ptr(), packed_PK16.dtype == torch.bfloat16,

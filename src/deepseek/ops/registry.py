@@ -18,7 +18,7 @@ R = TypeVar("R")
 OPERATIONS: dict[str, Any] = {}  # name -> the declared torch operation
 
 
-def operation(
+def register_op(
     shape_of: Callable[P, R], mutates: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare a function of tensors. shape_of: same arguments, gives empty tensors of the result's shape and dtype.

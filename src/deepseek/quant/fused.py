@@ -4,7 +4,7 @@
                 the absorbed one the query is folded into latent space by W_key, the key half of kv_b_proj, of which
                 there is a copy in 8 bits. Rotation, the latent's norm and the write to the cache are one step.
     gate        its matrix as panels; sigmoid, groups and top-k are one step.
-    layers      where the native kernels can, all of them in one call (ops/blocks.py).
+    layers      where the native kernels can, all of them in one call (ops/native_layers.py).
 
 All of it gives a token the same bits in any company and however its text is cut into calls, in one and the same order;
 the two orders (a prompt's and a later token's, where the caller does not say) differ in rounding.
@@ -15,6 +15,7 @@ Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, K
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -25,21 +26,21 @@ from .. import ops
 from ..config import ModelConfig
 from ..model import CausalLM, RoutingRecord
 from ..model.adapters import EVERYTHING, AdaptedLinear, LowRank, bare, current, of_all_rows, path_of
-from ..model.cache import LatentCache, Pack
+from ..model.cache import LatentCache, PackedBatch
 from ..model.experts import MoE
-from ..model.gate import Gate, Route, rule
-from ..model.mla import MLA, Order, Visible, order_of
+from ..model.gate import Gate, Route, routing_rule
+from ..model.mla import MLA, AttentionContext, AttentionMask, AttnImpl
 from ..model.transformer import DecoderLayer, MTPLayer
-from ..ops.blocks import Attention, FeedForward, LayerBlock, LayerStack
 from ..ops.latent import Sequences, latent_pages, naive_pages, prepare_pages
 from ..ops.native import native
+from ..ops.native_layers import Attention, FeedForward, LayerBlock, LayerStack
 from ..ops.panels import ROWS, panel_bytes, unpack
 from .linear import QuantizedExperts, QuantizedLinear, QuantizedMLP
-from .panels import quantize_panels
+from .pack import quantize_panels
 
 
-class AbsorbedSide:
-    """A side path on kv_b_proj, s B A, in the absorbed order: what it adds to queries and to values. B is in 8 bits by
+class AbsorbedLora:
+    """LoRA on kv_b_proj, s B A, in absorbed attention: what it adds to queries and to values. B is in 8 bits by
     head, as W_key is there; r is the rank, padded to whole panels."""
 
     def __init__(self, path: LowRank, config: ModelConfig) -> None:
@@ -61,7 +62,7 @@ class AbsorbedSide:
         return ops.grouped_quantized_linear(latent_TNr, self.value, 0, self.value.shape[1], self.width, bits=8)
 
 
-Sides = Sequence[tuple[AbsorbedSide, slice]]
+AbsorbedLoras = Sequence[tuple[AbsorbedLora, slice]]
 
 
 class FusedMLA(MLA):
@@ -73,7 +74,7 @@ class FusedMLA(MLA):
 
     key: Tensor
     value: Tensor | None
-    sides: dict[str, AbsorbedSide]
+    loras: dict[str, AbsorbedLora]
 
     def fuse(self) -> None:
         config, kv_b = self.config, self.kv_b_proj
@@ -84,9 +85,9 @@ class FusedMLA(MLA):
         self.register_buffer("key", _by_head(key_NDR.transpose(1, 2)), persistent=False)
         in_place = nope % ROWS == 0 and value % ROWS == 0
         self.register_buffer("value", None if in_place else _by_head(value_NWR), persistent=False)
-        self.sides = {}
+        self.loras = {}
 
-    def described(self) -> Attention | None:
+    def native_args(self) -> Attention | None:
         """For a native layer, of the base alone; None where a projection is not quantized."""
         config = self.config
         q_a = bare(self.q_a_proj) if config.q_lora_rank is not None else None
@@ -103,61 +104,58 @@ class FusedMLA(MLA):
             0.0 if q_a is None else self.q_a_layernorm.eps, self.kv_a_layernorm.eps, config.softmax_scale,
             self.key, config.rope_interleave)
 
-    def forward(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
-        layer: int, order: Order = "auto",
-    ) -> Tensor:
+    def forward(self, x_BTH: Tensor, context: AttentionContext, layer: int) -> Tensor:
         batch, tokens, _ = x_BTH.shape
-        if visible is None:
-            visible = Visible(None, batch, tokens, 0, x_BTH.device)
-        if not _kernels_take(visible, cache):
-            return super().forward(x_BTH, cos, sin, visible, cache, layer, order)
-        config = self.config
+        visible = _visible(context, x_BTH)
+        if not _kernels_take(visible, context.cache):
+            return super().forward(x_BTH, replace(context, visible=visible), layer)
+        config, cos, sin = self.config, context.cos, context.sin
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTH)))
         kv = self.kv_a_proj_with_mqa(x_BTH)
         q_BTND = q.view(batch, tokens, config.num_attention_heads, config.qk_head_dim)
-        if isinstance(visible, Pack) and self._takes_pages(visible):
+        if isinstance(visible, PackedBatch) and self._takes_pages(visible):
             return self.o_proj(self._by_pages(q_BTND[0], kv[0], cos[0], sin[0], visible, layer).view(1, tokens, -1))
-        rows, past = _latent_rows(cache, layer, x_BTH, config.latent_dim)
+        rows, past = _latent_rows(context.cache, layer, x_BTH, config.latent_dim)
         q_rope = ops.prepare_latents(q_BTND, kv, self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos, sin,
                                      config.rope_interleave, rows, past)
-        if isinstance(visible, Pack):
+        if isinstance(visible, PackedBatch):
             visible.write(layer, rows[0])
             out = torch.cat([
-                self._by_kernels(q_BTND[:, place], q_rope[:, place], rows, chunk.order,
-                                 Visible(None, 1, chunk.tokens, chunk.past, rows.device), chunk.adapter)
+                self._by_kernels(q_BTND[:, place], q_rope[:, place], rows, chunk.attn_impl,
+                                 AttentionMask(None, 1, chunk.tokens, chunk.past, rows.device), chunk.adapter)
                 for chunk, place, rows in visible.read(layer)], 1)
         else:
-            out = self._by_kernels(q_BTND, q_rope, rows, order_of(order, cache, tokens), visible, of_all_rows())
+            out = self._by_kernels(q_BTND, q_rope, rows, context.impl(tokens), visible, of_all_rows())
         return self.o_proj(out)
 
-    def _by_kernels(self, q_BTND: Tensor, q_rope: Tensor, rows: Tensor, order: Order, visible: Visible,
+    def _by_kernels(self, q_BTND: Tensor, q_rope: Tensor, rows: Tensor, attn_impl: AttnImpl, visible: AttentionMask,
                     adapter: str | None) -> Tensor:
-        """All heads' values, [B, T, N W]. adapter: whose rows they are; with a side path on kv_b_proj the order is
+        """All heads' values, [B, T, N W]. adapter: whose rows they are; with LoRA on kv_b_proj attention is
         absorbed, whatever is asked."""
-        config, kv_b, side = self.config, bare(self.kv_b_proj), self._absorbed_side(adapter)
+        config, kv_b, lora = self.config, bare(self.kv_b_proj), self._absorbed_lora(adapter)
         batch, tokens = q_BTND.shape[:2]
         assert isinstance(kv_b, QuantizedLinear) and visible.span is not None
         q_BTND, q_rope = q_BTND.contiguous(), q_rope.contiguous()
-        if order == "naive" and side is None:
+        if attn_impl == "naive" and lora is None:
             return ops.naive_attention(q_BTND, q_rope, rows, kv_b.packed, config.v_head_dim, *visible.span,
                                        config.softmax_scale, bits=kv_b.bits).flatten(2)
-        sides = [] if side is None else [(side, EVERYTHING)]
-        q_latent = self._queries(q_BTND.flatten(0, 1), sides)
+        loras = [] if lora is None else [(lora, EVERYTHING)]
+        q_latent = self._queries(q_BTND.flatten(0, 1), loras)
         latent = ops.latent_attention(q_latent.view(batch, tokens, *q_latent.shape[1:]), q_rope, rows,
                                       *visible.span, config.softmax_scale)
-        return self._values(latent.flatten(0, 1), sides).view(batch, tokens, -1)
+        return self._values(latent.flatten(0, 1), loras).view(batch, tokens, -1)
 
-    def _takes_pages(self, pack: Pack) -> bool:
+    def _takes_pages(self, pack: PackedBatch) -> bool:
         """Whether the kernels can read the pack's pages where they lie."""
         prompts = pack.chunks[: pack.naive]
         return native is not None and self.config.kv_lora_rank % ROWS == 0 and not (
             isinstance(self.kv_b_proj, AdaptedLinear) and any(self.kv_b_proj.path(c.adapter) for c in prompts))
 
-    def _by_pages(self, q_TND: Tensor, kv_TC: Tensor, cos_TP: Tensor, sin_TP: Tensor, pack: Pack, layer: int) -> Tensor:
+    def _by_pages(self, q_TND: Tensor, kv_TC: Tensor, cos_TP: Tensor, sin_TP: Tensor, pack: PackedBatch,
+                  layer: int) -> Tensor:
         """All heads' values of a pack's tokens, [T, N W]; their rows of the pool are written. The same kernels as in
         `_by_kernels`, for all chunks at once."""
         config, kv_b, cache = self.config, bare(self.kv_b_proj), pack.pool.data[layer]
@@ -170,37 +168,37 @@ class FusedMLA(MLA):
             parts.append(naive_pages(q_TND[:first], q_rope[:first], cache, kv_b.packed, config.v_head_dim, prompts,
                                      config.softmax_scale, kv_b.bits))
         if first < len(q_TND):
-            sides = [(side, slice(rows.start - first, rows.stop - first)) for name, rows in pack.spans
-                     if (side := self._absorbed_side(name)) is not None]
-            latent = latent_pages(self._queries(q_TND[first:], sides), q_rope[first:], cache, later.moved(),
+            loras = [(lora, slice(rows.start - first, rows.stop - first)) for name, rows in pack.spans
+                     if (lora := self._absorbed_lora(name)) is not None]
+            latent = latent_pages(self._queries(q_TND[first:], loras), q_rope[first:], cache, later.moved(),
                                   config.softmax_scale)
-            parts.append(self._values(latent, sides))
+            parts.append(self._values(latent, loras))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
-    def _queries(self, q_TND: Tensor, sides: Sides) -> Tensor:
+    def _queries(self, q_TND: Tensor, loras: AbsorbedLoras) -> Tensor:
         """Each head's query in latent space, [T, N, R]."""
         config = self.config
         q_TND = q_TND[..., : config.qk_nope_head_dim]
         out_TNR = ops.grouped_quantized_linear(q_TND, self.key, 0, self.key.shape[1], config.kv_lora_rank, bits=8)
-        for side, rows in sides:
-            out_TNR[rows] += side.queries(q_TND[rows])
+        for lora, rows in loras:
+            out_TNR[rows] += lora.queries(q_TND[rows])
         return out_TNR
 
-    def _values(self, latent_TNR: Tensor, sides: Sides) -> Tensor:
+    def _values(self, latent_TNR: Tensor, loras: AbsorbedLoras) -> Tensor:
         """Each head's summed latent through the value half of kv_b_proj, [T, N, W]."""
         out_TNW = self._base_values(latent_TNR)
-        for side, rows in sides:
-            out_TNW[rows] += side.values(latent_TNR[rows])
+        for lora, rows in loras:
+            out_TNW[rows] += lora.values(latent_TNR[rows])
         return out_TNW
 
-    def _absorbed_side(self, adapter: str | None) -> AbsorbedSide | None:
-        """An adapter's side path on kv_b_proj, if there is one, in the absorbed order's form; made when first used."""
+    def _absorbed_lora(self, adapter: str | None) -> AbsorbedLora | None:
+        """An adapter's matrices on kv_b_proj as absorbed attention needs them, made when first used; None without."""
         path = path_of(self.kv_b_proj, adapter)
         if path is None or adapter is None:
             return None
-        if adapter not in self.sides:
-            self.sides[adapter] = AbsorbedSide(path, self.config)
-        return self.sides[adapter]
+        if adapter not in self.loras:
+            self.loras[adapter] = AbsorbedLora(path, self.config)
+        return self.loras[adapter]
 
     def _base_values(self, latent_TNR: Tensor) -> Tensor:
         config, kv_b = self.config, bare(self.kv_b_proj)
@@ -219,9 +217,9 @@ def _by_head(w_NOK: Tensor) -> Tensor:
     return torch.stack([quantize_panels(w_OK.contiguous(), 8)[0].flatten() for w_OK in w_NOK])
 
 
-def _kernels_take(visible: Visible | Pack, cache: LatentCache | None) -> bool:
+def _kernels_take(visible: AttentionMask | PackedBatch, cache: LatentCache | None) -> bool:
     """They read FP32 rows, and see a range of them."""
-    if isinstance(visible, Pack):
+    if isinstance(visible, PackedBatch):
         return visible.pool.data.dtype == torch.float32 and visible.pool.data.device.type == "cpu"
     return (cache is None or cache.data.dtype == torch.float32) and visible.span is not None
 
@@ -237,7 +235,7 @@ class FusedGate(Gate):
 
     def forward(self, x_TH: Tensor) -> Route:
         logits_TE = ops.panel_linear(x_TH, self.weight_PH16)[:, : self.config.n_routed_experts]
-        return Route(*ops.choose_experts(logits_TE.contiguous(), self.bias, *rule(self.config)))
+        return Route(*ops.choose_experts(logits_TE.contiguous(), self.bias, *routing_rule(self.config)))
 
 
 class FusedLayer(DecoderLayer):
@@ -245,25 +243,25 @@ class FusedLayer(DecoderLayer):
 
     block: LayerBlock | None = None
 
-    def described(self) -> LayerBlock:
+    def native_args(self) -> LayerBlock:
         if self.block is None:
-            self.block = self._describe()
+            self.block = self._native_args()
         return self.block
 
-    def _describe(self) -> LayerBlock:
+    def _native_args(self) -> LayerBlock:
         attention, mlp = self.self_attn, self.mlp
         ffn = None
         if isinstance(mlp, MoE) and isinstance(bare(mlp.experts), QuantizedExperts) and not (
                 hasattr(mlp, "shared_experts")):
             gate, experts = mlp.gate, bare(mlp.experts)
             if isinstance(gate, FusedGate):
-                chosen = (gate.config.n_routed_experts, *rule(gate.config))
+                chosen = (gate.config.n_routed_experts, *routing_rule(gate.config))
                 ffn = FeedForward(experts.table.bits, chosen, gate.weight_PH16, gate.bias, experts.table,
                                   experts.shared, experts.shared_inner)
         elif isinstance(mlp, QuantizedMLP):
             no_gate = (0, 0, 0, 0, 0, False, False, False, 0.0)
             ffn = FeedForward(mlp.bits, no_gate, None, None, None, mlp.packed, mlp.inner)
-        return LayerBlock(attention.described() if isinstance(attention, FusedMLA) else None, ffn,
+        return LayerBlock(attention.native_args() if isinstance(attention, FusedMLA) else None, ffn,
                           self.input_layernorm.weight, self.post_attention_layernorm.weight, self.input_layernorm.eps)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -278,21 +276,18 @@ class FusedCausalLM(CausalLM):
     ahead = LayerStack()  # the MTP module that drafts
     residency: Any = None  # a native Residency where not all experts are in memory (engine/residency.py)
 
-    def _layers(
-        self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visible | Pack | None, cache: LatentCache | None,
-        routing: RoutingRecord | None, order: Order
-    ) -> Tensor:
+    def _layers(self, x_BTH: Tensor, context: AttentionContext, routing: RoutingRecord | None) -> Tensor:
         layers = cast(list[FusedLayer], list(self.model.layers))
         self.stack = _stack(self.stack, layers)
         batch, tokens, _ = x_BTH.shape
-        if visible is None:
-            visible = Visible(None, batch, tokens, 0, x_BTH.device)
-        if not _natively(self.stack, x_BTH, cos, visible, cache):
-            return super()._layers(x_BTH, cos, sin, visible, cache, routing, order)
+        visible, cache = _visible(context, x_BTH), context.cache
+        context = replace(context, visible=visible)
+        if not _natively(self.stack, x_BTH, context):
+            return super()._layers(x_BTH, context, routing)
         x = x_BTH.clone(memory_format=torch.contiguous_format)
-        cos, sin = (angle.expand(batch, -1, -1).contiguous().flatten(0, 1) for angle in (cos, sin))
-        naive = batch if order_of(order, cache, tokens) == "naive" else 0
-        if isinstance(visible, Pack):
+        cos, sin = (angle.expand(batch, -1, -1).contiguous().flatten(0, 1) for angle in (context.cos, context.sin))
+        naive = batch if context.impl(tokens) == "naive" else 0
+        if isinstance(visible, PackedBatch):
             rows, stride = visible.pool.data, visible.pool.data.stride(0)
             sequences, naive = visible.sequences, visible.naive
         else:
@@ -307,32 +302,38 @@ class FusedCausalLM(CausalLM):
             routing.routes.update(zip(gated, (Route(*route) for route in routes), strict=True))
         return x
 
-    def _ahead(self, block: MTPLayer, x_BTH: Tensor, cos: Tensor, sin: Tensor, pack: Pack) -> Tensor:
-        self.ahead = _stack(self.ahead, [cast(FusedLayer, block)])
-        if not _natively(self.ahead, x_BTH, cos, pack, None):
-            return super()._ahead(block, x_BTH, cos, sin, pack)
+    def _ahead(self, block: MTPLayer, x_BTH: Tensor, context: AttentionContext) -> Tensor:
+        self.ahead, pack = _stack(self.ahead, [cast(FusedLayer, block)]), context.visible
+        if not _natively(self.ahead, x_BTH, context):
+            return super()._ahead(block, x_BTH, context)
+        assert isinstance(pack, PackedBatch)
         x, rows = x_BTH.clone(memory_format=torch.contiguous_format), pack.pool.data[block.layer :]
-        cos, sin = cos.contiguous().flatten(0, 1), sin.contiguous().flatten(0, 1)
+        cos, sin = (angle.contiguous().flatten(0, 1) for angle in (context.cos, context.sin))
         self.ahead.run(x.flatten(0, 1), cos, sin, rows, rows.stride(0), pack.sequences, pack.naive, False, None)
         return x
 
 
 def absorbs(model: CausalLM, targets: Sequence[str]) -> bool:
-    """Whether prompts of an adapter with side paths on `targets` run in the absorbed order: the kernels of the naive
-    one read kv_b_proj where it lies and know no side path."""
+    """Whether prompts of an adapter on `targets` run absorbed: the kernels of naive attention read kv_b_proj where it
+    lies and know no LoRA."""
     return isinstance(model, FusedCausalLM) and any(target.endswith(".kv_b_proj") for target in targets)
 
 
 def _stack(known: LayerStack, layers: Sequence[FusedLayer]) -> LayerStack:
-    blocks = tuple(layer.described() for layer in layers)
+    blocks = tuple(layer.native_args() for layer in layers)
     return known if blocks == known.blocks else LayerStack(blocks)  # compares identities
 
 
-def _natively(stack: LayerStack, x_BTH: Tensor, cos: Tensor, visible: Visible | Pack, cache: LatentCache | None
-              ) -> bool:
-    controlled = isinstance(visible, Pack) and visible.control is not None
-    return (stack.ready and not torch.compiler.is_compiling() and x_BTH.dtype == cos.dtype == torch.float32
-            and not controlled and not current() and _kernels_take(visible, cache))
+def _visible(context: AttentionContext, x_BTH: Tensor) -> AttentionMask | PackedBatch:
+    batch, tokens, _ = x_BTH.shape
+    return context.visible or AttentionMask(None, batch, tokens, 0, x_BTH.device)
+
+
+def _natively(stack: LayerStack, x_BTH: Tensor, context: AttentionContext) -> bool:
+    visible = _visible(context, x_BTH)
+    controlled = isinstance(visible, PackedBatch) and visible.control is not None
+    return (stack.ready and not torch.compiler.is_compiling() and x_BTH.dtype == context.cos.dtype == torch.float32
+            and not controlled and not current() and _kernels_take(visible, context.cache))
 
 
 def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: int) -> tuple[Tensor, int]:
@@ -363,9 +364,9 @@ def fuse(model: CausalLM) -> None:
 def unfuse(model: CausalLM) -> None:
     """Take the inference forms back: module by module, as a gradient or a module put in the place of one needs it."""
     for block in (*model.model.layers, *model.model.mtp):
-        block.__class__ = MTPLayer if hasattr(block, "entrance") else DecoderLayer
+        block.__class__ = MTPLayer if hasattr(block, "input") else DecoderLayer
         if isinstance(block.self_attn, FusedMLA):
-            del block.self_attn.key, block.self_attn.value, block.self_attn.sides
+            del block.self_attn.key, block.self_attn.value, block.self_attn.loras
             block.self_attn.__class__ = MLA  # type: ignore[assignment]
         if isinstance(block.mlp, MoE) and isinstance(block.mlp.gate, FusedGate):
             del block.mlp.gate.weight_PH16

@@ -1,6 +1,6 @@
-"""Quantized modules in the places of the model's own. The model is built as ever and does not know.
+"""Quantized modules that replace the model's own; the model's code stays as it is.
 
-A `Place` is a module that can be quantized, found by its class in a model that may be on the meta device:
+A `QuantTarget` is a module that can be quantized, found by its class in a model that may be on the meta device:
 
     matrix   Linear          packed: a matrix [rows, columns] (ops/panels.py)
     mlp      MLP             packed: gate and up [rows, columns], down [columns, rows]
@@ -39,7 +39,7 @@ METHOD, VERSION = "moe_dr", 1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantConfig:
     """How a checkpoint is quantized: `quantization_config` of its config.json. keep: patterns (fnmatch) of the names of
     weights that stay as they were. Raises ConfigError for a format that there is not."""
 
@@ -58,7 +58,7 @@ class Recipe:
         return {"quant_method": METHOD, "format": self.format, "version": VERSION, "keep": list(self.keep)}
 
     @classmethod
-    def of(cls, config: ModelConfig, origin: str) -> Recipe | None:
+    def of(cls, config: ModelConfig, origin: str) -> QuantConfig | None:
         """That of a checkpoint's config, None where the weights are plain, DeepSeek's FP8 or int4 (int4.py).
 
         Raises ConfigError naming `origin` for a method, version or format that is not read here.
@@ -92,7 +92,7 @@ class Recipe:
             raise ConfigError(f"{origin}: quantization_config.{error}") from None
 
 
-class Place(NamedTuple):
+class QuantTarget(NamedTuple):
     """A module to quantize: its name in the model, and the shape described at the top of this file."""
 
     kind: Literal["matrix", "mlp", "experts", "table"]
@@ -101,45 +101,45 @@ class Place(NamedTuple):
     columns: int
 
 
-def places(model: CausalLM) -> Iterator[Place]:
+def quant_targets(model: CausalLM) -> Iterator[QuantTarget]:
     """Everything in the model that can be quantized, in the model's order."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
         if isinstance(module, RoutedExperts):
-            yield Place("experts", name, module.down_proj.shape[2], module.down_proj.shape[1])
+            yield QuantTarget("experts", name, module.down_proj.shape[2], module.down_proj.shape[1])
         elif isinstance(module, MLP):
             inside = (f"{name}.",)
-            yield Place("mlp", name, module.gate_proj.out_features, module.gate_proj.in_features)
+            yield QuantTarget("mlp", name, module.gate_proj.out_features, module.gate_proj.in_features)
         elif isinstance(module, Linear):
-            yield Place("matrix", name, module.out_features, module.in_features)
+            yield QuantTarget("matrix", name, module.out_features, module.in_features)
         elif isinstance(module, nn.Embedding):
-            yield Place("table", name, module.num_embeddings, module.embedding_dim)
+            yield QuantTarget("table", name, module.num_embeddings, module.embedding_dim)
 
 
-def put(model: CausalLM, place: Place, stored: Sequence[Tensor], bits: Bits) -> None:
-    """Replace the module at `place` by one that computes from `stored`: (packed,), a packed MLP for every expert, or
+def replace_module(model: CausalLM, target: QuantTarget, stored: Sequence[Tensor], bits: Bits) -> None:
+    """Replace the module at `target` by one that computes from `stored`: (packed,), a packed MLP for every expert, or
     (codes, step). Shared experts join the routed ones where those are quantized: one call runs both."""
-    old = model.get_submodule(place.module)
+    old = model.get_submodule(target.module)
     new: nn.Module
-    if place.kind == "matrix":
-        new = QuantizedLinear(stored[0], place.rows, place.columns, old.bias, bits)  # type: ignore[arg-type]
-    elif place.kind == "experts":
-        new = QuantizedExperts(stored, place.columns, place.rows, bits)
-    elif place.kind == "table":
+    if target.kind == "matrix":
+        new = QuantizedLinear(stored[0], target.rows, target.columns, old.bias, bits)  # type: ignore[arg-type]
+    elif target.kind == "experts":
+        new = QuantizedExperts(stored, target.columns, target.rows, bits)
+    elif target.kind == "table":
         new = QuantizedEmbedding(stored[0], stored[1])
     else:
-        above = model.get_submodule(place.module.rpartition(".")[0])
+        above = model.get_submodule(target.module.rpartition(".")[0])
         if isinstance(above, MoE) and isinstance(above.experts, QuantizedExperts):
-            above.experts.shared, above.experts.shared_inner = stored[0], place.rows
+            above.experts.shared, above.experts.shared_inner = stored[0], target.rows
             del above.shared_experts
             return
-        new = QuantizedMLP(stored[0], place.rows, bits)
-    model.set_submodule(place.module, new)
+        new = QuantizedMLP(stored[0], target.rows, bits)
+    model.set_submodule(target.module, new)
 
 
-def _through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x) for a gradient to x alone; what it makes dense lives no longer than the call."""
     return checkpoint(function, x, use_reentrant=False)
 
@@ -159,7 +159,7 @@ def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return linear(silu(gate) * up, down)
 
 
-def allow_side_paths(model: nn.Module) -> None:
+def allow_adapters(model: nn.Module) -> None:
     """Let `train()` pass over the quantized modules of `model`: what is around them is trained."""
     for module in model.modules():
         if isinstance(module, _Quantized):
@@ -171,11 +171,11 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 class _Quantized(nn.Module):
-    adapted = False  # side paths are trained around it
+    adapted = False  # LoRA adapters are trained around it
 
     def train(self, mode: bool = True) -> _Quantized:
         if mode and not self.adapted:
-            raise ConfigError("a quantized model has no gradients and cannot be trained: train side paths on it "
+            raise ConfigError("a quantized model has no gradients and cannot be trained: train LoRA adapters on it "
                               "(LoRAAdapter), or the checkpoint it was made from, or write a plain one "
                               "(`deepseek quantize IN OUT --format bf16`)")
         return super().train(False)
@@ -210,7 +210,7 @@ class QuantizedLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         if _wants_gradient(x):
-            return _through(lambda x: linear(x, self._unpacked(), self.bias), x)
+            return _checkpointed(lambda x: linear(x, self._unpacked(), self.bias), x)
         return ops.quantized_linear(x, self.packed, self.out_features, self.bias, bits=self.bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -230,12 +230,12 @@ class QuantizedMLP(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         if _wants_gradient(x):
-            return _through(lambda x: _mlp(x, *_dense_mlp(self.packed, x.shape[-1], self.inner, self.bits)), x)
+            return _checkpointed(lambda x: _mlp(x, *_dense_mlp(self.packed, x.shape[-1], self.inner, self.bits)), x)
         return ops.quantized_mlp(x.flatten(0, -2), self.packed, self.inner, bits=self.bits).view(x.shape)
 
 
 class QuantizedExperts(_Quantized):
-    """The routed experts of a layer, each a packed MLP, and its shared experts where `put` has brought them here.
+    """The routed experts of a layer, each a packed MLP, and its shared experts once `replace_module` moves them here.
 
     The experts' tensors are in a table and no state: a layer has hundreds, mapped from a file.
     """
@@ -283,11 +283,11 @@ class QuantizedExperts(_Quantized):
         out_TH = torch.zeros_like(x_TH)
         for e in torch.unique(route.index_TK[route.index_TK >= 0]).tolist():
             token_P, k_P = (route.index_TK == e).nonzero(as_tuple=True)
-            y_PH = _through(lambda x, e=e: _mlp(x, *self.dense(e)), x_TH[token_P])  # type: ignore[misc]
+            y_PH = _checkpointed(lambda x, e=e: _mlp(x, *self.dense(e)), x_TH[token_P])  # type: ignore[misc]
             out_TH = out_TH.index_add(0, token_P, y_PH * route.weight_TK[token_P, k_P].unsqueeze(1))
         if self.shared is not None:
             shared, table = self.shared, self.table
-            out_TH = out_TH + _through(
+            out_TH = out_TH + _checkpointed(
                 lambda x: _mlp(x, *_dense_mlp(shared, table.hidden, self.shared_inner, table.bits)), x_TH)
         return out_TH
 

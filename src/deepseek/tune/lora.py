@@ -1,4 +1,4 @@
-"""LoRAAdapter: low-rank side paths by peft's fields, on attention and on named experts."""
+"""LoRAAdapter: low-rank adapters by peft's fields, on attention and on named experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..errors import ConfigError
 from ..ids import ExpertId, ExpertSet
 from ..model import CausalLM
-from ..model.adapter import Side, fold, side_paths
+from ..model.adapter import LoraSpec, fold, lora_modules
 from ..quant.linear import is_quantized
 
 # How much of the adapter's effect merging may lose: in FP32 only sums are ordered differently; half precision rounds
@@ -27,7 +27,7 @@ LOSS = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}
 @dataclass(frozen=True)
 class LoRAAdapter:
     """peft's LoraConfig fields (r, lora_alpha, lora_dropout, bias, target_modules, task_type) and `experts`: names of
-    an atlas, or ids such as "3.17", whose gate, up and down get side paths too.
+    an atlas, or ids such as "3.17", whose gate, up and down are adapted too.
 
     target_modules: names of linear modules, "all-linear", or friendly ones: q_proj, k_proj and v_proj stand for MLA's
     own projections where the model has no such module (model/adapter.py). Raises ConfigError naming field and rule.
@@ -43,12 +43,12 @@ class LoRAAdapter:
 
     def __post_init__(self) -> None:
         if self.bias != "none":
-            raise ConfigError(f"bias = {self.bias!r}: must be none (a trained bias would not be a side path)")
+            raise ConfigError(f"bias = {self.bias!r}: must be none (a trained bias would be no LoRA matrix)")
         if self.task_type not in (None, "CAUSAL_LM"):
             raise ConfigError(f"task_type = {self.task_type!r}: must be CAUSAL_LM")
         if isinstance(self.experts, str):
             raise ConfigError(f"experts = {self.experts!r}: must be a list of names")
-        self.side({})
+        self.spec({})
 
     @classmethod
     def of(cls, settings: LoRAAdapter | Mapping[str, Any]) -> LoRAAdapter:
@@ -65,41 +65,41 @@ class LoRAAdapter:
             raise ConfigError(f"adapter: unknown setting {', '.join(unknown)}; there are {', '.join(known)}")
         return cls(**settings)
 
-    def side(self, experts: dict[int, list[int]]) -> Side:
+    def spec(self, experts: dict[int, list[int]]) -> LoraSpec:
         targets = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
-        return Side(self.r, self.lora_alpha, self.lora_dropout, targets, experts)
+        return LoraSpec(self.r, self.lora_alpha, self.lora_dropout, targets, experts)
 
-    def attach(self, model: CausalLM, atlas: Atlas | None = None) -> Side:
-        """Put untrained side paths into `model`, freeze all else; returns what was put where.
+    def attach(self, model: CausalLM, atlas: Atlas | None = None) -> LoraSpec:
+        """Put an untrained adapter into `model`, freeze all else; returns what was put where.
 
         Raises ConfigError for a target that matches nothing, RequestError for an unknown name of experts.
         """
-        side = self.side(named_experts(self.experts, atlas).by_layer())
-        attach_adapter(model, side)
-        return side
+        spec = self.spec(named_experts(self.experts, atlas).by_layer())
+        attach_adapter(model, spec)
+        return spec
 
     @staticmethod
-    def save(model: CausalLM, side: Side, folder: str | Path, base_name: str = "", base: str | None = None) -> Path:
-        """Write the side paths: in peft's format where peft can express them, else in ours (docs/formats.md)."""
-        return save_adapter(folder, model, side, base_name, base or fingerprint(tensor_hashes(model), model.config))
+    def save(model: CausalLM, spec: LoraSpec, folder: str | Path, base_name: str = "", base: str | None = None) -> Path:
+        """Write the adapter: in peft's format where peft can express them, else in ours (docs/formats.md)."""
+        return save_adapter(folder, model, spec, base_name, base or fingerprint(tensor_hashes(model), model.config))
 
     @staticmethod
     @torch.no_grad()
     def merge(model: CausalLM, *, tokens: int = 64, seed: int = 0) -> float:
-        """Add the side paths to the weights, in place, and compare logits before and after on random tokens.
+        """Merge the adapter into the weights, in place, and compare logits before and after on random tokens.
 
         Returns the share of the adapter's effect on the logits that merging lost: the median over the tokens that it
         reaches, 0 where it reaches none. Activations are FP32 for this, whatever the weights are: in half precision an
         effect below their resolution looks like none, and how much is seen depends on the machine's products. Raises
         ConfigError where there is nothing to merge or into what, or where the loss is more than rounding explains; the
-        model is then what it was, side paths included.
+        model is then what it was, adapter included.
         """
-        paths = dict(side_paths(model))
+        paths = dict(lora_modules(model))
         if not paths:
-            raise ConfigError("the model has no side paths to merge")
+            raise ConfigError("the model has no LoRA adapter to merge")
         if is_quantized(model):
-            raise ConfigError("side paths cannot be merged into quantized weights: merge into the plain checkpoint, "
-                              "then quantize that")
+            raise ConfigError("a LoRA adapter cannot be merged into quantized weights: merge into the plain "
+                              "checkpoint, then quantize that")
         if not any(bool(parameter.any()) for module in paths.values()
                    for name, parameter in module.named_parameters(recurse=False) if name.endswith("_B")):
             raise ConfigError("merging would change nothing: every B is zero, the adapter was never trained")

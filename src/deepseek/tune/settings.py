@@ -68,7 +68,7 @@ class TuneConfig:
     """Raises ConfigError naming setting, rule and value.
 
     What is trained: nothing but the experts of expert_tune (names of the atlas, ids such as "3.17", or "auto": those
-    that the records visit most); else everything but those of expert_freeze; with an adapter, its side paths alone.
+    that the records visit most); else everything but those of expert_freeze; with an adapter, its LoRA matrices alone.
     """
 
     expert_tune: Sequence[str] | str | None = setting(None, "names of experts to train alone, or auto")

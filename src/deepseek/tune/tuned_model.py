@@ -14,8 +14,8 @@ from ..atlas.profile import gate_scale
 from ..atlas.selection import THRESHOLDS
 from ..checkpoint import (
     base_tensors,
-    disk_parts,
     fingerprint,
+    hf_names,
     load_model,
     save_adapter,
     save_delta,
@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..files import read_json, write_json
 from ..ids import ExpertId, ExpertSet
 from ..model import CausalLM, RoutingRecord
-from ..model.adapter import Side, TunedExperts, fold
+from ..model.adapter import LoraSpec, TunedExperts, fold
 from ..progress import ProgressBar
 from ..quant.linear import is_quantized
 from ..tokenizer import Tokenizer
@@ -58,11 +58,11 @@ class TunedModel:
     """The base with its trained parts, and the hashes of what it was."""
 
     def __init__(self, plan: TunePlan, model: CausalLM, tokenizer: Tokenizer, hashes: dict[str, str],
-                 dtype: torch.dtype, experts: ExpertSet, side: Side | None, trainable: set[str]) -> None:
+                 dtype: torch.dtype, experts: ExpertSet, spec: LoraSpec | None, trainable: set[str]) -> None:
         """hashes: of every tensor of the base; dtype: that of the base's weights; experts: tuned or frozen ones;
         trainable: names on disk of the tensors that training may change."""
         self.plan, self.model, self.tokenizer, self.hashes, self.dtype = plan, model, tokenizer, hashes, dtype
-        self.experts, self.side, self.trainable = experts, side, trainable
+        self.experts, self.spec, self.trainable = experts, spec, trainable
         self.fingerprint = fingerprint(hashes, model.config)
         with torch.device("meta"):
             self.parameters = sum(p.numel() for p in CausalLM(model.config).parameters())
@@ -77,8 +77,8 @@ class TunedModel:
         hashes = _hashed(model, "hash the base")
         torch.manual_seed(config.seed)
         if plan.adapter is not None:
-            side = plan.adapter.attach(model, plan.atlas)
-            return cls(plan, model, tokenizer, hashes, dtype, plan.named or ExpertSet(), side, set())
+            spec = plan.adapter.attach(model, plan.atlas)
+            return cls(plan, model, tokenizer, hashes, dtype, plan.named or ExpertSet(), spec, set())
         model.requires_grad_(False)
         experts = plan.named
         if config.expert_tune == "auto":
@@ -118,7 +118,7 @@ class TunedModel:
         out: set[str] = set()
         for name in trained(self.model):
             owner = self.model.get_submodule(name.rpartition(".")[0])
-            for disk_name, part in disk_parts(name, self.model.config):
+            for disk_name, part in hf_names(name, self.model.config):
                 if not isinstance(owner, TunedExperts) or (part is not None and part[0] in owner.chosen):
                     out.add(disk_name)
         if balance:
@@ -127,15 +127,15 @@ class TunedModel:
 
     def save_so_far(self) -> None:
         """The result as it stands, without putting the model together: between the rounds of a stream."""
-        if self.side is not None:
-            save_adapter(self.plan.out / "adapter", self.model, self.side, self.plan.model_path, self.fingerprint)
+        if self.spec is not None:
+            save_adapter(self.plan.out / "adapter", self.model, self.spec, self.plan.model_path, self.fingerprint)
         elif self.plan.mode == "experts":
             self._save_delta(dict(self._trained_on_disk()))
 
     def _trained_on_disk(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in trained(self.model).items():
             owner, tensor = self.model.get_submodule(name.rpartition(".")[0]), parameter.detach().to(self.dtype)
-            for disk_name, part in disk_parts(name, self.model.config):
+            for disk_name, part in hf_names(name, self.model.config):
                 if part is None:
                     yield disk_name, tensor
                 elif not isinstance(owner, TunedExperts):
@@ -152,10 +152,10 @@ class TunedModel:
     def finish(self) -> Path:
         """Put the model together again, hash it, and write the result."""
         model, base = self.model.eval(), self.fingerprint
-        if self.side is not None:
+        if self.spec is not None:
             self.hashes_after = _hashed(model, "hash the result")
             if self.plan.save != "full":
-                return save_adapter(self.plan.out / "adapter", model, self.side, self.plan.model_path, base)
+                return save_adapter(self.plan.out / "adapter", model, self.spec, self.plan.model_path, base)
             LoRAAdapter.merge(model)
             return save_model(model, self.plan.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
         fold(model)

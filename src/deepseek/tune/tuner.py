@@ -60,7 +60,7 @@ GENERAL_FILES = 40  # of Python's library, where no general text is given
 
 
 class MoEFineTuner:
-    """Tunes the experts that a domain uses, or all but some, or side paths; see TuneConfig for the settings.
+    """Tunes the experts that a domain uses, or all but some, or LoRA adapters; see TuneConfig for the settings.
 
         tuner = MoEFineTuner(model_path="v3", expert_freeze=["code_expert"], lr=1e-5)
         tuner.fit(legal_dataset, epochs=10)
@@ -94,7 +94,7 @@ class MoEFineTuner:
             raise ConfigError(f"save = {save!r}: must be auto, delta or full")
         if adapter is not None and (save == "delta" or config.expert_tune is not None or config.expert_freeze or (
                 config.shared_experts or config.non_expert_modules or config.train_router or config.balance)):
-            raise ConfigError("adapter: side paths are all that is trained and kept then: give experts to LoRAAdapter"
+            raise ConfigError("adapter: LoRA alone is trained and kept then: give experts to LoRAAdapter"
                               "(experts=[…]), and leave out expert_tune, expert_freeze, shared_experts, "
                               "non_expert_modules, train_router, balance and save = delta")
         if self.replay_data is not None and not config.replay:
@@ -113,16 +113,16 @@ class MoEFineTuner:
             self.atlas.check_fits(model_config)
         if recipe is not None and adapter is None:
             raise ConfigError(f"{model_path}: is quantized, and quantized weights cannot be trained: tune the "
-                              "checkpoint it was made from, or side paths on it (adapter=LoRAAdapter(…))")
+                              "checkpoint it was made from, or LoRA adapters on it (adapter=LoRAAdapter(…))")
         if recipe is not None and save == "full":
-            raise ConfigError("save = 'full': side paths cannot be merged into quantized weights; leave it out, and "
+            raise ConfigError("save = 'full': LoRA adapters cannot be merged into quantized weights; leave it out, and "
                               "merge the adapter into the plain checkpoint")
         if config.balance and model_config.topk_method != "noaux_tc":
             raise ConfigError("balance: this model's gates have no bias to balance with (topk_method = "
                               f"{model_config.topk_method!r})")
         validate_experts(self.named or (), model_config)
         if adapter is not None:
-            check_targets(model_config, recipe, adapter.side({}).targets)
+            check_targets(model_config, recipe, adapter.spec({}).targets)
         positions = model_config.max_position_embeddings
         self.max_length = config.max_length or min(512, positions - 1)
         if self.max_length >= positions:
@@ -139,8 +139,8 @@ class MoEFineTuner:
             f"{count(len(named), 'expert')} in {count(len(named.by_layer()), 'layer')} "
             f"({', '.join(map(str, names or ()))})")
         if adapter is not None:
-            targets = [*adapter.side({}).targets, *([listed] if adapter.experts else [])]
-            what = f"side paths of rank {adapter.r} on {', '.join(targets)}"
+            targets = [*adapter.spec({}).targets, *([listed] if adapter.experts else [])]
+            what = f"LoRA of rank {adapter.r} on {', '.join(targets)}"
         elif config.expert_tune is not None:
             what = listed or "the experts that the records visit most"
         else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .latent import Sequences
-from .native import address, fits, native, threads
+from .native import address, native, runs_native, threads
 from .quantized import ExpertTable
 
 
@@ -65,7 +65,7 @@ class LayerBlock:
         _, _, nope, _, rank, value, _ = attention.sizes
         self.ready = (
             nope % 16 == 0 and value % 16 == 0 and rank % 16 == 0
-            and all(v.dtype == torch.float32 for v in vectors) and fits(*(v for v in given if v is not None)))
+            and all(v.dtype == torch.float32 for v in vectors) and runs_native(*(v for v in given if v is not None)))
         if not self.ready:
             return
         addresses = None if ffn.table is None else ffn.table.addresses

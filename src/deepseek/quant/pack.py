@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.native import fits, native, threads
+from ..ops.native import native, runs_native, threads
 from ..ops.panels import Bits, pack, panel_bytes
 from . import int8, nf4
 
@@ -16,7 +16,7 @@ from . import int8, nf4
 def quantize_panels(w_OK: Tensor, bits: Bits) -> tuple[Tensor, float, float]:
     """(uint8 [ceil(O / 16), panel_bytes], squared error, squared weights) of a finite matrix in float32."""
     rows, columns = w_OK.shape
-    if w_OK.dtype == torch.float32 and fits(w_OK):
+    if w_OK.dtype == torch.float32 and runs_native(w_OK):
         packed = torch.zeros(-(-rows // 16), panel_bytes(columns, bits), dtype=torch.uint8)
         return packed, *native.quantise_panels(w_OK.data_ptr(), rows, columns, bits, packed.data_ptr(), threads())
     q = (nf4 if bits == 4 else int8).quantize(w_OK)
