@@ -81,6 +81,20 @@ def test_profile_show_and_profile_again(planted: Planted, model: Path, data: dic
     assert [refusal.name for refusal in atlas.refused] == ["mixed_expert"]
 
 
+def test_a_map_says_which_column_is_the_text(planted: Planted, model: Path, data: dict[str, Path], deepseek: Run
+                                             ) -> None:
+    for file in data.values():
+        file.write_text(file.read_text().replace('"text"', '"verdict"'))
+    (model.parent / "map.yaml").write_text("text: verdict\n")
+    flags = ["--data", *named(data, "early", "late"), *FLAGS]
+    status, _, said = deepseek("profile", model, *flags)
+    assert status == 2 and "under a known key; it has verdict" in said
+    assert deepseek("profile", model, *flags, "--map", model.parent / "map.yaml")[0] == 0
+    assert set(Atlas.load(model)["late_expert"]) == planted.experts["late"]
+    status, out, _ = deepseek("compare", model, model, "--data", data["early"], "--map", model.parent / "map.yaml")
+    assert status == 0 and "saturation" in out
+
+
 def test_one_name_alone_comes_with_a_warning(model: Path, data: dict[str, Path], deepseek: Run) -> None:
     status, out, _ = deepseek("profile", model, "--data", *named(data, "early"), *FLAGS)
     assert status == 0 and "One name alone shows that its experts are stable" in out

@@ -276,6 +276,31 @@ def test_split_and_pack_hold_out_the_same(tmp_path: Path) -> None:
     assert set(labels.tolist()) == {0, 1, 255}
 
 
+def test_pack_reads_files_by_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = [(text, name) for name, shape in (("law_expert", LAW), ("code_expert", CODE)) for text in texts(shape, 40)]
+    odd = jsonl(tmp_path / "odd.jsonl", [{"verdict": text, "kind": name} for text, name in said])
+    (tmp_path / "map.yaml").write_text("text: verdict\nexpert: kind\n")
+    jsonl(tmp_path / "plain.jsonl", [{"text": text, "expert": name} for text, name in said])
+    stages.validate([tmp_path / "plain.jsonl"], tmp_path / "v")
+    flags = ["--vocab_size", "300", "--valid_fraction", "0.2"]
+    assert cli.main(["data", "pack", str(tmp_path / "v"), "--out", str(tmp_path / "a"), *flags]) == 0
+    words = ["data", "pack", str(odd), "--map", str(tmp_path / "map.yaml"), "--out", str(tmp_path / "b"), *flags]
+    assert cli.main(words) == 0
+    first, second = (TokenShards.open(tmp_path / name) for name in "ab")
+    assert first.fingerprint == second.fingerprint and second.experts == ("code_expert", "law_expert")
+    capsys.readouterr()
+    assert cli.main(words) == 0 and "(unchanged)" in capsys.readouterr().out
+    (tmp_path / "map.yaml").write_text("text: verdict\n")
+    assert cli.main(words) == 0 and "(unchanged)" not in capsys.readouterr().out
+    assert TokenShards.open(tmp_path / "b").experts == ()
+    (tmp_path / "map.yaml").write_text("txt: verdict\n")
+    assert cli.main(words) == 2 and "map.yaml: map: unknown key 'txt'" in capsys.readouterr().err
+    assert cli.main(["data", "tokenizer", str(odd), "--vocab_size", "300", "--out", str(tmp_path / "t")]) == 2
+    (tmp_path / "map.yaml").write_text("text: verdict\n")
+    assert cli.main(["data", "tokenizer", str(odd), "--vocab_size", "300", "--out", str(tmp_path / "t"), "--map",
+                     str(tmp_path / "map.yaml")]) == 0
+
+
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

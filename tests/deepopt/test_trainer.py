@@ -95,6 +95,26 @@ def test_it_says_what_it_holds_and_does_what_the_command_does(
     assert {field.name for field in fields(TrainConfig)} < names and {"config", "out", "from_model"} < names
 
 
+def test_a_map_says_which_column_is_the_text(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (texts / "prose_expert.jsonl").read_text()
+    (tmp_path / "odd.jsonl").write_text(lines.replace('"text"', '"verdict"'))
+    (tmp_path / "map.yaml").write_text("text: verdict\n")
+    given = {"tokenizer": texts / "words", "steps": 2, **QUICK}
+    plain = Trainer(texts / "config.json", out=tmp_path / "a", **given).fit(texts / "prose_expert.jsonl")
+    odd = Trainer(texts / "config.json", out=tmp_path / "b", map={"text": "verdict"}, **given)
+    assert same(plain, odd.fit(tmp_path / "odd.jsonl"))
+    words = ["train", "--out", str(tmp_path / "c"), "--map", str(tmp_path / "map.yaml")]
+    assert main([*words, str(texts / "config.json"), str(tmp_path / "odd.jsonl"), "--tokenizer", str(texts / "words"),
+                 "--steps", "2", *FLAGS]) == 0
+    assert same(plain, tmp_path / "c" / "model")
+    capsys.readouterr()
+    assert main(words) == 2 and "map: has a meaning only with data" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="map: unknown key 'txt'"):
+        Trainer(texts / "config.json", out=tmp_path / "d", map={"txt": "verdict"})
+
+
 def test_a_finished_run_is_extended_by_more_steps(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ from ..data.settings import named_paths
 from ..errors import ConfigError, DataError
 from ..files import locked, write_atomically
 from ..progress import tokens_bar
-from .common import add_device_flags
+from .common import add_device_flags, add_map_flag
 from .parser import Parser, add_command, add_steps
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def _sample_flags(parser: Parser) -> None:
+    add_map_flag(parser)
     parser.add_argument("--tokens", type=int, default=1 << 16, help="tokens to sample (for each name)")
     parser.add_argument("--seq_len", type=int, help="length of a window at most; else 512, or what the model takes")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -70,18 +71,18 @@ def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path
     from ..atlas.profile import doubts, verdict
     from ..atlas.report import table
     from ..checkpoint import load_model
-    from ..data import ReadReport, read_documents
+    from ..data import ReadReport, RecordMap, read_documents
     from ..tokenizer import Tokenizer
 
     known = Atlas.load(out) if out.is_file() else None
     if known is not None and known.shape != (shape := Shape.of(ModelConfig.from_file(folder))):
         raise ConfigError(f"out = {out}: holds the atlas of another model: {known.shape}; this one has {shape}")
-    report = ReadReport()
+    report, mapping = ReadReport(), RecordMap.of(args.map)
     tokenizer, model = Tokenizer.load(folder), load_model(folder, device=args.device)
     with tokens_bar("profile") as advance:
-        measured = profile(model, tokenizer, {name: read_documents(places, report) for name, places in named.items()},
-                           score=args.score, threshold=args.threshold, seq_len=args.seq_len, tokens=args.tokens,
-                           seed=args.seed, progress=advance, atlas=known)
+        documents = {name: read_documents(places, report, mapping) for name, places in named.items()}
+        measured = profile(model, tokenizer, documents, score=args.score, threshold=args.threshold,
+                           seq_len=args.seq_len, tokens=args.tokens, seed=args.seed, progress=advance, atlas=known)
     if report.problems:
         print(report.summary())
     if not measured.names:
@@ -118,7 +119,7 @@ def compare(args: argparse.Namespace) -> None:
     from ..atlas.compare import compare, trace
     from ..atlas.sample import draw, window_length
     from ..checkpoint import load_model, resolve
-    from ..data import ReadReport, read_documents
+    from ..data import ReadReport, RecordMap, read_documents
     from ..tokenizer import Tokenizer
 
     folders = [resolve(name) for name in (args.first, args.second)]
@@ -131,8 +132,8 @@ def compare(args: argparse.Namespace) -> None:
     found = [args.atlas] if args.atlas else [f for folder in reversed(folders) if (f := folder / FILE).is_file()]
     atlas = Atlas.load(found[0]) if found else None
     report = ReadReport()
-    sample = draw("", read_documents(args.data, report), tokenizer, tokens=args.tokens, seed=args.seed,
-                  seq_len=window_length(ModelConfig.from_file(folders[0]), args.seq_len))
+    sample = draw("", read_documents(args.data, report, RecordMap.of(args.map)), tokenizer, tokens=args.tokens,
+                  seed=args.seed, seq_len=window_length(ModelConfig.from_file(folders[0]), args.seq_len))
     if report.problems:
         print(report.summary())
 

@@ -23,6 +23,10 @@ def add_device_flags(parser: Parser) -> None:
     machine.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
 
 
+def add_map_flag(parser: Any) -> None:
+    parser.add_argument("--map", metavar="YAML", help="which column of a record is what, where names do not say it")
+
+
 def apply_device(args: argparse.Namespace) -> None:
     """Check --device and apply --threads, of commands that have them, before anything else is loaded."""
     if not hasattr(args, "threads"):

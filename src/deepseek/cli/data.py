@@ -22,6 +22,7 @@ from ..data.settings import (
     settings_of,
 )
 from ..errors import ConfigError
+from .common import add_map_flag
 from .parser import Parser, add_command, add_settings, add_steps, given_settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def add_flags(parser: Parser) -> None:
     steps = add_steps(parser)
     step = add_command(steps, "tokenizer", tokenizer, "train a byte-level BPE tokenizer on text")
     step.add_argument("data", nargs="+", metavar="DATA", help="text, code, JSONL or folders of them")
+    add_map_flag(step)
     step.add_argument("--vocab_size", type=int, default=16384, help="tokens in all, special ones included")
     step.add_argument("--out", required=True, help="folder to write")
     step = add_command(steps, "run", run, "all steps in a row, as a YAML says; the same command continues a "
@@ -44,23 +46,24 @@ def add_flags(parser: Parser) -> None:
     step.add_argument("data", nargs="*", metavar="DATA", help="files, folders, patterns or hf:NAME[:SPLIT]")
     step.add_argument("--sources", nargs="+", action="extend", default=[], metavar="NAME=DATA",
                       help="the same, for the expert NAME")
-    step.add_argument("--map", metavar="YAML", help="which column is what, where its name does not say it")
+    add_map_flag(step)
     _shared(step, ValidateSettings, experts="names that records may bear; any if not given")
     step = add_command(steps, "dedup", dedup, "drop records that say the same as an earlier one, exactly or nearly")
-    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
     _shared(step, DedupSettings)
     step = add_command(steps, "label", label, "name the expert of records: as given, by keywords, by a classifier")
-    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
     _shared(step, LabelSettings, experts="the only names to give")
     step = add_command(steps, "split", split, "records by expert into training and held-out ones")
-    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
     _shared(step, SplitSettings)
     step = add_command(steps, "pack", pack, "records into token shards for training")
-    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote; with --map any DATA")
+    add_map_flag(step)
     _shared(step, PackSettings, experts="the names in the order of the model's groups; sorted if not given")
     add_settings(step, SplitSettings, {})
     step = add_command(steps, "report", report, "counts, lengths, languages, complexity and balance per expert")
-    step.add_argument("source", metavar="IN", help="folder of records that a step wrote")
+    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
     step.add_argument("--out", required=True, help="folder to write")
 
 
@@ -88,7 +91,8 @@ def tokenizer(args: argparse.Namespace) -> None:
 
     report = ReadReport()
     with locked(args.out):
-        trained = Tokenizer.train((document.text for document in read_documents(args.data, report)), args.vocab_size)
+        documents = read_documents(args.data, report, RecordMap.of(args.map))
+        trained = Tokenizer.train((document.text for document in documents), args.vocab_size)
         trained.save(args.out)
     print(report.summary())
     print(f"{trained.vocab_size:,} tokens written to {args.out}\n"
@@ -121,7 +125,7 @@ def validate(args: argparse.Namespace) -> None:
     sources = ({"": args.data} if args.data else {}) | named_paths(args.sources, "sources")
     if not sources:
         raise ConfigError("data: at least one DATA or --sources NAME=DATA must be given")
-    mapping = RecordMap.load(args.map) if args.map else None
+    mapping = RecordMap.of(args.map)
     with _bar("validate") as progress:
         done = validate(sources, args.out, _settings(args, ValidateSettings), experts=args.experts, mapping=mapping,
                         workers=args.workers, progress=progress)
@@ -179,9 +183,10 @@ def pack(args: argparse.Namespace) -> None:
 
     with _bar("pack") as progress:
         done = pack(args.source, args.out, _settings(args, PackSettings), held_out=_settings(args, SplitSettings),
-                    experts=args.experts, progress=progress)
+                    experts=args.experts, mapping=RecordMap.of(args.map), progress=progress)
     print(_line("pack", done))
-    _try(f"data report {args.source} --out REPORT")
+    _try(f"data report {args.source} --out REPORT" if args.map is None else
+         f"train nano {args.source} --map {args.map} --out runs/first")
 
 
 def report(args: argparse.Namespace) -> None:

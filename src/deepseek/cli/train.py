@@ -12,7 +12,7 @@ from ..config import PRESETS, ModelConfig
 from ..data.settings import named_paths
 from ..deepopt.settings import TrainConfig
 from ..errors import ConfigError, MoEDRError
-from .common import add_device_flags
+from .common import add_device_flags, add_map_flag
 from .parser import Parser, add_settings, given_settings
 
 
@@ -25,6 +25,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--from", dest="from_model", metavar="MODEL", help="a checkpoint folder or a hub id: starts "
                         "from its weights, with its configuration, tokenizer and names; all parameters are trained")
     parser.add_argument("--tokenizer", help="folder of a tokenizer; else one is trained on the data")
+    add_map_flag(parser)
     parser.add_argument("--valid_fraction", type=float, help="share of the documents held out (default: 0.01)")
     add_settings(parser, TrainConfig, {
         "schedule": "steps batch_size seq_len accumulation lr min_lr_ratio warmup_steps seed",
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     where |= {} if args.valid_fraction is None else {"valid_fraction": args.valid_fraction}
     if not words and args.from_model is None and not args.experts and args.tokenizer is None:
         leg = {key: given.pop(key) for key in ("steps", "lr", "min_lr_ratio", "warmup_steps") if key in given}
-        trainer, data = replace(Trainer.resume(out, device=args.device, **leg), **given), None
+        trainer, data = replace(Trainer.resume(out, device=args.device, **leg), map=args.map, **given), None
         if args.valid_fraction not in (None, trainer.valid_fraction):
             raise ConfigError(f"valid_fraction = {args.valid_fraction}: the run in {out} has {trainer.valid_fraction}")
     else:
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
                               "config.json goes before DATA, or --from MODEL instead of it")
         config = words.pop(0) if args.from_model is None and words else None
         data = _training_data(words, args.experts)
-        trainer = Trainer(config, out=out, from_model=args.from_model, tokenizer=args.tokenizer, **where, **given)
+        trainer = Trainer(config, out=out, from_model=args.from_model, tokenizer=args.tokenizer, map=args.map,
+                          **where, **given)
     model = trainer.fit(data)
     print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"
           f"try:   deepseek-infer --model {model} --prompt '…'")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, nearest
 from ..tune.settings import TuneConfig
-from .common import template_variables
+from .common import add_map_flag, template_variables
 from .parser import Parser, add_settings
 
 # fields of LoRAAdapter, as --adapter takes them
@@ -38,7 +38,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--replay_data", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
     for flag in _RENAMED:
         parser.add_argument(f"--{flag}", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--map", metavar="YAML", help="which column of a record is what, where names do not say it")
+    add_map_flag(parser)
     parser.add_argument("--show_records", type=int, metavar="N",
                         help="print what would be learnt of the first N records, and stop")
     parser.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (default: auto)")

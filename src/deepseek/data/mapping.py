@@ -92,6 +92,13 @@ class RecordMap:
         return cls(**values)
 
     @classmethod
+    def of(cls, value: RecordMap | Mapping[str, Any] | str | Path | None) -> RecordMap | None:
+        """Return a map from its keys or its YAML file; a map and None are returned unchanged."""
+        if value is None or isinstance(value, RecordMap):
+            return value
+        return cls.load(value) if isinstance(value, str | Path) else cls.from_dict(value)
+
+    @classmethod
     def load(cls, path: str | Path) -> RecordMap:
         """From a YAML file. Raises NotFoundError, or ConfigError naming the file."""
         try:

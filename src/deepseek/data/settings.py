@@ -135,9 +135,7 @@ class PipelineConfig(_Checked):
             if "out" not in keys:
                 raise ConfigError("out: must be given: the folder that takes the results")
             keys["experts"] = tuple(keys.get("experts") or ())
-            if keys.get("map") is not None:
-                keys["map"] = (RecordMap.load(keys["map"]) if isinstance(keys["map"], str)
-                               else RecordMap.from_dict(keys["map"]))
+            keys["map"] = RecordMap.of(keys.get("map"))
             kinds = {"validate": ValidateSettings, "dedup": DedupSettings, "label": LabelSettings,
                      "split": SplitSettings, "pack": PackSettings}
             for name, kind in kinds.items():

@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -37,6 +38,7 @@ from ..spoken import encode_conversation
 from ..tokenizer import Tokenizer
 from .encode import Encoder, flat, join, spread
 from .held_out import Held, count_held, held_out_place, hold_out, notes
+from .mapping import RecordMap
 from .reader import Document, Named, ReadReport, list_files, read_documents
 from .records import COLUMNS
 from .stage import ordered_map
@@ -173,8 +175,9 @@ def _cut(tokens: np.ndarray, experts: np.ndarray | None, starts: Sequence[int], 
 
 def pack_cached(paths: Sequence[str | Path] | Named, tokenizer: Tokenizer, folder: str | Path, *,
                 valid_fraction: float = 0.01, seed: int = 0, strict: bool = False, progress: Progress | None = None,
-                names: Sequence[str] = (), expect: str | None = None) -> tuple[TokenShards, ReadReport | None]:
-    """Read and pack `paths`, unless `folder` holds the same: equal paths, sizes, times, names, tokenizer and split.
+                names: Sequence[str] = (), expect: str | None = None, mapping: RecordMap | None = None
+                ) -> tuple[TokenShards, ReadReport | None]:
+    """Read and pack `paths`, unless `folder` holds the same: equal paths, sizes, times, map, names, tokenizer, split.
 
     Returns the shards and what was read, None where nothing had to be. names: the expert names in the order that
     counts, some perhaps without text; else those of `paths`. Raises as `read_documents` and `pack` do.
@@ -184,14 +187,14 @@ def pack_cached(paths: Sequence[str | Path] | Named, tokenizer: Tokenizer, folde
              for name, places in named.items() for file in list_files(places)]
     names = names or tuple(filter(None, named))
     parts = [FORMAT, files, tokenizer.fingerprint, valid_fraction, seed,
-             *([names] if [*names] != [*filter(None, named)] else [])]
+             *([names] if [*names] != [*filter(None, named)] else []), *([asdict(mapping)] if mapping else [])]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if (Path(folder) / "shards.json").is_file():
         shards = TokenShards.open(folder)
         if shards.about.get("fingerprint") == fingerprint:
             return shards, None
     report = ReadReport(strict=strict)
-    shards = pack(read_documents(paths, report), tokenizer, folder, valid_fraction=valid_fraction, seed=seed,
+    shards = pack(read_documents(paths, report, mapping), tokenizer, folder, valid_fraction=valid_fraction, seed=seed,
                   progress=progress, report=report, fingerprint=fingerprint, experts=names, expect=expect)
     return shards, report
 
@@ -206,7 +209,7 @@ def pack(documents: Iterable[Document], tokenizer: Tokenizer, folder: str | Path
     DataError, as does an input without a token. experts: the names that documents bear, in the order that counts.
     expect: the fingerprint that the shards must have; others are a ConfigError, which leaves `folder` as it was.
     """
-    return pack_tables(_tables(documents), tokenizer, folder, valid_fraction=valid_fraction, seed=seed,
+    return pack_tables(document_tables(documents), tokenizer, folder, valid_fraction=valid_fraction, seed=seed,
                        progress=progress, report=report, fingerprint=fingerprint, experts=experts, expect=expect)
 
 
@@ -318,7 +321,8 @@ def _move(source: BinaryIO, target: BinaryIO, ranges: Sequence[tuple[int, int]])
     source.truncate(to)
 
 
-def _tables(documents: Iterable[Document]) -> Iterator[polars.DataFrame]:
+def document_tables(documents: Iterable[Document]) -> Iterator[polars.DataFrame]:
+    """Collect documents into tables with the columns PACKED."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..domain import NAMES, DomainClassifier, KeywordRules
 from .dedup import find_duplicates
 from .held_out import LEAST, count_held, held_out_place, hold_out, notes
 from .mapping import RecordMap
-from .reader import Named, ReadReport
+from .reader import Named, ReadReport, read_documents
 from .records import Parts, read_tables
 from .settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings, check_names
 from .stage import Progress, StageResult, input_fingerprint, ordered_map, run_stage
@@ -257,26 +257,34 @@ def split(source: str | Path, out: str | Path, settings: SplitSettings | None = 
 
 def pack(
     source: str | Path, out: str | Path, settings: PackSettings | None = None, *, held_out: SplitSettings | None = None,
-    experts: Sequence[str] = (), progress: Progress | None = None,
+    experts: Sequence[str] = (), mapping: RecordMap | None = None, progress: Progress | None = None,
 ) -> StageResult:
     """Write records as token shards for training. held_out: as in `split`. experts: names in the order of the routing
-    groups; by default those of the records, sorted. A tokenizer trained here is written to OUT/tokenizer."""
+    groups; by default those of the records, sorted. mapping: `source` is files or a folder as `validate` takes them,
+    and this says what their columns are. A tokenizer trained here is written to OUT/tokenizer."""
     settings, held_out = settings or PackSettings(), held_out or SplitSettings()
+
+    def tables(columns: Sequence[str], report: ReadReport | None = None) -> Iterator[polars.DataFrame]:
+        if mapping is None:
+            return read_tables(source, columns)
+        from . import shards
+
+        return shards.document_tables(read_documents([source], report or ReadReport(), mapping))
 
     def work(folder: Path) -> dict[str, Any]:
         from ..tokenizer import Tokenizer
         from . import shards
 
-        names = experts or sorted({name for table in read_tables(source, ["expert"])
+        names = experts or sorted({name for table in tables(["expert"])
                                    for name in table["expert"].drop_nulls().unique()})
         if settings.tokenizer:
             tokenizer = Tokenizer.load(settings.tokenizer)
         else:
-            tokenizer = Tokenizer.train(_some_texts(source), settings.vocab_size)
+            tokenizer = Tokenizer.train(_some_texts(tables(["text"])), settings.vocab_size)
 
         report = ReadReport()
         packed = shards.pack_tables(
-            read_tables(source, shards.PACKED), tokenizer, folder, valid_fraction=held_out.valid_fraction,
+            tables(shards.PACKED, report), tokenizer, folder, valid_fraction=held_out.valid_fraction,
             seed=held_out.seed, experts=names, report=report,
             progress=progress and (lambda records, _: progress(records)))
         if not settings.tokenizer:
@@ -285,7 +293,8 @@ def pack(
                 "valid_tokens": packed.valid_tokens, "experts": list(names), "refused": len(report.problems),
                 "tokenizer": tokenizer.fingerprint, "notes": packed.notes()}
 
-    given = [input_fingerprint(source), asdict(settings), asdict(held_out), list(experts), LEAST]
+    given = [input_fingerprint(source) if mapping is None else [source_fingerprint({"": [source]}), asdict(mapping)],
+             asdict(settings), asdict(held_out), list(experts), LEAST]
     if settings.tokenizer:
         from ..tokenizer import Tokenizer
 
@@ -293,9 +302,9 @@ def pack(
     return run_stage("pack", out, given, work)
 
 
-def _some_texts(source: str | Path) -> Iterator[str]:
+def _some_texts(tables: Iterable[polars.DataFrame]) -> Iterator[str]:
     characters = 0
-    for table in read_tables(source, ["text"]):
+    for table in tables:
         for text in table["text"]:
             yield text
             characters += len(text)

@@ -21,7 +21,7 @@ from ..atlas import Atlas
 from ..atlas.atlas import FILE
 from ..checkpoint import find_config, fingerprint, load_model, open_checkpoint, resolve, stored_dtype, tensor_hashes
 from ..config import ModelConfig
-from ..data import ReadReport, TokenShards, list_files, pack_cached, read_documents
+from ..data import ReadReport, RecordMap, TokenShards, list_files, pack_cached, read_documents
 from ..data.settings import check_names
 from ..errors import ConfigError
 from ..files import locked, replace_folder
@@ -47,7 +47,8 @@ class Trainer(TrainConfig):
 
     config: a preset, a config.json, a checkpoint folder or hub id whose configuration is taken, or a ModelConfig.
     from_model: a checkpoint whose weights, configuration, tokenizer and names are taken. out: folder of the run.
-    tokenizer: a folder; else one is trained on the data. All other settings: TrainConfig. Raises ConfigError naming
+    tokenizer: a folder; else one is trained on the data. map: which columns of records are what (a RecordMap, its
+    keys, or a YAML file), where their names do not say it. All other settings: TrainConfig. Raises ConfigError naming
     setting, rule and value.
     """
 
@@ -55,6 +56,7 @@ class Trainer(TrainConfig):
     out: str | Path = field(kw_only=True)
     from_model: str | Path | None = field(default=None, kw_only=True)
     tokenizer: str | Path | None = field(default=None, kw_only=True)
+    map: RecordMap | Mapping[str, Any] | str | Path | None = field(default=None, kw_only=True)
     valid_fraction: float = field(default=0.01, kw_only=True)
     device: str = field(default="cpu", kw_only=True)
 
@@ -62,6 +64,7 @@ class Trainer(TrainConfig):
         if self.lr is None and self.from_model is not None:
             object.__setattr__(self, "lr", CONTINUED_LR)
         super().__post_init__()
+        object.__setattr__(self, "map", RecordMap.of(self.map))
         check(self, {"device": one_of("cpu", "cuda"), "valid_fraction": (
             "must be at least 0 and below 1", lambda v: isinstance(v, int | float) and 0 <= v < 1)})
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -122,6 +125,8 @@ class Trainer(TrainConfig):
         run = run_in(out)
         if places is None and run is None:
             raise ConfigError(f"data: must be given, as {out} holds no run to go on with")
+        if places is None and self.map is not None:
+            raise ConfigError("map: has a meaning only with data")
         for source in (source for each in (places or {}).values() for source in each):
             if out.resolve().is_relative_to(Path(source).resolve()):
                 raise ConfigError(f"out = {out}: must not lie inside DATA ({source}), or the run would read its own "
@@ -217,7 +222,8 @@ class Trainer(TrainConfig):
             tokenizer = Tokenizer.load(found[-1])
         else:
             print(f"training a tokenizer of {start.config.vocab_size:,} tokens on the data", flush=True)
-            tokenizer = Tokenizer.train((d.text for d in read_documents(places, ReadReport())), start.config.vocab_size)
+            tokenizer = Tokenizer.train((d.text for d in read_documents(places, ReadReport(), RecordMap.of(self.map))),
+                                        start.config.vocab_size)
         if there and Tokenizer.load(folder).fingerprint != tokenizer.fingerprint and run_in(Path(self.out)):
             raise ConfigError(f"{self.out} holds a run with another tokenizer than {given}; choose another --out or "
                               "remove the folder")
@@ -236,7 +242,8 @@ class Trainer(TrainConfig):
                 bar.update(tokens - bar.n)
 
             shards, report = pack_cached(places, tokenizer, folder, valid_fraction=self.valid_fraction, names=names,
-                                         progress=packed, expect=run["data"]["fingerprint"] if run else None)
+                                         progress=packed, mapping=RecordMap.of(self.map),
+                                         expect=run["data"]["fingerprint"] if run else None)
         if report is not None:
             print(report.summary(), *shards.notes(), sep="\n", flush=True)
         return shards

@@ -88,8 +88,7 @@ class MoEFineTuner:
         self.config = config  # `mode` depends on it
         self.lr_given = config.lr is not None
         self.config = config = config if self.lr_given else replace(config, lr=DEFAULT_LR[self.mode])
-        self.map = RecordMap.load(map) if isinstance(map, str | Path) else (
-            RecordMap.from_dict(map) if map is not None and not isinstance(map, RecordMap) else map)
+        self.map = RecordMap.of(map)
         if save not in ("auto", "delta", "full"):
             raise ConfigError(f"save = {save!r}: must be auto, delta or full")
         if adapter is not None and (save == "delta" or config.expert_tune is not None or config.expert_freeze or (
