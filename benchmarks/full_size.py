@@ -29,7 +29,6 @@ from deepseek.config import ModelConfig
 from deepseek.convert import REPORT, quantize, quantize_tensors
 from deepseek.files import write_json
 from deepseek.info.machine import read_bandwidth
-from deepseek.model import LatentCache
 from deepseek.ops.native import isa
 from deepseek.quant.linear import QuantConfig
 from harness import arguments, machine, table, versions, write_result
@@ -88,7 +87,7 @@ def measure(checkpoint: str, threads: int, rounds: int, result: Connection) -> N
     prefill, decode = [], []
     with torch.inference_mode():
         for _ in range(rounds):
-            cache = LatentCache(model.config, 1, PROMPT + STEPS)
+            cache = model.new_cache(1, PROMPT + STEPS)
             began = time.perf_counter()
             logits = model(ids, cache=cache, last_only=True)
             prefill.append(PROMPT / (time.perf_counter() - began))

@@ -28,7 +28,6 @@ import torch
 from deepseek.checkpoint import load_model
 from deepseek.convert import quantize
 from deepseek.info.machine import read_bandwidth
-from deepseek.model import LatentCache
 from deepseek.ops.native import isa
 from deepseek.ops.panels import matrix_bytes, mlp_bytes
 from harness import arguments, machine, quiet_rounds, ratio, table, versions, write_result
@@ -46,7 +45,7 @@ def own_step(checkpoint: str) -> Step:
     model = load_model(checkpoint)
 
     def step(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        cache = cache or LatentCache(model.config, len(ids), 1024)
+        cache = cache or model.new_cache(len(ids), 1024)
         return model(ids, cache=cache, last_only=True)[:, -1], cache
 
     return step

@@ -1,4 +1,4 @@
-// Multi-head latent attention over a latent cache, in both orders (model/mla.py). Pointers are not checked here: ops/ did
+// Multi-head latent attention over a latent cache, naive and absorbed (model/mla.py). Pointers are not checked here: ops/ did
 // that. Shape letters: T tokens of all sequences, N heads, R latent rank, P rotary width.
 #pragma once
 #include <algorithm>

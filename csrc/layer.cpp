@@ -15,7 +15,7 @@ thread_local Scratch whole;  // of a layer made of blocks
 void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64_t naive, const float* cos,
                  const float* sin, float* cache, float* out, int threads) {
   const int64_t n = sequences.tokens(), width = m.heads * (m.nope + m.rope), latent = m.rank + m.rope;
-  const int64_t first = sequences.begin[naive], later = n - first;  // tokens in naive order, in absorbed order
+  const int64_t first = sequences.begin[naive], later = n - first;  // tokens of naive, of absorbed attention
   block.reserve(Scratch::room<float>(n * m.q_rank) * 2 + Scratch::room<float>(n * width) +
                 Scratch::room<float>(n * latent) + Scratch::room<float>(n * m.heads * m.rope) +
                 Scratch::room<float>(later * m.heads * m.rank) * 2 + Scratch::room<float>(n * m.heads * m.value) +

@@ -13,7 +13,7 @@ struct Mla {
   const uint8_t *q_a, *q_b, *kv_a, *kv_b, *o;
   const float *q_norm, *kv_norm, *q_a_bias, *kv_a_bias, *o_bias;
   float q_eps, kv_eps, scale;
-  const uint8_t* key;  // the key half of kv_b, turned round for the absorbed order: per head [rank, nope] in 8 bits
+  const uint8_t* key;  // the key half of kv_b, transposed for absorbed attention: per head [rank, nope] in 8 bits
   bool interleaved;
 };
 struct Ffn {
@@ -44,7 +44,7 @@ struct Residency {
   void prefetch(int64_t moe_layer, const uint8_t* const* experts, int64_t count, const int64_t* index,
                 int64_t slots) const;
 };
-// Layers one after the other. x [T, hidden] becomes their result. The first `naive` sequences run in naive order, the
+// Layers one after the other. x [T, hidden] becomes their result. The first `naive` sequences run naive, the
 // others absorbed. cos, sin: as in mla_prepare. Layer i's rows of the cache begin at i * layer_stride. What the gates
 // decided goes to scores [T, experts], index and weight [T, top], one after the other for the layers that have a gate, or
 // nowhere (null). residency: null where all experts are in memory.

@@ -6,13 +6,13 @@ import random
 
 import torch
 
-from deepseek.model import CausalLM, LatentCache
+from deepseek.model import CausalLM
 
 
 @torch.inference_mode()
 def plain(model: CausalLM, prompt: list[int], count: int) -> tuple[int, ...]:
     """Greedy tokens by the model alone: the prompt in one call, then token by token."""
-    cache = LatentCache(model.config, 1, len(prompt) + count)
+    cache = model.new_cache(1, len(prompt) + count)
     logits, out = model(torch.tensor([prompt]), cache=cache, attn_impl="naive", last_only=True), []
     while True:
         out.append(int(logits[0, -1].argmax()))

@@ -14,7 +14,7 @@ from deepseek.convert import quantize
 from deepseek.engine import LLM, SamplingParams
 from deepseek.engine.sampler import Logprob, logprobs
 from deepseek.errors import RequestError
-from deepseek.model import CausalLM, LatentCache
+from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ def tokenizer() -> Tokenizer:
 @torch.inference_mode()
 def loop(model: CausalLM, prompt: list[int], params: SamplingParams) -> tuple[int, ...]:
     """Greedy, as OpenAI and vLLM define the fields, written down without the engine."""
-    cache = LatentCache(model.config, 1, len(prompt) + params.max_tokens)
+    cache = model.new_cache(1, len(prompt) + params.max_tokens)
     logits_V = model(torch.tensor([prompt]), cache=cache, attn_impl="naive", last_only=True)[0, -1]
     out: list[int] = []
     while len(out) < params.max_tokens:

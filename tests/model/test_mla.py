@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config import ModelConfig, YarnScaling
-from deepseek.model import LatentCache
+from deepseek.model.cache import LatentCache
 from deepseek.model.layers import Rotary
 from deepseek.model.mla import MLA, AttentionContext, AttentionMask, AttnImpl
 from deepseek.ops import rotate

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine.routing_override import ExpertControl, RoutingOverride, combine_overrides
-from deepseek.model import CausalLM, LatentCache, RoutingRecord
+from deepseek.model import CausalLM, RoutingRecord
 from deepseek.model.cache import PAGE, Chunk, LatentPool, PackedBatch
 from deepseek.ops.native import native
 
@@ -46,7 +46,7 @@ def exact(model: CausalLM) -> bool:
 @torch.no_grad()
 def alone(model: CausalLM, ids: list[int], prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of every position, the prompt in one call, then token by token; and the experts visited, [T, L, K]."""
-    cache = LatentCache(model.config, 1, len(ids))
+    cache = model.new_cache(1, len(ids))
     calls = [ids[:prompt], *([token] for token in ids[prompt:])]
     routings = [RoutingRecord() for _ in calls]
     parts = [model(torch.tensor([call]), cache=cache, routing=routing, attn_impl="absorbed" if i else "naive")

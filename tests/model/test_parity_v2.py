@@ -15,7 +15,7 @@ import torch
 
 from deepseek.checkpoint import load_model
 from deepseek.config import ModelConfig, YarnScaling
-from deepseek.model import CausalLM, LatentCache, RoutingRecord
+from deepseek.model import CausalLM, RoutingRecord
 
 transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
 
@@ -58,7 +58,7 @@ def test_v2(
         with torch.no_grad():
             positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
             theirs = twin(ids_BT, attention_mask=mask_BT.long(), position_ids=positions_BT).logits
-            cache = LatentCache(config, 3, capacity=4)
+            cache = model.new_cache(3, 4)
             pieces = [model(i, mask_BT=m, cache=cache) for i, m in
                       zip(ids_BT.split([9, 1, 14], 1), mask_BT.split([9, 1, 14], 1), strict=True)]
             absorbed = model(ids_BT, mask_BT=mask_BT, attn_impl="absorbed")
@@ -73,7 +73,7 @@ def test_v2(
     twin.generation_config.eos_token_id = None
     prompt = ids_BT[:2, :8]
     theirs = twin.generate(prompt, do_sample=False, max_new_tokens=64, pad_token_id=0)[:, 8:]
-    cache, tokens = LatentCache(config, 2), []
+    cache, tokens = model.new_cache(2), []
     with torch.no_grad():
         logits = model(prompt, cache=cache)
         for _ in range(64):

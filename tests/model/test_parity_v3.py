@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from deepseek.checkpoint import load_model, save_model
 from deepseek.config import ModelConfig, YarnScaling
-from deepseek.model import CausalLM, LatentCache, RoutingRecord
+from deepseek.model import CausalLM, RoutingRecord
 
 transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
 
@@ -127,7 +127,7 @@ def test_gradients(
 
 def greedy(model: CausalLM, ids_BT: Tensor, mask_BT: Tensor | None, count: int, attn_impl: str = "auto") -> Tensor:
     """`count` tokens by arg max, one at a time through the latent cache (which has to grow on the way)."""
-    cache = LatentCache(model.config, ids_BT.shape[0], capacity=8)
+    cache = model.new_cache(ids_BT.shape[0], 8)
     out: list[Tensor] = []
     with torch.no_grad():
         logits = model(ids_BT, mask_BT=mask_BT, cache=cache, last_only=True)
@@ -168,7 +168,7 @@ def test_cached_equals_uncached_and_absorbed_equals_naive(
     chunks = [7, 1, 5, 1, 1, 9]
     assert sum(chunks) == ids_BT.shape[1]
     for attn_impl in ("auto", "naive", "absorbed"):
-        cache = LatentCache(model.config, 3, capacity=4)
+        cache = model.new_cache(3, 4)
         pieces = [model(i, mask_BT=m, cache=cache, attn_impl=attn_impl)
                   for i, m in zip(ids_BT.split(chunks, 1), mask_BT.split(chunks, 1), strict=True)]
         assert cache.length == ids_BT.shape[1]
@@ -181,7 +181,7 @@ def test_decoding_goes_on_after_right_padding(tiny_config: Callable, random_mode
     model: CausalLM = random_model(tiny_config())
     ids_BT, mask_BT = padded("right", model.config, tokens=10)
     more_BT = torch.randint(0, model.config.vocab_size, (3, 3))
-    cache = LatentCache(model.config, 3)
+    cache = model.new_cache(3)
     model(ids_BT, mask_BT=mask_BT, cache=cache)
     together = torch.cat([model(token_B1, cache=cache) for token_B1 in more_BT.split(1, 1)], 1)
     for row in range(3):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from deepseek.config import ModelConfig
 from deepseek.errors import RequestError
-from deepseek.model import CausalLM, LatentCache, RoutingRecord
+from deepseek.model import CausalLM, RoutingRecord
 from deepseek.model.transformer import IGNORE
 
 CONFIG = ModelConfig(
@@ -65,7 +65,7 @@ def test_logits_are_fp32_and_the_last_row_can_be_had_alone(model: CausalLM) -> N
 @pytest.mark.parametrize("steps", [(8,), (5, 1, 1, 1), (1,) * 8, (2, 3, 3)])
 def test_cached_equals_uncached(model: CausalLM, steps: tuple[int, ...], attn_impl: Any) -> None:
     ids = tokens(2, 8)
-    cache = LatentCache(CONFIG, 2, capacity=1)
+    cache = model.new_cache(2, 1)
     parts, start = [], 0
     for n in steps:
         parts.append(model(ids[:, start : start + n], cache=cache, attn_impl=attn_impl))
@@ -104,7 +104,7 @@ def test_decoding_after_padding(model: CausalLM, side: str) -> None:
     """The new tokens of each sequence follow its own, whatever padding lies between in the cache."""
     ids, mask, places = padded(side)
     more = tokens(3, 3, seed=4)
-    cache = LatentCache(CONFIG, 3, capacity=4)
+    cache = model.new_cache(3, 4)
     model(ids, mask_BT=mask, cache=cache)
     steps = [model(more[:, :1], cache=cache), model(more[:, 1:], cache=cache)]
     for row, place in enumerate(places):
@@ -114,14 +114,14 @@ def test_decoding_after_padding(model: CausalLM, side: str) -> None:
 
 def test_a_mask_of_ones_is_no_mask(model: CausalLM) -> None:
     ids = tokens(2, 5)
-    cache = LatentCache(CONFIG, 2)
+    cache = model.new_cache(2)
     assert torch.equal(model(ids, mask_BT=torch.ones_like(ids)), model(ids, cache=cache))
     assert cache.valid_BS is None
 
 
 def test_selected_rows_go_on_as_if_alone(model: CausalLM) -> None:
     ids, mask, places = padded("left")
-    cache = LatentCache(CONFIG, 3)
+    cache = model.new_cache(3)
     model(ids, mask_BT=mask, cache=cache)
     cache.select(torch.tensor([2, 0]))
     more = tokens(2, 1, seed=4)
@@ -142,7 +142,7 @@ def test_positions_count_tokens_and_only_distances_matter(model: CausalLM) -> No
 def test_nothing_is_remembered_between_calls(model: CausalLM) -> None:
     ids = tokens(2, 6)
     first = model(ids)
-    model(tokens(1, 9, seed=8), cache=LatentCache(CONFIG, 1), routing=RoutingRecord())
+    model(tokens(1, 9, seed=8), cache=model.new_cache(1), routing=RoutingRecord())
     assert torch.equal(model(ids), first)
 
 
@@ -159,7 +159,7 @@ def test_routing_record(model: CausalLM) -> None:
 def test_a_cache_outside_no_grad_keeps_no_graph() -> None:
     """Generation without `torch.no_grad()` must not hold on to every step it ever made."""
     trainable = make()
-    cache = LatentCache(CONFIG, 1)
+    cache = trainable.new_cache(1)
     for _ in range(3):
         trainable(tokens(1, 2), cache=cache)
     assert not cache.data.requires_grad
@@ -187,13 +187,13 @@ def test_shapes_that_do_not_fit(model: CausalLM) -> None:
     with pytest.raises(RequestError, match=r"mask has shape \(2, 5\), ids have \(2, 4\)"):
         model(ids, mask_BT=torch.ones(2, 5))
     with pytest.raises(RequestError, match="cache was made for batch 3, ids have batch 2"):
-        model(ids, cache=LatentCache(CONFIG, 3))
+        model(ids, cache=model.new_cache(3))
     with pytest.raises(RequestError, match=r"positions have shape \(1, 5\), ids have \(2, 4\)"):
         model(ids, positions_BT=torch.arange(5)[None])
 
 
 def test_a_refused_call_leaves_the_cache_as_it_was(model: CausalLM) -> None:
-    cache = LatentCache(CONFIG, 1)
+    cache = model.new_cache(1)
     ids = tokens(1, 4)
     model(ids, cache=cache)
     with pytest.raises(RequestError):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import dequantize, quantize
-from deepseek.model import CausalLM, LatentCache, RoutingRecord
+from deepseek.model import CausalLM, RoutingRecord
+from deepseek.model.cache import LatentCache
 from deepseek.model.gate import Gate
 from deepseek.model.mla import MLA, AttentionContext, AttentionMask
 from deepseek.ops.native import native
@@ -150,7 +151,7 @@ def test_holes_and_other_caches_take_mlas_own_form(quantized: Callable, changes:
     with_hole = model(ids_BT, mask_BT=mask_BT)
     without = model(torch.cat((ids_BT[:1, :4], ids_BT[:1, 7:]), 1))
     assert torch.cosine_similarity(with_hole[0, 7:], without[0, 4:], -1).mean() > 0.97
-    half = LatentCache(model.config, 2, dtype=torch.bfloat16)
+    half = model.new_cache(2, dtype=torch.bfloat16)
     assert torch.cosine_similarity(model(ids_BT, cache=half), model(ids_BT), -1).mean() > 0.97
 
 
@@ -184,7 +185,7 @@ def test_prefill_and_decode_have_the_bits_of_one_pass(
     ids_BT = ids(2, 160)
     whole_BTV = model(ids_BT, attn_impl=attn_impl)
     for chunks in ((150, *[1] * 10), (1, 128, 31), (7, 153), (160,)):
-        cache = LatentCache(model.config, 2, 16)
+        cache = model.new_cache(2, 16)
         parts = [model(part_BT, cache=cache, attn_impl=attn_impl) for part_BT in ids_BT.split(chunks, 1)]
         assert torch.equal(torch.cat(parts, 1), whole_BTV), chunks
 
@@ -200,11 +201,11 @@ def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(
     rows, more_BT = [ids(1, n)[0] for n in LENGTHS], ids(5, 1)
     for side in ("left", "right"):
         ids_BT, mask_BT = padded(rows, side)
-        cache = LatentCache(model.config, 5, 16)
+        cache = model.new_cache(5, 16)
         logits_BTV = model(ids_BT, mask_BT=mask_BT, cache=cache)
         after_BTV = model(more_BT, cache=cache)
         for b, row in enumerate(rows):
-            alone = LatentCache(model.config, 1, 16)
+            alone = model.new_cache(1, 16)
             row_TV = model(row.unsqueeze(0), cache=alone, attn_impl="naive")[0]
             assert torch.equal(logits_BTV[b][mask_BT[b]], row_TV), (side, b)
             if side == "left":  # on the right there is a hole before the new token, which takes MLA's own form

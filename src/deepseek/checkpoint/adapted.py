@@ -1,4 +1,4 @@
-"""A plain checkpoint with an adapter merged in, read as if it lay in files: what `merge` writes, `quantize` packs."""
+"""Reads a plain checkpoint with an adapter merged in, tensor by tensor, for `merge` and `quantize`."""
 
 from __future__ import annotations
 

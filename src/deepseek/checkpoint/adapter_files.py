@@ -80,11 +80,11 @@ class Adapter:
 
     @property
     def changed(self) -> frozenset[str]:
-        """Names on disk of the base's tensors that are not the base's own any more."""
+        """Names on disk of the base's tensors that the adapter changes."""
         raise NotImplementedError
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Raises CheckpointError unless every tensor has its place and shape in such a model."""
+        """Raises CheckpointError unless the names and shapes of all tensors fit the model."""
         raise NotImplementedError
 
     def merged(self, name: str, start: int, rows: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Delta(Adapter):
 
 @dataclass(frozen=True)
 class LoRA(Adapter):
-    """W + scale * B A. modules: module on disk (an expert's too) -> names of its A and B in the file."""
+    """A LoRA adapter, W + scale * B A. modules: module on disk (experts too) -> names of its A and B in the file."""
 
     modules: Mapping[str, tuple[str, str]]
     spec: LoraSpec
@@ -220,12 +220,12 @@ class LoRA(Adapter):
 
     @property
     def untrained(self) -> bool:
-        """Whether it adds nothing: every B is zero."""
+        """Whether every B is zero, so that the adapter adds nothing."""
         return not any(bool(b.any()) for _, b in self._pairs.values())
 
 
 def _last(names: Mapping[str, Any]) -> list[str]:
-    """What modules or tensors are called, without where they are."""
+    """Last parts of module or tensor names."""
     return sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
 
 
@@ -269,7 +269,7 @@ def read_adapter(folder: str | Path, *, verify: bool = True) -> Delta | LoRA:
 
 
 def _what_else(folder: Path) -> str:
-    """What a folder without an adapter is."""
+    """End of an error message: what a folder without an adapter is."""
     neither = f"neither a delta ({DELTA}) nor an adapter ({PEFT}, {OURS})"
     names = {path.name for path in folder.iterdir()}
     if not names:
@@ -423,7 +423,7 @@ def _shown(experts: Mapping[int, Any]) -> str:
 
 
 def _marks(tensors: TensorFiles) -> dict[str, str]:
-    """What the metadata of a file of peft's says under our name. Raises CheckpointError for what is no fingerprint."""
+    """Our entries in the metadata of peft's file. Raises CheckpointError for what is no fingerprint."""
     found = {key.removeprefix("moe_dr."): value
              for key, value in tensors.metadata().items() if key.startswith("moe_dr.")}
     for key, value in found.items():

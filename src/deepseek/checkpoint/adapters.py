@@ -1,4 +1,4 @@
-"""What tuning leaves beside a base: deltas (the tensors that changed) and adapters (LoRA).
+"""Writes and attaches what tuning makes of a base: deltas (the tensors that changed) and LoRA adapters.
 
     DELTA/delta.json, .safetensors             changed tensors under their names on disk, and the hash of their base
     ADAPTER/adapter_config.json,               peft's own files, where LoRA is on attention alone; the hash of their
@@ -122,7 +122,7 @@ def save_adapter(folder: str | Path, model: nn.Module, spec: LoraSpec, base_name
 
 
 def _sort_metadata(path: Path) -> None:
-    """safetensors leaves the order of metadata to chance; equal adapters are to be equal files."""
+    """Sort a file's metadata, whose order safetensors leaves to chance, so that equal adapters are equal files."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -137,7 +137,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def apply(model: CausalLM, folder: str | Path, *, verify: bool = True) -> None:
-    """Put a delta's tensors, or an adapter's matrices, into the model that was loaded as stored (dtype "auto").
+    """Apply a delta's tensors, or an adapter's matrices, to the model that was loaded as stored (dtype "auto").
 
     Raises NotFoundError, or CheckpointError: damaged files, another base (verify), another shape.
     """

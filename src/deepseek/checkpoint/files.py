@@ -26,7 +26,7 @@ _WEIGHTS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I4")
 
 
 class Span(NamedTuple):
-    """Bytes of a file."""
+    """A range of bytes in a file."""
 
     file: Path
     offset: int
@@ -87,7 +87,7 @@ class TensorFiles:
         return [self.folder / name for name in names]
 
     def _shape_of(self, stem: str) -> tuple[int, ...]:
-        """That of an int4 weight. Raises CheckpointError for a part that is missing, or that is not read here."""
+        """Shape of an int4 weight. Raises CheckpointError for a part that is missing or unsupported."""
         file = self._file[stem + int4.PARTS[0]]
         for part in int4.PARTS:
             if stem + part not in self._where:
@@ -203,14 +203,14 @@ class TensorFiles:
 
 
 def _pointer(file: Path) -> str:
-    """What a small text is that stands instead of weights."""
+    """What a small text file in place of weights is, such as a Git LFS pointer."""
     with file.open("rb") as stream:
         return "it is a pointer of Git LFS: run `git lfs pull` in its folder" if stream.read(40).startswith(
             b"version https://git-lfs") else ""
 
 
 def write_manifest(folder: Path) -> None:
-    """manifest.json of everything that is in `folder`."""
+    """Write manifest.json for all files in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json(folder / MANIFEST, {"format": 1, "files": {
         str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}})

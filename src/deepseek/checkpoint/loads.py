@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(folder: Path) -> Verdict:
-    """Of a checkpoint folder; what is wrong with it is the verdict's, no error."""
+    """Check a checkpoint folder; faults are reported in the verdict, not raised."""
     try:
         config = ModelConfig.from_file(folder)
         config, weights = _weights(folder, config, QuantConfig.of(config, str(folder)))

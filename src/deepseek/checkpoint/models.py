@@ -147,7 +147,7 @@ def to_dtype(model: CausalLM, dtype: torch.dtype) -> CausalLM:
 
 
 def _restore_buffers(model: CausalLM, config: ModelConfig) -> None:
-    """What `to_empty` wiped and the checkpoint does not hold; FP32 whatever the dtype of the weights."""
+    """Restore buffers that `to_empty` wiped and the checkpoint does not hold, in FP32."""
     model.model.rotary.inv_P = rotary_frequencies(config).to(model.device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -267,7 +267,7 @@ def _dtype_of(dtype: Dtype, files: TensorFiles) -> torch.dtype:
 
 
 def stored_dtype(files: TensorFiles) -> torch.dtype:
-    """That of a plain checkpoint's weights once loaded: of the embedding; BF16 for anything but FP32 and FP16."""
+    """Dtype of a plain checkpoint's weights once loaded: the embedding's; BF16 for anything but FP32 and FP16."""
     stored = next((files.dtype(n) for n in files if n.endswith("embed_tokens.weight")), "BF16")
     return {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
 

@@ -72,7 +72,7 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
 
 
 def _no_checkpoint(folder: Path) -> str:
-    """Why a folder without config.json is none."""
+    """Why a folder without config.json is not a checkpoint."""
     if not any(folder.iterdir()):
         return "the folder has no config.json: the folder is empty"
     for adapter in ("delta", "adapter"):
@@ -95,7 +95,7 @@ def find_config(name: str | Path) -> ModelConfig:
 
 
 def _absent(folder: Path, weights: bool) -> str | None:
-    """The first file that a whole checkpoint would have and `folder` has not. Caches are shared between programs."""
+    """First missing file of a checkpoint, or None (a shared hub cache may be partial)."""
     names = ["config.json"]
     if (index := folder / INDEX).is_file():
         names += sorted(set(weight_map_of(index).values())) if weights else []
@@ -146,7 +146,7 @@ _FOREIGN = {
 
 
 def _foreign(name: str) -> tuple[str, str]:
-    """(what a file's weights are, what to do), empty for a file that is no weights of another program's."""
+    """(format, advice) for a file of weights in another program's format, else empty."""
     if name.endswith((".safetensors", INDEX)):
         return "safetensors", "name its folder"
     odd = name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
@@ -154,7 +154,7 @@ def _foreign(name: str) -> tuple[str, str]:
 
 
 def other_weights(folder: Path) -> str:
-    """What a folder has instead of a checkpoint, for the end of a message: "" for nothing known."""
+    """End of an error message: what the folder has instead of a checkpoint; "" if that is unknown."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in sorted(path.name for path in folder.iterdir()):
         if (kind := _foreign(name))[0] and not name.endswith(INDEX):
@@ -196,7 +196,7 @@ def outside_index(name: str, config: ModelConfig) -> bool:
 
 
 class Unit(NamedTuple):
-    """What is quantized as one: the stem of its names on disk and the plain weights there that it is made of (one, or
+    """One quantized unit: the stem of its names on disk and the plain weights there that it is made of (one, or
     gate, up and down of a gated MLP)."""
 
     stem: str
@@ -214,7 +214,7 @@ def units(target: QuantTarget, config: ModelConfig) -> list[Unit]:
 
 
 def quantized_targets(model: CausalLM, recipe: QuantConfig) -> list[QuantTarget]:
-    """Those that the recipe does not keep. One kept weight keeps its whole MLP, or all routed experts of its layer."""
+    """Targets that are quantized. One kept weight keeps its whole MLP, or all routed experts of its layer."""
     def kept(target: QuantTarget) -> bool:
         names = (name for unit in units(target, model.config) for name in unit.weights)
         return any(fnmatchcase(name, pattern) for name in names for pattern in recipe.keep)
@@ -223,7 +223,7 @@ def quantized_targets(model: CausalLM, recipe: QuantConfig) -> list[QuantTarget]
 
 
 def packed_bytes(target: QuantTarget, bits: panels.Bits) -> int:
-    """Of one unit of a matrix, an MLP or experts, with the padding that an MLP ends with."""
+    """Size of one unit of a matrix, an MLP or experts, with an MLP's padding."""
     if target.kind == "matrix":
         return panels.matrix_bytes(target.rows, target.columns, bits)
     return -(-panels.mlp_bytes(target.columns, target.rows, bits) // PAGE) * PAGE

@@ -1,4 +1,4 @@
-"""Several LoRA adapters from their folders, put beside one base (model/adapters.py)."""
+"""Reads several LoRA adapters and adds them to one base (model/adapters.py)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def read_several(model: CausalLM, folders: Mapping[str, str | Path], *, verify: 
 
 
 def put_beside(model: CausalLM, adapters: Mapping[str, LoRA]) -> None:
-    """Put them beside the model's modules, in place. Where it computes in FP32 natively they are panels."""
+    """Add the adapters to the model, in place; as panels where it computes natively in FP32."""
     dtype, device = model.compute_dtype or model.lm_head.weight.dtype, model.device
     panels = native is not None and dtype == torch.float32 and device.type == "cpu"
     for name, adapter in adapters.items():

@@ -2,7 +2,7 @@
 
 Each adapter has a tree of its own: what was computed with it serves no other, nor the base. What a latent is depends on
 the tokens before it and on the order of MLA's products in which they were computed (model/mla.py), so a token of the
-tree is a pair (id, in naive order): a prompt is served from what was computed as prompt, and no request can tell
+tree is a pair (id, naive): a prompt is served from what was computed as prompt, and no request can tell
 whether it was served.
 """
 

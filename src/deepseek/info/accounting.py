@@ -10,7 +10,7 @@ copies, copies that one token uses). Nothing is allocated and torch is not impor
                embedding and head, 36.6 B without the embedding, of which a token reads one row: the published "37 B".
     FLOPs      2 * matrix weights that the token is multiplied with
                + 2 * layers * heads * (qk_nope + qk_rope + v) * context,
-               the second line for a token that looks at `context` positions in the naive order of MLA. The dense twin
+               the second line for a token that looks at `context` positions in naive attention. The dense twin
                has the same weights and the same attention, and every routed expert at work.
     bytes      recipes of a weight of n numbers
                  FP32  4 n

@@ -5,7 +5,7 @@
     k_n, v = c W_kv_b                per head, rebuilt from the latent
     score(i, j) = (q_n(i) . k_n(j) + q_r(i) . k_r(j)) * scale
 
-attn_impl, two orders of the same products:
+attn_impl: two ways to compute the same products.
 
     naive      rebuild k_n and v of every position, then ordinary attention. Training and prefill: many queries share
                the rebuilt keys.

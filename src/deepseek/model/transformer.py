@@ -130,6 +130,10 @@ class CausalLM(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
+    def new_cache(self, batch: int = 1, length: int = 256, dtype: torch.dtype = torch.float32) -> LatentCache:
+        """An empty cache for `cache=`, on the model's device. length: positions to start with; it grows."""
+        return LatentCache(self.config, batch, length, dtype=dtype, device=self.device)
+
     def moe_blocks(self) -> dict[int, MoE]:
         """Layer index -> its MoE block, MTP layers last."""
         layers = [*self.model.layers, *self.model.mtp]
@@ -159,7 +163,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Logits in FP32, [B, T, V], or [B, 1, V] with `last_only`.
 
-        mask_BT: True (or 1) for tokens, False for padding on either side. cache: a LatentCache to read and extend.
+        mask_BT: True (or 1) for tokens, False for padding on either side. cache: from `new_cache`, read and extended.
         routing: filled with every gate's decision. attn_impl: naive or absorbed
         (model/mla.py); each is batch-invariant, the two round differently.
         order: deprecated, attn_impl.

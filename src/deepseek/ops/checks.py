@@ -1,4 +1,4 @@
-"""What operations demand of their arguments before anything native sees a pointer."""
+"""Checks of operations' arguments, made before a native kernel gets a pointer."""
 
 from __future__ import annotations
 

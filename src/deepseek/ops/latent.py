@@ -1,8 +1,8 @@
-"""Multi-head latent attention over a latent cache, where kv_b_proj is quantized (model/mla.py has the orders).
+"""Multi-head latent attention over a latent cache, where kv_b_proj is quantized (model/mla.py explains both forms).
 
 Scores, exponentials and sums are FP32, over blocks of 128 keys that count from the first visible one and are joined in
-their order: a query's result depends neither on the queries beside it nor on how a text is cut into calls. The two
-orders differ in rounding.
+their order: a query's result depends neither on the queries beside it nor on how a text is cut into calls. Naive
+and absorbed differ in rounding.
 
 Shape letters: B batch, T tokens, N heads, R latent rank, P rotary width, D = nope + P, C = R + P, S positions.
 """
@@ -138,7 +138,7 @@ def naive_attention(
     q_BTND: Tensor, q_rope: Tensor, cache: Tensor, kv_b: Tensor, value: int, first_B: Tensor, past_B: Tensor,
     scale: float, *, bits: int = 4
 ) -> Tensor:
-    """MLA in its naive order over the latent cache, [B, T, N, value] float32: every head's keys and values are rebuilt.
+    """Naive MLA over the latent cache, [B, T, N, value] float32: every head's keys and values are rebuilt.
 
     q_BTND [B, T, N, nope + P], whose last P numbers are not read; q_rope, cache, first_B, past_B: as `latent_attention`
     takes them. kv_b: the packed [N (nope + value), R].

@@ -117,7 +117,7 @@ class LayerStack:
         """x becomes the result in its place, and the tokens' rows of the cache are written.
 
         cache: float32, whose rows `sequences` points to; those of a layer lie layer_stride numbers behind the last
-        one's, 0 where the rows serve this call alone. naive: so many sequences, the first ones, run in naive order and
+        one's, 0 where the rows serve this call alone. naive: so many sequences, the first ones, run naive and
         the others absorbed. residency: a native Residency (engine/residency.py). Returns (index, weight, scores) of
         every gate if `record` says so.
         """

@@ -1,4 +1,4 @@
-"""Declares operations to torch: a schema from the annotations, and what shapes come out, without computing.
+"""Declares operations to torch: a schema from the annotations, and the shapes of results.
 
 An operation called from Python runs its function at once; under `torch.compile` it is one node of the graph,
 `torch.ops.deepseek.NAME`, and torch's opcheck examines that declaration (tests/ops/test_declared.py).

@@ -1,13 +1,13 @@
 """Inference forms of a quantized model's layers: fewer, larger steps, the same results.
 
-    attention   both orders over the latent cache, as operations that read kv_b_proj where it lies (ops/latent.py). For
-                the absorbed one the query is folded into latent space by W_key, the key half of kv_b_proj, of which
-                there is a copy in 8 bits. Rotation, the latent's norm and the write to the cache are one step.
+    attention   naive and absorbed over the latent cache, as operations that read kv_b_proj where it lies
+                (ops/latent.py). Absorbed folds the query into latent space by W_key, the key half of kv_b_proj, of
+                which there is a copy in 8 bits. Rotation, the latent's norm and the write to the cache are one step.
     gate        its matrix as panels; sigmoid, groups and top-k are one step.
     layers      where the native kernels can, all of them in one call (ops/native_layers.py).
 
-All of it gives a token the same bits in any company and however its text is cut into calls, in one and the same order;
-the two orders (a prompt's and a later token's, where the caller does not say) differ in rounding.
+Each attn_impl is batch-invariant: a token gets the same bits in any batch and however its text is cut into calls. The
+two (naive for a prompt, absorbed for later tokens, unless the caller chooses) differ in rounding.
 
 Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, K columns.
 """
@@ -88,7 +88,7 @@ class FusedMLA(MLA):
         self.loras = {}
 
     def native_args(self) -> Attention | None:
-        """For a native layer, of the base alone; None where a projection is not quantized."""
+        """Arguments of a native layer, without adapters; None where a projection is not quantized."""
         config = self.config
         q_a = bare(self.q_a_proj) if config.q_lora_rank is not None else None
         q_b = bare(self.q_proj if config.q_lora_rank is None else self.q_b_proj)
@@ -218,7 +218,7 @@ def _by_head(w_NOK: Tensor) -> Tensor:
 
 
 def _kernels_take(visible: AttentionMask | PackedBatch, cache: LatentCache | None) -> bool:
-    """They read FP32 rows, and see a range of them."""
+    """Whether the kernels can attend: FP32 rows, and a contiguous range of visible positions."""
     if isinstance(visible, PackedBatch):
         return visible.pool.data.dtype == torch.float32 and visible.pool.data.device.type == "cpu"
     return (cache is None or cache.data.dtype == torch.float32) and visible.span is not None
@@ -239,7 +239,7 @@ class FusedGate(Gate):
 
 
 class FusedLayer(DecoderLayer):
-    """A decoder layer that can say what the native kernels need to know of it."""
+    """A decoder layer with the arguments of its native form."""
 
     block: LayerBlock | None = None
 
@@ -270,7 +270,7 @@ class FusedLayer(DecoderLayer):
 
 
 class FusedCausalLM(CausalLM):
-    """A model that runs its layers natively, all in one call, where it can; else layer by layer, module by module."""
+    """Runs all layers in one native call where possible, else module by module."""
 
     stack = LayerStack()
     ahead = LayerStack()  # the MTP module that drafts
@@ -337,7 +337,7 @@ def _natively(stack: LayerStack, x_BTH: Tensor, context: AttentionContext) -> bo
 
 
 def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: int) -> tuple[Tensor, int]:
-    """(the layer's cache rows with room for the tokens of x, or rows for this call alone; the first free one)."""
+    """(cache rows of the layer with room for x, or temporary rows without a cache; index of the first free row)."""
     batch, tokens, _ = x_BTH.shape
     if cache is None:
         return x_BTH.new_empty(batch, tokens, width), 0
@@ -345,7 +345,7 @@ def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: in
 
 
 def fuse(model: CausalLM) -> None:
-    """Give a quantized model in memory its inference forms; parameters, names and state stay what they were."""
+    """Switch a quantized model to its inference forms; parameters, names and state do not change."""
     for block in (*model.model.layers, *model.model.mtp):
         attention, config = block.self_attn, model.config
         if isinstance(attention.kv_b_proj, QuantizedLinear):
@@ -362,7 +362,7 @@ def fuse(model: CausalLM) -> None:
 
 
 def unfuse(model: CausalLM) -> None:
-    """Take the inference forms back: module by module, as a gradient or a module put in the place of one needs it."""
+    """Undo `fuse`: gradients, and modules that replace others, need the plain forms."""
     for block in (*model.model.layers, *model.model.mtp):
         block.__class__ = MTPLayer if hasattr(block, "input") else DecoderLayer
         if isinstance(block.self_attn, FusedMLA):

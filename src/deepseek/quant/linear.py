@@ -59,7 +59,7 @@ class QuantConfig:
 
     @classmethod
     def of(cls, config: ModelConfig, origin: str) -> QuantConfig | None:
-        """That of a checkpoint's config, None where the weights are plain, DeepSeek's FP8 or int4 (int4.py).
+        """Read a checkpoint's quantization_config; None where the weights are plain, DeepSeek's FP8 or int4 (int4.py).
 
         Raises ConfigError naming `origin` for a method, version or format that is not read here.
         """
@@ -140,7 +140,7 @@ def replace_module(model: CausalLM, target: QuantTarget, stored: Sequence[Tensor
 
 
 def _checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) for a gradient to x alone; what it makes dense lives no longer than the call."""
+    """Compute function(x) with a gradient to x alone; dense weights are made again in the backward pass, not kept."""
     return checkpoint(function, x, use_reentrant=False)
 
 
@@ -160,7 +160,7 @@ def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def allow_adapters(model: nn.Module) -> None:
-    """Let `train()` pass over the quantized modules of `model`: what is around them is trained."""
+    """Allow `train()` on a quantized model whose adapters are trained."""
     for module in model.modules():
         if isinstance(module, _Quantized):
             module.adapted = True
@@ -199,8 +199,8 @@ class QuantizedLinear(_Quantized):
 
     @property
     def weight(self) -> Tensor:
-        """W in BF16, made when first asked for and kept: for products that need the matrix itself, such as MLA's
-        absorbed order. No part of the state."""
+        """W in BF16, made when first asked for and kept: for products that need the matrix itself, such as
+        absorbed attention. Not part of the state."""
         if self._dense is None:
             self._dense = self._unpacked().bfloat16()
         return self._dense
@@ -268,7 +268,7 @@ class QuantizedExperts(_Quantized):
         return ops.quantized_linear(h_PI, packed, table.hidden, bits=table.bits)
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
-        """Pairs of index -1 are somebody else's."""
+        """Weighted sum over the experts; pairs with index -1 are skipped."""
         if _wants_gradient(x_TH):
             return self._differentiable(x_TH, route)
         elsewhere = route.index_TK < 0

@@ -1,4 +1,4 @@
-"""A matrix -> its quantized panels, by the native kernels where they are, else by the codecs beside this file.
+"""Packs matrices into quantized panels, with the native kernels or else the codecs of this folder.
 
 The codes are the same; a block's fitted scale may differ in its last bit, because FP32 sums run in another order.
 """
