@@ -51,6 +51,7 @@ from typing import Any
 
 from deepseek import LLM
 from deepseek.serve.monitoring import Watch
+from deepseek.watch.metrics import key
 from deepseek.watch.monitor import WatchOptions
 from engine import request, run, shape_model
 from harness import arguments, machine, quiet_rounds, ratio, table, versions, write_result
@@ -295,8 +296,8 @@ def watch(args: Any) -> tuple[list[str], dict[str, Any]]:
     counters = watched.counters
 
     def spent() -> tuple[float, ...]:
-        reading = watched.monitor.snapshot()
-        return tuple(reading[f"{name}_total"] for name in ("watch_seconds", "step_seconds", "steps"))
+        snapshot = watched.monitor.snapshot()
+        return tuple(snapshot[key(f"{name}_total")] for name in ("watch_seconds", "step_seconds", "steps"))
 
     for count in args.clients:
         def speed(count: int = count) -> float:

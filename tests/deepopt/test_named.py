@@ -25,6 +25,7 @@ from deepseek.model import CausalLM, Route, RoutingRecord, group_weight
 from deepseek.model.gate import Gate, group_guidance_loss
 from deepseek.tokenizer import Tokenizer
 from deepseek.watch.counters import ServingCounters
+from deepseek.watch.metrics import MetricKey, key
 
 NAMES = ("prose_expert", "ledger_expert", "code_expert")
 WORDS = {"prose_expert": "the river ran past an old house and nobody saw its windows shine".split(),
@@ -103,7 +104,7 @@ def test_a_trained_model_is_profiled_and_watched(
     more = profile(model, tokenizer, code, threshold=0.3, seq_len=64, atlas=atlas)
     assert set(more["dialect"]) < set(atlas["code_expert"]), "as in the complaint: some of its experts, the busiest"
 
-    def served(atlas: Atlas) -> dict[str, float]:
+    def served(atlas: Atlas) -> dict[MetricKey, float]:
         counters = ServingCounters(model.config, atlas)
         for number, name in enumerate(NAMES):
             for document in text(name, 3, 4):
@@ -118,9 +119,9 @@ def test_a_trained_model_is_profiled_and_watched(
 
     before, after = served(trained), served(atlas.updated(more))
     for name in NAMES:
-        right = before[f"correct_tokens_total|{name}"]
-        assert after[f"correct_tokens_total|{name}"] == right > 0.8 * before[f"labelled_tokens_total|{name}"]
-        assert f"drift|{name}" not in before and abs(after[f"drift|{name}"]) < 0.1
+        right = before[key("correct_tokens_total", name)]
+        assert after[key("correct_tokens_total", name)] == right > 0.8 * before[key("labelled_tokens_total", name)]
+        assert key("drift", name) not in before and abs(after[key("drift", name)]) < 0.1
 
 
 def test_more_names_than_groups_are_refused(

@@ -16,6 +16,7 @@ import pytest
 from deepseek.engine import LLM
 from deepseek.serve.app import create_app
 from deepseek.serve.service import ServeOptions
+from deepseek.watch.metrics import key
 from serving import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}
@@ -136,9 +137,9 @@ def test_an_answer_that_takes_too_long(tiny_llm: Callable[..., Any]) -> None:
             "model": "tiny", "prompt": "fox", "max_tokens": 1900, "deepseek": {"ignore_eos": True}})
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
         counters, until = server.app.state.server.watch.counters, time.monotonic() + 30
-        while "refused_total|504" not in (reading := counters.snapshot()) and time.monotonic() < until:
+        while key("refused_total", "504") not in (reading := counters.snapshot()) and time.monotonic() < until:
             time.sleep(0.01)  # it is counted once the answer is out
-        assert reading["requests_total|unknown|error"] == reading["refused_total|504"] == 1
+        assert reading[key("requests_total", "unknown", "error")] == reading[key("refused_total", "504")] == 1
         assert server.llm.engine.idle
     finally:
         server.stop()

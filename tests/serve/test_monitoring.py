@@ -27,6 +27,7 @@ from deepseek.cli import main
 from deepseek.engine import LLM
 from deepseek.ids import ExpertSet
 from deepseek.serve.service import ServeOptions
+from deepseek.watch.metrics import total_delta, values
 from deepseek.watch.monitor import WatchOptions
 from serving import KEY, Running
 
@@ -144,8 +145,7 @@ def test_clients_that_leave_are_counted_and_leave_nothing(watched: Watched) -> N
     counters = watched.running.app.state.server.watch.counters
 
     def aborted() -> float:
-        return sum(v for k, v in counters.snapshot().items()
-                   if k.startswith("requests_total|") and k.endswith("|abort"))
+        return sum(v for (_, reason), v in values(counters.snapshot(), "requests_total").items() if reason == "abort")
 
     before = aborted()
     for _ in range(3):
@@ -184,7 +184,7 @@ def test_more_experts_for_one_request_do_not_disturb_the_counts(watched: Watched
     assert answer.status_code == 200 and watched.client.get("/metrics").status_code == 200
     after = watched.running.app.state.server.watch.counters.snapshot()
     usage = answer.json()["usage"]
-    grown = sum(after[k] - before[k] for k in after if k.startswith("slots_total|"))
+    grown = total_delta(after, before, "slots_total")
     assert grown == 2 * 6 * (usage["total_tokens"] - 1)
 
 

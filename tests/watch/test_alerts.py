@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deepseek.watch.alerts import Alert, AlertLimits, Alerts
+from deepseek.watch.metrics import MetricKey, key
 
 EVEN = {"code_expert": 0.25, "law_expert": 0.25, "text_expert": 0.5}
 
@@ -14,24 +15,25 @@ class Traffic:
 
     def __init__(self) -> None:
         self.minute = 0
-        self.now: dict[str, float] = {}
+        self.now: dict[MetricKey, float] = {}
 
-    def add(self, name: str, value: float) -> None:
-        self.now[name] = self.now.get(name, 0.0) + value
+    def add(self, value: float, name: str, *labels: str) -> None:
+        self.now[key(name, *labels)] = self.now.get(key(name, *labels), 0.0) + value
 
-    def go(self, tokens: float, domains: dict[str, float], client: str = "a", **more: float) -> tuple[float, dict]:
+    def go(self, tokens: float, domains: dict[str, float], client: str = "a", **more: float
+           ) -> tuple[float, dict[MetricKey, float]]:
         self.minute += 1
         for domain, share in domains.items():
             for kind, value in (("domain", domain), ("client", client)):
-                self.add(f"slice_tokens_total|{kind}|{value}", tokens * share)
+                self.add(tokens * share, "slice_tokens_total", kind, value)
             for band in ("1-2", "3-4"):
-                self.add(f"group_slots_total|{domain}_expert|{band}", 3 * tokens * share)
-                self.add(f"group_expected_slots_total|{domain}_expert|{band}", 3 * tokens * EVEN[f"{domain}_expert"])
+                self.add(3 * tokens * share, "group_slots_total", f"{domain}_expert", band)
+                self.add(3 * tokens * EVEN[f"{domain}_expert"], "group_expected_slots_total", f"{domain}_expert", band)
         for band in ("1-2", "3-4"):
-            self.add(f"slots_total|{band}", 3 * tokens)
-        self.add("judged_tokens_total", tokens)
+            self.add(3 * tokens, "slots_total", band)
+        self.add(tokens, "judged_tokens_total")
         for name, value in more.items():
-            self.add(name.replace("__", "|"), value)
+            self.add(value, *name.split("__"))
         return 60.0 * self.minute, dict(self.now)
 
 

@@ -20,7 +20,18 @@ from deepseek.config import ModelConfig
 from deepseek.ids import ExpertId, ExpertSet
 from deepseek.model import Route, RoutingRecord
 from deepseek.watch.counters import CLOSE, ServingCounters
-from deepseek.watch.metrics import METRICS, PREFIX, RENAMED, Histogram, delta, exposition, key, quantile, values
+from deepseek.watch.metrics import (
+    METRICS,
+    PREFIX,
+    RENAMED,
+    Histogram,
+    MetricKey,
+    delta,
+    exposition,
+    key,
+    quantile,
+    values,
+)
 
 NAMES = ("code_expert", "law_expert", "odd")
 
@@ -111,15 +122,15 @@ def test_counts_against_a_loop(config: ModelConfig, atlas: Atlas, data: Any) -> 
         assert {(row, e): int(n) for row, own in enumerate(found) for e, n in enumerate(own) if n} == expected
     assert {(NAMES[a], NAMES[b]): int(n) for a, own in enumerate(counters.counts.confusion_GG)
             for b, n in enumerate(own) if n} == confusion
-    assert (snapshot["judged_tokens_total"], snapshot["conflict_tokens_total"]) == (judged, conflicts)
+    assert (snapshot[key("judged_tokens_total")], snapshot[key("conflict_tokens_total")]) == (judged, conflicts)
     assert int(counters.counts.labelled_G.sum()) == labelled
-    assert snapshot["distinct_experts_total"] == sum(wanted.values())
+    assert snapshot[key("distinct_experts_total")] == sum(wanted.values())
     assert int(counters.counts.conflict_GG.sum()) == conflicts
     for number, mine in of_request.items():
         assert counters.strength[number].tolist() == pytest.approx(mine, rel=1e-4)
         counters.finished(number, None, "stop", 0.1, None)
     counters.now()
-    assert not counters.strength and counters.snapshot()["judged_requests_total"] == len(of_request)
+    assert not counters.strength and counters.snapshot()[key("judged_requests_total")] == len(of_request)
 
 
 def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None:
@@ -134,20 +145,25 @@ def test_a_reading_by_its_definitions(config: ModelConfig, atlas: Atlas) -> None
     counters.finished(1, "law", "stop", 0.3, 0.02)
     snapshot = counters.snapshot()
     assert list(counters.groups.bands) == ["1-2", "3-4", "5"]
-    assert snapshot["slots_total|1-2"] == 2 * 2 * tokens
-    assert snapshot["group_slots_total|law_expert|1-2"] == 2 * 2 * tokens
-    assert snapshot["group_expected_slots_total|law_expert|1-2"] == 2 * 2 * tokens * 3 / 8
-    assert snapshot["group_slots_total|code_expert|1-2"] == 0
-    assert "group_slots_total|odd|5" not in snapshot and "group_expected_slots_total|odd|3-4" in snapshot
-    assert snapshot["labelled_tokens_total|law_expert"] == snapshot["correct_tokens_total|law_expert"] == tokens
-    assert snapshot["drift|law_expert"] == pytest.approx(1.0 - 0.5) and "drift|code_expert" not in snapshot
-    assert snapshot["routing_entropy|5"] == pytest.approx(math.log(2))
-    assert snapshot["max_vio|5"] == pytest.approx(30 / (60 / 8) - 1) and snapshot["dead_experts|1-2"] == 12
-    assert snapshot["requests_total|law_expert|stop"] == 1 and snapshot["slice_tokens_total|client|a/b"] == tokens
-    assert snapshot["conflict_requests_total"] == 0 and snapshot["step_seconds_total"] == 2.0
-    assert 0 < snapshot["watch_seconds_total"] < 1
+    assert snapshot[key("slots_total", "1-2")] == 2 * 2 * tokens
+    assert snapshot[key("group_slots_total", "law_expert", "1-2")] == 2 * 2 * tokens
+    assert snapshot[key("group_expected_slots_total", "law_expert", "1-2")] == 2 * 2 * tokens * 3 / 8
+    assert snapshot[key("group_slots_total", "code_expert", "1-2")] == 0
+    assert key("group_slots_total", "odd", "5") not in snapshot
+    assert key("group_expected_slots_total", "odd", "3-4") in snapshot
+    assert snapshot[key("labelled_tokens_total", "law_expert")] == tokens
+    assert snapshot[key("correct_tokens_total", "law_expert")] == tokens
+    assert snapshot[key("drift", "law_expert")] == pytest.approx(1.0 - 0.5)
+    assert key("drift", "code_expert") not in snapshot
+    assert snapshot[key("routing_entropy", "5")] == pytest.approx(math.log(2))
+    assert snapshot[key("max_vio", "5")] == pytest.approx(30 / (60 / 8) - 1)
+    assert snapshot[key("dead_experts", "1-2")] == 12
+    assert snapshot[key("requests_total", "law_expert", "stop")] == 1
+    assert snapshot[key("slice_tokens_total", "client", "a|b")] == tokens
+    assert snapshot[key("conflict_requests_total")] == 0 and snapshot[key("step_seconds_total")] == 2.0
+    assert 0 < snapshot[key("watch_seconds_total")] < 1
     later = counters.snapshot(counters.now())  # nothing ran since
-    assert "max_vio|5" not in later
+    assert key("max_vio", "5") not in later
 
 
 def test_a_request_may_have_more_experts_than_others(config: ModelConfig, atlas: Atlas) -> None:
@@ -165,8 +181,8 @@ def test_large_numbers_grow_by_one(config: ModelConfig, atlas: Atlas) -> None:
     before = counters.snapshot()
     counters.counts.slots_DLE[0, 0, 0] += 1
     after = counters.snapshot()
-    name = "group_slots_total|code_expert|1-2"
-    assert delta(after, before, name) == 1 and 0 < delta(after, before, name.replace("slots", "expected_slots")) < 1
+    assert delta(after, before, "group_slots_total", "code_expert", "1-2") == 1
+    assert 0 < delta(after, before, "group_expected_slots_total", "code_expert", "1-2") < 1
 
 
 def test_a_token_without_a_named_group_is_not_right(config: ModelConfig, atlas: Atlas) -> None:
@@ -175,7 +191,8 @@ def test_a_token_without_a_named_group_is_not_right(config: ModelConfig, atlas: 
     counters.step([item(1, "code", 3)], RoutingRecord(
         {layer: Route(index, torch.ones(3, 2), torch.zeros(3, 8)) for layer in config.moe_layers}), 0.1)
     snapshot = counters.snapshot()
-    assert (snapshot["labelled_tokens_total|code_expert"], snapshot["correct_tokens_total|code_expert"]) == (3, 0)
+    assert snapshot[key("labelled_tokens_total", "code_expert")] == 3
+    assert snapshot[key("correct_tokens_total", "code_expert")] == 0
 
 
 def routed(config: ModelConfig, share: float, seed: int, size: int = 4) -> tuple[list[Any], RoutingRecord]:
@@ -212,10 +229,10 @@ def test_names_of_training_are_judged_as_in_training(tiny_config: Callable, shar
         strength_TG.scatter_add_(1, route.index_TK // 4, route.weight_TK)
     best_T, label_T = strength_TG.argmax(1), torch.arange(400) // 10 % 2
     for g, name in enumerate(("code_expert", "law_expert")):
-        assert snapshot[f"correct_tokens_total|{name}"] == int((best_T == g)[label_T == g].sum())
-        assert snapshot[f"labelled_tokens_total|{name}"] == 200
+        assert snapshot[key("correct_tokens_total", name)] == int((best_T == g)[label_T == g].sum())
+        assert snapshot[key("labelled_tokens_total", name)] == 200
     top_T2 = strength_TG.topk(2).values
-    assert snapshot["conflict_tokens_total"] == int((top_T2[:, 0] - top_T2[:, 1] < CLOSE * top_T2[:, 0]).sum())
+    assert snapshot[key("conflict_tokens_total")] == int((top_T2[:, 0] - top_T2[:, 1] < CLOSE * top_T2[:, 0]).sum())
     assert counters.groups.chance([200, 200]) == 0.25
 
 
@@ -226,7 +243,7 @@ def test_nothing_that_is_profiled_changes_what_is_said_of_names_of_training(tiny
         return NamedGroup(name, "measured", ExpertSet(ExpertId(layer, e) for layer in config.moe_layers
                                                       for e in experts))
 
-    def counted(atlas: Atlas) -> tuple[ServingCounters, dict[str, float]]:
+    def counted(atlas: Atlas) -> tuple[ServingCounters, dict[MetricKey, float]]:
         counters = ServingCounters(config, atlas)
         for seed in range(3):
             counters.step(*routed(config, 0.6, seed), 0.1)
@@ -235,13 +252,14 @@ def test_nothing_that_is_profiled_changes_what_is_said_of_names_of_training(tiny
         return counters, counters.snapshot()
 
     plain, before = counted(built(config))
-    assert 0.5 < before["correct_tokens_total|code_expert"] / before["labelled_tokens_total|code_expert"] < 0.95
+    correct, labelled = (before[key(f"{which}_tokens_total", "code_expert")] for which in ("correct", "labelled"))
+    assert 0.5 < correct / labelled < 0.95
     tags = {"nested": tag("hot", 0, 1), "the same": tag("again", 0, 1, 2, 3), "across": tag("both", 0, 4),
             "around": tag("wide", *range(12)), "beside": tag("free", 8, 9), "one": tag("single", 0)}
     for own in (*([one] for one in tags.values()), list(tags.values())):
         counters, after = counted(built(config, *own))
-        assert {name: after[name] for name in before if "slots" not in name and "watch" not in name} == {
-            name: value for name, value in before.items() if "slots" not in name and "watch" not in name}
+        told = [own for own in before if "slots" not in own.name and "watch" not in own.name]
+        assert {own: after[own] for own in told} == {own: before[own] for own in told}
         assert counters.counts.confusion_GG[:2, :2].equal(plain.counts.confusion_GG)
         assert not counters.counts.confusion_GG[:2, 2:].any() and not counters.counts.conflict_GG[2:].any()
 
@@ -259,7 +277,7 @@ def test_a_measured_name_is_held_against_those_of_other_experts(tiny_config: Cal
         index = torch.tensor([experts] * 5)
         counters.step([item(1, domain, 5)], RoutingRecord(
             {1: Route(index, torch.ones(5, 2), torch.zeros(5, 16))}), 0.1)
-        return counters.snapshot()[f"correct_tokens_total|{domain}"] / 5
+        return counters.snapshot()[key("correct_tokens_total", domain)] / 5
 
     atlas = built(config, tag("hot", 0, 1), tag("far", 12, 13))
     assert right(atlas, "hot", 0, 2) == 1.0, "code_expert is stronger by nothing but the same experts"
@@ -273,7 +291,7 @@ def test_a_measured_name_is_held_against_those_of_other_experts(tiny_config: Cal
     index = torch.tensor([[0, 1]])
     counters.step([item(1, "law", 1)], RoutingRecord(
         {1: Route(index, torch.ones(1, 2), torch.zeros(1, 16))}), 0.1)
-    assert counters.snapshot()["conflict_tokens_total"] == 0, "two names of the same experts are in no conflict"
+    assert counters.snapshot()[key("conflict_tokens_total")] == 0, "two names of the same experts are in no conflict"
 
 
 def test_steps_of_a_thread_while_another_reads(config: ModelConfig, atlas: Atlas) -> None:
@@ -293,8 +311,8 @@ def test_steps_of_a_thread_while_another_reads(config: ModelConfig, atlas: Atlas
     over.set()
     thread.join()
     snapshot = counters.snapshot()
-    assert snapshot["correct_tokens_total|law_expert"] == snapshot["judged_requests_total"] == 2000
-    assert snapshot["requests_total|law_expert|stop"] == 2000 and not counters.strength
+    assert snapshot[key("correct_tokens_total", "law_expert")] == snapshot[key("judged_requests_total")] == 2000
+    assert snapshot[key("requests_total", "law_expert", "stop")] == 2000 and not counters.strength
 
 
 def test_domains_of_clients_stay_few(config: ModelConfig, atlas: Atlas) -> None:
@@ -307,8 +325,8 @@ def test_without_atlas_or_experts(tiny_config: Callable) -> None:
     counters = ServingCounters(tiny_config(first_k_dense_replace=3))
     counters.step([item(1, "law", 3)], None, 0.1)
     snapshot = counters.snapshot()
-    assert snapshot["steps_total"] == 1 and snapshot["slice_tokens_total|domain|law_expert"] == 3
-    assert not any(name.startswith(("slots", "max_vio", "group", "distinct")) for name in snapshot)
+    assert snapshot[key("steps_total")] == 1 and snapshot[key("slice_tokens_total", "domain", "law_expert")] == 3
+    assert not any(own.name.startswith(("slots", "max_vio", "group", "distinct")) for own in snapshot)
 
 
 def test_clients_that_were_seen_last_are_remembered(config: ModelConfig) -> None:
@@ -326,8 +344,8 @@ def test_exposition_is_what_prometheus_reads() -> None:
     histogram = Histogram("time_to_first_token_seconds")
     for wait in (0.05, 0.5, 0.6, 7.0):
         histogram.add(wait)
-    snapshot = {"steps_total": 3.0, key("slots_total", "1-9"): 5.0, key("requests_total", 'a"\n\\', "stop"): 1.0,
-               key("slice_tokens_total", "client", "x"): 1.0, "cpu_ratio": 0.5} | histogram.snapshot()
+    snapshot = {key("steps_total"): 3.0, key("slots_total", "1-9"): 5.0, key("requests_total", 'a"\n\\', "stop"): 1.0,
+               key("slice_tokens_total", "client", "x"): 1.0, key("cpu_ratio"): 0.5} | histogram.snapshot()
     families = {family.name: family for family in text_string_to_metric_families(exposition(snapshot).decode())}
     assert PREFIX + "slice_tokens" not in families
     assert families[PREFIX + "requests"].samples[0].labels == {"domain": 'a"\n\\', "reason": "stop"}
@@ -340,7 +358,7 @@ def test_exposition_is_what_prometheus_reads() -> None:
 
 def test_former_names_are_served_beside_the_new_ones() -> None:
     """For one release: the same samples, and HELP says what to use instead."""
-    snapshot: dict[str, float] = {}
+    snapshot: dict[MetricKey, float] = {}
     for metric in METRICS.values():
         if metric.kind == "histogram":
             (histogram := Histogram(metric.name)).add(0.3)
@@ -371,4 +389,4 @@ def test_percentiles_of_a_stretch() -> None:
     assert quantile(0.99, now, now, "request_time_per_output_token_seconds") is None
     beyond = quantile(0.999, histogram.snapshot(), {}, "request_time_per_output_token_seconds")
     assert beyond == 2.5, "the last bound"
-    assert delta({"steps_total": 3.0}, {"steps_total": 10.0}, "steps_total") == 3.0  # began anew
+    assert delta({key("steps_total"): 3.0}, {key("steps_total"): 10.0}, "steps_total") == 3.0  # began anew

@@ -10,8 +10,8 @@ import pytest
 
 from deepseek.errors import ConfigError
 from deepseek.watch.history import DAY, HOUR, History, HistoryError
-from deepseek.watch.metrics import METRICS, RENAMED, delta
-from deepseek.watch.monitor import rates
+from deepseek.watch.metrics import METRICS, RENAMED, delta, key
+from deepseek.watch.state import rates
 
 NOW = 1e9
 
@@ -20,7 +20,7 @@ def test_old_readings_are_thinned_and_then_dropped() -> None:
     history = History(days=10)
     for age, gap in ((HOUR, 5), (DAY, 20), (5 * DAY, 300), (20 * DAY, 300)):
         for i in range(int(min(age, DAY) / gap)):
-            history.add(NOW - age + i * gap, {"steps_total": float(i)})
+            history.add(NOW - age + i * gap, {key("steps_total"): float(i)})
     history.thin(NOW)
     times = [time for time, _ in history.snapshots(0, most=20_000)]
     assert min(times) >= NOW - 10 * DAY
@@ -36,13 +36,13 @@ def test_old_readings_are_thinned_and_then_dropped() -> None:
 
 def test_what_is_kept_outlives_the_server(tmp_path: Path) -> None:
     history = History(tmp_path / "h.sqlite")
-    history.add(NOW, {"steps_total": 3.0})
+    history.add(NOW, {key("steps_total"): 3.0})
     history.alert(NOW, "share_low", "code_expert", True, "a message")
     assert history.rate(NOW, "cmpl-1", "law_expert", "up", "good")
     assert not history.rate(NOW + 1, "cmpl-1", "law_expert", "down", None)
     history.close()
     again = History(tmp_path / "h.sqlite")
-    assert again.snapshots(0) == [(NOW, {"steps_total": 3.0})]
+    assert again.snapshots(0) == [(NOW, {key("steps_total"): 3.0})]
     assert again.alerts()[0]["message"] == "a message" and again.comments()[0]["comment"] == "good"
     assert not again.rate(NOW, "cmpl-1", "law_expert", "up", None)
     again.close()
@@ -59,7 +59,7 @@ def test_a_damaged_file_is_refused_at_start(tmp_path: Path) -> None:
     path = tmp_path / "h.sqlite"
     history = History(path)
     for i in range(200):
-        history.add(NOW + i, {"steps_total": float(i)})
+        history.add(NOW + i, {key("steps_total"): float(i)})
     history.close()
     content = bytearray(path.read_bytes())
     content[4096:12288] = b"\xa5" * 8192
@@ -71,18 +71,18 @@ def test_a_damaged_file_is_refused_at_start(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_once_and_what_came_meanwhile_is_kept(tmp_path: Path,
                                                                   caplog: pytest.LogCaptureFixture) -> None:
     history = History(tmp_path / "h.sqlite")
-    history.add(NOW, {"steps_total": 0.0})
+    history.add(NOW, {key("steps_total"): 0.0})
     pages = history._store.execute("pragma page_count").fetchone()[0]
     history._store.execute(f"pragma max_page_count = {pages}")
     comment = "x" * 20_000
     for i in range(1, 200):
-        history.add(NOW + i, {"steps_total": float(i), "x" * 1000: 1.0})
+        history.add(NOW + i, {key("steps_total"): float(i), key("slots_total", "x" * 1000): 1.0})
     history.alert(NOW, "share_low", "code_expert", True, "a message")
     with pytest.raises(HistoryError, match="cannot be written"):
         history.rate(NOW, "cmpl-1", "law_expert", "up", comment)
     history.thin(NOW)
     assert len(caplog.records) == 1 and "full" in caplog.text
-    assert history.snapshots(0)[-1][1]["steps_total"] == 199 and history.alerts()
+    assert history.snapshots(0)[-1][1][key("steps_total")] == 199 and history.alerts()
     history._store.execute("pragma max_page_count = 100000")
     assert history.rate(NOW, "cmpl-1", "law_expert", "up", comment)
     assert "written again" in caplog.text and len(caplog.records) == 2
@@ -94,8 +94,8 @@ def test_a_file_that_is_deleted_or_damaged_while_the_server_runs(tmp_path: Path,
                                                                  caplog: pytest.LogCaptureFixture) -> None:
     history = History(tmp_path / "h.sqlite")
     (tmp_path / "h.sqlite").unlink()
-    history.add(NOW, {"steps_total": 1.0})
-    assert history.snapshots(0) == [(NOW, {"steps_total": 1.0})]
+    history.add(NOW, {key("steps_total"): 1.0})
+    assert history.snapshots(0) == [(NOW, {key("steps_total"): 1.0})]
     with pytest.raises(HistoryError, match="deleted or replaced"):
         history.rate(NOW, "cmpl-1", "law_expert", "up", None)
     history.close()
@@ -106,7 +106,7 @@ def test_a_file_that_is_deleted_or_damaged_while_the_server_runs(tmp_path: Path,
 
     history._on_file = damaged  # type: ignore[method-assign, assignment]
     for i in range(3):
-        history.add(NOW + i, {"steps_total": 1.0})
+        history.add(NOW + i, {key("steps_total"): 1.0})
     assert len(history.snapshots(0)) == 3 and not history.comments() and history._again == float("inf")
     assert len(caplog.records) == 2
     history.close()
@@ -130,9 +130,9 @@ def test_a_file_of_an_earlier_release_has_curves_and_alerts(tmp_path: Path) -> N
         store.execute("insert into alerts values (?, 'unhappy', '', 1, 'a message')", (NOW,))
     history = History(tmp_path / "h.sqlite")
     (start, old), (end, now) = history.snapshots(0)
-    assert now["cpu_ratio"] == 0.5 and delta(now, old, "correct_tokens_total|law_expert") == 5.0
+    assert now[key("cpu_ratio")] == 0.5 and delta(now, old, "correct_tokens_total", "law_expert") == 5.0
     curve = rates(start, old, end, now)
-    assert curve["joules_per_token"] == 2.0 and curve["first_p50"] == pytest.approx(0.075)
-    assert curve["each_p50"] == pytest.approx(0.0875)
+    assert curve.joules_per_token == 2.0 and curve.first_p50 == pytest.approx(0.075)
+    assert curve.each_p50 == pytest.approx(0.0875)
     assert history.alerts()[0]["rule"] == "negative_feedback_high"
     history.close()

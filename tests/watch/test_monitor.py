@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace as Plain
 from typing import Any
@@ -16,8 +17,10 @@ from deepseek.errors import ConfigError
 from deepseek.model import Route, RoutingRecord
 from deepseek.watch.alerts import Alert
 from deepseek.watch.counters import ServingCounters
-from deepseek.watch.monitor import Monitor, WatchOptions, rates
+from deepseek.watch.metrics import MetricKey, key
+from deepseek.watch.monitor import Monitor, WatchOptions
 from deepseek.watch.power import MachineSampler
+from deepseek.watch.state import rates
 from deepseek.watch.terminal import view
 
 LONG = dict(interval=3600.0, alert_minutes=10.0)  # a snapshot only when the test takes one
@@ -30,12 +33,12 @@ def item(request_id: int, domain: str | None, tokens: int, labels: dict[str, str
 
 
 @pytest.fixture
-def make(tiny_config: Callable, tmp_path: Path) -> Iterator[Callable[..., tuple[Monitor, dict[str, float]]]]:
+def make(tiny_config: Callable, tmp_path: Path) -> Iterator[Callable[..., tuple[Monitor, dict[MetricKey, float]]]]:
     opened = []
 
-    def build(options: WatchOptions | None = None, **changes: Any) -> tuple[Monitor, dict[str, float]]:
-        engine = {"tokens_total|computed": 0.0, "tokens_total|sampled": 0.0, "requests_running": 0.0,
-                  "requests_waiting": 0.0}
+    def build(options: WatchOptions | None = None, **changes: Any) -> tuple[Monitor, dict[MetricKey, float]]:
+        engine = {key("tokens_total", "computed"): 0.0, key("tokens_total", "sampled"): 0.0,
+                  key("requests_running"): 0.0, key("requests_waiting"): 0.0}
         counters = ServingCounters(tiny_config(**changes))
         opened.append(Monitor("tiny", counters, lambda: engine, options or WatchOptions(**LONG),
                               machine=MachineSampler(tmp_path)))
@@ -54,21 +57,21 @@ def test_energy_and_cost_of_a_token(make: Callable, tmp_path: Path) -> None:
     (folder / "energy_uj").write_text("1000000")
     monitor, engine = make(WatchOptions(**LONG, price_per_hour=3.6))
     (folder / "energy_uj").write_text("5000000")
-    engine["tokens_total|computed"] = 80.0
+    engine[key("tokens_total", "computed")] = 80.0
     monitor.sample()
-    state = monitor.state()
+    state = asdict(monitor.state())
     assert state["rates"]["joules_per_token"] == pytest.approx(4 / 80) and state["energy"] == {"cpu": 4.0}
     seconds = state["time"] - monitor.began
     assert 0 < state["window"]["cost"] <= 3.6 / 3600 * seconds / 80 * 1e8
-    own = rates(5.0, {}, 15.0, {"price_per_hour": 3.6, "tokens_total|computed": 60.0, "tokens_total|cached": 20.0})
-    assert own["cost"] == pytest.approx(3.6 / 3600 * 10 / 80 * 1e8)
+    tokens = {key("tokens_total", "computed"): 60.0, key("tokens_total", "cached"): 20.0}
+    assert rates(5.0, {}, 15.0, tokens | {key("price_per_hour"): 3.6}).cost == pytest.approx(3.6 / 3600 * 10 / 80 * 1e8)
     assert "0.05 J a token" in view(state)
     assert b'moe_dr_energy_joules_total{source="cpu"} 4.0' in monitor.metrics()
 
 
 def test_without_counters_of_energy_nothing_is_said_of_it(make: Callable) -> None:
     monitor, _ = make()
-    state = monitor.state()
+    state = asdict(monitor.state())
     assert state["rates"]["joules_per_token"] is None and state["energy"] == {} and state["window"]["cost"] is None
     assert b"joules" not in monitor.metrics() and "J a token" not in view(state)
 
@@ -76,7 +79,7 @@ def test_without_counters_of_energy_nothing_is_said_of_it(make: Callable) -> Non
 def test_everything_has_a_state_before_anything_ran(make: Callable) -> None:
     for changes in ({}, {"first_k_dense_replace": 3}):  # the second has no routed experts
         monitor, _ = make(**changes)
-        state = monitor.state()
+        state = asdict(monitor.state())
         json.dumps(state, allow_nan=False)
         json.dumps([monitor.heat(), monitor.series()], allow_nan=False)
         assert state["accuracy"] is None and state["groups"] == [] and "no alert" in view(state)
@@ -93,13 +96,14 @@ def test_the_heat_map_is_of_the_last_minutes(make: Callable) -> None:
 
 def test_curves_over_a_restart(make: Callable) -> None:
     monitor, engine = make()
-    engine["tokens_total|computed"] = 100.0
+    engine[key("tokens_total", "computed")] = 100.0
     monitor.sample()
-    engine["tokens_total|computed"] = 40.0  # a new server goes on with the history
+    engine[key("tokens_total", "computed")] = 40.0  # a new server goes on with the history
     monitor.sample()
     curve = monitor.series()["rates"]["tokens"]
     assert len(curve) == 2 and min(curve) > 0
-    assert rates(0.0, {"tokens_total|computed": 100.0}, 10.0, {"tokens_total|computed": 40.0})["tokens"] == 4.0
+    before, after = ({key("tokens_total", "computed"): tokens} for tokens in (100.0, 40.0))
+    assert rates(0.0, before, 10.0, after).tokens == 4.0
 
 
 def test_a_webhook_that_nobody_answers(make: Callable, caplog: pytest.LogCaptureFixture) -> None:

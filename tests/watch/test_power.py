@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deepseek.watch.metrics import key
 from deepseek.watch.power import MachineSampler, Rapl
 
 
@@ -36,4 +37,5 @@ def test_without_counters_there_is_no_metric(tmp_path: Path) -> None:
     (folder / "energy_uj").unlink()
     assert Rapl(tmp_path).read() is None
     found = MachineSampler(tmp_path).read()
-    assert "energy_joules_total|cpu" not in found and found["resident_bytes"] > 1e7 and 0 <= found["memory_ratio"] <= 1
+    assert key("energy_joules_total", "cpu") not in found
+    assert found[key("resident_bytes")] > 1e7 and 0 <= found[key("memory_ratio")] <= 1

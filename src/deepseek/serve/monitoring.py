@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..language import NONE, language
 from ..model.cache import PAGE
 from ..watch.counters import ServingCounters
 from ..watch.history import HistoryError
+from ..watch.metrics import MetricKey, key
 from ..watch.monitor import Monitor, WatchOptions
 from .bodies import takes
 from .middleware import ServeError, log
@@ -66,20 +68,20 @@ class Watch:
 
     # ---- engine state -------------------------------------------------------------------------------------------
 
-    def _engine(self) -> dict[str, float]:
+    def _engine(self) -> dict[MetricKey, float]:
         engine = self.llm.engine
         counters, scheduler = engine.counters, engine.scheduler
-        out: dict[str, float] = {
-            "tokens_total|computed": counters.computed, "tokens_total|cached": counters.cached,
-            "tokens_total|sampled": counters.sampled, "requests_running": len(scheduler.running),
-            "requests_waiting": len(scheduler.waiting), "preempted_total": scheduler.preempted,
-            "cache_free_positions": engine.block_manager.available * PAGE}
+        out: dict[MetricKey, float] = {
+            key("tokens_total", "computed"): counters.computed, key("tokens_total", "cached"): counters.cached,
+            key("tokens_total", "sampled"): counters.sampled, key("requests_running"): len(scheduler.running),
+            key("requests_waiting"): len(scheduler.waiting), key("preempted_total"): scheduler.preempted,
+            key("cache_free_positions"): engine.block_manager.available * PAGE}
         if engine.residency is not None:
             stats = engine.residency.stats
-            out |= {"experts_wanted_total": stats.wanted, "experts_missed_total": stats.missed,
-                    "experts_late_total": stats.late, "experts_prefetched_total": stats.prefetched,
-                    "prefetch_hits_total": stats.prefetch_hits, "expert_stall_seconds_total": stats.stall,
-                    "expert_read_bytes_total": stats.read}
+            out |= {key("experts_wanted_total"): stats.wanted, key("experts_missed_total"): stats.missed,
+                    key("experts_late_total"): stats.late, key("experts_prefetched_total"): stats.prefetched,
+                    key("prefetch_hits_total"): stats.prefetch_hits, key("expert_stall_seconds_total"): stats.stall,
+                    key("expert_read_bytes_total"): stats.read}
         return out
 
     def _resident(self) -> Tensor | None:
@@ -171,7 +173,7 @@ def add_routes(app: FastAPI, watch: Watch) -> None:
 
     @app.get("/dashboard/state", response_class=Response)
     async def state() -> Response:
-        return await answer(monitor.state)
+        return await answer(lambda: asdict(monitor.state()))
 
     @app.get("/dashboard/heat", response_class=Response)
     async def heat() -> Response:

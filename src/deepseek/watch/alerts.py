@@ -44,7 +44,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class AlertLimits:
-    """minutes: of the window. The others: see the top of this file."""
+    """minutes: of the window. The others are the limits of the rules (see the top of this file)."""
 
     minutes: float = 10.0
     share_low: float = LOW
@@ -63,7 +63,7 @@ class Alerts:
         self.firing: dict[tuple[str, str], Alert] = {}
 
     def evaluate(self, time: float, now: Snapshot) -> list[Alert]:
-        """Those that fire now."""
+        """Add a snapshot; returns the alerts that fire now."""
         window = 60 * self.limits.minutes
         self.past.append((time, now))
         while len(self.past) > 2 and self.past[1][0] <= time - 2 * window:
@@ -99,10 +99,10 @@ class Alerts:
                                 f"{limits.share_low:.0%}): check the data distribution{cause}", time)
         ended = dict.fromkeys(("stop", "length", "abort", "error"), 0.0)
         for domain, reason in values(now, "requests_total"):
-            ended[reason] += delta(now, edge, f"requests_total|{domain}|{reason}")
+            ended[reason] += delta(now, edge, "requests_total", domain, reason)
         rated = {"up": 0.0, "down": 0.0}
         for domain, rating in values(now, "feedback_total"):
-            rated[rating] += delta(now, edge, f"feedback_total|{domain}|{rating}")
+            rated[rating] += delta(now, edge, "feedback_total", domain, rating)
         for rule, part, whole, least, words in (
                 ("conflict_high", delta(now, edge, "conflict_tokens_total"), delta(now, edge, "judged_tokens_total"),
                  LEAST_TOKENS, "of the tokens lie between two named groups"),
@@ -119,26 +119,26 @@ class Alerts:
 
 
 def ratios(now: Snapshot, old: Snapshot) -> dict[str, float]:
-    """Each named group's slots since the older snapshot, over what uniform routing would give it."""
+    """Each named group's slots since the older snapshot, over those that uniform routing would give it."""
     sums: dict[str, list[float]] = {}
     for group, band in values(now, "group_expected_slots_total"):
         own = sums.setdefault(group, [0.0, 0.0])
         for i, name in enumerate(("group_slots_total", "group_expected_slots_total")):
-            own[i] += delta(now, old, f"{name}|{group}|{band}")
+            own[i] += delta(now, old, name, group, band)
     return {group: slots / expected for group, (slots, expected) in sums.items() if expected}
 
 
 def _cause(before: Snapshot, edge: Snapshot, now: Snapshot) -> str:
     """The two slices of each kind whose part of the tokens changed most, in words; where none did, the largest ones."""
     changed, largest = [], []
-    pairs = list(values(now, "slice_tokens_total"))
-    for kind in sorted({kind for kind, _ in pairs}):
-        names = [f"slice_tokens_total|{kind}|{value}" for own, value in pairs if own == kind]
-        new = {name: delta(now, edge, name) for name in names}
-        old = {name: delta(edge, before, name) for name in names}
+    slices = values(now, "slice_tokens_total")
+    for kind in sorted({kind for kind, _ in slices}):
+        names = [name for own, name in slices if own == kind]
+        new = {name: delta(now, edge, "slice_tokens_total", kind, name) for name in names}
+        old = {name: delta(edge, before, "slice_tokens_total", kind, name) for name in names}
         if not any(new.values()):
             continue
-        parts = [(old[name] / (sum(old.values()) or 1.0), new[name] / sum(new.values()), f"{kind}={name.split('|')[2]}")
+        parts = [(old[name] / (sum(old.values()) or 1.0), new[name] / sum(new.values()), f"{kind}={name}")
                  for name in names]
         if any(old.values()):
             parts.sort(key=lambda part: (-abs(part[1] - part[0]), part[2]))

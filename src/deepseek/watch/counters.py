@@ -36,7 +36,7 @@ from ..atlas import Atlas, ExpertUsage
 from ..config import ModelConfig
 from ..domain import NAMES
 from ..model import RoutingRecord
-from .metrics import Histogram, key
+from .metrics import Histogram, MetricKey, key
 
 REASONS, RATINGS = ("stop", "length", "abort", "error"), ("up", "down")
 CLOSE = 0.05  # of the stronger one's strength: two groups that near are in conflict
@@ -75,7 +75,7 @@ class _Step:
 @dataclass(frozen=True)
 class _End:
     request_id: int
-    name: str  # of the counter
+    counter: MetricKey
     first: float | None
     each: float | None
 
@@ -193,10 +193,10 @@ class ServingCounters:
             (named + 1, layers, experts), (named,), (named, named), (named, named))))
         self.wanted_LE = torch.zeros(layers, experts, dtype=torch.int64)  # once a step
         self.strength: dict[int, Tensor] = {}  # of requests under way, [R]
-        self._told: deque[_End | str] = deque()  # requests that ended, and counters that grow by one
+        self._told: deque[_End | MetricKey] = deque()  # requests that ended, and counters that grow by one
         self.steps = 0
         self.step_seconds = self.inline_seconds = self.settle_seconds = 0.0
-        self.numbers: dict[str, float] = defaultdict(float)
+        self.numbers: dict[MetricKey, float] = defaultdict(float)
         self.slices: dict[str, dict[str, float]] = {}  # kind -> value -> tokens, seen last comes last
         labels = sorted({*self.groups.names, *(self.groups.label(name) for name in NAMES), "other", "unknown"})
         for name, outcomes in (("requests_total", REASONS), ("feedback_total", RATINGS)):
@@ -249,17 +249,17 @@ class ServingCounters:
         if routed := [step for step in steps if step.index]:
             self._routes(routed, requests)
         for end in ended:
-            if isinstance(end, str):
+            if isinstance(end, MetricKey):
                 self.numbers[end] += 1
                 continue
-            self.numbers[end.name] += 1
+            self.numbers[end.counter] += 1
             if end.first is not None:
                 self.first_token.add(end.first)
             if end.each is not None:
                 self.per_token.add(end.each)
             if (strength_R := self.strength.pop(end.request_id, None)) is not None:
-                self.numbers["judged_requests_total"] += 1
-                self.numbers["conflict_requests_total"] += int(self.groups.near(strength_R[None])[0])
+                self.numbers[key("judged_requests_total")] += 1
+                self.numbers[key("conflict_requests_total")] += int(self.groups.near(strength_R[None])[0])
         self.settle_seconds += time.perf_counter() - began
 
     def _slice(self, kind: str, value: str, tokens: int) -> None:
@@ -294,14 +294,14 @@ class ServingCounters:
         asked[np.repeat(np.arange(len(steps)), tokens_S)[:, None], place_TP] = True
         self.wanted_LE += torch.from_numpy(asked[:, :nobody].sum(0)).view_as(self.wanted_LE)
         expected = layers * experts * (1 - (1 - self.config.num_experts_per_tok / experts) ** tokens_S).sum()
-        numbers["distinct_experts_expected_total"] += float(expected)
+        numbers[key("distinct_experts_expected_total")] += float(expected)
         if not named:
             return
         strength_TR = embedding_bag(torch.from_numpy(place_TP), groups.member_PR, mode="sum",
                                     per_sample_weights=weight_TLK.float().flatten(1)) / groups.even_R
-        numbers["judged_tokens_total"] += len(strength_TR)
+        numbers[key("judged_tokens_total")] += len(strength_TR)
         close_T, pair_T2 = groups.near(strength_TR)
-        numbers["conflict_tokens_total"] += int(close_T.sum())
+        numbers[key("conflict_tokens_total")] += int(close_T.sum())
         pair_C2 = pair_T2[close_T & (pair_T2[:, 1] < named)]
         counts.conflict_GG.add_(torch.bincount(
             pair_C2[:, 0] * named + pair_C2[:, 1], minlength=named * named).view(named, named))
@@ -341,15 +341,15 @@ class ServingCounters:
             self._settle()
             return self.counts.copy()
 
-    def snapshot(self, before: Counts | None = None) -> dict[str, float]:
+    def snapshot(self, before: Counts | None = None) -> dict[MetricKey, float]:
         """All numbers by now. before: the counts at the begin of the last minutes, for what is said of these."""
         with self.lock:
             self._settle()
             groups, counts = self.groups, self.counts
             recent = counts if before is None else counts.since(before)
-            out: dict[str, float] = {
-                "steps_total": self.steps, "step_seconds_total": self.step_seconds,
-                "watch_seconds_total": self.inline_seconds + self.settle_seconds}
+            out: dict[MetricKey, float] = {
+                key("steps_total"): self.steps, key("step_seconds_total"): self.step_seconds,
+                key("watch_seconds_total"): self.inline_seconds + self.settle_seconds}
             out |= dict(self.numbers) | self.first_token.snapshot() | self.per_token.snapshot()
             out |= {key("slice_tokens_total", kind, value): tokens for kind, own in self.slices.items()
                     for value, tokens in own.items()}
@@ -364,7 +364,7 @@ class ServingCounters:
                         out[key("group_slots_total", name, band)] = float(slots_LG[rows, g].sum())
                         out[key("group_expected_slots_total", name, band)] = float(expected_LG[rows, g].sum())
             if groups.layers:
-                out["distinct_experts_total"] = float(self.wanted_LE.sum())
+                out[key("distinct_experts_total")] = float(self.wanted_LE.sum())
             for g, name in enumerate(groups.names):
                 wanted_LE = self.wanted_LE * groups.member_LEG[..., g].double()
                 out[key("group_wanted_total", name)] = float(wanted_LE.sum())
@@ -391,10 +391,10 @@ def _side_by_side(steps: Sequence[Sequence[Tensor]], width: int, filler: float) 
     return own_TLK if top == width else torch.nn.functional.pad(own_TLK, (0, width - top), value=filler)
 
 
-def balance(config: ModelConfig, groups: Groups, slots_LE: Tensor) -> dict[str, float]:
+def balance(config: ModelConfig, groups: Groups, slots_LE: Tensor) -> dict[MetricKey, float]:
     """Entropy, MaxVio and dead experts of some slots, by band; nothing of bands without any."""
     usage = ExpertUsage(config)
-    out: dict[str, float] = {}
+    out: dict[MetricKey, float] = {}
     usage.counts_LE = slots_LE
     entropy_L = (usage.diversity() * groups.experts).clamp(min=1.0).log()
     for band, rows in groups.bands.items():

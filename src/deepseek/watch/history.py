@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from ..errors import ConfigError, MoEDRError
 from ..files import to_json
-from .metrics import Snapshot, current_name
+from .metrics import MetricKey, Snapshot
 
 HOUR, DAY = 3600.0, 86400.0
 AGAIN = 60.0  # seconds after which a file that failed is tried again
@@ -120,7 +120,7 @@ class History:
     # ---- what is kept -------------------------------------------------------------------------------------------
 
     def add(self, time: float, snapshot: Snapshot) -> None:
-        row = (time, to_json(dict(snapshot)))
+        row = (time, to_json({key.to_text(): value for key, value in snapshot.items()}))
         self._do(lambda store: store.execute("insert or replace into readings values (?, ?)", row))
 
     def thin(self, now: float) -> None:
@@ -145,7 +145,7 @@ class History:
             return store.execute(
                 f"select time, numbers from readings where time in ({places}) order by time", chosen).fetchall()
 
-        return [(time, {current_name(name): value for name, value in json.loads(numbers).items()})
+        return [(time, {MetricKey.of_text(text): value for text, value in json.loads(numbers).items()})
                 for time, numbers in self._do(work)]
 
     def alert(self, time: float, rule: str, subject: str, begins: bool, message: str) -> None:

@@ -1,10 +1,9 @@
-"""Every number that is watched, by name, with its definition; docs/monitoring.md says the same at more length.
+"""Every metric, by name, with its definition; docs/monitoring.md says the same at more length.
 
-A snapshot is plain numbers by name: `steps_total`, or, with values of the metric's labels, `slots_total|1-9`. A
-histogram's are the counts up to each bound and the sum: `NAME|0.5`, `NAME|sum`. What
-cannot be measured is absent, never zero.
+A snapshot holds numbers by MetricKey. Those of a histogram are the counts up to each bound and the sum, by the label
+`le`: a bound or "sum". What cannot be measured is absent, never zero.
 
-Rates, shares and percentiles are of what has grown between two snapshots; a number that has become smaller began anew.
+Rates, ratios and percentiles are of what has grown between two snapshots; a number that has become smaller was reset.
 """
 
 from __future__ import annotations
@@ -12,12 +11,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-Snapshot = Mapping[str, float]
 PREFIX = "moe_dr_"
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 EACH = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+
+class MetricKey(NamedTuple):
+    """A number of a snapshot: a metric's name and the values of its labels."""
+
+    name: str
+    labels: tuple[str, ...] = ()
+
+    def to_text(self) -> str:
+        """As it is stored: `slots_total|1-9`. `|` in a value becomes `/`."""
+        return "|".join([self.name, *(value.replace("|", "/") for value in self.labels)])
+
+    @classmethod
+    def of_text(cls, text: str) -> MetricKey:
+        """The key of a stored number, which may bear a former name."""
+        name, *labels = text.split("|")
+        return cls(RENAMED.get(name, name), tuple(labels))
+
+
+Snapshot = Mapping[MetricKey, float]
 
 
 @dataclass(frozen=True)
@@ -100,9 +118,9 @@ BUSINESS = (
              "several", "adapter", "reason"),
     _counter("adapter_tokens", "Tokens that ran through the model, by adapter or base", "adapter"),
     _counter("refused", "Requests that were refused, by status", "status"),
-    Metric("time_to_first_token_seconds", "histogram", (), "From a request's arrival to its first token",
+    Metric("time_to_first_token_seconds", "histogram", ("le",), "From a request's arrival to its first token",
            bounds=FIRST, formerly="first_token_seconds"),
-    Metric("request_time_per_output_token_seconds", "histogram", (), "From a token to the next, mean of a request",
+    Metric("request_time_per_output_token_seconds", "histogram", ("le",), "From a token to the next, mean of a request",
            bounds=EACH, formerly="token_seconds"),
     _counter("tool_calls", "Answers with calls of tools: right if all name a tool and hold what it requires", "domain",
              "outcome"),
@@ -115,41 +133,34 @@ METRICS = {metric.name: metric for metric in (*SYSTEM, *MODEL, *BUSINESS)}
 RENAMED = {metric.formerly: metric.name for metric in METRICS.values() if metric.formerly}  # served until 0.2
 
 
-def key(name: str, *values: str) -> str:
-    """The name of a number with labels; `|` in a value becomes `/`."""
-    assert len(values) == len(METRICS[name].labels), name
-    return "|".join([name, *(value.replace("|", "/") for value in values)])
-
-
-def current_name(number: str) -> str:
-    """The name of a number that an earlier release may have stored."""
-    name, bar, labels = number.partition("|")
-    return RENAMED.get(name, name) + bar + labels
+def key(name: str, *labels: str) -> MetricKey:
+    """The key of a metric's number, with a value for each of its labels."""
+    assert len(labels) == len(METRICS[name].labels), name
+    return MetricKey(name, labels)
 
 
 def values(snapshot: Snapshot, name: str) -> dict[tuple[str, ...], float]:
     """A metric's numbers by the values of its labels."""
-    found = (k.split("|") for k in snapshot if k == name or k.startswith(name + "|"))
-    return {tuple(rest): snapshot["|".join([own, *rest])] for own, *rest in found}
+    return {own.labels: value for own, value in snapshot.items() if own.name == name}
 
 
-def delta(now: Snapshot, old: Snapshot, name: str) -> float:
-    """Since the older snapshot, or since it began anew."""
-    value = now.get(name, 0.0)
-    before = old.get(name, 0.0)
+def delta(now: Snapshot, old: Snapshot, name: str, *labels: str) -> float:
+    """The growth of a number since the older snapshot, or since it was reset."""
+    own = key(name, *labels)
+    value, before = now.get(own, 0.0), old.get(own, 0.0)
     return value - before if value >= before else value
 
 
 def total_delta(now: Snapshot, old: Snapshot, name: str) -> float:
-    """The same of all of a metric's numbers together."""
-    return sum(delta(now, old, "|".join([name, *rest])) for rest in values(now, name))
+    """The growth of a metric, summed over its labels."""
+    return sum(delta(now, old, name, *labels) for labels in values(now, name))
 
 
 def quantile(share: float, now: Snapshot, old: Snapshot, name: str) -> float | None:
     """A quantile of a histogram between two snapshots, linear within a bucket as Prometheus' histogram_quantile.
 
     None without observations."""
-    bounds = [(bound, delta(now, old, f"{name}|{_bound(bound)}")) for bound in (*METRICS[name].bounds, math.inf)]
+    bounds = [(bound, delta(now, old, name, _bound(bound))) for bound in (*METRICS[name].bounds, math.inf)]
     if not bounds[-1][1]:
         return None
     rank, below, start = share * bounds[-1][1], 0.0, 0.0
@@ -161,12 +172,12 @@ def quantile(share: float, now: Snapshot, old: Snapshot, name: str) -> float | N
 
 
 def _bound(bound: float) -> str:
-    """As Prometheus writes it."""
+    """A bound as Prometheus writes it."""
     return "+Inf" if bound == math.inf else str(bound)
 
 
 class Histogram:
-    """Counts of waits up to each bound of a metric."""
+    """Counts of observations up to each bound of a metric."""
 
     def __init__(self, name: str) -> None:
         self.name, self.bounds, self.sum = name, (*METRICS[name].bounds, math.inf), 0.0
@@ -177,14 +188,13 @@ class Histogram:
         for i, bound in enumerate(self.bounds):
             self.counts[i] += seconds <= bound
 
-    def snapshot(self) -> dict[str, float]:
-        out = {f"{self.name}|{_bound(bound)}": float(count)
-               for bound, count in zip(self.bounds, self.counts, strict=True)}
-        return out | {f"{self.name}|sum": self.sum}
+    def snapshot(self) -> dict[MetricKey, float]:
+        return {key(self.name, _bound(bound)): float(count)
+                for bound, count in zip(self.bounds, self.counts, strict=True)} | {key(self.name, "sum"): self.sum}
 
 
 def exposition(snapshot: Snapshot) -> bytes:
-    """The snapshot as Prometheus scrapes it."""
+    """A snapshot in Prometheus' text format."""
     from prometheus_client import generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
     from prometheus_client.core import Metric as Family

@@ -31,12 +31,13 @@ from ..files import to_json
 from .alerts import Alert, AlertLimits, Alerts, ratios
 from .counters import Counts, ServingCounters
 from .history import History
-from .metrics import RENAMED, Snapshot, delta, exposition, key, quantile, total_delta, values
+from .metrics import METRICS, RENAMED, MetricKey, Snapshot, delta, exposition, key, total_delta, values
 from .power import MachineSampler
+from .state import GroupState, MonitorState, business, rates, ratio, residency, slices
 
 MINUTE = 60.0
 COUNTS = 12  # copies of what was counted of routes that are kept of a window: its begin is that exact
-HUNDRED_MILLION = 1e8
+DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99")  # of Rates, as curves
 log = logging.getLogger("deepseek.watch")
 
 
@@ -116,10 +117,10 @@ class Monitor:
 
     # ---- snapshots -----------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> dict[str, float]:
+    def snapshot(self) -> dict[MetricKey, float]:
         """Every number by now."""
         out = self.counters.snapshot(self._counts[0][1]) | dict(self.reader()) | dict(self._machine)
-        out["watch_seconds_total"] += self._sample_seconds
+        out[key("watch_seconds_total")] += self._sample_seconds
         groups = self.counters.groups
         for name, source in (("group_resident_ratio", self.resident()), ("group_missed_total", self.missed())):
             if source is not None and groups.names:
@@ -128,7 +129,7 @@ class Monitor:
                     sum_G = sum_G / groups.member_LEG.sum((0, 1))
                 out |= {key(name, group): float(value) for group, value in zip(groups.names, sum_G, strict=True)}
         if self.options.price_per_hour is not None:
-            out["price_per_hour"] = self.options.price_per_hour
+            out[key("price_per_hour")] = self.options.price_per_hour
         return out
 
     def sample(self) -> list[Alert]:
@@ -145,7 +146,7 @@ class Monitor:
                 while len(kept) > 2 and kept[1][0] <= now - window:
                     kept.popleft()
             found = self.alerts.evaluate(now, snapshot)
-            self.history.add(now, {name: value for name, value in snapshot.items() if not name.startswith("slice_")})
+            self.history.add(now, {own: value for own, value in snapshot.items() if own.name != "slice_tokens_total"})
             self._sample_seconds += time.perf_counter() - began
             return found
 
@@ -179,58 +180,58 @@ class Monitor:
 
     # ---- for people ---------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """Everything that is on the dashboard but the heat map and the curves, for JSON."""
+    def state(self) -> MonitorState:
         now, snapshot, groups = time.time(), self.snapshot(), self.counters.groups
         with self._lock:
             past = list(self._past)
             recent = self.counters.now().since(self._counts[0][1])
         start, old = past[0]
         minute = next((entry for entry in past if entry[0] >= now - MINUTE), past[-1])
-        share, slots = ratios(snapshot, old), total_delta(snapshot, old, "slots_total")
-        own: list[dict[str, Any]] = []
-        for g, name in enumerate(groups.names):
-            labelled = delta(snapshot, old, f"labelled_tokens_total|{name}")
-            wanted = delta(snapshot, old, f"group_wanted_total|{name}")
-            missed = snapshot.get(f"group_missed_total|{name}")
-            own.append({
-                "name": name, "ratio": share.get(name), "expected": float(groups.expected_LG[:, g].mean()),
-                "share": None if not slots else sum(
-                    delta(snapshot, old, f"group_slots_total|{name}|{band}") for band in groups.bands) / slots,
-                "bands": {band: _ratio(delta(snapshot, old, f"group_slots_total|{name}|{band}"),
-                                      delta(snapshot, old, f"group_expected_slots_total|{name}|{band}"))
-                          for band in groups.bands},
-                "accuracy": _ratio(delta(snapshot, old, f"correct_tokens_total|{name}"), labelled),
-                "labelled": labelled,
-                "drift": snapshot.get(f"drift|{name}"), "resident": snapshot.get(f"group_resident_ratio|{name}"),
-                "hits": None if missed is None else _ratio(
-                    max(0.0, wanted - delta(snapshot, old, f"group_missed_total|{name}")), wanted)})
-        labelled = total_delta(snapshot, old, "labelled_tokens_total")
-        return {
-            "model": self.model, "time": now, "began": self.began, "minutes": self.options.alert_minutes,
-            "step": _ratio(delta(snapshot, old, "step_seconds_total"), delta(snapshot, old, "steps_total")),
-            "distinct": _ratio(delta(snapshot, old, "distinct_experts_total"),
-                              delta(snapshot, old, "distinct_experts_expected_total")),
-            "figures": {name: value for name, value in snapshot.items() if "|" not in name} | {
-                old: snapshot[name] for old, name in RENAMED.items() if name in snapshot},
-            "rates": rates(minute[0], minute[1], now, snapshot), "window": rates(start, old, now, snapshot),
-            "groups": own, "band_names": list(groups.bands), "bands": {
-                band: {name: snapshot.get(f"{name}|{band}") for name in ("routing_entropy", "max_vio", "dead_experts")}
+
+        def grown(name: str, *labels: str) -> float:
+            return delta(snapshot, old, name, *labels)
+
+        return MonitorState(
+            model=self.model, time=now, began=self.began, minutes=self.options.alert_minutes,
+            step=ratio(grown("step_seconds_total"), grown("steps_total")),
+            distinct=ratio(grown("distinct_experts_total"), grown("distinct_experts_expected_total")),
+            figures={own.name: value for own, value in snapshot.items() if not own.labels} | {
+                former: snapshot[key(name)] for former, name in RENAMED.items()
+                if not METRICS[name].labels and key(name) in snapshot},
+            rates=rates(*minute, now, snapshot), window=rates(start, old, now, snapshot),
+            groups=self._groups(snapshot, old), band_names=list(groups.bands), bands={
+                band: {name: snapshot.get(key(name, band)) for name in ("routing_entropy", "max_vio", "dead_experts")}
                 for band in groups.bands},
-            "entropy_most": float(torch.tensor(float(max(groups.experts, 1))).log()),
-            "accuracy": _ratio(total_delta(snapshot, old, "correct_tokens_total"), labelled), "chance": groups.chance(
-                [delta(snapshot, old, f"labelled_tokens_total|{name}") for name in groups.names]),
-            "conflicts": _ratio(delta(snapshot, old, "conflict_tokens_total"),
-                               delta(snapshot, old, "judged_tokens_total")),
-            "conflict_requests": _ratio(delta(snapshot, old, "conflict_requests_total"),
-                                       delta(snapshot, old, "judged_requests_total")),
-            "conflict": recent.conflict_GG.tolist(), "confusion": recent.confusion_GG.tolist(),
-            "residency": residency(snapshot, old),
-            "energy": {source: delta(snapshot, old, f"energy_joules_total|{source}")
-                       for (source,) in values(snapshot, "energy_joules_total")},
-            "business": business(snapshot, old), "comments": self.history.comments(),
-            "alerts": [alert.to_dict() for alert in self.alerts.firing.values()], "past_alerts": self.history.alerts(),
-            "slices": slices(snapshot, old)}
+            entropy_most=math.log(max(groups.experts, 1)),
+            accuracy=ratio(total_delta(snapshot, old, "correct_tokens_total"),
+                           total_delta(snapshot, old, "labelled_tokens_total")),
+            chance=groups.chance([grown("labelled_tokens_total", name) for name in groups.names]),
+            conflicts=ratio(grown("conflict_tokens_total"), grown("judged_tokens_total")),
+            conflict_requests=ratio(grown("conflict_requests_total"), grown("judged_requests_total")),
+            conflict=recent.conflict_GG.tolist(), confusion=recent.confusion_GG.tolist(),
+            residency=residency(snapshot, old), energy={
+                source: grown("energy_joules_total", source) for (source,) in values(snapshot, "energy_joules_total")},
+            business=business(snapshot, old), comments=self.history.comments(),
+            alerts=[alert.to_dict() for alert in self.alerts.firing.values()], past_alerts=self.history.alerts(),
+            slices=slices(snapshot, old))
+
+    def _groups(self, snapshot: Snapshot, old: Snapshot) -> list[GroupState]:
+        groups = self.counters.groups
+        by_group, slots = ratios(snapshot, old), total_delta(snapshot, old, "slots_total")
+        out = []
+        for g, name in enumerate(groups.names):
+            labelled, wanted, missed = (delta(snapshot, old, what, name) for what in (
+                "labelled_tokens_total", "group_wanted_total", "group_missed_total"))
+            slots_of, expected_of = (
+                {band: delta(snapshot, old, what, name, band) for band in groups.bands}
+                for what in ("group_slots_total", "group_expected_slots_total"))
+            out.append(GroupState(
+                name, by_group.get(name), float(groups.expected_LG[:, g].mean()), ratio(sum(slots_of.values()), slots),
+                {band: ratio(slots_of[band], expected_of[band]) for band in groups.bands},
+                accuracy=ratio(delta(snapshot, old, "correct_tokens_total", name), labelled), labelled=labelled,
+                drift=snapshot.get(key("drift", name)), resident=snapshot.get(key("group_resident_ratio", name)),
+                hits=ratio(max(0.0, wanted - missed), wanted) if key("group_missed_total", name) in snapshot else None))
+        return out
 
     def heat(self) -> dict[str, Any]:
         """Every expert's share of its layer's slots in the last minutes over what uniform routing gives it (null where
@@ -256,74 +257,5 @@ class Monitor:
             times.append(end)
             curves.append(rates(start, old, end, now))
             own.append(ratios(now, old))
-        return {"time": times, "rates": {name: [curve[name] for curve in curves] for name in DRAWN},
+        return {"time": times, "rates": {name: [getattr(curve, name) for curve in curves] for name in DRAWN},
                 "groups": {name: [at.get(name) for at in own] for name in self.counters.groups.names}}
-
-
-DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99")
-
-
-def rates(start: float, old: Snapshot, end: float, now: Snapshot) -> dict[str, float | None]:
-    """Between two snapshots: tokens and new_tokens a second; percentiles of waits in seconds; energy in joules
-    a token; cost of 10^8 tokens; counting's share of the steps' time."""
-    seconds = max(end - start, 1e-9)
-    run = delta(now, old, "tokens_total|computed") + delta(now, old, "tokens_total|cached")
-    sources = [name for name in ("energy_joules_total|cpu", "energy_joules_total|gpu") if name in now]
-    joules = sum(delta(now, old, name) for name in sources) if sources else None
-    price = now.get("price_per_hour")
-    return {
-        "tokens": run / seconds, "new_tokens": delta(now, old, "tokens_total|sampled") / seconds,
-        **{f"{which}_p{percent}": quantile(percent / 100, now, old, name) for which, name in (
-            ("first", "time_to_first_token_seconds"), ("each", "request_time_per_output_token_seconds"))
-           for percent in (50, 99)},
-        "joules_per_token": None if joules is None else _ratio(joules, run),
-        "cost": None if price is None else _ratio(price / 3600 * seconds * HUNDRED_MILLION, run),
-        "watch": _ratio(delta(now, old, "watch_seconds_total"), delta(now, old, "step_seconds_total"))}
-
-
-def residency(now: Snapshot, old: Snapshot) -> dict[str, float | None] | None:
-    """None where all experts are always in memory."""
-    if "experts_wanted_total" not in now:
-        return None
-    wanted, prefetched = delta(now, old, "experts_wanted_total"), delta(now, old, "experts_prefetched_total")
-    missed = delta(now, old, "experts_missed_total") + delta(now, old, "experts_late_total")
-    return {"hits": _ratio(max(0.0, wanted - missed), wanted),
-            "prefetch_hits": _ratio(delta(now, old, "prefetch_hits_total"), prefetched),
-            "stall": _ratio(delta(now, old, "expert_stall_seconds_total"), delta(now, old, "step_seconds_total")),
-            "read_bytes": delta(now, old, "expert_read_bytes_total")}
-
-
-def business(now: Snapshot, old: Snapshot) -> list[dict[str, Any]]:
-    """By domain: how requests ended, tools, schemas, feedback."""
-    out = []
-    for domain in sorted({domain for name in ("requests_total", "feedback_total") for domain, _ in values(now, name)}):
-        def parts(name: str, domain: str = domain) -> dict[str, float]:
-            return {outcome: delta(now, old, f"{name}|{own}|{outcome}") for own, outcome in values(now, name)
-                    if own == domain}
-
-        ended, tools, schemas, feedback = map(parts, (
-            "requests_total", "tool_calls_total", "schema_answers_total", "feedback_total"))
-        if not sum(ended.values()) + sum(feedback.values()):
-            continue
-        out.append({"domain": domain, "requests": sum(ended.values()), "ended": ended,
-                    "completed": _ratio(ended.get("stop", 0.0), sum(ended.values())),
-                    "tools": _ratio(tools.get("right", 0.0), sum(tools.values())),
-                    "schemas": _ratio(schemas.get("valid", 0.0), sum(schemas.values())),
-                    "satisfied": _ratio(feedback.get("up", 0.0), sum(feedback.values())),
-                    "rated": sum(feedback.values())})
-    return out
-
-
-def slices(now: Snapshot, old: Snapshot, most: int = 5) -> dict[str, list[tuple[str, float]]]:
-    """The largest of each kind, with their share of the tokens."""
-    found: dict[str, list[tuple[str, float]]] = {}
-    for kind, value in values(now, "slice_tokens_total"):
-        found.setdefault(kind, []).append((value, delta(now, old, f"slice_tokens_total|{kind}|{value}")))
-    return {kind: [(value, tokens / max(1.0, sum(n for _, n in own)))
-                   for value, tokens in sorted(own, key=lambda entry: -entry[1])[:most] if tokens]
-            for kind, own in found.items()}
-
-
-def _ratio(part: float, total: float) -> float | None:
-    return part / total if total else None
-

@@ -1,4 +1,4 @@
-"""What the machine does meanwhile: processors, memory, energy, the GPU. What cannot be read is absent, never zero.
+"""Samples the machine: processors, memory, energy, the GPU. What cannot be read is absent, never zero.
 
 Energy: RAPL's counters under /sys/class/powercap (Linux, often readable by root alone), which run over at their own
 maximum; NVML for the GPU, where the package pynvml is installed.
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from .metrics import MetricKey, key
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -55,13 +57,13 @@ class MachineSampler:
         psutil.cpu_percent()
         self._gpu = _nvml()
 
-    def read(self) -> dict[str, float]:
-        """name -> value: shares 0..1, bytes, joules since the start."""
+    def read(self) -> dict[MetricKey, float]:
+        """Ratios 0..1, bytes, joules since the start."""
         memory = psutil.virtual_memory()
-        out: dict[str, float | None] = {
-            "cpu_ratio": psutil.cpu_percent() / 100, "process_cpus": self.process.cpu_percent() / 100,
-            "resident_bytes": float(self.process.memory_info().rss), "memory_ratio": memory.percent / 100,
-            "energy_joules_total|cpu": self.rapl.read()}
+        out: dict[MetricKey, float | None] = {
+            key("cpu_ratio"): psutil.cpu_percent() / 100, key("process_cpus"): self.process.cpu_percent() / 100,
+            key("resident_bytes"): float(self.process.memory_info().rss), key("memory_ratio"): memory.percent / 100,
+            key("energy_joules_total", "cpu"): self.rapl.read()}
         if self._gpu is not None:
             out |= self._gpu()
         return {name: value for name, value in out.items() if value is not None}
@@ -77,12 +79,12 @@ def _nvml() -> Any:
     except Exception:  # ImportError, or any of NVML's own errors
         return None
 
-    figures: dict[str, Callable[[], float]] = {  # each may be missing: of an older chip, of a part of one (MIG)
-        "gpu_ratio": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-        "gpu_memory_bytes": lambda: float(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
-        "energy_joules_total|gpu": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3}
+    figures: dict[MetricKey, Callable[[], float]] = {  # each may be missing: of an older chip, of a part of one (MIG)
+        key("gpu_ratio"): lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+        key("gpu_memory_bytes"): lambda: float(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+        key("energy_joules_total", "gpu"): lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3}
 
-    def read() -> dict[str, float]:
+    def read() -> dict[MetricKey, float]:
         out = {}
         for name, figure in figures.items():
             with contextlib.suppress(pynvml.NVMLError):
