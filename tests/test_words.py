@@ -24,6 +24,9 @@ NAMES: dict[str, str] = {
     "announce": "prefetch", "Residents": "ResidencyStats", "Speculated": "DraftStats", "StopText": "StopStringMatcher",
     "PageTable": "BlockTable", "Signatures": "ExpertAffinity", "Coupling": "Ensemble", "_step_back": "_preempt",
     "_secure": "_allocate_or_preempt", "there_LE": "resident_LE",
+    # serve, watch
+    "AnswerText": "OutputParser", "judge": "record_outcome",
+    "shut": "shutdown", "LOOK": "POLL_SECONDS", "Reading": "Snapshot", "growth": "total_delta", "Ran": "StepItem",
     # data, atlas, tune
     "run_step": "run_stage", "in_order": "ordered_map", "Shaped": "ParsedRecord", "answer_at": "response_start",
     "Refusal": "RejectedGroup", "claims": "expert_owners", "Workpiece": "TunedModel", "Tuning": "TuneTrainer",

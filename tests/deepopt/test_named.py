@@ -112,7 +112,7 @@ def test_a_trained_model_is_profiled_and_watched(
                 routing = RoutingRecord()
                 with torch.no_grad():
                     model.hidden(torch.tensor([ids]), routing=routing)
-                works: Any = [SimpleNamespace(request=SimpleNamespace(number=number, domain=name, tags={}),
+                works: Any = [SimpleNamespace(request=SimpleNamespace(request_id=number, domain=name, metric_labels={}),
                                               chunk=SimpleNamespace(tokens=len(ids)))]
                 counters.step(works, routing, 0.1)
         return counters.snapshot()
