@@ -25,7 +25,7 @@ NAMES: dict[str, str] = {
     "PageTable": "BlockTable", "Signatures": "ExpertAffinity", "Coupling": "Ensemble", "_step_back": "_preempt",
     "_secure": "_allocate_or_preempt", "there_LE": "resident_LE",
     # serve, watch
-    "AnswerText": "OutputParser", "judge": "record_outcome",
+    "AnswerText": "OutputParser",
     "shut": "shutdown", "LOOK": "POLL_SECONDS", "Reading": "Snapshot", "growth": "total_delta", "Ran": "StepItem",
     # data, atlas, tune
     "run_step": "run_stage", "in_order": "ordered_map", "Shaped": "ParsedRecord", "answer_at": "response_start",
