@@ -207,7 +207,7 @@ def test_an_answer_that_does_not_end_does_not_keep_the_server(tiny_llm: Callable
     server = service.Server(llm, ServeOptions("tiny"))
     server.open = 1
     asyncio.run(asyncio.wait_for(server.shutdown(0.1), 60))
-    assert llm._closed
+    assert llm.driver.closed
 
 
 def test_biases_and_ends_are_tensors_once() -> None:

@@ -264,7 +264,7 @@ def test_streams_that_do_not_end_in_time_end_with_an_error(tiny_llm: Callable[..
     server.stop()
     thread.join(10)
     assert json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
-    assert server.llm.engine.idle and server.llm._closed
+    assert server.llm.engine.idle and server.llm.driver.closed
 
 
 def test_feedback_that_cannot_be_kept_is_503_and_answers_go_on(tiny_llm: Callable[..., Any], tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_streams_end_before_the_server_does(tiny_llm: Callable[..., Any]) -> Non
     server.stop()
     thread.join(10)
     assert lines[-2:] == ["data: [DONE]", ""] or lines[-1] == "data: [DONE]"
-    assert server.llm.engine.idle and server.llm._closed
+    assert server.llm.engine.idle and server.llm.driver.closed
 
 
 def test_an_answer_that_takes_too_long(tiny_llm: Callable[..., Any]) -> None:

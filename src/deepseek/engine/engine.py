@@ -152,7 +152,21 @@ class Engine:
             self.counters.aborted += len(aborted)
             self._remove_ended()
             for one in aborted:
+                one.done.set()  # also where it has not been added yet
                 self._tell(one)
+
+    def abort_all(self) -> None:
+        with self.lock:
+            for request in (*self.scheduler.running, *self.scheduler.waiting):
+                self.abort(request)
+
+    def fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """End requests with an error that their callers will raise."""
+        with self.lock:
+            for request in requests:
+                self._fail(request, error)
+            for request in self._remove_ended():
+                self._tell(request)
 
     def _fail(self, request: Request, error: Exception) -> None:
         """End a request, and its ensemble with it, with an error that its caller will raise."""
@@ -220,6 +234,7 @@ class Engine:
             self.counters.finished += request.finish_reason in ("stop", "length")
             self.scheduler.finish(request)
             self.affinity.finish(request)
+            request.done.set()
         return ended
 
     def postprocess(self, output: StepOutput) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import math
-import threading
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Unpack, cast
 
 import torch
@@ -27,7 +26,8 @@ from ..model.adapters import names_on
 from ..quant.linear import QuantConfig, is_quantized
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
-from .engine import WAIT, Engine, atlas_beside
+from .driver import EngineDriver
+from .engine import Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
 from .request import Ensemble, Request, RequestOutput
 from .residency import Residency
@@ -97,9 +97,8 @@ class LLM:
         self._rules = KeywordRules()
         self.classifier: DomainClassifier | None = None  # asked where the keyword rules say nothing
         self._constraints = Constraints(tokenizer, config.vocab_size, self.eos_ids)
-        self._loop = threading.Condition(self.engine.lock)
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        self.driver = EngineDriver(self.engine)
+        weakref.finalize(self, self.driver.release)
         self._adapter = adapter
 
     def __repr__(self) -> str:
@@ -119,7 +118,7 @@ class LLM:
             lines.append(f"  adapters beside it: {', '.join(self.adapters)}")
         if self.engine.residency is not None:
             lines.append(f"  expert memory: {self.engine.options.expert_memory} bytes, the other experts on disk")
-        return "\n".join([*lines, *(["  closed"] if self._closed else [])])
+        return "\n".join([*lines, *(["  closed"] if self.driver.closed else [])])
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
@@ -178,23 +177,30 @@ class LLM:
                                     chat_template_kwargs=chat_template_kwargs, tools=tools, adapter=adapter)
         request.usage = usage
 
+        told, sent = SimpleQueue[bool](), 0  # whether the request has ended, when it has, and when its text has grown
+
+        def tell(one: Request) -> None:
+            if (ended := one.done.is_set()) or len(one.text) > sent:
+                one.paused = True  # it runs only as far as it is read
+                told.put(ended)
+
+        request.on_token = tell
+
         def pieces() -> Iterator[str]:
-            sent = 0
-            self.engine.add(request)
+            nonlocal sent
             try:
-                while True:
-                    ended = request.finish_reason is not None
+                self.driver.submit(request)
+                ended = False
+                while not ended:
+                    ended = told.get()
                     if len(text := request.text) > sent:
-                        yield text[sent:]
-                        sent = len(text)
-                    elif ended:
-                        break
-                    else:
-                        self.engine.step()
+                        start, sent = sent, len(text)
+                        yield text[start:]
+                    self.driver.resume(request)
                 if request.error is not None:
                     raise request.error
             finally:
-                self.engine.abort(request)
+                self.driver.abort(request)
 
         return pieces()
 
@@ -269,30 +275,21 @@ class LLM:
             while True:
                 await arrived.wait()
                 arrived.clear()
-                ended = request.finish_reason is not None
+                ended = request.done.is_set()
                 if request.error is not None:
                     raise request.error
                 yield request
                 if ended:
                     return
         finally:
-            if request.finish_reason is None:
-                await asyncio.shield(asyncio.to_thread(self.engine.abort, request))
+            if not request.done.is_set():
+                await asyncio.shield(asyncio.to_thread(self.driver.abort, request))
 
     # ---- running ------------------------------------------------------------------------------------------------
 
     def submit(self, *requests: Request) -> None:
-        """Hand requests to the background thread, which is started by the first one."""
-        with self._loop:
-            if self._closed:
-                raise RequestError("this LLM is closed")
-            self.engine.add(*requests)
-            if self._thread is None:
-                me = weakref.ref(self)
-                self._thread = threading.Thread(target=_work, args=(me, self._loop), name="engine", daemon=True)
-                atexit.register(_stop, me)
-                self._thread.start()
-            self._loop.notify_all()
+        """Queue requests; the engine's thread, which the first one starts, runs them."""
+        self.driver.submit(*requests)
 
     def load(self) -> None:
         """Load what the first chat and the first JSON schema would wait for: the template, the tokenizer's tables."""
@@ -304,29 +301,14 @@ class LLM:
 
     def close(self) -> None:
         """End what runs, and the threads behind it."""
-        with self._loop:
-            self._closed = True
-            for request in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
-                self.engine.abort(request)
-            self._loop.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self.driver.close()
         if self.engine.residency is not None:
             self.engine.residency.close()
 
     def _run(self, requests: Sequence[Request], usage: ExpertUsage | None) -> None:
-        try:
-            for request in requests:
-                request.usage = usage
-            self.engine.add(*requests)
-            while any(request.finish_reason is None for request in requests):
-                self.engine.step()
-        finally:
-            for request in requests:
-                self.engine.abort(request)
         for request in requests:
-            if request.error is not None:
-                raise request.error
+            request.usage = usage
+        self.driver.generate(*requests)
 
     def embed(self, prompts: Sequence[Prompt], adapter: str | None = None) -> tuple[list[Tensor], int]:
         """(the mean of the last hidden states of each prompt, FP32 [H]; tokens in all). adapter: as in `generate`."""
@@ -461,29 +443,6 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer, and this model was given without one")
         return self.tokenizer
-
-
-def _work(me: weakref.ref[LLM], loop: threading.Condition) -> None:
-    """Runs what is submitted, for as long as anybody has the LLM."""
-    while True:
-        with loop:
-            own = me()
-            if own is None or own._closed:
-                return
-            if own.engine.idle or own.engine.stalled:
-                seconds = 1.0 if own.engine.idle else WAIT
-                own.engine.stalled = False
-                del own
-                loop.wait(seconds)
-                continue
-        own.engine.step()
-        del own
-
-
-def _stop(me: weakref.ref[LLM]) -> None:
-    """Before the interpreter goes, so that no step is caught in the middle."""
-    if (own := me()) is not None:
-        own.close()
 
 
 def names_of(model: str | Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,7 @@ class Request:
         self.prefill_leader: Request | None = None  # of one prompt's continuations the first, whose pages serve all
         self.on_token: Callable[[Request], None] | None = None
         self.checked = False  # by the engine, which does it once
+        self.done = threading.Event()  # it has ended, and holds nothing any more
         self.paused = False  # its reader is behind: set by the reader, at any time
 
         self.sequence = SequenceState(prompt_ids, adapter)

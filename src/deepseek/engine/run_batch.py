@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from itertools import islice
@@ -53,7 +53,7 @@ def run_file(
     written = errors = 0
     flight: deque[tuple[dict[str, Any], list[Request] | str]] = deque()
     with _opened(source, target) as (out, total, done), kept(
-            lambda: f"{done + written:,} of {total:,} answers are in {target}"):
+            lambda: f"{done + written:,} of {total:,} answers are in {target}"), _aborting(llm, flight):
         lines = islice(_lines(source), done, None)
         while True:
             while len(flight) < AHEAD * llm.engine.options.batch_size and (line := next(lines, None)) is not None:
@@ -61,8 +61,8 @@ def run_file(
             if not flight:
                 return written, errors
             name, group = flight[0]
-            while not isinstance(group, str) and any(request.finish_reason is None for request in group):
-                llm.engine.step()
+            for request in () if isinstance(group, str) else group:
+                request.done.wait()
             flight.popleft()
             if failed := [request.error for request in group if not isinstance(request, str) and request.error]:
                 if not isinstance(failed[0], RequestError):
@@ -76,6 +76,16 @@ def run_file(
             written, errors = written + 1, errors + isinstance(group, str)
             if progress is not None:
                 progress(done + written, total)
+
+
+@contextmanager
+def _aborting(llm: LLM, flight: Iterable[tuple[dict[str, Any], list[Request] | str]]) -> Iterator[None]:
+    """What is still in flight at the end is aborted."""
+    try:
+        yield
+    finally:
+        for _, group in flight:
+            llm.driver.abort(*(() if isinstance(group, str) else group))
 
 
 def check_files(source: Path, target: Path) -> tuple[int, int]:
@@ -164,7 +174,7 @@ def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: Ex
                              **{"parse_special": parse_special, **_beside(keys, given[0])})
         for request in group:
             request.usage = usage
-        llm.engine.add(*group)
+        llm.driver.submit(*group)
         return name, group
     except RequestError as error:
         return name, str(error)

@@ -235,7 +235,7 @@ class Server:
     def _finish(self, requests: Sequence[Generation], late: bool) -> None:
         for request in requests:
             whole = request.finish_reason is not None
-            self.llm.engine.abort(request)
+            self.llm.driver.abort(request)
             if request.pooled is None:
                 self.watch.end(request, late and not whole)
 

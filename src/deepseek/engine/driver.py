@@ -1,0 +1,128 @@
+"""The one thread that runs an engine's steps. Callers submit requests and wait for them: `request.done`, `on_token`.
+
+What callers want is queued and done between two steps: the thread takes the engine's lock again at once after a step,
+and whoever waited for it could wait long.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+
+from ..errors import RequestError
+from .engine import WAIT, Engine
+from .request import Request
+
+POLL_SECONDS = 1.0  # between looks of a waiting thread: is it still wanted, was it interrupted
+
+
+class EngineDriver:
+    """Steps an engine while requests that were submitted here have not ended. The first one starts the thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.closed = engine, False
+        self._changed = threading.Condition()
+        self._submitted: list[Request] = []
+        self._aborted: list[Request] = []
+        self._resumed = False
+        self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+
+    @property
+    def _running(self) -> bool:
+        """Whether the thread takes what is queued; a fork has none of its parent's threads."""
+        return self._thread is not None and self._process == os.getpid() and not self.closed
+
+    def submit(self, *requests: Request) -> None:
+        """Queue requests. Raises RequestError for one that can never run, and after `close`."""
+        for request in requests:
+            if not request.checked:
+                self.engine.check(request)
+        with self._changed:
+            if self.closed:
+                raise RequestError("this LLM is closed")
+            self._submitted += requests
+            if not self._running:
+                self._process = os.getpid()
+                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                atexit.register(_close, weakref.ref(self))
+                self._thread.start()
+            self._changed.notify_all()
+
+    def generate(self, *requests: Request) -> None:
+        """Run requests to their end; they are aborted if the caller is interrupted. Raises what went wrong."""
+        if self._running and threading.current_thread() is self._thread:
+            raise RequestError("the callback of a request must not run another: it would wait for itself")
+        try:
+            self.submit(*requests)
+            for request in requests:
+                while not request.done.wait(POLL_SECONDS):  # a signal may reach another thread than this one
+                    pass
+        finally:
+            self.abort(*requests)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+
+    def abort(self, *requests: Request) -> None:
+        """Abort those that have not ended; they hold nothing when this returns."""
+        alive = [request for request in requests if not request.done.is_set()]
+        with self._changed:
+            if queued := self._running and threading.current_thread() is not self._thread:
+                self._aborted += alive
+                self._changed.notify_all()
+        for request in alive:
+            if queued:
+                request.done.wait()
+            else:
+                self.engine.abort(request)
+
+    def resume(self, request: Request) -> None:
+        """Let a request go on that its reader had paused."""
+        with self._changed:
+            request.paused, self._resumed = False, True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wait for the end of the thread, and abort what has not ended."""
+        self.release()
+        if self._thread not in (None, threading.current_thread()) and self._process == os.getpid():
+            self._thread.join()
+        self.engine.abort_all()
+
+    def release(self) -> None:
+        """Tell the thread to end. Waits for nothing: the collector of garbage may call this, in any thread."""
+        self.closed = True
+        if self._changed.acquire(blocking=False):
+            self._changed.notify_all()
+            self._changed.release()
+
+    def _run(self) -> None:
+        pending: list[Request] = []
+        while True:
+            with self._changed:
+                if not (pending or self._submitted or self._aborted or self.closed):
+                    self._changed.wait(POLL_SECONDS)
+                elif self.engine.stalled and not (self._submitted or self._aborted or self._resumed or self.closed):
+                    self._changed.wait(WAIT)
+                submitted, aborted, closed = self._submitted, self._aborted, self.closed
+                self._submitted, self._aborted, self._resumed = [], [], False
+            for request in (*aborted, *(submitted if closed else ())):
+                self.engine.abort(request)
+            if closed:
+                return
+            try:
+                self.engine.add(*submitted)
+                pending = [request for request in (*pending, *submitted) if not request.done.is_set()]
+                if pending:
+                    self.engine.step()
+            except Exception as error:  # a fault of ours: nobody must wait for ever
+                self.engine.fail((*pending, *submitted), error)
+
+
+def _close(driver: weakref.ref[EngineDriver]) -> None:
+    """Before the interpreter goes, so that no step is caught in the middle."""
+    if (own := driver()) is not None:
+        own.close()
