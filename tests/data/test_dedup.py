@@ -76,7 +76,7 @@ def test_against_brute_force(threshold: float, seed: int, tmp_path: Path, monkey
         near += best >= threshold
         missed += found.stays[i] and best >= threshold
         assert not (found.stays[i] and text in said[:i])
-    assert near > 10
+    assert near > 10 and found.exact_N.any()
     assert missed <= 0.1 * near, "the bands find nearly all"
 
 

@@ -375,9 +375,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert counts["dedup"]["exact"] == 9
     assert counts["label"]["by_expert"]["code_expert"] >= 60
     assert counts["pack"]["records"] == counts["dedup"]["kept"]
-    assert not any(done.ran for _, done in run(PipelineConfig.load(path)))
+    assert [done.ran for _, done in run(PipelineConfig.load(path))] == [False] * len(ORDER)
     os.utime(tmp_path / "code.jsonl", ns=(1, 1))
-    assert all(done.ran for _, done in run(PipelineConfig.load(path)))
+    assert [done.ran for _, done in run(PipelineConfig.load(path))] == [True] * len(ORDER)
     changed = config(tmp_path, split={"valid_fraction": 0.2})
     assert [name for name, done in run(PipelineConfig.load(changed)) if done.ran][-3:] == ["split", "pack", "report"]
 

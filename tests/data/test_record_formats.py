@@ -154,7 +154,8 @@ def test_data_sets_of_the_datasets_library(tmp_path: Path) -> None:
     assert [d.text for d in read(f"hf:{tmp_path / 'set'}")[0]] == ["Q\nA", "R\nB"]
     [one], _ = read(f"hf:{tmp_path / 'set'}:test")
     assert (one.text, one.response_start, one.line) == ("R\nB", 2, 1)
-    assert all(file.is_file() for file in list_files([f"hf:{tmp_path / 'set'}"]))
+    files = list(list_files([f"hf:{tmp_path / 'set'}"]))
+    assert files and all(file.is_file() for file in files)
     with pytest.raises(DataError, match="split = 'dev': must be one of train, test"):
         read(f"hf:{tmp_path / 'set'}:dev")
 

@@ -160,9 +160,12 @@ TALK = [user("1 1?"), says("2")]
     ({"conversations": TALK, "kto_tag": True}, "kto_tag = True: a judgement"),
     ({"messages": TALK, "images": ["a.png"]}, "images: this model reads nothing but text"),
     ({"messages": TALK, "mask": "User"}, "mask: has no meaning here"),
-    ({"question": "q", "answer": "a", "weight": 0.5}, "weight = 0.5: must be 0 or 1"),
+    ({"question": "q", "answer": "a", "weight": 0.5}, "weight = 0.5: must be 0 or 1: a token counts fully "
+     "in the loss or not at all, so a share cannot be honoured"),
+    ({"question": "q", "answer": "a", "weight": "0.25"}, "weight = '0.25': must be 0 or 1"),
     ({"question": "q", "answer": "a", "train": "later"}, "train = 'later': must be 0 or 1"),
-    ({"messages": [user("q"), says("a", weight=0.3)]}, "turn 2: weight = 0.3: must be 0 or 1"),
+    ({"messages": [user("q"), says("a", weight=0.3)]}, "turn 2: weight = 0.3: must be 0 or 1: a token counts fully "
+     "in the loss or not at all, so a share cannot be honoured"),
     ({"messages": [user("q"), says("a", weight=1, train=False)]}, "turn 2: its flags contradict each other"),
     ({"messages": [{**user("q"), "train": True}, says("a")]}, "turn 1 is to be learnt, and of a user nothing is"),
     ({"messages": [user("q"), says("a", train_detail=[{}])]}, "turn 2: train_detail: a turn is learnt whole"),

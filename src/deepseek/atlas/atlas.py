@@ -34,7 +34,7 @@ MEASURED = frozenset({"experts", "tokens", "documents", "coverage_slots", "cover
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model must have in common with the one that an atlas was made for."""
+    """The shape of a model that an atlas fits."""
 
     layers: tuple[int, ...]  # those with routed experts, MTP layers not counted
     experts: int
@@ -79,7 +79,7 @@ class NamedGroup:
 
 @dataclass(frozen=True)
 class RejectedGroup:
-    """A name that was measured and does not stand, and why."""
+    """A name whose experts held-out text did not confirm, and the reason."""
 
     name: str
     reason: str
@@ -155,7 +155,7 @@ class Atlas:
         return tuple(self._groups.values())
 
     def __repr__(self) -> str:
-        """A line a name: its experts and layers, and what is known of it."""
+        """Describe each name in a line: experts, layers, evidence."""
         lines = [f"Atlas of {count(len(self), 'name')} over {self.shape}"]
         width = max(map(len, self), default=0)
         for group in self.groups:
@@ -230,7 +230,7 @@ class Atlas:
         write_json(file, self._to_dict())
 
     def overlap(self) -> dict[str, dict[str, float]]:
-        """Jaccard index of every two names' experts."""
+        """Compute the Jaccard index of every two names' experts."""
         return {a: {b: jaccard(self[a], self[b]) for b in self} for a in self}
 
     def _to_dict(self) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def count(number: int, what: str) -> str:
 
 
 def _summary(evidence: Mapping[str, float]) -> str:
-    """The evidence in half a line: what profiling found, else the figures that there are."""
+    """Format the evidence in half a line: the figures of profiling, else all there are."""
     if "coverage_slots" not in evidence:
         return ", ".join(f"{key} {value:.4g}" for key, value in evidence.items()) or "no evidence"
     parts = [f"{evidence['coverage_slots']:.1%} of its own text's slots"]

@@ -1,4 +1,4 @@
-"""Pictures of layers x experts: the frame that every such picture shares, and the map of named groups."""
+"""Plots of layers x experts: their common frame, and the map of named groups."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def frame(layers: Sequence[int], experts: int) -> tuple[Figure, Axes]:
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    """The file appears whole."""
+    """Write a figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_atomically(path, buffer.getvalue())
 
 
 def colours(count: int) -> list[str]:
-    """As many colours as there are names, `#rrggbb`."""
+    """Return `count` colours, `#rrggbb`."""
     more = [colorsys.hls_to_rgb(0.09 + i * 0.618 % 1, 0.35, 0.7) for i in range(max(0, count - len(COLOURS)))]
     return [*COLOURS, *("#" + "".join(f"{round(255 * part):02x}" for part in rgb) for rgb in more)][:count]
 
 
 def expert_owners(atlas: Atlas) -> dict[ExpertId, list[tuple[int, float]]]:
-    """Each named expert's groups, the strongest first: (place of the group, strength).
+    """Map each named expert to its groups, the strongest first: (index of the group, strength).
 
     Strength is 1 for a group's best expert of the layer and FAINTEST where its score would be 0; 1 without scores.
     """

@@ -130,14 +130,15 @@ def _measure(model: CausalLM, sample: Sample, tokenizer: Tokenizer, advance: Cal
 
 
 def gate_scale(config: ModelConfig) -> float:
-    """What the gate multiplied its weights by."""
+    """Return the factor by which the gate multiplied its weights."""
     *_, normalise, scale_anyway, scale = routing_rule(config)
     return scale if scale_anyway or not normalise else 1.0
 
 
 def judge(config: ModelConfig, routed: Mapping[str, Routed], measured: Mapping[str, Measurement],
           documents: Mapping[str, int], atlas: Atlas | None = None) -> Atlas:
-    """Select, hold against the held-out half, and sort into groups and refusals. atlas: has the built-in names."""
+    """Select experts, test them on the held-out half, and sort names into groups and rejected ones. atlas: has the
+    built-in names."""
     layers, experts = config.moe_layers, config.n_routed_experts
     given = {group.name: group for group in atlas.groups if group.kind == "built-in"} if atlas is not None else {}
     halves: dict[str, tuple[Routed, Routed]] = {}
@@ -224,7 +225,7 @@ def _reason(group: NamedGroup) -> str:
 
 
 def verdict(name: str, reason: str) -> str:
-    """A refusal as a sentence."""
+    """Format a rejection as a sentence."""
     return f"{name} {'has' if reason.startswith('too little') else 'is'} {reason}"
 
 

@@ -1,4 +1,4 @@
-"""An atlas for people: as text, and as a page that needs nothing but itself."""
+"""Formats an atlas as text and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEYS = (("coverage_slots", ".1%"), ("coverage_slots_others", ".1%"), ("coverage
 
 
 def table(atlas: Atlas) -> str:
-    """Groups with their evidence, those refused, and the overlap of every two names."""
+    """Format the groups with their evidence, the rejected ones, and the overlap of every two names."""
     lines = [_title(atlas)]
     if atlas.groups:
         lines += [*_aligned([HEAD, *map(_row, atlas.groups)]), *_other_evidence(atlas), "", *wrap(LEGEND, 110)]
@@ -58,7 +58,7 @@ def _other_evidence(atlas: Atlas) -> list[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, the first to the left and the others to the right."""
+    """Align columns, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
                                                   zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows]
@@ -85,7 +85,7 @@ CELL, GAP, LEFT, TOP = 14, 2, 28, 16
 
 
 def page(atlas: Atlas) -> str:
-    """The same and a map, as one HTML document without scripts or other files, in light and dark."""
+    """Format the same and a map as one HTML document without scripts or other files, light and dark."""
     palette = dict(zip(atlas.names, colours(len(atlas)), strict=True))
     parts = [f"<h1>Experts by name</h1><p>{_title(atlas)}</p>"]
     if atlas.groups:

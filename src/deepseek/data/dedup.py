@@ -1,4 +1,4 @@
-"""Which records say the same: exactly, or nearly.
+"""Finds exact and near duplicates among records.
 
 Texts are compared after normalisation: NFKC, lower case, runs of white space as one space, none at the ends.
 
@@ -70,7 +70,7 @@ def find_duplicates(
     folder: str | Path, *, near: bool = True, threshold: float = 0.8, workers: int = 2,
     progress: Callable[[int], None] | None = None,
 ) -> Duplicates:
-    """Over all records of a folder that a step wrote. progress: called with the records looked at so far."""
+    """Find the duplicates among all records of a stage's folder. progress: called with the number of records so far."""
     if not 0.5 <= threshold <= 1:
         raise ConfigError(f"threshold = {threshold}: must be between 0.5 and 1")
     digests, bands, cells = [], [], []
@@ -103,12 +103,12 @@ def find_duplicates(
 
 
 def normalise(text: polars.Series) -> polars.Series:
-    """Texts as they are compared."""
+    """Normalise texts for comparison."""
     return (text.str.normalize("NFKC").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars())
 
 
 def jaccard(a: str, b: str) -> float:
-    """Similarity of two normalised texts, the slow way: what `find_duplicates` computes on blocks."""
+    """Compute the similarity of two normalised texts; the reference for `find_duplicates`."""
     one, two = ({text[i : i + SHINGLE] for i in range(len(text) - SHINGLE + 1)} for text in (a, b))
     return len(one & two) / max(1, len(one | two))
 
@@ -167,7 +167,7 @@ def _shingles(texts: list[str], size_N: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _filled(least_NM: np.ndarray) -> np.ndarray:
-    """Empty cells take the value of the next filled one to the right (around the end), changed by the distance."""
+    """Fill empty cells with the next filled one to the right (cyclic), changed by the distance."""
     rows = np.flatnonzero((least_NM == EMPTY).any(1) & (least_NM != EMPTY).any(1))
     some = np.tile(least_NM[rows], 2)
     at = np.where(some != EMPTY, np.arange(2 * CELLS), 2 * CELLS)
@@ -178,7 +178,7 @@ def _filled(least_NM: np.ndarray) -> np.ndarray:
 
 
 def _first_equal(digest_N2: np.ndarray) -> np.ndarray:
-    """For each row the number of the first row equal to it."""
+    """Return, for each row, the index of the first row equal to it."""
     order = np.lexsort((digest_N2[:, 1], digest_N2[:, 0]))  # stable: equal rows stay in reading order
     rows = digest_N2[order]
     new = np.concatenate([[True], (rows[1:] != rows[:-1]).any(1)])

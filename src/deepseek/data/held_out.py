@@ -1,4 +1,4 @@
-"""Which documents are held out: by a hash of their text, and at least a few of every name.
+"""Chooses held-out documents: by a hash of their text, and at least a few of every name.
 
 A document whose hash lies below the share is held out, whatever else there is: the split does not change when files are
 added or reordered. Where that leaves a name with fewer than LEAST documents, those of its documents with the lowest
@@ -77,7 +77,7 @@ def count_held(
     place_N: np.ndarray, name_N: np.ndarray, held_N: np.ndarray, cuts: list[int], fraction: float,
     names: Mapping[int, str],
 ) -> dict[str, Held]:
-    """What `hold_out` did, by name."""
+    """Count what `hold_out` chose, by name."""
     every, below, held, cut = (np.bincount(name_N[rows], minlength=max(names, default=0) + 1).tolist()
                                for rows in (slice(None), place_N < fraction, held_N, cuts))
     return {name: Held(every[number], below[number], held[number], bool(cut[number]))
@@ -85,7 +85,7 @@ def count_held(
 
 
 def notes(held: Mapping[str, Held], fraction: float, what: str = "documents") -> list[str]:
-    """A line about every name of which the share alone holds out too little, or all."""
+    """Return a warning for every name of which the share alone holds out too little, or all."""
     lines = []
     for name, one in held.items() if fraction else ():
         short = one.by_hash < min(LEAST, one.documents // 2) or one.cut or not one.held_out

@@ -68,7 +68,8 @@ class RecordMap:
 
     @classmethod
     def from_dict(cls, keys: Any) -> RecordMap:
-        """From the keys of a YAML mapping. Raises ConfigError for an unknown key or a value of another kind."""
+        """Make a map from the keys of a YAML mapping. Raises ConfigError for an unknown key or a value of another
+        kind."""
         names = [field.name for field in fields(cls)]
         if not isinstance(keys, Mapping) or (unknown := set(keys) - set(names)):
             what = f"unknown key {min(map(str, unknown))!r}" if isinstance(keys, Mapping) else "not a mapping"
@@ -100,7 +101,7 @@ class RecordMap:
 
     @classmethod
     def load(cls, path: str | Path) -> RecordMap:
-        """From a YAML file. Raises NotFoundError, or ConfigError naming the file."""
+        """Read a map from a YAML file. Raises NotFoundError, or ConfigError naming the file."""
         try:
             return cls.from_dict(read_yaml(path))
         except ConfigError as error:

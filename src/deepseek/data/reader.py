@@ -1,4 +1,4 @@
-"""Files -> documents. What cannot be read is reported by file and line, never swallowed.
+"""Files -> documents. What cannot be read is reported by file and line.
 
     *.jsonl, *.ndjson   one record a line
     *.json              one record, or a list of them
@@ -82,14 +82,14 @@ class ReadReport:
             raise DataError(str(self.problems[-1]))
 
     def notes(self, most: int = 12) -> list[str]:
-        """A line about keys that were not used, if there were any."""
+        """Return a line about keys that were not used, if there were any."""
         if not self.unused:
             return []
         told = ", ".join(f"{key} ({count:,})" for key, count in self.unused.most_common(most))
         return [f"keys of records that were not used: {told}" + (", …" if len(self.unused) > most else "")]
 
     def summary(self, limit: int = 20) -> str:
-        """A few lines for people: totals, then problems by kind, then the first `limit` of them by place."""
+        """Format a few lines: totals, then problems by kind, then the first `limit` of them by place."""
         skipped = ", ".join(f"{n} {kind}" for kind, n in sorted(self.skipped.items()))
         lines = [f"{self.documents:,} documents, {self.characters:,} characters from {self.files:,} files"
                  + (f"; skipped {skipped}" if skipped else "")]
@@ -105,8 +105,9 @@ class ReadReport:
 def read_documents(
     paths: Sequence[str | Path] | Named, report: ReadReport, mapping: RecordMap | None = None
 ) -> Iterator[Document]:
-    """Every document of `paths`, in their order, folders sorted; a pure function of the files. Paths under the name of
-    an expert give documents with that name. mapping: what the columns of records are, where their names do not say it.
+    """Read the documents of `paths`, in their order, folders sorted; a pure function of the files. Paths under the name
+    of an expert give documents with that name. mapping: what the columns of records are, where their names do not say
+    it.
 
     Raises NotFoundError for a path that does not exist, DataError for a folder without a readable file, when nothing
     at all can be read, and, if the report is strict, at the first problem.
@@ -143,8 +144,8 @@ def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Docume
 
 
 def list_files(paths: Sequence[str | Path], report: ReadReport | None = None) -> Iterator[Path]:
-    """The files under `paths` in reading order, those behind a hub id included; hidden ones inside folders are left out
-    and counted in `report`."""
+    """List the files under `paths` in reading order, those behind a hub id included; hidden ones inside folders are
+    left out and counted in `report`."""
     _must_exist(paths)
     for place in paths:
         if is_hub(place):
@@ -161,7 +162,7 @@ def list_files(paths: Sequence[str | Path], report: ReadReport | None = None) ->
 
 
 def is_hub(path: str | Path) -> bool:
-    """Whether this names a data set of the `datasets` library rather than files."""
+    """Say whether this names a data set of the `datasets` library rather than files."""
     return str(path).startswith("hf:")
 
 
@@ -187,7 +188,7 @@ def _must_exist(paths: Sequence[str | Path]) -> None:
 
 
 def read_file(path: Path, report: ReadReport, mapping: RecordMap | None = None, *, named: bool) -> Iterator[Document]:
-    """The documents of one file. named: the user gave this very path, so that a binary file is a problem."""
+    """Read the documents of one file. named: the user gave this very path, so that a binary file is a problem."""
     name = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
     kind = name.suffix.lower()
     try:
@@ -273,7 +274,7 @@ def _read_text(file: BinaryIO, source: str, report: ReadReport) -> Iterator[Docu
 def read_lines(
     lines: Iterable[tuple[int, bytes]], source: str, report: ReadReport, mapping: RecordMap | None = None
 ) -> Iterator[Document]:
-    """The documents of numbered lines of JSON; blank ones are none."""
+    """Read the documents of numbered lines of JSON; blank lines are skipped."""
     for number, line in lines:
         if not line.strip():
             continue
@@ -294,7 +295,7 @@ def read_lines(
 def _read_json(
     file: BinaryIO, source: str, report: ReadReport, mapping: RecordMap | None
 ) -> Iterator[Document]:
-    """One record, or a list of them (a list of turns is one record)."""
+    """Read one record or a list of records from a JSON file (a list of turns is one record)."""
     text = _decode(file.read().removeprefix(b"\xef\xbb\xbf"), source, None, report)
     if text is None:
         return

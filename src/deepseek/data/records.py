@@ -46,7 +46,7 @@ class Document:
 
 
 def to_table(documents: Iterable[Document]) -> polars.DataFrame:
-    """A table of documents, in their order."""
+    """Make a table of documents, in their order."""
     import polars as pl
 
     rows = [(d.text, d.response_start, to_json(d.turns, ensure_ascii=False) if d.turns else None, d.source, d.line,
@@ -60,7 +60,7 @@ def to_table(documents: Iterable[Document]) -> polars.DataFrame:
 
 
 def to_documents(table: polars.DataFrame) -> Iterator[Document]:
-    """The documents of a table of records."""
+    """Iterate over the documents of a table of records."""
     for text, response_start, turns, source, line, expert, metadata in table.select(
             "text", "answer_at", "turns", "source", "line", "expert", "metadata").iter_rows():
         yield Document(text, source, line, tuple((role, said) for role, said in json.loads(turns)) if turns else (),
@@ -68,7 +68,7 @@ def to_documents(table: polars.DataFrame) -> Iterator[Document]:
 
 
 def record_files(folder: str | Path) -> list[Path]:
-    """The Parquet files of records in a folder that a step wrote, in order, deeper folders included."""
+    """List the Parquet files of a stage's folder, in order, deeper folders included."""
     found = sorted(Path(folder).rglob("*.parquet")) if Path(folder).is_dir() else []
     if not found:
         raise NotFoundError(f"{folder}: holds no records (*.parquet); `deepseek data validate` makes them")
@@ -78,8 +78,8 @@ def record_files(folder: str | Path) -> list[Path]:
 def read_tables(
     folder: str | Path, columns: Sequence[str] = tuple(COLUMNS), rows: int = PART_ROWS
 ) -> Iterator[polars.DataFrame]:
-    """The records of a folder in tables of at most `rows`. Raises NotFoundError where there is none, DataError for a
-    file that is not of this kind."""
+    """Read the records of a folder in tables of at most `rows`. Raises NotFoundError where there is none, DataError for
+    a file that is not of this kind."""
     import polars as pl
 
     for path in record_files(folder):
@@ -91,7 +91,7 @@ def read_tables(
 
 
 def collect(table: polars.LazyFrame) -> polars.DataFrame:
-    """The rows of a lazy table, computed from a thread of its own. The caller may be a worker of the tokenizer library,
+    """Compute a lazy table on a thread of its own. The caller may be a worker of the tokenizer library,
     which asks for the next text under a lock; a worker that waits for polars itself would take up other work of its
     own meanwhile, and wait for that lock forever."""
     with ThreadPoolExecutor(1) as thread:
@@ -113,7 +113,7 @@ class Parts:
             self.close()
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the tables that are not written yet."""
         import polars as pl
 
         if any(map(len, self.waiting)):

@@ -75,7 +75,7 @@ def measure(source: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The report for a terminal."""
+    """Format the report for a terminal."""
     experts = found["experts"]
     total = sum(one["records"] for one in experts.values())
     lines = _story(found["steps"])
@@ -95,7 +95,7 @@ def _shares(tally: Mapping[str, int], total: int, most: int = 3) -> str:
 
 
 def _story(steps: Mapping[str, Any]) -> list[str]:
-    """A line about each step that ran before."""
+    """Return a line about each stage that ran before."""
     lines = []
     if one := steps.get("validate"):
         why = ", ".join(f"{count:,} {reason}" for reason, count in one["reasons"].items())
@@ -149,7 +149,7 @@ svg text.soft { fill: var(--soft) } .legend { display: flex; flex-wrap: wrap; ga
 
 
 def as_html(found: Mapping[str, Any]) -> str:
-    """The page."""
+    """Format the report as an HTML page."""
     experts, steps = found["experts"], found["steps"]
     total = sum(one["records"] for one in experts.values())
     tiles = [("records", total), ("characters", sum(one["characters"] for one in experts.values()))]

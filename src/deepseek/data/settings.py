@@ -1,4 +1,4 @@
-"""The settings of the pipeline's steps: one table for the checks, the command line and the YAML of a run. Nothing
+"""The settings of the pipeline's stages: one table for the checks, the command line and the YAML of a run. Nothing
 heavy is imported."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class ValidateSettings(_Checked):
-    """What a record must be to be kept."""
+    """Limits that a record must meet."""
 
     min_characters: int = _setting(1, "a shorter text is set aside")
     max_characters: int = _setting(8_000_000, "a longer text is set aside")
@@ -42,7 +42,7 @@ class ValidateSettings(_Checked):
 
 @dataclass(frozen=True)
 class DedupSettings(_Checked):
-    """What counts as the same."""
+    """Rules of duplicates."""
 
     exact_only: bool = _setting(False, "drop equal texts only, not near-duplicates")
     threshold: float = _setting(0.8, "Jaccard similarity from which texts are near-duplicates")
@@ -54,7 +54,7 @@ class DedupSettings(_Checked):
 
 @dataclass(frozen=True)
 class LabelSettings(_Checked):
-    """Who may name the expert of a record that has none."""
+    """Sources of labels for records that have none."""
 
     rules: str = _setting("builtin", "builtin, none, or a YAML or JSON file of keywords that are added to them")
     classifier: str = _setting("train", "train (on the records that have an expert), none, or a classifier.npz")
@@ -72,7 +72,7 @@ class LabelSettings(_Checked):
 
 @dataclass(frozen=True)
 class SplitSettings(_Checked):
-    """Which records are held out; the same ones when packing."""
+    """The held-out share; the same records are held out when packing."""
 
     valid_fraction: float = _setting(0.01, "share of the records held out")
     seed: int = _setting(0, "another one holds out other records")
@@ -85,7 +85,7 @@ class SplitSettings(_Checked):
 
 @dataclass(frozen=True)
 class PackSettings(_Checked):
-    """How text becomes tokens."""
+    """The tokenizer."""
 
     tokenizer: str | None = _setting(None, "folder of a tokenizer; else one is trained on the records")
     vocab_size: int = _setting(16384, "tokens of the one that is trained")
@@ -97,7 +97,7 @@ class PackSettings(_Checked):
 
 @dataclass(frozen=True)
 class PipelineConfig(_Checked):
-    """A whole run. sources: {expert name: its paths}, under the name "" those without a label."""
+    """The settings of a whole run. sources: {expert name: its paths}, under the name "" those without a label."""
 
     out: str
     sources: Mapping[str, Sequence[str]]
@@ -117,7 +117,7 @@ class PipelineConfig(_Checked):
 
     @classmethod
     def load(cls, path: str | Path) -> PipelineConfig:
-        """From a YAML file; relative paths in it are taken from the working directory. Raises NotFoundError, or
+        """Read a YAML file; relative paths in it are taken from the working directory. Raises NotFoundError, or
         ConfigError naming the file, the key, the rule and the value."""
         value = read_yaml(path)
         try:
@@ -147,7 +147,7 @@ class PipelineConfig(_Checked):
 
 
 def settings_of(kind: type[S], keys: Mapping[str, Any], where: str = "") -> S:
-    """A settings object from a mapping. Raises ConfigError for an unknown key or an impossible value."""
+    """Make a settings object from a mapping. Raises ConfigError for an unknown key or an impossible value."""
     names = [setting.name for setting in fields(kind)]  # type: ignore[arg-type]
     for key in keys:
         if key not in names:
@@ -159,7 +159,7 @@ def settings_of(kind: type[S], keys: Mapping[str, Any], where: str = "") -> S:
 
 
 def check_names(experts: Sequence[str], used: Sequence[str] = ()) -> None:
-    """Names must be identifiers, because they name folders and flags; where `experts` are given, others are refused."""
+    """Raise ConfigError for a name that is no identifier, or not among `experts` where these are given."""
     for name in (*experts, *used):
         if not isinstance(name, str) or not name.isidentifier():
             raise ConfigError(f"expert = {name!r}: must be made of letters, digits and _, such as law_expert")
@@ -175,7 +175,7 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def named_paths(words: Sequence[str], flag: str) -> dict[str, list[str]]:
-    """`name=PATH` words as {name: [PATH, …]}; a name may come several times."""
+    """Parse `name=PATH` words into {name: [PATH, …]}; a name may occur several times."""
     named: dict[str, list[str]] = {}
     for word in words:
         name, equals, path = word.partition("=")

@@ -90,7 +90,7 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenShards:
-        """What `pack` wrote to `folder`."""
+        """Open a folder that `pack` wrote."""
         return cls(folder)
 
     def _map(self, split: str, what: str = "") -> np.ndarray:
@@ -107,7 +107,7 @@ class TokenShards:
         return f"{tokens} {sha256(self.folder / 'train.experts.bin')}" if self.experts else tokens
 
     def notes(self) -> list[str]:
-        """What is to be said of the held-out documents, a line each."""
+        """Return warnings about the held-out documents, a line each."""
         held = {name: Held(**one) for name, one in self.about.get("held_out", {}).items()}
         return notes(held, self.about.get("valid_fraction", 0))
 
@@ -129,7 +129,7 @@ class TokenShards:
         return max(1, self.train_tokens // seq_len - 1)
 
     def epochs(self, step: int, batch_size: int, seq_len: int) -> float:
-        """How often the training data has been seen before `step`."""
+        """Return how often the training data was seen before `step`."""
         return step * batch_size / self.windows(seq_len)
 
     def _draw_order(self, seed: int, epoch: int, seq_len: int) -> Tensor:
@@ -202,7 +202,7 @@ def pack_cached(paths: Sequence[str | Path] | Named, tokenizer: Tokenizer, folde
 def pack(documents: Iterable[Document], tokenizer: Tokenizer, folder: str | Path, *, valid_fraction: float = 0.01,
          seed: int = 0, progress: Progress | None = None, report: ReadReport | None = None,
          fingerprint: str | None = None, experts: Sequence[str] = (), expect: str | None = None) -> TokenShards:
-    """Tokenise `documents` into `folder`, which appears whole or not at all; a few batches of them are in memory.
+    """Tokenize `documents` into `folder`, which is written atomically; a few batches of them are in memory.
 
     valid_fraction: share to hold out, in [0, 1). seed: another one holds out other documents. progress: called with
     (documents, tokens) so far. report: takes conversations that the chat template refuses; without it they raise

@@ -48,7 +48,7 @@ def is_talk(value: Any) -> bool:
 
 
 def speaks(turn: Any, number: int) -> bool:
-    """Whether a turn is an assistant's."""
+    """Say whether a turn is an assistant's."""
     said = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else ("user", "assistant")[number % 2]
     return _role(said) in ("assistant", "function_call")
 
@@ -87,7 +87,7 @@ def talk(turns: Sequence[Any], *, asked: int | None = None, system: str = "", re
 
 
 def turns_asked(turns: Turns, response_start: int) -> int:
-    """How many messages of a conversation come before the place in its plain form where the answer begins."""
+    """Count the messages before the offset in the plain form at which the answer begins."""
     conversation = of_turns(turns)
     at = len(told(conversation.tools)) + 2 if conversation.tools else 0
     for number, message in enumerate(conversation.messages):
@@ -98,7 +98,7 @@ def turns_asked(turns: Turns, response_start: int) -> int:
 
 
 def plain(message: Mapping[str, Any]) -> str:
-    """The plain form of a normalized message."""
+    """Format a normalized message in its plain form."""
     message = thought_in(message)
     said = (message["content"] or "") + (
         written([call["function"] for call in message["tool_calls"]]) if message.get("tool_calls") else "")
@@ -150,14 +150,15 @@ def _message(turn: Any, number: int, unused: list[str]) -> dict[str, Any]:
 
 
 def _role(said: Any) -> str:
-    """The role by its usual name, "" for one that there is not."""
+    """Return the role by its usual name, "" for an unknown one."""
     return ROLES.get(str(said).lower(), "")
 
 
 def _learnt(turn: Mapping[str, Any], number: int) -> bool | None:
-    """What the flags of a turn say, None where it has none."""
+    """Parse the flags of a turn; None where it has none."""
     if partial := next((key for key in PARTIAL if key in turn), None):
-        raise DataError(f"turn {number + 1}: {partial}: a turn is learnt whole or not at all; set weight to 0 or 1")
+        raise DataError(f"turn {number + 1}: {partial}: a turn is learnt whole or not at all, as a token counts "
+                        "fully in the loss or not; set weight to 0 or 1")
     said = {flag(key, turn[key], f"turn {number + 1}: ") for key in ("weight", *FLAGS) if key in turn}
     if len(said) > 1:
         raise DataError(f"turn {number + 1}: its flags contradict each other: "
@@ -166,18 +167,18 @@ def _learnt(turn: Mapping[str, Any], number: int) -> bool | None:
 
 
 def flag(key: str, value: Any, place: str = "") -> bool:
-    """Whether something is learnt, as `weight: 0`, `train: false` or a table's words say. Raises DataError for another
-    weight."""
+    """Parse a flag such as `weight: 0` or `train: false` of a turn or a record. Raises DataError for a weight that is
+    neither 0 nor 1, which the loss cannot honour."""
     if str(value).lower() in ("0", "0.0", "false"):
         return False
     if str(value).lower() not in ("1", "1.0", "true"):
-        raise DataError(f"{place}{key} = {value!r:.60}: must be 0 or 1: a turn or record is learnt or not; "
-                        "there are no other weights")
+        raise DataError(f"{place}{key} = {value!r:.60}: must be 0 or 1: a token counts fully in the loss "
+                        "or not at all, so a share cannot be honoured; give 1 to learn it, 0 to leave it out")
     return True
 
 
 def filled(value: Any) -> bool:
-    """Whether a value says anything."""
+    """Say whether a value is given and not empty."""
     return value is not None and not (isinstance(value, str | list | tuple | Mapping) and not value)
 
 

@@ -1,4 +1,4 @@
-"""The training loop, and why a killed run continues bit by bit.
+"""The training loop. A killed run resumes bit for bit.
 
 Everything that the next step depends on is either a pure function of the step number (which windows of the data come,
 the learning rate) or part of the checkpoint (weights, gate biases, AdamW's moments, the random state). A checkpoint is
@@ -50,7 +50,7 @@ SETTINGS = "settings.json"
 
 
 class Windows(Protocol):
-    """What a trainer learns from: `TokenShards`, or records of its own kind."""
+    """Training data: `TokenShards`, or records (tune.records.RecordSet)."""
 
     experts: tuple[str, ...]
 
@@ -107,7 +107,7 @@ class TrainingLoop:
         return self.model
 
     def kept(self) -> str:
-        """What a stop leaves behind, in words."""
+        """Describe what is saved when the run stops."""
         return (f"left inside step {self.step + 1}; " if self._busy else "") + kept_in(self.out)
 
     def _take_steps(self, on_step: Callable[[dict[str, Any]], None] | None) -> None:
@@ -143,7 +143,7 @@ class TrainingLoop:
             log.close()
 
     def _look(self, log: RunLog, bar: ProgressBar) -> None:
-        """Evaluate, and say and draw what was found."""
+        """Evaluate, print the result and plot the run."""
         log.write(evaluation := self.evaluate())
         if "eval_loss" in evaluation:
             bar.write(f"step {self.step}: held-out loss {evaluation['eval_loss']:.4f} "
@@ -235,7 +235,7 @@ class TrainingLoop:
         return save_model(self.model, path, tokenizer=self.tokenizer, add=add)
 
     def _read(self, folder: Path) -> None:
-        """Take the state of the model back."""
+        """Restore the state of the model."""
         restored = load_model(folder, dtype=torch.float32, device=self.model.device)
         self.model.load_state_dict(restored.state_dict())
 
@@ -337,7 +337,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Take `random_state` back; a GPU's is kept as it is where the run was on a CPU before."""
+    """Restore `random_state`; a GPU's is kept as it is where the run was on a CPU before."""
     torch.set_rng_state(state["rng"])
     if device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
@@ -357,7 +357,7 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that want a gradient, by name."""
+    """Return the parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -401,7 +401,7 @@ def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def kept_in(out: Path) -> str:
-    """What a run that stops leaves in `out`, in words."""
+    """Describe what a stopped run leaves in `out`."""
     run, found = run_in(out), checkpoints(out)
     if run is None or not found:
         return f"no step is finished, so nothing is kept but what lies prepared in {out}"

@@ -11,7 +11,7 @@ from ..files import write_atomically
 
 
 def plot_run(log: Path, picture: Path) -> None:
-    """Draw log.jsonl; the file appears whole."""
+    """Plot log.jsonl; the file is written atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Trainer: what `deepseek train` does, from Python.
+"""Trainer: training from text to checkpoint, as `deepseek train` runs it.
 
     1. start      a configuration (from scratch), or a checkpoint (`from_model`): its weights, configuration, tokenizer
                   and names
@@ -178,7 +178,7 @@ class Trainer(TrainConfig):
         return {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__}
 
     def _start(self, run: Mapping[str, Any] | None) -> _Start:
-        """What is known before any weight is read."""
+        """Collect what is known before any weight is read."""
         if self.from_model is not None:
             folder = resolve(self.from_model)
             config, recipe, files = open_checkpoint(folder, verify=False)
@@ -260,7 +260,7 @@ class Trainer(TrainConfig):
 
 
 class _Start(NamedTuple):
-    """What a run starts from. dtype: of the weights it leaves. folder: of the checkpoint whose weights are taken."""
+    """The start of a run. dtype: of the resulting weights. folder: of the checkpoint whose weights are taken."""
 
     config: ModelConfig
     dtype: torch.dtype = torch.float32
@@ -295,7 +295,7 @@ def _by_name(data: Paths | Mapping[str, Paths] | None) -> dict[str, list[str | P
 
 
 def _warn_of_doubles(places: Mapping[str, Sequence[str | Path]]) -> None:
-    """Says where one file is given under several names."""
+    """Warn where one file is given under several names."""
     first: dict[Path, str] = {}
     doubles = [(path, first[real], name) for name, paths in places.items() for path in list_files(paths)
                if first.setdefault(real := path.resolve(), name) != name]

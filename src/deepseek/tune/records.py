@@ -1,4 +1,4 @@
-"""Records -> padded batches that teach answers, not questions.
+"""Records -> padded batches in which answers count in the loss and questions do not.
 
     a conversation       through the chat template, its tools too; what the assistant says is learnt, reasoning, calls
                          and end token included (spoken.py), where no flag says otherwise; of prompt and completion
@@ -49,7 +49,7 @@ POOL = 16  # batches whose records are sorted by length together
 
 
 def places(dataset: Any) -> list[Path]:
-    """The files and folders that a data set is read from; of a pattern, the folder that it starts from."""
+    """List the files and folders that a data set is read from; of a pattern, the folder that it starts from."""
     if isinstance(dataset, str | Path):
         dataset = [Path(dataset)]
     if not _is_paths(dataset):
@@ -103,7 +103,7 @@ def each_record(
 
 
 def documents_in(record: Any, number: int, report: ReadReport, mapping: RecordMap | None) -> list[Document]:
-    """The documents of one record that lies in memory; a problem is reported."""
+    """Parse one record in memory into documents; a problem is reported."""
     if isinstance(record, Document):
         return [record]
     try:
@@ -118,7 +118,7 @@ def documents_in(record: Any, number: int, report: ReadReport, mapping: RecordMa
 
 
 def _native(value: Any) -> Any:
-    """A record with lists and Python's numbers where it has tuples, arrays and numpy's."""
+    """Convert tuples, arrays and numpy's numbers of a record to lists and Python's numbers."""
     if isinstance(value, str):
         return value
     if hasattr(value, "tolist"):
@@ -129,7 +129,7 @@ def _native(value: Any) -> Any:
 
 
 def _rows(dataset: Any) -> Any:
-    """The rows of a frame as records, without its missing values; anything else as it is."""
+    """Convert a frame to records without its missing values; return anything else unchanged."""
     if hasattr(dataset, "collect") and hasattr(dataset, "collect_schema"):  # polars, lazy
         dataset = dataset.collect()
     if hasattr(dataset, "iter_rows"):  # polars
@@ -216,7 +216,7 @@ def _says(message: Mapping[str, Any]) -> bool:
 
 
 def place(document: Document) -> str:
-    """Where a record stands, for messages."""
+    """Return the place of a record, for messages."""
     return document.source if document.line is None else f"{document.source}:{document.line}"
 
 
@@ -288,9 +288,9 @@ class RecordSet:
     def of(cls, documents: Iterable[Document], tokenizer: Tokenizer, *, max_length: int, overlong: str = "error",
            valid_fraction: float = 0.1, seed: int = 0, parse_special: bool = False, reasoning: str = "learn"
            ) -> RecordSet:
-        """Tokenise, hold out, check. Raises DataError for a record without output, for over-long ones (overlong
-        "error") and those of which the chat template leaves something out, counted, and where nothing is left to train
-        on."""
+        """Tokenize documents and split them into training and held-out examples. Raises DataError for a record without
+        output, for over-long ones (overlong "error") and those of which the chat template leaves something out,
+        counted, and where nothing is left to train on."""
         sides = (Examples(), Examples())
         digests, ends = bytearray(), ([0], [0])  # of the documents; where the examples of each end, on its side
         rows: list[tuple[float, int, int]] = []  # of the documents: hash, number of the name, characters
@@ -359,11 +359,11 @@ class RecordSet:
 
     @property
     def held_out_tokens(self) -> int:
-        """The same of the held-out records."""
+        """Tokens of the held-out records that count in the loss."""
         return self.valid.loss_tokens
 
     def batches(self, batch_size: int) -> int:
-        """In an epoch."""
+        """Batches of an epoch."""
         return -(-len(self.train) // batch_size)
 
     def _draw_order(self, seed: int, epoch: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -379,7 +379,7 @@ class RecordSet:
         return order_N, torch.randperm(self.batches(batch_size), generator=generator).numpy()
 
     def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch:
-        """The records of a step; seq_len has done its work when they were tokenised."""
+        """Return the batch of a step; seq_len is not used, as records are cut when they are tokenized."""
         epoch, number = divmod(step, self.batches(batch_size))
         order_N, batches = self._order(seed, epoch, batch_size)
         start = int(batches[number]) * batch_size

@@ -1,4 +1,4 @@
-"""What is learnt of records, for people: each example decoded, what is learnt apart from what is not."""
+"""Prints training examples decoded, with what counts in the loss apart from what does not."""
 
 from __future__ import annotations
 

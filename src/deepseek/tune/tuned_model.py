@@ -126,7 +126,7 @@ class TunedModel:
         return out
 
     def save_so_far(self) -> None:
-        """The result as it stands, without putting the model together: between the rounds of a stream."""
+        """Write the current result without folding the model, between the rounds of a stream."""
         if self.spec is not None:
             save_adapter(self.plan.out / "adapter", self.model, self.spec, self.plan.model_path, self.fingerprint)
         elif self.plan.mode == "experts":
@@ -150,7 +150,7 @@ class TunedModel:
             "experts": {str(k): v for k, v in self.experts.by_layer().items()}})
 
     def finish(self) -> Path:
-        """Put the model together again, hash it, and write the result."""
+        """Fold the trained parts into the model, hash it, and write the result."""
         model, base = self.model.eval(), self.fingerprint
         if self.spec is not None:
             self.hashes_after = _hashed(model, "hash the result")
@@ -174,7 +174,7 @@ class TunedModel:
 
 
 def _part(model: CausalLM, layer: int, chosen: Sequence[int], *, all_of: bool) -> None:
-    """Make the chosen experts of a layer parameters of their own."""
+    """Make the chosen experts of a layer separate parameters."""
     experts = model.moe_blocks()[layer].experts
     if all_of:
         experts.requires_grad_(True)

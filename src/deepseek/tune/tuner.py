@@ -131,7 +131,7 @@ class MoEFineTuner:
             self._tokenizer.check_variables(config.chat_template_kwargs)
 
     def __repr__(self) -> str:
-        """What is tuned, of which model, how, and where it goes."""
+        """Describe what is tuned, of which model, how, and where the result goes."""
         config, adapter, named = self.config, self.adapter, self.named
         names = adapter.experts if adapter else config.expert_tune or config.expert_freeze
         listed = "" if named is None else (
@@ -217,8 +217,8 @@ class MoEFineTuner:
 
     def fit_stream(self, stream: Iterable[Any], *, records_a_round: int = 256, rounds: int | None = None,
                    epochs: float | None = None) -> TuneReport:
-        """Continual tuning: so many records of `stream` at a time, with a share (`replay`) of all earlier ones, and of
-        `replay_data`, mixed in; ends with the stream, or after `rounds`.
+        """Tune continually: `records_a_round` records of `stream` at a time, with a share (`replay`) of all earlier
+        ones, and of `replay_data`, mixed in; ends with the stream, or after `rounds`.
 
         Every record is written to OUT/round-N as it comes, so a killed run loses none and goes on where it was; records
         whose text an earlier round had are passed over, so a stream may begin again from its start; what cannot be used
@@ -299,7 +299,7 @@ class MoEFineTuner:
         return self.config
 
     def _check_apart(self, *more: Any) -> None:
-        """Raises ConfigError where a run would read its own files, or write over what it reads."""
+        """Raise ConfigError where a run would read its own files, or overwrite its data."""
         out = self.out.resolve()
         given = [each for each in (*more, self.retain_data, self.replay_data) if each is not None]
         for place in (place for each in given for place in places(each)):
@@ -310,14 +310,14 @@ class MoEFineTuner:
                 raise ConfigError(f"out = {self.out}: must not hold DATA ({place}): the folder is the run's own")
 
     def _settings(self, data: RecordSet, general: RecordSet) -> dict[str, dict[str, Any]]:
-        """What a run that goes on in its folder must have the same, beside what the base decides."""
+        """Settings that a resumed run must share, besides those that the base decides."""
         kept = {k: v for k, v in asdict(self.config).items() if k not in ("device", "atlas", "steps", "epochs")}
         kept |= {key: None for key, values in LATER.items() if kept[key] in values}
         return {"tune": kept, "adapter": asdict(self.adapter) if self.adapter else {},
                 "chosen": {"general": general.fingerprint}}
 
     def _known(self, data: RecordSet, general: RecordSet) -> dict[str, dict[str, Any]]:
-        """As much of a run's settings as is known before its base is read."""
+        """The settings of a run that are known before its base is read."""
         settings = self._settings(data, general)
         if self.config.expert_tune != "auto":
             settings["chosen"]["experts"] = [str(expert) for expert in self.named or ()]
@@ -368,7 +368,7 @@ class MoEFineTuner:
                             reasoning=config.reasoning)
 
     def _general(self, tokenizer: Tokenizer) -> tuple[RecordSet, str]:
-        """General text as held-out windows, and its name."""
+        """Return general text as held-out windows, and its name."""
         if self.retain_data is None:
             library = Path(sysconfig.get_path("stdlib"))
             documents = list(read_documents(sorted(library.glob("*.py"))[:GENERAL_FILES], ReadReport()))
@@ -449,7 +449,7 @@ def _renamed(former: str, value: Any, name: str, given: Any) -> Any:
 
 
 def _run_folder(model: str, folder: Path) -> Path:
-    """The folder of a run that is given none: another one for every model, the same whenever it is tuned."""
+    """Return the default folder of a run: one per model, the same at every call."""
     where = folder.resolve()
     local = Path(model).expanduser().is_dir()
     stem = (where.parent if where.name == "model" else where).name if local else model.rpartition("/")[2]
@@ -458,7 +458,7 @@ def _run_folder(model: str, folder: Path) -> Path:
 
 
 def _notes(report: ReadReport, sets: Sequence[RecordSet]) -> list[str]:
-    """What is to be said of the records that were read, a line each."""
+    """Return notes about the records that were read, a line each."""
     notes = Counter[str]()
     for each in sets:
         notes.update(each.notes)
