@@ -14,9 +14,9 @@
 namespace deepseek {
 namespace {
 
-constexpr int64_t kTokens = 16;    // of a tile
-constexpr int64_t kMany = 96;      // tokens whose sums stay in the cache
-constexpr int64_t kChunk = 4;      // blocks unpacked at a time
+constexpr int64_t kTokens = 16;  // of a tile
+constexpr int64_t kMany = 96;  // tokens whose sums stay in the cache
+constexpr int64_t kChunk = 4;  // blocks unpacked at a time
 constexpr int64_t kFew = 16;
 constexpr int kAhead = 2048;
 
@@ -157,8 +157,9 @@ constexpr const char* kName = "amx_emulated";
 #else
 constexpr const char* kName = "amx";
 #endif
-const Kernels table = {kName, quantize_weights, quantize, panels, dense_panels<uint16_t>,
-                       dense_panels<float>, rms_norm, weighted_sum, attention_block, attention_join};
+const Kernels table = {
+    kName,    quantize_weights, quantize,        panels,        dense_panels<uint16_t>, dense_panels<float>,
+    rms_norm, weighted_sum,     attention_block, attention_join};
 
 }  // namespace
 const Kernels* const amx_kernels = &table;

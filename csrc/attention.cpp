@@ -62,8 +62,8 @@ void mla_prepare(const float* q, const float* kv, const float* norm, float eps, 
   });
 }
 
-void mla_absorbed(const float* q_latent, const float* q_rope, const float* cache, const Sequences& sequences, int64_t heads,
-                  int64_t rank, int64_t rope, float scale, float* out, int threads) {
+void mla_absorbed(const float* q_latent, const float* q_rope, const float* cache, const Sequences& sequences,
+                  int64_t heads, int64_t rank, int64_t rope, float scale, float* out, int threads) {
   // A group is 16 heads of one query; its blocks of keys are independent of each other.
   const int64_t width = rank + rope, lanes = divide_up(heads, 16), part = part_size(rank);
   auto gather = [&](int64_t query, int64_t lane, float* q) {  // -> [rank + rope][16]
@@ -76,7 +76,8 @@ void mla_absorbed(const float* q_latent, const float* q_rope, const float* cache
     return Keys{at, at, width, count, width, rank};
   };
   auto deliver = [&](int64_t query, int64_t lane, const float* parts, int64_t count, int64_t step) {
-    join(parts, count, step, rank, std::min<int64_t>(16, heads - lane * 16), out + (query * heads + lane * 16) * rank, rank);
+    join(parts, count, step, rank, std::min<int64_t>(16, heads - lane * 16), out + (query * heads + lane * 16) * rank,
+         rank);
   };
 
   struct Run {
@@ -151,7 +152,8 @@ void mla_naive(const float* q, const float* q_rope, const float* cache, const Se
 
   // all visible latents, quantized once for all heads
   std::vector<int64_t> begin(1, 0);
-  for (int64_t s = 0; s < sequences.count; ++s) begin.push_back(begin.back() + sequences.seen(s, sequences.size(s) - 1));
+  for (int64_t s = 0; s < sequences.count; ++s)
+    begin.push_back(begin.back() + sequences.seen(s, sequences.size(s) - 1));
   scratch.reserve(QuantizedRows::room(begin.back(), rank));
   const QuantizedRows latents(scratch, begin.back(), rank);
   in_pieces(begin.back(), 8, threads, [&](int64_t i) {
@@ -178,13 +180,13 @@ void mla_naive(const float* q, const float* q_rope, const float* cache, const Se
     panels_into(kv_b, shape, panel, divide_up(skip + nope + value, kRows), bits, latents.rows(begin[s]), rows,
                 {row + rope - panel * kRows, pitch, heads * (nope + value)});
     for (int64_t j = 0; j < rows; ++j)
-      std::memcpy(row + skip + j * pitch, cache + sequences.row(s, j, rank + rope) + rank,
-                  sizeof(float) * rope);
+      std::memcpy(row + skip + j * pitch, cache + sequences.row(s, j, rank + rope) + rank, sizeof(float) * rope);
     for (int64_t g0 = from; g0 < to; g0 += kRun) {
       const int64_t n = std::min(kRun, to - g0);
       auto count = [&](int64_t i) { return sequences.past[s] + 16 * (g0 + i) + 1; };  // of the first query
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t t = 16 * (g0 + i), at = (sequences.begin[s] + t) * heads + head, here = std::min<int64_t>(16, tokens - t);
+        const int64_t t = 16 * (g0 + i), at = (sequences.begin[s] + t) * heads + head,
+                      here = std::min<int64_t>(16, tokens - t);
         transpose(q_rope + at * rope, heads * rope, here, rope, lanes + i * 16 * depth);
         transpose(q + at * (nope + rope), heads * (nope + rope), here, nope, lanes + (i * depth + rope) * 16);
       }
@@ -200,8 +202,8 @@ void mla_naive(const float* q, const float* q_rope, const float* cache, const Se
           }
         if (!some) break;  // all later blocks are beyond them
         const float* key = row + skip + k * kKeys * pitch;
-        kernels().attention_block(at, some, {key, key + depth, pitch, std::min(kKeys, rows - k * kKeys), depth, wide}, keys,
-                                  true, scale, into);
+        kernels().attention_block(at, some, {key, key + depth, pitch, std::min(kKeys, rows - k * kKeys), depth, wide},
+                                  keys, true, scale, into);
       }
       for (int64_t i = 0; i < n; ++i) {
         const int64_t t = 16 * (g0 + i), here = std::min<int64_t>(16, tokens - t), step = heads * value;
@@ -209,7 +211,8 @@ void mla_naive(const float* q, const float* q_rope, const float* cache, const Se
         const bool whole = wide == value;
         join(parts + i * blocks * part, divide_up(visible(i), kKeys), part, wide, here, whole ? to : joined,
              whole ? step : wide);
-        for (int64_t l = 0; !whole && l < here; ++l) std::memcpy(to + l * step, joined + l * wide, sizeof(float) * value);
+        for (int64_t l = 0; !whole && l < here; ++l)
+          std::memcpy(to + l * step, joined + l * wide, sizeof(float) * value);
       }
     }
   });

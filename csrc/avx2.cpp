@@ -27,7 +27,8 @@ inline __m256i add_product(__m256i sum, __m256i level, __m256i magnitude, __m256
 
 // One panel, T tokens: y[t] = 16 results.
 template <int BITS, int T>
-inline void panel_product(const uint8_t* panel, const Panel& shape, const int8_t* const* q, const float* scale, f16* y) {
+inline void panel_product(const uint8_t* panel, const Panel& shape, const int8_t* const* q, const float* scale,
+                          f16* y) {
   const uint8_t* code = panel + shape.codes;
   const __m256i levels = table_of(false), magnitudes = table_of(true), low = _mm256_set1_epi8(15);
   __m256i sum[T][2];
@@ -54,7 +55,8 @@ inline void panel_product(const uint8_t* panel, const Panel& shape, const int8_t
     code += BITS == 4 ? 512 : 1024;
     if (BITS == 4)
       for (int h = 0; h < 2; ++h) {
-        __m256 s = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(panel + 64 + 16 * b + 8 * h))));
+        __m256 s =
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(panel + 64 + 16 * b + 8 * h))));
         for (int t = 0; t < T; ++t) {
           acc[t][h] = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(sum[t][h]), acc[t][h]);
           sum[t][h] = _mm256_setzero_si256();
@@ -108,8 +110,9 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
     any_panels<8>(w, count, gated, x, row, tokens, out, ld);
 }
 
-const Kernels table = {"avx2", quantize_weights, quantize, panels, dense_panels<uint16_t>,
-                       dense_panels<float>, rms_norm, weighted_sum, attention_block, attention_join};
+const Kernels table = {
+    "avx2",   quantize_weights, quantize,        panels,        dense_panels<uint16_t>, dense_panels<float>,
+    rms_norm, weighted_sum,     attention_block, attention_join};
 
 }  // namespace
 const Kernels* const avx2_kernels = &table;

@@ -9,9 +9,9 @@
 namespace deepseek {
 namespace {
 
-constexpr int kFew = 8;     // below: straight from the codes
-constexpr int kTile = 6;    // tokens at a time from the cache: 2 panels x 6 tokens x 2 sums = 24 registers
-constexpr int kChunk = 8;   // blocks unpacked at a time: 2 panels x 8 x 1024 bytes
+constexpr int kFew = 8;  // below: straight from the codes
+constexpr int kTile = 6;  // tokens at a time from the cache: 2 panels x 6 tokens x 2 sums = 24 registers
+constexpr int kChunk = 8;  // blocks unpacked at a time: 2 panels x 8 x 1024 bytes
 constexpr int64_t kMany = 96;  // tokens whose sums (12 KB) stay in the cache
 constexpr int kAhead = 4096;  // bytes that the prefetch runs ahead
 
@@ -30,7 +30,9 @@ inline __m512i four(const int8_t* q) {
   return _mm512_set1_epi32(v);
 }
 
-inline __m512 scales(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+inline __m512 scales(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 
 template <int T>
 struct Pointers {
@@ -212,11 +214,16 @@ inline void tiles(const __m512i* w, const uint8_t* const* scale, const RowPointe
   };
   for (; t + kTile <= tokens; t += kTile) some(std::integral_constant<int, kTile>{});
   switch (tokens - t) {
-    case 1: return some(std::integral_constant<int, 1>{});
-    case 2: return some(std::integral_constant<int, 2>{});
-    case 3: return some(std::integral_constant<int, 3>{});
-    case 4: return some(std::integral_constant<int, 4>{});
-    case 5: return some(std::integral_constant<int, 5>{});
+    case 1:
+      return some(std::integral_constant<int, 1>{});
+    case 2:
+      return some(std::integral_constant<int, 2>{});
+    case 3:
+      return some(std::integral_constant<int, 3>{});
+    case 4:
+      return some(std::integral_constant<int, 4>{});
+    case 5:
+      return some(std::integral_constant<int, 5>{});
   }
 }
 
@@ -230,7 +237,7 @@ void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const RowPoin
   for (int r = 0; r < R; ++r) scale[r] = w + r * shape.bytes + 64;
   std::memset(acc, 0, sizeof(float) * tokens * 16 * R);
   constexpr int64_t kBytes = BITS == 4 ? 512 : 1024;  // of a block
-  const int64_t step = tokens < 32 ? 4 : kChunk;      // few tokens leave no room in time for long reads
+  const int64_t step = tokens < 32 ? 4 : kChunk;  // few tokens leave no room in time for long reads
   for (int64_t b = 0; b < shape.blocks; b += step) {
     int64_t blocks = shape.blocks - b < step ? shape.blocks - b : step;
     Ahead<R> ahead{{}, kBytes / 64 * blocks, (kBytes / 64 * kTile + tokens - 1) / tokens + 1};
@@ -272,13 +279,20 @@ void any_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
     return;
   }
   switch (tokens) {
-    case 1: return few_tokens<BITS, 1>(w, count, gated, x, row, 0, out, ld);
-    case 2: return few_tokens<BITS, 2>(w, count, gated, x, row, 0, out, ld);
-    case 3: return few_tokens<BITS, 3>(w, count, gated, x, row, 0, out, ld);
-    case 4: return few_tokens<BITS, 4>(w, count, gated, x, row, 0, out, ld);
-    case 5: return few_tokens<BITS, 5>(w, count, gated, x, row, 0, out, ld);
-    case 6: return few_tokens<BITS, 6>(w, count, gated, x, row, 0, out, ld);
-    case 7: return few_tokens<BITS, 7>(w, count, gated, x, row, 0, out, ld);
+    case 1:
+      return few_tokens<BITS, 1>(w, count, gated, x, row, 0, out, ld);
+    case 2:
+      return few_tokens<BITS, 2>(w, count, gated, x, row, 0, out, ld);
+    case 3:
+      return few_tokens<BITS, 3>(w, count, gated, x, row, 0, out, ld);
+    case 4:
+      return few_tokens<BITS, 4>(w, count, gated, x, row, 0, out, ld);
+    case 5:
+      return few_tokens<BITS, 5>(w, count, gated, x, row, 0, out, ld);
+    case 6:
+      return few_tokens<BITS, 6>(w, count, gated, x, row, 0, out, ld);
+    case 7:
+      return few_tokens<BITS, 7>(w, count, gated, x, row, 0, out, ld);
   }
 }
 
@@ -290,8 +304,8 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
     any_panels<8>(w, count, gated, x, row, tokens, out, ld);
 }
 
-const Kernels table = {"avx512_vnni", quantize_weights, quantize, panels, dense_panels<uint16_t>,
-                       dense_panels<float>, rms_norm, weighted_sum, attention_block, attention_join};
+const Kernels table = {"avx512_vnni",       quantize_weights, quantize,     panels,          dense_panels<uint16_t>,
+                       dense_panels<float>, rms_norm,         weighted_sum, attention_block, attention_join};
 
 }  // namespace
 const Kernels* const avx512_kernels = &table;

@@ -91,7 +91,9 @@ inline f16 to_float(i16 a) { return __builtin_convertvector(a, f16); }
 
 // To the nearest integer, ties to even, |x| < 2^22.
 template <typename V>
-inline V nearest(V x) { return (x + 12582912.0f) - 12582912.0f; }
+inline V nearest(V x) {
+  return (x + 12582912.0f) - 12582912.0f;
+}
 
 template <typename V>
 inline auto largest(V v) {
@@ -253,10 +255,22 @@ void quantize(const float* x, int64_t columns, int8_t* q, int32_t* surplus, floa
 }
 
 // Midpoints of the NF4 codebook in FP32, as bitsandbytes compares with them.
-constexpr float kCodebook[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+constexpr float kCodebook[16] = {-1.0f,
+                                 -0.6961928009986877f,
+                                 -0.5250730514526367f,
+                                 -0.39491748809814453f,
+                                 -0.28444138169288635f,
+                                 -0.18477343022823334f,
+                                 -0.09105003625154495f,
+                                 0.0f,
+                                 0.07958029955625534f,
+                                 0.16093020141124725f,
+                                 0.24611230194568634f,
+                                 0.33791524171829224f,
+                                 0.44070982933044434f,
+                                 0.5626170039176941f,
+                                 0.7229568362236023f,
+                                 1.0f};
 
 // Codes of one block of 64 into code, levels into level; returns the scale that fits best.
 inline float nf4_block(const float* w, uint8_t* code, float* level) {
@@ -284,7 +298,7 @@ void quantize_weights(const float* w, int64_t columns, int bits, int64_t r, uint
                       double* squares) {
   const Panel shape(columns, bits);
   const int64_t padded = shape.blocks * kBlock;
-  float* x = room;                // the row, with zeros after it
+  float* x = room;  // the row, with zeros after it
   float* level = room + padded;
   float* fits = room + 2 * padded;
   std::memcpy(x, w, sizeof(float) * columns);
@@ -309,7 +323,8 @@ void quantize_weights(const float* w, int64_t columns, int bits, int64_t r, uint
       float fit = nf4_block(x + kBlock * b, code, level + kBlock * b);
       best = best > fit ? best : fit;
       for (int64_t g = 0; g < 8; ++g)
-        for (int64_t j = 0; j < 4; ++j) to[512 * b + 64 * g + j] = (uint8_t)(code[8 * g + j] | code[8 * g + 4 + j] << 4);
+        for (int64_t j = 0; j < 4; ++j)
+          to[512 * b + 64 * g + j] = (uint8_t)(code[8 * g + j] | code[8 * g + 4 + j] << 4);
       fits[b] = fit;
     }
     step = best / 255.0f;
@@ -450,7 +465,8 @@ void attention_queries(const float* const* q, const Keys& keys, const int64_t* c
   for (int i = 0; i < Q; ++i) {
     f16 best = all(-__builtin_inff()), z = all(0.0f);
     for (int64_t j = 0; j < full[i]; ++j) best = larger(best, load(p[i] + 16 * j));
-    for (int64_t j = full[i]; j < end[i]; ++j) best = choose(lanes_after(j - count[i]), larger(best, load(p[i] + 16 * j)), best);
+    for (int64_t j = full[i]; j < end[i]; ++j)
+      best = choose(lanes_after(j - count[i]), larger(best, load(p[i] + 16 * j)), best);
     for (int64_t j = 0; j < end[i]; ++j) {
       const f16 v = load(p[i] + 16 * j);
       f16 e = choose(equal(v, v), exponential(v - best), v);

@@ -43,8 +43,8 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
               cache, threads);
   float* values = block.take<float>(n * m.heads * m.value);
   if (naive)
-    mla_naive(q, q_rope, cache, {naive, sequences.begin, sequences.past, sequences.block_begin, sequences.blocks}, m.heads,
-              m.rank, m.rope, m.nope, m.value, m.kv_b, m.bits, m.scale, values, threads);
+    mla_naive(q, q_rope, cache, {naive, sequences.begin, sequences.past, sequences.block_begin, sequences.blocks},
+              m.heads, m.rank, m.rope, m.nope, m.value, m.kv_b, m.bits, m.scale, values, threads);
   if (later) {
     float* q_latent = block.take<float>(later * m.heads * m.rank);
     float* summed = block.take<float>(later * m.heads * m.rank);
@@ -88,7 +88,8 @@ void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences&
   const int64_t n = sequences.tokens();
   int64_t hidden = 0, experts = 0, top = 0;
   for (const Layer& layer : layers)
-    hidden = layer.mla.hidden, experts = std::max(experts, layer.ffn.gate.experts), top = std::max(top, layer.ffn.gate.top);
+    hidden = layer.mla.hidden, experts = std::max(experts, layer.ffn.gate.experts),
+    top = std::max(top, layer.ffn.gate.top);
   whole.reserve(2 * (Scratch::room<float>(n * hidden) + Scratch::room<float>(n * experts) +
                      Scratch::room<int64_t>(n * top) + Scratch::room<float>(n * top)));
   float* normed = whole.take<float>(n * hidden);
@@ -122,8 +123,8 @@ void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences&
     }
     rms_norm(x, n, hidden, hidden, layer.ffn_norm, layer.eps, normed, threads);
     if (ffn.gate.experts) gate_forward(ffn, normed, n, hidden, here.scores, here.index, here.weight, threads);
-    quantized_experts(normed, n, hidden, here.index, here.weight, ffn.gate.top, ffn.experts, ffn.gate.experts, ffn.inner,
-                      ffn.shared, ffn.shared_inner, ffn.bits, y, threads, fetch);
+    quantized_experts(normed, n, hidden, here.index, here.weight, ffn.gate.top, ffn.experts, ffn.gate.experts,
+                      ffn.inner, ffn.shared, ffn.shared_inner, ffn.bits, y, threads, fetch);
     add(x, y, n, hidden, threads);
     cache += layer_stride;
     moe_layer += ffn.gate.experts > 0;

@@ -40,7 +40,8 @@ struct Residency {
   std::function<std::vector<int64_t>(int64_t moe_layer, const std::vector<int64_t>& wanted)> on_fetch;
   std::function<void(int64_t moe_layer, const std::vector<int64_t>& wanted)> on_prefetch;
 
-  std::vector<int64_t> fetch(int64_t moe_layer, const uint8_t* const* experts, const std::vector<int64_t>& wanted) const;
+  std::vector<int64_t> fetch(int64_t moe_layer, const uint8_t* const* experts,
+                             const std::vector<int64_t>& wanted) const;
   void prefetch(int64_t moe_layer, const uint8_t* const* experts, int64_t count, const int64_t* index,
                 int64_t slots) const;
 };

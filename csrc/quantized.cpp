@@ -73,9 +73,8 @@ void quantized_groups(const float* x, int64_t tokens, int64_t groups, int64_t co
   const Panel shape(columns, bits);
   scratch.reserve(QuantizedRows::room(tokens * groups, columns));
   const QuantizedRows a(scratch, tokens * groups, columns);  // [group][token]
-  in_pieces(tokens * groups, rows_a_task(columns), threads, [&](int64_t i) {
-    a.fill(i, x + i % tokens * token_stride + i / tokens * group_stride, columns);
-  });
+  in_pieces(tokens * groups, rows_a_task(columns), threads,
+            [&](int64_t i) { a.fill(i, x + i % tokens * token_stride + i / tokens * group_stride, columns); });
   parallel(groups, threads, [&](int64_t g) {
     panels_into(w + g * stride, shape, 0, panels_of(rows), bits, a.rows(g * tokens), tokens,
                 {out + g * rows, groups * rows, rows});
@@ -84,11 +83,12 @@ void quantized_groups(const float* x, int64_t tokens, int64_t groups, int64_t co
 
 void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
                        int64_t top, const uint8_t* const* experts, int64_t num_experts, int64_t inner,
-                       const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads, const Fetch& fetch) {
+                       const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads,
+                       const Fetch& fetch) {
   struct Mlp {
     const uint8_t* w;
     int64_t inner, first, count;  // its rows among the sorted pairs
-    int64_t h, row;               // where its intermediate rows begin, in numbers, and its rows among those of a wave
+    int64_t h, row;  // where its intermediate rows begin, in numbers, and its rows among those of a wave
   };
   const Kernels& k = kernels();
   const int64_t pairs = tokens * top, all = pairs + (shared ? tokens : 0);
@@ -177,7 +177,8 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
           *(std::upper_bound(mlps.begin(), mlps.end(), i, [](int64_t v, const Mlp& e) { return v < e.row; }) - 1);
       const int64_t pair = m.first + i - m.row;
       const bool is_routed = pair < pairs;
-      (is_routed ? routed : own).fill(is_routed ? pair : pair - pairs, h + m.h + (i - m.row) * padded(m.inner), m.inner);
+      (is_routed ? routed : own)
+          .fill(is_routed ? pair : pair - pairs, h + m.h + (i - m.row) * padded(m.inner), m.inner);
     });
     tasks = cut([&](const Mlp&) { return panels_of(hidden); });
     parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
@@ -186,8 +187,8 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
       const Panel shape(m.inner, bits);
       const uint8_t* down = m.w + 2 * panels_of(m.inner) * in.bytes;
       bool is_routed = m.first < pairs;
-      k.panels(down + task.from * shape.bytes, task.count, bits, false,
-               is_routed ? routed.rows(m.first) : own.rows(), nullptr, m.count, y + m.first * hp + task.from * kRows, hp);
+      k.panels(down + task.from * shape.bytes, task.count, bits, false, is_routed ? routed.rows(m.first) : own.rows(),
+               nullptr, m.count, y + m.first * hp + task.from * kRows, hp);
     });
   };
 
@@ -206,9 +207,9 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
     if (mlps.empty()) break;
     crowded ? in_crowds(mlps) : in_panels(mlps);
     if (ready.size() == wanted.size()) break;
-    wanted.erase(std::remove_if(wanted.begin(), wanted.end(), [&](int64_t e) {
-      return std::find(ready.begin(), ready.end(), e) != ready.end();
-    }), wanted.end());
+    wanted.erase(std::remove_if(wanted.begin(), wanted.end(),
+                                [&](int64_t e) { return std::find(ready.begin(), ready.end(), e) != ready.end(); }),
+                 wanted.end());
     first = false;
   }
 
@@ -216,7 +217,8 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
     static thread_local std::vector<const float*> rows;
     rows.resize(top);
     for (int64_t i = 0; i < top; ++i) rows[i] = y + slot[t * top + i] * hp;
-    k.weighted_sum(rows.data(), weight + t * top, top, shared ? y + (pairs + t) * hp : nullptr, hidden, out + t * hidden);
+    k.weighted_sum(rows.data(), weight + t * top, top, shared ? y + (pairs + t) * hp : nullptr, hidden,
+                   out + t * hidden);
   });
 }
 
@@ -234,9 +236,8 @@ void panel_linear(const float* x, int64_t tokens, int64_t columns, const void* w
   };
   const int64_t piece = 48;
   if (tokens >= piece)  // many: share them out
-    return parallel(divide_up(tokens, piece), threads, [&](int64_t task) {
-      run(0, panels, task * piece, std::min(piece, tokens - task * piece));
-    });
+    return parallel(divide_up(tokens, piece), threads,
+                    [&](int64_t task) { run(0, panels, task * piece, std::min(piece, tokens - task * piece)); });
   parallel(panels, threads, [&](int64_t p) { run(p, 1, 0, tokens); });
 }
 

@@ -42,8 +42,9 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
     }
 }
 
-const Kernels table = {"scalar", quantize_weights, quantize, panels, dense_panels<uint16_t>,
-                       dense_panels<float>, rms_norm, weighted_sum, attention_block, attention_join};
+const Kernels table = {
+    "scalar", quantize_weights, quantize,        panels,        dense_panels<uint16_t>, dense_panels<float>,
+    rms_norm, weighted_sum,     attention_block, attention_join};
 
 }  // namespace
 const Kernels* const scalar_kernels = &table;

@@ -55,7 +55,8 @@ void block(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, in
         const float* panels = b.panels(k, n + c) + (k - start) * t.columns;
         for (int64_t r = 0; r < some; r += t.rows)
           t.multiply(packed + r / t.rows * t.strip, transposed, std::min(t.rows, some - r), panels,
-                     b.depth(k) * t.columns, end - k, std::min(kColumns, columns - c), out + (done + r) * ld + c, ld, more);
+                     b.depth(k) * t.columns, end - k, std::min(kColumns, columns - c), out + (done + r) * ld + c, ld,
+                     more);
       }
       k = end;
     }
@@ -97,12 +98,13 @@ void product_of(const Matrix& a, bool transposed, const Factor& b, int64_t rows,
     int64_t n = i / pieces * kColumns, piece = i % pieces;
     int64_t first = strips * piece / pieces * table().rows;
     int64_t last = std::min(rows, strips * (piece + 1) / pieces * table().rows);
-    block_into(a, transposed, first, last - first, b, n, std::min(kColumns, b.columns - n), at(out, first * ld + n, kind),
-               ld, kind, add);
+    block_into(a, transposed, first, last - first, b, n, std::min(kColumns, b.columns - n),
+               at(out, first * ld + n, kind), ld, kind, add);
   });
 }
 
-thread_local Scratch right_buffer, call_buffer;  // of the calling thread: a packed factor; one operation's intermediates
+thread_local Scratch right_buffer,
+    call_buffer;  // of the calling thread: a packed factor; one operation's intermediates
 
 int64_t begin_of(const Experts& e, int64_t i) { return i ? e.ends[i - 1] : 0; }
 
@@ -115,8 +117,7 @@ std::vector<Piece> pieces_of(const Experts& e, int threads) {
   int64_t most = std::clamp(e.pairs / (4 * threads) / unit, int64_t{1}, int64_t{5}) * unit;
   std::vector<Piece> pieces;
   for (int64_t i = 0; i < e.experts; ++i)
-    for (int64_t r = begin_of(e, i); r < e.ends[i]; r += most)
-      pieces.push_back({i, r, std::min(most, e.ends[i] - r)});
+    for (int64_t r = begin_of(e, i); r < e.ends[i]; r += most) pieces.push_back({i, r, std::min(most, e.ends[i] - r)});
   return pieces;
 }
 
@@ -186,7 +187,8 @@ void experts_forward(const Experts& e, void* both, void* out, int threads) {
                 h + (done + r) * e.inner, kFloat);
     }
     down.pack({at(e.w_out, p.expert * e.hidden * e.inner, e.w_kind), e.inner, e.w_kind}, true);
-    block({h, e.inner, kFloat}, false, 0, p.rows, 0, e.inner, down, 0, e.hidden, y + p.first * e.hidden, e.hidden, false);
+    block({h, e.inner, kFloat}, false, 0, p.rows, 0, e.inner, down, 0, e.hidden, y + p.first * e.hidden, e.hidden,
+          false);
   });
   combine(e, y, out, threads);
 }
@@ -197,7 +199,7 @@ void experts_backward(const Experts& e, const void* both, const void* dout, void
   int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
   std::vector<Piece> pieces = pieces_of(e, threads);
   float* y = call_buffer.only(e.pairs * (e.hidden + e.inner + wide));  // an expert's rows of dx
-  float* hw = y + e.pairs * e.hidden;                                   // its activations times the gate's weight
+  float* hw = y + e.pairs * e.hidden;  // its activations times the gate's weight
   float* d_both = hw + e.pairs * e.inner;
   parallel(pieces.size(), threads, [&](int64_t i) {
     static thread_local Scratch weights, between;
@@ -212,8 +214,9 @@ void experts_backward(const Experts& e, const void* both, const void* dout, void
       for (int64_t r = 0; r < some; ++r) {
         int64_t pair = first + r;
         float* d = d_both + pair * wide;
-        float dot = t.gated_back(dh + r * e.inner, at(both, pair * wide, e.kind), at(both, pair * wide + e.inner, e.kind),
-                                 e.kind, kFloat, e.weight[pair], e.inner, d, d + e.inner, kFloat, hw + pair * e.inner);
+        float dot =
+            t.gated_back(dh + r * e.inner, at(both, pair * wide, e.kind), at(both, pair * wide + e.inner, e.kind),
+                         e.kind, kFloat, e.weight[pair], e.inner, d, d + e.inner, kFloat, hw + pair * e.inner);
         if (d_weight) d_weight[pair] = dot;
       }
     }
@@ -238,7 +241,8 @@ void experts_backward(const Experts& e, const void* both, const void* dout, void
       block_into({d_both + first * wide, wide, kFloat}, true, 0, rows, f, 0, columns, out, columns, w_out_kind, false);
     } else {
       f.pack({hw + first * e.inner, e.inner, kFloat}, false);
-      block_into({dout, e.hidden, e.kind, e.token + first}, true, 0, rows, f, 0, columns, out, columns, w_out_kind, false);
+      block_into({dout, e.hidden, e.kind, e.token + first}, true, 0, rows, f, 0, columns, out, columns, w_out_kind,
+                 false);
     }
   });
 }
@@ -249,7 +253,8 @@ void attention_forward(const Heads& q, const Heads& k, const Heads& v, const Hea
   int64_t unit = kBlockStrips * t.rows;
   parallel(batch * heads, threads, [&](int64_t i) {
     static thread_local Scratch buffer;
-    int64_t b = i / heads, n = i % heads, k_room = Factor::room(k.width, length), v_room = Factor::room(length, v.width);
+    int64_t b = i / heads, n = i % heads, k_room = Factor::room(k.width, length),
+            v_room = Factor::room(length, v.width);
     float* keys = buffer.only(k_room + v_room + unit * (length + v.width));
     float* scores = keys + k_room + v_room;
     float* sums = scores + unit * length;
@@ -294,7 +299,8 @@ void attention_backward(const Heads& q, const Heads& k, const Heads& v, const He
     };
     value.pack(head_of(v, b, n, kind), true);
     blocks([&](int64_t lo, int64_t some) {
-      block(head_of(dout, b, n, kind), false, lo, some, 0, v.width, value, 0, lo + some, ds + lo * length, length, false);
+      block(head_of(dout, b, n, kind), false, lo, some, 0, v.width, value, 0, lo + some, ds + lo * length, length,
+            false);
       for (int64_t r = lo; r < lo + some; ++r)
         t.softmax_back(at(p.data, r * length, kind), kind, ds + r * length, r + 1, length);
     });
@@ -333,8 +339,8 @@ void head_loss(const void* x, Kind kind, const void* w, Kind w_kind, const int64
     product_of(part, false, up, some, logits, vocab, kFloat, false, threads);
     parallel(some, threads, [&](int64_t r) {
       int64_t to = label[done + r];
-      float each = table().cross_entropy(logits + r * vocab, vocab, std::max<int64_t>(to, 0), to < 0 ? 0.0f : scale,
-                                         dx || dw);
+      float each =
+          table().cross_entropy(logits + r * vocab, vocab, std::max<int64_t>(to, 0), to < 0 ? 0.0f : scale, dx || dw);
       loss[done + r] = to < 0 ? 0.0f : each;
     });
     if (dx) product_of(gradient, false, down, some, dx + done * hidden, hidden, kFloat, false, threads);
@@ -351,15 +357,16 @@ void norm_forward(const void* x, Kind kind, const float* w, int64_t rows, int64_
   });
 }
 
-void norm_backward(const void* x, const void* dy, Kind kind, const float* w, const float* r, int64_t rows, int64_t width,
-                   void* dx, float* parts, float* dw, int threads) {
+void norm_backward(const void* x, const void* dy, Kind kind, const float* w, const float* r, int64_t rows,
+                   int64_t width, void* dx, float* parts, float* dw, int threads) {
   constexpr int64_t kSome = 64;
   int64_t count = divide_up(rows, kSome);
   parallel(count, threads, [&](int64_t i) {
     float* part = parts + i * width;
     std::memset(part, 0, 4 * width);
     for (int64_t m = i * kSome; m < std::min(rows, (i + 1) * kSome); ++m)
-      table().norm_back(at(x, m * width, kind), at(dy, m * width, kind), kind, w, r[m], width, at(dx, m * width, kind), part);
+      table().norm_back(at(x, m * width, kind), at(dy, m * width, kind), kind, w, r[m], width, at(dx, m * width, kind),
+                        part);
   });
   std::vector<const float*> each(count);
   for (int64_t i = 0; i < count; ++i) each[i] = parts + i * width;

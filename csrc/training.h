@@ -88,7 +88,7 @@ struct Experts {
   const int64_t *token, *ends, *slot;
   const float* weight;
   const void *x, *w_in, *w_out;  // [tokens][hidden]; [experts][2 inner][hidden]; [experts][hidden][inner]
-  Kind kind, w_kind;             // of x and the results; of the weights as factors
+  Kind kind, w_kind;  // of x and the results; of the weights as factors
 };
 // both: [pairs][2 inner] of `kind`, kept for the gradient, or null. out: [tokens][hidden].
 void experts_forward(const Experts& e, void* both, void* out, int threads);
@@ -116,8 +116,8 @@ void head_loss(const void* x, Kind kind, const void* w, Kind w_kind, const int64
 void norm_forward(const void* x, Kind kind, const float* w, int64_t rows, int64_t width, float eps, void* y, float* r,
                   int threads);
 // parts: [(rows + 63) / 64][width], scratch; dw [width]
-void norm_backward(const void* x, const void* dy, Kind kind, const float* w, const float* r, int64_t rows, int64_t width,
-                   void* dx, float* parts, float* dw, int threads);
+void norm_backward(const void* x, const void* dy, Kind kind, const float* w, const float* r, int64_t rows,
+                   int64_t width, void* dx, float* parts, float* dw, int threads);
 
 void swiglu_forward(const void* gate, const void* up, Kind kind, int64_t count, void* h, int threads);
 void swiglu_backward(const void* dh, const void* gate, const void* up, Kind kind, int64_t count, void* d_gate,

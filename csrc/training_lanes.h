@@ -17,7 +17,7 @@ constexpr int kStep = 8;
 constexpr int kTileColumns = 16 * kVectors;
 constexpr int kAheadRows = 16;                  // of a panel, prefetched into the first cache
 constexpr int64_t kRowStride = kDepth + 16;     // of a strip that is not transposed: an odd number of cache lines
-constexpr int64_t kStripFloats = kTileRows * kRowStride > kDepth * kStep ? kTileRows * kRowStride : kDepth * kStep + 16;
+constexpr int64_t kStripFloats = kTileRows * kRowStride > kDepth* kStep ? kTileRows * kRowStride : kDepth * kStep + 16;
 
 // To BF16: nearest, ties to even; NaN stays NaN.
 INLINE f16 rounded(f16 v) {
@@ -70,9 +70,12 @@ INLINE void put(void* p, int64_t i, f16 v, int64_t count = 16) {
 template <typename Work>
 inline auto with_kind(Kind kind, const Work& work) {
   switch (kind) {
-    case kBf16: return work(std::integral_constant<Kind, kBf16>{});
-    case kRounded: return work(std::integral_constant<Kind, kRounded>{});
-    default: return work(std::integral_constant<Kind, kFloat>{});
+    case kBf16:
+      return work(std::integral_constant<Kind, kBf16>{});
+    case kRounded:
+      return work(std::integral_constant<Kind, kRounded>{});
+    default:
+      return work(std::integral_constant<Kind, kFloat>{});
   }
 }
 
@@ -106,7 +109,8 @@ void pack_left(const Matrix& a, bool transposed, int64_t first_row, int64_t rows
       for (int64_t k = 0; k < depth; ++k) {
         const void* row = row_of<K>(a, first_k + k);
         float* to = out + k * kStep;
-        for (int64_t r = 0; r < rows; r += kTileRows, to += kStripFloats) store(to, get<K>(row, first_row + r, rows - r));
+        for (int64_t r = 0; r < rows; r += kTileRows, to += kStripFloats)
+          store(to, get<K>(row, first_row + r, rows - r));
       }
     else
       for (int64_t r = 0; r < rows; ++r) {
@@ -143,9 +147,8 @@ void pack_right(const Matrix& b, bool transposed, int64_t first_k, int64_t depth
     if (!transposed) {
       for (int64_t k = 0; k < depth; ++k) {
         const void* row = row_of<K>(b, first_k + k);
-        sweep(columns, [&](int64_t n, int64_t some) {
-          store(panel(n) + k * kTileColumns, get<K>(row, first_n + n, some));
-        });
+        sweep(columns,
+              [&](int64_t n, int64_t some) { store(panel(n) + k * kTileColumns, get<K>(row, first_n + n, some)); });
       }
       return;
     }
@@ -222,14 +225,21 @@ void tile_product(const float* a, const float* b, int64_t depth, float* tile) {
 template <bool TRANSPOSED>
 inline void some_rows(int64_t rows, const float* a, const float* b, int64_t depth, float* tile) {
   switch ((rows + 1) / 2) {
-    case 1: return tile_product<2, TRANSPOSED>(a, b, depth, tile);
-    case 2: return tile_product<4, TRANSPOSED>(a, b, depth, tile);
-    case 3: return tile_product<6, TRANSPOSED>(a, b, depth, tile);
+    case 1:
+      return tile_product<2, TRANSPOSED>(a, b, depth, tile);
+    case 2:
+      return tile_product<4, TRANSPOSED>(a, b, depth, tile);
+    case 3:
+      return tile_product<6, TRANSPOSED>(a, b, depth, tile);
 #if defined(__AVX512F__)
-    case 4: return tile_product<8, TRANSPOSED>(a, b, depth, tile);
-    case 5: return tile_product<10, TRANSPOSED>(a, b, depth, tile);
-    case 6: return tile_product<12, TRANSPOSED>(a, b, depth, tile);
-    case 7: return tile_product<14, TRANSPOSED>(a, b, depth, tile);
+    case 4:
+      return tile_product<8, TRANSPOSED>(a, b, depth, tile);
+    case 5:
+      return tile_product<10, TRANSPOSED>(a, b, depth, tile);
+    case 6:
+      return tile_product<12, TRANSPOSED>(a, b, depth, tile);
+    case 7:
+      return tile_product<14, TRANSPOSED>(a, b, depth, tile);
 #endif
   }
 }
@@ -406,8 +416,9 @@ void norm_back(const void* x, const void* dy, Kind kind, const float* w, float r
   });
 }
 
-const TrainingKernels training = {kTileRows, kTileColumns, kStripFloats, pack_left, pack_right, multiply, scaled, sum_rows,
-                                  gated, gated_back, cross_entropy, softmax, softmax_back, norm, norm_back};
+const TrainingKernels training = {kTileRows,     kTileColumns, kStripFloats, pack_left, pack_right,
+                                  multiply,      scaled,       sum_rows,     gated,     gated_back,
+                                  cross_entropy, softmax,      softmax_back, norm,      norm_back};
 
 }  // namespace
 }  // namespace deepseek

@@ -136,7 +136,8 @@ void test_panels(const Kernels& table) {
           Exact<int32_t> surplus(known * shape.blocks), row(tokens);
           for (int64_t t = 0; t < known; ++t) {
             random_row(x.get(), columns);
-            scalar_kernels->quantize(x.get(), columns, &q[t * pitch_of(shape.blocks)], &surplus[t * shape.blocks], &scale[t]);
+            scalar_kernels->quantize(x.get(), columns, &q[t * pitch_of(shape.blocks)], &surplus[t * shape.blocks],
+                                     &scale[t]);
           }
           row.fill([&] { return (int32_t)below(known); });
           const Rows rows{q.get(), surplus.get(), scale.get(), shape.blocks};
@@ -146,7 +147,8 @@ void test_panels(const Kernels& table) {
               const int64_t width = count * kRows / (gated ? 2 : 1), ld = width + below(2) * 5;
               Exact<float> out((tokens - 1) * ld + width, below(2)), want((tokens - 1) * ld + width);
               table.panels(w.get(), count, bits, gated, rows, chosen ? row.get() : nullptr, tokens, out.get(), ld);
-              scalar_kernels->panels(w.get(), count, bits, gated, rows, chosen ? row.get() : nullptr, tokens, want.get(), ld);
+              scalar_kernels->panels(w.get(), count, bits, gated, rows, chosen ? row.get() : nullptr, tokens,
+                                     want.get(), ld);
               same(out, want, "panels", at(table, {bits, columns, count, tokens, gated, chosen}));
             }
         }
@@ -267,12 +269,12 @@ void test_operations() {
           Exact<float> x(tokens * groups * columns, 1);
           x.fill(normal);
           on_threads("quantized_groups", tokens * groups * rows, [&](float* out, int threads) {
-            quantized_groups(x.get(), tokens, groups, columns, groups * columns, columns, w.get(), stride, rows, bits, out,
-                             threads);
+            quantized_groups(x.get(), tokens, groups, columns, groups * columns, columns, w.get(), stride, rows, bits,
+                             out, threads);
           });
           on_threads("quantized_linears", tokens * (rows + 16), [&](float* out, int threads) {
-            quantized_linears(x.get(), tokens, columns, {{w.get(), rows, out}, {w.get(), 16, out + tokens * rows}}, bits,
-                              threads);
+            quantized_linears(x.get(), tokens, columns, {{w.get(), rows, out}, {w.get(), 16, out + tokens * rows}},
+                              bits, threads);
           });
         }
       const int64_t hidden = 72, inner = 40, shared_inner = 70, experts = 6;
@@ -300,7 +302,8 @@ void test_operations() {
             x.fill(normal), weight.fill(normal), index.fill([&] { return experts - 1 - below(visited); });
             on_threads("quantized_experts", tokens * hidden, [&](float* out, int threads) {
               quantized_experts(x.get(), tokens, hidden, index.get(), weight.get(), top, table.get(), experts, inner,
-                                with_shared ? shared.get() : nullptr, with_shared ? shared_inner : 0, bits, out, threads);
+                                with_shared ? shared.get() : nullptr, with_shared ? shared_inner : 0, bits, out,
+                                threads);
             });
           }
     }
@@ -330,8 +333,8 @@ void test_operations() {
           Exact<float> x(batch * tokens * heads * (nope + rope));
           x.fill(normal);
           on_threads("mla_naive", batch * tokens * heads * value, [&](float* out, int threads) {
-            mla_naive(x.get(), r.get(), cache.get(), pages.sequences, heads, rank, rope, nope, value, w.get(), bits, 0.2f,
-                      out, threads);
+            mla_naive(x.get(), r.get(), cache.get(), pages.sequences, heads, rank, rope, nope, value, w.get(), bits,
+                      0.2f, out, threads);
           });
         }
     }
@@ -339,16 +342,17 @@ void test_operations() {
     const int64_t batch = 3, tokens = 5, heads = 3, nope = 7, rope = 6, rank = 20, width = rank + rope;
     const int64_t angles = batch * tokens * rope / 2;
     const Pages pages({4, 126, -2}, tokens, width);
-    Exact<float> q(batch * tokens * heads * (nope + rope)), kv(batch * tokens * width), norm(rank), cos(angles), sin(angles),
-        cache(pages.size);
+    Exact<float> q(batch * tokens * heads * (nope + rope)), kv(batch * tokens * width), norm(rank), cos(angles),
+        sin(angles), cache(pages.size);
     q.fill(normal), kv.fill(normal), norm.fill(normal), cos.fill(normal), sin.fill(normal);
     on_threads("mla_prepare", batch * tokens * heads * rope, [&](float* out, int threads) {
-      mla_prepare(q.get(), kv.get(), norm.get(), 1e-6f, {cos.get(), sin.get(), interleaved}, pages.sequences, heads, nope,
-                  rope, rank, out, cache.get(), threads);
+      mla_prepare(q.get(), kv.get(), norm.get(), 1e-6f, {cos.get(), sin.get(), interleaved}, pages.sequences, heads,
+                  nope, rope, rank, out, cache.get(), threads);
     });
   }
-  for (const Gate& gate : {Gate{16, 4, 2, 8, 2, true, true, true, 2.5f}, Gate{16, 1, 1, 16, 0, false, false, true, 1.0f},
-                           Gate{16, 4, 1, 4, 4, true, false, true, 1.0f}})
+  for (const Gate& gate :
+       {Gate{16, 4, 2, 8, 2, true, true, true, 2.5f}, Gate{16, 1, 1, 16, 0, false, false, true, 1.0f},
+        Gate{16, 4, 1, 4, 4, true, false, true, 1.0f}})
     for (int64_t tokens : {0, 1, 40}) {
       Exact<float> logits(tokens * gate.experts), bias(gate.experts), scores(tokens * gate.experts);
       Exact<int64_t> index(tokens * gate.top);
@@ -361,9 +365,8 @@ void test_operations() {
     }
   Exact<float> x(70 * 33), w(33);
   x.fill(normal), w.fill(normal);
-  on_threads("rms_norm", 70 * 33, [&](float* out, int threads) {
-    rms_norm(x.get(), 70, 33, 33, w.get(), 1e-6f, out, threads);
-  });
+  on_threads("rms_norm", 70 * 33,
+             [&](float* out, int threads) { rms_norm(x.get(), 70, 33, 33, w.get(), 1e-6f, out, threads); });
   for (int bits : {4, 8}) {
     Exact<float> weights(50 * 70);
     weights.fill(normal);
@@ -401,8 +404,8 @@ void test_training() {
           Numbers a(rows * inner, kind), b(inner * columns, kind);
           on_threads("product", rows * columns, [&](float* out, int threads) {
             product({a.get(), a_transposed ? rows : inner, kind}, a_transposed,
-                    {b.get(), b_transposed ? inner : columns, kind}, b_transposed, rows, columns, inner, out, columns, kind,
-                    false, threads);
+                    {b.get(), b_transposed ? inner : columns, kind}, b_transposed, rows, columns, inner, out, columns,
+                    kind, false, threads);
           });
         }
     for (int64_t tokens : {1, 9, 150}) {
@@ -419,12 +422,12 @@ void test_training() {
       weight.fill(normal);
       Numbers x(tokens * hidden, kind), w_in(experts * wide * hidden, kFloat), w_out(experts * hidden * inner, kFloat);
       Numbers dout(tokens * hidden, kind);
-      const Experts layer{tokens, hidden, top, pairs, experts, inner, token.get(), ends.get(), slot.get(), weight.get(),
-                          x.get(), w_in.get(), w_out.get(), kind, kind == kBf16 ? kRounded : kFloat};
+      const Experts layer{tokens,  hidden,      top,         pairs,      experts,
+                          inner,   token.get(), ends.get(),  slot.get(), weight.get(),
+                          x.get(), w_in.get(),  w_out.get(), kind,       kind == kBf16 ? kRounded : kFloat};
       Numbers both(pairs * wide, kind);
-      on_threads("experts_forward", tokens * hidden + pairs * wide, [&](float* out, int threads) {
-        experts_forward(layer, out + tokens * hidden, out, threads);
-      });
+      on_threads("experts_forward", tokens * hidden + pairs * wide,
+                 [&](float* out, int threads) { experts_forward(layer, out + tokens * hidden, out, threads); });
       const int64_t sizes[] = {tokens * hidden, pairs, experts * wide * hidden, experts * hidden * inner};
       on_threads("experts_backward", sizes[0] + sizes[1] + sizes[2] + sizes[3], [&](float* out, int threads) {
         float *d_weight = out + sizes[0], *d_in = d_weight + sizes[1], *d_out = d_in + sizes[2];
@@ -437,13 +440,13 @@ void test_training() {
       auto lies = [&](void* data, int64_t w) { return Heads{data, length * heads * w, w, heads * w, w}; };
       Numbers probs(n * length, kind);
       on_threads("attention_forward", n * value, [&](float* out, int threads) {
-        attention_forward(lies(q.get(), width), lies(k.get(), width), lies(v.get(), value), lies(out, value), kind, batch,
-                          heads, length, 0.3f, probs.get(), threads);
+        attention_forward(lies(q.get(), width), lies(k.get(), width), lies(v.get(), value), lies(out, value), kind,
+                          batch, heads, length, 0.3f, probs.get(), threads);
       });
       on_threads("attention_backward", 2 * n * width + n * value, [&](float* out, int threads) {
         attention_backward(lies(q.get(), width), lies(k.get(), width), lies(v.get(), value), lies(dout.get(), value),
-                           lies(out, width), lies(out + n * width, width), lies(out + 2 * n * width, value), kind, batch,
-                           heads, length, 0.3f, probs.get(), threads);
+                           lies(out, width), lies(out + n * width, width), lies(out + 2 * n * width, value), kind,
+                           batch, heads, length, 0.3f, probs.get(), threads);
       });
     }
     const int64_t rows = 70, hidden = 40, vocab = 90;
@@ -451,8 +454,8 @@ void test_training() {
     Exact<int64_t> label(rows);
     label.fill([&] { return below(vocab + 9) - 9; });
     on_threads("head_loss", rows + rows * hidden + vocab * hidden, [&](float* out, int threads) {
-      head_loss(x.get(), kind, w.get(), kind == kBf16 ? kRounded : kFloat, label.get(), rows, hidden, vocab, 0.1f, 32, out,
-                out + rows, out + rows + rows * hidden, threads);
+      head_loss(x.get(), kind, w.get(), kind == kBf16 ? kRounded : kFloat, label.get(), rows, hidden, vocab, 0.1f, 32,
+                out, out + rows, out + rows + rows * hidden, threads);
     });
     Exact<float> by(hidden), r(rows), parts((rows + 63) / 64 * hidden);
     by.fill(normal);
@@ -461,13 +464,13 @@ void test_training() {
       norm_forward(x.get(), kind, by.get(), rows, hidden, 1e-6f, out, r.get(), threads);
     });
     on_threads("norm_backward", rows * hidden + hidden, [&](float* out, int threads) {
-      norm_backward(x.get(), dy.get(), kind, by.get(), r.get(), rows, hidden, out, parts.get(), out + rows * hidden, threads);
+      norm_backward(x.get(), dy.get(), kind, by.get(), r.get(), rows, hidden, out, parts.get(), out + rows * hidden,
+                    threads);
     });
     const int64_t count = 40001;
     Numbers gate(count, kind), up(count, kind), dh(count, kind);
-    on_threads("swiglu_forward", count, [&](float* out, int threads) {
-      swiglu_forward(gate.get(), up.get(), kind, count, out, threads);
-    });
+    on_threads("swiglu_forward", count,
+               [&](float* out, int threads) { swiglu_forward(gate.get(), up.get(), kind, count, out, threads); });
     on_threads("swiglu_backward", 2 * count, [&](float* out, int threads) {
       swiglu_backward(dh.get(), gate.get(), up.get(), kind, count, out, out + count, threads);
     });
