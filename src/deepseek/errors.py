@@ -1,4 +1,4 @@
-"""What can go wrong, and who should act.
+"""The exceptions of the package.
 
     MoEDRError
     ├── ConfigError      (ValueError)         a configuration is impossible: names key, rule and value
@@ -34,7 +34,7 @@ class DataError(MoEDRError, ValueError):
 
 
 class NotFoundError(MoEDRError, FileNotFoundError):
-    """A model name or path leads nowhere."""
+    """A model name or path does not exist."""
 
 
 class RequestError(MoEDRError, ValueError):
@@ -42,22 +42,22 @@ class RequestError(MoEDRError, ValueError):
 
 
 class LeftOutError(RequestError):
-    """A chat template does not show something that a turn says."""
+    """A chat template leaves out part of a message."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known name that is spelled most like `name`, else nothing."""
+    """End of an error message: `; did you mean X?` for the closest known name, else ""."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, which would reach the terminal, spelled out."""
+    """`text` with control characters escaped, so that they do not reach the terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value from a file as an error cites it: its repr, at most so long, whatever it is."""
+    """Repr of a value from a file for an error message, at most `most` characters long."""
     try:
         return f"{value!r:.{most}}"
     except ValueError:

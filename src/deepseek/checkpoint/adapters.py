@@ -54,12 +54,12 @@ def save_delta(folder: str | Path, tensors: Mapping[str, Tensor], base: str, abo
 # ---- adapters ---------------------------------------------------------------------------------------------------
 
 
-def check_targets(config: ModelConfig, recipe: QuantConfig | None, targets: Sequence[str]) -> None:
+def check_targets(config: ModelConfig, quant: QuantConfig | None, targets: Sequence[str]) -> None:
     """Raises ConfigError for a target that matches nothing in such a model, or one that names a packed MLP: gate, up
     and down of it are no modules of their own, and to leave them out would be another adapter than was asked for."""
     with torch.device("meta"):
         plain = CausalLM(config)
-    packed_targets = quantized_targets(plain, recipe) if recipe is not None else []
+    packed_targets = quantized_targets(plain, quant) if quant is not None else []
     packed = tuple(f"{target.module}." for target in packed_targets if target.kind == "mlp")
     for target, names in resolve_targets(plain, targets).items():
         if inside := [name for name in names if name.startswith(packed)]:

@@ -44,7 +44,7 @@ def verdict(folder: Path) -> Verdict:
                    + (f", {more:,} more than the model has: a prompt with one of them is refused" if more > 0 else ""))
 
 
-def _weights(folder: Path, config: ModelConfig, recipe: QuantConfig | None) -> tuple[ModelConfig, str]:
+def _weights(folder: Path, config: ModelConfig, quant: QuantConfig | None) -> tuple[ModelConfig, str]:
     """The configuration as loading would have it, and what the weights are. Raises CheckpointError."""
     index = folder / INDEX
     wanted = sorted(set(weight_map_of(index).values())) if index.is_file() else []
@@ -53,24 +53,24 @@ def _weights(folder: Path, config: ModelConfig, recipe: QuantConfig | None) -> t
     if missing and to_come:
         names = Names(weight_map_of(index), folder)
         config = fitted(config, names)
-        _check(config, recipe, names)
+        _check(config, quant, names)
         return config, f"by its index: {len(missing)} of its {len(wanted)} files of weights are not here"
     files = TensorFiles(folder, verify="small")
     config = fitted(config, files)
-    _check(config, recipe, files)
+    _check(config, quant, files)
     kinds = {files.dtype(name) for name in files}
     scaled = [text for kind, text in (("I4", "compressed-tensors' int4"), ("F8_E4M3", "FP8")) if kind in kinds]
-    return config, recipe.format if recipe else " and ".join(scaled) or "/".join(sorted(kinds))
+    return config, quant.format if quant else " and ".join(scaled) or "/".join(sorted(kinds))
 
 
-def _check(config: ModelConfig, recipe: QuantConfig | None, files: Names | TensorFiles) -> None:
+def _check(config: ModelConfig, quant: QuantConfig | None, files: Names | TensorFiles) -> None:
     with torch.device("meta"):
         model = CausalLM(config)
-    if recipe is None and isinstance(files, TensorFiles):
+    if quant is None and isinstance(files, TensorFiles):
         check_tensors(model, files)
         return
-    stored = list(_stored(model, recipe))
-    used = {"lm_head.weight"} if config.tie_word_embeddings and recipe is None else set()
+    stored = list(_stored(model, quant))
+    used = {"lm_head.weight"} if config.tie_word_embeddings and quant is None else set()
     check_names(files, used.union(name for name, *_ in stored), [name for name, *_ in stored if name not in files])
     if isinstance(files, TensorFiles):
         for name, shape, kind in stored:
@@ -80,17 +80,17 @@ def _check(config: ModelConfig, recipe: QuantConfig | None, files: Names | Tenso
                                       + (f" of {kind}" if kind else ""))
 
 
-def _stored(model: CausalLM, recipe: QuantConfig | None) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _stored(model: CausalLM, quant: QuantConfig | None) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """(name on disk, shape, dtype or "" for any) of everything that a checkpoint of such a model holds."""
-    config, chosen = model.config, [] if recipe is None else quantized_targets(model, recipe)
+    config, chosen = model.config, [] if quant is None else quantized_targets(model, quant)
     for target in chosen:
-        assert recipe is not None
+        assert quant is not None
         for unit in units(target, config):
             if target.kind == "table":
                 yield f"{unit.stem}.codes", (target.rows, target.columns), "I8"
                 yield f"{unit.stem}.step", (target.rows,), "F32"
             else:
-                yield f"{unit.stem}.packed", (packed_bytes(target, recipe.bits),), "U8"
+                yield f"{unit.stem}.packed", (packed_bytes(target, quant.bits),), "U8"
     inside = tuple(f"{target.module}." for target in chosen)
     apart = {"lm_head", "model.embed_tokens"} & {target.module for target in chosen}
     for name, tensor in model.state_dict(keep_vars=True).items():

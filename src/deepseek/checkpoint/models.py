@@ -45,14 +45,14 @@ def open_checkpoint(
     """
     folder = resolve(path_or_name)
     config = ModelConfig.from_file(folder)
-    recipe = QuantConfig.of(config, str(folder))
-    files = TensorFiles(folder, verify=verify if verify is not None else True if recipe is None else "small")
+    quant = QuantConfig.of(config, str(folder))
+    files = TensorFiles(folder, verify=verify if verify is not None else True if quant is None else "small")
     config = fitted(config, files)
     if config.tie_word_embeddings and _has_own_head(files):
         warnings.warn(f"{folder}: config.json has tie_word_embeddings = true, but lm_head.weight is not the embedding: "
                       "the head is loaded untied", stacklevel=2)
         config = config.with_(tie_word_embeddings=False)
-    return config, recipe, files
+    return config, quant, files
 
 
 def fitted(config: ModelConfig, files: Names | TensorFiles) -> ModelConfig:
@@ -81,13 +81,13 @@ def load_model(
     adapters: name -> folder of a LoRA adapter, to stand beside the base (model/adapters.py), for inference alone.
     Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
     """
-    config, recipe, files = open_checkpoint(path_or_name, verify=verify)
+    config, quant, files = open_checkpoint(path_or_name, verify=verify)
     with torch.device("meta"):
         model = CausalLM(config)
-    if recipe is not None:
+    if quant is not None:
         if dtype not in ("auto", "float32", torch.float32):
             raise ConfigError(f"dtype = {dtype}: a quantized checkpoint computes in float32 (auto)")
-        model = _fill_quantized(model, recipe, files, device)
+        model = _fill_quantized(model, quant, files, device)
     else:
         check_tensors(model, files)
         model.to(_dtype_of("auto" if adapter or adapters else dtype, files))
@@ -101,7 +101,7 @@ def load_model(
     beside = read_several(model, adapters or {}, verify=verify is not False)
     if adapter is not None or adapters:
         model.requires_grad_(False)
-        if recipe is None and dtype != "auto":
+        if quant is None and dtype != "auto":
             to_dtype(model, _dtype_of(dtype, files))
     try:
         model.check_gates()
@@ -125,14 +125,14 @@ def _has_own_head(files: TensorFiles) -> bool:
 def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
     """Where the routed experts of a quantized checkpoint lie, by layer; nothing of layers whose experts are plain, and
     of MTP modules."""
-    config, recipe, files = open_checkpoint(path_or_name, verify=False)
-    if recipe is None:
+    config, quant, files = open_checkpoint(path_or_name, verify=False)
+    if quant is None:
         return {}
     with torch.device("meta"):
         model = CausalLM(config)
     layers = {f"model.layers.{layer}.mlp.experts": layer for layer in config.moe_layers}
     return {layers[target.module]: [files.place(f"{unit.stem}.packed") for unit in units(target, config)]
-            for target in quantized_targets(model, recipe) if target.module in layers}
+            for target in quantized_targets(model, quant) if target.module in layers}
 
 
 def to_dtype(model: CausalLM, dtype: torch.dtype) -> CausalLM:
@@ -202,7 +202,7 @@ def check_names(files: Names | TensorFiles, used: set[str], missing: list[str]) 
 
 
 def _fill_quantized(
-    model: CausalLM, recipe: QuantConfig, files: TensorFiles, device: torch.device | str
+    model: CausalLM, quant: QuantConfig, files: TensorFiles, device: torch.device | str
 ) -> CausalLM:
     """Put quantized modules into a model on the meta device; plain matrices keep their dtype, vectors become FP32."""
     config = model.config
@@ -224,18 +224,18 @@ def _fill_quantized(
         return tensor.to(device)
 
     tied = config.tie_word_embeddings
-    for target in quantized_targets(model, recipe):
+    for target in quantized_targets(model, quant):
         stems = [unit.stem for unit in units(target, config)]
         if target.kind == "table":
             parts = [stored(f"{stems[0]}.codes", torch.int8, (target.rows, target.columns)),
                      stored(f"{stems[0]}.step", torch.float32, (target.rows,))]
         else:
-            size = packed_bytes(target, recipe.bits)
+            size = packed_bytes(target, quant.bits)
             parts = [stored(f"{stem}.packed", torch.uint8, (size,)) for stem in stems]
         if missing:
             check_names(files, used, missing)
         tied = tied and target.module not in ("lm_head", "model.embed_tokens")
-        replace_module(model, target, parts, recipe.bits)
+        replace_module(model, target, parts, quant.bits)
     plain: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_meta or (name == "lm_head.weight" and tied):

@@ -213,11 +213,11 @@ def units(target: QuantTarget, config: ModelConfig) -> list[Unit]:
     return [Unit(stem, tuple(f"{stem}.{part}" for part in parts)) for stem in stems]
 
 
-def quantized_targets(model: CausalLM, recipe: QuantConfig) -> list[QuantTarget]:
+def quantized_targets(model: CausalLM, quant: QuantConfig) -> list[QuantTarget]:
     """Targets that are quantized. One kept weight keeps its whole MLP, or all routed experts of its layer."""
     def kept(target: QuantTarget) -> bool:
         names = (name for unit in units(target, model.config) for name in unit.weights)
-        return any(fnmatchcase(name, pattern) for name in names for pattern in recipe.keep)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in quant.keep)
 
     return [target for target in quant_targets(model) if not kept(target)]
 

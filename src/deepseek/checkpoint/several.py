@@ -69,8 +69,8 @@ def read_several(model: CausalLM, folders: Mapping[str, str | Path], *, verify: 
             there = there or [fingerprint(tensor_hashes(model), model.config), *filter(None, [source_of(model)])]
             check_base(there, adapter.made_for, adapter.folder, adapter.base_name)
         try:
-            if (recipe := QuantConfig.of(model.config, "the base")) is not None:
-                check_targets(model.config, recipe, adapter.spec.targets)
+            if (quant := QuantConfig.of(model.config, "the base")) is not None:
+                check_targets(model.config, quant, adapter.spec.targets)
         except ConfigError as error:
             raise CheckpointError(f"{adapter.folder}: {error}") from None
         found[name] = adapter

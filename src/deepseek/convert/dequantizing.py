@@ -44,10 +44,10 @@ def dequantize(
         raise ConfigError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     with locked(out):
         out = free_folder(out, overwrite, source)
-        config, recipe, files = open_checkpoint(source)
-        if recipe is not None:
+        config, quant, files = open_checkpoint(source)
+        if quant is not None:
             load_model(files.folder)  # maps, and checks every tensor
-        plan = plan_plain(config, recipe, files, DTYPES[dtype])
+        plan = plan_plain(config, quant, files, DTYPES[dtype])
         write_plain(config, files, out, plan, dtype, {"dtype": dtype}, resume=resume, progress=progress,
                     shard_bytes=shard_bytes, also={})
     return out
@@ -65,24 +65,24 @@ def write_plain(
 
 
 def plain_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a plain checkpoint."""
+    """Keys of a plain checkpoint's config.json."""
     keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
     return keys | {"torch_dtype": dtype}
 
 
 def plan_plain(
-    config: ModelConfig, recipe: QuantConfig | None, files: TensorFiles, kind: str
+    config: ModelConfig, quant: QuantConfig | None, files: TensorFiles, kind: str
 ) -> tuple[list[Part], list[Part]]:
-    """The tensors of the plain checkpoint, those of its mtp.safetensors apart; in all as `save_model` writes it."""
+    """Plan the tensors of a plain checkpoint as `save_model` writes them, those of mtp.safetensors apart."""
     with torch.device("meta"):
         model = CausalLM(config)
-    if recipe is None:
+    if quant is None:
         check_tensors(model, files)
     made: dict[str, Callable[[], Iterator[Tensor]]] = {}
-    for target in quantized_targets(model, recipe) if recipe is not None else ():
-        assert recipe is not None
+    for target in quantized_targets(model, quant) if quant is not None else ():
+        assert quant is not None
         for unit in units(target, config):
-            made |= {name: partial(_unpack, files, target, unit.stem, which, recipe.bits, TORCH_DTYPES[kind])
+            made |= {name: partial(_unpack, files, target, unit.stem, which, quant.bits, TORCH_DTYPES[kind])
                      for which, name in enumerate(unit.weights)}
     main: list[Part] = []
     mtp: list[Part] = []

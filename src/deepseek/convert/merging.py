@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` has made. changed: tensors. kept: the share of what the adapter adds that `dtype` holds. too_small:
+    """Result of `merge`. changed: tensors. kept: the share of what the adapter adds that `dtype` holds. too_small:
     the base's dtype and its share, where it was not taken for that."""
 
     path: Path
@@ -53,9 +53,9 @@ def merge(
         raise ConfigError(f"dtype = {dtype!r}: must be one of auto, {', '.join(DTYPES)}")
     with locked(out):
         out = free_folder(out, overwrite, source, adapter)
-        config, recipe, plain = open_checkpoint(source)
-        if recipe is not None:
-            raise ConfigError(f"{plain.folder}: is quantized ({recipe.format}), and a merge would be rounded away: "
+        config, quant, plain = open_checkpoint(source)
+        if quant is not None:
+            raise ConfigError(f"{plain.folder}: is quantized ({quant.format}), and a merge would be rounded away: "
                               "merge into the checkpoint that it was made from, or quantize that with the adapter "
                               "(`deepseek quantize IN OUT --adapter ADAPTER`)")
         asked = None if dtype == "auto" else getattr(torch, dtype)
@@ -92,7 +92,7 @@ def provenance(files: TensorFiles) -> dict[str, Any]:
 
 
 def _before(path: Path) -> list[Any]:
-    """Steps that an earlier merge has noted. Raises CheckpointError for a file that is not such a list."""
+    """Steps noted by earlier merges. Raises CheckpointError for a malformed file."""
     if not path.is_file():
         return []
     value = read_json(path, CheckpointError, "not a record of merges")

@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion made of the weights.
+    """Result of a conversion: size, and error by weight.
 
     bytes: of all safetensors files. parameters: of the source, tied ones once. kept: what `keep` left as it was.
     squares: weight name -> (sum of squared errors, sum of squared weights).
@@ -91,7 +91,7 @@ class Report:
                     "weights": {name: math.sqrt(e / w) if w else 0.0 for name, (e, w) in self.squares.items()}}}
 
     def table(self, worst: int = 8) -> str:
-        """For a terminal: size, error by layer and kind, the worst experts."""
+        """Size, error by layer and kind, and the worst experts, for a terminal."""
         lines = [f"{self.format}: {self.bits_per_weight:.3f} bits a weight, {self.parameters:,} weights, "
                  f"{self.bytes / 2**20:,.1f} MiB; relative error {self.error:.4f}"]
         if self.kept:
@@ -119,7 +119,7 @@ def quantize(
     Raises CheckpointError, ConfigError or NotFoundError; `out` appears whole or not at all. Another process that writes
     `out` is an error, and so is a text beside the weights that is a link out of the checkpoint.
     """
-    recipe = QuantConfig(format, tuple(keep))
+    quant = QuantConfig(format, tuple(keep))
     with locked(out):
         out = free_folder(out, overwrite, source, adapter)
         config, before, files = open_checkpoint(source)
@@ -129,23 +129,23 @@ def quantize(
         if adapter is not None:
             files = AdaptedFiles.open(files, config, adapter, progress=progress)
             config = ModelConfig.from_dict(plain_keys(config, dtype_name(files)), origin=str(source))  # as merge writes
-        return quantize_tensors(config, files, out, recipe, resume=resume, progress=progress, shard_bytes=shard_bytes,
+        return quantize_tensors(config, files, out, quant, resume=resume, progress=progress, shard_bytes=shard_bytes,
                                 note_source=True)
 
 
 def quantize_tensors(
-    config: ModelConfig, files: TensorFiles, out: Path, recipe: QuantConfig, *, resume: bool = True,
+    config: ModelConfig, files: TensorFiles, out: Path, quant: QuantConfig, *, resume: bool = True,
     progress: bool = True, shard_bytes: int = SHARD_BYTES, note_source: bool = False,
 ) -> Report:
-    """`quantize` for tensors that come from anything that reads like a checkpoint; `out` must be free. note_source:
+    """`quantize` for any reader of tensors; `out` must not exist. note_source:
     read them once more for the fingerprint by which adapters know the checkpoint that this one was made from."""
     squares: dict[str, tuple[float, float]] = {}
-    plan, kept, parameters = _plan_quantized(config, recipe, files, squares)
-    key = {"quantize": recipe.to_dict(), "shard_bytes": shard_bytes}
+    plan, kept, parameters = _plan_quantized(config, quant, files, squares)
+    key = {"quantize": quant.to_dict(), "shard_bytes": shard_bytes}
     writer = Writer(out, key, files, resume)
     size = writer.write(divide(plan, shard_bytes), squares, progress)
-    report = Report(recipe.format, parameters, size, kept, squares)
-    about = recipe.to_dict()
+    report = Report(quant.format, parameters, size, kept, squares)
+    about = quant.to_dict()
     if note_source:
         about["source"] = stored_fingerprint(config, files, stored_dtype(files), progress)
     writer.publish(config.to_dict() | {"quantization_config": about}, {REPORT: report.to_dict()} | provenance(files))
@@ -153,14 +153,14 @@ def quantize_tensors(
 
 
 def _plan_quantized(
-    config: ModelConfig, recipe: QuantConfig, files: TensorFiles, squares: dict[str, tuple[float, float]]
+    config: ModelConfig, quant: QuantConfig, files: TensorFiles, squares: dict[str, tuple[float, float]]
 ) -> tuple[list[Part], tuple[str, ...], int]:
     """(the parts in order, what is kept, parameters of the source)."""
     with torch.device("meta"):
         model = CausalLM(config)
-    chosen = quantized_targets(model, recipe)
+    chosen = quantized_targets(model, quant)
     candidates = [(target, units(target, config)) for target in quant_targets(model)]
-    for pattern in recipe.keep:
+    for pattern in quant.keep:
         if not any(fnmatchcase(w, pattern) for _, made in candidates for unit in made for w in unit.weights):
             raise ConfigError(f"keep = {pattern!r}: no weight that could be quantized has such a name")
     tied = config.tie_word_embeddings
@@ -185,7 +185,7 @@ def _plan_quantized(
         shapes = [wide, wide, narrow] if target.kind in ("mlp", "experts") else [wide]
         for unit in units(target, config):
             sources = [source_of(name, shape) for name, shape in zip(unit.weights, shapes, strict=True)]
-            encode = partial(quantize_panels, bits=recipe.bits)
+            encode = partial(quantize_panels, bits=quant.bits)
             matrices = [partial(_blocks, files, source, name, squares, encode)
                         for source, name in zip(sources, unit.weights, strict=True)]
             if target.kind == "table":
@@ -193,7 +193,7 @@ def _plan_quantized(
                 parts += [Part(f"{unit.stem}.codes", "I8", wide, partial(_codes, table)),
                           Part(f"{unit.stem}.step", "F32", wide[:1], partial(_steps, table))]
             else:
-                size = packed_bytes(target, recipe.bits)
+                size = packed_bytes(target, quant.bits)
                 write = matrices[0] if target.kind == "matrix" else partial(_mlp, matrices, size)
                 parts.append(Part(f"{unit.stem}.packed", "U8", (size,), write))
     inside = tuple(f"{target.module}." for target in chosen)
@@ -220,7 +220,7 @@ _Squares = dict[str, tuple[float, float]]  # name of a weight -> (squared error,
 def _blocks(
     files: TensorFiles, source: str, name: str, squares: _Squares, encode: Callable[[Tensor], tuple[_T, float, float]]
 ) -> Iterator[_T]:
-    """Row blocks of one matrix, encoded; its squares are entered when it has been walked through."""
+    """Encode one matrix by row blocks; its squared errors are entered at the end."""
     error = weight = 0.0
     for start, stop in row_blocks(files.shape(source)):
         w = files.read_rows(source, start, stop, torch.float32)

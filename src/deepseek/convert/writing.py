@@ -1,4 +1,4 @@
-"""Parts of a result, divided into files, and the folder that is written in steps (see the top of this room)."""
+"""Writes a converted checkpoint: tensors divided into files, in resumable steps (see convert/__init__.py)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def copied(files: TensorFiles, name: str, kind: str) -> Iterator[Tensor]:
 
 
 def finite(rows: Tensor, files: TensorFiles, name: str) -> Tensor:
-    """Rows of the tensor `name`, as they are. Raises CheckpointError where one of their values is not finite."""
+    """Check rows of the tensor `name` and return them. Raises CheckpointError for a value that is not finite."""
     if not bool(rows.isfinite().all()):
         why = ", or beyond what float16 can hold" if rows.dtype == torch.float16 else ""
         raise CheckpointError(f"{files.file(name)}: {name} holds values that are not finite{why}")
@@ -86,7 +86,7 @@ def divide(parts: list[Part], shard_bytes: int) -> dict[str, list[Part]]:
 
 
 def free_folder(out: str | Path, overwrite: bool, *sources: str | Path | None) -> Path:
-    """`out`, which must be none of the sources, and new or empty unless it is to be overwritten."""
+    """Check `out`: not one of the sources, and new or empty unless it is to be overwritten."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out = {out}: must be a folder, this is a file")

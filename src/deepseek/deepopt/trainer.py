@@ -181,8 +181,8 @@ class Trainer(TrainConfig):
         """Collect what is known before any weight is read."""
         if self.from_model is not None:
             folder = resolve(self.from_model)
-            config, recipe, files = open_checkpoint(folder, verify=False)
-            if recipe is not None:
+            config, quant, files = open_checkpoint(folder, verify=False)
+            if quant is not None:
                 raise ConfigError(f"from_model = {self.from_model}: is quantized, and quantized weights cannot be "
                                   "trained: start from the checkpoint it was made from, or convert it back "
                                   "(`deepseek quantize IN OUT --format bf16`)")

@@ -104,8 +104,8 @@ class LLM:
     def __repr__(self) -> str:
         """What it holds: the model and its format, the context, the tokenizer, the experts by name, the adapters."""
         model, tokenizer, atlas = self.model, self.tokenizer, self.engine.atlas
-        recipe = QuantConfig.of(model.config, "the model") if is_quantized(model) else None
-        stored = recipe.format if recipe else str(model.lm_head.weight.dtype).removeprefix("torch.")
+        quant = QuantConfig.of(model.config, "the model") if is_quantized(model) else None
+        stored = quant.format if quant else str(model.lm_head.weight.dtype).removeprefix("torch.")
         chat = "with" if tokenizer is not None and tokenizer.has_chat_template else "without"
         lines = [f"LLM of {self._folder or 'a model in memory'}: {describe(model.config)}; {stored} on {model.device}",
                  f"  context: {self.max_length:,} tokens",

@@ -54,7 +54,7 @@ class _Weight(NamedTuple):
         return self.rows * self.columns * (3 if self.role == "mlp" else 1)
 
     def bytes(self, format: str) -> int:
-        """Of one copy, by the recipes at the top of this file."""
+        """Size of one copy, by the formulas at the top of this file."""
         if self.role == "state" or format == "FP32":
             return 4 * self.numbers
         if format == "FP8" and self.role in ("linear", "mlp"):

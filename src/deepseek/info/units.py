@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Formats numbers for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every heavy operation, declared once: checks, the readable torch reference, and the fast form beside it."""
+"""Every heavy operation, declared once: checks, a readable torch reference, and the fast implementation."""
 
 from typing import TYPE_CHECKING
 

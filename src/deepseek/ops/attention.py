@@ -105,7 +105,7 @@ def _steps(t_BNTD: Tensor) -> tuple[int, ...]:
 
 
 def attention_reference(q_BNTD: Tensor, k_BNSD: Tensor, v_BNSW: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """The slow twin: softmax(q k^T * scale) v with FP32 scores; mask [.., T, S] True where a query may look."""
+    """Reference: softmax(q k^T * scale) v with FP32 scores; mask [.., T, S] True where a query may look."""
     s = (q_BNTD.float() @ k_BNSD.float().transpose(-1, -2)) * scale
     if mask is None:
         mask = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(s.shape[-1] - s.shape[-2])

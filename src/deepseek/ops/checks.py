@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def activations(name: str, x: Tensor, *, dense: bool = True) -> Tensor:
-    """x, which must be float32 without a gradient; contiguous unless not `dense`. Raises ValueError."""
+    """Check that x is float32 without a gradient, and make it contiguous if `dense`. Raises ValueError."""
     if x.dtype != torch.float32:
         raise ValueError(f"{name} must be float32, got {x.dtype}")
     if x.requires_grad and torch.is_grad_enabled():
@@ -16,7 +16,7 @@ def activations(name: str, x: Tensor, *, dense: bool = True) -> Tensor:
 
 
 def packed_bytes(name: str, packed: Tensor, need: int) -> None:
-    """Raises ValueError where these are not at least `need` bytes as the kernels read them."""
+    """Raises ValueError unless there are at least `need` bytes as the kernels read them."""
     if packed.dtype != torch.uint8 or packed.numel() < need or not packed.is_contiguous():
         raise ValueError(f"{name} must be {need} contiguous bytes (uint8), got {packed.numel()} of {packed.dtype}")
     if packed.device.type == "cpu" and packed.data_ptr() % 64:

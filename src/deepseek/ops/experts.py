@@ -60,7 +60,7 @@ def pair_weights(weight_TK: Tensor, pairs: Pairs) -> Tensor:
 def expert_mlp_reference(
     x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
 ) -> Tensor:
-    """The slow twin: token by token, expert by expert, in FP32."""
+    """Reference implementation: token by token, expert by expert, in FP32."""
     out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     for t in range(x_TH.shape[0]):
         for e, w in zip(index_TK[t].tolist(), weight_TK[t], strict=True):
@@ -194,7 +194,7 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _grouped(x_TH: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs) -> Tensor:
-    """All experts at once through torch's grouped product (GPUs; also the CPU form's second twin)."""
+    """All experts at once through torch's grouped product (GPUs; also the CPU loop's second reference)."""
     dtype = x_TH.dtype
     ends_E = pairs.counts_E.cumsum(0).to(torch.int32)
     x_PH = x_TH.index_select(0, pairs.token_P)

@@ -94,11 +94,11 @@ class Sequences(NamedTuple):
                 Sequences(self.begin[count:], self.past[count:], self.block_begin[count:], self.blocks))
 
     def moved(self) -> Sequences:
-        """The same with tokens that count from its own first."""
+        """The same sequences, with token numbers from zero."""
         return self._replace(begin=self.begin - self.begin[0])
 
     def native(self) -> tuple[int, ...]:
-        """As the kernels take it."""
+        """Arguments of the kernels."""
         return (*(part.data_ptr() for part in self), len(self.past))
 
 
@@ -227,7 +227,7 @@ def naive_pages(
     q_TND: Tensor, q_rope: Tensor, cache: Tensor, kv_b: Tensor, value: int, sequences: Sequences, scale: float,
     bits: int
 ) -> Tensor:
-    """[T, N, value]; `naive_attention`."""
+    """`naive_attention` over pages, [T, N, value]."""
     (tokens, heads, width), rope = q_TND.shape, q_rope.shape[-1]
     rank, nope = cache.shape[-1] - rope, width - rope
     _check_pages(cache, q_TND, q_rope)
@@ -239,7 +239,7 @@ def naive_pages(
 
 
 def latent_pages(q_latent: Tensor, q_rope: Tensor, cache: Tensor, sequences: Sequences, scale: float) -> Tensor:
-    """[T, N, R]; `latent_attention`."""
+    """`latent_attention` over pages, [T, N, R]."""
     _, heads, rank = q_latent.shape
     _check_pages(cache, q_latent, q_rope)
     assert rank % 16 == 0 and cache.shape[-1] == rank + q_rope.shape[-1]

@@ -1,5 +1,5 @@
 """The decoder layers of a quantized model in one native call: what takes 25 operations a layer from Python, ten
-microseconds each, takes one. The operations themselves (ops/quantized.py, ops/latent.py) are the slow twin, and what
+microseconds each, takes one. The operations themselves (ops/quantized.py, ops/latent.py) are the reference, and what
 runs where this cannot.
 
 Shape letters: T tokens, H hidden, P rotary angles, K experts a token, E experts.
@@ -114,7 +114,7 @@ class LayerStack:
         self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, cache: Tensor, layer_stride: int, sequences: Sequences,
         naive: int, record: bool, residency: Any = None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """x becomes the result in its place, and the tokens' rows of the cache are written.
+        """Run the layers: x is overwritten with the result, the tokens' rows of the cache are written.
 
         cache: float32, whose rows `sequences` points to; those of a layer lie layer_stride numbers behind the last
         one's, 0 where the rows serve this call alone. naive: so many sequences, the first ones, run naive and

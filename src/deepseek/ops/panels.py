@@ -66,7 +66,7 @@ def _up(n: int, multiple: int) -> int:
 
 
 def panel_bytes(columns: int, bits: Bits = 4) -> int:
-    """Bytes of one panel of a matrix with `columns` columns. Raises ValueError for bits that there are not."""
+    """Bytes of one panel of a matrix with `columns` columns. Raises ValueError for bits other than 4 and 8."""
     if bits not in (4, 8):
         raise ValueError(f"bits = {bits}: must be 4 or 8")
     blocks = -(-columns // BLOCK)
@@ -83,12 +83,12 @@ def mlp_bytes(hidden: int, inner: int, bits: Bits = 4) -> int:
 
 
 def pack(q: Quantized) -> Tensor:
-    """uint8 [matrix_bytes]."""
+    """Pack a matrix into panels, uint8 [matrix_bytes]."""
     return _panels(q).flatten()
 
 
 def _panels(q: Quantized) -> Tensor:
-    """uint8 [P, panel_bytes]."""
+    """The panels of a matrix, uint8 [P, panel_bytes]."""
     rows, columns = q.code_OK.shape
     panels, blocks = -(-rows // ROWS), -(-columns // BLOCK)
     fill = ZERO if q.bits == 4 else 0
@@ -111,7 +111,7 @@ def _panels(q: Quantized) -> Tensor:
 
 
 def unpack(packed: Tensor, rows: int, columns: int, bits: Bits = 4) -> Quantized:
-    """The readable form of `pack`'s bytes. Raises CheckpointError where their number does not fit the shape."""
+    """Undo `pack`. Raises CheckpointError where their number does not fit the shape."""
     if packed.dtype != torch.uint8 or packed.numel() != (need := matrix_bytes(rows, columns, bits)):
         raise CheckpointError(f"a {bits}-bit matrix [{rows}, {columns}] is {matrix_bytes(rows, columns, bits)} bytes "
                               f"(uint8), got {packed.numel()} of {packed.dtype}")

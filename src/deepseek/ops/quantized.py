@@ -63,7 +63,7 @@ def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_reference(x_TK: Tensor, w: Quantized) -> Tensor:
-    """x W^T in the arithmetic above, [T, O]; the slow twin, equal to the kernels bit by bit."""
+    """x W^T in the arithmetic above, [T, O]; reference implementation, equal to the kernels bit by bit."""
     q_TK, scale_T = quantize_rows(x_TK)
     rows, columns = w.code_OK.shape
     if w.scale_Ob is None:

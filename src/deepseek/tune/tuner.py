@@ -106,14 +106,14 @@ class MoEFineTuner:
         self.atlas = Atlas.load(config.atlas or beside) if config.atlas or beside.is_file() else None
         names = adapter.experts if adapter else config.expert_freeze or config.expert_tune
         self.named = None if names is None or names == "auto" else named_experts(list(names), self.atlas)
-        model_config, recipe, _ = open_checkpoint(self.folder, verify=False)
+        model_config, quant, _ = open_checkpoint(self.folder, verify=False)
         self.model_config = model_config
         if self.atlas is not None:
             self.atlas.check_fits(model_config)
-        if recipe is not None and adapter is None:
+        if quant is not None and adapter is None:
             raise ConfigError(f"{model_path}: is quantized, and quantized weights cannot be trained: tune the "
                               "checkpoint it was made from, or LoRA adapters on it (adapter=LoRAAdapter(…))")
-        if recipe is not None and save == "full":
+        if quant is not None and save == "full":
             raise ConfigError("save = 'full': LoRA adapters cannot be merged into quantized weights; leave it out, and "
                               "merge the adapter into the plain checkpoint")
         if config.balance and model_config.topk_method != "noaux_tc":
@@ -121,7 +121,7 @@ class MoEFineTuner:
                               f"{model_config.topk_method!r})")
         validate_experts(self.named or (), model_config)
         if adapter is not None:
-            check_targets(model_config, recipe, adapter.spec({}).targets)
+            check_targets(model_config, quant, adapter.spec({}).targets)
         positions = model_config.max_position_embeddings
         self.max_length = config.max_length or min(512, positions - 1)
         if self.max_length >= positions:
