@@ -1,4 +1,4 @@
-"""Messages as clients and records write them -> messages as chat templates expect them.
+"""Brings messages of clients and records into the form that chat templates expect.
 
 Clients send back what they were sent: null values, keys that mean nothing here, content in parts, OpenAI's former
 `function_call`. `normalize` brings all of it into one form. What is left depends on the template: whether it takes the
@@ -169,7 +169,7 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 
 
 class Conversation(NamedTuple):
-    """What a record's turns say. messages: an assistant's may have `learn`, False where it is not to be learnt.
+    """A record's conversation. messages: an assistant's may have `learn`, False where it is left out of the loss.
     variables: of the chat template, for this conversation."""
 
     messages: list[dict[str, Any]]
@@ -194,12 +194,12 @@ def of_turns(turns: Sequence[Sequence[str]]) -> Conversation:
 
 
 def told(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Tools as text, for a reader that has no place for them."""
+    """Tools as text, for a template without a place for them."""
     return "Tools:\n" + "\n".join(_json(tool.get("function", tool), "tools") for tool in tools)
 
 
 def written(calls: Sequence[Mapping[str, Any]]) -> str:
-    """Calls (name, arguments) as DeepSeek-V3.1 writes them."""
+    """Calls (name, arguments) in DeepSeek-V3.1's notation."""
     return CALLS + "".join(f"<｜tool▁call▁begin｜>{call['name']}<｜tool▁sep｜>{_as_text(call['arguments'])}"
                            "<｜tool▁call▁end｜>" for call in calls) + "<｜tool▁calls▁end｜>"
 
@@ -220,7 +220,7 @@ def parted(message: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
 
 
 def thought(own: str, inside: str, opened: str | None = None) -> str:
-    """Reasoning (the first two of `parted`) as a model says it before its answer. opened: the white space between the
+    """Reasoning (the first two of `parted`) as a model writes it before its answer. opened: the white space between the
     `<think>` that ends a prompt and the prompt's end; None where the prompt opens no thought."""
     gap = "" if opened == "" else "\n"
     text = (f"{THINK}{gap}{own.strip(chr(10))}{gap}{THOUGHT}{gap}{gap}" if own else "") + inside
@@ -238,8 +238,8 @@ def thought_in(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def left_out(message: Mapping[str, Any], text: str) -> str | None:
-    """What a text does not show of an assistant's normalized message, up to white space; None where all is there: its
-    reasoning, then its answer, and elsewhere its calls. text: begins where the turn does."""
+    """The first part of an assistant's normalized message that a text does not show, up to white space: "reasoning",
+    "content" or a call; None where all is there. text: begins where the turn does."""
     own, inside, bare = parted(message)
     rest = squeezed(text)
     answer = squeezed(bare["content"] or "")
@@ -258,18 +258,18 @@ def left_out(message: Mapping[str, Any], text: str) -> str | None:
 
 
 def shows(text: str, said: str) -> bool:
-    """Whether a squeezed text has what was said: as it is, or as JSON or Python write it inside of quotes."""
+    """Whether a squeezed text contains `said`, as it is or as JSON or Python write it inside of quotes."""
     return squeezed(said) in text or any(squeezed(spelling[1:-1]) in text for spelling in (
         json.dumps(said), json.dumps(said, ensure_ascii=False), repr(said)))
 
 
 def squeezed(text: str) -> str:
-    """A text whose white space is single blanks."""
+    """A text with its white space reduced to single blanks."""
     return " ".join(text.split())
 
 
 def _texts(value: Any) -> list[str]:
-    """All strings inside of a value, keys included."""
+    """All strings inside of a value, including keys."""
     if isinstance(value, Mapping):
         return [text for key, item in value.items() for text in (str(key), *_texts(item))]
     return [text for item in value for text in _texts(item)] if isinstance(value, list | tuple) else (
@@ -281,7 +281,7 @@ def _as_text(arguments: Any) -> str:
 
 
 def _as_object(arguments: Any) -> Any:
-    """Arguments as an object where they are one: what a model has said need not be JSON."""
+    """Arguments as an object, where they are one: a model's text need not be JSON."""
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -293,9 +293,11 @@ def _as_object(arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class Style:
-    """What a chat template has a place for. calls: how it takes the arguments of a call, "text" or "object"; None where
-    it shows no calls. beside: whether it shows calls that stand beside content. reasoning: the key of a message that it
-    reads reasoning from."""
+    """The parts of a message that a chat template shows.
+
+    calls: how it takes the arguments of a call, "text" or "object"; None where it shows no calls. beside: whether it
+    shows calls beside content. reasoning: the key of a message that it reads reasoning from.
+    """
 
     tools: bool = False
     calls: str | None = None
@@ -304,7 +306,7 @@ class Style:
 
     @classmethod
     def of(cls, source: str, render: Callable[[list[dict[str, Any]], list[dict[str, Any]]], str | None]) -> Style:
-        """The style of a template, found by trial. render: (messages, tools) -> text, None where it fails."""
+        """Find the style of a template by trial. render: (messages, tools) -> text, None where it fails."""
         def reads(name: str) -> bool:
             return re.search(rf"\b{name}\b", source) is not None
 

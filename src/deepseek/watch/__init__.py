@@ -1,2 +1,1 @@
-"""Counters -> metrics, alerts, history, dashboard, terminal view. It reads what the engine offers; nothing below knows
-that it is watched."""
+"""Counters -> metrics, alerts, history, dashboard, terminal view. It listens to the engine, which never imports it."""

@@ -1,4 +1,4 @@
-"""What is counted of every step and every request. The definitions are those of docs/monitoring.md.
+"""Counts steps and requests. The definitions are those of docs/monitoring.md.
 
 A named group is a set of experts in some layers. The strength of a group at a token is the sum of the gate's weights on
 its experts over the layers, divided by what an even router would give it, so that large groups are not favoured.
@@ -9,9 +9,8 @@ and are rivals of each other and of the routing groups without a name, as in tra
 them: its rivals are all names but those with which it shares more than half of the smaller one's experts, since these
 are two names of the same experts. So nothing that is profiled changes what is said of names that training built in.
 
-The engine knows nothing of this: it calls `step` with what it ran, which keeps the routes and returns. They are counted
-together, many steps at a time, when somebody reads or much has gathered: a few large tensor operations instead of many
-small ones in every step.
+The engine calls `on_step`, which keeps the routes and returns. They are counted together, many steps at a time, when a
+snapshot is taken or many have gathered: a few large tensor operations instead of many small ones in every step.
 
 Shape letters: T tokens, L MoE layers, K experts a token, E experts, P = L x K places of a token, N requests, G named
 groups, D = G + 1 labels, R rivals: the named groups first, then the routing groups without a name.
@@ -40,13 +39,13 @@ from .metrics import Histogram, MetricKey, key
 
 REASONS, RATINGS = ("stop", "length", "abort", "error"), ("up", "down")
 CLOSE = 0.05  # of the stronger one's strength: two groups that near are in conflict
-BANDS = 3  # of layers, that metrics are kept for
+BANDS = 3  # bands of layers that have metrics of their own
 GATHERED = 2048  # tokens whose routes wait to be counted
-SLICES = 256  # values of a kind of slice that are remembered: those seen last
+SLICES = 256  # values of a kind of slice that are kept: those seen last
 
 
 class StepItem(Protocol):
-    """A request's part of a step: what is looked at is request.request_id, .domain, .metric_labels and chunk.tokens."""
+    """A request's part of a step. Read: request.request_id, .domain, .metric_labels, and chunk.tokens."""
 
     @property
     def request(self) -> Any: ...
@@ -82,8 +81,8 @@ class _End:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of routes, by now or of some minutes. slots: by label of the tokens, the first has none. labelled: tokens.
-    confusion: label, strongest. conflict: the two groups that are close, lower place first."""
+    """Counts of routes, in total or over some minutes. slots: by label of the tokens, the first for tokens without one.
+    labelled: tokens. confusion: label, strongest group. conflict: the two groups that are close, lower index first."""
 
     slots_DLE: Tensor
     labelled_G: Tensor
@@ -98,7 +97,7 @@ class Counts:
 
 
 class Groups:
-    """The named groups of a model, and its bands of layers, ready for counting."""
+    """The named groups of a model and its bands of layers, as tensors for counting."""
 
     def __init__(self, config: ModelConfig, atlas: Atlas | None) -> None:
         self.names = tuple(atlas) if atlas is not None else ()
@@ -121,8 +120,8 @@ class Groups:
         self.bands = {str(a) if a == b else f"{a}-{b}": own for (a, b), own in zip(ends, rows, strict=False)}
 
     def _rivals(self, config: ModelConfig, built_in: Sequence[bool]) -> Tensor:
-        """The members of each rival, [L E, R]. Sets against_RR: whom each is held against, itself included; and
-        contest_R: who takes part in what is asked of every token, whatever its label."""
+        """The members of each rival, [L E, R]. Sets against_RR, the rivals that each is compared with, itself included,
+        and contest_R, those that are compared at every token, whatever its label."""
         named_ER = self.member_LEG.flatten(0, 1)
         columns = [named_ER]
         if any(built_in):
@@ -149,8 +148,8 @@ class Groups:
         return best.indices, best.values
 
     def near(self, strength_NR: Tensor) -> tuple[Tensor, Tensor]:
-        """(boolean [N]: whether the strongest of all and the strongest of its rivals are in conflict; who they are, the
-        lower place first, [N, 2])."""
+        """(boolean [N]: whether the strongest of all and the strongest of its rivals are in conflict; the two, lower
+        index first, [N, 2])."""
         if self.against_RR.shape[0] > 1 and self.everyone:  # the same, quicker
             best = strength_NR.topk(2, 1)
             first_N, second_N = best.values.unbind(1)
@@ -162,13 +161,13 @@ class Groups:
         return close_N1[:, 0], torch.cat([first.indices, second.indices], 1).sort(1).values
 
     def chance(self, labelled: Sequence[float]) -> float | None:
-        """Routing accuracy of tokens that go to any of their rivals alike. labelled: tokens of each group."""
+        """Routing accuracy of tokens that go to all of their rivals alike. labelled: tokens of each group."""
         weight_G = torch.tensor(labelled, dtype=torch.float64)
         weight_G = weight_G if weight_G.any() else torch.ones_like(weight_G)
         return float((weight_G * self.chance_G).sum() / weight_G.sum()) if len(weight_G) else None
 
     def place(self, domain: str | None) -> int:
-        """Of the group that bears a domain's name, -1 for none."""
+        """The index of the group that bears a domain's name, -1 for none."""
         return self.names.index(domain) if domain in self.names else -1
 
     def label(self, domain: str | None) -> str:
@@ -180,7 +179,7 @@ class Groups:
 
 
 class ServingCounters:
-    """Of one server since it began. Any thread may call any method."""
+    """The counts of one server since it began. Thread-safe."""
 
     def __init__(self, config: ModelConfig, atlas: Atlas | None = None, adapters: Sequence[str] = ()) -> None:
         """adapters: what the tag `adapter` of a request may say, the base's name among them; empty without any."""
@@ -193,7 +192,7 @@ class ServingCounters:
             (named + 1, layers, experts), (named,), (named, named), (named, named))))
         self.wanted_LE = torch.zeros(layers, experts, dtype=torch.int64)  # once a step
         self.strength: dict[int, Tensor] = {}  # of requests under way, [R]
-        self._told: deque[_End | MetricKey] = deque()  # requests that ended, and counters that grow by one
+        self._events: deque[_End | MetricKey] = deque()  # requests that ended, and counters that grow by one
         self.steps = 0
         self.step_seconds = self.inline_seconds = self.settle_seconds = 0.0
         self.numbers: dict[MetricKey, float] = defaultdict(float)
@@ -217,7 +216,7 @@ class ServingCounters:
         self.step(output.batch, output.routing, output.seconds)
 
     def step(self, works: Sequence[StepItem], routing: RoutingRecord | None, seconds: float) -> None:
-        """A step is over: its requests in the order of their tokens, the routes of all tokens, its time."""
+        """Keep a step: its requests in the order of their tokens, the routes of all tokens, its seconds."""
         began = time.perf_counter()
         self.steps, self.step_seconds = self.steps + 1, self.step_seconds + seconds
         parts = [(work.request, work.chunk.tokens) for work in works]
@@ -233,7 +232,7 @@ class ServingCounters:
 
     def _settle(self) -> None:
         began = time.perf_counter()
-        ended = [self._told.popleft() for _ in range(len(self._told))]  # before the steps, all of which they have had
+        ended = [self._events.popleft() for _ in range(len(self._events))]  # popped first: their steps are pending
         steps = [self._pending.popleft() for _ in range(len(self._pending))]
         self._gathered = 0
         requests: dict[int, Any] = {}
@@ -321,28 +320,28 @@ class ServingCounters:
 
     def finished(self, number: int, domain: str | None, reason: str, first: float | None,
                  each: float | None, adapter: str | None = None) -> None:
-        """A request is over. first: seconds to its first token; each: from a token to the next, mean."""
+        """Count a request that has ended. first: seconds to its first token; each: mean seconds per further token."""
         if adapter is not None:
-            self._told.append(key("adapter_requests_total", adapter, reason))
-        self._told.append(_End(number, key("requests_total", self.groups.label(domain), reason), first, each))
+            self._events.append(key("adapter_requests_total", adapter, reason))
+        self._events.append(_End(number, key("requests_total", self.groups.label(domain), reason), first, each))
 
     def count(self, name: str, domain: str | None, outcome: str) -> None:
-        """One more of a counter by domain and outcome: tool_calls_total, schema_answers_total, feedback_total."""
-        self._told.append(key(name, self.groups.label(domain), outcome))
+        """Increment a counter by domain and outcome: tool_calls_total, schema_answers_total, feedback_total."""
+        self._events.append(key(name, self.groups.label(domain), outcome))
 
     def refused(self, status: int) -> None:
-        self._told.append(key("refused_total", str(status)))
+        self._events.append(key("refused_total", str(status)))
 
     # ---- figures ------------------------------------------------------------------------------------------------
 
     def now(self) -> Counts:
-        """A copy of what is counted of routes."""
+        """A copy of the counts of routes."""
         with self.lock:
             self._settle()
             return self.counts.copy()
 
     def snapshot(self, before: Counts | None = None) -> dict[MetricKey, float]:
-        """All numbers by now. before: the counts at the begin of the last minutes, for what is said of these."""
+        """All numbers. before: the counts at the beginning of the window, for the metrics of the last minutes."""
         with self.lock:
             self._settle()
             groups, counts = self.groups, self.counts
@@ -392,7 +391,7 @@ def _side_by_side(steps: Sequence[Sequence[Tensor]], width: int, filler: float) 
 
 
 def balance(config: ModelConfig, groups: Groups, slots_LE: Tensor) -> dict[MetricKey, float]:
-    """Entropy, MaxVio and dead experts of some slots, by band; nothing of bands without any."""
+    """Entropy, MaxVio and dead experts of some slots, by band; bands without slots are left out."""
     usage = ExpertUsage(config)
     out: dict[MetricKey, float] = {}
     usage.counts_LE = slots_LE

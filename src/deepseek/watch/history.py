@@ -41,11 +41,11 @@ T = TypeVar("T")
 
 
 class HistoryError(MoEDRError):
-    """The file cannot be written while the server runs."""
+    """The history file cannot be written while the server runs."""
 
 
 class History:
-    """path: None keeps it in memory. Raises ConfigError for a file that is no such store, or a damaged one."""
+    """The store. path: None keeps it in memory. Raises ConfigError for a file of another kind, or a damaged one."""
 
     def __init__(self, path: Path | None = None, days: float = 30.0) -> None:
         self.path, self.days, self._lock = path, days, threading.Lock()
@@ -124,7 +124,7 @@ class History:
         self._do(lambda store: store.execute("insert or replace into readings values (?, ?)", row))
 
     def thin(self, now: float) -> None:
-        """Drop what is too old, and what is too close together for its age."""
+        """Delete snapshots that are too old, or too close together for their age."""
         def work(store: sqlite3.Connection) -> None:
             for table in ("readings", "alerts", "feedback"):
                 store.execute(f"delete from {table} where time < ?", (now - self.days * DAY,))
@@ -136,7 +136,7 @@ class History:
         self._do(work)
 
     def snapshots(self, since: float, most: int = 240) -> list[tuple[float, Snapshot]]:
-        """Oldest first, the newest among them; at most so many, evenly taken."""
+        """(time, snapshot) since a time, oldest first: at most so many, evenly chosen, the newest among them."""
         def work(store: sqlite3.Connection) -> list[tuple[float, str]]:
             times = [time for time, in store.execute(
                 "select time from readings where time >= ? order by time desc", (since,))]
@@ -153,7 +153,7 @@ class History:
         self._do(lambda store: store.execute("insert into alerts values (?, ?, ?, ?, ?)", row))
 
     def alerts(self, most: int = 20) -> list[dict[str, object]]:
-        """The newest first."""
+        """The last alerts, newest first."""
         rows = self._do(lambda store: store.execute("select * from alerts order by rowid desc limit ?",
                                                     (most,)).fetchall())
         return [dict(zip(("time", "rule", "subject", "begins", "message"), row, strict=True)) |
@@ -172,7 +172,7 @@ class History:
                 raise HistoryError(f"history = {str(self.path)!r}: cannot be written: {error}") from None
 
     def comments(self, most: int = 5) -> list[dict[str, object]]:
-        """The newest feedback with words."""
+        """The newest feedback that has a comment."""
         rows = self._do(lambda store: store.execute(
             "select time, domain, rating, comment from feedback where comment is not null order by time desc limit ?",
             (most,)).fetchall())

@@ -2,8 +2,8 @@
 
 It is shown as figures (dashboard, terminal), as a heat map, as curves, and as metrics for Prometheus.
 
-`reader` gives what only the engine's owner knows, under the names of metrics.py. Rates are of the last minute, shares
-and alerts of the last `minutes`.
+`reader` returns the metrics that only the engine's owner knows. Rates are of the last minute, shares and alerts of the
+last `alert_minutes`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class WatchOptions:
 
 
 class Monitor:
-    """Watches until it is closed. model: what the model is called."""
+    """Samples a server until it is closed. model: its name."""
 
     def __init__(self, model: str, counters: ServingCounters, reader: Callable[[], Snapshot],
                  options: WatchOptions | None = None, *, resident: Callable[[], Tensor | None] = lambda: None,
@@ -118,7 +118,7 @@ class Monitor:
     # ---- snapshots -----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[MetricKey, float]:
-        """Every number by now."""
+        """All numbers."""
         out = self.counters.snapshot(self._counts[0][1]) | dict(self.reader()) | dict(self._machine)
         out[key("watch_seconds_total")] += self._sample_seconds
         groups = self.counters.groups
@@ -133,7 +133,7 @@ class Monitor:
         return out
 
     def sample(self) -> list[Alert]:
-        """Take a snapshot, keep it, and see what is wrong."""
+        """Take a snapshot, keep it, and return the alerts that fire."""
         with self._lock:
             now, began = time.time(), time.perf_counter()
             window = MINUTE * self.options.alert_minutes
@@ -151,7 +151,7 @@ class Monitor:
             return found
 
     def metrics(self) -> bytes:
-        """As Prometheus scrapes them."""
+        """The metrics in Prometheus' text format."""
         return exposition(self.snapshot())
 
     # ---- alerts go to -------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class Monitor:
         self.history.alert(time.time(), alert.rule, alert.subject, begins, alert.message)
 
     def _post(self, alert: Alert, begins: bool) -> None:
-        """In a thread of its own: whoever listens may be slow. Its address may hold a secret: the log has its host."""
+        """Send an alert to the webhook, in a thread. The address may hold a secret, so the log has only its host."""
         body = to_json(alert.to_dict() | {"status": "firing" if begins else "over", "model": self.model}).encode()
 
         def post() -> None:
@@ -250,7 +250,7 @@ class Monitor:
                 "resident": None if resident_LE is None else resident_LE.tolist()}
 
     def series(self, minutes: float = 60.0) -> dict[str, Any]:
-        """Curves: what each stretch between two kept snapshots had; null where nothing ran."""
+        """Curves: the rates between any two successive snapshots of the history; null where nothing ran."""
         past = self.history.snapshots(time.time() - MINUTE * minutes)
         times, curves, own = [], [], []
         for (start, old), (end, now) in pairwise(past):

@@ -21,7 +21,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass
 class Rapl:
-    """Joules of all packages since the first read. root: a folder like /sys/class/powercap."""
+    """RAPL: joules of all packages since the first read. root: a folder like /sys/class/powercap."""
 
     root: Path = POWERCAP
     total: float = 0.0
@@ -70,7 +70,7 @@ class MachineSampler:
 
 
 def _nvml() -> Any:
-    """A function that reads the first GPU, None where there is none or no pynvml."""
+    """A function that reads the first GPU; None without one or without pynvml."""
     try:
         import pynvml
 
