@@ -220,8 +220,8 @@ def _reason(group: NamedGroup) -> str:
                f"below {LEVEL})")
     if documents >= LEAST_DOCUMENTS and needed <= AGAIN * max(others or 0.0, even):
         return f"no better than chance: {figures}"
-    told = f"; a lead of {needed:.1%} would have been told from chance" if needed else ""
-    return f"too little evidence ({count(documents, 'document')}): {figures}{told}; more documents may settle it"
+    lead = f"; a lead of {needed:.1%} would have been told from chance" if needed else ""
+    return f"too little evidence ({count(documents, 'document')}): {figures}{lead}; more documents may settle it"
 
 
 def verdict(name: str, reason: str) -> str:

@@ -159,13 +159,13 @@ def label(args: argparse.Namespace) -> None:
         done = label(args.source, args.out, _settings(args, LabelSettings), experts=args.experts, workers=args.workers,
                      progress=progress)
     print(_line("label", done))
-    told = done.counts.get("classifier", {})
-    if told.get("trained"):
-        print(HeldOutReport(tuple(told["names"]), tuple(map(tuple, told["confusion"])), {
-            float(key): tuple(value) for key, value in told["at"].items()}, told["calibration_error"],
-            told.get("coincide", {})).table())
-    elif told:
-        print(f"no classifier: {told['why']}")
+    stats = done.counts.get("classifier", {})
+    if stats.get("trained"):
+        print(HeldOutReport(tuple(stats["names"]), tuple(map(tuple, stats["confusion"])), {
+            float(key): tuple(value) for key, value in stats["at"].items()}, stats["calibration_error"],
+            stats.get("coincide", {})).table())
+    elif stats:
+        print(f"no classifier: {stats['why']}")
     _try(f"data report {args.out} --out REPORT")
 
 
@@ -222,7 +222,7 @@ def _bar(name: str) -> Iterator[Progress]:
 
 
 def _line(name: str, done: StageResult) -> str:
-    told = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in done.counts.items()
+    counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in done.counts.items()
                      if isinstance(value, int) and key not in ("seed", "files", "characters"))
-    line = f"{name}: {told} ({f'{done.seconds:.1f} s' if done.ran else 'unchanged'})"
+    line = f"{name}: {counts} ({f'{done.seconds:.1f} s' if done.ran else 'unchanged'})"
     return "\n".join([line, *done.counts.get("notes", ())])

@@ -85,8 +85,8 @@ class ReadReport:
         """Return a line about keys that were not used, if there were any."""
         if not self.unused:
             return []
-        told = ", ".join(f"{key} ({count:,})" for key, count in self.unused.most_common(most))
-        return [f"keys of records that were not used: {told}" + (", …" if len(self.unused) > most else "")]
+        listed = ", ".join(f"{key} ({count:,})" for key, count in self.unused.most_common(most))
+        return [f"keys of records that were not used: {listed}" + (", …" if len(self.unused) > most else "")]
 
     def summary(self, limit: int = 20) -> str:
         """Format a few lines: totals, then problems by kind, then the first `limit` of them by place."""

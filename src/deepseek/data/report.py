@@ -82,9 +82,9 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines += ["", f"{'expert':<20}{'records':>11}{'share':>8}{'characters':>15}{'median':>8}{'95 %':>8}  "
               "label from | language | complexity"]
     for name, one in experts.items():
-        told = " | ".join(_shares(one[column], one["records"]) for column in ("label_source", "language", "complexity"))
+        shares = " | ".join(_shares(one[key], one["records"]) for key in ("label_source", "language", "complexity"))
         lines.append(f"{name:<20}{one['records']:>11,}{one['records'] / max(1, total):>8.1%}{one['characters']:>15,}"
-                     f"{one['median']:>8,}{one['p95']:>8,}  {told}")
+                     f"{one['median']:>8,}{one['p95']:>8,}  {shares}")
     lines.append(f"{'all':<20}{total:>11,}{1:>8.0%}{sum(one['characters'] for one in experts.values()):>15,}")
     return "\n".join(lines).strip("\n")
 
@@ -108,11 +108,12 @@ def _story(steps: Mapping[str, Any]) -> list[str]:
     if one := steps.get("label"):
         lines.append("labels     " + ", ".join(f"{count:,} {by}" for by, count in sorted(
             one["by_source"].items(), key=lambda item: -item[1])))
-        told = one.get("classifier", {})
-        if told.get("trained"):
-            lines.append(f"classifier {told['macro']:.1%} of held-out texts right, mean of {len(told['names'])} names")
-        if told.get("coincide"):
-            lines.append(f"           {told_by_language(told['coincide'])}")
+        stats = one.get("classifier", {})
+        if stats.get("trained"):
+            lines.append(f"classifier {stats['macro']:.1%} of held-out texts right, "
+                         f"mean of {len(stats['names'])} names")
+        if stats.get("coincide"):
+            lines.append(f"           {told_by_language(stats['coincide'])}")
     if one := steps.get("split"):
         held = sum(sides["valid"] for sides in one["by_expert"].values())
         lines.append(f"split      {one['read'] - held:,} to train on, {held:,} held out")
@@ -175,9 +176,9 @@ def as_html(found: Mapping[str, Any]) -> str:
         keys = sum((Counter(one[column]) for one in experts.values()), Counter[str]())
         ranked = sorted(keys.items(), key=lambda item: (item[0] == "not given", -item[1], item[0]))
         body += [f"<h2>{title}</h2>", _stacked(experts, column, [key for key, _ in ranked[:7]], lambda one: 1.0)]
-    told = steps.get("label", {}).get("classifier", {})
-    if told.get("trained"):
-        body += ["<h2>The classifier on held-out texts</h2>", _confusion(told)]
+    stats = steps.get("label", {}).get("classifier", {})
+    if stats.get("trained"):
+        body += ["<h2>The classifier on held-out texts</h2>", _confusion(stats)]
     if reasons := steps.get("validate", {}).get("reasons"):
         body += ["<h2>Quarantined</h2>", _table([["reason", "records"], *([k, f"{v:,}"] for k, v in reasons.items())])]
     return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>Data by expert</title>"
@@ -213,9 +214,9 @@ def _stacked(
         for key, count in parts.items():
             if count:
                 w = width * length(one) * count / one["records"]
-                told = f"{escape(name)}: {escape(key)} {count:,} ({count / one['records']:.1%})"
+                title = f"{escape(name)}: {escape(key)} {count:,} ({count / one['records']:.1%})"
                 lines.append(f'<rect x="{x:.1f}" y="{y}" width="{max(w, 0.5):.1f}" height="20" fill="{colour[key]}">'
-                             f"<title>{told}</title></rect>")
+                             f"<title>{title}</title></rect>")
                 x += w
         lines.append(f'<text class="soft" x="{x + 8:.1f}" y="{y + 15}">{one["records"]:,}</text>')
     return "\n".join([*lines, "</svg>"])
@@ -236,16 +237,16 @@ def _histogram(name: str, counts: Sequence[int]) -> str:
     return "\n".join([*lines, "</svg></figure>"])
 
 
-def _confusion(told: Mapping[str, Any]) -> str:
-    names = [name.removesuffix("_expert") for name in told["names"]]
+def _confusion(stats: Mapping[str, Any]) -> str:
+    names = [name.removesuffix("_expert") for name in stats["names"]]
     head = ["given ↓ said →", *names, "right"]
     lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
-    for name, row in zip(told["names"], told["confusion"], strict=True):
+    for name, row in zip(stats["names"], stats["confusion"], strict=True):
         cells = "".join(f'<td style="background:rgba(var(--heat),{0.75 * count / max(1, sum(row)):.2f})">{count:,}</td>'
                         for count in row)
-        share = f"{told['accuracy'][name]:.1%}" if name in told["accuracy"] else "–"
+        share = f"{stats['accuracy'][name]:.1%}" if name in stats["accuracy"] else "–"
         lines.append(f"<tr><td>{escape(name)}</td>{cells}<td>{share}</td></tr>")
     sure = "; ".join(f"at confidence {key} and above {share:.0%} of the texts, {right:.1%} of them right"
-                     for key, (share, right) in told["at"].items())
-    return (f'<div class="wide"><table>{"".join(lines)}</table></div><p>Mean over the names {told["macro"]:.1%}, '
-            f'calibration error {told["calibration_error"]:.1%}. {escape(sure[:1].upper() + sure[1:])}.</p>')
+                     for key, (share, right) in stats["at"].items())
+    return (f'<div class="wide"><table>{"".join(lines)}</table></div><p>Mean over the names {stats["macro"]:.1%}, '
+            f'calibration error {stats["calibration_error"]:.1%}. {escape(sure[:1].upper() + sure[1:])}.</p>')

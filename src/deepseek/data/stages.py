@@ -196,8 +196,8 @@ def _named(
     open_rows = [i for i, name in enumerate(names) if name is None]
     texts = table["text"].gather(open_rows).to_list()
     left = []
-    told = rules.predict_batch(texts) if rules is not None else [None] * len(texts)
-    for i, text, who in zip(open_rows, texts, told, strict=True):
+    predicted = rules.predict_batch(texts) if rules is not None else [None] * len(texts)
+    for i, text, who in zip(open_rows, texts, predicted, strict=True):
         if who in allowed:
             names[i], sources[i] = who, "rules"
         else:
