@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 import deepseek
+from deepseek.cli.main import make_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
@@ -112,3 +115,23 @@ def test_the_site_has_every_page_and_every_public_name() -> None:
     assert api == deepseek.__all__
     for page in ROOT.glob("docs/*.md"):
         assert "](../" not in page.read_text(encoding="utf-8"), f"{page.name}: links out of the site"
+
+
+def commands(page: Path) -> Iterator[str]:
+    for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if found := re.search(r"(?:^|\| |KEY )(deepseek(?:-infer)? .*)$", line):
+                yield found[1]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))], ids=lambda page: page.name)
+def test_commands_are_such_as_the_parser_takes(page: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Their names and flags; none of a name that is deprecated."""
+    for command in commands(page):
+        words = shlex.split(command, comments=True)
+        words = ["infer", *words[1:]] if words[0] == "deepseek-infer" else words[1:]
+        try:
+            make_parser().parse_args(words)
+        except SystemExit as left:
+            assert left.code == 0, command
+        assert not [str(one.message) for one in recwarn], command
