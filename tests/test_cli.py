@@ -76,12 +76,13 @@ def test_flags_are_spelled_with_hyphens_or_underscores(parser: Parser) -> None:
 
 
 @pytest.mark.parametrize(("words", "name", "value"), [
-    (["infer", "--model", "x"], "prefetch", True), (["infer", "--model", "x", "--no_prefetch"], "prefetch", False),
+    (["infer", "--model", "x"], "prefetch", None), (["infer", "--model", "x", "--no_prefetch"], "prefetch", False),
     (["infer", "--model", "x", "--no-prefetch"], "prefetch", False),
     (["infer", "--model", "x", "--no-prefetch", "--prefetch"], "prefetch", True),
     (["tune", "m", "d", "--gradient-checkpointing"], "gradient_checkpointing", True),
     (["tune", "m", "d", "--no-gradient-checkpointing"], "gradient_checkpointing", False),
     (["tune", "m", "d", "--no_gradient_checkpointing"], "gradient_checkpointing", False),
+    (["infer", "--model", "x", "--expert-memory", "4GiB"], "expert_memory", "4GiB"),
     (["tune", "m", "d"], "gradient_checkpointing", None), (["train", "nano", "d", "--out", "o"], "lr", None),
     (["train", "nano", "d", "--out", "o", "--min-lr-ratio=0.5"], "min_lr_ratio", 0.5),
     (["infer", "--model", "x", "--prompt", "--no-prefetch and --top-p"], "prompt", "--no-prefetch and --top-p"),

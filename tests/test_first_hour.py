@@ -14,11 +14,12 @@ import pytest
 
 from deepseek import cli
 from deepseek.checkpoint import resolve
+from deepseek.cli.common import sampling_params
 from deepseek.cli.main import make_parser
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM, SamplingParams
 from deepseek.engine.options import EngineOptions, EngineSettings
-from deepseek.engine.sampler import SamplingOptions
+from deepseek.engine.sampling_params import SamplingOptions
 from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
@@ -169,12 +170,10 @@ def test_more_tokens_than_the_model_has_positions_for_are_a_warning(llm: LLM) ->
 
 
 def test_defaults_of_sampling_agree_between_python_and_command_line() -> None:
-    args = vars(make_parser().parse_args(["infer", "--model", "x"]))
-    params = SamplingParams()
-    shared = [f.name for f in fields(SamplingParams) if f.name in args and f.name != "json_schema"]
-    assert {"max_tokens", "temperature", "top_p", "top_k", "min_p", "seed"} <= {*shared}
-    assert {name: args[name] for name in shared} == {
-        name: list(value) if isinstance(value := getattr(params, name), tuple) else value for name in shared}
+    parse = make_parser().parse_args
+    assert sampling_params(parse(["infer", "--model", "x"])) == SamplingParams()
+    assert sampling_params(parse("infer --model x --top-p 0.5 --stop a --stop b --no-ignore-eos".split())) == (
+        SamplingParams(top_p=0.5, stop=("a", "b")))
 
 
 @pytest.mark.parametrize(("options", "settings", "call"), [

@@ -18,8 +18,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "deepseek"
 
 # each may import those before it
-BOTTOM = ("deprecation", "errors", "files", "keys", "memory", "progress", "interrupts", "config", "ids", "language",
-          "domain", "conversation", "workers", "templates", "grammars", "tiktokens", "tokenizer", "spoken", "ops")
+BOTTOM = ("deprecation", "errors", "settings", "files", "keys", "memory", "progress", "interrupts", "config", "ids",
+          "language", "domain", "conversation", "workers", "templates", "grammars", "tiktokens", "tokenizer", "spoken",
+          "ops")
 ABOVE: dict[str, tuple[str, ...]] = {  # and whatever these may
     "model": BOTTOM,
     "quant": ("model",),

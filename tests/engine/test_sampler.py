@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.engine.sampler import SamplingParams, draw, penalise, restrict, sample
+from deepseek.engine.sampler import draw, penalise, restrict, sample
+from deepseek.engine.sampling_params import SamplingParams
 from deepseek.errors import MoEDRError, RequestError
 
 

@@ -14,7 +14,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from deepseek.engine import LLM
-from deepseek.engine.sampler import Adjustment, SamplingParams
+from deepseek.engine.sampler import Adjustment
+from deepseek.engine.sampling_params import SamplingParams
 from deepseek.serve import bodies, connections, service
 from deepseek.serve.bodies import parse
 from deepseek.serve.middleware import ServeError

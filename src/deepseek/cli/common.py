@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.options import EngineOptions
+from ..engine.sampling_params import SamplingParams
 from ..errors import ConfigError
-from .parser import Parser, Switch
+from ..settings import declared
+from .parser import Parser, add_settings, given_settings
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
-    from ..engine.sampler import SamplingParams
 
 
 def add_device_flags(parser: Parser) -> None:
@@ -58,32 +60,13 @@ def add_engine_flags(parser: Parser) -> None:
     engine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     engine.add_argument("--chat_template_kwargs", type=template_variables, metavar="JSON",
                         help="variables of the chat template, such as '{\"thinking\": true}'")
-    engine.add_argument("--batch_size", type=int, default=32, help="requests that run together at most")
-    engine.add_argument("--step_tokens", type=int, default=512, help="tokens of a step; longer prompts go in pieces")
-    engine.add_argument("--policy", choices=("fcfs", "expert"), default="fcfs",
-                        help="which waiting request is next: the first, or the one whose experts are in use")
-    engine.add_argument("--expert_memory", metavar="SIZE",
-                        help="memory for routed experts of a quantized model, such as 4GiB; the others stay on disk")
-    engine.add_argument("--warmup_experts", default="", metavar="NAMES",
-                        help="names, or auto (those of recorded use), in memory before the first request")
-    engine.add_argument("--prefetch", "--no_prefetch", action=Switch, default=True,
-                        help="read the next layer's experts ahead")
+    add_settings(parser, EngineOptions, {"engine": " ".join(one.name for one in declared(EngineOptions))})
 
 
 def _add_sampling_flags(parser: Parser) -> None:
-    sampling = parser.group("sampling")
-    sampling.add_argument("--max_tokens", type=int, default=256, help="tokens to generate at most")
-    sampling.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
-    sampling.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this probability")
-    sampling.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0 keeps all")
-    sampling.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one")
-    sampling.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition")
-    sampling.add_argument("--presence_penalty", type=float, default=0.0, help="above 0 discourages what has been said")
-    sampling.add_argument("--frequency_penalty", type=float, default=0.0, help="as above, growing with each repetition")
-    sampling.add_argument("--min_tokens", type=int, default=0, help="tokens before which the text does not end")
-    sampling.add_argument("--seed", type=int, help="makes sampling repeatable")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                          help="end at this text; may be given several times")
+    add_settings(parser, SamplingParams, {
+        "sampling": "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty "
+                    "min_tokens seed stop ignore_eos"}, stop={"action": "append", "metavar": "TEXT"})
     use = parser.group("experts")
     use.add_argument("--show_experts", action="store_true", help="print the experts' use, by name and by layer")
     use.add_argument("--expert_map", metavar="PNG", help="save that table as a heat map")
@@ -130,29 +113,22 @@ def make_llm(args: argparse.Namespace) -> LLM:
         raise ConfigError(f"use_adapter = {use!r}: must be one of the names given with --adapter NAME=DIR: "
                           f"{', '.join(adapters) or 'there are none'}")
     llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=adapter, adapters=adapters,
-              chat_template_kwargs=args.chat_template_kwargs, batch_size=args.batch_size,
-              step_tokens=args.step_tokens, policy=args.policy, expert_memory=args.expert_memory,
-              warmup_experts=args.warmup_experts, prefetch=args.prefetch)
+              chat_template_kwargs=args.chat_template_kwargs, **given_settings(args, EngineOptions))
     if llm.warmup is not None:
         print(llm.warmup, file=sys.stderr)
     return llm
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    from ..engine.sampler import SamplingParams
-
-    schema = getattr(args, "json_schema", None)
-    try:
-        text = None if schema is None else Path(schema).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"json_schema = {schema!r}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"json_schema = {schema!r}: must be UTF-8") from None
-    return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-                          min_p=args.min_p, repetition_penalty=args.repetition_penalty,
-                          presence_penalty=args.presence_penalty, frequency_penalty=args.frequency_penalty,
-                          min_tokens=args.min_tokens, seed=args.seed,
-                          stop=tuple(args.stop), json_schema=text)
+    given = given_settings(args, SamplingParams)
+    if (schema := given.get("json_schema")) is not None:
+        try:
+            given["json_schema"] = Path(schema).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"json_schema = {schema!r}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"json_schema = {schema!r}: must be UTF-8") from None
+    return SamplingParams(**given)
 
 
 def expert_usage(args: argparse.Namespace, llm: LLM, named: bool = False) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
 from ..errors import nearest
+from ..settings import declared
 
 Run = Callable[[argparse.Namespace], None]
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}  # of flags that say no other
@@ -104,25 +104,25 @@ def add_steps(parser: Parser) -> Any:
 
 
 def add_settings(parser: Parser, kind: type, groups: Mapping[str, str], **special: dict[str, Any]) -> None:
-    """A flag for every field of a settings class; what is not given is None, for `given_settings`.
+    """Flags of a settings class; what is not given is None, for `given_settings`.
 
-    groups: title -> names of fields, with blanks between them; the others stand among the command's own. special: what
-    argparse is told of a field's flag besides.
+    groups: title -> names of those that become flags, with blanks between them; without any, all do. special: what
+    argparse is told of a field's flag instead of what its declaration says.
     """
     titles = {name: title for title, names in groups.items() for name in names.split()}
     for title in groups:
         parser.group(title)
-    hints = get_type_hints(kind)
-    for one in fields(kind):
-        types = get_args(hints[one.name]) or (hints[one.name],)
-        own: dict[str, Any] = {"action": Switch} if bool in types else {
-            "type": next((known for known in (int, float) if known in types), str)}
-        shown = "" if one.default is None or one.default is False else f" (default: {one.default})"
-        place = parser.group(titles[one.name]) if one.name in titles else parser
-        place.add_argument(f"--{one.name}", default=None, help=one.metadata["help"] + shown,
-                           **special.get(one.name) or own)
+    for one in declared(kind):
+        if groups and one.name not in titles:
+            continue
+        own: dict[str, Any] = {"action": Switch} if one.kind is bool else {
+            "type": one.kind, "choices": one.choices, "metavar": one.option.metavar}
+        shown = "" if one.default in (None, (), "") or one.default is False else f" (default: {one.default})"
+        flags = [f"--{one.name}", f"--no_{one.name}"] if one.default is True else [f"--{one.name}"]
+        place = parser.group(titles[one.name]) if groups else parser
+        place.add_argument(*flags, default=None, help=one.option.help + shown, **special.get(one.name) or own)
 
 
 def given_settings(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """What `args` say of a settings class."""
-    return {one.name: value for one in fields(kind) if (value := getattr(args, one.name)) is not None}
+    return {one.name: value for one in declared(kind) if (value := getattr(args, one.name, None)) is not None}

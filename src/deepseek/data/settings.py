@@ -4,106 +4,100 @@ heavy is imported."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from ..errors import ConfigError, nearest
 from ..files import read_yaml
+from ..settings import COUNT, NATURAL, SHARE, UP_TO_ONE, Option, Rule, check, is_int, is_number
 from .mapping import RecordMap
 
 S = TypeVar("S")
 
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-class _Checked:
-    def _need(self, key: str, rule: str, holds: Any) -> None:
-        if not holds(value := getattr(self, key)):
-            raise ConfigError(f"{key} = {value!r}: {rule}")
+PATH: Rule = "must be a word or a path", lambda v: isinstance(v, str) and bool(v)
 
 
 @dataclass(frozen=True)
-class ValidateSettings(_Checked):
+class ValidateSettings:
     """Limits that a record must meet."""
 
-    min_characters: int = _setting(1, "a shorter text is set aside")
-    max_characters: int = _setting(8_000_000, "a longer text is set aside")
-    max_damage: float = _setting(0.05, "largest share of control and replacement characters")
+    min_characters: Annotated[int, Option("a shorter text is set aside", COUNT)] = 1
+    max_characters: Annotated[int, Option("a longer text is set aside", COUNT)] = 8_000_000
+    max_damage: Annotated[float, Option("largest share of control and replacement characters", UP_TO_ONE)] = 0.05
 
     def __post_init__(self) -> None:
-        self._need("min_characters", "must be an integer >= 1", lambda v: isinstance(v, int) and v >= 1)
-        self._need("max_characters", "must be an integer >= min_characters",
-                   lambda v: isinstance(v, int) and v >= self.min_characters)
-        self._need("max_damage", "must lie in [0, 1]", lambda v: isinstance(v, int | float) and 0 <= v <= 1)
+        check(self)
+        if self.max_characters < self.min_characters:
+            raise ConfigError(f"max_characters = {self.max_characters}: must be an integer >= min_characters")
 
 
 @dataclass(frozen=True)
-class DedupSettings(_Checked):
+class DedupSettings:
     """Rules of duplicates."""
 
-    exact_only: bool = _setting(False, "drop equal texts only, not near-duplicates")
-    threshold: float = _setting(0.8, "Jaccard similarity from which texts are near-duplicates")
+    exact_only: Annotated[bool, Option("drop equal texts only, not near-duplicates")] = False
+    threshold: Annotated[float, Option(
+        "Jaccard similarity from which texts are near-duplicates", (
+        "must lie in [0.5, 1]", lambda v: is_number(v) and 0.5 <= v <= 1))] = 0.8
 
     def __post_init__(self) -> None:
-        self._need("exact_only", "must be true or false", lambda v: isinstance(v, bool))
-        self._need("threshold", "must lie in [0.5, 1]", lambda v: isinstance(v, int | float) and 0.5 <= v <= 1)
+        check(self)
 
 
 @dataclass(frozen=True)
-class LabelSettings(_Checked):
+class LabelSettings:
     """Sources of labels for records that have none."""
 
-    rules: str = _setting("builtin", "builtin, none, or a YAML or JSON file of keywords that are added to them")
-    classifier: str = _setting("train", "train (on the records that have an expert), none, or a classifier.npz")
-    confidence: float = _setting(0.6, "a classifier that is less sure leaves a record unlabelled")
-    texts: int = _setting(4000, "texts a name to train on at most")
-    seed: int = _setting(0, "seed of the classifier's training")
+    rules: Annotated[str, Option(
+        "builtin, none, or a YAML or JSON file of keywords that are added to them", PATH)] = "builtin"
+    classifier: Annotated[str, Option(
+        "train (on the records that have an expert), none, or a classifier.npz", PATH)] = "train"
+    confidence: Annotated[float, Option("a classifier that is less sure leaves a record unlabelled", UP_TO_ONE)] = 0.6
+    texts: Annotated[int, Option(
+        "texts a name to train on at most", (
+        "must be an integer >= 20", lambda v: is_int(v) and v >= 20))] = 4000
+    seed: Annotated[int, Option("seed of the classifier's training", NATURAL)] = 0
 
     def __post_init__(self) -> None:
-        for key in ("rules", "classifier"):
-            self._need(key, "must be a word or a path", lambda v: isinstance(v, str) and v)
-        self._need("confidence", "must lie in [0, 1]", lambda v: isinstance(v, int | float) and 0 <= v <= 1)
-        self._need("texts", "must be an integer >= 20", lambda v: isinstance(v, int) and v >= 20)
-        self._need("seed", "must be an integer >= 0", lambda v: isinstance(v, int) and v >= 0)
+        check(self)
 
 
 @dataclass(frozen=True)
-class SplitSettings(_Checked):
+class SplitSettings:
     """The held-out share; the same records are held out when packing."""
 
-    valid_fraction: float = _setting(0.01, "share of the records held out")
-    seed: int = _setting(0, "another one holds out other records")
+    valid_fraction: Annotated[float, Option(
+        "share of the records held out", ("must be at least 0 and below 1", SHARE[1]))] = 0.01
+    seed: Annotated[int, Option("another one holds out other records", NATURAL)] = 0
 
     def __post_init__(self) -> None:
-        self._need("valid_fraction", "must be at least 0 and below 1",
-                   lambda v: isinstance(v, int | float) and 0 <= v < 1)
-        self._need("seed", "must be an integer >= 0", lambda v: isinstance(v, int) and v >= 0)
+        check(self)
 
 
 @dataclass(frozen=True)
-class PackSettings(_Checked):
+class PackSettings:
     """The tokenizer."""
 
-    tokenizer: str | None = _setting(None, "folder of a tokenizer; else one is trained on the records")
-    vocab_size: int = _setting(16384, "tokens of the one that is trained")
+    tokenizer: Annotated[str | None, Option(
+        "folder of a tokenizer; else one is trained on the records", (
+        "must be a folder", PATH[1]))] = None
+    vocab_size: Annotated[int, Option(
+        "tokens of the one that is trained", ("must be an integer > 256", lambda v: is_int(v) and v > 256))] = 16384
 
     def __post_init__(self) -> None:
-        self._need("tokenizer", "must be a folder", lambda v: v is None or (isinstance(v, str) and v))
-        self._need("vocab_size", "must be an integer > 256", lambda v: isinstance(v, int) and v > 256)
+        check(self)
 
 
 @dataclass(frozen=True)
-class PipelineConfig(_Checked):
+class PipelineConfig:
     """The settings of a whole run. sources: {expert name: its paths}, under the name "" those without a label."""
 
-    out: str
+    out: Annotated[str, Option("folder that takes the results", ("must be a folder", PATH[1]))]
     sources: Mapping[str, Sequence[str]]
     experts: tuple[str, ...] = ()
     map: RecordMap | None = None
-    workers: int = 2
+    workers: Annotated[int, Option("processes or threads", COUNT)] = 2
     validate: ValidateSettings = ValidateSettings()
     dedup: DedupSettings = DedupSettings()
     label: LabelSettings = LabelSettings()
@@ -111,8 +105,7 @@ class PipelineConfig(_Checked):
     pack: PackSettings = PackSettings()
 
     def __post_init__(self) -> None:
-        self._need("out", "must be a folder", lambda v: isinstance(v, str) and v)
-        self._need("workers", "must be an integer >= 1", lambda v: isinstance(v, int) and v >= 1)
+        check(self)
         check_names(self.experts, tuple(filter(None, self.sources)))
 
     @classmethod

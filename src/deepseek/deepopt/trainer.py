@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -29,9 +29,10 @@ from ..interrupts import handled, kept
 from ..memory import check_memory
 from ..model import CausalLM
 from ..progress import ProgressBar
+from ..settings import SHARE, Option, one_of
 from ..tokenizer import Tokenizer
 from .loop import TrainingLoop, checkpoints, kept_in, run_in, step_of
-from .settings import TrainConfig, check, one_of
+from .settings import TrainConfig
 
 Paths = str | Path | Sequence[str | Path]
 CONTINUED_LR = 1e-4  # where training starts from a checkpoint
@@ -57,16 +58,15 @@ class Trainer(TrainConfig):
     from_model: str | Path | None = field(default=None, kw_only=True)
     tokenizer: str | Path | None = field(default=None, kw_only=True)
     map: RecordMap | Mapping[str, Any] | str | Path | None = field(default=None, kw_only=True)
-    valid_fraction: float = field(default=0.01, kw_only=True)
-    device: str = field(default="cpu", kw_only=True)
+    valid_fraction: Annotated[float, Option("share of the documents held out", (
+        "must be at least 0 and below 1", SHARE[1]))] = field(default=0.01, kw_only=True)
+    device: Annotated[str, Option("cpu or cuda", one_of("cpu", "cuda"))] = field(default="cpu", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.lr is None and self.from_model is not None:
             object.__setattr__(self, "lr", CONTINUED_LR)
         super().__post_init__()
         object.__setattr__(self, "map", RecordMap.of(self.map))
-        check(self, {"device": one_of("cpu", "cuda"), "valid_fraction": (
-            "must be at least 0 and below 1", lambda v: isinstance(v, int | float) and 0 <= v < 1)})
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device = 'cuda': this torch finds no GPU")
         if self.config is not None and self.from_model is not None:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .options import EngineOptions as EngineOptions
     from .request import RequestOutput as RequestOutput
     from .routing_override import ExpertControl as ExpertControl
-    from .sampler import SamplingParams as SamplingParams
+    from .sampling_params import SamplingParams as SamplingParams
 
 _WHERE = {"LLM": "llm", "Batch": "batching", "Engine": "engine", "EngineOptions": "options",
-          "ExpertControl": "routing_override", "RequestOutput": "request", "SamplingParams": "sampler",
+          "ExpertControl": "routing_override", "RequestOutput": "request", "SamplingParams": "sampling_params",
           "dynamic_batching": "batching"}
 __all__ = sorted(_WHERE)
 

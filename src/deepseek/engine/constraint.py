@@ -38,7 +38,7 @@ from torch import Tensor
 from ..errors import RequestError
 from ..grammars import compile_grammar
 from ..tokenizer import BYTES, Tokenizer
-from .sampler import SamplingParams
+from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer

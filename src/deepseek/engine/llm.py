@@ -31,7 +31,7 @@ from .engine import Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
 from .request import Ensemble, Request, RequestOutput
 from .residency import Residency
-from .sampler import SamplingOptions, SamplingParams
+from .sampling_params import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
 MIN_CONFIDENCE = 0.6  # as in `deepseek data label`

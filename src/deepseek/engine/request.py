@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import MoEDRError
 from ..tokenizer import Tokenizer
-from .sampler import Adjustment, Logprob, SamplingParams, finite, logprobs, penalise, sample
+from .sampler import Adjustment, Logprob, finite, logprobs, penalise, sample
+from .sampling_params import SamplingParams
 from .sequence import SequenceState
 from .text_stream import TextStream
 

@@ -29,7 +29,7 @@ from ..files import is_file_at, take_lock, to_json
 from ..interrupts import kept
 from .llm import LLM, to_output
 from .request import Request, RequestOutput
-from .sampler import SamplingParams
+from .sampling_params import SamplingParams
 
 AHEAD = 4  # lines in flight, as a multiple of batch_size: what batching by expert can choose from
 KNOWN = {field.name for field in fields(SamplingParams)} - {"experts", "routed"}

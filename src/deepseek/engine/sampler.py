@@ -19,148 +19,13 @@ Shape letters: V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from ..errors import MoEDRError, RequestError
-from .routing_override import ExpertControl
-
-
-class SamplingOptions(TypedDict, total=False):
-    """SamplingParams as keyword arguments, for type checkers and editors."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float] | None
-    seed: int | None
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    min_tokens: int
-    skip_special_tokens: bool
-    ignore_eos: bool
-    n: int
-    logprobs: int | None
-    prompt_logprobs: int | None
-    json_schema: str | Mapping[str, Any] | None
-    regex: str | None
-    grammar: str | None
-    experts: ExpertControl | None
-    routed: bool
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request is continued. Names are those of the OpenAI and vLLM interfaces; temperature and top_p default to
-    what DeepSeek recommends for its models (the server's to OpenAI's, which are 1).
-
-    max_tokens: new tokens at most; 0 runs the prompt alone. temperature: 0 is greedy. top_k: 0 is off. top_p,
-    repetition_penalty: 1 is off. min_p: 0 is off. seed: None draws a fresh one. stop: strings that end the text and are
-    not part of it (one string may be given bare). stop_token_ids: tokens that do so. ignore_eos: go on past the
-    end-of-sequence token. min_tokens: new tokens before which neither end of sequence nor stop strings and ids end the
-    text (a constraint that allows nothing else still does). presence_penalty, frequency_penalty: -2 to 2, 0 is off; of
-    tokens in the output. logit_bias: token id -> -100 to 100, added to its logit. skip_special_tokens: leave special
-    tokens out of the text. prompt_logprobs: as logprobs, of the prompt's own tokens. n: continuations of the prompt,
-    with seeds seed, seed + 1, …. logprobs: report each token's log-probability and those of so many likeliest ones,
-    before temperature, top_k, top_p, min_p, logit_bias and penalties. json_schema, regex, grammar (Lark): one of them,
-    which the text then matches. experts: changes what the gates decide, inexact. routed: report the experts that every
-    token visited.
-    Raises RequestError naming field, value and rule.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.6
-    top_k: int = 0
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    min_tokens: int = 0
-    skip_special_tokens: bool = True
-    ignore_eos: bool = False
-    n: int = 1
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    json_schema: str | Mapping[str, Any] | None = None
-    regex: str | None = None
-    grammar: str | None = None
-    experts: ExpertControl | None = None
-    routed: bool = False
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, list) else stop)
-        self._need("max_tokens", "must be an integer >= 0", _is_int(self.max_tokens) and self.max_tokens >= 0)
-        self._need("temperature", "must be a number >= 0", _is_number(self.temperature) and self.temperature >= 0)
-        self._need("top_k", "must be an integer >= 0 (0 is off)", _is_int(self.top_k) and self.top_k >= 0)
-        self._need("top_p", "must lie in (0, 1]", _is_number(self.top_p) and 0 < self.top_p <= 1)
-        self._need("min_p", "must lie in [0, 1]", _is_number(self.min_p) and 0 <= self.min_p <= 1)
-        self._need("repetition_penalty", "must be a number > 0",
-                   _is_number(self.repetition_penalty) and self.repetition_penalty > 0)
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            self._need(name, "must lie in [-2, 2]", _is_number(value) and -2 <= value <= 2)
-        if isinstance(self.logit_bias, Mapping):  # JSON has no keys but texts
-            object.__setattr__(self, "logit_bias", {_id(key): value for key, value in self.logit_bias.items()})
-        self._need("logit_bias", "must be null or token ids with numbers from -100 to 100", self.logit_bias is None or (
-            isinstance(self.logit_bias, Mapping) and all(
-                _is_int(key) and key >= 0 and _is_number(value) and -100 <= value <= 100
-                for key, value in self.logit_bias.items())))
-        if isinstance(self.stop_token_ids, list):
-            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        self._need("stop_token_ids", "must be token ids, integers >= 0", isinstance(self.stop_token_ids, tuple) and all(
-            _is_int(token) and token >= 0 for token in self.stop_token_ids))
-        self._need("min_tokens", f"must be an integer from 0 to max_tokens ({self.max_tokens})",
-                   _is_int(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens)
-        self._need("skip_special_tokens", "must be true or false", isinstance(self.skip_special_tokens, bool))
-        self._need("seed", "must be null or an integer of 64 bits",
-                   self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63))
-        self._need("stop", "must be strings, none of them empty",
-                   isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop))
-        self._need("ignore_eos", "must be true or false", isinstance(self.ignore_eos, bool))
-        self._need("n", "must be an integer from 1 to 128", _is_int(self.n) and 1 <= self.n <= 128)
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            self._need(name, "must be null or an integer from 0 to 100",
-                       value is None or (_is_int(value) and 0 <= value <= 100))
-        self._need("json_schema", "must be null, a JSON text or an object",
-                   self.json_schema is None or isinstance(self.json_schema, str | Mapping))
-        for name in ("regex", "grammar"):
-            value = getattr(self, name)
-            self._need(name, "must be null or a text", value is None or isinstance(value, str))
-        self._need("experts", "must be null or an ExpertControl",
-                   self.experts is None or isinstance(self.experts, ExpertControl))
-        self._need("routed", "must be true or false", isinstance(self.routed, bool))
-        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise RequestError(f"{' and '.join(given)} are given: must be one of them at most")
-
-    def _need(self, field: str, rule: str, holds: bool) -> None:
-        if not holds:
-            raise RequestError(f"{field} = {getattr(self, field)!r}: {rule}")
-
-    def generator(self) -> torch.Generator:
-        """A generator for one request: seeded with `seed`, or from the system's entropy."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+from ..errors import MoEDRError
+from .sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -182,18 +47,6 @@ def logprobs(logits_V: Tensor, token: int, top: int, offset: int = 0) -> Logprob
     best = log_V.topk(min(top, int(log_V.isfinite().sum())))
     return Logprob(token, float(log_V[token]),
                    tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)), offset)
-
-
-def _id(key: object) -> object:
-    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Adjustment:

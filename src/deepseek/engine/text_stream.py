@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..tokenizer import Tokenizer
-from .sampler import SamplingParams
+from .sampling_params import SamplingParams
 
 
 class StopStringMatcher:

@@ -5,22 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from ..deepopt.settings import (
-    COUNT,
-    NATURAL,
-    NOT_NEGATIVE,
-    POSITIVE,
-    PRECISION,
-    SHARE,
-    Rule,
-    check,
-    is_number,
-    one_of,
-    setting,
-)
+from ..deepopt.settings import PRECISION
 from ..errors import ConfigError, nearest
+from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Option, check, is_number, one_of
 
 DEFAULT_LR = {"experts": 3e-4, "lora": 2e-4, "full": 1e-5}  # by mode
 
@@ -71,40 +60,52 @@ class TuneConfig:
     that the records visit most); else everything but those of expert_freeze; with an adapter, its LoRA matrices alone.
     """
 
-    expert_tune: Sequence[str] | str | None = setting(None, "names of experts to train alone, or auto")
-    expert_freeze: Sequence[str] | str | None = setting(None, "names of experts to leave; all else is trained")
-    atlas: str | None = setting(None, "atlas file; else the one beside the model")
-    score: str = setting("token", "auto: ESFT's token or gate score")
-    threshold: float | None = setting(None, "auto: share to cover; ESFT's 0.2 (token) or 0.1 (gate) if not given")
-    shared_experts: bool = setting(False, "train the shared experts too")
-    non_expert_modules: bool = setting(False, "train everything that is neither expert nor router too")
-    train_router: bool = setting(False, "train the router (the gates' weights) too")
-    balance: bool = setting(False, "keep balancing by the gate bias")
-    lr: float | None = setting(None, "highest learning rate; else 3e-4 for experts, 2e-4 for LoRA, 1e-5 for all")
-    epochs: float = setting(1.0, "times through the records")
-    steps: int | None = setting(None, "optimiser steps, instead of epochs")
-    batch_size: int = setting(8, "records a batch")
-    accumulation: int = setting(1, "batches summed into one step")
-    max_length: int | None = setting(None, "tokens of a record at most; 512, or the model's positions, if not given")
-    overlong: str = setting("error", "longer records: error, cut or skip")
-    chat_template_kwargs: Mapping[str, Any] | None = setting(
-        None, """variables of the chat template, a JSON object such as '{"thinking": true}'""")
-    parse_special: bool = setting(False, "control tokens that `text` records spell out count as tokens")
-    reasoning: str = setting("learn", "what assistants' turns say they thought: learn or drop")
-    warmup: float = setting(0.05, "share of the steps with a rising learning rate")
-    min_lr_ratio: float = setting(0.1, "last learning rate as a share of the highest")
-    weight_decay: float = setting(0.0, "AdamW's decay of matrices")
-    clip: float = setting(1.0, "largest norm of the gradient")
-    precision: str = setting("auto", "of activations: auto, fp32 or bf16")
-    gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time")
-    valid_fraction: float = setting(0.1, "share of the records held out, by a hash of their text")
-    eval_every: int = setting(100, "steps between evaluations")
-    eval_records: int = setting(256, "held-out records an evaluation")
-    general_records: int = setting(64, "windows of general text an evaluation, and documents that they come from")
-    save_every: int = setting(100, "steps between checkpoints")
-    replay: float = setting(0.0, "share of general or old records mixed into every batch's worth of new ones")
-    seed: int = setting(0, "seed of order and of new parameters")
-    device: str = setting("cpu", "cpu or cuda")
+    expert_tune: Annotated[Sequence[str] | str | None, Option("names of experts to train alone, or auto")] = None
+    expert_freeze: Annotated[Sequence[str] | str | None, Option(
+        "names of experts to leave; all else is trained")] = None
+    atlas: Annotated[str | None, Option("atlas file; else the one beside the model")] = None
+    score: Annotated[str, Option("auto: ESFT's token or gate score", one_of("token", "gate"))] = "token"
+    threshold: Annotated[float | None, Option(
+        "auto: share to cover; ESFT's 0.2 (token) or 0.1 (gate) if not given", (
+            "must lie in (0, 1]", lambda v: is_number(v) and 0 < v <= 1))] = None
+    shared_experts: Annotated[bool, Option("train the shared experts too")] = False
+    non_expert_modules: Annotated[bool, Option("train everything that is neither expert nor router too")] = False
+    train_router: Annotated[bool, Option("train the router (the gates' weights) too")] = False
+    balance: Annotated[bool, Option("keep balancing by the gate bias")] = False
+    lr: Annotated[float | None, Option(
+        "highest learning rate; else 3e-4 for experts, 2e-4 for LoRA, 1e-5 for all", POSITIVE)] = None
+    epochs: Annotated[float, Option("times through the records", POSITIVE)] = 1.0
+    steps: Annotated[int | None, Option("optimiser steps, instead of epochs", COUNT)] = None
+    batch_size: Annotated[int, Option("records a batch", COUNT)] = 8
+    accumulation: Annotated[int, Option("batches summed into one step", COUNT)] = 1
+    max_length: Annotated[int | None, Option(
+        "tokens of a record at most; 512, or the model's positions, if not given", COUNT)] = None
+    overlong: Annotated[str, Option("longer records: error, cut or skip", one_of("error", "cut", "skip"))] = "error"
+    chat_template_kwargs: Annotated[Mapping[str, Any] | None, Option(
+        """variables of the chat template, a JSON object such as '{"thinking": true}'""", (
+            "must be an object of JSON values, {name: value}", lambda v: isinstance(v, dict) and _is_json(v)))] = None
+    parse_special: Annotated[bool, Option("control tokens that `text` records spell out count as tokens")] = False
+    reasoning: Annotated[str, Option(
+        "what assistants' turns say they thought: learn or drop", one_of("learn", "drop"))] = "learn"
+    warmup: Annotated[float, Option("share of the steps with a rising learning rate", SHARE)] = 0.05
+    min_lr_ratio: Annotated[float, Option("last learning rate as a share of the highest", NOT_NEGATIVE)] = 0.1
+    weight_decay: Annotated[float, Option("AdamW's decay of matrices", NOT_NEGATIVE)] = 0.0
+    clip: Annotated[float, Option("largest norm of the gradient", POSITIVE)] = 1.0
+    precision: Annotated[str, Option("of activations: auto, fp32 or bf16", PRECISION)] = "auto"
+    gradient_checkpointing: Annotated[bool, Option(
+        "recompute layers in the backward pass: less memory, more time")] = False
+    valid_fraction: Annotated[float, Option(
+        "share of the records held out, by a hash of their text", (
+            "must lie in (0, 1)", lambda v: is_number(v) and 0 < v < 1))] = 0.1
+    eval_every: Annotated[int, Option("steps between evaluations", COUNT)] = 100
+    eval_records: Annotated[int, Option("held-out records an evaluation", COUNT)] = 256
+    general_records: Annotated[int, Option(
+        "windows of general text an evaluation, and documents that they come from", COUNT)] = 64
+    save_every: Annotated[int, Option("steps between checkpoints", COUNT)] = 100
+    replay: Annotated[float, Option(
+        "share of general or old records mixed into every batch's worth of new ones", SHARE)] = 0.0
+    seed: Annotated[int, Option("seed of order and of new parameters", NATURAL)] = 0
+    device: Annotated[str, Option("cpu or cuda", one_of("cpu", "cuda"))] = "cpu"
 
     def __post_init__(self) -> None:
         if self.expert_tune is not None and self.expert_freeze is not None:
@@ -118,17 +119,7 @@ class TuneConfig:
             value = getattr(self, key)
             if value is not None and not isinstance(value, str) and not value:
                 raise ConfigError(f"{key} = []: must name at least one expert (or be left out)")
-        check(self, {
-            "batch_size accumulation eval_every eval_records general_records save_every": COUNT,
-            "steps max_length": _or_none(COUNT), "lr": _or_none(POSITIVE), "clip epochs": POSITIVE,
-            "weight_decay min_lr_ratio": NOT_NEGATIVE,
-            "warmup replay": SHARE, "seed": NATURAL, "precision": PRECISION, "device": one_of("cpu", "cuda"),
-            "valid_fraction": ("must lie in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
-            "score": one_of("token", "gate"), "overlong": one_of("error", "cut", "skip"),
-            "reasoning": one_of("learn", "drop"),
-            "chat_template_kwargs": ("must be an object of JSON values, {name: value}, or be left out",
-                                     lambda v: v is None or (isinstance(v, dict) and _is_json(v))),
-            "threshold": _or_none(("must lie in (0, 1]", lambda v: is_number(v) and 0 < v <= 1))})
+        check(self)
 
     @classmethod
     def of(cls, **settings: Any) -> TuneConfig:
@@ -138,10 +129,6 @@ class TuneConfig:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; there are {', '.join(known)}"
                               f"{nearest(unknown[0], known)}")
         return cls(**settings)
-
-
-def _or_none(rule: Rule) -> Rule:
-    return f"{rule[0]}, or be left out", lambda v: v is None or rule[1](v)
 
 
 def _is_json(value: Any) -> bool:

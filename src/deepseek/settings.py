@@ -1,0 +1,115 @@
+"""One declaration per option, in a dataclass: `name: Annotated[type, Option(help, rule)] = default`.
+
+It gives the default, the check (`check(self)` in `__post_init__`), the flag on the command line (cli/parser.py), the
+key of YAML files and the row in docs/options.md. A bool and a Literal need no rule; None passes where the type says so.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from .errors import ConfigError, nearest
+
+Rule = tuple[str, Callable[[Any], bool]]  # as a message says it, and whether a value follows it
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field's type does not say. metavar: of the flag's value, where it is not the usual one of the type."""
+
+    help: str
+    rule: Rule | None = None
+    metavar: str | None = None
+
+
+class Declared(NamedTuple):
+    """An option as its dataclass declares it. kind: of one value, as a flag takes it; choices: of a Literal."""
+
+    name: str
+    default: Any
+    option: Option
+    kind: type
+    choices: tuple[str, ...] | None
+    rule: Rule | None
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def one_of(*words: str) -> Rule:
+    return f"must be {', '.join(words[:-1])} or {words[-1]}", lambda v: isinstance(v, str) and v in words
+
+
+def between(least: int, most: int) -> Rule:
+    return f"must be an integer from {least} to {most}", lambda v: is_int(v) and least <= v <= most
+
+
+COUNT: Rule = "must be an integer >= 1", lambda v: is_int(v) and v >= 1
+NATURAL: Rule = "must be an integer >= 0", lambda v: is_int(v) and v >= 0
+POSITIVE: Rule = "must be a positive number", lambda v: is_number(v) and v > 0
+NOT_NEGATIVE: Rule = "must be a number >= 0", lambda v: is_number(v) and v >= 0
+SHARE: Rule = "must lie in [0, 1)", lambda v: is_number(v) and 0 <= v < 1
+UP_TO_ONE: Rule = "must lie in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1
+SWITCH: Rule = "must be true or false", lambda v: isinstance(v, bool)
+TEXT: Rule = "must be a text", lambda v: isinstance(v, str)
+
+
+@cache
+def declared(settings: type) -> tuple[Declared, ...]:
+    """The options of a dataclass, in its order: those of its fields that are Annotated."""
+    hints = {name: eval(text, vars(sys.modules[base.__module__]))  # get_type_hints would not let a rule see its module
+             for base in reversed(settings.__mro__) for name, text in vars(base).get("__annotations__", {}).items()
+             if text.startswith("Annotated[")}
+    found = []
+    for field in (field for field in fields(settings) if field.name in hints):
+        kind, option = get_args(hints[field.name])[:2]
+        kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+        choices = next((get_args(one) for one in kinds if get_origin(one) is Literal), None)
+        rule = option.rule or (SWITCH if bool in kinds else one_of(*choices) if choices else None)
+        if rule and type(None) in kinds:
+            rule = _or_null(rule)
+        found.append(Declared(field.name, None if field.default is MISSING else field.default, option,
+                              next((one for one in (str, bool, int, float) if one in kinds), str), choices, rule))
+    return tuple(found)
+
+
+def check(settings: Any, error: type[Exception] = ConfigError) -> None:
+    """Raises `error` naming option, value and rule, for the first option that breaks its own."""
+    for one in declared(settings.__class__):
+        if one.rule and not one.rule[1](value := getattr(settings, one.name)):
+            raise error(f"{one.name} = {value!r}: {one.rule[0]}")
+
+
+def known(settings: type, values: dict[str, Any], what: str) -> dict[str, Any]:
+    """`values`; raises ConfigError for the first that is no option of `settings`, `what` a message calls these."""
+    names = [one.name for one in declared(settings)]
+    for name in values:
+        if name not in names:
+            raise ConfigError(f"{name} = {values[name]!r}: is no {what}; there are {', '.join(names)}"
+                              f"{nearest(name, names)}")
+    return values
+
+
+def table(settings: type) -> str:
+    """The options in Markdown, for docs/options.md."""
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for one in declared(settings):
+        default = "" if one.default in (None, ()) else f"`{str(one.default).lower()}`"
+        rule = "" if one.rule in (None, SWITCH) else f" ({one.rule[0]})"
+        lines.append(f"| `{one.name}` | {default} | {one.option.help}{rule} |")
+    return "\n".join(lines)
+
+
+def _or_null(rule: Rule) -> Rule:
+    text, holds = rule
+    return f"{text}, or null", lambda v: v is None or holds(v)

@@ -1,0 +1,97 @@
+"""One declaration per option: the check, the flag and the row of docs/options.md follow from it.
+
+`python tests/test_settings.py` writes docs/options.md anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from deepseek.data.settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings
+from deepseek.deepopt.settings import TrainConfig
+from deepseek.engine.options import EngineOptions
+from deepseek.engine.sampling_params import SamplingParams
+from deepseek.errors import ConfigError, RequestError
+from deepseek.settings import COUNT, Option, check, declared, table
+from deepseek.tune.settings import TuneConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+TITLES = {
+    TrainConfig: "Training: `Trainer`, `deepseek train`", TuneConfig: "Tuning: `MoEFineTuner`, `deepseek tune`",
+    EngineOptions: "Engine: `LLM`, `deepseek infer`, `chat`, `serve`", SamplingParams: "Sampling: `SamplingParams`",
+    ValidateSettings: "Data: `deepseek data validate`", DedupSettings: "Data: `deepseek data dedup`",
+    LabelSettings: "Data: `deepseek data label`", SplitSettings: "Data: `deepseek data split`",
+    PackSettings: "Data: `deepseek data pack`"}
+
+
+def page() -> str:
+    tables = [f"## {title}\n\n{table(settings)}" for settings, title in TITLES.items()]
+    return "\n\n".join(["# Options", "Each is a keyword argument in Python and a key in YAML files under the same "
+                        "name; where the command has it, `--name` or `--na-me` on the command line.", *tables]) + "\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    size: Annotated[int | None, Option("how many", COUNT)] = None
+    kind: Annotated[Literal["a", "b"], Option("which")] = "a"
+    deep: Annotated[bool, Option("whether")] = False
+    text: Annotated[int | str, Option("what", metavar="SIZE")] = ""
+    other: int = 3
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"size": 0}, "size = 0: must be an integer >= 1, or null"), ({"size": True}, "size = True"),
+    ({"kind": "c"}, "kind = 'c': must be a or b"), ({"kind": None}, "kind = None"), ({"kind": []}, "kind = []"),
+    ({"deep": 1}, "deep = 1: must be true or false"), ({"deep": None}, "deep = None")])
+def test_what_breaks_its_rule_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Example(**given)
+    assert str(caught.value).startswith(message)
+    assert Example(size=3, kind="b", deep=True, text=4, other=-1).size == 3
+
+
+def test_what_a_declaration_says_of_flags() -> None:
+    assert [(one.name, one.kind, one.choices) for one in declared(Example)] == [
+        ("size", int, None), ("kind", str, ("a", "b")), ("deep", bool, None), ("text", str, None)]
+
+
+@pytest.mark.parametrize("settings", TITLES, ids=lambda settings: settings.__name__)
+def test_every_option_is_declared_and_its_default_keeps_its_rule(settings: Callable[[], object]) -> None:
+    assert {one.name for one in declared(settings)} == set(settings.__dataclass_fields__)  # type: ignore[arg-type, attr-defined]
+    assert all(one.option.help for one in declared(settings))  # type: ignore[arg-type]
+    settings()  # checks itself
+
+
+@pytest.mark.parametrize(("settings", "value", "error"), [
+    (EngineOptions, {"policy": "lifo"}, ConfigError), (EngineOptions, {"prefetch": 1}, ConfigError),
+    (EngineOptions, {"warmup_experts": [3]}, ConfigError), (EngineOptions, {"warmup_experts": 3}, ConfigError),
+    (EngineOptions, {"age_limit": -1}, ConfigError), (EngineOptions, {"cache_tokens": 0}, ConfigError),
+    (SamplingParams, {"experts": 3}, RequestError), (SamplingParams, {"logit_bias": {"x": 1}}, RequestError),
+    (SamplingParams, {"top_p": float("nan")}, RequestError), (SamplingParams, {"min_tokens": 300}, RequestError),
+    (SamplingParams, {"stop": [""]}, RequestError), (SamplingParams, {"n": 129}, RequestError),
+    (TuneConfig, {"lr": 0}, ConfigError), (TuneConfig, {"chat_template_kwargs": {"a": {1}}}, ConfigError),
+    (TuneConfig, {"valid_fraction": 1}, ConfigError), (TuneConfig, {"shared_experts": "yes"}, ConfigError),
+    (TrainConfig, {"seed": -1}, ConfigError), (TrainConfig, {"precision": "fp64"}, ConfigError),
+    (TrainConfig, {"tensorboard": None}, ConfigError), (DedupSettings, {"threshold": 0.4}, ConfigError),
+    (ValidateSettings, {"min_characters": 9, "max_characters": 8}, ConfigError), (LabelSettings, {"texts": 19},
+                                                                                 ConfigError),
+    (PackSettings, {"vocab_size": 256}, ConfigError), (SplitSettings, {"valid_fraction": 1}, ConfigError)])
+def test_impossible_values_are_refused_by_name(settings: Any, value: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"{[*value][-1]} = .*must "):
+        settings(**value)
+
+
+def test_the_page_of_options_is_what_is_declared() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "python tests/test_settings.py writes it"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
