@@ -83,6 +83,7 @@ def test_everything_has_a_state_before_anything_ran(make: Callable) -> None:
         json.dumps(state, allow_nan=False)
         json.dumps([monitor.heat(), monitor.series()], allow_nan=False)
         assert state["accuracy"] is None and state["groups"] == [] and "no alert" in view(state)
+        assert state["figures"]["cpu_share"] == state["figures"]["cpu_ratio"], "the former name stays for one release"
 
 
 def test_the_heat_map_is_of_the_last_minutes(make: Callable) -> None:
