@@ -18,6 +18,7 @@ RETIRED = {
     r"\w*(?i:quanti)s(?:e|ed|es|er|ers|ing|ation(?!\.json))\w*": "quantize, quantized, quantization",
     "foretold": "prefetched",
     r"side.paths?": "LoRA adapter",
+    "verbs?": "command",
 }
 NAMES: dict[str, str] = {
     # engine
