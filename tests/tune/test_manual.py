@@ -19,9 +19,9 @@ MANUAL = Path(__file__).parents[2] / "docs" / "tuning.md"
 
 
 def examples(heading: str) -> list[str]:
-    """The indented blocks under a heading."""
+    """The code blocks under a heading."""
     text = MANUAL.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
-    return [re.sub("(?m)^    ", "", block) for block in re.findall(r"(?m)(?:^(?:    .*)?\n)+", text) if block.strip()]
+    return re.findall(r"(?ms)^```\w+\n(.*?)^```$", text)
 
 
 def test_examples_of_adapters_and_merges_run(
