@@ -91,7 +91,7 @@ NB_MODULE(_native, m) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), release());
 
-  m.def("quantise_panels",
+  m.def("quantize_panels",
         [](uintptr_t w, int64_t rows, int64_t columns, int bits, uintptr_t out, int threads) {
           double squares[2];
           {
@@ -101,13 +101,13 @@ NB_MODULE(_native, m) {
           return nb::make_tuple(squares[0], squares[1]);
         });
 
-  m.def("quantised_linear",
+  m.def("quantized_linear",
         [](uintptr_t x, int64_t tokens, int64_t columns, uintptr_t w, int64_t rows, int bits, uintptr_t out, int threads) {
           quantized_linears(at<float>(x), tokens, columns, {{at<uint8_t>(w), rows, at<float>(out)}}, bits, threads);
         },
         release());
 
-  m.def("quantised_groups",
+  m.def("quantized_groups",
         [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride, int64_t group_stride,
            uintptr_t w, int64_t stride, int64_t rows, int bits, uintptr_t out, int threads) {
           quantized_groups(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint8_t>(w), stride, rows,
@@ -115,7 +115,7 @@ NB_MODULE(_native, m) {
         },
         release());
 
-  m.def("quantised_experts",
+  m.def("quantized_experts",
         [](uintptr_t x, int64_t tokens, int64_t hidden, uintptr_t index, uintptr_t weight, int64_t top,
            uintptr_t experts, int64_t num_experts, int64_t inner, uintptr_t shared, int64_t shared_inner, int bits,
            uintptr_t out, int threads, const Residency* residency, int64_t moe_layer) {

@@ -38,8 +38,8 @@ NAMES: dict[str, str] = {
     "side_paths": "lora_modules", "entrance": "input", "widen": "to_compute_dtype", "trains": "trains_native",
 }
 ALLOWED = {  # old names that are answered
-    *(f"quantised_{what}" for what in ("linear", "mlp", "experts", "groups", "places")), "grouped_quantised_linear",
-    "quantise_panels", "learnt_tokens",
+    *(f"quantised_{what}" for what in ("linear", "mlp", "experts", "places")), "grouped_quantised_linear",
+    "learnt_tokens",
 }
 
 

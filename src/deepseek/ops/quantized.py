@@ -109,7 +109,7 @@ def quantized_linear(
     checks.packed_bytes("packed", packed, matrix_bytes(rows, columns, bits))
     if runs_native(x_TK, packed):
         out = x_TK.new_empty(tokens, rows)
-        native.quantised_linear(x_TK.data_ptr(), tokens, columns, packed.data_ptr(), rows, bits, out.data_ptr(),
+        native.quantized_linear(x_TK.data_ptr(), tokens, columns, packed.data_ptr(), rows, bits, out.data_ptr(),
                                 threads())
     else:
         out = linear_reference(x_TK, unpack(packed, rows, columns, bits))
@@ -127,7 +127,7 @@ def quantized_mlp(x_TH: Tensor, packed: Tensor, inner: int, *, bits: int = 4) ->
     if not runs_native(x_TH, packed):
         return mlp_reference(x_TH, packed, inner, bits)
     out = torch.empty_like(x_TH)
-    native.quantised_experts(x_TH.data_ptr(), tokens, hidden, 0, 0, 0, 0, 0, inner, packed.data_ptr(), inner, bits,
+    native.quantized_experts(x_TH.data_ptr(), tokens, hidden, 0, 0, 0, 0, 0, inner, packed.data_ptr(), inner, bits,
                              out.data_ptr(), threads())
     return out
 
@@ -162,7 +162,7 @@ def quantized_experts(
     if not runs_native(x_TH, *table[:1]):
         return experts_reference(x_TH, index_TK, weight_TK, table, shared, shared_inner)
     out = torch.empty_like(x_TH)
-    native.quantised_experts(
+    native.quantized_experts(
         x_TH.data_ptr(), tokens, hidden, index_TK.data_ptr(), weight_TK.data_ptr(), index_TK.shape[1],
         table.addresses.data_ptr(), len(table), inner, address(shared),
         shared_inner, bits, out.data_ptr(), threads(), *(table.fetch or ()))
@@ -187,7 +187,7 @@ def grouped_quantized_linear(
         return torch.stack([linear_reference(x_TGK[:, g], unpack(part, rows, columns, bits))
                             for g, part in enumerate(parts)], 1)
     out = x_TGK.new_empty(tokens, groups, rows)
-    native.quantised_groups(x_TGK.data_ptr(), tokens, groups, columns, x_TGK.stride(0), x_TGK.stride(1),
+    native.quantized_groups(x_TGK.data_ptr(), tokens, groups, columns, x_TGK.stride(0), x_TGK.stride(1),
                             packed.data_ptr() + offset, stride, rows, bits, out.data_ptr(), threads())
     return out
 

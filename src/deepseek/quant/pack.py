@@ -18,7 +18,7 @@ def quantize_panels(w_OK: Tensor, bits: Bits) -> tuple[Tensor, float, float]:
     rows, columns = w_OK.shape
     if w_OK.dtype == torch.float32 and runs_native(w_OK):
         packed = torch.zeros(-(-rows // 16), panel_bytes(columns, bits), dtype=torch.uint8)
-        return packed, *native.quantise_panels(w_OK.data_ptr(), rows, columns, bits, packed.data_ptr(), threads())
+        return packed, *native.quantize_panels(w_OK.data_ptr(), rows, columns, bits, packed.data_ptr(), threads())
     q = (nf4 if bits == 4 else int8).quantize(w_OK)
     return pack(q).view(-1, panel_bytes(columns, bits)), squared(w_OK - q.dequantize()), squared(w_OK)
 
