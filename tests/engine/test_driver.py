@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -105,3 +107,28 @@ def test_the_thread_ends_with_its_llm(tiny_config: Callable[..., ModelConfig],
     del llm
     thread.join(30)
     assert not thread.is_alive()
+
+
+def test_the_interpreter_waits_for_a_thread_that_frees_the_model() -> None:
+    """A thread that is caught in tensors' destructors ends the process with SIGABRT."""
+    script = '''
+import os, threading, time
+from deepseek.config import ModelConfig
+from deepseek.engine import LLM, SamplingParams
+from deepseek.model import CausalLM
+
+class Slow:
+    def __del__(self):
+        begun.set()
+        time.sleep(1)
+        os.write(1, b"freed")
+
+begun = threading.Event()
+llm = LLM(CausalLM(ModelConfig.preset("nano")).init_weights())
+llm.generate([[1]], SamplingParams(max_tokens=2))
+llm.driver.slow = Slow()
+del llm
+assert begun.wait(30)
+'''
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "freed"), done.stderr

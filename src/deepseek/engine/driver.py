@@ -47,7 +47,7 @@ class EngineDriver:
             if not self._running:
                 self._process = os.getpid()
                 self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-                atexit.register(_close, weakref.ref(self))
+                atexit.register(_close, weakref.ref(self), self._thread)
                 self._thread.start()
             self._changed.notify_all()
 
@@ -122,7 +122,8 @@ class EngineDriver:
                 self.engine.fail((*pending, *submitted), error)
 
 
-def _close(driver: weakref.ref[EngineDriver]) -> None:
-    """Before the interpreter goes, so that no step is caught in the middle."""
+def _close(driver: weakref.ref[EngineDriver], thread: threading.Thread) -> None:
+    """Before the interpreter goes: no step may be caught in the middle, nor a thread that frees the model's tensors."""
     if (own := driver()) is not None:
         own.close()
+    thread.join()
