@@ -1,6 +1,6 @@
 """Chat templates, rendered within limits.
 
-They come with checkpoints, so whoever made the files wrote a program that runs here. jinja2's sandbox keeps it from
+They come with checkpoints, so they are programs of the checkpoint's author. jinja2's sandbox keeps them from
 Python's objects, not from working without end (`'a' * 10**10`, nested loops, lists that hold themselves twice), much of
 it inside of one C call that no check between operations sees. So a worker process renders (workers.py). Our own
 template needs none.

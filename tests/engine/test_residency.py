@@ -225,7 +225,7 @@ def test_after_closing_what_is_there_is_used_and_what_is_not_is_an_error(folder:
     own = llm.engine.residency
     llm.close()
     assert own.fetch(0, [2]) == [2]
-    with pytest.raises(ConfigError, match="expert 9 of MoE layer 0 is not in memory and nobody reads it"):
+    with pytest.raises(ConfigError, match="expert 9 of MoE layer 0 is not in memory and is not read"):
         own.fetch(0, [9])
 
 

@@ -26,7 +26,7 @@ FORMAT = 1
 FILE = "atlas.json"
 
 Kind = Literal["built-in", "measured"]
-# what profiling says of a name; all other evidence is of whoever made the entry
+# what profiling says of a name; all other evidence is of the entry's author
 MEASURED = frozenset({"experts", "tokens", "documents", "coverage_slots", "coverage_slots_others", "coverage_weight",
                       "coverage_weight_others", "coverage_uniform", "p", "p_adjusted", "lift_needed",
                       "stability_jaccard", "stability_rank"})
@@ -110,7 +110,7 @@ class Atlas:
     @classmethod
     def built_in(cls, config: ModelConfig, names: Sequence[str],
                  evidence: Mapping[str, Mapping[str, float]] | None = None) -> Atlas:
-        """Routing group i of every layer bears names[i]. MTP layers, whose routes nobody reports, are not included.
+        """Routing group i of every layer bears names[i]. MTP layers, whose routes are not reported, are not included.
 
         evidence: plain numbers by name. Raises ConfigError when there are more names than groups, or one comes twice.
         """

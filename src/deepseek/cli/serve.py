@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _give_way() -> None:
-    """Let the engine's steps and open streams go on while another thread works on somebody's megabytes.
+    """Let the engine's steps and open streams go on while another thread works on a large request.
 
     A step gives the interpreter's lock back hundreds of times, and at Python's 5 ms waits that long for it each time.
     What has been loaded stays for good, so the garbage collector, which holds everybody up, need not look at it (a

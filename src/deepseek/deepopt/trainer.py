@@ -150,7 +150,7 @@ class Trainer(TrainConfig):
         torch.manual_seed(self.seed)
         model, settings = self._model(start, config, run)
         if start.atlas is not None and run is None:
-            start.atlas.save(out / FILE)  # a run goes on without its base
+            start.atlas.save(out / FILE)  # a run continues without its base
         loop = TrainingLoop(
             model, shards, TrainConfig(**self._settings()), out, tokenizer, settings=settings, atlas=start.atlas,
             dtype=start.dtype, about=run["about"] if run else {

@@ -1,4 +1,4 @@
-"""Tasks -> batches of one expert type each, for whoever forms them outside the engine (scheduler.py does inside)."""
+"""Tasks -> batches of one expert type each, for callers outside the engine (scheduler.py forms those inside)."""
 
 from __future__ import annotations
 

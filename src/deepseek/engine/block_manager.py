@@ -2,9 +2,9 @@
 
 A page (PAGE positions) is in one of three states:
 
-    free       held by nobody, its contents are not needed
+    free       ref_count 0, its contents are not needed
     held       by one request or several, which then share a prefix
-    evictable  held by nobody, but in the prefix tree (prefix_tree.py): it serves whoever comes with the same tokens.
+    evictable  ref_count 0, but in the prefix tree (prefix_tree.py): it serves requests that begin with the same tokens.
                The one released longest ago is evicted first, leaves before their parents
 
 Of a prefix's last page the first positions may match alone: they are copied.

@@ -74,7 +74,7 @@ class Constraint:
     """
 
     def __init__(self, matcher: LLMatcher, second: LLMatcher, text_V: np.ndarray, eos_ids: frozenset[int]) -> None:
-        """matcher: nobody else's. second: any other of the same tokenizer, without which the library's executor
+        """matcher: used here only. second: any other of the same tokenizer, without which the library's executor
         computes on the caller's thread. text_V: True for tokens that are text. eos_ids: end it."""
         self._matcher, self._second, self._text_V, self._eos = matcher, second, text_V, sorted(eos_ids)
         self._future: Future[tuple[bool, np.ndarray]] | None = None
@@ -147,7 +147,7 @@ class Constraint:
         return logits_V.masked_fill(~self.allowed_V.to(logits_V.device), -torch.inf)
 
     def accept(self, token: int) -> None:
-        """The text goes on with `token`, one of the allowed."""
+        """Append `token`, one of the allowed, to the text."""
         self.settle()
         self._future = (_LATE if self.late else _PUNCTUAL).submit(self._advance, token)
 

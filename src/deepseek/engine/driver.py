@@ -1,7 +1,7 @@
 """The one thread that runs an engine's steps. Callers submit requests and wait for them: `request.done`, `on_token`.
 
 What callers want is queued and done between two steps: the thread takes the engine's lock again at once after a step,
-and whoever waited for it could wait long.
+and a caller that waited for the lock could wait long.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class EngineDriver:
                 pending = [request for request in (*pending, *submitted) if not request.done.is_set()]
                 if pending:
                     self.engine.step()
-            except Exception as error:  # a fault of ours: nobody must wait for ever
+            except Exception as error:  # a fault of ours: no caller may wait for ever
                 self.engine.fail((*pending, *submitted), error)
 
 

@@ -198,7 +198,7 @@ class Engine:
                     output = self.runner.run(batch, self._wants_routes(batch))
                     self.postprocess(output)
                     advanced = output.advanced
-            except Exception as error:  # the model's, or the disk's: nobody's tokens can be trusted
+            except Exception as error:  # the model's, or the disk's: no token of the batch can be trusted
                 for scheduled in batch:
                     scheduled.request.error = error
                     self._fail(scheduled.request, error)
@@ -257,7 +257,7 @@ class Engine:
         for listener in tuple(self.listeners):
             try:
                 listener.on_step(output)
-            except Exception:  # whoever listens must not harm what runs
+            except Exception:  # a listener must not harm what runs
                 log.exception("a listener of the engine's steps failed")
 
     def _process(self, output: StepOutput, scheduled: ScheduledRequest, logits_SV: Tensor, hidden_TH: Tensor) -> None:

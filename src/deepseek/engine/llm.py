@@ -291,7 +291,7 @@ class LLM:
         """Queue requests; the engine's thread, which the first one starts, runs them."""
         self.driver.submit(*requests)
 
-    def load(self) -> None:
+    def preload(self) -> None:
         """Load what the first chat and the first JSON schema would wait for: the template, the tokenizer's tables."""
         if self.tokenizer is not None and self.tokenizer.has_chat_template:
             with contextlib.suppress(RequestError):  # of a template that wants more than one turn of a user

@@ -105,7 +105,7 @@ class Request:
         self.request_id = next(_ids)
         self.params, self.eos_ids, self.max_new_tokens = params, eos_ids, max_new_tokens
         self.domain, self.constraint, self.adapter = domain, constraint, adapter
-        self.metric_labels: dict[str, str] = {}  # what else it is counted under, by whoever watches
+        self.metric_labels: dict[str, str] = {}  # labels that monitoring counts it under
         self.usage: ExpertUsage | None = None  # counts the experts of what runs
         self.routing_override: RoutingOverride | None = None
         self.ensemble: Ensemble | None = None
@@ -249,7 +249,7 @@ class Request:
         return True
 
     def end(self, reason: FinishReason) -> None:
-        """The reason is set last: whoever reads it in another thread then reads the whole text."""
+        """The reason is set last: a reader in another thread then reads the whole text."""
         self.finished = time.monotonic()
         self.text_stream.flush()
         if self.text_stream.stopped and reason == "length":

@@ -201,7 +201,7 @@ class Residency:
         layer, keep = self.layers[moe_layer], set(wanted)
         if self._alone:
             if not (here := [e for e in wanted if layer.table[e]]):
-                raise ConfigError(f"expert {wanted[0]} of MoE layer {moe_layer} is not in memory and nobody reads it: "
+                raise ConfigError(f"expert {wanted[0]} of MoE layer {moe_layer} is not in memory and is not read: "
                                   "the model was closed, or this process is a fork of the one that loaded it")
             return here
         with self._changed:

@@ -60,7 +60,7 @@ class Adjustment:
         self._ends = torch.tensor(sorted(i for i in ends if i < vocabulary) if params.min_tokens else [])
 
     def add(self, token: int) -> None:
-        """The output goes on with `token`."""
+        """Append `token` to the output."""
         self._counts[token] = self._counts.get(token, 0) + 1
 
     def apply(self, logits_V: Tensor, seen: int) -> Tensor:

@@ -14,8 +14,8 @@ Policies:
 
     fcfs     in the order of arrival
     expert   of those waiting, the one whose experts are most like those in use, so that a step reads fewer of them;
-             but whoever has waited `age_limit` seconds goes first, so nobody starves (ELDR, arXiv 2607.00466, batches
-             for locality in this spirit). How many of a group run together follows from its queue: a long queue fills
+             but a request that has waited `age_limit` seconds goes first, so none starves (ELDR, arXiv 2607.00466,
+             batches for locality in this spirit). How many of a group run together follows from its queue: a long queue fills
              all places, a short one as many as it has, and the next group takes the places that are left, one by one.
              Only the order changes: no request's output depends on its company.
 """
@@ -154,7 +154,7 @@ class Scheduler:
             useful = min(useful, len(request.prompt_logprobs) - 1)
         if request.pooled is not None:  # and a hidden state
             useful = min(useful, request.pooled)
-        if request.params.experts is not None:  # its latents are nobody else's
+        if request.params.experts is not None:  # its latents serve no other request
             useful = 0
         cached = self.block_manager.match_prefix(sequence.block_table, sequence.prefix_key(useful), request.adapter)
         if not self.block_manager.allocate(sequence.block_table, sequence.length):

@@ -6,7 +6,7 @@
 
 They stand in the places of those they hold as `base` and are for inference alone: no parameters, nothing to train or to
 merge (model/adapter.py does that). Whose rows are whose is said around a pass (`rows_of`); without it, and for rows of
-nobody, a module is its base.
+none, a module is its base.
 
 Where the native kernels compute in FP32, A and B are panels, whose products give a row the same bits in any company.
 

@@ -209,7 +209,7 @@ def _grouped(x_TH: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, pair
 def expert_mlp(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
     """Weighted sum over each token's K experts of down(silu(gate(x)) * up(x)), [T, H].
 
-    index_TK: int64 in 0..E-1, distinct within a row, or -1 for a pair that is somebody else's; weight_TK: FP32,
+    index_TK: int64 in 0..E-1, distinct within a row, or -1 for a pair that another call computes; weight_TK: FP32,
     differentiable.
     """
     pairs = sort_pairs(index_TK, gate_up_E2IH.shape[0])

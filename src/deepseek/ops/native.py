@@ -69,7 +69,7 @@ def _bf16() -> str:
 
 
 BF16 = _bf16()
-# without vector instructions torch is faster, but whoever asks for the plain kernels gets them
+# without vector instructions torch is faster, but the plain kernels run where they are asked for
 CHOSEN = isa() != "scalar" or os.environ.get("DEEPSEEK_ISA") == "scalar"
 
 

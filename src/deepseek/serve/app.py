@@ -47,7 +47,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     async def life(_: FastAPI) -> AsyncIterator[None]:
         for workers in (templates.WORKERS, grammars.WORKERS):  # so that the first request does not wait for them
             await asyncio.to_thread(workers.start)
-        await asyncio.to_thread(llm.load)
+        await asyncio.to_thread(llm.preload)
         yield
         await server.shutdown()
 

@@ -133,7 +133,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         if len(data) > HIGH_WATER_LIMIT:  # also of a body that is not read because its request was refused
             self.flow.pause_reading()
-            if self.cycle is None or self.cycle.response_complete:  # else whoever reads the body goes on
+            if self.cycle is None or self.cycle.response_complete:  # else the reader of the body continues
                 self.flow.resume_reading()
         self._update_timer()
 
@@ -171,7 +171,7 @@ class Connection(H11Protocol):
                                  f"connection: close\r\n\r\n{body}".encode())
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-        if self.cycle is not None and not self.cycle.response_complete:  # whoever waits for its body
+        if self.cycle is not None and not self.cycle.response_complete:  # a reader waits for its body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.loop.call_later(LINGER, self.transport.abort)

@@ -129,7 +129,7 @@ class Guard:
         if name in self.hosts or name == "localhost":
             return True
         address = _address(name)
-        # an address is nobody's name, so it cannot be pointed elsewhere
+        # an address is no name in DNS, so it cannot be pointed elsewhere
         return address is not None and (address.is_loopback or not self.hosts.isdisjoint(ANY))
 
     def _has_key(self, header: bytes) -> bool:

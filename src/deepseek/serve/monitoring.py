@@ -35,7 +35,7 @@ from .protocol import FeedbackRequest
 
 ANSWERS = 4096  # the last ones, which can be rated
 CLIENT = 256  # characters of a client's name that are kept
-# the page holds its own style and script, and talks to nobody but this server
+# the page holds its own style and script, and talks to this server only
 POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 

@@ -111,8 +111,8 @@ class Groups:
         self.expected_LG = self.member_LEG.sum(1) / max(self.experts, 1)  # share of a layer's slots if all are even
         built_in = [] if atlas is None else [group.kind == "built-in" for group in atlas.groups]
         member_ER = self._rivals(config, built_in)
-        nobody_1R = torch.zeros(1, member_ER.shape[1])
-        self.member_PR = torch.cat([member_ER, nobody_1R])  # places, and one for no expert
+        absent_1R = torch.zeros(1, member_ER.shape[1])
+        self.member_PR = torch.cat([member_ER, absent_1R])  # places, and one for no expert
         self.even_R = member_ER.sum(0).div(max(self.experts, 1)).clamp(min=1e-9)
         self.chance_G = 1 / self.against_RR[: len(self.names)].sum(1).clamp(min=1).double()
         rows = torch.arange(len(self.layers)).tensor_split(min(BANDS, max(1, len(self.layers))))
@@ -224,7 +224,7 @@ class ServingCounters:
         self._pending.append(_Step(parts, [r.index_TK for r in routes], [r.weight_TK for r in routes]))
         self._gathered += sum(tokens for _, tokens in parts)
         self.inline_seconds += time.perf_counter() - began
-        if self._gathered > GATHERED and self.lock.acquire(blocking=False):  # else somebody who reads counts it
+        if self._gathered > GATHERED and self.lock.acquire(blocking=False):  # else the reader that has it counts
             try:
                 self._settle()
             finally:
@@ -269,7 +269,7 @@ class ServingCounters:
 
     def _routes(self, steps: Sequence[_Step], requests: Mapping[int, Any]) -> None:
         groups, (layers, experts), numbers = self.groups, self.wanted_LE.shape, self.numbers
-        named, nobody = len(groups.names), layers * experts  # the place of an index that is no expert
+        named, absent = len(groups.names), layers * experts  # the place of an index that is no expert
         # numpy for whole numbers: torch would wake its threads, which wait for the model's
         steps = sorted(steps, key=lambda step: tuple(step.index[0].shape))  # one call for all steps of a shape
         widest = max(step.index[0].shape[1] for step in steps)  # a request may ask for more experts than others
@@ -278,20 +278,20 @@ class ServingCounters:
         weight_TLK = torch.cat([_side_by_side([step.weight for step in own], widest, 0) for own in alike])
         place_TLK = index_TLK + experts * np.arange(layers)[:, None]
         if (absent_TLK := index_TLK < 0).any():
-            place_TLK[absent_TLK] = nobody
+            place_TLK[absent_TLK] = absent
         place_TP = place_TLK.reshape(len(place_TLK), -1)
         row = {number: i for i, number in enumerate(requests)}
         parts = [(row[request.request_id], tokens) for step in steps for request, tokens in step.parts]
         of_T = np.repeat([i for i, _ in parts], [tokens for _, tokens in parts])
         label_T = np.array([groups.place(groups.label(request.domain)) for request in requests.values()])[of_T]
-        count_D = np.bincount(((label_T + 1)[:, None] * (nobody + 1) + place_TP).ravel(),
-                              minlength=(named + 1) * (nobody + 1)).reshape(named + 1, nobody + 1)
+        count_D = np.bincount(((label_T + 1)[:, None] * (absent + 1) + place_TP).ravel(),
+                              minlength=(named + 1) * (absent + 1)).reshape(named + 1, absent + 1)
         counts = self.counts
-        counts.slots_DLE.add_(torch.from_numpy(count_D[:, :nobody]).view_as(counts.slots_DLE))
+        counts.slots_DLE.add_(torch.from_numpy(count_D[:, :absent]).view_as(counts.slots_DLE))
         tokens_S = np.array([len(step.index[0]) for step in steps])
-        asked = np.zeros((len(steps), nobody + 1), dtype=bool)
+        asked = np.zeros((len(steps), absent + 1), dtype=bool)
         asked[np.repeat(np.arange(len(steps)), tokens_S)[:, None], place_TP] = True
-        self.wanted_LE += torch.from_numpy(asked[:, :nobody].sum(0)).view_as(self.wanted_LE)
+        self.wanted_LE += torch.from_numpy(asked[:, :absent].sum(0)).view_as(self.wanted_LE)
         expected = layers * experts * (1 - (1 - self.config.num_experts_per_tok / experts) ** tokens_S).sum()
         numbers[key("distinct_experts_expected_total")] += float(expected)
         if not named:
