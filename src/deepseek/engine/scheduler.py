@@ -15,8 +15,9 @@ Policies:
     fcfs     in the order of arrival
     expert   of those waiting, the one whose experts are most like those in use, so that a step reads fewer of them;
              but a request that has waited `age_limit` seconds goes first, so none starves (ELDR, arXiv 2607.00466,
-             batches for locality in this spirit). How many of a group run together follows from its queue: a long queue fills
-             all places, a short one as many as it has, and the next group takes the places that are left, one by one.
+             batches for locality in this spirit). How many of a group run together follows from its queue: a long
+             queue fills all places, a short one as many as it has, and the next group takes the places that are left,
+             one by one.
              Only the order changes: no request's output depends on its company.
 """
 
