@@ -1,4 +1,4 @@
-"""Who may import whom (docs/house.md), enforced over the syntax tree.
+"""Who may import whom (docs/house.md), enforced over the syntax tree; no module imports itself by any way round.
 
 Imports inside functions count, and those under TYPE_CHECKING too, because a type is a dependency of thought. Only the
 package's own `__init__` may name all rooms there.
@@ -9,8 +9,9 @@ Also: what `deepseek --help` loads at import time is checked file by file, so th
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,8 @@ def violations(path: Path, source: str) -> list[str]:
         top, *rest = name.split(".")
         if top == "argparse" and room != "cli":
             found.append(f"{path}:{line}: only cli imports argparse")
-        if top != "deepseek" or rest[:1] == ["__version__"] or (rest[:1] == ["_native"] and room == "ops"):
-            continue  # the native kernels belong to ops
+        if top != "deepseek" or rest[:1] == ["__version__"]:
+            continue
         if not rest or rest[0] not in ROOMS:
             found.append(f"{path}:{line}: imports {name}: import from the room itself")
         elif rest[0] not in allowed(room):
@@ -125,6 +126,11 @@ def test_the_table_has_no_circle_and_knows_its_rooms() -> None:
     ("ids.py", "from .tokenizer import Tokenizer", "ids must not import tokenizer"),
     ("engine/engine.py", "from ..data import records", "engine must not import data"),
     ("engine/engine.py", "from ..tune import lora", "engine must not import tune"),
+    ("engine/engine.py", "def f():\n    from .. import route", "engine.py:2: engine must not import route"),
+    ("route/pool.py", "from ..serve import app", "route must not import serve"),
+    ("route/pool.py", "from ..data import records", "route must not import data"),
+    ("watch/alerts.py", "from ..route import pool", "watch must not import route"),
+    ("ops/native.py", "from .. import _native", "import from the room itself"),
     ("watch/alerts.py", "from ..engine import LLM", "watch must not import engine"),
     ("watch/terminal.py", "def f():\n    from argparse import Namespace", "terminal.py:2: only cli imports argparse"),
     ("utils/x.py", "", "utils is not a room"),
@@ -141,11 +147,52 @@ def test_the_checker_can_fail(path: str, source: str, guilty: str) -> None:
     ("cli/x.py", "import argparse\nfrom .. import __version__\n"
                  "def f():\n    from ..serve import app\n    from ..info import fit"),
     ("quant/fp8.py", "from ..errors import CheckpointError"),
+    ("route/pool.py", "from ..engine import LLM\nfrom ..atlas import Atlas\nfrom ..config import ModelConfig"),
+    ("serve/app.py", "from ..route import pool"),
     ("serve/app.py", "from ..watch import metrics\nfrom ..engine import LLM\nfrom ..checkpoint import resolve"),
     ("__init__.py", "from importlib import import_module\nif TYPE_CHECKING:\n    from .engine import LLM as LLM"),
 ])
 def test_and_can_pass(path: str, source: str) -> None:
     assert violations(Path(path), source) == []
+
+
+# ---- circles --------------------------------------------------------------------------------------------------------
+
+
+def circle(sources: Mapping[Path, str]) -> list[str]:
+    """Modules of which each imports the next and the last is the first again, if there are such; [] without."""
+    def name_of(path: Path) -> str:
+        return ".".join(["deepseek", *path.with_suffix("").parts]).removesuffix(".__init__")
+
+    graph: dict[str, set[str]] = {name_of(path): set() for path in sources}
+    for path, source in sources.items():
+        for _, name in imports(ast.parse(source), ["deepseek", *path.parts[:-1]]):
+            imported = name if name in graph else name.rpartition(".")[0]  # a name in a module is no module
+            if imported in graph:
+                graph[name_of(path)].add(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circle({path: (PACKAGE / path).read_text(encoding="utf-8") for path in SOURCES}) == []
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("from .b import x", "from .a import y"),
+    ("from . import b", "from . import a"),
+    ("from . import b", "def f():\n    from .a import y"),
+    ("import deepseek.room.b", "if TYPE_CHECKING:\n    from deepseek.room import a"),
+    ("from .. import __version__", ""),
+])
+def test_and_a_circle_is_found(one: str, other: str) -> None:
+    room = {Path("room/a.py"): one, Path("room/b.py"): other, Path("room/c.py"): "from . import a, b"}
+    found = circle(room | {Path("__init__.py"): "def f():\n    from .room import c"})
+    assert found and found[0] == found[-1] and "deepseek.room.a" in found
+    assert circle(room | {Path("room/a.py"): "import os\nfrom .. import errors"}) == []
 
 
 # ---- what the command line loads ------------------------------------------------------------------------------------

@@ -41,9 +41,9 @@ from .request import Request
 from .residency import Residency
 from .routing_override import RoutingOverride
 from .runner import Runner
-from .scheduler import ScheduledRequest, Scheduler
+from .scheduler import Scheduler
 from .speculative import Drafter
-from .step_output import RouteRecorder, StepListener, StepOutput, UsageRecorder
+from .step_output import RouteRecorder, ScheduledRequest, StepListener, StepOutput, UsageRecorder
 
 log = logging.getLogger("deepseek.engine")
 PATIENCE, WAIT = 0.005, 0.02  # seconds for the masks of a step's requests; where nothing else is to be done

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,10 +22,7 @@ from torch import Tensor
 from ..atlas import Atlas
 from ..config import ModelConfig
 from .request import Request
-
-if TYPE_CHECKING:
-    from .scheduler import ScheduledRequest
-    from .step_output import StepOutput
+from .step_output import ScheduledRequest, StepOutput
 
 HALF_LIFE = 32  # requests after which an old measurement of a domain counts half
 LEARNED = 256  # domains that are remembered beside those of the atlas: callers may name as many as they like

@@ -36,7 +36,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +48,7 @@ from ..model.adapters import bare
 from ..ops.native import native
 from ..quant.fused import FusedCausalLM
 from ..quant.linear import QuantizedExperts
-
-if TYPE_CHECKING:
-    from .step_output import StepOutput
+from .step_output import StepOutput
 
 HALF_LIFE = 64  # steps
 REBALANCE = 128  # steps

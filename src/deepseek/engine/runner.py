@@ -15,8 +15,7 @@ from ..model import CausalLM, RoutingRecord
 from ..model.adapters import rows_of, side_by_side, whole
 from ..model.cache import LatentPool, PackedBatch
 from .routing_override import combine_overrides
-from .scheduler import ScheduledRequest
-from .step_output import StepOutput
+from .step_output import ScheduledRequest, StepOutput
 
 SCORED = 64  # rows of logits at a time: with a large vocabulary they are many bytes
 

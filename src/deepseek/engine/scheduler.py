@@ -25,28 +25,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from ..model.cache import Chunk
 from .block_manager import BlockManager
 from .expert_affinity import ExpertAffinity
 from .options import Policy
 from .request import Request
-
-
-@dataclass(frozen=True)
-class ScheduledRequest:
-    """What a step runs of a request. samples: the chunk reaches the request's end: the logits after it are wanted.
-    draft: the chunk's last token, if that is a draft."""
-
-    request: Request
-    chunk: Chunk
-    samples: bool
-    draft: int | None = None
-
-    @property
-    def prompt(self) -> bool:
-        return self.chunk.past < len(self.request.prompt_ids)
+from .step_output import ScheduledRequest
 
 
 class Scheduler:

@@ -1,4 +1,4 @@
-"""What a step of the engine computed, and who listens to it.
+"""What a step of the engine runs and what it computed, and who listens to it.
 
 Shape letters: S rows of logits, V vocabulary, T tokens, H hidden, L MoE layers, K experts a token.
 """
@@ -14,8 +14,23 @@ from torch import Tensor
 
 from ..checkpoint import UNNAMED
 from ..model import RoutingRecord
+from ..model.cache import Chunk
 from .request import Request
-from .scheduler import ScheduledRequest
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """What a step runs of a request. samples: the chunk reaches the request's end: the logits after it are wanted.
+    draft: the chunk's last token, if that is a draft."""
+
+    request: Request
+    chunk: Chunk
+    samples: bool
+    draft: int | None = None
+
+    @property
+    def prompt(self) -> bool:
+        return self.chunk.past < len(self.request.prompt_ids)
 
 
 @dataclass

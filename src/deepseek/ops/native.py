@@ -6,9 +6,10 @@ torch reference, and that is said once. A library that is there but does not loa
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,16 +21,15 @@ from ..errors import ConfigError
 def _load() -> Any:
     if os.environ.get("DEEPSEEK_PURE", "0") not in ("", "0"):
         reason = "DEEPSEEK_PURE is set"
-    elif importlib.util.find_spec("deepseek._native") is None:
+    elif find_spec("deepseek._native") is None:
         reason = "the package was installed without them (DEEPSEEK_PURE=1)"
     else:
-        from deepseek import _native
-
+        loaded = import_module("deepseek._native")  # it needs nothing of the package, whose __init__ names every room
         try:
-            _native.isa()
+            loaded.isa()
         except RuntimeError as error:  # DEEPSEEK_ISA names an instruction set that is not there
             raise ConfigError(str(error)) from None
-        return _native
+        return loaded
     warnings.warn(f"native kernels are not in use: {reason}; operations run their torch reference", stacklevel=2)
     return None
 
