@@ -130,7 +130,7 @@ def batching(args: Any) -> tuple[list[str], dict[str, Any]]:
 
 def in_quarter(model: CausalLM, requests: Sequence[Request]) -> float:
     """Share of the slots that fall on the experts of the request's own domain."""
-    run(Engine(model, EngineOptions(batch_size=8, prefix_cache=False)), requests)
+    run(Engine(model, EngineOptions(max_num_seqs=8, prefix_cache=False)), requests)
     hits = [OF_EXPERT[torch.cat(r.routes)] == NAMES.index(str(r.domain)) for r in requests]
     return float(torch.cat([h.flatten() for h in hits]).float().mean())
 
@@ -140,7 +140,7 @@ def orders(args: Any, model: CausalLM, queue: Queue, tokens: int) -> tuple[list[
     batch, seeds = 8, iter(range(1, 1000))
 
     def engine(policy: str) -> Engine:
-        return Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, speculate=False,
+        return Engine(model, EngineOptions(max_num_seqs=batch, prefix_cache=False, speculate=False,
                                            policy=policy))  # type: ignore[arg-type]
 
     def measure(policy: str, seed: int) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def throughput(args: Any) -> tuple[list[str], dict[str, Any]]:
     data: dict[str, Any] = {}
     best = peer
     for batch in (1, 8, 32, 128):
-        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, cache_tokens=128 * batch + 128))
+        engine = Engine(model, EngineOptions(max_num_seqs=batch, prefix_cache=False, cache_tokens=128 * batch + 128))
         if batch <= 32:  # beyond it takes minutes, and the fastest of 32 stays so
             best = max(peer.variants(), key=lambda variant: variant.decode(batch, 16))
         steps = 32
@@ -281,7 +281,7 @@ def prefix(args: Any) -> tuple[list[str], dict[str, Any]]:
     system = [draw.randrange(CONFIG.vocab_size) for _ in range(1024)]
 
     def measure(cached: bool, seed: int) -> tuple[float, float]:
-        engine = Engine(model, EngineOptions(batch_size=8, prefix_cache=cached, cache_tokens=16384))
+        engine = Engine(model, EngineOptions(max_num_seqs=8, prefix_cache=cached, cache_tokens=16384))
         tails = random.Random(seed)
         requests = [request(system + [tails.randrange(CONFIG.vocab_size) for _ in range(16)], 8) for _ in range(8)]
         run(engine, requests[:1])
@@ -343,7 +343,7 @@ def drafted(args: Any, model: CausalLM, queue: Callable[[], list[Request]], batc
     known: list[list[int]] = []
 
     def measure(kind: str) -> tuple[float, Engine]:
-        engine = Engine(model, EngineOptions(batch_size=batch, prefix_cache=False, speculate=kind != "none"))
+        engine = Engine(model, EngineOptions(max_num_seqs=batch, prefix_cache=False, speculate=kind != "none"))
         requests = queue()
         if engine.drafter is not None and chance is not None:
             simulate(engine.drafter, dict(zip([r.request_id for r in requests], known, strict=True)), chance)
@@ -395,7 +395,7 @@ def simulate(drafter: Drafter, known: dict[int, list[int]], chance: float) -> No
 
 def memory(args: Any) -> tuple[list[str], dict[str, Any]]:
     folder = named_model(args)
-    llm, process, draw = LLM(folder, batch_size=32), psutil.Process(), random.Random(0)
+    llm, process, draw = LLM(folder, max_num_seqs=32), psutil.Process(), random.Random(0)
     texts = [ids for own in real_prompts(args, folder, 16).values() for ids in own]
     marks, began = {}, time.perf_counter()
     for done in range(0, 10_000, 250):

@@ -55,7 +55,7 @@ SETTINGS = {"off, off": ("", False), "by name, off": ("{name}", False), "by name
 def child(job: dict[str, Any]) -> dict[str, Any]:
     """One measurement, in this process."""
     torch.set_num_threads(job["threads"])
-    llm = LLM(job["folder"], batch_size=1, prefix_cache=False, speculate=False, expert_memory=job["budget"],
+    llm = LLM(job["folder"], max_num_seqs=1, prefix_cache=False, speculate=False, expert_memory=job["budget"],
               warmup_experts=job["warm"], prefetch=job["prefetch"])
     own, usage = llm.engine.residency, ExpertUsage(llm.model.config)
     assert own is not None

@@ -17,7 +17,7 @@ that says why the answer ended, over 31. Both servers send an event when the tex
 character waits for the others (1 in 224 ids of this tokenizer, read alone; a sign that a server has taken the request
 up carries no text and does not count). The number of events with text over the number of tokens is in the result.
 
-Each at its best. Ours as it comes, with --batch_size 32. llama-server with 32 slots and a context that gives each its
+Each at its best. Ours as it comes, with --max_num_seqs 32. llama-server with 32 slots and a context that gives each its
 room; whether with flash attention and with how patient threads is tried before each number of clients: the fastest
 counts. It reads up to 2,048 tokens of prompts before anybody gets a token, ours 512 a step; where the clients' prompts
 are more than that, it runs a second time with `-b 512`: first tokens come sooner, the others later, and both rows stand
@@ -134,7 +134,8 @@ def ours(args: Any) -> Iterator[Server]:
     """`deepseek serve`, at its own defaults for what OpenMP does."""
     port, environment = free_port(), {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-m", "deepseek.cli", "serve", str(shape_model(args.cache)), "--name", "model", "--port",
-               str(port), "--threads", str(args.threads), "--batch_size", str(SLOTS), "--step_tokens", str(STEP)]
+               str(port), "--threads", str(args.threads), "--max_num_seqs", str(SLOTS),
+               "--max_num_batched_tokens", str(STEP)]
     with running(command, environment, port):
         yield Server(OURS, port, {"deepseek": {"ignore_eos": True}})
 
@@ -287,7 +288,7 @@ def summary(loads: Sequence[Load]) -> dict[str, Any]:
 
 
 def watch(args: Any) -> tuple[list[str], dict[str, Any]]:
-    llm = LLM(planted_model(args.cache), batch_size=SLOTS, prefix_cache=False, speculate=False)
+    llm = LLM(planted_model(args.cache), max_num_seqs=SLOTS, prefix_cache=False, speculate=False)
     draw = random.Random(0)
     rows = [["requests", "step (ms)", "counting (us a step)", "of the steps' time", "tokens/s with", "without",
              "ratio"]]

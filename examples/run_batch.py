@@ -17,7 +17,7 @@ SCHEMA = {"type": "object", "properties": {"verdict": {"enum": ["yes", "no", "un
 
 
 def main(model: str, prompts: str) -> None:
-    llm = LLM(model, batch_size=32)
+    llm = LLM(model, max_num_seqs=32)
     usage = ExpertUsage(llm.model.config)
     lines = Path(prompts).read_text(encoding="utf-8").splitlines()
     params = SamplingParams(max_tokens=64, temperature=0, json_schema=SCHEMA)

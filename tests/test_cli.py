@@ -68,7 +68,8 @@ def test_flags_are_spelled_with_hyphens_or_underscores(parser: Parser) -> None:
             usual = [vars(parser.parse_args(words)) for words in (
                 [flag, *value], [flag.replace("_", "-"), *value], [flag, *value][:1] if not value else [
                     f"{flag.replace('_', '-')}={value[0]}"])]
-            assert usual[0] == usual[1] == usual[2]
+            mixed = vars(parser.parse_args([flag.replace("_", "-", 1), *value]))
+            assert usual[0] == usual[1] == usual[2] == mixed
             assert usual[0][action.dest] != vars(parser.parse_args([]))[action.dest] or action.default in ("fcfs", True)
     finally:
         for action in needed:
@@ -83,6 +84,9 @@ def test_flags_are_spelled_with_hyphens_or_underscores(parser: Parser) -> None:
     (["tune", "m", "d", "--no-gradient-checkpointing"], "gradient_checkpointing", False),
     (["tune", "m", "d", "--no_gradient_checkpointing"], "gradient_checkpointing", False),
     (["infer", "--model", "x", "--expert-memory", "4GiB"], "expert_memory", "4GiB"),
+    (["infer", "--model", "x", "--chat-template_kwargs", '{"a": 1}'], "chat_template_kwargs", {"a": 1}),
+    (["tune", "m", "d", "--no_gradient-checkpointing"], "gradient_checkpointing", False),
+    (["train", "nano", "d", "--out", "o", "--min_lr-ratio=0.5"], "min_lr_ratio", 0.5),
     (["tune", "m", "d"], "gradient_checkpointing", None), (["train", "nano", "d", "--out", "o"], "lr", None),
     (["train", "nano", "d", "--out", "o", "--min-lr-ratio=0.5"], "min_lr_ratio", 0.5),
     (["infer", "--model", "x", "--prompt", "--no-prefetch and --top-p"], "prompt", "--no-prefetch and --top-p"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from importlib import import_module
 from operator import attrgetter
+from typing import Any
 
 import pytest
 import torch
 
+from deepseek.cli.main import infer_main
 from deepseek.config import ModelConfig
+from deepseek.engine import LLM, EngineOptions
+from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM
 
 RENAMED = [
@@ -43,3 +48,41 @@ def test_the_order_of_attention_is_its_impl(tiny_config: Callable[..., ModelConf
         logits = model(ids, order="absorbed")
     assert caught[0].filename == __file__
     assert torch.equal(logits, model(ids, attn_impl="absorbed")) and not torch.equal(logits, model(ids))
+
+
+def test_former_names_of_options_work_in_python(tiny_config: Callable[..., ModelConfig]) -> None:
+    model = CausalLM(tiny_config()).init_weights(torch.Generator().manual_seed(0))
+    with pytest.warns(DeprecationWarning) as caught:
+        llm = LLM(model, batch_size=3, step_tokens=7)  # type: ignore[call-arg]
+    assert sorted(str(one.message) for one in caught) == [
+        "batch_size is called max_num_seqs now", "step_tokens is called max_num_batched_tokens now"]
+    assert {one.filename for one in caught} == {__file__}
+    assert llm.engine.options == EngineOptions(max_num_seqs=3, max_num_batched_tokens=7)
+    with pytest.warns(DeprecationWarning, match="batch_size is called max_num_seqs now"):
+        assert EngineOptions(batch_size=3) == EngineOptions(max_num_seqs=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="max_num_seqs and batch_size: are two names of one setting: leave out"):
+        EngineOptions(batch_size=3, max_num_seqs=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="max_num_seqs = 0: must be"), pytest.warns(DeprecationWarning):
+        EngineOptions(batch_size=0)  # type: ignore[call-arg]
+
+
+def test_former_flags_work_and_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def make(_: str, **options: Any) -> None:
+        made.append(options)
+        raise RequestError("enough")
+
+    monkeypatch.setattr("deepseek.engine.llm.LLM", make)
+    words = shlex.split('deepseek-infer --model deepseek-v3 --warmup_experts "text_expert,code_expert" --batch_size 32 '
+                        '--prompt x')
+    monkeypatch.setattr("sys.argv", words)
+    assert infer_main() == 2
+    assert made[0]["max_num_seqs"] == 32 and made[0]["warmup_experts"] == "text_expert,code_expert"
+    assert capsys.readouterr().err == (
+        "deepseek: warning: --batch_size is called --max_num_seqs now\ndeepseek: enough\n")
+    monkeypatch.setattr("sys.argv", [*words, "--max-num-seqs", "3"])
+    assert infer_main() == 2 and len(made) == 1
+    assert "max_num_seqs and batch_size: are two names of one setting" in capsys.readouterr().err

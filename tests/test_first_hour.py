@@ -81,9 +81,9 @@ def test_data_without_a_configuration_is_told_so(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("make", [
-    lambda: TuneConfig.of(expert_tun=["x"]), lambda: EngineOptions.of({"batchsize": 3})])
+    lambda: TuneConfig.of(expert_tun=["x"]), lambda: EngineOptions.of({"max_num_seq": 3})])
 def test_settings_that_are_nearly_right(make: Callable[[], Any]) -> None:
-    with pytest.raises(ConfigError, match=r"did you mean (expert_tune|batch_size)[?]"):
+    with pytest.raises(ConfigError, match=r"did you mean (expert_tune|max_num_seqs)[?]"):
         make()
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
+
+
+def warn(message: str) -> None:
+    """Warn of the line that calls this package, be it from below torch, whose modules call ours."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("deepseek", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -16,7 +25,7 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         where, _, new = names[name].rpartition(".")
-        warnings.warn(f"{module}.{name} is deprecated: use {where or module}.{new}", DeprecationWarning, stacklevel=2)
+        warn(f"{module}.{name} is deprecated: use {where or module}.{new}")
         return getattr(import_module(where or module), new)
 
     return find

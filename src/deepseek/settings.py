@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from functools import cache, wraps
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
+from .deprecation import warn
 from .errors import ConfigError, nearest
 
+S = TypeVar("S")
 Rule = tuple[str, Callable[[Any], bool]]  # as a message says it, and whether a value follows it
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field's type does not say. metavar: of the flag's value, where it is not the usual one of the type."""
+    """What a field's type does not say. metavar: of the flag's value, where it is not the usual one of the type.
+    formerly: the name of the last release, which works and warns."""
 
     help: str
     rule: Rule | None = None
     metavar: str | None = None
+    formerly: str | None = None
 
 
 class Declared(NamedTuple):
@@ -94,10 +98,38 @@ def known(settings: type, values: dict[str, Any], what: str) -> dict[str, Any]:
     """`values`; raises ConfigError for the first that is no option of `settings`, `what` a message calls these."""
     names = [one.name for one in declared(settings)]
     for name in values:
-        if name not in names:
+        if name not in names and name not in former_names(settings):
             raise ConfigError(f"{name} = {values[name]!r}: is no {what}; there are {', '.join(names)}"
                               f"{nearest(name, names)}")
     return values
+
+
+def former_names(settings: type) -> dict[str, str]:
+    """Former name -> name, of the options that were renamed."""
+    return {one.option.formerly: one.name for one in declared(settings) if one.option.formerly}
+
+
+def rename(given: dict[str, Any], names: Mapping[str, str], tell: Callable[[str], None] = warn,
+           spelled: str = "{}") -> dict[str, Any]:
+    """`given` with new names for former ones (names: former -> new); `tell` is told of each, `spelled` as a user wrote
+    it. Raises ConfigError where both are given."""
+    for former in given.keys() & names.keys():
+        if (name := names[former]) in given:
+            raise ConfigError(f"{name} and {former}: are two names of one setting: leave out {former}")
+        tell(f"{spelled.format(former)} is called {spelled.format(name)} now")
+    return {names.get(name, name): value for name, value in given.items()}
+
+
+def takes_former_names(settings: type[S]) -> type[S]:
+    """Of a dataclass: it also takes its renamed options by their former names."""
+    made = settings.__init__
+
+    @wraps(made)
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        made(self, *args, **rename(given, former_names(settings)))
+
+    settings.__init__ = init  # type: ignore[method-assign]
+    return settings
 
 
 def table(settings: type) -> str:

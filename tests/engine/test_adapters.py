@@ -121,8 +121,9 @@ def test_plain_weights_in_one_batch(served: Callable[..., Served]) -> None:
 
 @needs_native
 @pytest.mark.parametrize("base", list(BASES))
-@pytest.mark.parametrize("options", [{}, {"step_tokens": 7, "batch_size": 5}, {"prefix_cache": False},
-                                     {"cache_tokens": 768, "step_tokens": 33}, {"policy": "expert"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 7, "max_num_seqs": 5}, {"prefix_cache": False},
+                                     {"cache_tokens": 768, "max_num_batched_tokens": 33}, {"policy": "expert"}],
+                         ids=str)
 def test_four_bits_have_the_same_bits_in_any_company(
         served: Callable[..., Served], base: str, options: dict[str, Any]) -> None:
     own, draw = served(base), random.Random(2)
@@ -163,7 +164,7 @@ def test_four_bits_are_near_the_side_path_that_was_trained(served: Callable[...,
 def test_arrivals_aborts_and_preemptions_of_several_adapters(served: Callable[..., Served], seed: int) -> None:
     own, draw = served(), random.Random(seed)
     pages = draw.choice([4, 6, 12])
-    llm = LLM(own.llm().model, batch_size=draw.choice([2, 4, 9]), step_tokens=draw.choice([5, 40, 300]),
+    llm = LLM(own.llm().model, max_num_seqs=draw.choice([2, 4, 9]), max_num_batched_tokens=draw.choice([5, 40, 300]),
               cache_tokens=128 * pages, prefix_cache=draw.random() < 0.7, policy=draw.choice(["fcfs", "expert"]),
               age_limit=0.0)
     engine, alive, done = llm.engine, [], []

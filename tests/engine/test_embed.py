@@ -26,8 +26,8 @@ def means(model: CausalLM) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"step_tokens": 7}, {"batch_size": 2}, {"cache_tokens": 192, "step_tokens": 24}, {"prefix_cache": False}],
-    ids=lambda options: "-".join(options) or "plain")
+    {}, {"max_num_batched_tokens": 7}, {"max_num_seqs": 2}, {"cache_tokens": 192, "max_num_batched_tokens": 24},
+    {"prefix_cache": False}], ids=lambda options: "-".join(options) or "plain")
 def test_the_mean_of_the_last_hidden_states(model: CausalLM, options: dict) -> None:
     llm = LLM(model, **options)
     for _ in range(2):  # what the prefix cache holds by then has no hidden states
@@ -40,7 +40,7 @@ def test_the_mean_of_the_last_hidden_states(model: CausalLM, options: dict) -> N
 
 
 def test_a_request_that_steps_back_counts_each_position_once(model: CausalLM) -> None:
-    llm = LLM(model, step_tokens=16)
+    llm = LLM(model, max_num_batched_tokens=16)
     request = llm.pooling_request(PROMPTS[3])
     llm.engine.add(request)
     llm.engine.step()
@@ -53,7 +53,7 @@ def test_a_request_that_steps_back_counts_each_position_once(model: CausalLM) ->
 
 
 def test_beside_a_request_that_generates(model: CausalLM) -> None:
-    llm = LLM(model, step_tokens=12)
+    llm = LLM(model, max_num_batched_tokens=12)
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     (alone,) = llm.generate([PROMPTS[1]], params)
     requests = llm.requests(PROMPTS[1], params)

@@ -105,8 +105,7 @@ def test_results_do_not_depend_on_how_prompts_fall_into_batches(llm: LLM) -> Non
     together = llm.generate(prompts, params)
     assert len({len(output.token_ids) for output in together}) > 5
     assert together == [llm.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
-    llm.batch_size = 4
-    assert together == llm.generate(prompts, params)
+    assert together == LLM(llm.model, tokenizer=llm.tokenizer, max_num_seqs=4).generate(prompts, params)
 
 
 def test_seeds(llm: LLM) -> None:
@@ -353,5 +352,5 @@ def test_bad_prompts_are_named_before_any_prompt_runs(llm: LLM, prompt: Any, mes
 def test_bad_calls(llm: LLM) -> None:
     with pytest.raises(RequestError, match="params has 1 entries: must be one for all or one for each of the 2"):
         llm.generate(["a", "b"], [GREEDY])
-    with pytest.raises(ConfigError, match="batch_size = 0: must be an integer >= 1"):
-        LLM(llm.model, batch_size=0)
+    with pytest.raises(ConfigError, match="max_num_seqs = 0: must be an integer >= 1"):
+        LLM(llm.model, max_num_seqs=0)

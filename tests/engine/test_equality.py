@@ -27,8 +27,8 @@ from deepseek.tokenizer import Tokenizer
 pytestmark = pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
 
 FEATURES: dict[str, tuple[Any, ...]] = {
-    "batch_size": (1, 3, 32),
-    "step_tokens": (512, 7, 33),
+    "max_num_seqs": (1, 3, 32),
+    "max_num_batched_tokens": (512, 7, 33),
     "prefix_cache": (True, False),
     "cache_tokens": (8192, 768),  # the second so small that requests step back
     "policy": ("fcfs", "expert"),
@@ -132,7 +132,7 @@ def check(folder: Path, plain: Callable, setting: dict[str, Any], count: int) ->
     engine.block_manager.check_integrity([])
     assert engine.block_manager.available == engine.block_manager.count
     assert options["prefix_cache"] == bool(engine.counters.cached)
-    if options["cache_tokens"] < 1024 and options["batch_size"] > 1:
+    if options["cache_tokens"] < 1024 and options["max_num_seqs"] > 1:
         assert engine.scheduler.preempted or count < 100
     if options["speculate"]:
         assert 0 < engine.drafter.stats.accepted < engine.drafter.stats.drafted

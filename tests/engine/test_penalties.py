@@ -19,7 +19,7 @@ from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
 
 PROMPTS = [[7, 8, 9, 8, 7], [20 + i for i in range(60)], [20 + i for i in range(40)], [9] * 3]
-SMALL: dict[str, Any] = {"step_tokens": 7, "batch_size": 3, "cache_tokens": 256}
+SMALL: dict[str, Any] = {"max_num_batched_tokens": 7, "max_num_seqs": 3, "cache_tokens": 256}
 
 
 @pytest.fixture(scope="module")

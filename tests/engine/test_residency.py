@@ -65,7 +65,7 @@ def want(folder: Path) -> Any:
 @pytest.mark.parametrize("slots", [1, 2, 5, 12, 16])
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_any_budget_gives_the_same_tokens(folder: Path, want: Any, slots: int, prefetch: bool) -> None:
-    llm = LLM(folder, expert_memory=slots * LAYERS * slot(folder), prefetch=prefetch, batch_size=4)
+    llm = LLM(folder, expert_memory=slots * LAYERS * slot(folder), prefetch=prefetch, max_num_seqs=4)
     assert llm.generate(prompts(folder, 10), GREEDY) == want
     stats = llm.engine.residency.stats
     there = sum(len(layer.slot_of) for layer in llm.engine.residency.layers)
@@ -82,7 +82,7 @@ def there_size(folder: Path) -> int:
 
 def test_tables_and_slots_agree_after_many_steps(folder: Path) -> None:
     """No slot for two, none lost; what the tables point to is the expert's own bytes."""
-    llm = LLM(folder, expert_memory=6 * LAYERS * slot(folder), batch_size=3)
+    llm = LLM(folder, expert_memory=6 * LAYERS * slot(folder), max_num_seqs=3)
     llm.generate(prompts(folder, 6, seed=3), GREEDY)
     own = llm.engine.residency
     with own._changed:

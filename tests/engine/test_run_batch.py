@@ -22,7 +22,7 @@ GREEDY = SamplingParams(max_tokens=5, temperature=0)
 @pytest.fixture(scope="module")
 def llm(tiny_config: Callable, random_model: Callable) -> LLM:
     tokenizer = Tokenizer.train(["the quick brown fox jumps", "0123456789"] * 4, 300)
-    return LLM(random_model(tiny_config(vocab_size=tokenizer.vocab_size)), tokenizer=tokenizer, batch_size=2)
+    return LLM(random_model(tiny_config(vocab_size=tokenizer.vocab_size)), tokenizer=tokenizer, max_num_seqs=2)
 
 
 def note(told: list[tuple[int, ...]], *progress: int) -> None:

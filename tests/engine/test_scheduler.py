@@ -23,7 +23,7 @@ from deepseek.atlas import ExpertUsage
 from deepseek.checkpoint import load_model, save_model
 from deepseek.config import ModelConfig
 from deepseek.convert import quantize
-from deepseek.engine import LLM, ExpertControl, SamplingParams, expert_affinity
+from deepseek.engine import LLM, EngineOptions, ExpertControl, SamplingParams, expert_affinity
 from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.model.cache import PAGE
@@ -50,8 +50,9 @@ needs_native = pytest.mark.skipif(native is None, reason="exact in any company w
 def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> None:
     draw = random.Random(seed)
     pages = draw.choice([3, 4, 6, 12])
-    llm = LLM(model, batch_size=draw.choice([2, 4, 9]), step_tokens=draw.choice([5, 40, 300]), cache_tokens=128 * pages,
-              prefix_cache=draw.random() < 0.7, policy=draw.choice(["fcfs", "expert"]), age_limit=0.0)
+    llm = LLM(model, max_num_seqs=draw.choice([2, 4, 9]), max_num_batched_tokens=draw.choice([5, 40, 300]),
+              cache_tokens=128 * pages, prefix_cache=draw.random() < 0.7, policy=draw.choice(["fcfs", "expert"]),
+              age_limit=0.0)
     engine = llm.engine
     todo = mixed_prompts(draw, model.config.vocab_size, draw.randint(1, 14))
     alive: list[Any] = []
@@ -70,7 +71,7 @@ def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> N
             engine.abort(draw.choice(alive))
         engine.step()
         engine.block_manager.check_integrity([request.sequence.block_table for request in engine.scheduler.running])
-        assert len(engine.scheduler.running) <= engine.options.batch_size
+        assert len(engine.scheduler.running) <= engine.options.max_num_seqs
         assert all(not request.sequence.block_table.pages for request in engine.scheduler.waiting)
         done += [request for request in alive if request.finish_reason is not None]
         alive = [request for request in alive if request.finish_reason is None]
@@ -84,7 +85,7 @@ def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> N
 
 @needs_native
 def test_a_request_that_stepped_back_goes_on_with_the_same_tokens(model: CausalLM) -> None:
-    llm = LLM(model, batch_size=4, cache_tokens=128 * 4, step_tokens=64)
+    llm = LLM(model, max_num_seqs=4, cache_tokens=128 * 4, max_num_batched_tokens=64)
     prompts = mixed_prompts(random.Random(1), model.config.vocab_size, 4)
     prompts = [prompt[:100] for prompt in prompts]
     sampling = params(max_tokens=200)
@@ -97,7 +98,7 @@ def test_samples_do_not_depend_on_the_company(model: CausalLM) -> None:
     sampling = params(temperature=1.5, seed=3, logprobs=2, top_p=0.9)
     prompts = mixed_prompts(random.Random(2), model.config.vocab_size, 9)
     alone = [LLM(model).generate([prompt], sampling)[0] for prompt in prompts]
-    assert LLM(model, step_tokens=20).generate(prompts, sampling) == alone
+    assert LLM(model, max_num_batched_tokens=20).generate(prompts, sampling) == alone
 
 
 def test_n_continuations_share_the_prompt(model: CausalLM) -> None:
@@ -124,7 +125,7 @@ def test_logprobs_are_those_of_the_model(model: CausalLM) -> None:
 
 def test_routed_experts_come_back_and_replaying_them_changes_nothing(model: CausalLM) -> None:
     prompts = mixed_prompts(random.Random(4), model.config.vocab_size, 3)
-    outputs = LLM(model, step_tokens=50).generate(prompts, params(routed=True))
+    outputs = LLM(model, max_num_batched_tokens=50).generate(prompts, params(routed=True))
     layers = model.config.moe_layers
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.routed.shape == (len(prompt) + 5, len(layers), model.config.num_experts_per_tok)
@@ -174,7 +175,7 @@ def test_coupled_prompts_advance_together(model: CausalLM) -> None:
 def test_nobody_starves_under_batching_by_expert(model: CausalLM) -> None:
     """A lone request of another domain waits for its age, not for the end of the queue."""
     now = [0.0]
-    llm = LLM(model, batch_size=2, policy="expert", age_limit=5.0, prefix_cache=False)
+    llm = LLM(model, max_num_seqs=2, policy="expert", age_limit=5.0, prefix_cache=False)
     llm.engine.scheduler.clock = lambda: now[0]
     order: list[str | None] = []
     for i in range(30):
@@ -190,7 +191,7 @@ def test_nobody_starves_under_batching_by_expert(model: CausalLM) -> None:
 
 def test_batches_are_formed_of_one_domain(model: CausalLM) -> None:
     """Without ages: both domains' requests run among their own, whatever the order of arrival."""
-    llm = LLM(model, batch_size=4, policy="expert", age_limit=1e9, prefix_cache=False)
+    llm = LLM(model, max_num_seqs=4, policy="expert", age_limit=1e9, prefix_cache=False)
     draw = random.Random(0)
     share = {name: [draw.randrange(96) for _ in range(8)] for name in ("a", "b")}
     for i in range(24):
@@ -207,7 +208,7 @@ def test_batches_are_formed_of_one_domain(model: CausalLM) -> None:
 def test_places_of_a_group_follow_its_queue(model: CausalLM) -> None:
     """Of three groups with 8, 3 and 1 requests: the first fills all places, the others what comes then, and no place
     stays empty while anybody waits."""
-    llm = LLM(model, batch_size=4, policy="expert", age_limit=1e9, prefix_cache=False)
+    llm = LLM(model, max_num_seqs=4, policy="expert", age_limit=1e9, prefix_cache=False)
     draw = random.Random(0)
     share = {name: [draw.randrange(96) for _ in range(8)] for name in "abc"}
     for i, name in enumerate("cbabaabaaaaa"):
@@ -222,7 +223,7 @@ def test_places_of_a_group_follow_its_queue(model: CausalLM) -> None:
 
 
 def test_async_streams_and_leaving_one(model: CausalLM) -> None:
-    llm = LLM(model, batch_size=3)
+    llm = LLM(model, max_num_seqs=3)
     prompts = mixed_prompts(random.Random(6), model.config.vocab_size, 5)
     want = llm.generate(prompts, params(max_tokens=20))
 
@@ -256,7 +257,7 @@ def test_closing_a_stream_gives_its_pages_back(model: CausalLM, tmp_path: Any) -
 
 
 @pytest.mark.parametrize(("option", "value"), [
-    ("batch_size", 0), ("step_tokens", -3), ("cache_tokens", 0), ("policy", "lifo"), ("age_limit", -1),
+    ("max_num_seqs", 0), ("max_num_batched_tokens", -3), ("cache_tokens", 0), ("policy", "lifo"), ("age_limit", -1),
     ("prefix_cache", 1), ("prefetch", None)])
 def test_impossible_options_are_named(model: CausalLM, option: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{option} = "):
@@ -264,8 +265,8 @@ def test_impossible_options_are_named(model: CausalLM, option: str, value: Any) 
 
 
 def test_unknown_options_are_refused(model: CausalLM) -> None:
-    with pytest.raises(ConfigError, match="batchsize = 3: is no option of the engine; there are batch_size"):
-        LLM(model, batchsize=3)
+    with pytest.raises(ConfigError, match="max_seqs = 3: is no option of the engine; there are max_num_seqs"):
+        LLM(model, max_seqs=3)
 
 
 # ---- what goes wrong ends whom it concerns, and nobody else ---------------------------------------------------------
@@ -316,7 +317,7 @@ def test_logits_that_are_no_numbers_end_one_request(model: CausalLM, monkeypatch
 
 
 def test_a_callback_that_fails_or_aborts_others(model: CausalLM) -> None:
-    llm = LLM(model, batch_size=4)
+    llm = LLM(model, max_num_seqs=4)
     prompts = [[1, 2, 3], [4, 5], [6], [7]]
     want = llm.generate(prompts, params())
     requests = [llm.requests(prompt, params())[0] for prompt in prompts]
@@ -332,7 +333,7 @@ def test_a_callback_that_fails_or_aborts_others(model: CausalLM) -> None:
 
 
 def test_aborting_the_first_of_several_continuations_lets_the_others_run(model: CausalLM) -> None:
-    llm = LLM(model, step_tokens=8)
+    llm = LLM(model, max_num_batched_tokens=8)
     first, second = llm.requests(list(range(40)), params(n=2))
     llm.engine.add(first, second)
     llm.engine.step()
@@ -344,7 +345,7 @@ def test_aborting_the_first_of_several_continuations_lets_the_others_run(model: 
 
 
 def test_coupled_prompts_that_do_not_fit_together_are_refused_and_others_in_between_do_no_harm(model: CausalLM) -> None:
-    llm = LLM(model, cache_tokens=512, batch_size=3)
+    llm = LLM(model, cache_tokens=512, max_num_seqs=3)
     for prompts in ([[1] * 150, [2] * 150, [3] * 150], [[1] * 250, [2] * 250]):
         with pytest.raises(RequestError, match="must fit the cache of 512"):
             llm.generate_ensemble(prompts, None, params(max_tokens=20))
@@ -362,7 +363,7 @@ def test_coupled_prompts_that_do_not_fit_together_are_refused_and_others_in_betw
 def test_routes_come_back_whole_after_stepping_back(model: CausalLM) -> None:
     """Beside a twin, whose pages know more of the prompt than the request itself has run."""
     prompt = [i % 96 for i in range(255)]
-    llm = LLM(model, cache_tokens=512, step_tokens=20)
+    llm = LLM(model, cache_tokens=512, max_num_batched_tokens=20)
     got = llm.generate([prompt, prompt], params(max_tokens=30, routed=True))
     assert llm.engine.scheduler.preempted > 0
     want = LLM(model).generate([prompt], params(max_tokens=30, routed=True))[0]
@@ -370,11 +371,11 @@ def test_routes_come_back_whole_after_stepping_back(model: CausalLM) -> None:
 
 
 def test_those_that_generate_take_turns_where_a_step_is_too_small_for_all(model: CausalLM) -> None:
-    llm = LLM(model, batch_size=6)
+    llm = LLM(model, max_num_seqs=6)
     requests = [llm.requests([i], params(max_tokens=10))[0] for i in range(4)]
     llm.engine.add(*requests)
     llm.engine.step()
-    llm.engine.scheduler.step_tokens = 2
+    llm.engine.scheduler.options = EngineOptions(max_num_seqs=6, max_num_batched_tokens=2)
     for _ in range(9):
         llm.engine.step()
     counts = [len(request.token_ids) for request in requests]
@@ -435,7 +436,7 @@ def test_a_request_whose_reader_is_behind_waits_and_leaves_its_place(
     """Its tokens are the same in the end; meanwhile others run in its place and on its pages."""
     model = random_model(tiny_config())
     greedy = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
-    llm = LLM(model, batch_size=places, cache_tokens=pages * PAGE)
+    llm = LLM(model, max_num_seqs=places, cache_tokens=pages * PAGE)
     alone = [llm.generate([prompt], greedy)[0].token_ids for prompt in ([5, 6, 7], [8] * (2 * PAGE - 30))]
     (slow,), (other,) = (llm.requests(prompt, greedy) for prompt in ([5, 6, 7], [8] * (2 * PAGE - 30)))
     engine = llm.engine

@@ -39,7 +39,8 @@ def prompts(count: int) -> list[list[int]]:
 
 
 @pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
-@pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"step_tokens": 9}, {"cache_tokens": 640}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_num_seqs": 1}, {"max_num_batched_tokens": 9},
+                                     {"cache_tokens": 640}], ids=str)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5, "logprobs": 1}, {"n": 2, "seed": 1,
                                       "temperature": 1.0}, {"routed": True}], ids=str)
 def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], sampling: dict[str, Any],
@@ -79,7 +80,7 @@ def test_right_drafts_save_steps(model: CausalLM, monkeypatch: pytest.MonkeyPatc
 
 def test_the_module_sees_every_position_with_the_token_that_follows(model: CausalLM, monkeypatch: Any) -> None:
     """What it computes piece by piece is what `mtp_hidden` computes of the whole text."""
-    llm = LLM(model, step_tokens=50)
+    llm = LLM(model, max_num_batched_tokens=50)
     seen: list[torch.Tensor] = []
     packed = llm.model.mtp_packed
     monkeypatch.setattr(llm.model, "mtp_packed", lambda *args: seen.append(packed(*args)) or seen[-1])

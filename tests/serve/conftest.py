@@ -26,6 +26,6 @@ def tiny_llm(tiny_config: Callable, random_model: Callable) -> Callable[..., LLM
 
 @pytest.fixture(scope="session")
 def running(tiny_llm: Callable[..., LLM]) -> Iterator[Running]:
-    server = Running(tiny_llm(batch_size=16), ServeOptions("tiny", keys=(KEY,), body=1 << 20))
+    server = Running(tiny_llm(max_num_seqs=16), ServeOptions("tiny", keys=(KEY,), body=1 << 20))
     yield server
     server.stop()

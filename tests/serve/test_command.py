@@ -164,7 +164,7 @@ def test_serve_answers_and_ends(folder: Path) -> None:
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--port", "99999"], "port = 99999: cannot listen there"), (["--host", "nowhere.invalid"], "cannot listen there"),
-    (["--timeout", "0"], "timeout = 0.0: must be positive"), (["--batch_size", "0"], "batch_size = 0")])
+    (["--timeout", "0"], "timeout = 0.0: must be positive"), (["--max_num_seqs", "0"], "max_num_seqs = 0")])
 def test_bad_flags(folder: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), "--port", "0", *flags]) == 2
     assert message in capsys.readouterr().err

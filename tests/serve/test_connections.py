@@ -31,7 +31,7 @@ BODY: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 2}
 @pytest.fixture(scope="module")
 def tight(tiny_llm: Callable[..., Any]) -> Iterator[Running]:
     """Few connections, little time."""
-    server = Running(tiny_llm(batch_size=4), ServeOptions("tiny"),
+    server = Running(tiny_llm(max_num_seqs=4), ServeOptions("tiny"),
                      ConnectionLimits(8, receive=0.5, read=0.5, shutdown=0.5))
     yield server
     server.stop()

@@ -84,7 +84,7 @@ def test_a_client_that_leaves_is_aborted(running: Running) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again(tiny_llm: Callable[..., Any]) -> None:
-    server = Running(tiny_llm(batch_size=1), ServeOptions("tiny", waiting=2))
+    server = Running(tiny_llm(max_num_seqs=1), ServeOptions("tiny", waiting=2))
     try:
         answers: list[int] = []
 
@@ -169,7 +169,7 @@ async def crowd(url: str, count: int, tokens: int, headers: dict[str, str]) -> t
 
 @pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_concurrent_streams_of_which_a_third_leave(tiny_llm: Callable[..., Any], count: int) -> None:
-    server = Running(tiny_llm(batch_size=32), ServeOptions("tiny", waiting=1000))
+    server = Running(tiny_llm(max_num_seqs=32), ServeOptions("tiny", waiting=1000))
     try:
         finished, left = asyncio.run(crowd(server.url, count, 40, {}))
         assert left == -(-count // 3) and finished == count - left

@@ -48,7 +48,7 @@ def folders(tiny_llm: Callable[..., LLM], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def server(folders: dict[str, Path]) -> Iterator[Running]:
-    llm = LLM(folders["tiny"], adapters={name: folders[name] for name in ("law", "team/med-v2")}, batch_size=8)
+    llm = LLM(folders["tiny"], adapters={name: folders[name] for name in ("law", "team/med-v2")}, max_num_seqs=8)
     running = Running(llm, ServeOptions("tiny", keys=(KEY,)))
     yield running
     running.stop()

@@ -56,13 +56,13 @@ def test_former_names_of_data_still_work(
     assert "now" not in capsys.readouterr().err
     assert main([*words, "--general", rest, "--old", rest]) == 0  # the same run: it is finished
     said = capsys.readouterr().err
-    for now in ("--general is --retain_data now", "--old is --replay_data now"):
+    for now in ("--general is called --retain_data now", "--old is called --replay_data now"):
         assert f"deepseek: warning: {now}\n" in said
     (tmp_path / "tune.yaml").write_text(f"general: {rest}\nold: [{rest}]\n")
     assert main([*words, "--config", str(tmp_path / "tune.yaml")]) == 0
     said = capsys.readouterr().err
-    for now in ("`general` of a YAML file is called `retain_data` now",
-                "`old` of a YAML file is called `replay_data` now"):
+    for now in ("`general` is called `retain_data` now",
+                "`old` is called `replay_data` now"):
         assert f"deepseek: warning: {now}\n" in said
     (tmp_path / "tune.yaml").write_text("old: nowhere\n")
     assert main([*words, "--config", str(tmp_path / "tune.yaml"), "--retain_data", rest, "--replay_data", rest]) == 0
@@ -129,12 +129,12 @@ def test_an_adapter_by_flag_yaml_and_python_and_by_the_older_names(
         assert (tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes() == first
     capsys.readouterr()
     assert first == tuned("f", yaml=f"lora: {table}")
-    assert "deepseek: warning: `lora` of a YAML file is called `adapter` now\n" in capsys.readouterr().err
+    assert "deepseek: warning: `lora` is called `adapter` now\n" in capsys.readouterr().err
     older = ["--r", "2", "--target_modules", "q_proj", "v_proj", "--lora_experts", "law_expert", "1.0"]
     assert first == tuned("g", *older)
     said = capsys.readouterr().err
-    for now in ("--r is --adapter r=2", "--target_modules is --adapter target_modules=q_proj,v_proj",
-                "--lora_experts is --adapter experts=law_expert,1.0"):
+    for now in ("--r is called --adapter r=2", "--target_modules is called --adapter target_modules=q_proj,v_proj",
+                "--lora_experts is called --adapter experts=law_expert,1.0"):
         assert f"deepseek: warning: {now} now\n" in said
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import nearest
-from ..settings import declared
+from ..settings import declared, former_names, rename
 
 Run = Callable[[argparse.Namespace], None]
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}  # of flags that say no other
@@ -40,12 +41,32 @@ class Switch(argparse.Action):
         return " | ".join(self.option_strings)
 
 
+class Flags(dict[str, argparse.Action]):
+    """A parser's flags, in any mixture of hyphens and underscores."""
+
+    def __contains__(self, flag: object) -> bool:
+        return super().__contains__(_plain(str(flag)))
+
+    def __getitem__(self, flag: str) -> argparse.Action:
+        return super().__getitem__(_plain(flag))
+
+    def __setitem__(self, flag: str, action: argparse.Action) -> None:
+        super().__setitem__(_plain(flag), action)
+
+
+def _plain(flag: str) -> str:
+    return flag[:2] + flag[2:].replace("-", "_")
+
+
 class Parser(argparse.ArgumentParser):
     """Takes flags with hyphens or underscores and no abbreviated ones; suggests the nearest spelling of a flag or a
     command that it does not know."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
+        flags = Flags(self._option_string_actions)
+        for place in (self, *self._action_groups):
+            place._option_string_actions = flags
         self.fill: Callable[[Parser], None] | None = None  # adds the flags when they are needed first
         self.commands: dict[str, Parser] = {}
 
@@ -64,14 +85,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.filled()
         for flag, action in [*self._option_string_actions.items()]:
-            for name in (flag[2:], f"no_{flag[2:]}") if isinstance(action, Switch) else (flag[2:],):
-                for spelling in (name.replace("_", "-"), name.replace("-", "_")):
-                    self._option_string_actions.setdefault(flag[:2] + spelling, action)
+            if isinstance(action, Switch):
+                self._option_string_actions.setdefault(f"--no_{flag[2:]}", action)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
+            flags = [flag for one in self._actions if one.help != argparse.SUPPRESS for flag in one.option_strings]
             flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-            hint = nearest(flag[:2] + flag[2:].replace("-", "_") if flag.startswith("--") else flag, flags)
+            hint = nearest(_plain(flag) if flag.startswith("--") else flag, flags)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
 
@@ -121,8 +141,18 @@ def add_settings(parser: Parser, kind: type, groups: Mapping[str, str], **specia
         flags = [f"--{one.name}", f"--no_{one.name}"] if one.default is True else [f"--{one.name}"]
         place = parser.group(titles[one.name]) if groups else parser
         place.add_argument(*flags, default=None, help=one.option.help + shown, **special.get(one.name) or own)
+        if one.option.formerly:
+            parser.add_argument(f"--{one.option.formerly}", help=argparse.SUPPRESS, **own)
 
 
 def given_settings(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """What `args` say of a settings class."""
-    return {one.name: value for one in declared(kind) if (value := getattr(args, one.name, None)) is not None}
+    names = former_names(kind)
+    given = {name: value for name in (*names, *(one.name for one in declared(kind)))
+             if (value := getattr(args, name, None)) is not None}
+    return rename(given, names, tell, "--{}")
+
+
+def tell(message: str) -> None:
+    """Warn whoever types a command or writes a file for it."""
+    warnings.warn(message, FutureWarning, stacklevel=2)

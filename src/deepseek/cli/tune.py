@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, nearest
+from ..settings import rename
 from ..tune.settings import TuneConfig
 from .common import add_map_flag, template_variables
-from .parser import Parser, add_settings
+from .parser import Parser, add_settings, tell
 
 # fields of LoRAAdapter, as --adapter takes them
 _FIELDS: dict[str, Callable[[str], Any]] = {
@@ -22,7 +22,7 @@ _FIELDS: dict[str, Callable[[str], Any]] = {
 _OLDER_FLAGS: dict[str, tuple[str, Any]] = {  # what stood for them before
     "r": ("r", int), "lora_alpha": ("lora_alpha", float), "lora_dropout": ("lora_dropout", float),
     "target_modules": ("target_modules", None), "lora_experts": ("experts", None)}
-_RENAMED = {"general": "retain_data", "old": "replay_data"}
+_RENAMED = {"general": "retain_data", "old": "replay_data", "lora": "adapter"}
 
 
 def add_flags(parser: Parser) -> None:
@@ -36,7 +36,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--retain_data", nargs="+", metavar="PATH",
                         help="general text that must not be forgotten, to measure it")
     parser.add_argument("--replay_data", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
-    for flag in _RENAMED:
+    for flag in ("general", "old"):
         parser.add_argument(f"--{flag}", nargs="+", help=argparse.SUPPRESS)
     add_map_flag(parser)
     parser.add_argument("--show_records", type=int, metavar="N",
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"{args.config}: must be a table of settings, got {type(settings).__name__}")
     flags = {key: value for key, value in vars(args).items()
              if value not in (None, []) and key not in ("run", "usage", "config", "threads", "command")}
-    _rename(settings, "`{}` of a YAML file is called `{}` now")
-    _rename(flags, "--{} is --{} now")
+    settings, flags = rename(settings, _RENAMED, tell, "`{}`"), rename(flags, _RENAMED, tell, "--{}")
     adapter = _adapter(settings, flags)
     settings |= flags
     if settings.get("expert_tune") == ["auto"]:
@@ -104,30 +103,15 @@ def run(args: argparse.Namespace) -> None:
           "--prompt '…'")
 
 
-def _rename(given: dict[str, Any], message: str) -> None:
-    """Give renamed settings their new names, with a warning. Raises ConfigError where both names are given."""
-    for former, name in _RENAMED.items():
-        if former in given:
-            if name in given:
-                raise ConfigError(f"{name} and {former}: are two names of one setting: leave out {former}")
-            warnings.warn(message.format(former, name), FutureWarning, stacklevel=3)
-            given[name] = given.pop(former)
-
-
 def _adapter(settings: dict[str, Any], flags: dict[str, Any]) -> Any:
     """What file and flags say of the adapter, taken out of both; flags win, field by field. None if nothing is said."""
-    if "lora" in settings:
-        if "adapter" in settings:
-            raise ConfigError("adapter and lora: are two names of one setting: leave out lora")
-        warnings.warn("`lora` of a YAML file is called `adapter` now", FutureWarning, stacklevel=2)
-        settings["adapter"] = settings.pop("lora")
     adapter = settings.pop("adapter", None)
     given: dict[str, Any] = {}
     for flag, (field, _) in _OLDER_FLAGS.items():
         if flag in flags:
             given[field] = flags.pop(flag)
             value = ",".join(map(str, given[field])) if isinstance(given[field], list) else given[field]
-            warnings.warn(f"--{flag} is --adapter {field}={value} now", FutureWarning, stacklevel=2)
+            tell(f"--{flag} is called --adapter {field}={value} now")
     given |= _fields(flags.pop("adapter", []))
     if not given or not (adapter is None or isinstance(adapter, dict)):  # what is no table is refused by its reader
         return adapter

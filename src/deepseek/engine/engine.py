@@ -80,9 +80,7 @@ class Engine:
         self.drafter = Drafter(model, pool) if speculate else None
         self.block_manager = BlockManager(pool, prefix_cache=self.options.prefix_cache)
         self.affinity = ExpertAffinity(config, atlas)
-        self.scheduler = Scheduler(
-            self.block_manager, self.affinity, batch_size=self.options.batch_size, step_tokens=self.options.step_tokens,
-            policy=self.options.policy, age_limit=self.options.age_limit)
+        self.scheduler = Scheduler(self.block_manager, self.affinity, self.options)
         self.runner = Runner(model, pool)
         self.adapters = names_on(model)
         self._absorbed = {name for name, targets in self.adapters.items() if absorbs(model, targets)}
@@ -324,7 +322,7 @@ def _pool_pages(model: CausalLM, options: EngineOptions, dtype: torch.dtype) -> 
     full = pages_needed(config.max_position_embeddings)
     layers = config.num_hidden_layers + (options.speculate and len(model.model.mtp) > 0)
     affordable = int(CACHE_SHARE * free) // LatentPool.page_bytes(config, layers, dtype)
-    return max(full, min(options.batch_size * full, affordable))
+    return max(full, min(options.max_num_seqs * full, affordable))
 
 
 def atlas_beside(folder: Path, config: ModelConfig) -> Atlas | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..atlas.usage import ExpertUsage
 from ..checkpoint import UNNAMED, Dtype, expert_spans, load_model, put_beside, read_several, resolve, sort_out
 from ..conversation import normalize
+from ..deprecation import warn
 from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, RequestError
 from ..model import CausalLM, describe
@@ -241,16 +242,16 @@ class LLM:
         for request in requests:
             request.ensemble, request.max_new_tokens = ensemble, shortest
             ensemble.members.append(request)
-        if len(requests) > self.engine.options.batch_size:
-            raise RequestError(f"{len(requests)} prompts of an ensemble: must be batch_size "
-                               f"({self.engine.options.batch_size}) at most")
+        if len(requests) > self.engine.options.max_num_seqs:
+            raise RequestError(f"{len(requests)} prompts of an ensemble: must be max_num_seqs "
+                               f"({self.engine.options.max_num_seqs}) at most")
         self.engine.check(*requests)
         self._run(requests, None)
         return requests[0].output()
 
     def mix(self, *args: Any, **kwargs: Any) -> RequestOutput:
         """The old name of `generate_ensemble`."""
-        warnings.warn("LLM.mix is deprecated: use LLM.generate_ensemble", DeprecationWarning, stacklevel=2)
+        warn("LLM.mix is deprecated: use LLM.generate_ensemble")
         return self.generate_ensemble(*args, **kwargs)
 
     async def stream_async(

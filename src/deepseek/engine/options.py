@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict
 
 from ..errors import ConfigError
-from ..settings import COUNT, Option, check, known
+from ..settings import COUNT, Option, check, known, takes_former_names
 
 Policy = Literal["fcfs", "expert"]
 
@@ -15,8 +15,8 @@ Policy = Literal["fcfs", "expert"]
 class EngineSettings(TypedDict, total=False):
     """EngineOptions as keyword arguments, for type checkers and editors."""
 
-    batch_size: int
-    step_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     cache_tokens: int | None
     prefix_cache: bool
     policy: Policy
@@ -27,14 +27,17 @@ class EngineSettings(TypedDict, total=False):
     speculate: bool
 
 
+@takes_former_names
 @dataclass(frozen=True)
 class EngineOptions:
     """How requests are run. Raises ConfigError naming option, value and rule."""
 
-    batch_size: Annotated[int, Option("requests that run together at most", COUNT)] = 32
-    step_tokens: Annotated[int, Option("tokens of a step at most; longer prompts run in pieces", COUNT)] = 512
+    max_num_seqs: Annotated[int, Option(
+        "requests that run together at most", COUNT, formerly="batch_size")] = 32
+    max_num_batched_tokens: Annotated[int, Option(
+        "tokens of a step at most; longer prompts run in pieces", COUNT, formerly="step_tokens")] = 512
     cache_tokens: Annotated[int | None, Option(
-        "positions of the latent pool; else what batch_size requests of full length need, or what fits a quarter of "
+        "positions of the latent pool; else what max_num_seqs requests of full length need, or what fits a quarter of "
         "free memory, one request of full length at least", COUNT)] = None
     prefix_cache: Annotated[bool, Option("keep pages for prompts that begin alike")] = True
     policy: Annotated[Policy, Option(

@@ -31,7 +31,7 @@ from .llm import LLM, to_output
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
 
-AHEAD = 4  # lines in flight, as a multiple of batch_size: what batching by expert can choose from
+AHEAD = 4  # lines in flight, as a multiple of max_num_seqs: what batching by expert can choose from
 KNOWN = {field.name for field in fields(SamplingParams)} - {"experts", "routed"}
 OF_PROMPT: dict[str, tuple[type, str]] = {"parse_special": (bool, "true or false")}
 OF_MESSAGES: dict[str, tuple[type, str]] = {
@@ -56,7 +56,7 @@ def run_file(
             lambda: f"{done + written:,} of {total:,} answers are in {target}"), _aborting(llm, flight):
         lines = islice(_lines(source), done, None)
         while True:
-            while len(flight) < AHEAD * llm.engine.options.batch_size and (line := next(lines, None)) is not None:
+            while len(flight) < AHEAD * llm.engine.options.max_num_seqs and (line := next(lines, None)) is not None:
                 flight.append(_begin(llm, *line, params, usage, parse_special, adapter))
             if not flight:
                 return written, errors

@@ -1,6 +1,6 @@
 """Which requests run in a step, and how many tokens of each.
 
-A step has room for `step_tokens` tokens and `batch_size` requests:
+A step has room for `max_num_batched_tokens` tokens and `max_num_seqs` requests:
 
     1. requests that generate: one token each (a step that drafts gives them more, speculative.py)
     2. requests whose prompts have begun: the next piece, in the order of their arrival
@@ -28,19 +28,17 @@ from collections.abc import Callable
 
 from .block_manager import BlockManager
 from .expert_affinity import ExpertAffinity
-from .options import Policy
+from .options import EngineOptions
 from .request import Request
 from .step_output import ScheduledRequest
 
 
 class Scheduler:
     def __init__(
-        self, block_manager: BlockManager, affinity: ExpertAffinity, *, batch_size: int, step_tokens: int,
-        policy: Policy = "fcfs", age_limit: float = 30.0, clock: Callable[[], float] = time.monotonic,
+        self, block_manager: BlockManager, affinity: ExpertAffinity, options: EngineOptions,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.block_manager, self.affinity = block_manager, affinity
-        self.batch_size, self.step_tokens, self.policy = batch_size, step_tokens, policy
-        self.age_limit, self.clock = age_limit, clock
+        self.block_manager, self.affinity, self.options, self.clock = block_manager, affinity, options, clock
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preempted = self.steps = 0
@@ -70,7 +68,7 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledRequest]:
         """The batch of the next step, prompts first. Empty where all requests wait for constraints or readers."""
-        budget, self.steps = self.step_tokens, self.steps + 1
+        budget, self.steps = self.options.max_num_batched_tokens, self.steps + 1
         batch: list[ScheduledRequest] = []
         ready = [one for one in self.running if one.sequence.num_computed_tokens < one.sequence.length and not one.held]
         if sum(1 + (one.sequence.draft_token is not None) for one in ready if not one.sequence.prefilling) > budget:
@@ -82,11 +80,11 @@ class Scheduler:
                 batch.append(self._scheduled(request, budget))
                 budget -= batch[-1].chunk.tokens
         idle = [request for request in self.running if request.paused]
-        while budget and self.waiting and (len(self.running) < self.batch_size or idle):
+        while budget and self.waiting and (len(self.running) < self.options.max_num_seqs or idle):
             chosen = self._next()
             if chosen is None:
                 break
-            if len(self.running) < self.batch_size and self._admit(chosen):
+            if len(self.running) < self.options.max_num_seqs and self._admit(chosen):
                 batch.append(self._scheduled(chosen, budget))
                 budget -= batch[-1].chunk.tokens
             elif idle:
@@ -162,6 +160,7 @@ class Scheduler:
         if mates := [request for request in able if request.ensemble in ensembles]:
             return mates[0]  # the others wait for it
         oldest = able[0]
-        if self.policy == "fcfs" or oldest.token_ids or self.clock() - oldest.arrived > self.age_limit:
+        if self.options.policy == "fcfs" or oldest.token_ids or (
+                self.clock() - oldest.arrived > self.options.age_limit):
             return oldest
         return self.affinity.nearest(able, self.running)

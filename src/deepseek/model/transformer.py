@@ -12,7 +12,6 @@ Shape letters: B batch, T tokens, S positions in the cache, H hidden, V vocabula
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import ModelConfig
+from ..deprecation import warn
 from ..errors import CheckpointError, RequestError
 from ..ops.loss import IGNORE
 from .adapters import rows_of
@@ -170,7 +170,7 @@ class CausalLM(nn.Module):
         Raises RequestError for ids outside the vocabulary or shapes that do not fit.
         """
         if order is not None:
-            warnings.warn("order is deprecated: use attn_impl", DeprecationWarning, stacklevel=4)  # below torch's calls
+            warn("order is deprecated: use attn_impl")
             attn_impl = order
         h_BTH = self.hidden(ids_BT, mask_BT, positions_BT, cache, routing, attn_impl)
         return self.lm_head(h_BTH[:, -1:] if last_only else h_BTH).float()

@@ -55,7 +55,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     app.state.server = server
     app.add_middleware(Guard, keys=options.keys, body=options.body, on_refused=server.watch.counters.refused,
                        hosts=options.hosts, bound=options.bound,
-                       requests=options.waiting + llm.engine.options.batch_size)
+                       requests=options.waiting + llm.engine.options.max_num_seqs)
     if options.cors:  # around the guard, since a browser asks first, without the key
         app.add_middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=["*"], allow_headers=["*"],
                            expose_headers=["x-request-id", "retry-after"])

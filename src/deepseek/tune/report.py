@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..deepopt.loop import HeldOut
+from ..deprecation import warn
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TuneReport:
     @property
     def learnt_tokens(self) -> int:
         """Deprecated name of `loss_tokens`."""
-        warnings.warn("TuneReport.learnt_tokens is called loss_tokens now", DeprecationWarning, stacklevel=2)
+        warn("TuneReport.learnt_tokens is called loss_tokens now")
         return self.loss_tokens
 
     @property

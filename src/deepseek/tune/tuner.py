@@ -21,7 +21,6 @@ import math
 import random
 import sysconfig
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -41,6 +40,7 @@ from ..errors import ConfigError, DataError, RequestError
 from ..files import locked, write_json
 from ..interrupts import handled, kept
 from ..model import describe
+from ..settings import rename
 from ..tokenizer import Tokenizer
 from .examples import Example
 from .loop import TuneTrainer
@@ -440,12 +440,8 @@ class MoEFineTuner:
 
 def _renamed(former: str, value: Any, name: str, given: Any) -> Any:
     """Return the value of an argument that may be given by its deprecated name."""
-    if value is None:
-        return given
-    if given is not None:
-        raise ConfigError(f"{name} and {former}: are two names of one setting: leave out {former}")
-    warnings.warn(f"{former} is called {name} now", DeprecationWarning, stacklevel=3)
-    return value
+    both = {key: one for key, one in ((former, value), (name, given)) if one is not None}
+    return rename(both, {former: name}).get(name)
 
 
 def _run_folder(model: str, folder: Path) -> Path:
