@@ -66,14 +66,15 @@ void mla_absorbed(const float* q_latent, const float* q_rope, const float* cache
                   int64_t heads, int64_t rank, int64_t rope, float scale, float* out, int threads) {
   // A group is 16 heads of one query; its blocks of keys are independent of each other.
   const int64_t width = rank + rope, lanes = divide_up(heads, 16), part = part_size(rank);
-  auto gather = [&](int64_t query, int64_t lane, float* q) {  // -> [rank + rope][16]
+  const int64_t from = q_latent ? 0 : rank, depth = width - from;  // the numbers of a row that are multiplied
+  auto gather = [&](int64_t query, int64_t lane, float* q) {  // -> [depth][16]
     const int64_t h0 = query * heads + lane * 16, n = std::min<int64_t>(16, heads - lane * 16);
-    transpose(q_latent + h0 * rank, rank, n, rank, q);
-    transpose(q_rope + h0 * rope, rope, n, rope, q + 16 * rank);
+    if (q_latent) transpose(q_latent + h0 * rank, rank, n, rank, q);
+    transpose(q_rope + h0 * rope, rope, n, rope, q + 16 * (rank - from));
   };
   auto keys = [&](int64_t s, int64_t block, int64_t count) {
     const float* at = cache + sequences.blocks_of(s)[block];
-    return Keys{at, at, width, count, width, rank};
+    return Keys{at + from, at, width, count, depth, rank};
   };
   auto deliver = [&](int64_t query, int64_t lane, const float* parts, int64_t count, int64_t step) {
     join(parts, count, step, rank, std::min<int64_t>(16, heads - lane * 16), out + (query * heads + lane * 16) * rank,
@@ -93,17 +94,17 @@ void mla_absorbed(const float* q_latent, const float* q_rope, const float* cache
     parallel((int64_t)runs.size(), threads, [&](int64_t task) {
       const Run& r = runs[task];
       const int64_t n = r.count, blocks = divide_up(most(r), kKeys), first = sequences.begin[r.s] + r.t;
-      local.reserve(Scratch::room<float>(n * 16 * width) + Scratch::room<float>(n * blocks * part));
-      float* q = local.take<float>(n * 16 * width);
+      local.reserve(Scratch::room<float>(n * 16 * depth) + Scratch::room<float>(n * blocks * part));
+      float* q = local.take<float>(n * 16 * depth);
       float* parts = local.take<float>(n * blocks * part);  // [block][query]
-      for (int64_t i = 0; i < n; ++i) gather(first + i, r.lane, q + i * 16 * width);
+      for (int64_t i = 0; i < n; ++i) gather(first + i, r.lane, q + i * 16 * depth);
       for (int64_t k = 0; k < blocks; ++k) {
         const float* at[kRun];
         float* to[kRun];
         int64_t count[kRun], some = 0;
         for (int64_t i = 0; i < n; ++i)
           if (int64_t seen = sequences.seen(r.s, r.t + i); seen > k * kKeys) {
-            at[some] = q + i * 16 * width, to[some] = parts + (k * n + i) * part;
+            at[some] = q + i * 16 * depth, to[some] = parts + (k * n + i) * part;
             count[some++] = std::min(kKeys, seen - k * kKeys);
           }
         kernels().attention_block(at, some, keys(r.s, k, count[some - 1]), count, false, scale, to);
@@ -126,14 +127,14 @@ void mla_absorbed(const float* q_latent, const float* q_rope, const float* cache
         begin.push_back(begin.back() + divide_up(groups.back().seen, kKeys));
       }
   const int64_t count = (int64_t)groups.size();
-  scratch.reserve(Scratch::room<float>(count * 16 * width) + Scratch::room<float>(begin[count] * part));
-  float* q = scratch.take<float>(count * 16 * width);
+  scratch.reserve(Scratch::room<float>(count * 16 * depth) + Scratch::room<float>(begin[count] * part));
+  float* q = scratch.take<float>(count * 16 * depth);
   float* parts = scratch.take<float>(begin[count] * part);
-  for (int64_t g = 0; g < count; ++g) gather(groups[g].query, groups[g].lane, q + g * 16 * width);
+  for (int64_t g = 0; g < count; ++g) gather(groups[g].query, groups[g].lane, q + g * 16 * depth);
   parallel(begin[count], threads, [&](int64_t task) {
     const int64_t g = std::upper_bound(begin.begin(), begin.end(), task) - begin.begin() - 1, block = task - begin[g];
     const int64_t some = std::min(kKeys, groups[g].seen - block * kKeys);
-    const float* at = q + g * 16 * width;
+    const float* at = q + g * 16 * depth;
     float* to = parts + task * part;
     kernels().attention_block(&at, 1, keys(groups[g].s, block, some), &some, false, scale, &to);
   });

@@ -41,7 +41,8 @@ void mla_prepare(const float* q, const float* kv, const float* norm, float eps, 
                  const Sequences& sequences, int64_t heads, int64_t nope, int64_t rope, int64_t rank, float* q_rope,
                  float* cache, int threads);
 
-// Absorbed order: q_latent [T, N, R] and q_rope [T, N, P] against the latents themselves. out [T, N, R].
+// Absorbed order: q_latent [T, N, R] and q_rope [T, N, P] against the latents themselves. out [T, N, R]. q_latent null:
+// zeros.
 void mla_absorbed(const float* q_latent, const float* q_rope, const float* cache, const Sequences& sequences,
                   int64_t heads, int64_t rank, int64_t rope, float scale, float* out, int threads);
 

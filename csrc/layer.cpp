@@ -46,14 +46,15 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
     mla_naive(q, q_rope, cache, {naive, sequences.begin, sequences.past, sequences.block_begin, sequences.blocks},
               m.heads, m.rank, m.rope, m.nope, m.value, m.kv_b, m.bits, m.scale, values, threads);
   if (later) {
-    float* q_latent = block.take<float>(later * m.heads * m.rank);
+    float* q_latent = m.nope ? block.take<float>(later * m.heads * m.rank) : nullptr;
     float* summed = block.take<float>(later * m.heads * m.rank);
     int64_t* begin = block.take<int64_t>(sequences.count - naive + 1);
     for (int64_t s = naive; s <= sequences.count; ++s) begin[s - naive] = sequences.begin[s] - first;
     const Sequences rest{sequences.count - naive, begin, sequences.past + naive, sequences.block_begin + naive,
                          sequences.blocks};
-    quantized_groups(q + first * width, later, m.heads, m.nope, width, m.nope + m.rope, m.key,
-                     m.rank / kRows * Panel(m.nope, 8).bytes, m.rank, 8, q_latent, threads);
+    if (m.nope)
+      quantized_groups(q + first * width, later, m.heads, m.nope, width, m.nope + m.rope, m.key,
+                       m.rank / kRows * Panel(m.nope, 8).bytes, m.rank, 8, q_latent, threads);
     mla_absorbed(q_latent, q_rope + first * m.heads * m.rope, cache, rest, m.heads, m.rank, m.rope, m.scale, summed,
                  threads);
     const int64_t panel = Panel(m.rank, m.bits).bytes;

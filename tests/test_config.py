@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek.config import FORMAT, PRESETS, ModelConfig, YarnScaling
+from deepseek.config import FORMAT, PRESETS, LongRope, ModelConfig, YarnScaling
 from deepseek.errors import ConfigError, NotFoundError
 from layouts import V2_LITE, V3
 
@@ -26,9 +26,9 @@ BASE: dict[str, Any] = dict(
 
 POSITIVE_INTEGERS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size moe_intermediate_size "
-    "n_routed_experts num_experts_per_tok n_group topk_group moe_layer_freq kv_lora_rank qk_nope_head_dim "
+    "n_routed_experts num_experts_per_tok n_group topk_group moe_layer_freq kv_lora_rank "
     "qk_rope_head_dim v_head_dim max_position_embeddings").split()
-COUNTS = "n_shared_experts first_k_dense_replace num_nextn_predict_layers".split()
+COUNTS = "n_shared_experts first_k_dense_replace num_nextn_predict_layers qk_nope_head_dim".split()
 POSITIVE_NUMBERS = "routed_scaling_factor rope_theta rms_norm_eps initializer_range".split()
 FLAGS = "norm_topk_prob attention_bias rope_interleave tie_word_embeddings".split()
 
@@ -103,7 +103,7 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 
 @pytest.mark.parametrize(("scaling", "message"), [
-    ({"type": "longrope", "factor": 4}, "rope_scaling.type = 'longrope'"),
+    ({"type": "dynamic", "factor": 4}, "rope_scaling.type = 'dynamic'"),
     ({"rope_type": "linear", "factor": 4}, "rope_scaling.type = 'linear'"),
     ({"type": "yarn", "factor": 4}, "rope_scaling.original_max_position_embeddings = None"),
     ({"type": "yarn", "factor": 0, "original_max_position_embeddings": 64}, "rope_scaling.factor = 0"),
@@ -263,6 +263,33 @@ def test_yarn_scales() -> None:
     assert YarnScaling(1, 64, mscale_all_dim=1.0).softmax_scale == 1.0
 
 
+FACTORS = {"type": "longrope", "short_factor": [1.0, 2.5], "long_factor": [1.0, 2.5],
+           "original_max_position_embeddings": 64}
+
+
+def test_longrope_is_read_where_both_lists_are_equal() -> None:
+    config = ModelConfig.from_dict(BASE | {"rope_scaling": FACTORS | {"factor": 4.0}})
+    assert config.longrope == LongRope((1.0, 2.5), 64, 4.0)
+    assert config.longrope.rotary_scale == pytest.approx(math.sqrt(1 + math.log(4) / math.log(64)))
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    stated = ModelConfig.from_dict(BASE | {"rope_scaling": FACTORS | {"attention_factor": 1.5}})
+    assert stated.longrope is not None and stated.longrope.rotary_scale == 1.5
+    assert LongRope((1.0, 1.0), 64).rotary_scale == 1.0
+
+
+@pytest.mark.parametrize(("odd", "message"), [
+    ({"long_factor": [1.0, 3.0]}, "long_factor = .1.0, 3.0.: must equal short_factor"),
+    ({"factor": None}, "rope_scaling.factor = None: must be a positive number"),
+    ({"short_factor": 3, "long_factor": 3}, r"rope_scaling.short_factor = \(\): must have .* = 2 numbers"),
+    ({"short_factor": [1.0, 0], "long_factor": [1.0, 0]}, "must be a list of positive numbers"),
+    ({"short_factor": [1.0], "long_factor": [1.0]}, "must have qk_rope_head_dim / 2 = 2 numbers"),
+    ({"mscale": 1.0}, "unknown key mscale"),
+])
+def test_longrope_of_another_form_is_refused(odd: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_dict(BASE | {"rope_scaling": FACTORS | {"factor": 4.0} | odd})
+
+
 # ---- round trips --------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +306,10 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         YarnScaling, st.floats(1, 100), st.integers(1, 1 << 20), beta_fast=st.floats(1, 64),
         beta_slow=st.floats(0.1, 8), mscale=st.floats(0, 2), mscale_all_dim=st.floats(0, 2),
         attention_factor=st.none() | st.floats(0.1, 4), truncate=flag))
+    pairs = draw(size)
+    longrope = None if yarn else draw(st.none() | st.builds(
+        LongRope, st.just((1.5,) * pairs), st.integers(2, 1 << 20), st.floats(1, 100),
+        attention_factor=st.none() | st.floats(0.1, 4)))
     token = st.none() | st.integers(0, vocab - 1)
     return ModelConfig(
         vocab_size=vocab, hidden_size=draw(size), num_hidden_layers=draw(size), num_attention_heads=draw(size),
@@ -289,10 +320,11 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         scoring_func=draw(st.sampled_from(["sigmoid", "softmax"])), norm_topk_prob=draw(flag),
         routed_scaling_factor=draw(number), first_k_dense_replace=draw(st.integers(0, 5)),
         moe_layer_freq=draw(st.integers(1, 3)), num_nextn_predict_layers=draw(st.integers(0, 2)),
-        q_lora_rank=draw(st.none() | size), kv_lora_rank=draw(size), qk_nope_head_dim=draw(size),
-        qk_rope_head_dim=2 * draw(size), v_head_dim=draw(size), attention_bias=draw(flag), rope_theta=draw(number),
-        rope_interleave=draw(flag), yarn=yarn, max_position_embeddings=draw(size), rms_norm_eps=draw(number),
-        tie_word_embeddings=draw(flag), initializer_range=draw(number), bos_token_id=draw(token),
+        q_lora_rank=draw(st.none() | size), kv_lora_rank=draw(size), qk_nope_head_dim=draw(size) - 1,
+        qk_rope_head_dim=2 * pairs, v_head_dim=draw(size), attention_bias=draw(flag), rope_theta=draw(number),
+        rope_interleave=draw(flag), yarn=yarn, longrope=longrope, max_position_embeddings=draw(size),
+        rms_norm_eps=draw(number), tie_word_embeddings=draw(flag), initializer_range=draw(number),
+        bos_token_id=draw(token),
         eos_token_id=draw(token | st.lists(st.integers(0, vocab - 1), min_size=1, max_size=3).map(tuple)),
         pad_token_id=draw(token), model_type=draw(st.sampled_from(["deepseek_v3", "deepseek_v2"])))
 

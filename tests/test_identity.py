@@ -20,7 +20,7 @@ from deepseek.checkpoint import (
     tensor_hashes,
 )
 from deepseek.checkpoint.identity import FUNCTION_KEYS
-from deepseek.config import ModelConfig, YarnScaling
+from deepseek.config import LongRope, ModelConfig, YarnScaling
 from deepseek.model import CausalLM
 
 # in the tensors' names and shapes, or without a part in the main model's logits
@@ -37,7 +37,7 @@ def of(model: CausalLM) -> str:
 def test_every_key_of_the_configuration_is_decided_on() -> None:
     """A new key must join one side or the other."""
     known = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert known == LEFT_OUT | set(FUNCTION_KEYS) | {"yarn"} and not LEFT_OUT & set(FUNCTION_KEYS)
+    assert known == LEFT_OUT | set(FUNCTION_KEYS) | {"yarn", "longrope"} and not LEFT_OUT & set(FUNCTION_KEYS)
 
 
 @pytest.mark.parametrize(("changes", "same"), [
@@ -45,7 +45,8 @@ def test_every_key_of_the_configuration_is_decided_on() -> None:
     ({"norm_topk_prob": False}, False), ({"topk_group": 3}, False), ({"rms_norm_eps": 1e-5}, False),
     ({"rope_interleave": False}, False), ({"scoring_func": "softmax"}, False),
     ({"num_attention_heads": 1, "qk_nope_head_dim": 32, "v_head_dim": 24}, False),
-    ({"yarn": YarnScaling(4.0, 64)}, False), ({"rope_theta": 10000}, True), ({"routed_scaling_factor": 1}, True),
+    ({"yarn": YarnScaling(4.0, 64)}, False), ({"longrope": LongRope((1.0, 1.0, 1.0, 2.0), 64)}, False),
+    ({"rope_theta": 10000}, True), ({"routed_scaling_factor": 1}, True),
     ({"max_position_embeddings": 512}, True), ({"eos_token_id": 7}, True), ({"initializer_range": 0.1}, True),
 ])
 def test_what_changes_the_function_changes_the_fingerprint(

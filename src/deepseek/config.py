@@ -93,6 +93,41 @@ class YarnScaling:
         return _mscale(self.factor, self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
+@dataclass(frozen=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753): every rotary pair's frequency is divided by a factor of its own, the same one in
+    short and in long texts.
+
+    `attention_factor` multiplies cos and sin.
+    """
+
+    factors: tuple[float, ...]
+    original_max_position_embeddings: int
+    factor: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _need("rope_scaling.short_factor", self.factors, "must be a list of positive numbers",
+              isinstance(self.factors, tuple) and all(map(_is_number, self.factors)))
+        for key in ("factor", "original_max_position_embeddings", "attention_factor"):
+            value = getattr(self, key)
+            _need(f"rope_scaling.{key}", value, "must be a positive number",
+                  _is_number(value) or (key == "attention_factor" and value is None))
+
+    @property
+    def rotary_scale(self) -> float:
+        """Factor on cos and sin."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        stretch = math.log(self.factor) / math.log(self.original_max_position_embeddings)
+        return math.sqrt(1 + stretch) if self.factor > 1 else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of rope_scaling in config.json."""
+        scaling = {key: value for key, value in vars(self).items() if value is not None and key != "factors"}
+        return scaling | {"short_factor": list(self.factors), "long_factor": list(self.factors)}
+
+
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
@@ -132,6 +167,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_interleave: bool = True
     yarn: YarnScaling | None = None
+    longrope: LongRope | None = None
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -187,10 +223,10 @@ class ModelConfig:
         for key in (
             "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size moe_intermediate_size "
             "n_routed_experts num_experts_per_tok n_group topk_group moe_layer_freq kv_lora_rank "
-            "qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings"
+            "qk_rope_head_dim v_head_dim max_position_embeddings"
         ).split():
             _need(key, getattr(self, key), "must be a positive integer", _is_int(getattr(self, key), 1))
-        for key in "n_shared_experts first_k_dense_replace num_nextn_predict_layers".split():
+        for key in "n_shared_experts first_k_dense_replace num_nextn_predict_layers qk_nope_head_dim".split():
             _need(key, getattr(self, key), "must be an integer >= 0", _is_int(getattr(self, key), 0))
         for key in "routed_scaling_factor rope_theta rms_norm_eps initializer_range".split():
             _need(key, getattr(self, key), "must be a positive number", _is_number(getattr(self, key)))
@@ -204,6 +240,11 @@ class ModelConfig:
         pool = experts // groups * self.topk_group
         _need("num_experts_per_tok", top, f"must be at most the {pool} experts of the kept groups", top <= pool)
         _need("qk_rope_head_dim", self.qk_rope_head_dim, "must be even", self.qk_rope_head_dim % 2 == 0)
+        if self.longrope is not None:
+            _need("yarn", self.yarn, "must be null beside longrope", self.yarn is None)
+            _need("rope_scaling.short_factor", self.longrope.factors,
+                  f"must have qk_rope_head_dim / 2 = {self.qk_rope_head_dim // 2} numbers",
+                  2 * len(self.longrope.factors) == self.qk_rope_head_dim)
         _need("hidden_act", self.hidden_act, "must be 'silu'", self.hidden_act == "silu")
         kind, score = self.model_type, self.scoring_func
         _need("model_type", kind, f"must be one of {', '.join(ARCHITECTURES)}", kind in ARCHITECTURES)
@@ -257,7 +298,7 @@ class ModelConfig:
             raise ConfigError(f"{origin}: architectures = {shown(names)}: must be a list of names")
         values = _read_generation(keys, strict, origin)
         _read_rope(keys, values, origin)
-        known = {f.name for f in fields(cls)} - {"extra", "yarn"}
+        known = {f.name for f in fields(cls)} - _NO_KEYS
         for key, value in keys.items():
             if key in known:
                 if value is None and key in _NULL_MEANS_DEFAULT:
@@ -320,7 +361,7 @@ class ModelConfig:
         out: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self.model_type]],
             **{k: v for k, v in self.extra.items() if k not in ("moe_dr", "architectures", "quantization_config")},
-            **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "yarn")},
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NO_KEYS},
             "num_key_value_heads": self.num_attention_heads,
             "moe_dr": {"format": FORMAT},
         }
@@ -334,9 +375,12 @@ class ModelConfig:
                 if not scaling[key]:
                     del scaling[key]
             out["rope_scaling"] = {"rope_type": "yarn", "type": "yarn"} | scaling
+        elif self.longrope:
+            out["rope_scaling"] = {"rope_type": "longrope", "type": "longrope"} | self.longrope.to_dict()
         return out
 
 
+_NO_KEYS = frozenset(("extra", "yarn", "longrope"))  # fields that stand under other names in config.json
 _REQUIRED = ("vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size moe_intermediate_size "
              "n_routed_experts num_experts_per_tok").split()
 # transformers writes null for "one group" and for "no shared experts"
@@ -407,8 +451,8 @@ def _read_generation(keys: dict[str, Any], strict: bool, origin: str) -> dict[st
 
 
 def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> None:
-    """`rope_scaling` (the published files) or `rope_parameters` (transformers 5) -> rope_theta and yarn. Where a file
-    has both, or a base in two places, they must agree."""
+    """`rope_scaling` (the published files) or `rope_parameters` (transformers 5) -> rope_theta, yarn or longrope.
+    Where a file has both, or a base in two places, they must agree."""
     found = {key: _one_rope(key, scaling, origin) for key in ("rope_scaling", "rope_parameters")
              if (scaling := keys.pop(key, None)) is not None}
     bases = {f"{key}.rope_theta": theta for key, (theta, _) in found.items() if theta is not None}
@@ -416,19 +460,20 @@ def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> Non
         bases["rope_theta"] = keys.pop("rope_theta")
     for name, theta in bases.items():
         _need(f"{origin}: {name}", theta, "must be a positive number", _is_number(theta))
-    kinds = {key: yarn for key, (_, yarn) in found.items() if yarn != "no type"}
+    kinds = {key: scaling for key, (_, scaling) in found.items() if scaling != "no type"}
     for said in (bases, kinds):
         first, *others = said.values() or (None,)
         if any(other != first for other in others):
             raise ConfigError(f"{origin}: {' and '.join(said)} differ: {shown([first, *others], 200)}")
     if bases:
         values["rope_theta"] = next(iter(bases.values()))
-    if kinds and isinstance(yarn := next(iter(kinds.values())), YarnScaling):
-        values["yarn"] = yarn
+    scaling = next(iter(kinds.values()), None)
+    if isinstance(scaling, YarnScaling | LongRope):
+        values["yarn" if isinstance(scaling, YarnScaling) else "longrope"] = scaling
 
 
-def _one_rope(key: str, given: Any, origin: str) -> tuple[Any, YarnScaling | str | None]:
-    """(rope_theta or None; YaRN, None for plain positions, or "no type" where nothing is said about that)."""
+def _one_rope(key: str, given: Any, origin: str) -> tuple[Any, YarnScaling | LongRope | str | None]:
+    """(rope_theta or None; the scaling, None for plain positions, or "no type" where nothing is said about that)."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{origin}: {key} = {shown(given)}: must be an object or null")
     scaling = dict(given)
@@ -444,14 +489,23 @@ def _one_rope(key: str, given: Any, origin: str) -> tuple[Any, YarnScaling | str
         if scaling:
             raise ConfigError(f"{origin}: {key} has {printable(', '.join(scaling))} but no type")
         return theta, "no type" if kind is None else None
-    if kind != "yarn":
-        raise ConfigError(f"{origin}: {key}.type = {shown(kind)}: must be 'yarn' or 'default'")
-    known = {f.name for f in fields(YarnScaling)}
+    if kind not in ("yarn", "longrope"):
+        raise ConfigError(f"{origin}: {key}.type = {shown(kind)}: must be 'yarn', 'longrope' or 'default'")
+    made: type[YarnScaling | LongRope] = YarnScaling if kind == "yarn" else LongRope
+    if kind == "longrope":
+        short, long = (scaling.pop(f"{name}_factor", None) for name in ("short", "long"))
+        _need(f"{origin}: {key}.long_factor", long, "must equal short_factor: other factors for long texts than for "
+              "short ones are not supported", long == short)
+        scaling["factors"] = tuple(short) if isinstance(short, list) else ()
+    known = {f.name for f in fields(made)}
     if unknown := sorted(set(scaling) - known):
         raise ConfigError(f"{origin}: {key}: unknown key {printable(', '.join(unknown))}")
     stated = {k: v for k, v in scaling.items() if v is not None}
     try:
-        return theta, YarnScaling(**{"factor": None, "original_max_position_embeddings": None} | stated)
+        needed: dict[str, Any] = {"original_max_position_embeddings": None}
+        if stated.get("attention_factor") is None or kind == "yarn":
+            needed["factor"] = None
+        return theta, made(**needed | stated)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
 

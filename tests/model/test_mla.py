@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.config import ModelConfig, YarnScaling
+from deepseek.config import LongRope, ModelConfig, YarnScaling
 from deepseek.model.cache import LatentCache
 from deepseek.model.layers import Rotary
 from deepseek.model.mla import MLA, AttentionContext, AttentionMask, AttnImpl
@@ -28,6 +28,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"q_lora_rank": 12, "attention_bias": True},
     {"rope_interleave": False},
     {"yarn": YarnScaling(8.0, 16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.5), "v_head_dim": 4},
+    {"longrope": LongRope((1.0, 3.0), 16, attention_factor=1.2), "qk_nope_head_dim": 0, "v_head_dim": 4},
 ]
 IMPLS: tuple[AttnImpl, ...] = ("naive", "absorbed")
 variants = pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: ",".join(c) or "plain")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from deepseek.checkpoint import load_model, save_model
-from deepseek.config import ModelConfig, YarnScaling
+from deepseek.config import LongRope, ModelConfig, YarnScaling
 from deepseek.model import CausalLM, RoutingRecord
 
 transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
@@ -46,6 +46,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "yarn, no mscale, ramp to the end": yarn(factor=8.0, beta_slow=0.1),
     "yarn, mscale alone": yarn(mscale=0.8),
     "yarn, own factor, not truncated": yarn(attention_factor=1.2, truncate=False, mscale_all_dim=0.5),
+    "longrope, nothing but rotary": dict(
+        longrope=LongRope((1.0, 0.5, 3.0, 7.0), 256, attention_factor=1.3), qk_nope_head_dim=0, v_head_dim=8,
+        attention_bias=True),
+    "longrope, factor, no expert": dict(
+        longrope=LongRope((1.0, 0.5, 3.0, 7.0), 64, factor=4.0), first_k_dense_replace=3, q_lora_rank=24),
     "tied": dict(tie_word_embeddings=True),
     "weights not normalised": dict(norm_topk_prob=False, routed_scaling_factor=1.5),
     "one expert a token": dict(num_experts_per_tok=1, routed_scaling_factor=1.5),
@@ -60,7 +65,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         routed_scaling_factor=2.5, q_lora_rank=24, attention_bias=True, first_k_dense_replace=2, num_hidden_layers=4,
         n_shared_experts=2, num_nextn_predict_layers=1),
 }
-SOME = ["1 group", "8 groups", "bias, q_lora", "yarn, mscale unequal", "tied", "halves rotated", "everything"]
+SOME = ["1 group", "8 groups", "bias, q_lora", "yarn, mscale unequal", "longrope, nothing but rotary", "tied",
+        "halves rotated", "everything"]
 
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 some_configs = pytest.mark.parametrize("changes", [CONFIGS[name] for name in SOME], ids=SOME)

@@ -121,7 +121,7 @@ def test_nan_in_attention_stays_with_its_query(rank: int) -> None:
 @both_widths
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 40, 150])
-@pytest.mark.parametrize(("nope", "value"), [(16, 32), (48, 16), (12, 21)])
+@pytest.mark.parametrize(("nope", "value"), [(16, 32), (48, 16), (12, 21), (0, 32), (0, 21)])
 def test_naive_attention_is_near_the_reference(
     nope: int, value: int, tokens: int, heads: int, bits: Bits, some_threads: int
 ) -> None:

@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "not interleaved": dict(rope_interleave=False, hidden_size=72, num_attention_heads=20),
     "V2": dict(model_type="deepseek_v2", topk_method="greedy", scoring_func="softmax", norm_topk_prob=False, n_group=1,
                topk_group=1, n_shared_experts=2),
+    "all of a query is rotary": dict(
+        qk_nope_head_dim=0, v_head_dim=16, first_k_dense_replace=2, attention_bias=True, tie_word_embeddings=True),
     "a rank that no vector divides": dict(kv_lora_rank=20),
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())

@@ -94,7 +94,7 @@ def fingerprint(hashes: Mapping[str, str], config: ModelConfig) -> str:
     """One hash of a base, from those of its tensors (`tensor_hashes`) and its configuration; see above."""
     tensors = sorted((name, digest) for name, digest in hashes.items() if not _of_mtp(name, config))
     keys = {key: getattr(config, key) for key in FUNCTION_KEYS} | {
-        "rope_scaling": None if config.yarn is None else asdict(config.yarn)}
+        "rope_scaling": None if (scaling := config.yarn or config.longrope) is None else asdict(scaling)}
     return hashlib.sha256(json.dumps([_with_floats(keys), tensors], sort_keys=True).encode()).hexdigest()
 
 
@@ -102,6 +102,8 @@ def _with_floats(value: Any) -> Any:
     """10000 and 10000.0 are one number; so they must be in JSON."""
     if isinstance(value, dict):
         return {key: _with_floats(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_with_floats(inner) for inner in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

@@ -47,13 +47,15 @@ class MLP(nn.Module):
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotary pair, [P] float32; under YaRN (arXiv 2309.00071, section 3.2) high frequencies
-    are kept, low ones divided by `factor`, with a linear ramp between the pairs that turn beta_fast and beta_slow
-    times over the original context."""
+    """Angle per position of each rotary pair, [P] float32. LongRoPE divides each by a factor of its own; under YaRN
+    (arXiv 2309.00071, section 3.2) high frequencies are kept, low ones divided by `factor`, with a linear ramp between
+    the pairs that turn beta_fast and beta_slow times over the original context."""
     width, base = config.qk_rope_head_dim, config.rope_theta
     # real numbers also while a model is built on the meta device (see Decoder)
     pair_P = torch.arange(width // 2, dtype=torch.float32, device="cpu")
     inv_P = 1.0 / (base ** (2 * pair_P / width))
+    if config.longrope is not None:
+        return 1.0 / (torch.tensor(config.longrope.factors, dtype=torch.float32) * base ** (2 * pair_P / width))
     if (yarn := config.yarn) is None:
         return inv_P
 
@@ -70,14 +72,15 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """cos and sin of the rotary angles at given positions, FP32 [B, T, P], scaled as YaRN asks."""
+    """cos and sin of the rotary angles at given positions, FP32 [B, T, P], scaled as YaRN or LongRoPE asks."""
 
     inv_P: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.register_buffer("inv_P", rotary_frequencies(config), persistent=False)
-        self.scale = config.yarn.rotary_scale if config.yarn else 1.0
+        scaling = config.yarn or config.longrope
+        self.scale = scaling.rotary_scale if scaling else 1.0
 
     def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         angle = positions_BT.unsqueeze(-1).float() * self.inv_P

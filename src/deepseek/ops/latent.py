@@ -147,7 +147,7 @@ def naive_attention(
     batch, tokens, heads, width = q_BTND.shape
     rope, rank = q_rope.shape[-1], cache.shape[-1] - q_rope.shape[-1]
     nope = width - rope
-    if q_rope.shape[:3] != q_BTND.shape[:3] or cache.shape[0] != batch or rank <= 0 or nope <= 0:
+    if q_rope.shape[:3] != q_BTND.shape[:3] or cache.shape[0] != batch or rank <= 0 or nope < 0:
         raise ValueError(f"shapes do not fit: q {list(q_BTND.shape)}, q_rope {list(q_rope.shape)}, cache "
                          f"{list(cache.shape)}")
     checks.packed_bytes("kv_b", kv_b, matrix_bytes(heads * (nope + value), rank, bits))

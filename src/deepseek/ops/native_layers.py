@@ -29,7 +29,7 @@ class Attention(NamedTuple):
     q_eps: float
     kv_eps: float
     scale: float
-    key: Tensor
+    key: Tensor | None
     interleave: bool
 
 

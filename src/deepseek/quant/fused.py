@@ -48,11 +48,13 @@ class AbsorbedLora:
         a_rR, b_Or = pad(a_rR, (0, 0, 0, -path.rank % ROWS)), pad(b_Or, (0, -path.rank % ROWS))
         key_NDr, value_NWr = b_Or.view(config.num_attention_heads, -1, len(a_rR)).split(
             (config.qk_nope_head_dim, config.v_head_dim), 1)
-        self.key, self.value = _by_head(key_NDr.transpose(1, 2)), _by_head(value_NWr)
+        self.key = _by_head(key_NDr.transpose(1, 2)) if config.qk_nope_head_dim else None
+        self.value = _by_head(value_NWr)
         self.down, self.up = ops.pack_panels(a_rR), ops.pack_panels(a_rR.t().contiguous())
         self.rank, self.width = a_rR.shape[0], config.v_head_dim
 
     def queries(self, q_TND: Tensor) -> Tensor:
+        assert self.key is not None
         q_TNr = ops.grouped_quantized_linear(q_TND, self.key, 0, self.key.shape[1], self.rank, bits=8)
         out = ops.panel_linear(q_TNr.flatten(0, 1), self.up)
         return out.view(*q_TNr.shape[:2], -1)
@@ -68,11 +70,11 @@ AbsorbedLoras = Sequence[tuple[AbsorbedLora, slice]]
 class FusedMLA(MLA):
     """MLA whose kv_b_proj is quantized. Falls back to MLA's own forms for masks with holes and caches of other dtypes.
 
-    key: W_key turned round, [R, nope] of every head in 8 bits. value: the value rows of kv_b_proj in 8 bits where they
-    cannot be read in their place, because a head's rows are no whole panels.
+    key: W_key turned round, [R, nope] of every head in 8 bits; None where nope is 0. value: the value rows of kv_b_proj
+    in 8 bits where they cannot be read in their place, because a head's rows are no whole panels.
     """
 
-    key: Tensor
+    key: Tensor | None
     value: Tensor | None
     loras: dict[str, AbsorbedLora]
 
@@ -82,7 +84,7 @@ class FusedMLA(MLA):
         assert isinstance(kv_b, QuantizedLinear)
         w = unpack(kv_b.packed, kv_b.out_features, kv_b.in_features, kv_b.bits).dequantize()
         key_NDR, value_NWR = w.view(config.num_attention_heads, nope + value, -1).split((nope, value), 1)
-        self.register_buffer("key", _by_head(key_NDR.transpose(1, 2)), persistent=False)
+        self.register_buffer("key", _by_head(key_NDR.transpose(1, 2)) if nope else None, persistent=False)
         in_place = nope % ROWS == 0 and value % ROWS == 0
         self.register_buffer("value", None if in_place else _by_head(value_NWR), persistent=False)
         self.loras = {}
@@ -178,6 +180,8 @@ class FusedMLA(MLA):
     def _queries(self, q_TND: Tensor, loras: AbsorbedLoras) -> Tensor:
         """Each head's query in latent space, [T, N, R]."""
         config = self.config
+        if self.key is None:  # all of a query is rotary
+            return q_TND.new_zeros(*q_TND.shape[:2], config.kv_lora_rank)
         q_TND = q_TND[..., : config.qk_nope_head_dim]
         out_TNR = ops.grouped_quantized_linear(q_TND, self.key, 0, self.key.shape[1], config.kv_lora_rank, bits=8)
         for lora, rows in loras:
