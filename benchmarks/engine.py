@@ -33,6 +33,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from deepseek import LLM
 from deepseek.checkpoint import load_model
@@ -42,8 +43,9 @@ from deepseek.engine import Engine, EngineOptions, SamplingParams
 from deepseek.engine.request import Request
 from deepseek.engine.speculative import Drafter, _Trial
 from deepseek.model import CausalLM
+from deepseek.model.cache import Chunk
 from deepseek.tokenizer import Tokenizer
-from domains import UNSEEN, places
+from domains import UNSEEN, add_data, data_folder, places
 from harness import arguments, machine, quiet_rounds, table, versions, write_result
 from peers import LlamaCpp
 from planted import DOMAINS, NAMES, OF_EXPERT, planted_model, prompt
@@ -75,13 +77,15 @@ def shape_model(cache: Path) -> Path:
     return folder
 
 
-def named_model(args: Any) -> Path:
-    """The model that named.py trained, in four bits. Exits where there is none."""
-    folder: Path = args.cache / "named-nf4"
+def named_model(args: Any) -> Path | None:
+    """The model that named.py trained, in four bits. None, with a line that says so, where there is none."""
+    folder: Path = args.cache / f"named{args.sample}-nf4"
     if not folder.is_dir():
-        if not (args.named / "config.json").is_file():
-            raise SystemExit(f"{args.named}: no model: `python benchmarks/named.py` trains it (or give --named)")
-        quantize(args.named, folder)
+        named = args.named or Path(f"runs/named{args.sample}/guided/model")
+        if not (named / "config.json").is_file():
+            print(f"{named}: no model, and no figures of it: `python benchmarks/named.py` trains it (or give --named)")
+            return None
+        quantize(named, folder)
     return folder
 
 
@@ -107,7 +111,7 @@ def batching(args: Any) -> tuple[list[str], dict[str, Any]]:
         return [request(prompt(draw, kind, 16), tokens, NAMES[kind], routed=routed) for kind in kinds]
 
     small = named_model(args)
-    texts = real_prompts(args, small, 32)
+    texts = real_prompts(args, small, 32) if small else {}
 
     def real(seed: int, routed: bool) -> list[Request]:
         draw = random.Random(seed)
@@ -120,11 +124,13 @@ def batching(args: Any) -> tuple[list[str], dict[str, Any]]:
                    f"{share:.0%} of the slots fall on the quarter of the experts that a token's domain prefers (by "
                    f"chance 25 %). {count} prompts of {DOMAINS} domains in random order, 16 + {tokens} tokens.", ""], {}
     found, data["planted"] = orders(args, model, planted, count * tokens)
+    data["planted"]["share"] = share
+    if small is None:
+        return lines + found, data
     lines += [*found, "", "### The trained model with names built in", "",
               f"{count} prompts of {len(texts)} sources that training never saw, 32 + {tokens} tokens; each comes with "
               "its domain's name.", ""]
     found, data["named"] = orders(args, load_model(small), real, count * tokens)
-    data["planted"]["share"] = share
     return lines + found, data
 
 
@@ -380,9 +386,9 @@ def simulate(drafter: Drafter, known: dict[int, list[int]], chance: float) -> No
     """Let the module run, and put right or wrong drafts in the place of its own."""
     own, draw = drafter.draft, random.Random(0)
 
-    def draft(chosen: Any) -> None:
-        own(chosen)
-        for one, *_ in chosen:
+    def draft(run: Sequence[tuple[Request, Chunk, Tensor]]) -> None:
+        own(run)
+        for one, *_ in run:
             if one.sequence.draft_token is not None and len(one.token_ids) < one.max_new_tokens:
                 right = known[one.request_id][len(one.token_ids)]
                 one.sequence.draft_token = right if draw.random() < chance else (right + 1) % CONFIG.vocab_size
@@ -394,7 +400,8 @@ def simulate(drafter: Drafter, known: dict[int, list[int]], chance: float) -> No
 
 
 def memory(args: Any) -> tuple[list[str], dict[str, Any]]:
-    folder = named_model(args)
+    if (folder := named_model(args)) is None:
+        raise SystemExit(2)
     llm, process, draw = LLM(folder, max_num_seqs=32), psutil.Process(), random.Random(0)
     texts = [ids for own in real_prompts(args, folder, 16).values() for ids in own]
     marks, began = {}, time.perf_counter()
@@ -406,7 +413,7 @@ def memory(args: Any) -> tuple[list[str], dict[str, Any]]:
         marks[done + 250] = process.memory_info().rss
     grown = marks[10_000] / marks[1_000] - 1
     pages = llm.engine.block_manager
-    pages.check([])
+    pages.check_integrity([])
     rows = [["requests", "resident memory (MiB)"],
             *([f"{n:,}", f"{marks[n] / 2**20:.1f}"] for n in (250, 1_000, 2_000, 5_000, 10_000))]
     seconds = time.perf_counter() - began
@@ -424,11 +431,13 @@ def parts(text: str) -> list[str]:
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data")
-    parser.add_argument("--named", type=Path, default=Path("runs/named/guided/model"), help="what named.py trained")
+    add_data(parser)
+    parser.add_argument("--named", type=Path, help="what named.py trained (default: runs/named/guided/model)")
     parser.add_argument("--demo", type=Path, default=Path("demo/model"), help="what `make demo` trained")
     parser.add_argument("--only", type=parts, default=list(PARTS), metavar="PART,…", help=", ".join(PARTS))
     args = parser.parse_args()
+    real = {"batching", "memory"} & set(args.only)  # the parts that run the model of named.py
+    args.data, args.sample = data_folder(args.data) if real else (args.data, "")
     torch.set_num_threads(args.threads)
     where, packages = machine(args.threads), versions("torch")
     for name in args.only:  # a result each, so that one can be measured again
@@ -436,7 +445,8 @@ def main() -> None:
         lines, found = globals()[name](args)
         write_result(f"engine-{name}", "\n".join([
             f"# The engine: {name}", "", f"{where['cpu']}, {args.threads} threads, torch {packages['torch']}; "
-            f"{args.rounds} rounds, medians.", "", *lines]), {"machine": where, name: found})
+            f"{args.rounds} rounds, medians.", "", *lines]), {"machine": where, name: found},
+            keep=name not in real or (not args.sample and (name == "memory" or "named" in found)))
 
 
 if __name__ == "__main__":

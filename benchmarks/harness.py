@@ -139,11 +139,14 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_result(name: str, text: str, data: dict[str, Any]) -> Path:
-    """results/NAME-DATE.md for people and .json beside it for programs."""
+def write_result(name: str, text: str, data: dict[str, Any], keep: bool = True) -> Path:
+    """results/NAME-DATE.md for people and .json beside it for programs. keep: else it is printed only."""
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{day}.md"
+    if not keep:
+        print(f"\n{text}\n\nnot written: this was not the whole benchmark on the fetched data")
+        return path
+    RESULTS.mkdir(exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
     path.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     print(f"\n{text}\n\nwritten to {path.relative_to(Path(__file__).parent.parent)}")

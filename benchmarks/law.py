@@ -22,7 +22,7 @@ import torch
 
 from deepseek import LoRAAdapter, MoEFineTuner
 from deepseek.tune import TuneReport
-from domains import UNSEEN, places
+from domains import LAW_CASES, UNSEEN, add_data, data_folder, places
 from harness import arguments, machine, table, versions, write_result
 
 RATES = {"full": (1e-4, 3e-4, 1e-3), "experts": (3e-4, 1e-3, 3e-3), "named": (3e-4, 1e-3, 3e-3),
@@ -40,16 +40,22 @@ def tune(way: str, rate: float, args: Any, general: list[Path]) -> TuneReport:
         args.base, out=args.work / f"{way}-{rate:g}", lr=rate, batch_size=8, max_length=384, overlong="cut",
         retain_data=general, eval_records=192, eval_every=args.steps, save_every=args.steps, precision="fp32", seed=0,
         **WAYS[way])
-    return tuner.fit(args.data / "esft/datasets/train/law.jsonl", steps=args.steps)
+    return tuner.fit(args.data / LAW_CASES, steps=args.steps)
 
 
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data")
-    parser.add_argument("--base", type=Path, default=Path("runs/named/guided/model"), help="the model of named.py")
-    parser.add_argument("--work", type=Path, default=Path("runs/law"), help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=202, help="of 8 records; 202 are two epochs")
+    add_data(parser)
+    parser.add_argument("--base", type=Path, help="the model of named.py (default: runs/named/guided/model)")
+    parser.add_argument("--work", type=Path, help="folder of the runs (default: runs/law)")
+    parser.add_argument("--steps", type=int, help="of 8 records (default: 202, two epochs; 4 on a generated sample)")
     args = parser.parse_args()
+    args.data, sample = data_folder(args.data)
+    args.base = args.base or Path(f"runs/named{sample}/guided/model")
+    args.work = args.work or Path(f"runs/law{sample}")
+    args.steps = args.steps or (4 if sample else 202)
+    if not args.base.is_dir():
+        raise SystemExit(f"{args.base}: no model: `python benchmarks/named.py` trains it (or give --base)")
     torch.set_num_threads(args.threads)
     general = [place for name, (_, files) in UNSEEN.items() if name != "law_expert"
                for place in places(args.data, files)]
@@ -77,7 +83,7 @@ def main() -> None:
         way: {f"{rate:g}": {"domain": r.domain_after, "general": r.general_after, "gained": r.gained,
                             "forgotten": r.forgotten, "trained": r.trained_parameters, "seconds": r.seconds,
                             "bytes": r.result_bytes, "experts": {k: list(v) for k, v in r.experts.items()}}
-              for rate, r in found.items()} for way, found in reports.items()}})
+              for rate, r in found.items()} for way, found in reports.items()}}, keep=not sample)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from deepseek.data.shards import encode_documents
 from deepseek.model import CausalLM, RoutingRecord
 from deepseek.ops.loss import IGNORE
 from deepseek.tokenizer import Tokenizer
-from domains import TRAIN, UNSEEN, places
+from domains import TRAIN, UNSEEN, add_data, data_folder, places
 from harness import arguments, machine, table, versions, write_result
 
 RUNS = {"guided": [], "unguided": ["--guide_weight", "0"]}
@@ -114,11 +114,14 @@ def picture(path: Path, names: tuple[str, ...], shares: dict[str, Tensor]) -> No
 
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data")
-    parser.add_argument("--work", type=Path, default=Path("runs/named"), help="folder of the two runs")
-    parser.add_argument("--steps", type=int, default=3690, help="of 4,096 tokens; 3,690 are 15 million")
-    parser.add_argument("--picture", type=Path, default=Path("runs/named/routing.png"), help="PNG to draw")
+    add_data(parser)
+    parser.add_argument("--work", type=Path, help="folder of the two runs (default: runs/named)")
+    parser.add_argument("--steps", type=int, help="of 4,096 tokens (default: 3,690; 30 on a generated sample)")
+    parser.add_argument("--picture", type=Path, help="PNG to draw (default: routing.png in the folder of the runs)")
     args = parser.parse_args()
+    args.data, sample = data_folder(args.data)
+    args.work = args.work or Path(f"runs/named{sample}")
+    args.steps = args.steps or (30 if sample else 3690)
     torch.set_num_threads(args.threads)
     folders = {name: train(name, args.work, args.data, args.steps, args.threads) for name in RUNS}
     shards = TokenShards.open(args.work / "guided" / "tokens")
@@ -138,7 +141,7 @@ def main() -> None:
     twin_across, twin_inside = within["unguided"].max_vio()
     shares = {title: found.confusion_NG[:, : len(shards.experts)] / found.confusion_NG.sum(1, keepdim=True)
               for title, found in (("held-out records", within["guided"]), ("sources that training never saw", beyond))}
-    picture(args.picture, shards.experts, shares)
+    picture(args.picture or args.work / "routing.png", shards.experts, shares)
     rows = [["name", "held-out records", "whole unseen source", "which"],
             *([name, f"{within['guided'].by_name()[name]:.1%}", f"{beyond.by_name()[name]:.1%}", UNSEEN[name][0]]
               for name in shards.experts),
@@ -160,7 +163,8 @@ def main() -> None:
     write_result("named", "\n".join(text), {
         "machine": where, "perplexity": perplexity, "held_out": within["guided"].by_name(), "unseen": beyond.by_name(),
         "macro": {"held_out": within["guided"].macro(), "unseen": beyond.macro()},
-        "max_vio": {"guided": (across, inside), "unguided": (twin_across, twin_inside)}})
+        "max_vio": {"guided": (across, inside), "unguided": (twin_across, twin_inside)}},
+        keep=not sample)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The data pipeline on two million records: seconds and records a second of every step, and the peak of memory.
 
-The records are natural language: sentences of the sets in ../shared/data, put together anew to about 200 characters,
-each record out of one domain, drawn from a fixed seed. Of the records a fifth are exact copies of earlier ones and a
-twenty-fifth are near-duplicates (an earlier record with one to three small edits); a third carry their label. So of 2
-million 1.6 million are distinct. Where each came from is kept aside, which gives the recall on the planted
-near-duplicates and the accuracy of the labels.
+The records are natural language: sentences of the sets that fetch_data.py fetches, put together anew to about 200
+characters, each record out of one domain, drawn from a fixed seed. Of the records a fifth are exact copies of earlier
+ones and a twenty-fifth are near-duplicates (an earlier record with one to three small edits); a third carry their
+label. So of 2 million 1.6 million are distinct. Where each came from is kept aside, which gives the recall on the
+planted near-duplicates and the accuracy of the labels.
 
 The pipeline runs in a process of its own on two cores; resident memory is summed over it and its children five times a
 second (shared pages count as often as they are mapped, so the true peak is lower). The tokenizer is trained
@@ -28,10 +28,9 @@ from typing import Any
 
 import psutil
 
+from domains import add_data, data_folder
 from harness import machine, table, versions, write_result
 
-ROOT = Path(__file__).parents[1]
-REAL = ROOT.parent / "shared" / "data"
 CACHE = Path(__file__).parent / ".cache" / "pipeline"
 DOMAINS = {
     "law_expert": ["law/laws_zh", "law/licences_en", "law/books_law_en", "law/lawbench/zero_shot"],
@@ -45,14 +44,14 @@ DOMAINS = {
 COPIES, NEAR, LABELLED, FILES = 0.2, 0.04, 1 / 3, 8
 
 
-def sentences() -> dict[str, list[str]]:
+def sentences(data: Path) -> dict[str, list[str]]:
     """The sentences of each domain, of 30 to 160 characters, each once."""
     from deepseek.data import ReadReport, read_documents
 
     out = {}
     for name, places in DOMAINS.items():
         found: dict[str, None] = {}
-        for document in read_documents([REAL / place / "*.jsonl" for place in places], ReadReport()):
+        for document in read_documents([data / place / "*.jsonl" for place in places], ReadReport()):
             for line in document.text.split("\n"):
                 found.update(dict.fromkeys(s.strip() for s in re.split(r"(?<=[.!?;])\s+|(?<=[。！？；])", line)
                                            if 30 <= len(s.strip()) <= 160))
@@ -60,10 +59,10 @@ def sentences() -> dict[str, list[str]]:
     return out
 
 
-def records(count: int, seed: int = 0) -> Iterator[tuple[str, str, int | None]]:
+def records(count: int, data: Path, seed: int = 0) -> Iterator[tuple[str, str, int | None]]:
     """(text, domain, number of the record that it is a near-duplicate of)."""
     draw = random.Random(seed)
-    pool = sentences()
+    pool = sentences(data)
     names = list(pool)
     written: list[tuple[str, str]] = []
     seen: set[int] = set()
@@ -96,11 +95,11 @@ def records(count: int, seed: int = 0) -> Iterator[tuple[str, str, int | None]]:
         yield text, name, None
 
 
-def make(count: int) -> Path:
+def make(count: int, data: Path, cache: Path) -> Path:
     """The input and what is known of it, in a folder; made once."""
     import polars as pl
 
-    folder = CACHE / f"{count}"
+    folder = cache / f"{count}"
     if (folder / "truth.parquet").is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +107,7 @@ def make(count: int) -> Path:
     draw, truth = random.Random(1), []
     files = [(folder / "in" / f"{i}.jsonl").open("w", encoding="utf-8") for i in range(FILES)]
     per_file = -(-count // FILES)
-    for number, (text, name, near) in enumerate(records(count)):
+    for number, (text, name, near) in enumerate(records(count, data)):
         record: dict[str, Any] = {"text": text}
         if labelled := draw.random() < LABELLED:
             cut = text.find(" ", len(text) // 2)
@@ -123,14 +122,14 @@ def make(count: int) -> Path:
     return folder
 
 
-def tokenizer() -> Path:
+def tokenizer(data: Path, cache: Path) -> Path:
     from deepseek.data import ReadReport, read_documents
     from deepseek.tokenizer import Tokenizer
 
-    folder = CACHE / "tokenizer"
+    folder = cache / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         texts = [document.text[:4000] for places in DOMAINS.values() for document in read_documents(
-            [REAL / place / "*.jsonl" for place in places], ReadReport())]
+            [data / place / "*.jsonl" for place in places], ReadReport())]
         Tokenizer.train(random.Random(0).sample(texts, min(8000, len(texts))), 16384).save(folder)
     return folder
 
@@ -141,7 +140,8 @@ def child(folder: Path, workers: int) -> None:
     from deepseek.data.settings import PackSettings, PipelineConfig, SplitSettings
 
     config = PipelineConfig(out=str(folder / "out"), sources={"": [str(folder / "in")]}, workers=workers,
-                            split=SplitSettings(valid_fraction=0.01), pack=PackSettings(tokenizer=str(tokenizer())))
+                            split=SplitSettings(valid_fraction=0.01),
+                            pack=PackSettings(tokenizer=str(folder.parent / "tokenizer")))
     for name, done in run(config):
         print(json.dumps({"step": name, "seconds": done.seconds, "counts": done.counts}), flush=True)
 
@@ -175,6 +175,10 @@ def measured(folder: Path, workers: int) -> tuple[list[dict[str, Any]], float, d
     return steps, seconds, {step["step"]: peak.get(i, 0.0) for i, step in enumerate(steps)}
 
 
+def mean(values: Any) -> float:
+    return float(values.mean() or 0)
+
+
 def judged(folder: Path) -> dict[str, float]:
     """What the truth that was kept aside says of the result."""
     import polars as pl
@@ -188,26 +192,30 @@ def judged(folder: Path) -> dict[str, float]:
     near = known.filter(pl.col("near").is_not_null())
     found = near["gone"] | gone.gather(near["near"].cast(pl.UInt32))
     said = label.join(truth, ["file", "line"])
-    out = {"planted near-duplicates": len(near), "share of them found": float(found.mean() or 0),
+    out = {"planted near-duplicates": len(near), "share of them found": mean(found),
            "copies and near-duplicates": known.height - known.filter(~pl.col("gone")).height}
     for source in ("rules", "classifier"):
         part = said.filter(pl.col("label_source") == source)
         out[f"labels from {source}"] = len(part)
-        out[f"of {source} right"] = float((part["expert"] == part["name"]).mean() or 0)
+        out[f"of {source} right"] = mean(part["expert"] == part["name"])
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--records", type=int, default=2_000_000)
+    parser.add_argument("--records", type=int, help="default: 2,000,000; 20,000 on a generated sample")
+    add_data(parser)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child, args.workers)
         return
-    folder = make(args.records)
-    tokenizer()
+    data, sample = data_folder(args.data)
+    args.records = args.records or (20_000 if sample else 2_000_000)
+    cache = CACHE.with_name(CACHE.name + sample)
+    folder = make(args.records, data, cache)
+    tokenizer(data, cache)
     steps, seconds, peak = measured(folder, args.workers)
     truth = judged(folder)
     import polars as pl
@@ -226,16 +234,13 @@ def main() -> None:
     packages = versions("polars", "numpy", "tokenizers")
     lines = ["# Data pipeline", "", f"{where['cpu']}, {args.workers} cores; "
              + ", ".join(f"{k} {v}" for k, v in packages.items())
-             + f". {args.records:,} records of {given.mean():.0f} characters on average; {distinct:,} distinct, "
+             + f". {args.records:,} records of {mean(given):.0f} characters on average; {distinct:,} distinct, "
              f"{1 - distinct / args.records:.1%} exact copies.", "", table(rows), "",
              table([["against the truth", ""], *([k, f"{v:,}" if isinstance(v, int) else f"{v:.2%}"]
                                                  for k, v in truth.items())])]
-    data = {"machine": where, "versions": packages, "steps": steps, "seconds": seconds, "peak_gib": peak,
+    facts = {"machine": where, "versions": packages, "steps": steps, "seconds": seconds, "peak_gib": peak,
             "truth": truth, "distinct": distinct}
-    if args.records >= 1_000_000:
-        write_result("pipeline", "\n".join(lines), data)
-    else:
-        print("\n".join(lines))
+    write_result("pipeline", "\n".join(lines), facts, keep=args.records >= 1_000_000 and not sample)
 
 
 if __name__ == "__main__":

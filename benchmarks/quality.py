@@ -38,10 +38,10 @@ LENGTH = 256
 def losses(model: CausalLM, shards: TokenShards, limit: int) -> Tensor:
     """Cross entropy of every held-out token."""
     parts = []
-    for ids_BT, labels_BT in shards.valid_batches(8, LENGTH, limit):
-        logits_BTV = model(ids_BT)
+    for batch in shards.valid_batches(8, LENGTH, limit):
+        logits_BTV = model(batch.ids_BT)
         parts.append(torch.nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="none", ignore_index=-100))
+            logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), reduction="none", ignore_index=-100))
     return torch.cat(parts)
 
 

@@ -38,6 +38,7 @@ from deepseek.checkpoint import expert_spans
 from deepseek.config import ModelConfig
 from deepseek.engine.residency import slot_bytes
 from deepseek.engine.warmup import USE, record_use
+from domains import add_data, data_folder
 from engine import named_model, real_prompts
 from harness import arguments, machine, quiet_rounds, table, versions, write_result
 from peers import LlamaCpp
@@ -118,7 +119,7 @@ def llama(peer: LlamaCpp, repack: int, limit: int) -> float | None:
     command = [str(peer.binaries / "llama-bench"), "-m", str(peer.model), "-t", str(peer.threads), "-p", "0", "-n",
                str(TOKENS), "-r", "1", "-o", "json", "-lm", "mmap", "--repack", str(repack)]
     output = limited(command, limit, [peer.model])
-    return output and float(json.loads(output[output.index("["):])[0]["avg_ts"])
+    return float(json.loads(output[output.index("["):])[0]["avg_ts"]) if output else None
 
 
 def compare(args: Any, folder: Path, name: str, prompts: list[list[int]], peer: LlamaCpp | None,
@@ -185,14 +186,16 @@ def compare(args: Any, folder: Path, name: str, prompts: list[list[int]], peer: 
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data")
-    parser.add_argument("--named", type=Path, default=Path("runs/named/guided/model"), help="what named.py trained")
+    add_data(parser)
+    parser.add_argument("--named", type=Path, help="what named.py trained (default: runs/named/guided/model)")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(args.child)))
         return
+    args.data, args.sample = data_folder(args.data)
     torch.set_num_threads(args.threads)
+    named = named_model(args)
     peer = None
     if can_limit():
         peer = LlamaCpp.install(args.cache, write_model(args.cache / "model"), args.threads)
@@ -200,11 +203,13 @@ def main() -> None:
     learn(planted, [prompt(random.Random(4), 0, 16) for _ in range(4)])
     print("planted", flush=True)
     one, first = compare(args, planted, "law_expert", [prompt(draw, 0, 16) for _ in range(2)], peer)
-    named = named_model(args)
-    texts = real_prompts(args, named, 32)["code_expert"]
-    learn(named, texts[-8:])
-    print("named", flush=True)
-    two, second = compare(args, named, "code_expert", texts[:3], None)
+    two: list[str] = ["Not measured."]
+    second: dict[str, Any] = {}
+    if named:
+        texts = real_prompts(args, named, 32)["code_expert"]
+        learn(named, texts[-8:])
+        print("named", flush=True)
+        two, second = compare(args, named, "code_expert", texts[:3], None)
     where = machine(args.threads)
     notes = ["`experts there`: in memory, and not on their way, when a layer of a step asked. `auto`: the frequent "
              "experts of other prompts of the domain. `first token`: of a process's first request. Seen by the "
@@ -214,7 +219,7 @@ def main() -> None:
         "# Experts that are not all in memory", "", f"{where['cpu']}, {args.threads} threads, torch "
         f"{versions('torch')['torch']}; {args.rounds} rounds, medians.", "", *notes, "",
         "## The benchmark shape, synthetic gate", "", *one, "", "## The trained model with names built in", "", *two]),
-        {"machine": where, "planted": first, "named": second})
+        {"machine": where, "planted": first, "named": second}, keep=named is not None and not args.sample)
 
 
 def learn(folder: Path, prompts: list[list[int]]) -> None:

@@ -49,10 +49,10 @@ def ours(name: str) -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Ten
 
     model = load_model(FOLDER, torch.float32).train()
     model.requires_grad_(name == "full")
-    for layer, block in model.moe_blocks().items():
+    for block in model.moe_blocks().values():
         block.gate.weight.requires_grad_(False)
         if name == "experts":
-            model.moe_blocks()[layer].experts = TunedExperts(block.experts, EXPERTS)
+            block.experts = TunedExperts(block.experts, EXPERTS)  # type: ignore[assignment]
     if name.startswith("LoRA"):
         chosen = [f"{layer}.{e}" for layer in model.config.moe_layers for e in EXPERTS] if "experts" in name else []
         LoRAAdapter(r=16, target_modules=["q_proj"], experts=chosen).attach(model)
