@@ -117,6 +117,23 @@ def test_the_site_has_every_page_and_every_public_name() -> None:
         assert "](../" not in page.read_text(encoding="utf-8"), f"{page.name}: links out of the site"
 
 
+def test_the_house_names_every_module() -> None:
+    """A room's block has each of its modules; a line that begins with a dot names modules up to its colon, apart from
+    what stands in brackets."""
+    source = ROOT / "src" / "deepseek"
+    tree = (ROOT / "docs" / "house.md").read_text(encoding="utf-8").split("```text\n")[2].split("```")[0]
+    blocks = dict(re.findall(r"^  ([\w/.]+) +(.*(?:\n {10,}.*)*)", tree, re.MULTILINE))
+    modules = {path.name for path in source.glob("*.py")} - {"__main__.py"}
+    rooms = {path.name + "/" for path in source.iterdir() if (path / "__init__.py").is_file()}
+    assert set(blocks) == modules | rooms
+    for room in rooms:
+        stems = {path.stem for path in (source / room).glob("*.py") if not path.stem.startswith("__")}
+        assert stems <= set(re.findall(r"\w+", blocks[room])), room
+        for line in re.findall(r"^ +\. (.*)", blocks[room], re.MULTILINE):
+            named = re.sub(r"\([^)]*\)", "", line).partition(":")[0]
+            assert set(re.findall(r"\w+", named)) <= stems, (room, line)
+
+
 def commands(page: Path) -> Iterator[str]:
     for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
