@@ -52,7 +52,7 @@ from typing import Any
 from deepseek import LLM
 from deepseek.serve.monitoring import Watch
 from deepseek.watch.metrics import key
-from deepseek.watch.monitor import WatchOptions
+from deepseek.watch.options import WatchOptions
 from engine import request, run, shape_model
 from harness import arguments, machine, quiet_rounds, ratio, table, versions, write_result
 from peers import RELEASE, LlamaCpp

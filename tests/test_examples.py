@@ -91,10 +91,10 @@ def test_tune_law(run: Callable[..., str], model: Path, texts: Path, tmp_path: P
 
 def test_serve_client(run: Callable[..., str], model: Path) -> None:
     pytest.importorskip("openai", reason="needs the test extra (openai)")
-    from deepseek.serve.service import ServeOptions
+    from deepseek.serve.options import ServeOptions
     from serving import Running
 
-    server = Running(LLM(model), ServeOptions("tiny", keys=("KEY",)))
+    server = Running(LLM(model), ServeOptions("tiny", api_key=("KEY",)))
     try:
         said = run("serve_client.py", f"{server.url}/v1", "KEY", "The court")
     finally:

@@ -1,7 +1,8 @@
 """One declaration per option, in a dataclass: `name: Annotated[type, Option(help, rule)] = default`.
 
 It gives the default, the check (`check(self)` in `__post_init__`), the flag on the command line (cli/parser.py), the
-key of YAML files and the row in docs/options.md. A bool and a Literal need no rule; None passes where the type says so.
+key of YAML files and the row in docs/options.md. A bool, a Literal, texts and paths need no rule; None
+passes where the type says so.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, wraps
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from .deprecation import warn
 from .errors import ConfigError, nearest
@@ -23,16 +26,19 @@ Rule = tuple[str, Callable[[Any], bool]]  # as a message says it, and whether a 
 @dataclass(frozen=True)
 class Option:
     """What a field's type does not say. metavar: of the flag's value, where it is not the usual one of the type.
-    formerly: the name of the last release, which works and warns."""
+    formerly: the name of the last release, which works and warns. each: the flag of a tuple takes one value and may
+    come several times; else it takes several."""
 
     help: str
     rule: Rule | None = None
     metavar: str | None = None
     formerly: str | None = None
+    each: bool = False
 
 
 class Declared(NamedTuple):
-    """An option as its dataclass declares it. kind: of one value, as a flag takes it; choices: of a Literal."""
+    """An option as its dataclass declares it. kind: of one value, as a flag takes it; choices: of a Literal; many: a
+    tuple of them."""
 
     name: str
     default: Any
@@ -40,6 +46,7 @@ class Declared(NamedTuple):
     kind: type
     choices: tuple[str, ...] | None
     rule: Rule | None
+    many: bool
 
 
 def is_int(value: Any) -> bool:
@@ -66,6 +73,9 @@ SHARE: Rule = "must lie in [0, 1)", lambda v: is_number(v) and 0 <= v < 1
 UP_TO_ONE: Rule = "must lie in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1
 SWITCH: Rule = "must be true or false", lambda v: isinstance(v, bool)
 TEXT: Rule = "must be a text", lambda v: isinstance(v, str)
+TEXTS: Rule = "must be texts, none of them empty", lambda v: isinstance(v, tuple) and all(
+    isinstance(one, str | Path) and str(one) for one in v)
+PATH: Rule = "must be a word or a path", lambda v: isinstance(v, str | Path) and bool(str(v))
 
 
 @cache
@@ -77,20 +87,29 @@ def declared(settings: type) -> tuple[Declared, ...]:
     found = []
     for field in (field for field in fields(settings) if field.name in hints):
         kind, option = get_args(hints[field.name])[:2]
-        kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+        kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
         choices = next((get_args(one) for one in kinds if get_origin(one) is Literal), None)
-        rule = option.rule or (SWITCH if bool in kinds else one_of(*choices) if choices else None)
+        many = any(get_origin(one) is tuple for one in kinds)
+        rule = option.rule or (SWITCH if bool in kinds else one_of(*choices) if choices else TEXTS if many else
+                               PATH if Path in kinds else TEXT if {*kinds} <= {str, type(None)} else None)
         if rule and type(None) in kinds:
             rule = _or_null(rule)
         found.append(Declared(field.name, None if field.default is MISSING else field.default, option,
-                              next((one for one in (str, bool, int, float) if one in kinds), str), choices, rule))
+                              next((one for one in (str, bool, int, float) if one in kinds), str), choices, rule, many))
     return tuple(found)
 
 
 def check(settings: Any, error: type[Exception] = ConfigError) -> None:
-    """Raises `error` naming option, value and rule, for the first option that breaks its own."""
+    """Raises `error` naming option, value and rule, for the first option that breaks its own. A list, or one text, that
+    stands for a tuple becomes one."""
     for one in declared(settings.__class__):
-        if one.rule and not one.rule[1](value := getattr(settings, one.name)):
+        value = getattr(settings, one.name)
+        if one.rule is None or one.rule[1](value):
+            continue
+        if one.many and isinstance(value, list | str) and one.rule[1](
+                several := (value,) if isinstance(value, str) else tuple(value)):
+            object.__setattr__(settings, one.name, several)
+        else:
             raise error(f"{one.name} = {value!r}: {one.rule[0]}")
 
 
@@ -137,7 +156,7 @@ def table(settings: type) -> str:
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
     for one in declared(settings):
         default = "" if one.default in (None, ()) else f"`{str(one.default).lower()}`"
-        rule = "" if one.rule in (None, SWITCH) else f" ({one.rule[0]})"
+        rule = f" ({one.rule[0]})" if one.rule and (one.option.rule or one.choices) else ""
         lines.append(f"| `{one.name}` | {default} | {one.option.help}{rule} |")
     return "\n".join(lines)
 

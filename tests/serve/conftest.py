@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deepseek.engine import LLM
-from deepseek.serve.service import ServeOptions
+from deepseek.serve.options import ServeOptions
 from deepseek.tokenizer import Tokenizer
 from serving import KEY, Running
 
@@ -26,6 +26,6 @@ def tiny_llm(tiny_config: Callable, random_model: Callable) -> Callable[..., LLM
 
 @pytest.fixture(scope="session")
 def running(tiny_llm: Callable[..., LLM]) -> Iterator[Running]:
-    server = Running(tiny_llm(max_num_seqs=16), ServeOptions("tiny", keys=(KEY,), body=1 << 20))
+    server = Running(tiny_llm(max_num_seqs=16), ServeOptions("tiny", api_key=(KEY,), max_body=1 << 20))
     yield server
     server.stop()

@@ -8,8 +8,8 @@ import threading
 
 from deepseek.engine import LLM
 from deepseek.serve.app import create_app
-from deepseek.serve.connections import ConnectionLimits, Process
-from deepseek.serve.service import ServeOptions
+from deepseek.serve.connections import Process
+from deepseek.serve.options import ServeOptions
 
 KEY = "sk-test"
 
@@ -17,12 +17,12 @@ KEY = "sk-test"
 class Running:
     """A server that listens: its LLM, its address, and a way to end it."""
 
-    def __init__(self, llm: LLM, options: ServeOptions, limits: ConnectionLimits | None = None) -> None:
+    def __init__(self, llm: LLM, options: ServeOptions) -> None:
         self.llm = llm
         self.app = create_app(llm, options)
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.url = "http://{}:{}".format(*listener.getsockname())
-        self.server = Process(self.app, limits or ConnectionLimits(shutdown=20), self.app.state.server.drain)
+        self.server = Process(self.app, options, self.app.state.server.drain)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([listener])))
         self.thread.start()
 

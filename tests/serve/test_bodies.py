@@ -19,6 +19,7 @@ from deepseek.engine.sampling_params import SamplingParams
 from deepseek.serve import bodies, connections, service
 from deepseek.serve.bodies import parse
 from deepseek.serve.middleware import ServeError
+from deepseek.serve.options import ServeOptions
 from deepseek.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -27,7 +28,6 @@ from deepseek.serve.protocol import (
     ResponsesRequest,
     TokenizeRequest,
 )
-from deepseek.serve.service import ServeOptions
 from serving import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}

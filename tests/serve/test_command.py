@@ -25,7 +25,7 @@ from deepseek.cli import main
 from deepseek.config import ModelConfig
 from deepseek.domain import DomainClassifier
 from deepseek.engine import LLM, SamplingParams
-from deepseek.serve.service import ServeOptions
+from deepseek.serve.options import ServeOptions
 from deepseek.watch.history import History
 from serving import Running
 
@@ -114,7 +114,7 @@ def test_the_curl_commands_of_the_manual(folder: Path) -> None:
     if not shutil.which("curl"):
         pytest.skip("needs curl")
     Atlas.built_in(ModelConfig.from_file(folder), ["law_expert", "code_expert"]).save(folder)
-    server = Running(LLM(folder), ServeOptions("nf4", keys=("KEY",)))
+    server = Running(LLM(folder), ServeOptions("nf4", api_key=("KEY",)))
     try:
         commands = list(curls())
         assert len(commands) >= 5
@@ -163,8 +163,9 @@ def test_serve_answers_and_ends(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--port", "99999"], "port = 99999: cannot listen there"), (["--host", "nowhere.invalid"], "cannot listen there"),
-    (["--timeout", "0"], "timeout = 0.0: must be positive"), (["--max_num_seqs", "0"], "max_num_seqs = 0")])
+    (["--port", "99999"], "port = 99999: must be an integer from 0 to 65535"),
+    (["--host", "nowhere.invalid"], "cannot listen there"),
+    (["--timeout", "0"], "timeout = 0.0: must be a positive number"), (["--max_num_seqs", "0"], "max_num_seqs = 0")])
 def test_bad_flags(folder: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), "--port", "0", *flags]) == 2
     assert message in capsys.readouterr().err

@@ -19,10 +19,10 @@ import pytest
 from deepseek.cli import main
 from deepseek.errors import ConfigError
 from deepseek.keys import check_keys, find_keys
-from deepseek.serve.connections import ConnectionLimits, Process
+from deepseek.serve.connections import Process
 from deepseek.serve.middleware import Guard, check_host, host_name
-from deepseek.serve.service import ServeOptions
-from deepseek.watch.monitor import WatchOptions
+from deepseek.serve.options import ServeOptions
+from deepseek.watch.options import WatchOptions
 from serving import Running
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 2}
@@ -31,8 +31,8 @@ BODY: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 2}
 @pytest.fixture(scope="module")
 def tight(tiny_llm: Callable[..., Any]) -> Iterator[Running]:
     """Few connections, little time."""
-    server = Running(tiny_llm(max_num_seqs=4), ServeOptions("tiny"),
-                     ConnectionLimits(8, receive=0.5, read=0.5, shutdown=0.5))
+    server = Running(tiny_llm(max_num_seqs=4), ServeOptions(
+        "tiny", max_connections=8, receive_timeout=0.5, read_timeout=0.5, shutdown_timeout=0.5))
     yield server
     server.stop()
 
@@ -160,7 +160,7 @@ def test_a_body_that_drips_is_ended(tight: Running) -> None:
 
 
 def test_half_sent_requests_make_room(tiny_llm: Callable[..., Any]) -> None:
-    server = Running(tiny_llm(), ServeOptions("tiny"), ConnectionLimits(connections=8, receive=600))
+    server = Running(tiny_llm(), ServeOptions("tiny", max_connections=8, receive_timeout=600))
     try:
         crowd = [connect(server, b"GET / HTTP/1.1\r\nx: ") for _ in range(40)]
         assert httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60).status_code == 200
@@ -194,7 +194,7 @@ def test_a_client_that_does_not_read_is_ended() -> None:
         pass
 
     listener = socket.create_server(("127.0.0.1", 0))
-    process = Process(app, ConnectionLimits(read=0.3), drain)
+    process = Process(app, ServeOptions(read_timeout=0.3), drain)
     thread = threading.Thread(target=lambda: asyncio.run(process.serve([listener])))
     thread.start()
     with socket.create_connection(listener.getsockname(), timeout=30) as own:
@@ -206,7 +206,7 @@ def test_a_client_that_does_not_read_is_ended() -> None:
 
 
 def test_half_a_request_is_not_waited_for_at_the_end(tiny_llm: Callable[..., Any]) -> None:
-    server = Running(tiny_llm(), ServeOptions("tiny"), ConnectionLimits(shutdown=1))
+    server = Running(tiny_llm(), ServeOptions("tiny", shutdown_timeout=1))
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as half, socket.create_connection(
             (host, int(port)), timeout=30) as idle:
@@ -233,7 +233,7 @@ def test_lengths_that_are_none(length: bytes) -> None:
 
 
 def test_streams_that_do_not_end_in_time_end_with_an_error(tiny_llm: Callable[..., Any]) -> None:
-    server = Running(tiny_llm(), ServeOptions("tiny"), ConnectionLimits(shutdown=1.0))
+    server = Running(tiny_llm(), ServeOptions("tiny", shutdown_timeout=1))
     lines: list[str] = []
     begun = threading.Event()
 

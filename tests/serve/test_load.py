@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from deepseek.errors import RequestError
-from deepseek.serve.service import ServeOptions
+from deepseek.serve.options import ServeOptions
 from serving import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}
@@ -56,7 +56,7 @@ def test_a_long_text_is_not_encoded_whole(running: Running, monkeypatch: pytest.
 
 
 def test_bytes_under_way_are_bounded(tiny_llm: Callable[..., Any]) -> None:
-    server = Running(tiny_llm(), ServeOptions("tiny", body=10_000))
+    server = Running(tiny_llm(), ServeOptions("tiny", max_body=10_000))
     try:
         host, port = server.url.removeprefix("http://").split(":")
         waiting = []

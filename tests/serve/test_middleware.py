@@ -15,7 +15,7 @@ import pytest
 
 from deepseek.engine import LLM
 from deepseek.serve.app import create_app
-from deepseek.serve.service import ServeOptions
+from deepseek.serve.options import ServeOptions
 from deepseek.watch.metrics import key
 from serving import KEY, Running
 
@@ -84,7 +84,7 @@ def test_a_client_that_leaves_is_aborted(running: Running) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again(tiny_llm: Callable[..., Any]) -> None:
-    server = Running(tiny_llm(max_num_seqs=1), ServeOptions("tiny", waiting=2))
+    server = Running(tiny_llm(max_num_seqs=1), ServeOptions("tiny", max_waiting=2))
     try:
         answers: list[int] = []
 
@@ -169,7 +169,7 @@ async def crowd(url: str, count: int, tokens: int, headers: dict[str, str]) -> t
 
 @pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_concurrent_streams_of_which_a_third_leave(tiny_llm: Callable[..., Any], count: int) -> None:
-    server = Running(tiny_llm(max_num_seqs=32), ServeOptions("tiny", waiting=1000))
+    server = Running(tiny_llm(max_num_seqs=32), ServeOptions("tiny", max_waiting=1000))
     try:
         finished, left = asyncio.run(crowd(server.url, count, 40, {}))
         assert left == -(-count // 3) and finished == count - left
@@ -185,7 +185,8 @@ def test_concurrent_streams_of_which_a_third_leave(tiny_llm: Callable[..., Any],
 def test_pages_of_named_origins_may_ask(tiny_llm: Callable[..., LLM]) -> None:
     from fastapi.testclient import TestClient
 
-    with TestClient(create_app(tiny_llm(), ServeOptions("tiny", keys=(KEY,), cors=("https://a.example",)))) as client:
+    options = ServeOptions("tiny", api_key=(KEY,), cors_origin=("https://a.example",))
+    with TestClient(create_app(tiny_llm(), options)) as client:
         asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
         first = client.options("/v1/chat/completions", headers=asked | {"origin": "https://a.example"})
         assert first.status_code == 200 and first.headers["access-control-allow-origin"] == "https://a.example"

@@ -26,9 +26,9 @@ from deepseek.atlas.atlas import NamedGroup, Shape
 from deepseek.cli import main
 from deepseek.engine import LLM
 from deepseek.ids import ExpertSet
-from deepseek.serve.service import ServeOptions
+from deepseek.serve.options import ServeOptions
 from deepseek.watch.metrics import total_delta, values
-from deepseek.watch.monitor import WatchOptions
+from deepseek.watch.options import WatchOptions
 from serving import KEY, Running
 
 LETTERS = {"law": "early", "code": "middle", "text": "late"}
@@ -92,7 +92,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     threading.Thread(target=hook.serve_forever, daemon=True).start()
     watch = WatchOptions(interval=0.1, alert_minutes=MINUTES, price_per_hour=2.0,
                          alert_webhook=f"http://127.0.0.1:{hook.server_port}/", history=folder / "history.sqlite")
-    server = Running(LLM(planted.folder, max_num_seqs=8), ServeOptions("planted", keys=(KEY,), watch=watch))
+    server = Running(LLM(planted.folder, max_num_seqs=8), ServeOptions("planted", api_key=(KEY,), watch=watch))
     with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
         yield Watched(server, _Hook.told, client, folder / "history.sqlite")
     server.stop()

@@ -20,7 +20,7 @@ from deepseek.engine import LLM, SamplingParams
 from deepseek.errors import ConfigError
 from deepseek.model.adapter import lora_modules
 from deepseek.serve.app import create_app
-from deepseek.serve.service import ServeOptions
+from deepseek.serve.options import ServeOptions
 from serving import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}
@@ -49,7 +49,7 @@ def folders(tiny_llm: Callable[..., LLM], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def server(folders: dict[str, Path]) -> Iterator[Running]:
     llm = LLM(folders["tiny"], adapters={name: folders[name] for name in ("law", "team/med-v2")}, max_num_seqs=8)
-    running = Running(llm, ServeOptions("tiny", keys=(KEY,)))
+    running = Running(llm, ServeOptions("tiny", api_key=(KEY,)))
     yield running
     running.stop()
 

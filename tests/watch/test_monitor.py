@@ -18,7 +18,8 @@ from deepseek.model import Route, RoutingRecord
 from deepseek.watch.alerts import Alert
 from deepseek.watch.counters import ServingCounters
 from deepseek.watch.metrics import MetricKey, key
-from deepseek.watch.monitor import Monitor, WatchOptions
+from deepseek.watch.monitor import Monitor
+from deepseek.watch.options import WatchOptions
 from deepseek.watch.power import MachineSampler
 from deepseek.watch.state import rates
 from deepseek.watch.terminal import view
@@ -121,7 +122,7 @@ def test_a_webhook_that_nobody_answers(make: Callable, caplog: pytest.LogCapture
 @pytest.mark.parametrize(("option", "message"), [
     ({"alert_minutes": 0}, "alert_minutes = 0: must be above 0"),
     ({"alert_minutes": math.inf}, "alert_minutes = inf: must be above 0 and at most 120"),
-    ({"price_per_hour": -1.0}, "price_per_hour = -1.0: must be 0 or more"),
+    ({"price_per_hour": -1.0}, "price_per_hour = -1.0: must be a number >= 0"),
     ({"price_per_hour": math.nan}, "price_per_hour = nan"), ({"alert_webhook": "example.org"}, "begins with http"),
     ({"alert_webhook": "http://"}, "alert_webhook = 'http://'"), ({"alert_webhook": "http://x:abc/"}, "alert_webhook")])
 def test_options_that_cannot_be(option: dict[str, Any], message: str) -> None:

@@ -61,7 +61,7 @@ def add_flags(parser: Parser) -> None:
     step.add_argument("source", metavar="IN", help="folder of records that a stage wrote; with --map any DATA")
     add_map_flag(step)
     _shared(step, PackSettings, experts="the names in the order of the model's groups; sorted if not given")
-    add_settings(step, SplitSettings, {})
+    add_settings(step, SplitSettings)
     step = add_command(steps, "report", report, "counts, lengths, languages, complexity and balance per expert")
     step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
     step.add_argument("--out", required=True, help="folder to write")
@@ -72,7 +72,7 @@ def _shared(step: Parser, kind: type, experts: str | None = None) -> None:
     step.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads")
     if experts:
         step.add_argument("--experts", nargs="+", default=[], metavar="NAME", help=experts)
-    add_settings(step, kind, {})
+    add_settings(step, kind)
 
 
 def _settings(args: argparse.Namespace, kind: type[S]) -> S:

@@ -6,11 +6,12 @@ import argparse
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import nearest
 from ..settings import declared, former_names, rename
 
+S = TypeVar("S")
 Run = Callable[[argparse.Namespace], None]
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}  # of flags that say no other
 
@@ -123,23 +124,27 @@ def add_steps(parser: Parser) -> Any:
     return parser.add_subparsers(title="steps", metavar="STEP")
 
 
-def add_settings(parser: Parser, kind: type, groups: Mapping[str, str], **special: dict[str, Any]) -> None:
+def add_settings(parser: Parser, kind: type, groups: str | Mapping[str, str] = "", **special: dict[str, Any]) -> None:
     """Flags of a settings class; what is not given is None, for `given_settings`.
 
-    groups: title -> names of those that become flags, with blanks between them; without any, all do. special: what
+    groups: the title of all, or title -> names of those that become flags, with blanks between them. special: what
     argparse is told of a field's flag instead of what its declaration says.
     """
+    if isinstance(groups, str):
+        groups = {groups: " ".join(one.name for one in declared(kind))}
     titles = {name: title for title, names in groups.items() for name in names.split()}
-    for title in groups:
+    for title in filter(None, groups):
         parser.group(title)
     for one in declared(kind):
-        if groups and one.name not in titles:
+        if one.name not in titles:
             continue
         own: dict[str, Any] = {"action": Switch} if one.kind is bool else {
             "type": one.kind, "choices": one.choices, "metavar": one.option.metavar}
+        if one.many:
+            own |= {"action": "extend", "type": str} | ({"nargs": 1} if one.option.each else {"nargs": "+"})
         shown = "" if one.default in (None, (), "") or one.default is False else f" (default: {one.default})"
         flags = [f"--{one.name}", f"--no_{one.name}"] if one.default is True else [f"--{one.name}"]
-        place = parser.group(titles[one.name]) if groups else parser
+        place = parser.group(titles[one.name]) if titles[one.name] else parser
         place.add_argument(*flags, default=None, help=one.option.help + shown, **special.get(one.name) or own)
         if one.option.formerly:
             parser.add_argument(f"--{one.option.formerly}", help=argparse.SUPPRESS, **own)
@@ -151,6 +156,11 @@ def given_settings(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     given = {name: value for name in (*names, *(one.name for one in declared(kind)))
              if (value := getattr(args, name, None)) is not None}
     return rename(given, names, tell, "--{}")
+
+
+def make(args: argparse.Namespace, kind: Callable[..., S], **defaults: Any) -> S:
+    """An object of a settings class, of what `args` say and of defaults of the command's own."""
+    return kind(**defaults | given_settings(args, kind))  # type: ignore[arg-type]
 
 
 def tell(message: str) -> None:

@@ -7,95 +7,60 @@ import gc
 import logging
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ..domain import DomainClassifier
 from ..errors import ConfigError
 from ..keys import find_keys
-from ..serve.middleware import check_host
+from ..serve.options import ServeOptions
+from ..watch.options import WatchOptions
 from .common import add_device_flags, add_engine_flags, make_llm, named_adapters
-from .parser import Parser
+from .parser import Parser, add_settings, make
 
 SWITCH = 2e-4  # seconds that a thread may keep the interpreter from others
 
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
-    network = parser.group("network")
-    network.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
-    network.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    network.add_argument("--api_key", action="append", default=[], help="clients must send it; may be given several "
-                         "times; a list of processes shows it")
-    network.add_argument("--api_key_file", action="append", default=[], metavar="FILE", help="the same, a key a line; "
-                         "without either the variable DEEPSEEK_API_KEY counts")
-    network.add_argument("--cors_origin", action="append", default=[], metavar="ORIGIN",
-                         help="web pages of this origin may ask, such as https://example.org; * is all")
-    network.add_argument("--allowed_host", action="append", default=[], metavar="NAME", help="a further name by which "
-                         "clients may reach the server (Host header); may be given several times")
-    network.add_argument("--name", help="what clients call the model; the folder's name")
-    limits = parser.group("limits")
-    limits.add_argument("--max_waiting", type=int, default=256, help="requests that may queue; beyond is status 429")
-    limits.add_argument("--max_body", type=int, default=4 << 20, help="bytes of a request at most")
-    limits.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take, from arrival")
-    limits.add_argument("--max_connections", type=int, default=1000, help="open connections at most; idle and half-"
-                        "sent ones make room, then further ones get status 503")
-    limits.add_argument("--receive_timeout", type=float, default=60.0, help="seconds in which a request must arrive")
-    limits.add_argument("--read_timeout", type=float, default=60.0, help="seconds in which a client must read")
-    limits.add_argument("--shutdown_timeout", type=float, default=30.0, help="seconds that open answers still have")
-    watch = parser.group("monitoring")
-    watch.add_argument("--classifier", type=Path, metavar="FILE", help="classifier.npz of `deepseek data`: says what "
-                       "requests are about that name no domain and have no keywords")
-    watch.add_argument("--history", type=Path, help="SQLite file for readings, alerts and feedback; none keeps them "
-                       "in memory")
-    watch.add_argument("--history_days", type=float, default=30.0, help="how long it keeps them")
-    watch.add_argument("--alert_minutes", type=float, default=10.0, help="the window of alerts and shares")
-    watch.add_argument("--alert_webhook", metavar="URL", help="URL to which alerts are sent by POST, as JSON")
-    watch.add_argument("--price_per_hour", type=float, help="of this machine: gives the cost of 10^8 tokens")
-    watch.add_argument("--log", action="store_true", help="a line of JSON for every request, without its text")
-    watch.add_argument("--log_texts", action="store_true",
-                       help="and one with its prompt (of a chat, the last message) and its answer")
+    add_settings(parser, ServeOptions, {
+        "network": "host port api_key api_key_file cors_origin allowed_host name",
+        "limits": "max_waiting max_body timeout max_connections receive_timeout read_timeout shutdown_timeout",
+        "monitoring": "classifier log log_texts"})
+    add_settings(parser, WatchOptions, "monitoring")
     add_engine_flags(parser)
     add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("max_waiting", "max_body", "timeout", "max_connections", "receive_timeout", "read_timeout",
-                 "shutdown_timeout"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise ConfigError(f"{name} = {getattr(args, name)}: must be positive and finite")
-    keys = find_keys(args.api_key, args.api_key_file)
-    hosts = tuple(check_host(name) for name in args.allowed_host)
+    options = make(args, ServeOptions, watch=make(args, WatchOptions))
+    options = replace(options, name=options.name or Path(args.model).resolve().name,
+                      api_key=tuple(find_keys(options.api_key)))
+    if options.name in named_adapters(args.adapter)[1]:
+        raise ConfigError(f"adapter {options.name}: is what the base is called: must have another name")
+    # what cannot be is said before a large model is loaded
     from ..watch.history import History
-    from ..watch.monitor import WatchOptions
 
-    options = WatchOptions(**{name: getattr(args, name) for name in (
-        "alert_minutes", "alert_webhook", "history", "history_days", "price_per_hour")})
-    History(options.history).close()  # what cannot be is said before a large model is loaded
-    classifier = None if args.classifier is None else DomainClassifier.load(args.classifier)
-    from ..serve.connections import ConnectionLimits, Process, allow_files
+    History(options.watch.history).close()
+    if options.classifier is not None:
+        DomainClassifier.load(options.classifier)
+    from ..serve.connections import Process, allow_files
 
-    allow_files(args.max_connections)
-    listener = _listen(args.host, args.port)
+    allow_files(options.max_connections)
+    listener = _listen(options.host, options.port)
     from ..serve.app import create_app
-    from ..serve.service import ServeOptions
 
-    name = args.name or Path(args.model).resolve().name
-    if name in named_adapters(args.adapter)[1]:
-        raise ConfigError(f"adapter {name}: is what the base is called: must have another name")
     llm = make_llm(args)
-    llm.classifier = classifier
-    level = logging.INFO if args.log or args.log_texts else logging.WARNING
+    level = logging.INFO if options.log or options.log_texts else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    app = create_app(llm, ServeOptions(name, tuple(keys), args.max_waiting, args.max_body, args.timeout,
-                                       args.log_texts, options, tuple(args.cors_origin), args.host, hosts))
+    app = create_app(llm, options)
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     beside = f" with {', '.join(llm.adapters)}" if llm.adapters else ""
-    print(f"serving {name}{beside} on {address}/v1" + ("" if keys else ", open to anyone who can reach it: no API key")
-          + f"\ndashboard: {address}/dashboard", flush=True)
-    limits = ConnectionLimits(args.max_connections, args.receive_timeout, args.read_timeout, args.shutdown_timeout)
+    admits = "" if options.api_key else ", open to anyone who can reach it: no API key"
+    print(f"serving {options.name}{beside} on {address}/v1{admits}\ndashboard: {address}/dashboard", flush=True)
     _give_way()
-    Process(app, limits, app.state.server.drain).run(sockets=[listener])
+    Process(app, options, app.state.server.drain).run(sockets=[listener])
 
 
 def _give_way() -> None:

@@ -9,18 +9,15 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..keys import find_keys
-from .parser import Parser
+from ..watch.options import TerminalOptions
+from .parser import Parser, add_settings, make
 
 CLEAR = "\x1b[H\x1b[J"
 
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument("url", nargs="?", metavar="URL", help="of the server, like http://127.0.0.1:8000")
-    parser.add_argument("--api_key", help="where the server wants one; a list of processes shows it")
-    parser.add_argument("--api_key_file", metavar="FILE", help="the same, the first line of a file; without either the "
-                        "variable DEEPSEEK_API_KEY counts")
-    parser.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
-    parser.add_argument("--once", action="store_true", help="look once and end")
+    add_settings(parser, TerminalOptions)
     parser.add_argument("--files", type=Path, metavar="FOLDER",
                         help="instead: write alerts.yml and prometheus.yml for Prometheus, grafana.json for Grafana")
 
@@ -33,20 +30,16 @@ def run(args: argparse.Namespace) -> None:
     if args.files is not None:
         write_files(args.files)
         return
-    if not args.interval > 0:
-        raise ConfigError(f"interval = {args.interval}: must be positive")
-    if args.api_key is not None and args.api_key_file is not None:
-        raise ConfigError("--api_key and --api_key_file: must not be given together")
-    keys = find_keys(*([] if given is None else [given] for given in (args.api_key, args.api_key_file)))
-    key = keys[0] if keys else None
-    live = sys.stdout.isatty() and not args.once
+    options = make(args, TerminalOptions)
+    key = next(iter(find_keys(options.api_key, options.api_key_file)), None)
+    live = sys.stdout.isatty() and not options.once
     page = view(fetch(args.url, key))
     try:
         while True:
             print(CLEAR + page if live else page, flush=True)
-            if args.once:
+            if options.once:
                 return
-            time.sleep(args.interval)
+            time.sleep(options.interval)
             try:
                 page = view(fetch(args.url, key))
             except ConfigError as error:  # it may come back

@@ -25,6 +25,7 @@ from .chat import Chat, chat_prompt
 from .completions import Completion
 from .middleware import Guard, ServeError
 from .monitoring import add_routes
+from .options import ServeOptions
 from .protocol import (
     ChatRequest,
     CompletionRequest,
@@ -36,7 +37,7 @@ from .protocol import (
     complaint,
 )
 from .responses import Response, Store
-from .service import ServeOptions, Server, sse
+from .service import Server, sse
 
 
 def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
@@ -53,11 +54,11 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     app = FastAPI(title="MoE-DR", lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = server
-    app.add_middleware(Guard, keys=options.keys, body=options.body, on_refused=server.watch.counters.refused,
-                       hosts=options.hosts, bound=options.bound,
-                       requests=options.waiting + llm.engine.options.max_num_seqs)
-    if options.cors:  # around the guard, since a browser asks first, without the key
-        app.add_middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=["*"], allow_headers=["*"],
+    app.add_middleware(Guard, keys=options.api_key, body=options.max_body, on_refused=server.watch.counters.refused,
+                       hosts=options.allowed_host, bound=options.host,
+                       requests=options.max_waiting + llm.engine.options.max_num_seqs)
+    if options.cors_origin:  # around the guard, since a browser asks first, without the key
+        app.add_middleware(CORSMiddleware, allow_origins=options.cors_origin, allow_methods=["*"], allow_headers=["*"],
                            expose_headers=["x-request-id", "retry-after"])
 
     @app.exception_handler(RequestValidationError)

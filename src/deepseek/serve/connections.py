@@ -14,7 +14,6 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -25,31 +24,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ConfigError
 from ..files import to_json
+from .options import ServeOptions
 
 IDLE = 30  # seconds that a connection stays open for another request: longer than clients keep it, else both race
 LINGER = 1.0  # seconds that a refused client has to read the error
 UNSENT = 16 << 10  # bytes that wait for a client, here and in the kernel each, before its stream is paused
 TURN = 0.001  # seconds from one read of a large body to the next, of whichever connection
 SPARE = 128  # file descriptors beside the connections: weights, logs, refused clients
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """Limits of connections.
-
-    connections: at most so many. receive: seconds for a request to arrive, header and body. read: seconds for a client
-    to take the data that waits for it. shutdown: seconds for open answers after a signal.
-    """
-
-    connections: int = 1000
-    receive: float = 60.0
-    read: float = 60.0
-    shutdown: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("connections", "receive", "read", "shutdown"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive and finite")
 
 
 class Turns:
@@ -88,7 +69,7 @@ class Flow(FlowControl):
 class Connection(H11Protocol):
     """A client's connection."""
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, turns: Turns, **more: Any) -> None:
+    def __init__(self, *args: Any, limits: ServeOptions, turns: Turns, **more: Any) -> None:
         super().__init__(*args, **more)
         self.limits, self.turns = limits, turns
         self.refused = False
@@ -103,10 +84,10 @@ class Connection(H11Protocol):
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             with contextlib.suppress(OSError):  # no TCP
                 transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
-        if len(self.connections) > self.limits.connections and not self._make_room():
+        if len(self.connections) > self.limits.max_connections and not self._make_room():
             self._end(503, "too_many_connections",
-                      f"there are {self.limits.connections} connections: no more may be open")
-            if len(self.connections) > self.limits.connections + SPARE // 2:
+                      f"there are {self.limits.max_connections} connections: no more may be open")
+            if len(self.connections) > self.limits.max_connections + SPARE // 2:
                 transport.abort()
             return
         self._update_timer()
@@ -145,10 +126,10 @@ class Connection(H11Protocol):
                 self._receiving.cancel()
                 self._receiving = None
         elif self._receiving is None:
-            self._receiving = self.loop.call_later(self.limits.receive, self._too_slow)
+            self._receiving = self.loop.call_later(self.limits.receive_timeout, self._too_slow)
 
     def _too_slow(self) -> None:
-        self._end(408, "request_timeout", f"the request was not complete after {self.limits.receive:g} seconds")
+        self._end(408, "request_timeout", f"the request was not complete after {self.limits.receive_timeout:g} seconds")
 
     def leave(self) -> None:
         """End a connection with an incomplete request, at shutdown."""
@@ -182,7 +163,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading = self.loop.call_later(self.limits.read, self.transport.abort)
+        self._reading = self.loop.call_later(self.limits.read_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
         if self._reading is not None:
@@ -206,7 +187,7 @@ class Connection(H11Protocol):
 class Process(uvicorn.Server):
     """uvicorn's server. drain(seconds): refuses new requests and waits, that long at most, for open answers."""
 
-    def __init__(self, app: Any, limits: ConnectionLimits, drain: Callable[[float], Awaitable[None]]) -> None:
+    def __init__(self, app: Any, limits: ServeOptions, drain: Callable[[float], Awaitable[None]]) -> None:
         # the answers that drain() has ended get a moment to say so
         connection: Any = functools.partial(Connection, limits=limits, turns=Turns())
         super().__init__(uvicorn.Config(app, http=connection, ws="none", log_level="error", access_log=False,
@@ -221,7 +202,7 @@ class Process(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        await self.drain(self.limits.shutdown)  # the port is open meanwhile: new requests get their 503
+        await self.drain(self.limits.shutdown_timeout)  # the port is open meanwhile: new requests get their 503
         for connection in [*self.server_state.connections]:
             if isinstance(connection, Connection):
                 connection.leave()

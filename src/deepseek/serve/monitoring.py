@@ -28,7 +28,8 @@ from ..model.cache import PAGE
 from ..watch.counters import ServingCounters
 from ..watch.history import HistoryError
 from ..watch.metrics import MetricKey, key
-from ..watch.monitor import Monitor, WatchOptions
+from ..watch.monitor import Monitor
+from ..watch.options import WatchOptions
 from .bodies import takes
 from .middleware import ServeError, log
 from .protocol import FeedbackRequest

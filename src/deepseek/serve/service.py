@@ -12,23 +12,23 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from fastapi import Request
 from torch import Tensor
 
+from ..domain import DomainClassifier
 from ..engine import LLM, ExpertControl, SamplingParams
 from ..engine.request import Request as Generation
 from ..errors import ConfigError, MoEDRError
 from ..files import to_json
 from ..tokenizer import Tokenizer
-from ..watch.monitor import WatchOptions
 from .bodies import SMALL, B, parse
 from .bodies import read as read_body
 from .middleware import ServeError
 from .monitoring import Watch
+from .options import ServeOptions
 from .protocol import Common, DeepseekOptions, EmbeddingRequest, ResponsesRequest
 
 T = TypeVar("T")
@@ -39,28 +39,6 @@ SHUTDOWN_GRACE = 5.0  # seconds for answers that were told to end
 DONE = b"data: [DONE]\n\n"
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """Options of a server.
-
-    name: what clients call the model. keys: API keys, none admits everybody. waiting: requests that may queue. body:
-    bytes of a request at most. timeout: seconds for an answer. log_texts: prompts and answers go to the log. cors:
-    origins whose pages may send requests (`*`: all). bound, hosts: the address that the server listens on, and further
-    names in Host headers (middleware.py).
-    """
-
-    name: str
-    keys: tuple[str, ...] = ()
-    waiting: int = 256
-    body: int = 4 << 20
-    timeout: float = 600.0
-    log_texts: bool = False
-    watch: WatchOptions = field(default_factory=WatchOptions)
-    cors: tuple[str, ...] = ()
-    bound: str = "127.0.0.1"
-    hosts: tuple[str, ...] = ()
-
-
 class Server:
     """Serves one LLM."""
 
@@ -68,6 +46,8 @@ class Server:
         self.llm, self.options = llm, options
         if options.name in llm.adapters:
             raise ConfigError(f"adapter {options.name}: is what the base is called: must have another name")
+        if options.classifier is not None:
+            llm.classifier = DomainClassifier.load(options.classifier)
         self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts)
         self.began = int(time.time())
         self.closing = False  # new requests are refused
@@ -105,8 +85,8 @@ class Server:
         if self.closing:
             raise ServeError(503, "the server is shutting down", kind="server_error", headers={"retry-after": "10"})
         waiting = len(self.llm.engine.scheduler.waiting)
-        if waiting + count > self.options.waiting:
-            raise ServeError(429, f"{waiting} requests are waiting: {self.options.waiting} may",
+        if waiting + count > self.options.max_waiting:
+            raise ServeError(429, f"{waiting} requests are waiting: {self.options.max_waiting} may",
                              kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
         return adapter
 

@@ -47,8 +47,9 @@ class HistoryError(MoEDRError):
 class History:
     """The store. path: None keeps it in memory. Raises ConfigError for a file of another kind, or a damaged one."""
 
-    def __init__(self, path: Path | None = None, days: float = 30.0) -> None:
-        self.path, self.days, self._lock = path, days, threading.Lock()
+    def __init__(self, path: str | Path | None = None, days: float = 30.0) -> None:
+        self.path = path = None if path is None else Path(path)
+        self.days, self._lock = days, threading.Lock()
         self._spare: sqlite3.Connection | None = None  # in memory, while the file fails
         self._again = 0.0
         rule = "must be a file that can be written, new or of an earlier server"

@@ -16,22 +16,20 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..files import to_json
 from .alerts import Alert, AlertLimits, Alerts, ratios
 from .counters import Counts, ServingCounters
 from .history import History
 from .metrics import METRICS, RENAMED, MetricKey, Snapshot, delta, exposition, key, total_delta, values
+from .options import WatchOptions
 from .power import MachineSampler
 from .state import GroupState, MonitorState, business, rates, ratio, residency, slices
 
@@ -39,36 +37,6 @@ MINUTE = 60.0
 COUNTS = 12  # copies of what was counted of routes that are kept of a window: its begin is that exact
 DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99")  # of Rates, as curves
 log = logging.getLogger("deepseek.watch")
-
-
-@dataclass(frozen=True)
-class WatchOptions:
-    """interval: seconds between two snapshots. alert_minutes: the window of shares and alerts. alert_webhook: address
-    that is told of alerts by POST. history: SQLite file, None keeps it in memory; history_days: how long.
-    price_per_hour: of this machine. Raises ConfigError naming option, value and rule."""
-
-    interval: float = 5.0
-    alert_minutes: float = 10.0
-    alert_webhook: str | None = None
-    history: Path | None = None
-    history_days: float = 30.0
-    price_per_hour: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, most in (("interval", 3600), ("alert_minutes", 120), ("history_days", 3650)):
-            if not 0 < getattr(self, name) <= most:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be above 0 and at most {most}")
-        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
-            raise ConfigError(f"price_per_hour = {self.price_per_hour}: must be 0 or more")
-        if self.alert_webhook is not None:
-            try:
-                parts = urlsplit(self.alert_webhook)
-                good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            except ValueError:  # a port that is none
-                good = False
-            if not good:
-                raise ConfigError(f"alert_webhook = {self.alert_webhook!r}: must be an address that begins with "
-                                  "http:// or https://")
 
 
 class Monitor:

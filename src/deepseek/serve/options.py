@@ -1,0 +1,55 @@
+"""Options of a server. Imports neither torch nor FastAPI: flags are made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from ..keys import check_keys, read_keys
+from ..settings import COUNT, POSITIVE, Option, between, check
+from ..watch.options import WatchOptions
+from .middleware import check_host
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How an LLM is served, and watched. api_key becomes all keys, those of the files too; none admits everybody. port,
+    log, and the limits of connections are the process's, not the app's. Raises ConfigError naming option, value and
+    rule."""
+
+    name: Annotated[str, Option("what clients call the model; the folder's name if not given")] = ""
+    host: Annotated[str, Option("address to listen on; the default is this machine alone")] = "127.0.0.1"
+    port: Annotated[int, Option("0 takes a free one", between(0, 65535))] = 8000
+    api_key: Annotated[tuple[str, ...], Option(
+        "clients must send it; may be given several times; a list of processes shows it", each=True)] = ()
+    api_key_file: Annotated[tuple[str | Path, ...], Option(
+        "the same, a key a line; without either the variable DEEPSEEK_API_KEY counts", metavar="FILE", each=True)] = ()
+    cors_origin: Annotated[tuple[str, ...], Option(
+        "web pages of this origin may ask, such as https://example.org; * is all", metavar="ORIGIN", each=True)] = ()
+    allowed_host: Annotated[tuple[str, ...], Option(
+        "a further name by which clients may reach the server (Host header); may be given several times",
+        metavar="NAME", each=True)] = ()
+    max_waiting: Annotated[int, Option("requests that may queue; beyond is status 429", COUNT)] = 256
+    max_body: Annotated[int, Option("bytes of a request at most", COUNT)] = 4 << 20
+    timeout: Annotated[float, Option("seconds that an answer may take, from arrival", POSITIVE)] = 600.0
+    max_connections: Annotated[int, Option(
+        "open connections at most; idle and half-sent ones make room, then further ones get status 503", COUNT)] = 1000
+    receive_timeout: Annotated[float, Option("seconds in which a request must arrive", POSITIVE)] = 60.0
+    read_timeout: Annotated[float, Option("seconds in which a client must read", POSITIVE)] = 60.0
+    shutdown_timeout: Annotated[float, Option("seconds that open answers still have", POSITIVE)] = 30.0
+    classifier: Annotated[str | Path | None, Option(
+        "classifier.npz of `deepseek data`: says what requests are about that name no domain and have no keywords",
+        metavar="FILE")] = None
+    log: Annotated[bool, Option("a line of JSON for every request, without its text")] = False
+    log_texts: Annotated[bool, Option(
+        "and one with its prompt (of a chat, the last message) and its answer")] = False
+    watch: WatchOptions = WatchOptions()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        check(self)
+        keys = [*self.api_key, *(key for file in self.api_key_file for key in read_keys(file))]
+        check_keys(keys)
+        object.__setattr__(self, "api_key", tuple(keys))
+        object.__setattr__(self, "api_key_file", ())
+        object.__setattr__(self, "allowed_host", tuple(map(check_host, self.allowed_host)))
