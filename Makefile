@@ -50,7 +50,7 @@ $(VENV)/clients/.done: tests/clients/requirements.txt tests/clients/package.json
 	touch $@
 
 clients: $(VENV)/.test $(VENV)/clients/.done  ## a table of clients that others wrote, each case with its result (needs node and npm)
-	$(BIN)/python tests/clients/test_clients.py
+	$(BIN)/python -m tests.clients.test_clients
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -78,7 +78,7 @@ test-slow: $(VENV)/.test  ## the proofs that take minutes
 	$(BIN)/python -m pytest -m slow
 
 test-isa: $(VENV)/.test  ## the tests that depend on the instruction set, as on other machines (SHORT=1: what CI runs)
-	$(BIN)/python tests/isa.py $(if $(SHORT),--short)
+	$(BIN)/python -m tests.helpers.isa $(if $(SHORT),--short)
 
 check-arm:  ## the native kernels and their test for 64-bit Arm (needs Debian's g++-aarch64-linux-gnu; to run them, qemu-user-static)
 	mkdir -p build/arm

@@ -12,12 +12,7 @@ import torch
 from deepseek.checkpoint import save_model
 from deepseek.config import ModelConfig
 from deepseek.model import CausalLM
-
-TINY: dict[str, Any] = dict(
-    vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
-    moe_intermediate_size=16, n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=1, n_group=4, topk_group=2,
-    first_k_dense_replace=1, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=12,
-    max_position_embeddings=256)
+from tests.helpers import models
 
 
 def pytest_configure() -> None:
@@ -32,31 +27,13 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ModelConfig]:
     """`tiny_config(n_group=8, …)`: a V3 model of some ten thousand parameters, with changes."""
-    return lambda **changes: ModelConfig(**(TINY | changes))
+    return lambda **changes: ModelConfig(**(models.TINY | changes))
 
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., CausalLM]:
     """`random_model(config, seed=0)`: nothing left at zero or one, logits of magnitude 1-5, uneven routing."""
-    return _random_model
-
-
-@torch.no_grad()
-def _random_model(config: ModelConfig, seed: int = 0) -> CausalLM:
-    generator = torch.Generator().manual_seed(seed)
-    model = CausalLM(config)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            gain = 2.0 if name.endswith(("lm_head.weight", "gate.weight", "embed_tokens.weight")) else 1.0
-            parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5, generator=generator)
-        elif name.endswith("bias"):
-            parameter.normal_(0.0, 0.3, generator=generator)
-        else:
-            parameter.uniform_(0.5, 1.5, generator=generator)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_(-0.1, 0.15, generator=generator)
-    return model.eval()
+    return models.random_model
 
 
 @pytest.fixture

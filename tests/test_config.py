@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepseek.config import FORMAT, PRESETS, LongRope, ModelConfig, YarnScaling
 from deepseek.errors import ConfigError, NotFoundError
-from layouts import V2_LITE, V3
+from tests.helpers.layouts import V2_LITE, V3
 
 BASE: dict[str, Any] = dict(
     vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,

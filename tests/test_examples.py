@@ -14,8 +14,9 @@ import pytest
 
 from deepseek import LLM, Atlas, ModelConfig, Tokenizer, save_model
 from deepseek.model import CausalLM
+from tests.helpers import ROOT
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 SHORT = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "demo.py"})
 NAMES = ("law_expert", "code_expert", "text_expert", "math_expert")
 
@@ -92,7 +93,7 @@ def test_tune_law(run: Callable[..., str], model: Path, texts: Path, tmp_path: P
 def test_serve_client(run: Callable[..., str], model: Path) -> None:
     pytest.importorskip("openai", reason="needs the test extra (openai)")
     from deepseek.serve.options import ServeOptions
-    from serving import Running
+    from tests.helpers.servers import Running
 
     server = Running(LLM(model), ServeOptions("tiny", api_key=("KEY",)))
     try:

@@ -21,6 +21,7 @@ import pytest
 from deepseek import files
 from deepseek.errors import ConfigError
 from deepseek.files import locked, read_yaml, replace_folder, sha256, to_json, write_atomically, write_json
+from tests.helpers import ROOT
 
 
 class InjectedError(RuntimeError):
@@ -270,7 +271,7 @@ def test_numbers_in_yaml_are_those_of_its_present_version(text: str, value: Any,
 
 
 def test_nothing_reads_yaml_by_another_way() -> None:
-    source = Path(__file__).parents[1] / "src" / "deepseek"
+    source = ROOT / "src" / "deepseek"
     assert [path.name for path in source.rglob("*.py") if re.search(r"import yaml|yaml\.", path.read_text())] == [
         "files.py"]
 
@@ -298,7 +299,7 @@ WITHIN = {"tokenizer.py": 3, "tune/show.py": 1, "serve/responses.py": 1, "serve/
 
 
 def test_nothing_writes_json_that_may_hold_nan() -> None:
-    source = Path(__file__).parents[1] / "src" / "deepseek"
+    source = ROOT / "src" / "deepseek"
     found: Counter[str] = Counter()
     for path in source.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "deepseek"
+from tests.helpers import ROOT
+
+PACKAGE = ROOT / "src" / "deepseek"
 
 # each may import those before it
 BOTTOM = ("deprecation", "errors", "settings", "files", "keys", "memory", "progress", "interrupts", "config", "ids",

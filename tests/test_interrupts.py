@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deepseek.cli import main
 from deepseek.interrupts import Stopped, handled, held, kept
+from tests.helpers import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +31,8 @@ def usual_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    script = Path(__file__).parent / "stopped_runs.py"
-    done = subprocess.run([sys.executable, str(script), str(tmp_path_factory.mktemp("stopped"))], capture_output=True,
-                          text=True, timeout=500)
+    done = subprocess.run([sys.executable, "-m", "tests.helpers.stopped_runs", str(tmp_path_factory.mktemp("stopped"))],
+                          cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -20,8 +20,9 @@ from deepseek.cli import main
 from deepseek.convert import dequantize, quantize
 from deepseek.engine import LLM, SamplingParams
 from deepseek.quant import fp8, int4
-from layouts import LAYOUTS, rows, small, verdict, write
-from layouts_tokens import ROOT, ranks, special
+from tests.helpers import ROOT
+from tests.helpers.layouts import LAYOUTS, rows, small, verdict, write
+from tests.helpers.layouts_tokens import ranks, special
 
 LOADS = [name for name, layout in LAYOUTS.items() if not layout.prefix and "index_topk" not in layout.config]
 TOLERANCE = 1e-4  # on logits of magnitude 1-5
@@ -221,4 +222,4 @@ def test_values_by_the_formulas(stand_in: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(("language", "file"), [("en", "README.md"), ("zh", "README.zh.md")])
 def test_the_readme_has_the_table(language: str, file: str, stand_in: Callable[[str], Path]) -> None:
     assert "\n".join(rows(language, stand_in)) in (ROOT / file).read_text(encoding="utf-8"), (
-        f"`python tests/layouts.py {language}` prints it")
+        f"`python -m tests.helpers.layouts {language}` prints it")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mutations import Kind, attempt, fault_of, make_kinds, run, sweep, table
+from tests.helpers.mutations import Kind, attempt, fault_of, make_kinds, run, sweep, table
 
 FAST = 60
 pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # a command says it and goes on

@@ -13,8 +13,8 @@ import yaml
 
 import deepseek
 from deepseek.cli.main import make_parser
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

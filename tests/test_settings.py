@@ -1,13 +1,12 @@
 """One declaration per option: the check, the flag and the row of docs/options.md follow from it.
 
-`python tests/test_settings.py` writes docs/options.md anew.
+`python -m tests.test_settings` writes docs/options.md anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -21,8 +20,9 @@ from deepseek.serve.options import ServeOptions
 from deepseek.settings import COUNT, Option, check, declared, table
 from deepseek.tune.settings import TuneConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
+from tests.helpers import ROOT
 
-PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+PAGE = ROOT / "docs" / "options.md"
 TITLES = {
     TrainConfig: "Training: `Trainer`, `deepseek train`", TuneConfig: "Tuning: `MoEFineTuner`, `deepseek tune`",
     EngineOptions: "Engine: `LLM`, `deepseek infer`, `chat`, `serve`", SamplingParams: "Sampling: `SamplingParams`",
@@ -93,7 +93,7 @@ def test_impossible_values_are_refused_by_name(settings: Any, value: dict[str, A
 
 
 def test_the_page_of_options_is_what_is_declared() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "python tests/test_settings.py writes it"
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.test_settings writes it"
 
 
 if __name__ == "__main__":

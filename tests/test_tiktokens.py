@@ -18,7 +18,7 @@ from deepseek.errors import DataError, NotFoundError
 from deepseek.model import CausalLM
 from deepseek.tiktokens import FILE, PATTERNS, merges
 from deepseek.tokenizer import Tokenizer
-from layouts_tokens import ranks, special, write
+from tests.helpers.layouts_tokens import ranks, special, write
 
 tiktoken = pytest.importorskip("tiktoken", reason="parity needs the test extra (tiktoken)")
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from deepseek.errors import ConfigError, DataError, NotFoundError, RequestError
 from deepseek.tokenizer import CHAT_TEMPLATE, SPECIAL, SPLIT, SPLITS, Tokenizer, _any_of
+from tests.helpers import PUBLISHED
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer" / "deepseek_v3"
+V3 = PUBLISHED / "tokenizer" / "deepseek_v3"
 TEXTS = (
     "def add(a, b):\n\treturn a + b  # 两数之和\n" * 4,
     "The quick brown fox costs 12345 pounds and 678 pence.\r\n\r\n" * 4,
@@ -33,9 +34,9 @@ def small() -> Tokenizer:
 
 @cache
 def published() -> Tokenizer:
-    if not SHARED.is_dir():
+    if not V3.is_dir():
         pytest.skip("DeepSeek-V3's tokenizer.json is not beside the repository (../shared/data/tokenizer)")
-    return Tokenizer.load(SHARED)
+    return Tokenizer.load(V3)
 
 
 def in_transformers(tokenizer: Tokenizer, folder: Path) -> Any:
@@ -311,7 +312,7 @@ def test_one_pass_cuts_where_deepseeks_three_do(text: str) -> None:
 
 def test_and_on_real_text() -> None:
     for folder in ("chinese/d2l_zh", "code/code_other", "dialogue/instruct_seed"):
-        found = sorted((SHARED.parents[1] / folder).glob("*.jsonl"))
+        found = sorted((PUBLISHED / folder).glob("*.jsonl"))
         if not found:
             pytest.skip("the real data is not beside the repository (../shared/data)")
         text = found[0].read_text(encoding="utf-8")[:200_000]

@@ -7,11 +7,11 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 # a pattern is searched in each name, comment and docstring, where it must stand at the beginning and end of a word:
 # NAMES in names alone, where English keeps the word
 RETIRED = {

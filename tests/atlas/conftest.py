@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from planting import Planted, plant
+
+from tests.helpers.planted import Planted, plant
 
 
 @pytest.fixture(scope="session")

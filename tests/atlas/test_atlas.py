@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from planting import LETTERS, Planted, text
 
 from deepseek import Atlas, ExpertId
 from deepseek.atlas import NamedGroup, profile
@@ -16,6 +15,7 @@ from deepseek.checkpoint import load_model, save_model
 from deepseek.config import ModelConfig
 from deepseek.errors import ConfigError, DataError, NotFoundError, RequestError
 from deepseek.ids import ExpertSet
+from tests.helpers.planted import LETTERS, Planted, text
 
 Config = Callable[..., ModelConfig]
 

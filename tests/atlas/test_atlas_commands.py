@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from planting import LETTERS, Planted, text
 
 from deepseek import Atlas, load_model, save_model
 from deepseek.atlas import NamedGroup
@@ -20,6 +19,7 @@ from deepseek.cli import main
 from deepseek.data import Document
 from deepseek.ids import ExpertSet
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.planted import LETTERS, Planted, text
 
 FLAGS = ("--threshold", "0.9", "--seq_len", "32", "--tokens", "1500")
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from planting import K, Planted, text
 
 from deepseek.atlas import Atlas, ExpertUsage, NamedGroup
 from deepseek.atlas.atlas import Shape
@@ -17,6 +16,7 @@ from deepseek.config import ModelConfig
 from deepseek.errors import ConfigError
 from deepseek.ids import ExpertSet
 from deepseek.model import CausalLM
+from tests.helpers.planted import K, Planted, text
 
 
 def test_distances_by_hand() -> None:

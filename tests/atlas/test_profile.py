@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planting import LETTERS, K, Planted, text
 
 from deepseek import convert
 from deepseek.atlas import Atlas, NamedGroup, profile
@@ -23,6 +22,7 @@ from deepseek.data import Document
 from deepseek.errors import ConfigError, DataError
 from deepseek.ids import ExpertId, ExpertSet
 from deepseek.model import CausalLM, RoutingRecord
+from tests.helpers.planted import LETTERS, K, Planted, text
 
 SMALL = dict(threshold=0.9, seq_len=32, tokens=1500)
 

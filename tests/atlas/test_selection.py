@@ -18,19 +18,20 @@ from hypothesis import strategies as st
 from deepseek import select_experts
 from deepseek.atlas.selection import gate_scores, read_routing_log, token_scores
 from deepseek.errors import ConfigError, DataError, NotFoundError
+from tests.helpers import PUBLISHED
 
-PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "esft" / "results"
+RESULTS = PUBLISHED / "esft" / "results"
 
 
 @pytest.mark.parametrize("task", ["intent", "law"])
 def test_the_published_configurations_follow_from_the_published_logs(task: str) -> None:
-    if not PUBLISHED.is_dir():
-        pytest.skip(f"the published logs are not at {PUBLISHED}")
-    published = json.loads((PUBLISHED / "expert_configs" / f"{task}.json").read_text())["experts"]
-    summary = json.loads((PUBLISHED / "expert_scores" / task / "summary.json").read_text())
+    if not RESULTS.is_dir():
+        pytest.skip(f"the published logs are not at {RESULTS}")
+    published = json.loads((RESULTS / "expert_configs" / f"{task}.json").read_text())["experts"]
+    summary = json.loads((RESULTS / "expert_scores" / task / "summary.json").read_text())
     scores = {}
     for layer in range(1, 27):
-        index_TK, weight_TK = read_routing_log(PUBLISHED / "expert_scores" / task / f"expert_weights_{layer}.txt.gz", 6)
+        index_TK, weight_TK = read_routing_log(RESULTS / "expert_scores" / task / f"expert_weights_{layer}.txt.gz", 6)
         scores[layer] = token_scores(index_TK, 64)
         for kind, found in (("token", scores[layer]), ("gate", gate_scores(index_TK, weight_TK, 64))):
             theirs = summary[f"{kind}_scores"][str(layer)]

@@ -10,13 +10,13 @@ from types import ModuleType
 import pytest
 
 from deepseek.data import ReadReport, read_documents
+from tests.helpers import ROOT
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
 def domains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
     module = importlib.import_module("domains")
     monkeypatch.setattr(module, "DATA", tmp_path / "data")
     monkeypatch.setattr(module, "SAMPLE", tmp_path / "sample")

@@ -11,10 +11,11 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # no look-up of prices
 import instructor
 import litellm
 import openai
-from cases import HELLO, KEY, MODEL, URL, WEATHER, Cases
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, ConfigDict
+
+from tests.helpers.client_cases import HELLO, KEY, MODEL, URL, WEATHER, Cases
 
 litellm.suppress_debug_info = True
 lite, structured, chain = Cases("litellm"), Cases("instructor"), Cases("langchain-openai")

@@ -11,8 +11,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import lm_eval
-from cases import KEY, MODEL, URL, Cases
 from lm_eval.tasks import TaskManager
+
+from tests.helpers.client_cases import KEY, MODEL, URL, Cases
 
 case = Cases("lm-eval local-completions")
 TASK = """

@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 import openai
-from cases import HELLO, KEY, MODEL, PARAMETERS, URL, WEATHER, Cases
 from pydantic import BaseModel
+
+from tests.helpers.client_cases import HELLO, KEY, MODEL, PARAMETERS, URL, WEATHER, Cases
 
 case = Cases("openai (Python)")
 client = openai.OpenAI(max_retries=0, timeout=120)

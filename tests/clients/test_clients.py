@@ -1,6 +1,6 @@
 """Clients that others wrote, in an environment of their own, against `deepseek serve`: every named case passes.
 
-`make clients` installs them and runs this file; `python tests/clients/test_clients.py` prints the table of cases.
+`make clients` installs them and runs this file; `python -m tests.clients.test_clients` prints the table of cases.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from typing import Any
 import pytest
 
 from deepseek.checkpoint import save_model
+from deepseek.config import ModelConfig
 from deepseek.tokenizer import Tokenizer
+from tests.helpers import ROOT
+from tests.helpers.models import TINY, random_model
 
-HERE = Path(__file__).parent
-INSTALLED = HERE.parents[1] / ".venv" / "clients"
+INSTALLED = ROOT / ".venv" / "clients"
 PROGRAMS = {
-    "openai": [str(INSTALLED / "bin" / "python"), str(HERE / "openai_client.py")],
-    "libraries": [str(INSTALLED / "bin" / "python"), str(HERE / "libraries_client.py")],
-    "lm_eval": [str(INSTALLED / "bin" / "python"), str(HERE / "lm_eval_client.py")],
-    "node": ["node", str(HERE / "node_client.mjs")],
+    "openai": [str(INSTALLED / "bin" / "python"), "-m", "tests.clients.openai_client"],
+    "libraries": [str(INSTALLED / "bin" / "python"), "-m", "tests.clients.libraries_client"],
+    "lm_eval": [str(INSTALLED / "bin" / "python"), "-m", "tests.clients.lm_eval_client"],
+    "node": ["node", "tests/clients/node_client.mjs"],
 }
 
 
@@ -52,7 +54,7 @@ def serving(folder: Path, config: Any, random_model: Callable) -> Iterator[dict[
 
 def run(name: str, environment: dict[str, str]) -> list[dict[str, Any]]:
     """The cases of a program, as it tells them."""
-    done = subprocess.run(PROGRAMS[name], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(PROGRAMS[name], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
 
@@ -75,13 +77,9 @@ def test_every_case_passes(name: str, environment: dict[str, str]) -> None:
 
 def table() -> int:
     """Print the cases with their results; the number of those that failed."""
-    sys.path.insert(0, str(HERE.parent))
-    from conftest import TINY, _random_model
-    from deepseek.config import ModelConfig
-
     cases = []
     with tempfile.TemporaryDirectory() as root, serving(
-            Path(root) / "tiny", lambda **changes: ModelConfig(**(TINY | changes)), _random_model) as environment:
+            Path(root) / "tiny", lambda **changes: ModelConfig(**(TINY | changes)), random_model) as environment:
         for name in PROGRAMS:
             cases += run(name, environment)
     for case in cases:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from converting import RAGGED
 
 from deepseek.checkpoint import save_model
 from deepseek.model import CausalLM
+from tests.helpers.conversions import RAGGED
 
 
 @pytest.fixture

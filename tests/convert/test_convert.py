@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from converting import contents, header, quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from deepseek.ops.panels import Quantized, unpack, unpack_mlp
 from deepseek.quant import fp8, int8, nf4
 from deepseek.quant.linear import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, QuantizedMLP
 from deepseek.quant.pack import quantize_panels
+from tests.helpers.conversions import contents, header, quiet
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "no shared": dict(n_shared_experts=0), "tied": dict(tie_word_embeddings=True),

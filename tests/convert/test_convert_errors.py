@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from converting import contents, header, quiet
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from deepseek.convert.writing import Part, write_file
 from deepseek.engine import Engine
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import locked
+from tests.helpers.conversions import contents, header, quiet
 
 
 def test_what_cannot_be_converted(source: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from converting import contents, quiet
 from safetensors.torch import load_file, save_file
 
 from deepseek.checkpoint import (
@@ -30,6 +29,7 @@ from deepseek.convert import PROVENANCE, dequantize, merge, writing
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.model.adapter import LoraSpec, fold, lora_modules
 from deepseek.quant import fp8
+from tests.helpers.conversions import contents, quiet
 
 EXPERTS = {1: (0, 5), 2: (15,)}
 SIDES: dict[str, dict[str, Any]] = {

@@ -21,8 +21,8 @@ from deepseek.data.held_out import held_out_place
 from deepseek.domain import KEYWORDS, KeywordRules
 from deepseek.errors import DataError
 from deepseek.tokenizer import SPLIT, Tokenizer
+from tests.helpers import PUBLISHED
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 BITS = [*"aZé中文がー。！3٣¹ \t\n\r.!'_€\u3000\u00a0\u0301\ufe0f\u2009\u200d\x00\u3097😀🧑", "  ", "\n\n", " the ",
         "<|User|>", "of "]
 TEXTS = st.lists(st.lists(st.sampled_from(BITS), max_size=12).map("".join) | st.text(max_size=15), max_size=9)
@@ -73,12 +73,13 @@ def test_so_they_are_when_the_table_is_emptied_and_threads_share_it(monkeypatch:
 
 
 def test_published_tokenizer_on_real_text() -> None:
-    if not (SHARED / "tokenizer" / "deepseek_v3").is_dir():
+    if not (PUBLISHED / "tokenizer" / "deepseek_v3").is_dir():
         pytest.skip("DeepSeek-V3's tokenizer.json is not beside the repository (../shared/data/tokenizer)")
-    published = Tokenizer.load(SHARED / "tokenizer" / "deepseek_v3")
+    published = Tokenizer.load(PUBLISHED / "tokenizer" / "deepseek_v3")
     assert published.pieces is not None
     for folder in ("chinese/d2l_zh", "code/code_other", "medicine/medicine_medquad"):
-        lines = sorted((SHARED / folder).glob("*.jsonl"))[0].read_text(encoding="utf-8")[:20_000].replace("\\n", "\n")
+        first = min((PUBLISHED / folder).glob("*.jsonl"))
+        lines = first.read_text(encoding="utf-8")[:20_000].replace("\\n", "\n")
         texts = [lines[i : i + 211] for i in range(0, len(lines), 211)]
         assert ids(Encoder(published), texts) == published.encode_batch(texts)
 
@@ -216,7 +217,7 @@ def test_rules_say_the_same_of_many_texts(texts: list[str]) -> None:
 
 
 def test_rules_on_real_text() -> None:
-    path = SHARED / "law" / "laws_zh" / "text.jsonl"
+    path = PUBLISHED / "law" / "laws_zh" / "text.jsonl"
     if not path.is_file():
         pytest.skip("the real data is not beside the repository (../shared/data)")
     text = path.read_text(encoding="utf-8")[:100_000]

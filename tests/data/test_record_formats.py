@@ -13,8 +13,7 @@ import zstandard
 
 from deepseek.data import Document, ReadReport, RecordMap, list_files, read_documents
 from deepseek.errors import ConfigError, DataError, NotFoundError
-
-REAL = Path(__file__).parents[3] / "shared" / "data"
+from tests.helpers import PUBLISHED
 
 
 def read(*paths: Any, mapping: RecordMap | None = None) -> tuple[list[Document], ReadReport]:
@@ -220,11 +219,11 @@ DAMAGED = {  # what is wrong in the sets themselves: (problems, reason)
 }
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs ../shared/data")
 def test_every_file_of_the_real_sets_is_understood() -> None:
     seen, found = 0, {}
-    for path in sorted(REAL.rglob("*")):
-        name = path.relative_to(REAL).as_posix()
+    for path in sorted(PUBLISHED.rglob("*")):
+        name = path.relative_to(PUBLISHED).as_posix()
         if path.suffix not in (".jsonl", ".csv", ".json") or name.startswith(("esft/results", "tokenizer")):
             continue
         if name in NO_RECORDS:

@@ -23,11 +23,10 @@ from deepseek.files import sha256
 from deepseek.model import CausalLM
 from deepseek.ops import native
 from deepseek.tokenizer import Tokenizer
+from tests.helpers import ROOT
+from tests.helpers.killed_runs import SETTINGS, TINY
 
-sys.path.insert(0, str(Path(__file__).parent))
-from killed_run import SETTINGS, TINY
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
+GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +132,8 @@ def test_gradient_checkpointing_changes_nothing(data: TokenShards, tmp_path: Pat
 
 
 def killed(folder: Path, kills: int) -> dict:
-    script = Path(__file__).parent / "killed_run.py"
-    done = subprocess.run([sys.executable, str(script), str(folder), str(kills), "1"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.helpers.killed_runs", str(folder), str(kills), "1"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.cli import main
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
 
 
 def deepseek(

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import deepseek
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 NEEDED = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "src")
 OTHERS = Path(torch.__file__).parents[1]  # where the dependencies are, of which none is fetched again
 

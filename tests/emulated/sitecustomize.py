@@ -1,4 +1,4 @@
-"""Puts the native kernels with emulated AMX tiles (tests/isa.py builds them) instead of the installed ones.
+"""Puts the native kernels with emulated AMX tiles (tests/helpers/isa.py builds them) instead of the installed ones.
 
 Python imports this module as it starts, in every process that has this folder in PYTHONPATH.
 """

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import KINDS, save_adapter
-from alone import mixed_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +25,8 @@ from deepseek.model import RoutingRecord
 from deepseek.model.adapters import AdaptedLinear, _Adapted, rows_of, side_by_side, whole
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.adapters import KINDS, save_adapter
+from tests.helpers.reference import mixed_prompts
 
 TOKENIZER = Tokenizer.train(["the quick brown fox", "0123456789"] * 4, 300)
 NAMES = (None, *KINDS)

@@ -12,7 +12,6 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-import alone
 import pytest
 
 from deepseek.atlas import Atlas
@@ -23,6 +22,7 @@ from deepseek.engine.speculative import Drafter, _Trial
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
+from tests.helpers import reference
 
 pytestmark = pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
 
@@ -74,7 +74,7 @@ def plain(folder: Path) -> Callable[[list[int]], tuple[int, ...]]:
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def of(prompt: list[int]) -> tuple[int, ...]:
-        return known.get(tuple(prompt)) or known.setdefault(tuple(prompt), alone.plain(model, prompt, TOKENS))
+        return known.get(tuple(prompt)) or known.setdefault(tuple(prompt), reference.plain(model, prompt, TOKENS))
 
     return of
 
@@ -110,7 +110,7 @@ def check(folder: Path, plain: Callable, setting: dict[str, Any], count: int) ->
     if experts == "warm":
         options["warmup_experts"] = "b_expert,d_expert"
     llm = LLM(folder, **options)
-    prompts = alone.mixed_prompts(random.Random(7), llm.model.config.vocab_size, count)
+    prompts = reference.mixed_prompts(random.Random(7), llm.model.config.vocab_size, count)
     greedy: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     params = [SamplingParams(**greedy)] * count
     if beside == "replay":

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from alone import mixed_prompts, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,7 @@ from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.model.cache import PAGE
 from deepseek.ops.native import native
+from tests.helpers.reference import mixed_prompts, plain
 
 
 @pytest.fixture(scope="module")

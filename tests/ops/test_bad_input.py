@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import HIDDEN, INNER, randn, random_attention, random_matrix, random_mlp, random_naive
 from torch import Tensor
 
 from deepseek import ops
 from deepseek.ops.panels import pack
+from tests.helpers.operations import HIDDEN, INNER, randn, random_attention, random_matrix, random_mlp, random_naive
 
 X, W = randn(3, 100), pack(random_matrix(20, 100, 4))
 MLP = random_mlp(HIDDEN, INNER, 4)

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+
+from deepseek import ops
+from deepseek.ops.panels import Bits, matrix_bytes, pack
+from deepseek.ops.registry import OPERATIONS
+from tests.helpers.operations import (
     HIDDEN,
     INNER,
     SHARED,
@@ -18,10 +22,6 @@ from cases import (
     random_mlp,
     random_naive,
 )
-
-from deepseek import ops
-from deepseek.ops.panels import Bits, matrix_bytes, pack
-from deepseek.ops.registry import OPERATIONS
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

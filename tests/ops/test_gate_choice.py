@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import natively, randn
 from torch import Tensor
 
 from deepseek import ops
 from deepseek.config import ModelConfig
 from deepseek.model.gate import choose, routing_rule
+from tests.helpers.operations import natively, randn
 
 GATES: dict[str, dict[str, Any]] = {
     "V3": dict(n_routed_experts=32, n_group=8, topk_group=4, num_experts_per_tok=6, routed_scaling_factor=2.5),

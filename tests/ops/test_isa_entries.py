@@ -12,9 +12,7 @@ import pytest
 import deepseek
 from deepseek.errors import ConfigError
 from deepseek.ops import native
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import isa
+from tests.helpers import isa
 
 
 def test_entries_that_cannot_run_are_not_counted_as_passed(

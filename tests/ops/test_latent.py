@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Attention, both_widths, natively, randn, random_attention, random_naive, same_bits
 
 from deepseek import ops
 from deepseek.ops import rotate
 from deepseek.ops.latent import latent_attention_reference, naive_attention_reference
 from deepseek.ops.native import native
 from deepseek.ops.panels import Bits
+from tests.helpers.operations import Attention, both_widths, natively, randn, random_attention, random_naive, same_bits
 
 
 @pytest.mark.parametrize("heads", [1, 5, 16, 20])

@@ -9,22 +9,23 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from cases import random_attention, random_experts, random_naive
 
 import deepseek
 from deepseek.ops.native import native
+from tests.helpers import ROOT
+from tests.helpers.operations import random_attention, random_experts, random_naive
 
 pytestmark = pytest.mark.skipif(native is None, reason="needs the native library")
-HERE = Path(__file__).parent
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that finds cases.py; an empty value unsets a variable."""
-    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    """A fresh interpreter that finds the tests; an empty value unsets a variable."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": path, "DEEPSEEK_ISA": "", "DEEPSEEK_PURE": ""} | environment
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=300)
 
@@ -38,24 +39,25 @@ def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_every_instruction_set_gives_the_same_bits() -> None:
-    """All operations, all shapes of cases.py, on one and three threads. Unknown sets are refused, naming the known."""
+    """All operations, all shapes, on one and three threads. Unknown sets are refused, naming the known."""
     unknown = python("-c", "from deepseek import _native; _native.isa()", DEEPSEEK_ISA="sse9")
     found = re.search(r"RuntimeError: DEEPSEEK_ISA = 'sse9': this machine and build have ([\w, ]+)$", unknown.stderr,
                       re.M)
     assert unknown.returncode and found, unknown.stderr
     names = found[1].split(", ")
     assert names[-1] == "scalar"
-    first, *digests = lines_of(python(str(HERE / "cases.py"), OMP_NUM_THREADS="3"))
+    digests_of = partial(python, "-m", "tests.helpers.operations")
+    first, *digests = lines_of(digests_of(OMP_NUM_THREADS="3"))
     assert first == names[0] and len(digests) > 250  # the best one unless told otherwise
     for name in names[1:]:
-        assert lines_of(python(str(HERE / "cases.py"), OMP_NUM_THREADS="1", DEEPSEEK_ISA=name)) == [name, *digests]
+        assert lines_of(digests_of(OMP_NUM_THREADS="1", DEEPSEEK_ISA=name)) == [name, *digests]
 
 
 # ---- without it -----------------------------------------------------------------------------------------------------
 
 REFERENCES = """
 import torch
-from cases import randn, random_attention, random_experts, random_matrix, random_naive
+from tests.helpers.operations import randn, random_attention, random_experts, random_matrix, random_naive
 from deepseek import ops
 from deepseek.ops.native import isa
 from deepseek.ops.panels import pack
@@ -86,7 +88,7 @@ def test_a_broken_library_is_an_error_and_one_that_was_left_out_is_not(tmp_path:
     """A copy of the package, ahead of the installed one and of its import hooks (-S)."""
     package = shutil.copytree(Path(deepseek.__file__).parent, tmp_path / "deepseek",
                               ignore=shutil.ignore_patterns("_native*", "__pycache__"))
-    path = os.pathsep.join((str(tmp_path), str(HERE), str(Path(torch.__file__).parents[1])))
+    path = os.pathsep.join((str(tmp_path), str(ROOT), str(Path(torch.__file__).parents[1])))
     show = "import deepseek.ops; print(deepseek.ops.native.isa())"
     without = python("-S", "-W", "always", "-c", show, PYTHONPATH=path)
     assert lines_of(without) == ["torch"]
@@ -102,7 +104,7 @@ def test_a_broken_library_is_an_error_and_one_that_was_left_out_is_not(tmp_path:
 GUEST = r"""
 import os, re, sys
 import torch
-from cases import random_experts
+from tests.helpers.operations import random_experts
 
 def openmp():
     with open("/proc/self/maps") as maps:

@@ -10,7 +10,13 @@ import itertools
 
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+
+from deepseek import ops
+from deepseek.ops.native import native
+from deepseek.ops.panels import Bits, matrix_bytes, pack, panel_bytes
+from deepseek.ops.quantized import experts_reference, linear_reference, mlp_reference, quantize_rows
+from tests.helpers.operations import (
     EXPERTS,
     HIDDEN,
     INNER,
@@ -28,12 +34,6 @@ from cases import (
     random_naive,
     same_bits,
 )
-from torch import Tensor
-
-from deepseek import ops
-from deepseek.ops.native import native
-from deepseek.ops.panels import Bits, matrix_bytes, pack, panel_bytes
-from deepseek.ops.quantized import experts_reference, linear_reference, mlp_reference, quantize_rows
 
 
 def assert_near(a: Tensor, b: Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 from deepseek.engine import LLM
 from deepseek.serve.options import ServeOptions
 from deepseek.tokenizer import Tokenizer
-from serving import KEY, Running
+from tests.helpers.servers import KEY, Running
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from deepseek.serve.protocol import (
     ResponsesRequest,
     TokenizeRequest,
 )
-from serving import KEY, Running
+from tests.helpers.servers import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 2}

@@ -27,9 +27,8 @@ from deepseek.domain import DomainClassifier
 from deepseek.engine import LLM, SamplingParams
 from deepseek.serve.options import ServeOptions
 from deepseek.watch.history import History
-from serving import Running
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
+from tests.helpers.servers import Running
 
 
 @pytest.fixture(scope="module")

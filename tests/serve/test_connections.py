@@ -23,7 +23,7 @@ from deepseek.serve.connections import Process
 from deepseek.serve.middleware import Guard, check_host, host_name
 from deepseek.serve.options import ServeOptions
 from deepseek.watch.options import WatchOptions
-from serving import Running
+from tests.helpers.servers import Running
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 2}
 

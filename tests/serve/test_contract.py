@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serving import KEY, Running
+from tests.helpers.servers import KEY, Running
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the test extra (schemathesis)")
 

@@ -30,6 +30,7 @@ import pytest
 
 from deepseek.checkpoint import save_model
 from deepseek.tokenizer import Tokenizer
+from tests.helpers import ROOT
 
 GROWTH = int(1.5 * (1 << 30))  # bytes of resident memory that a bomb may cost
 STREAMS = 4
@@ -191,7 +192,7 @@ BOMBS = (references, rules, optional, ambiguous, prompts, embeddings, messages, 
 # ---- honest clients -------------------------------------------------------------------------------------------------
 
 class Honest:
-    """Streams that go on in another process (honest.py)."""
+    """Streams that go on in another process (helpers/honest_clients.py)."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -208,8 +209,8 @@ class Honest:
 
 @contextmanager
 def honest_clients(server: Served) -> Iterator[Honest]:
-    process = subprocess.Popen([sys.executable, Path(__file__).with_name("honest.py"), server.url, str(STREAMS)],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "tests.helpers.honest_clients", server.url, str(STREAMS)],
+                               cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield Honest(process)
         process.communicate(timeout=160)

@@ -14,7 +14,7 @@ import pytest
 
 from deepseek.errors import RequestError
 from deepseek.serve.options import ServeOptions
-from serving import KEY, Running
+from tests.helpers.servers import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import planting
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -29,9 +28,10 @@ from deepseek.ids import ExpertSet
 from deepseek.serve.options import ServeOptions
 from deepseek.watch.metrics import total_delta, values
 from deepseek.watch.options import WatchOptions
-from serving import KEY, Running
+from tests.helpers.planted import LETTERS, plant
+from tests.helpers.servers import KEY, Running
 
-LETTERS = {"law": "early", "code": "middle", "text": "late"}
+GROUPS = {"law": "early", "code": "middle", "text": "late"}
 MINUTES = 0.05
 EVEN = ("law", "code", "text")
 SKEWED = ("law", "text")
@@ -59,7 +59,7 @@ class Watched:
 
     def ask(self, domain: str, user: str = "web", tokens: int = 2) -> dict[str, Any]:
         draw = random.Random(len(self.sent))
-        prompt = "".join(draw.choices(planting.LETTERS[LETTERS[domain]], k=150))
+        prompt = "".join(draw.choices(LETTERS[GROUPS[domain]], k=150))
         answer = self.client.post("/v1/completions", json={
             "model": "planted", "prompt": prompt, "max_tokens": tokens, "user": user, "deepseek": {"domain": domain}})
         assert answer.status_code == 200, answer.text
@@ -83,10 +83,10 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
-    planted = planting.plant(folder)
+    planted = plant(folder)
     Atlas(Shape.of(planted.model.config), [
         NamedGroup(f"{domain}_expert", "measured", ExpertSet(sorted(planted.experts[name])),
-                   evidence={"coverage_slots": 0.9}) for domain, name in LETTERS.items()]).save(planted.folder)
+                   evidence={"coverage_slots": 0.9}) for domain, name in GROUPS.items()]).save(planted.folder)
     _Hook.told = []
     hook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hook)
     threading.Thread(target=hook.serve_forever, daemon=True).start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -13,7 +12,8 @@ import pytest
 
 from deepseek.engine import SamplingParams
 from deepseek.templates import render
-from serving import KEY, Running
+from tests.helpers import ROOT
+from tests.helpers.servers import KEY, Running
 
 HELLO: list[Any] = [{"role": "user", "content": "the quick brown"}]
 WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": {
@@ -212,8 +212,7 @@ def test_a_wrong_key(running: Running) -> None:
 
 def test_the_manual_names_files_that_exist() -> None:
     """The walk of a request, in numbered steps."""
-    root = Path(__file__).parents[2]
-    walk = (root / "docs" / "serving.md").read_text(encoding="utf-8").partition("step by step")[2]
+    walk = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").partition("step by step")[2]
     named = re.findall(r"`((?:\w+/)?\w+\.py)`", walk)
-    assert len(named) > 15 and [name for name in named if not (root / "src" / "deepseek" / name).is_file()] == []
+    assert len(named) > 15 and [name for name in named if not (ROOT / "src" / "deepseek" / name).is_file()] == []
     assert [int(n) for n in re.findall(r"^(\d+)\.", walk, re.MULTILINE)] == list(range(1, 16))

@@ -21,7 +21,7 @@ from deepseek.serve.protocol import (
     TokenizeRequest,
     WarmRequest,
 )
-from serving import KEY, Running
+from tests.helpers.servers import KEY, Running
 
 USER = {"role": "user", "content": "the quick brown"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [USER]}

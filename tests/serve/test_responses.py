@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from deepseek.engine import SamplingParams
 from deepseek.serve.protocol import Item
 from deepseek.serve.responses import Store, to_messages
-from serving import KEY, Running
+from tests.helpers.servers import KEY, Running
 
 ASK: dict[str, Any] = {"model": "tiny", "input": "the quick brown", "max_output_tokens": 12, "temperature": 0}
 TOOL: dict[str, Any] = {"type": "function", "name": "f", "strict": True, "parameters": {

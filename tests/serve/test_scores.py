@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from serving import KEY, Running
+from tests.helpers.servers import KEY, Running
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from deepseek.errors import ConfigError
 from deepseek.model.adapter import lora_modules
 from deepseek.serve.app import create_app
 from deepseek.serve.options import ServeOptions
-from serving import KEY, Running
+from tests.helpers.servers import KEY, Running
 
 AUTH = {"authorization": f"Bearer {KEY}"}
 HELLO: list[Any] = [{"role": "user", "content": "the quick brown"}]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from samples import NAMES, general, records
 
 from deepseek.atlas import Atlas
 from deepseek.checkpoint import save_model
 from deepseek.config import ModelConfig
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.records import NAMES, general, records
 
 
 @pytest.fixture(scope="session")

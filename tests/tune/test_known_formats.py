@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_templates import CHATML, R1, V3, V31, with_template
 
 from deepseek.data import Document, ReadReport, RecordMap
 from deepseek.data.records import to_documents, to_table
@@ -16,6 +15,7 @@ from deepseek.errors import ConfigError, DataError
 from deepseek.tokenizer import EOS
 from deepseek.tune.records import RecordSet, encode, read_records
 from deepseek.tune.show import pieces
+from tests.helpers.chat_templates import CHATML, R1, V3, V31, with_template
 
 E = EOS
 TOOL = {"type": "function", "function": {"name": "clock", "description": "", "parameters": {"type": "object"}}}

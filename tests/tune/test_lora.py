@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import records
 
 from deepseek import LoRAAdapter, MoEFineTuner
 from deepseek.atlas import Atlas
@@ -20,6 +19,7 @@ from deepseek.errors import CheckpointError, ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.model.adapter import LoRAExperts, LoRALinear, lora_modules
 from deepseek.ops import native
+from tests.helpers.records import records
 
 IDS = torch.arange(5, 45).view(2, 20)
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import records
 
 from deepseek.checkpoint import load_model
 from deepseek.cli import main
+from tests.helpers import ROOT
+from tests.helpers.records import records
 
-MANUAL = Path(__file__).parents[2] / "docs" / "tuning.md"
+MANUAL = ROOT / "docs" / "tuning.md"
 
 
 def examples(heading: str) -> list[str]:

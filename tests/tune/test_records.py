@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import general, records
 
 from deepseek.data import Document
 from deepseek.data.records import to_documents, to_table
@@ -23,6 +22,7 @@ from deepseek.tune import records as tune_records
 from deepseek.tune.examples import Example, Examples, pad
 from deepseek.tune.records import POOL, RecordSet, digest, each_record, encode, places, read_records
 from deepseek.tune.streams import iter_new, next_round
+from tests.helpers.records import general, records
 
 
 def learnt(record: Any, tokenizer: Tokenizer, max_length: int = 200) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import CHANNELS, CHATML, KNOWN, LAST, LLAMA, R1, V3, V31, with_template
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +15,8 @@ from deepseek.spoken import encode_conversation
 from deepseek.tokenizer import EOS, Tokenizer
 from deepseek.tune.records import RecordSet, encode, read_records
 from deepseek.tune.show import pieces
+from tests.helpers import PUBLISHED
+from tests.helpers.chat_templates import CHANNELS, CHATML, KNOWN, LAST, LLAMA, R1, V3, V31, with_template
 
 
 def learnt(record: Any, tokenizer: Tokenizer, **settings: Any) -> list[str]:
@@ -33,7 +33,7 @@ def shown(record: Any, tokenizer: Tokenizer) -> list[str]:
             for example in encode(document, tokenizer, 9999)]
 
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "deepseek_v3"
+REAL = PUBLISHED / "tokenizer" / "deepseek_v3"
 ASKED = {"role": "user", "content": "6 x 7?"}
 INSIDE = {"role": "assistant", "content": "<think>\nSix sevens.\n</think>\n\nIt is 42."}
 BESIDE = {"role": "assistant", "content": "It is 42.", "reasoning_content": "Six sevens."}

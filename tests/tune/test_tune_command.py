@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from samples import general, records
 
 from deepseek import LoRAAdapter, MoEFineTuner
 from deepseek.cli import main
 from deepseek.errors import ConfigError
 from deepseek.files import locked
 from deepseek.tune.settings import TuneConfig
+from tests.helpers.records import general, records
 
 
 @pytest.fixture

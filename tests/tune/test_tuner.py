@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from samples import NAMES, general, records
 
 from deepseek import Atlas, LoRAAdapter, MoEFineTuner, select_experts
 from deepseek.atlas import ExpertUsage
@@ -24,6 +23,8 @@ from deepseek.model import RoutingRecord
 from deepseek.tokenizer import Tokenizer
 from deepseek.tune.loop import TuneTrainer
 from deepseek.tune.records import read_records
+from tests.helpers import ROOT
+from tests.helpers.records import NAMES, general, records
 
 
 def changed(base: Path, tuned: Any) -> set[str]:
@@ -305,12 +306,11 @@ def test_the_seconds_of_a_run_are_those_of_all_its_processes(
 
 KILLED = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 import torch; torch.set_num_threads(1)
 from deepseek import LoRAAdapter, MoEFineTuner
 from deepseek.tune.loop import TuneTrainer
-from samples import general, records
-base, out, mode, stop = sys.argv[2:6]
+from tests.helpers.records import general, records
+base, out, mode, stop = sys.argv[1:5]
 real = TuneTrainer.train_step
 def step(self):
     if self.step == int(stop):
@@ -326,11 +326,11 @@ MoEFineTuner(base, out=out, lr=3e-3, batch_size=4, max_length=64, eval_records=8
 
 @pytest.mark.parametrize("mode", ["auto", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("lora", "full"))])
 def test_a_killed_run_ends_with_the_same_bytes(base: Callable[..., Path], tmp_path: Path, mode: str) -> None:
-    folder, root = base(), str(Path(__file__).parent)
+    folder = base()
 
     def run(out: str, stop: int) -> int:
-        return subprocess.run([sys.executable, "-c", KILLED, root, str(folder), str(tmp_path / out), mode, str(stop)],
-                              capture_output=True, cwd=root).returncode
+        return subprocess.run([sys.executable, "-c", KILLED, str(folder), str(tmp_path / out), mode, str(stop)],
+                              capture_output=True, cwd=ROOT).returncode
 
     assert run("whole", -1) == 0
     assert run("killed", 2) == -9 and run("killed", 5) == -9 and run("killed", -1) == 0

@@ -17,9 +17,10 @@ import yaml
 
 from deepseek.watch.alerts import AlertLimits
 from deepseek.watch.metrics import METRICS, PREFIX, RENAMED
+from tests.helpers import ROOT
 
 FILES = Path(str(files("deepseek.watch") / "files"))
-MANUAL = Path(__file__).parents[2] / "docs" / "monitoring.md"
+MANUAL = ROOT / "docs" / "monitoring.md"
 BOARD: dict[str, Any] = json.loads((FILES / "grafana.json").read_text(encoding="utf-8"))
 RULES: list[dict[str, Any]] = yaml.safe_load((FILES / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
 

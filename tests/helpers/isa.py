@@ -14,9 +14,9 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 SHORT = ["tests/ops/test_panels.py", "tests/ops/test_training_kernels.py::test_norm",
          "tests/tune/test_lora.py::test_merging_says_when_it_would_do_nothing_or_lose_too_much"]
 FULL = ["tests/ops", "tests/quant", "tests/model/test_mla.py", "tests/deepopt/test_loop.py",

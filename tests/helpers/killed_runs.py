@@ -1,6 +1,6 @@
 """Train, be killed, go on: run by test_loop.py in a process of its own.
 
-    python killed_run.py FOLDER KILLS SEED
+    python -m tests.helpers.killed_runs FOLDER KILLS SEED
 
 One undisturbed run, then the same run killed with SIGKILL until it has been killed KILLS times and has
 finished: two kills in three at instants uniform in time, every third within 10 ms of the start of a checkpoint write.

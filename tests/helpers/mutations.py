@@ -5,7 +5,7 @@
               comes twice, moves to another key
 
 A command must run or end with one line that says what is wrong: no traceback, no signal, no endless run, no control
-characters for the terminal. `python tests/mutations.py 1000` prints a table.
+characters for the terminal. `python -m tests.helpers.mutations 1000` prints a table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-import layouts
 from deepseek.atlas import Atlas
 from deepseek.checkpoint import EXPERT_USE, MANIFEST, load_model, save_delta, save_model
 from deepseek.checkpoint.identity import base_tensors, fingerprint, tensor_hashes
@@ -39,6 +38,7 @@ from deepseek.convert import quantize
 from deepseek.model import CausalLM
 from deepseek.tokenizer import CHAT_TEMPLATE, Tokenizer
 from deepseek.tune import LoRAAdapter
+from tests.helpers import layouts
 
 SECONDS = 60.0  # of a command
 PROMPT = "ab 混 12"

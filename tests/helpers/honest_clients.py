@@ -1,8 +1,8 @@
 """Honest clients in a process of their own, so that they wait for the server alone and not for the attacker.
 
-`python honest.py URL STREAMS` keeps so many streams going, one after another. For each line on its input it writes a
-line of JSON: the seconds from a token to the next since the last such line, and what went wrong so far. It ends with
-its input.
+`python -m tests.helpers.honest_clients URL STREAMS` keeps so many streams going, one after another.
+For each line on its input it writes a line of JSON: the seconds from a token to the next since the last such line, and
+what went wrong so far. It ends with its input.
 """
 
 from __future__ import annotations

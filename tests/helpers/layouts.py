@@ -1,7 +1,7 @@
 """Published models of the family, as stand-ins: config.json, the names in the index and the tokenizer's files as the
 public files have them, at sizes of a test. Names and keys are written out by hand, not by the code under test.
 
-`python tests/layouts.py` prints the table of README.md (with `zh`, that of README.zh.md).
+`python -m tests.helpers.layouts` prints the table of README.md (with `zh`, that of README.zh.md).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import layouts_tokens
 from deepseek.checkpoint import INDEX
 from deepseek.cli import main
 from deepseek.config import ModelConfig
 from deepseek.info import Machine, describe, fit
 from deepseek.info.units import in_bytes, in_count
 from deepseek.tokenizer import BOS, EOS, PAD, Tokenizer
+from tests.helpers import ROOT, layouts_tokens
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ def write(folder: Path, name: str, *, weights: bool = True, seed: int = 0) -> Pa
     if layout.tokens != "tokenizer.json":
         layouts_tokens.write(folder, layout.tokens)
         return folder
-    texts = [path.read_text(encoding="utf-8") for path in sorted(layouts_tokens.ROOT.glob("README*.md"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("README*.md"))]
     Tokenizer.train(texts, 700).save(folder)
 
     def token(content: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Commands that are stopped by signals: run by test_interrupts.py in a process of its own.
 
-    python stopped_runs.py FOLDER
+    python -m tests.helpers.stopped_runs FOLDER
 
 Every command runs in a child forked from this process, which has imported torch and uses one thread. A child writes a
 marker where the signal is to hit it, and waits there. Prints {case: [exit status, what it said]} as JSON.

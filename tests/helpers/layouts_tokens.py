@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
 from deepseek.tiktokens import BYTES, FILE, PATTERNS
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 # special tokens by their distance from the vocabulary's end, as Moonlight names them: most places have no name
 SPECIAL = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 10: "<|im_system|>",
            17: "<|im_middle|>", 22: "[UNK]", 23: "[PAD]"}

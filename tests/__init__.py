@@ -1,0 +1,1 @@
+"""The tests mirror src/; what they share lies in helpers/."""
