@@ -35,7 +35,7 @@ def generating(preset: str, count: int, folder: Path) -> Callable[[], tuple[int,
     """One unit: `count` requests at once; returns tokens and what they were."""
     import torch
 
-    from deepseek import LLM, ModelConfig, SamplingParams, quantize, save_model
+    from deepseek import LLM, ModelConfig, SamplingParams, load_model, quantize, save_model
     from deepseek.model import CausalLM
 
     config = ModelConfig.preset(preset)
@@ -43,15 +43,11 @@ def generating(preset: str, count: int, folder: Path) -> Callable[[], tuple[int,
         plain = folder.with_name(folder.name + "-plain")
         save_model(CausalLM(config).init_weights(torch.Generator().manual_seed(0)), plain)
         quantize(plain, folder)
-    from deepseek.checkpoint import load_model
-
-    llm = LLM(load_model(folder), prefix_cache=False, speculate=False)
-    draw = torch.Generator().manual_seed(count)
-    prompts = torch.randint(0, config.vocab_size, (count, PROMPT), generator=draw).tolist()
+    llm, draw = LLM(load_model(folder), speculate=False), torch.Generator().manual_seed(count)
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
 
     def unit() -> tuple[int, Any]:
-        outputs = llm.generate(prompts, params)
+        outputs = llm.generate(torch.randint(0, config.vocab_size, (count, PROMPT), generator=draw).tolist(), params)
         return count * NEW_TOKENS, [output.token_ids for output in outputs]
 
     return unit
@@ -99,7 +95,8 @@ def work(threads: int) -> None:
             if line not in units:
                 units[line] = (training(preset, Path(folder, f"{preset}-run")) if case == "train" else
                                generating(preset, int(case), Path(folder, preset)))
-            wall, processor, done = time.perf_counter(), time.process_time(), [units[line]() for _ in range(REPEAT[case])]
+            wall, processor = time.perf_counter(), time.process_time()
+            done = [units[line]() for _ in range(REPEAT[case])]
             print(json.dumps([time.perf_counter() - wall, time.process_time() - processor,
                               sum(tokens for tokens, _ in done), str(done)]), flush=True)
 

@@ -176,8 +176,9 @@ class Request:
         """Draw the next token from the logits after everything so far."""
         if self.constraint is not None and self._free is None:
             logits_V = self.constraint.allow(logits_V)
-        finite(logits_V)
         adjusted_V = self._adjustment.apply(logits_V, len(self.token_ids))
+        if adjusted_V is not logits_V:  # where NaN may have been left out; `sample` looks at its own logits
+            finite(logits_V)
         if self._seen_V is not None:
             adjusted_V = penalise(adjusted_V, self.params.repetition_penalty, self._seen_V)
         token = sample(self._adjustment.discourage(adjusted_V), self.params, self.generator, None)

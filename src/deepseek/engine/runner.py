@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,14 +39,15 @@ class Runner:
             control = combine_overrides([(c.tokens, c.past, own) for c, own in zip(chunks, overrides, strict=True)])
         routing = RoutingRecord() if record else None
         pack = PackedBatch(self.pool, chunks, control)
-        hidden_TH = self.model.packed(torch.tensor(ids).to(self.model.device), pack, routing)
-        hidden = hidden_TH.split([chunk.tokens for chunk in chunks])
+        hidden_TH = self.model.packed(torch.tensor(ids, device=self.model.device), pack, routing)
+        counts = [chunk.tokens for chunk in chunks]
+        hidden = hidden_TH.split(counts)
         wanted = [scheduled.samples + (scheduled.draft is not None) for scheduled in batch]
-        rows_SH = torch.cat([own[len(own) - count :] for own, count in zip(hidden, wanted, strict=True)])
-        if not len(rows_SH):
+        rows = [i for end, count in zip(accumulate(counts), wanted, strict=True) for i in range(end - count, end)]
+        if not rows:
             return StepOutput(batch, [hidden_TH.new_empty(0)] * len(batch), hidden, routing, began)
         with rows_of(side_by_side(zip((c.adapter for c in chunks), wanted, strict=True)) if pack.spans else ()):
-            logits_SV = self.model.lm_head(rows_SH).float().cpu()
+            logits_SV = self.model.lm_head(hidden_TH[rows]).float().cpu()
         return StepOutput(batch, logits_SV.split(wanted), hidden, routing, began)
 
     @torch.inference_mode()

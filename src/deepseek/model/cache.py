@@ -15,6 +15,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -141,7 +142,8 @@ class PackedBatch:
 
     @cached_property
     def positions(self) -> Tensor:
-        return torch.cat([torch.arange(c.past, c.past + c.tokens) for c in self.chunks]).to(self.pool.data.device)
+        positions = [i for chunk in self.chunks for i in range(chunk.past, chunk.past + chunk.tokens)]
+        return torch.tensor(positions, device=self.pool.data.device)
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -158,8 +160,8 @@ class PackedBatch:
         used = [-(-(chunk.past + chunk.tokens) // PAGE) for chunk in self.chunks]
         pages = torch.tensor([page for chunk, n in zip(self.chunks, used, strict=True) for page in chunk.pages[:n]])
         return Sequences(
-            torch.tensor([0, *(chunk.tokens for chunk in self.chunks)]).cumsum(0),
-            torch.tensor([chunk.past for chunk in self.chunks]), torch.tensor([0, *used]).cumsum(0),
+            torch.tensor([*accumulate((chunk.tokens for chunk in self.chunks), initial=0)]),
+            torch.tensor([chunk.past for chunk in self.chunks]), torch.tensor([*accumulate(used, initial=0)]),
             pages * self.pool.data.stride(1))
 
     def write(self, layer: int, latent_TC: Tensor) -> None:

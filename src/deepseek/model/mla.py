@@ -17,9 +17,8 @@ Shape letters: B batch, T new tokens, S cached positions (T included), N heads, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +63,7 @@ class AttentionMask:
         return None if bool((gaps > 1).any()) else (mask.argmax(1), past_B)
 
 
-@dataclass(frozen=True)
-class AttentionContext:
+class AttentionContext(NamedTuple):
     """What the attention of one call needs beside hidden states; the same for every layer.
 
     cos, sin: rotary angles, [B or 1, T, rope / 2]. visible: None for causal over the tokens given, without padding and

@@ -15,7 +15,6 @@ Shape letters: B batch, T tokens, H hidden, N heads, R latent rank, E experts, K
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -110,7 +109,7 @@ class FusedMLA(MLA):
         batch, tokens, _ = x_BTH.shape
         visible = _visible(context, x_BTH)
         if not _kernels_take(visible, context.cache):
-            return super().forward(x_BTH, replace(context, visible=visible), layer)
+            return super().forward(x_BTH, context._replace(visible=visible), layer)
         config, cos, sin = self.config, context.cos, context.sin
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
@@ -285,9 +284,8 @@ class FusedCausalLM(CausalLM):
         self.stack = _stack(self.stack, layers)
         batch, tokens, _ = x_BTH.shape
         visible, cache = _visible(context, x_BTH), context.cache
-        context = replace(context, visible=visible)
-        if not _natively(self.stack, x_BTH, context):
-            return super()._layers(x_BTH, context, routing)
+        if not _natively(self.stack, x_BTH, context.cos, visible, cache):
+            return super()._layers(x_BTH, context._replace(visible=visible), routing)
         x = x_BTH.clone(memory_format=torch.contiguous_format)
         cos, sin = (angle.expand(batch, -1, -1).contiguous().flatten(0, 1) for angle in (context.cos, context.sin))
         naive = batch if context.impl(tokens) == "naive" else 0
@@ -308,9 +306,9 @@ class FusedCausalLM(CausalLM):
 
     def _ahead(self, block: MTPLayer, x_BTH: Tensor, context: AttentionContext) -> Tensor:
         self.ahead, pack = _stack(self.ahead, [cast(FusedLayer, block)]), context.visible
-        if not _natively(self.ahead, x_BTH, context):
-            return super()._ahead(block, x_BTH, context)
         assert isinstance(pack, PackedBatch)
+        if not _natively(self.ahead, x_BTH, context.cos, pack, None):
+            return super()._ahead(block, x_BTH, context)
         x, rows = x_BTH.clone(memory_format=torch.contiguous_format), pack.pool.data[block.layer :]
         cos, sin = (angle.contiguous().flatten(0, 1) for angle in (context.cos, context.sin))
         self.ahead.run(x.flatten(0, 1), cos, sin, rows, rows.stride(0), pack.sequences, pack.naive, False, None)
@@ -333,11 +331,11 @@ def _visible(context: AttentionContext, x_BTH: Tensor) -> AttentionMask | Packed
     return context.visible or AttentionMask(None, batch, tokens, 0, x_BTH.device)
 
 
-def _natively(stack: LayerStack, x_BTH: Tensor, context: AttentionContext) -> bool:
-    visible = _visible(context, x_BTH)
+def _natively(stack: LayerStack, x_BTH: Tensor, cos: Tensor, visible: AttentionMask | PackedBatch,
+              cache: LatentCache | None) -> bool:
     controlled = isinstance(visible, PackedBatch) and visible.control is not None
-    return (stack.ready and not torch.compiler.is_compiling() and x_BTH.dtype == context.cos.dtype == torch.float32
-            and not controlled and not current() and _kernels_take(visible, context.cache))
+    return (stack.ready and not torch.compiler.is_compiling() and x_BTH.dtype == cos.dtype == torch.float32
+            and not controlled and not current() and _kernels_take(visible, cache))
 
 
 def _latent_rows(cache: LatentCache | None, layer: int, x_BTH: Tensor, width: int) -> tuple[Tensor, int]:
