@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROMPT, NEW_TOKENS = 16, 64
 # units of work a measurement, so that it takes about half a second with `nano`
@@ -101,13 +101,20 @@ def work(threads: int) -> None:
                               sum(tokens for tokens, _ in done), str(done)]), flush=True)
 
 
-def measure(worker: subprocess.Popen[str], preset: str, case: str) -> tuple[float, float, int, str]:
+class Measured(NamedTuple):
+    wall: float
+    processor: float
+    tokens: int
+    result: str
+
+
+def measure(worker: subprocess.Popen[str], preset: str, case: str) -> Measured:
     assert worker.stdin and worker.stdout
     worker.stdin.write(f"{preset} {case}\n")
     worker.stdin.flush()
     if not (line := worker.stdout.readline()):
-        raise SystemExit(f"the worker of {worker.args[0]} failed")  # type: ignore[index]
-    return tuple(json.loads(line))  # type: ignore[return-value]
+        raise SystemExit(f"a worker failed at {preset} {case}")
+    return Measured(*json.loads(line))
 
 
 def spread(values: list[float]) -> str:
@@ -133,12 +140,14 @@ def main() -> None:
             rounds = []
             for i in range(args.rounds + 1):
                 pair = {j: measure(workers[j], preset, case) for j in ((0, 1), (1, 0))[i % 2]}
-                if pair[0][3] != pair[1][3]:
+                if pair[0].result != pair[1].result:
                     raise SystemExit(f"{preset} {case}: the two computed different things")
                 rounds.append((pair[0], pair[1]))
             old, new = ([pair[j] for pair in rounds[1:]] for j in (0, 1))  # the first warms up
-            speeds = [f"{statistics.median(tokens / wall for wall, _, tokens, _ in own):,.0f}" for own in (old, new)]
-            ratios = [spread([a[k] / b[k] for a, b in zip(old, new, strict=True)]) for k in (0, 1)]
+            speeds = [f"{statistics.median(one.tokens / one.wall for one in own):,.0f}" for own in (old, new)]
+            pairs = [*zip(old, new, strict=True)]
+            ratios = [spread([a.wall / b.wall for a, b in pairs]),
+                      spread([a.processor / b.processor for a, b in pairs])]
             print("| " + " | ".join([preset, case, *speeds, *ratios]) + " |", flush=True)
     for worker in workers:
         worker.communicate()
