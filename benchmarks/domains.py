@@ -81,11 +81,11 @@ def data_folder(given: Path | None) -> tuple[Path, str]:
     return SAMPLE, "-sample"
 
 
-def write_sample(folder: Path, records: int = 400) -> None:
+def write_sample(folder: Path, records: int = 150) -> None:
     """Files of the same names and forms, with random sentences of each domain's words."""
     draw = random.Random(0)
 
-    def text(name: str, sentences: int = 5) -> str:
+    def text(name: str, sentences: int = 20) -> str:
         words, chinese = WORDS[name].split(), name == "chinese_expert"
         return " ".join(("" if chinese else " ").join(draw.choices(words, k=draw.randint(6, 12))).capitalize()
                         + ("。" if chinese else ".") for _ in range(sentences))

@@ -54,6 +54,13 @@ def test_code_blocks_are_fenced_with_a_language(page: Path) -> None:
     assert not inside
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name.endswith(".zh.md")], ids=lambda page: page.name)
+def test_chinese_lines_are_whole(page: Path) -> None:
+    """HTML shows a line break as a space, which Chinese text does not have: a paragraph is one line."""
+    wide = "[\u2018-\u201d\u2026\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
+    assert re.findall(rf"^(?![#|]).*{wide}\n(?![-|\n]|\d\.|\Z).*$", _prose(page), re.MULTILINE) == []
+
+
 @pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
 def test_the_readme_is_one_page(page: Path) -> None:
     assert page.read_text(encoding="utf-8").count("\n") <= 130
@@ -109,7 +116,7 @@ def test_workflows_call_what_there_is() -> None:
 
 def test_the_site_has_every_page_and_every_public_name() -> None:
     """`make docs` builds it; what can go wrong without mkdocs is looked at here."""
-    listed = re.findall(r"- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(r"- .*?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in ROOT.glob("docs/*.md"))
     api = re.findall(r"^::: deepseek\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert api == deepseek.__all__

@@ -308,7 +308,7 @@ def verdict(folder: Path) -> str:
 _HEAD = {"en": ("model", "total", "active", "NF4", "memory", "experts on disk", "layout"),
          "zh": ("模型", "总参数", "激活", "NF4", "内存", "专家放磁盘", "布局")}
 _NOT = {"en": "Not: ", "zh": "不能加载："}
-_WHY = {"a wrapper": (" (wraps images; only its text part could)", "（图像模型的外壳，只有文本部分可以）"),
+_WHY = {"a wrapper": (" (wraps images; only its text part could)", "（多模态封装，只有其文本部分可以加载）"),
         "V3 with": (" (sparse attention)", "（稀疏注意力）")}
 _NOWHERE = Machine("", 1, 1, 0, 0, 1.0)
 
@@ -335,7 +335,7 @@ def rows(language: str, stand_in: Callable[[str], Path]) -> Iterator[str]:
         if layout.of[at] not in layouts and not layout.of[0].startswith("as "):
             layouts.append(layout.of[at])
     for sizes, (names, layouts) in loads.items():
-        yield f"| {', '.join(names)} | {sizes} | {'; '.join(layouts)} |"
+        yield f"| {('、' if at else ', ').join(names)} | {sizes} | {('；' if at else '; ').join(layouts)} |"
     yield ""
     yield _NOT[language] + ("、" if at else ", ").join(others) + ("。" if at else ".")
 
