@@ -35,7 +35,8 @@ TITLES = {
 def page() -> str:
     tables = [f"## {title}\n\n{table(settings)}" for settings, title in TITLES.items()]
     return "\n\n".join(["# Options", "Each is a keyword argument in Python and a key in YAML files under the same "
-                        "name; where a command has it, also a flag, spelled with underscores or hyphens.", *tables]) + "\n"
+                        "name; where a command has it, also a flag, spelled with underscores or hyphens.",
+                        *tables]) + "\n"
 
 
 @dataclass(frozen=True)
