@@ -15,8 +15,8 @@ def main(url: str, key: str, prompt: str) -> None:
     client = OpenAI(base_url=url, api_key=key)
     model, *adapters = (model.id for model in client.models.list())
     print(f"model {model}, adapters beside it: {', '.join(adapters) or 'none'}")
-    messages = [{"role": "user", "content": prompt}]
-    for chunk in client.chat.completions.create(model=model, messages=messages, max_tokens=60, stream=True):
+    for chunk in client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}],
+                                                max_tokens=60, stream=True):
         if chunk.choices:
             print(chunk.choices[0].delta.content or "", end="", flush=True)
     ours = {"deepseek": {"routed": True}}  # beside OpenAI's fields: how many tokens visited each expert

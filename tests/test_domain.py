@@ -129,7 +129,8 @@ def in_language(words: list[str], count: int, seed: int) -> list[str]:
     ({"law": [ENGLISH] * 12 + [CHINESE], "code": [ENGLISH]}, {}),  # too few to be what law is known by
 ])
 def test_a_name_that_is_a_language_is_warned_of(spoken: dict[str, list[list[str]]], coincide: dict[str, str]) -> None:
-    texts, names = [], []
+    texts: list[str] = []
+    names: list[str] = []
     for name, parts in spoken.items():
         for i, words in enumerate(parts):
             texts += in_language(words, 84 // len(parts), i)

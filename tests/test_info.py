@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def preset(name: str) -> ModelInfo:
     return describe(ModelConfig.preset(name), name=name)
 
 
-def machine(ram: float = 16, bandwidth: float = 50e9, gpus: tuple[Gpu, ...] = (), **more: int) -> Machine:
+def machine(ram: float = 16, bandwidth: float = 50e9, gpus: tuple[Gpu, ...] = (), **more: Any) -> Machine:
     size = int(ram * GIB)
     return Machine("a processor", 8, 8, size, size, bandwidth, gpus=gpus, **{"disk_free": 10**12} | more)
 
@@ -73,7 +74,7 @@ def test_counts_equal_the_models(name: str) -> None:
     assert info.mtp.total == mtp
     assert info.total == sum(p.numel() for p in model.parameters()) - mtp
 
-    blocks = [layer.mlp for layer in model.model.layers if config.is_moe(layer.layer)]
+    blocks: list[Any] = [layer.mlp for i, layer in enumerate(model.model.layers) if config.is_moe(i)]
     idle = config.n_routed_experts - config.num_experts_per_tok
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     assert info.active == info.total - len(blocks) * idle * expert

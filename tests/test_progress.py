@@ -46,7 +46,7 @@ def test_a_log_gets_a_line_when_one_is_due(monkeypatch: pytest.MonkeyPatch) -> N
             bar.update()
             bar.refresh()
     lines = log.getvalue().splitlines()
-    assert [re.search(r"(\d+)/100", line)[1] for line in lines] == ["10", "20", "30", "40", "50", "50"]  # type: ignore[index]
+    assert [re.search(r"(\d+)/100", line)[1] for line in lines] == ["10", "20", "30", "40", "50", "50"]
 
 
 def test_a_terminal_is_drawn_in_place_and_a_disabled_bar_writes_nothing() -> None:

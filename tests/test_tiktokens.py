@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs() -> tiktoken.Encoding:
+def theirs() -> Any:
     return tiktoken.Encoding("kimi", pat_str=PATTERN, mergeable_ranks=dict(ranks()), special_tokens=special())
 
 
@@ -48,7 +49,7 @@ def any_text(rng: random.Random) -> str:
     return "".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(rng.randrange(60)))
 
 
-def test_ids_equal_tiktokens(folder: Path, theirs: tiktoken.Encoding) -> None:
+def test_ids_equal_tiktokens(folder: Path, theirs: Any) -> None:
     ours, rng = Tokenizer.load(folder), random.Random(0)
     sources = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_t*.py")]
     texts = [*LANGUAGES, *sources, *(any_text(rng) for _ in range(500))]
@@ -92,7 +93,7 @@ def test_merges_of_overlapping_parts() -> None:
 
 def test_a_checkpoint_with_one_runs_and_converts(
     folder: Path, tmp_path: Path, tiny_config: Callable[..., ModelConfig], random_model: Callable[..., CausalLM],
-    theirs: tiktoken.Encoding,
+    theirs: Any,
 ) -> None:
     size = theirs.n_vocab
     model = save_model(random_model(tiny_config(vocab_size=size, bos_token_id=1000, eos_token_id=1001)), tmp_path / "m")
@@ -109,7 +110,7 @@ def test_a_checkpoint_with_one_runs_and_converts(
     dequantize(tmp_path / "nf4", tmp_path / "back", progress=False)
     for out in (tmp_path / "nf4", tmp_path / "back"):
         assert (out / "tokenizer.json").is_file()
-        assert Tokenizer.load(out).fingerprint == llm.tokenizer.fingerprint  # type: ignore[union-attr]
+        assert Tokenizer.load(out).fingerprint == llm.tokenizer.fingerprint
         assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "nf4")

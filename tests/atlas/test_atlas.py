@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.helpers.planted import LETTERS, Planted, text
 Config = Callable[..., ModelConfig]
 
 
-def group(name: str, *ids: str, kind: str = "measured") -> NamedGroup:
+def group(name: str, *ids: str, kind: Any = "measured") -> NamedGroup:
     return NamedGroup(name, kind, ExpertSet(map(ExpertId.parse, ids)), tuple(0.5 / i for i, _ in enumerate(ids, 1)))
 
 

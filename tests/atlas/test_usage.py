@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_counts_are_those_of_a_loop_and_padding_counts_for_nothing(
     config = tiny_config()
     model, usage = random_model(config), ExpertUsage(config)
     expected: Counter[tuple[int, int]] = Counter()
-    weights: Counter[tuple[int, int]] = Counter()
+    weights: defaultdict[tuple[int, int], float] = defaultdict(float)
     left, right = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
     for mask in (left, right, None):
         record = RoutingRecord()

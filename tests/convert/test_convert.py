@@ -54,7 +54,8 @@ def test_every_weight_is_its_codec_s(source: Callable, format: Any, changes: dic
     bits = 4 if format == "nf4" else 8
 
     def codec(w_OK: Tensor) -> Quantized:
-        return unpack(quantize_panels(w_OK, bits)[0], *w_OK.shape, bits)
+        rows, columns = w_OK.shape
+        return unpack(quantize_panels(w_OK, bits)[0], rows, columns, bits)
 
     def expected(name: str) -> Tensor:
         return codec(plain.pop(name).float()).dequantize()
@@ -326,7 +327,7 @@ def test_transformers_loads_the_way_back(source: Callable, changes: dict[str, An
 
 def test_bf16_is_the_default_and_rounds_once(source: Callable) -> None:
     out, _ = quiet(source())
-    wide, narrow = (load_model(dequantize(out, out.parent / dtype, dtype, progress=False))  # type: ignore[arg-type]
+    wide, narrow = (load_model(dequantize(out, out.parent / dtype, dtype, progress=False))
                     for dtype in ("float32", "bfloat16"))
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     for name, tensor in wide.state_dict().items():

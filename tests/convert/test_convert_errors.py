@@ -105,7 +105,7 @@ def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     edit(tensors)
     kinds = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-    parts = [Part(name, kinds[t.dtype], tuple(t.shape), lambda t=t: iter([t])) for name, t in tensors.items()]
+    parts = [Part(name, kinds[t.dtype], tuple(t.shape), partial(iter, [t])) for name, t in tensors.items()]
     write_file(file, sorted(parts, key=lambda part: part.rank), lambda _: None)
     (folder / MANIFEST).unlink()
 

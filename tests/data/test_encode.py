@@ -156,7 +156,8 @@ def test_reasoning_is_packed_where_the_template_leaves_it_out(tmp_path: Path) ->
     cuts = ("{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
             "{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}")
-    rows = [[("the", None), ("end", "of")], [("the", None), ("<think>of</think>end", None), ("it", None), ("is", None)]]
+    rows: Any = [[("the", None), ("end", "of")],
+                 [("the", None), ("<think>of</think>end", None), ("it", None), ("is", None)]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": [
         {"role": ("user", "assistant")[n % 2], "content": said, "reasoning_content": thought}
         for n, (said, thought) in enumerate(row)]}) + "\n" for row in rows))

@@ -366,7 +366,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = config(tmp_path)
     going = run(PipelineConfig.load(path))
     assert [next(going)[0] for _ in range(3)] == list(ORDER[:3])
-    going.close()  # stopped here
+    del going  # stopped here
     again = list(run(PipelineConfig.load(path)))
     assert [(name, done.ran) for name, done in again] == [
         ("validate", False), ("dedup", False), ("label", False), ("split", True), ("pack", True), ("report", True)]

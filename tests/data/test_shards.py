@@ -6,6 +6,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_packing_is_skipped_when_nothing_changed(tmp_path: Path) -> None:
     again, nothing = pack_cached([text], tokenizer(), out)
     assert nothing is None
     assert again.about == shards.about
-    changes = [dict(valid_fraction=0.5), dict(seed=1), {}]
+    changes: list[dict[str, Any]] = [dict(valid_fraction=0.5), dict(seed=1), {}]
     for change in changes:
         assert pack_cached([text], tokenizer(), out, **change)[1] is not None
     assert pack_cached([text], Tokenizer.train(["other"], 262), out)[1] is not None

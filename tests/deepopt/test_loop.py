@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def weights(out: Path) -> tuple[str, str]:
     ("steps", 0), ("steps", 1.5), ("batch_size", -1), ("lr", 0.0), ("lr", math.nan), ("clip", -1.0), ("beta2", 1.0),
     ("warmup_steps", -1), ("precision", "fp8"), ("weight_decay", math.inf), ("steps", True), ("lr", "x"), ("seed", 0.5),
     ("beta1", None)])
-def test_impossible_setting_is_named(key: str, value: object) -> None:
+def test_impossible_setting_is_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{key} = .*must"):
         TrainConfig(**{key: value})
 

@@ -43,12 +43,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenShards, Token
     return pack(documents, tokenizer, folder, valid_fraction=0.15, experts=NAMES), tokenizer
 
 
-def run(shards: tuple[TokenShards, Tokenizer], config: ModelConfig, out: Path, **settings: Any) -> list[dict[str, Any]]:
+def run(shards: tuple[TokenShards, Tokenizer], config: ModelConfig, out: Path, **changes: Any) -> list[dict[str, Any]]:
     data, tokenizer = shards
     config = config.with_(vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id)
     model = CausalLM(config).init_weights(torch.Generator().manual_seed(0))
-    settings = {"steps": 40, "batch_size": 8, "seq_len": 64, "lr": 1e-2, "warmup_steps": 5, "eval_every": 40,
-                "save_every": 20, "precision": "fp32", "balance_weight": 0.0, "bias_speed": 1e-2} | settings
+    settings: dict[str, Any] = {"steps": 40, "batch_size": 8, "seq_len": 64, "lr": 1e-2, "warmup_steps": 5,
+                                "eval_every": 40, "save_every": 20, "precision": "fp32", "balance_weight": 0.0,
+                                "bias_speed": 1e-2} | changes
     TrainingLoop(model, data, TrainConfig(**settings), out, tokenizer).run()
     return [record for record, _ in read_log(out / "log.jsonl")]
 

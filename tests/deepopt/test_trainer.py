@@ -289,7 +289,7 @@ def test_impossible_settings_are_named(texts: Path, base: Path, tmp_path: Path) 
                                  ({"law_expert": []}, ConfigError, "data of law_expert: must name at least one path"),
                                  ("nowhere", NotFoundError, "nowhere: no such file")):
         with pytest.raises(error, match=message):
-            trainer.fit(data)  # type: ignore[arg-type]
+            trainer.fit(data)
     assert not (tmp_path / "out").exists()
 
 

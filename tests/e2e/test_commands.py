@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,6 +143,7 @@ def test_what_a_user_gets_wrong_is_one_clear_line(
     run: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"model": run / "out" / "model", "data": run / "data", "out": run / "other"}
+    status: Any
     try:
         status = main([word.format(**places) for word in words])
     except SystemExit as left:  # argparse

@@ -21,4 +21,4 @@ class Emulated:
         return spec_from_file_location(name, LIBRARY) if name == "deepseek._native" else None
 
 
-sys.meta_path.insert(0, Emulated)  # type: ignore[arg-type]
+sys.meta_path.insert(0, Emulated)

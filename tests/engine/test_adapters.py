@@ -51,10 +51,11 @@ class Served:
                          for seed, (name, fields) in enumerate(KINDS.items())}
 
     def llm(self, folder: Path | None = None, *names: str, **options: Any) -> LLM:
-        key, budget = (folder or self.four, *names), "expert_memory" in options
+        folder, budget = folder or self.four, "expert_memory" in options
+        key = folder, *names
         if budget or key not in self.known:
             named = {name: self.adapters[name] for name in names or KINDS}
-            made = LLM(key[0], adapters=named, **options)
+            made = LLM(folder, adapters=named, **options)
             if budget:
                 return made
             self.known[key] = made
@@ -167,7 +168,7 @@ def test_arrivals_aborts_and_preemptions_of_several_adapters(served: Callable[..
     llm = LLM(own.llm().model, max_num_seqs=draw.choice([2, 4, 9]), max_num_batched_tokens=draw.choice([5, 40, 300]),
               cache_tokens=128 * pages, prefix_cache=draw.random() < 0.7, policy=draw.choice(["fcfs", "expert"]),
               age_limit=0.0)
-    engine, alive, done = llm.engine, [], []
+    engine, alive, done = llm.engine, list[Any](), list[Any]()
     todo = mixed_prompts(draw, 96, draw.randint(1, 12))
     while todo or alive:
         while todo and draw.random() < 0.5:

@@ -69,9 +69,9 @@ def test_an_interrupted_caller_leaves_nothing_running(llm: LLM) -> None:
     assert llm.engine.block_manager.available == llm.engine.block_manager.count
 
 
-def test_a_callback_cannot_wait_for_its_own_thread(llm: LLM) -> None:
+def test_a_callback_cannot_wait_for_its_own_thread(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     request, = llm.requests([1], params(5))
-    request.on_token = lambda _: llm.generate([[2]], params(1))
+    monkeypatch.setattr(request, "on_token", lambda _: llm.generate([[2]], params(1)))
     with pytest.raises(RequestError, match="the callback of a request must not run another"):
         llm.driver.generate(request)
     assert llm.engine.idle

@@ -274,9 +274,10 @@ def test_variables_of_the_template(llm: LLM, tokenizer: Tokenizer) -> None:
     assert by_default.chat(hi, GREEDY) == by_default.generate([deep], GREEDY)[0]
     assert by_default.chat(hi, GREEDY, chat_template_kwargs={"thinking": False}) == by_default.generate(
         [flat], GREEDY)[0]
-    for wrong in ({"thinkin": True}, {"add_generation_prompt": False}, {"messages": []}, {3: 4}, [1]):
+    refused: list[Any] = [{"thinkin": True}, {"add_generation_prompt": False}, {"messages": []}, {3: 4}, [1]]
+    for wrong in refused:
         with pytest.raises(RequestError, match="chat_template_kwargs"):
-            llm.chat(hi, GREEDY, chat_template_kwargs=wrong)  # type: ignore[arg-type]
+            llm.chat(hi, GREEDY, chat_template_kwargs=wrong)
     with pytest.raises(ConfigError, match="'thinkin' is no variable that the chat template reads"):
         LLM(llm.model, tokenizer=own, chat_template_kwargs={"thinkin": True})
     with pytest.raises(ConfigError, match="chat_template_kwargs: needs a tokenizer"):

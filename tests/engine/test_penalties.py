@@ -82,8 +82,8 @@ def test_a_mixture_is_penalised_by_what_it_said(model: CausalLM) -> None:
 def test_stop_strings_and_ids_count_after_min_tokens(model: CausalLM, tokenizer: Tokenizer) -> None:
     a, b = tokenizer.encode("ab")
     llm = LLM(model, tokenizer=tokenizer)
-    params = {"max_tokens": 6, "temperature": 0, "logit_bias": {a: 100}}
-    [out] = llm.generate([[9]], SamplingParams(**params, stop="a", min_tokens=3))
+    params: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "logit_bias": {a: 100}}
+    [out] = llm.generate([[9]], SamplingParams(**params, stop=("a",), min_tokens=3))
     assert (out.text, len(out.token_ids), out.finish_reason) == ("aaa", 4, "stop")
     [out] = llm.generate([[9]], SamplingParams(**params, stop_token_ids=(a,), min_tokens=1))
     assert (out.text.endswith("a"), out.token_ids[-1], out.finish_reason) == (False, a, "stop")
@@ -129,7 +129,7 @@ def test_where_the_text_of_a_token_begins(model: CausalLM, tokenizer: Tokenizer,
                                           ) -> None:
     ids = iter(tokenizer.encode("a🙂bc"))
     monkeypatch.setattr("deepseek.engine.request.sample", lambda *_: next(ids))
-    [out] = LLM(model, tokenizer=tokenizer).generate([[9]], SamplingParams(max_tokens=7, logprobs=0, stop="bcd"))
+    [out] = LLM(model, tokenizer=tokenizer).generate([[9]], SamplingParams(max_tokens=7, logprobs=0, stop=("bcd",)))
     assert out.logprobs is not None and [one.offset for one in out.logprobs] == [0, 1, 1, 1, 1, 2, 3]
 
 

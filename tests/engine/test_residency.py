@@ -279,10 +279,11 @@ def test_use_is_recorded_beside_the_model_and_is_no_part_of_it(folder: Path, tmp
 
 def test_bad_options(folder: Path, random_model: Callable, tiny_config: Callable) -> None:
     assert [parse_bytes(text) for text in ("4GiB", "500MB", "0.5 gib", "77")] == [2**32, 5 * 10**8, 2**29, 77]
-    for option, value in (("expert_memory", 4e9), ("expert_memory", [1]), ("warmup_experts", None),
-                          ("warmup_experts", [3])):
-        with pytest.raises(ConfigError, match=option):
-            LLM(folder, **{option: value})
+    wrong: list[dict[str, Any]] = [{"expert_memory": 4e9}, {"expert_memory": [1]}, {"warmup_experts": None},
+                                   {"warmup_experts": [3]}]
+    for options in wrong:
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            LLM(folder, **options)
     for text in ("4 parsecs", "", "-3MB", "GiB", "nan"):
         with pytest.raises(ConfigError, match="expert_memory"):
             LLM(folder, expert_memory=text)

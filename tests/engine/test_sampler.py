@@ -30,7 +30,7 @@ def restrict_twin(logits: list[float], top_k: int, top_p: float, min_p: float) -
         alive = {i for i in alive if logits[i] >= kth}
     if top_p < 1:
         total = math.fsum(math.exp(logits[i]) for i in alive)
-        chosen, mass = set(), 0.0
+        mass, chosen = 0.0, set[int]()
         for i in sorted(alive, key=lambda i: -logits[i]):
             if chosen and mass >= top_p:
                 break

@@ -160,12 +160,12 @@ def test_coupled_prompts_advance_together(model: CausalLM) -> None:
     a, b = [3, 4, 5], [9, 8, 7, 6, 5]
     llm = LLM(model)
     assert llm.generate_ensemble([a, b], [1e9, 1e-9], params()).token_ids == llm.generate([a], params())[0].token_ids
-    got, tokens = llm.generate_ensemble([a, b], None, params(max_tokens=3)).token_ids, []
+    got, tokens = llm.generate_ensemble([a, b], None, params(max_tokens=3)).token_ids, list[int]()
     with torch.no_grad():
         for _ in range(3):
-            mean_V = sum(model(torch.tensor([prompt + tokens]), attn_impl="naive")[0, -1].double().softmax(-1)
-                         for prompt in (a, b))
-            tokens.append(int(mean_V.argmax()))
+            p_V, q_V = (model(torch.tensor([prompt + tokens]), attn_impl="naive")[0, -1].double().softmax(-1)
+                        for prompt in (a, b))
+            tokens.append(int((p_V + q_V).argmax()))
     assert got == tuple(tokens)
     llm.engine.block_manager.check_integrity([])
     with pytest.raises(RequestError, match="must be positive"):
@@ -265,8 +265,9 @@ def test_impossible_options_are_named(model: CausalLM, option: str, value: Any) 
 
 
 def test_unknown_options_are_refused(model: CausalLM) -> None:
+    unknown: dict[str, Any] = {"max_seqs": 3}
     with pytest.raises(ConfigError, match="max_seqs = 3: is no option of the engine; there are max_num_seqs"):
-        LLM(model, max_seqs=3)
+        LLM(model, **unknown)
 
 
 # ---- what goes wrong ends whom it concerns, and nobody else ---------------------------------------------------------
@@ -290,7 +291,7 @@ def test_an_error_in_a_step_reaches_its_caller_and_nobody_hangs(model: CausalLM,
             seen = tuple(request.token_ids)
         return seen
 
-    async def two() -> list[Any]:
+    async def two() -> Any:
         return await asyncio.wait_for(asyncio.gather(read([1, 2]), read([3]), return_exceptions=True), 20)
 
     assert [type(error) for error in asyncio.run(two())] == [OSError, OSError]
@@ -316,13 +317,13 @@ def test_logits_that_are_no_numbers_end_one_request(model: CausalLM, monkeypatch
     assert [requests[i].output() for i in (0, 2)] == [want[i] for i in (0, 2)]
 
 
-def test_a_callback_that_fails_or_aborts_others(model: CausalLM) -> None:
+def test_a_callback_that_fails_or_aborts_others(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(model, max_num_seqs=4)
     prompts = [[1, 2, 3], [4, 5], [6], [7]]
     want = llm.generate(prompts, params())
     requests = [llm.requests(prompt, params())[0] for prompt in prompts]
     requests[0].on_token = lambda request: llm.engine.abort(requests[1])
-    requests[2].on_token = lambda request: 1 // 0
+    monkeypatch.setattr(requests[2], "on_token", lambda request: 1 // 0)
     llm.engine.add(*requests)
     while not llm.engine.idle:
         llm.engine.step()

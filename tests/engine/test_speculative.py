@@ -136,7 +136,7 @@ def test_a_constraint_may_end_the_text_on_a_draft(model: CausalLM, monkeypatch: 
 
     monkeypatch.setattr(drafter, "draft", oracle)
     request, = llm.requests([3, 1, 4], asked)
-    slept = request.constraint._advance  # type: ignore[union-attr]
+    slept = request.constraint._advance
     monkeypatch.setattr(request.constraint, "_advance", lambda token: (time.sleep(0.001), slept(token))[1])
     llm.engine.add(request)
     while not llm.engine.idle:

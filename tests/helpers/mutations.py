@@ -166,7 +166,7 @@ def _change_header(file: Path, rng: random.Random) -> str:
             ("data_offsets", rng.choice(([0, 0], [0, 2**60], [8, 4], [0, 4], [1, 5])))))
         entries[name][key] = value
         if (key == "dtype" and value == "F8_E4M3") or rng.random() < 0.3:
-            size = {"F8_E5M2": 1, "F8_E4M3": 1, "I64": 8, "F64": 8}.get(value if key == "dtype" else "", 4)
+            size = {"F8_E5M2": 1, "F8_E4M3": 1, "I64": 8, "F64": 8}.get(str(value), 4)
             start, stop = entries[name]["data_offsets"]
             entries[name]["shape"] = [max(0, stop - start) // size]
         what, header = f"{name}.{key} = {value}", json.dumps(entries).encode()
@@ -358,8 +358,8 @@ def attempt(kind: Kind, seed: int, root: Path, runner: Callable[..., tuple[int, 
             if fault is None and status and (left := list(root.glob(f"out-{seed}*"))):
                 fault = f"{left[0].name} left behind"
             outcomes.append(Outcome(command[0], status, said, fault))
-            for left in root.glob(f"out-{seed}*"):
-                shutil.rmtree(left)
+            for each in root.glob(f"out-{seed}*"):
+                shutil.rmtree(each)
     finally:
         shutil.rmtree(folder)
     return what, outcomes

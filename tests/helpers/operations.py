@@ -170,10 +170,11 @@ def results() -> Iterator[tuple[str, Tensor]]:
         yield f"naive {bits} {heads} {tokens}", random_naive(heads, tokens, bits, batch=4).run()
         yield f"odd naive {bits} {heads} {tokens}", random_naive(heads, tokens, bits, nope=12, value=21).run()
     for interleave in (False, True):
-        rows = torch.zeros(2, 9, 36)
+        latents = torch.zeros(2, 9, 36)
         yield f"rotated {interleave}", ops.prepare_latents(
-            randn(2, 5, 3, 20), randn(2, 5, 36), randn(28), 1e-6, randn(2, 5, 4), randn(2, 5, 4), interleave, rows, 3)
-        yield f"latents {interleave}", rows
+            randn(2, 5, 3, 20), randn(2, 5, 36), randn(28), 1e-6, randn(2, 5, 4), randn(2, 5, 4), interleave,
+            latents, 3)
+        yield f"latents {interleave}", latents
     for sigmoid in (False, True):
         for name, part in zip(("index", "weight", "scores"), ops.choose_experts(
                 randn(300, 32) * 3, randn(32), groups=8, kept_groups=3, top=5, group_best=2, sigmoid=sigmoid,

@@ -30,7 +30,7 @@ from deepseek.engine import run_batch
 from deepseek.tokenizer import Tokenizer
 
 LONG = 60.0
-CONFIG = dict(
+CONFIG: dict[str, Any] = dict(
     vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
     moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, kv_lora_rank=16,
     qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=128)

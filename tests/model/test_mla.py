@@ -47,8 +47,9 @@ def hidden(batch: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randn(batch, tokens, CONFIG.hidden_size, generator=torch.Generator().manual_seed(seed))
 
 
-def positions(start: int, tokens: int) -> Tensor:
-    return torch.arange(start, start + tokens).unsqueeze(0)
+def angles(rotary: Rotary, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary(torch.arange(start, start + tokens).unsqueeze(0))
+    return cos, sin
 
 
 def by_hand(mla: MLA, rotary: Rotary, x_TH: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def by_hand(mla: MLA, rotary: Rotary, x_TH: Tensor) -> Tensor:
 def test_both_orders_are_the_formula(changes: dict[str, Any], attn_impl: Any) -> None:
     mla, rotary = make(CONFIG.with_(**changes))
     x = hidden(2, 7)
-    out = mla(x, AttentionContext(*rotary(positions(0, 7)), attn_impl=attn_impl), 0)
+    out = mla(x, AttentionContext(*angles(rotary, 0, 7), attn_impl=attn_impl), 0)
     for row in range(2):
         torch.testing.assert_close(out[row], by_hand(mla, rotary, x[row]), rtol=1e-4, atol=1e-5)
 
@@ -119,14 +120,14 @@ def test_the_cache_changes_nothing(changes: dict[str, Any], attn_impl: Any, step
     config = CONFIG.with_(**changes)
     mla, rotary = make(config)
     x = hidden(2, 9)
-    want = mla(x, AttentionContext(*rotary(positions(0, 9)), attn_impl="naive"), 0)
+    want = mla(x, AttentionContext(*angles(rotary, 0, 9), attn_impl="naive"), 0)
     cache = LatentCache(config, 2, capacity=2)
     parts = []
     for tokens in steps:
         cache.reserve(tokens)
         start, end = cache.length, cache.length + tokens
         visible = AttentionMask(None, 2, tokens, start, x.device)
-        context = AttentionContext(*rotary(positions(start, tokens)), visible, cache, attn_impl)
+        context = AttentionContext(*angles(rotary, start, tokens), visible, cache, attn_impl)
         parts.append(mla(x[:, start:end], context, 1))
         cache.length = end
     torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)
@@ -134,11 +135,11 @@ def test_the_cache_changes_nothing(changes: dict[str, Any], attn_impl: Any, step
 
 def test_both_orders_agree_under_a_padding_mask() -> None:
     mla, rotary = make(CONFIG)
-    x, angles = hidden(2, 6), rotary(positions(0, 6))
+    x, turns = hidden(2, 6), angles(rotary, 0, 6)
     real = torch.ones(2, 6, dtype=torch.bool)
     real[0, :2] = False  # the first two rows of sequence 0 may look nowhere
     visible = AttentionMask(real, 2, 6, 0, x.device)
-    naive, absorbed = (mla(x, AttentionContext(*angles, visible, None, impl), 0) for impl in IMPLS)
+    naive, absorbed = (mla(x, AttentionContext(*turns, visible, None, impl), 0) for impl in IMPLS)
     seen = visible.dense.any(-1)[:, 0]
     torch.testing.assert_close(naive[seen], absorbed[seen], rtol=1e-4, atol=1e-5)
     assert bool(naive.isfinite().all()) and bool(absorbed.isfinite().all())
@@ -146,8 +147,8 @@ def test_both_orders_agree_under_a_padding_mask() -> None:
 
 def test_both_orders_agree_in_bf16() -> None:
     mla, rotary = make(CONFIG)
-    x, angles = hidden(2, 6).bfloat16(), rotary(positions(0, 6))
-    naive, absorbed = (mla(x, AttentionContext(*angles, None, None, impl), 0) for impl in IMPLS)
+    x, turns = hidden(2, 6).bfloat16(), angles(rotary, 0, 6)
+    naive, absorbed = (mla(x, AttentionContext(*turns, None, None, impl), 0) for impl in IMPLS)
     assert naive.dtype == absorbed.dtype == torch.bfloat16
     torch.testing.assert_close(naive.float(), absorbed.float(), rtol=5e-2, atol=1e-1)
 
@@ -161,7 +162,7 @@ def test_one_new_token_is_absorbed(tokens: int, cached: bool, chosen: str, monke
             monkeypatch.setattr(mla, form, None)
     cache = LatentCache(CONFIG, 1) if cached else None
     x = hidden(1, tokens)
-    assert mla(x, AttentionContext(*rotary(positions(0, tokens)), None, cache), 0).shape == x.shape
+    assert mla(x, AttentionContext(*angles(rotary, 0, tokens), None, cache), 0).shape == x.shape
 
 
 # ---- rotation -----------------------------------------------------------------------------------------------------

@@ -66,9 +66,9 @@ def test_products(
     a, b = randn(rows, inner, dtype=dtypes[0]), randn(inner, columns, seed=1, dtype=dtypes[1])
     for x in (a, b):  # the operands are rounded where the activations are BF16
         want = a.to(x.dtype).double() @ b.to(x.dtype).double()
-        given = [t.t().contiguous() if turned else t for t, turned in zip((a, b), sides, strict=True)]
+        left, right = (t.t().contiguous() if turned else t for t, turned in zip((a, b), sides, strict=True))
         for out in DTYPES:
-            got = product(*given, x, out, a_transposed=sides[0], b_transposed=sides[1])
+            got = product(left, right, x, out, a_transposed=sides[0], b_transposed=sides[1])
             assert got.dtype == out
             torch.testing.assert_close(got.double(), want, rtol=8e-3 if out == torch.bfloat16 else 1e-5, atol=2e-4)
 
@@ -104,7 +104,7 @@ def test_swiglu(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.
 @pytest.mark.parametrize("length", [1, 15, 113, 400])
 def test_attention(length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (randn(2, length, 3, width, seed=width, dtype=dtype).transpose(1, 2) for width in (21, 21, 10))
-    compare(lambda *qkv: ops.causal_attention(*qkv, 0.3), q, k, v, monkeypatch=monkeypatch)
+    compare(lambda q, k, v: ops.causal_attention(q, k, v, 0.3), q, k, v, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

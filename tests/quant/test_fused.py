@@ -109,7 +109,8 @@ def attend(
             cache.reserve(width)
         mask = None if mask_BT is None else mask_BT[:, : now.stop]
         visible = None if mask is None and start == 0 else AttentionMask(mask, batch, width, start, x_BTH.device)
-        context = AttentionContext(*model.model.rotary(position_BT[:, now]), visible, cache, **options)
+        cos, sin = model.model.rotary(position_BT[:, now])
+        context = AttentionContext(cos, sin, visible, cache, **options)
         parts.append(forward(model.model.layers[0].self_attn, x_BTH[:, now], context, 0))
         start += width
         if cache is not None:

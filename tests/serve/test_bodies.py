@@ -7,6 +7,7 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -192,7 +193,7 @@ def test_turns_come_one_after_another() -> None:
     async def run() -> tuple[list[int], list[int]]:
         turns, loop, said = connections.Turns(), asyncio.get_running_loop(), list[int]()
         for i in range(3):
-            turns.take(loop, lambda i=i: said.append(i))
+            turns.take(loop, partial(said.append, i))
         first = [*said]
         while len(said) < 3:
             await asyncio.sleep(connections.TURN)

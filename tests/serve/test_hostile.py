@@ -273,7 +273,7 @@ def test_a_bomb_harms_nobody(bombed: Served, bomb: Callable[[Served], Counter[st
 
 # ---- mutations ------------------------------------------------------------------------------------------------------
 
-TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}}}
 VALID: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", CHAT | {

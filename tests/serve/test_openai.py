@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import openai
@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 from tests.helpers.servers import KEY, Running
 
 HELLO: list[Any] = [{"role": "user", "content": "the quick brown"}]
-WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": {
+WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": {
     "type": "object", "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer"}},
     "required": ["city", "days"], "additionalProperties": False}}}
 SCHEMA = {"type": "object", "required": ["name", "age"], "additionalProperties": False, "properties": {
@@ -102,8 +102,8 @@ def test_tools(client: openai.OpenAI, choice: Any) -> None:
     jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
     again = client.chat.completions.create(  # the whole round
         model="tiny", max_tokens=5, tools=[WEATHER],
-        messages=[*HELLO, message.model_dump(exclude_none=True), {
-            "role": "tool", "tool_call_id": call.id, "content": "sunny"}])
+        messages=[*HELLO, cast(Any, message.model_dump(exclude_none=True)),
+                  {"role": "tool", "tool_call_id": call.id, "content": "sunny"}])
     assert again.usage.prompt_tokens > done.usage.prompt_tokens
     streamed = list(client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=400, seed=4,
                                                    tools=[WEATHER], tool_choice=choice, stream=True))
@@ -199,9 +199,9 @@ def test_our_own_key(client: openai.OpenAI, running: Running) -> None:
 ])
 def test_errors_are_openais(client: openai.OpenAI, changes: dict[str, Any], status: int, message: str) -> None:
     with pytest.raises(openai.APIStatusError) as failure:
-        client.chat.completions.create(**({"model": "tiny", "messages": HELLO, "max_tokens": 3} | changes))
+        client.chat.completions.create(**{"model": "tiny", "messages": HELLO, "max_tokens": 3, **changes})
     assert failure.value.status_code == status and message in str(failure.value.body)
-    assert set(failure.value.body) == {"message", "type", "param", "code"}
+    assert cast(dict[str, Any], failure.value.body).keys() == {"message", "type", "param", "code"}
     assert failure.value.response.headers["x-request-id"].startswith("req_")
 
 

@@ -71,7 +71,7 @@ def test_what_is_wrong_with_a_call_is_known() -> None:
 def test_a_forced_call() -> None:
     text, told = run(['{"name": "weather", "argu', 'ments": {"city": 1}}'], tools=TOOLS, forced=True)
     assert told["content"] == "" and text.answer.calls[0]["function"] == {"name": "weather", "arguments": '{"city": 1}'}
-    named = forced_schema(TOOLS, NamedTool(type="function", function={"name": "time_of"}))
+    named = forced_schema(TOOLS, NamedTool.model_validate({"type": "function", "function": {"name": "time_of"}}))
     assert named["properties"]["name"] == {"const": "time_of"} and len(forced_schema(TOOLS, "required")["anyOf"]) == 2
     assert run(['{"name": "wea'], tools=TOOLS, forced=True)[1]["content"] == '{"name": "wea'
 

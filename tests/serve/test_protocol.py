@@ -79,7 +79,7 @@ def test_what_asks_for_something_else_is_refused_by_name(more: dict[str, Any], m
         ChatRequest.model_validate(CHAT | more)
 
 
-CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALL: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
 @pytest.mark.parametrize(("message", "plain"), [

@@ -46,7 +46,8 @@ def test_fields_reach_the_engine(client: openai.OpenAI) -> None:
 
 
 def test_what_no_prompt_can_be_is_refused(client: openai.OpenAI) -> None:
-    for prompt in ([], [True], [[]]):
+    wrong: list[Any] = [[], [True], [[]]]
+    for prompt in wrong:
         with pytest.raises(openai.BadRequestError, match="prompt"):
             client.completions.create(model="tiny", prompt=prompt)
     with pytest.raises(openai.BadRequestError, match="suffix"):

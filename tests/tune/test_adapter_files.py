@@ -108,7 +108,8 @@ def test_harmless_values_of_the_same_keys_are_taken(base: Callable[..., Path]) -
     adapter = lora(folder := base())
     want = load_model(folder, adapter=adapter)(IDS)
     odd = sorted(KNOWN_TO_PEFT - {"r", "lora_alpha", "lora_dropout", "target_modules", "peft_type", "task_type"})
-    for value in (None, False, {}, []):
+    empty: list[Any] = [None, False, {}, []]
+    for value in empty:
         keys = {key: value for key in odd if key not in ("init_lora_weights", "use_rslora") or value in (None, False)}
         edit(adapter, keys | {"bias": "none", "a_new_key": value, "use_rslora": False, "init_lora_weights": True})
         assert torch.equal(load_model(folder, adapter=adapter)(IDS), want)
@@ -255,8 +256,11 @@ def test_experts_beyond_the_model(base: Callable[..., Path]) -> None:
     for wrong, message in (("1.mlp.experts.16", "made for a base of more experts: has model.layers.1.mlp.experts.16"),
                            ("0.mlp.experts.3", "and layer 0 of the model has no routed experts")):
         layer, _, expert = wrong.partition(".mlp.experts.")
-        edit(adapter := lora(base(), experts=True, name=wrong), {"experts": {layer: [int(expert)], "2": [0]}},
-             lambda t, wrong=wrong: t.update({n.replace("1.mlp.experts.3", wrong): t.pop(n) for n in list(t)}))
+
+        def rename(tensors: dict[str, Any], to: str = wrong) -> None:
+            tensors.update({name.replace("1.mlp.experts.3", to): tensors.pop(name) for name in list(tensors)})
+
+        edit(adapter := lora(base(), experts=True, name=wrong), {"experts": {layer: [int(expert)], "2": [0]}}, rename)
         refused(adapter.parent / "base", adapter, message)
 
 

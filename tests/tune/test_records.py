@@ -271,7 +271,8 @@ def test_tools_are_shown_to_the_model_as_in_a_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tools", [None, [TOOL]])
 def test_of_prompt_and_completion_the_completion_is_learnt(tools: Any, tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "time", "arguments": {"zone": "UTC"}}}
-    prompt = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+    prompt: list[Any] = [
+              {"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]},
               {"role": "tool", "content": "12:00"}, {"role": "assistant", "content": "before\n\nAssistant: x"},
               {"role": "user", "content": "now?"}]
     completion = [{"role": "assistant", "content": "noon"}]

@@ -79,7 +79,7 @@ def test_each_turn_that_thinks_follows_a_prompt_without_earlier_thoughts(templat
     for n, (example, thinks) in enumerate(zip(examples, (True, True, False), strict=True), 1):
         before, _, said = example.partition("[[")
         assert "sevens" not in before and ("sevens" in said) == thinks
-        variables = {"thinking": True} if template == V31 and thinks else {}
+        variables: dict[str, Any] = {"thinking": True} if template == V31 and thinks else {}
         prompt = tokenizer.chat(messages[: 2 * n - 1], **variables)
         assert before == prompt if thinks else prompt.startswith(before)
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,11 +69,13 @@ def test_former_names_of_data_still_work(
     assert main([*words, "--config", str(tmp_path / "tune.yaml"), "--retain_data", rest, "--replay_data", rest]) == 0
     for former, name in (("general", "retain_data"), ("old", "replay_data")):
         assert main([*words, f"--{former}", rest, f"--{name}", rest]) == 2
+        given: dict[str, Any] = {former: rest}
+        both = given | {name: rest}
         assert f"{name} and {former}: are two names of one setting: leave out {former}" in capsys.readouterr().err
         with pytest.raises(ConfigError, match=f"{name} and {former}: are two names"):
-            MoEFineTuner(model, replay=0.2, **{former: rest, name: rest})
+            MoEFineTuner(model, replay=0.2, **both)
         with pytest.warns(DeprecationWarning, match=f"{former} is called {name} now") as noted:
-            tuner = MoEFineTuner(model, replay=0.2, **{former: rest})
+            tuner = MoEFineTuner(model, replay=0.2, **given)
         assert getattr(tuner, name) == rest and noted[0].filename == __file__
 
 
@@ -89,7 +92,7 @@ def test_variables_of_the_template_are_the_same_from_flag_yaml_and_python(
     fingerprint = json.loads((out / "settings.json").read_text())["data"]["fingerprint"]
     (tmp_path / "tune.yaml").write_text("chat_template_kwargs: {thinking: true, style: [1]}\n")
     assert main([*words, "--config", str(tmp_path / "tune.yaml")]) == 0  # the same run goes on: it is finished
-    settings = {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "steps": 2}
+    settings: dict[str, Any] = {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "steps": 2}
     tuner = MoEFineTuner(model, retain_data=Path(rest), out=out, expert_tune=["law_expert"],
                          chat_template_kwargs={"style": (1,), "thinking": True}, **settings)
     tuner.fit(Path(law))
@@ -118,12 +121,12 @@ def test_an_adapter_by_flag_yaml_and_python_and_by_the_older_names(
         assert main(["tune", "--config", str(file), *QUICK, *words]) == 0
         return (tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes()
 
-    fields = {"r": 2, "target_modules": ["q_proj", "v_proj"], "experts": ["law_expert", "1.0"]}
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"], "experts": ["law_expert", "1.0"]}
     table = "{r: 2, target_modules: [q_proj, v_proj], experts: [law_expert, '1.0']}\n"
     first = tuned("a", "--adapter", "r=2", "target_modules=q_proj,v_proj", "experts=law_expert,1.0")
     assert first == tuned("b", yaml=f"adapter: {table}")
     assert first == tuned("c", "--adapter", "r=2", yaml=f"adapter: {table.replace('r: 2', 'r: 5')}")  # the flag wins
-    settings = {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "steps": 2}
+    settings: dict[str, Any] = {"lr": 3e-3, "batch_size": 4, "max_length": 64, "eval_records": 8, "steps": 2}
     for out, adapter in (("d", fields), ("e", LoRAAdapter(**fields))):
         MoEFineTuner(model, adapter=adapter, retain_data=Path(rest), out=tmp_path / out, **settings).fit(Path(law))
         assert (tmp_path / out / "adapter" / "moe_dr_adapter.safetensors").read_bytes() == first

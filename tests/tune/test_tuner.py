@@ -442,8 +442,9 @@ def test_every_kind_of_model_in_every_mode(
 
 def test_an_adapter_excludes_other_training(base: Callable[..., Path], quick: dict[str, Any]) -> None:
     for extra in ("train_router", "balance", "shared_experts", "non_expert_modules"):
+        settings: dict[str, Any] = {extra: True}
         with pytest.raises(ConfigError, match="LoRA alone is trained"):
-            MoEFineTuner(base(), adapter=LoRAAdapter(r=2), **{extra: True})
+            MoEFineTuner(base(), adapter=LoRAAdapter(r=2), **settings)
     with pytest.raises(ConfigError, match="replay_data: has a meaning only with replay"):
         MoEFineTuner(base(), replay_data=general())
     with pytest.raises(ConfigError, match=r"threshold = 0\.2: has a meaning only with expert_tune = auto"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from deepseek.watch.alerts import Alert, AlertLimits, Alerts
@@ -32,8 +34,8 @@ class Traffic:
         for band in ("1-2", "3-4"):
             self.add(3 * tokens, "slots_total", band)
         self.add(tokens, "judged_tokens_total")
-        for name, value in more.items():
-            self.add(value, *name.split("__"))
+        for counter, count in more.items():
+            self.add(count, *counter.split("__"))
         return 60.0 * self.minute, dict(self.now)
 
 
@@ -98,7 +100,7 @@ def test_a_server_that_began_anew() -> None:
     ("stall_high", {"step_seconds_total": 60, "expert_stall_seconds_total": 40}),
     ("errors_high", {"requests_total__law_expert__stop": 27, "requests_total__other__error": 3}),
     ("negative_feedback_high", {"feedback_total__law_expert__up": 5, "feedback_total__unknown__down": 20})])
-def test_the_other_rules(rule: str, counts: dict[str, float]) -> None:
+def test_the_other_rules(rule: str, counts: dict[str, Any]) -> None:
     alerts, traffic = Alerts(AlertLimits(minutes=2)), Traffic()
     for _ in range(4):
         found = alerts.evaluate(*traffic.go(1000, HEALTHY, **counts))

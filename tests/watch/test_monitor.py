@@ -24,7 +24,7 @@ from deepseek.watch.power import MachineSampler
 from deepseek.watch.state import rates
 from deepseek.watch.terminal import view
 
-LONG = dict(interval=3600.0, alert_minutes=10.0)  # a snapshot only when the test takes one
+LONG: dict[str, Any] = dict(interval=3600.0, alert_minutes=10.0)  # a snapshot only when the test takes one
 
 
 def item(request_id: int, domain: str | None, tokens: int, labels: dict[str, str] | None = None) -> Plain:

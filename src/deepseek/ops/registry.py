@@ -19,7 +19,7 @@ OPERATIONS: dict[str, Any] = {}  # name -> the declared torch operation
 
 
 def register_op(
-    shape_of: Callable[P, R], mutates: Sequence[str] = ()
+    shape_of: Callable[..., R], mutates: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare a function of tensors. shape_of: same arguments, gives empty tensors of the result's shape and dtype.
     mutates: names of the arguments that are written to."""
