@@ -77,6 +77,18 @@ def test_a_callback_cannot_wait_for_its_own_thread(llm: LLM, monkeypatch: pytest
     assert llm.engine.idle
 
 
+def test_a_call_between_steps_runs_on_the_engines_thread_and_answers_its_caller(llm: LLM) -> None:
+    request, = llm.requests([1, 2], params(200))
+    request.paused = True
+    llm.submit(request)
+    assert llm.driver.between_steps(lambda: threading.current_thread().name) == "engine"
+    with pytest.raises(KeyError, match="missing"):
+        llm.driver.between_steps(lambda: {}["missing"])
+    assert llm.driver.between_steps(lambda: request.finish_reason) is None
+    llm.close()
+    assert llm.driver.between_steps(lambda: threading.current_thread()) is threading.current_thread()
+
+
 def test_after_closing_requests_are_refused_and_those_under_way_are_aborted(llm: LLM) -> None:
     request, = llm.requests([1], params(200))
     request.paused = True

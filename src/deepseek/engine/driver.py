@@ -10,11 +10,15 @@ import atexit
 import os
 import threading
 import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from ..errors import RequestError
 from .engine import WAIT, Engine
 from .request import Request
 
+T = TypeVar("T")
 POLL_SECONDS = 1.0  # between looks of a waiting thread: is it still wanted, was it interrupted
 
 
@@ -25,7 +29,7 @@ class EngineDriver:
         self.engine, self.closed = engine, False
         self._changed = threading.Condition()
         self._submitted: list[Request] = []
-        self._aborted: list[Request] = []
+        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._resumed = False
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -68,16 +72,20 @@ class EngineDriver:
 
     def abort(self, *requests: Request) -> None:
         """Abort those that have not ended; they hold nothing when this returns."""
-        alive = [request for request in requests if not request.done.is_set()]
+        if not all(request.done.is_set() for request in requests):
+            self.between_steps(lambda: [self.engine.abort(request) for request in requests])
+
+    def between_steps(self, call: Callable[[], T]) -> T:
+        """Call a function while no step runs; returns its result, or raises what it raises."""
+        result: Future[T] = Future()
         with self._changed:
             if queued := self._running and threading.current_thread() is not self._thread:
-                self._aborted += alive
+                self._calls.append((result, call))
                 self._changed.notify_all()
-        for request in alive:
-            if queued:
-                request.done.wait()
-            else:
-                self.engine.abort(request)
+        if queued:
+            return result.result()
+        with self.engine.lock:
+            return call()
 
     def resume(self, request: Request) -> None:
         """Let a request go on that its reader had paused."""
@@ -103,15 +111,17 @@ class EngineDriver:
         pending: list[Request] = []
         while True:
             with self._changed:
-                if not (pending or self._submitted or self._aborted or self.closed):
+                if not (pending or self._submitted or self._calls or self.closed):
                     self._changed.wait(POLL_SECONDS)
-                elif self.engine.stalled and not (self._submitted or self._aborted or self._resumed or self.closed):
+                elif self.engine.stalled and not (self._submitted or self._calls or self._resumed or self.closed):
                     self._changed.wait(WAIT)
-                submitted, aborted, closed = self._submitted, self._aborted, self.closed
-                self._submitted, self._aborted, self._resumed = [], [], False
-            for request in (*aborted, *(submitted if closed else ())):
-                self.engine.abort(request)
+                submitted, calls, closed = self._submitted, self._calls, self.closed
+                self._submitted, self._calls, self._resumed = [], [], False
+            while calls:  # none is held while this waits: it may hold the LLM
+                self._answer(*calls.pop(0))
             if closed:
+                for request in submitted:
+                    self.engine.abort(request)
                 return
             try:
                 self.engine.add(*submitted)
@@ -120,6 +130,13 @@ class EngineDriver:
                     self.engine.step()
             except Exception as error:  # a fault of ours: no caller may wait for ever
                 self.engine.fail((*pending, *submitted), error)
+
+    def _answer(self, result: Future[T], call: Callable[[], T]) -> None:
+        try:
+            with self.engine.lock:
+                result.set_result(call())
+        except BaseException as error:  # its caller raises it
+            result.set_exception(error)
 
 
 def _close(driver: weakref.ref[EngineDriver], thread: threading.Thread) -> None:

@@ -155,7 +155,7 @@ class Engine:
 
     def abort_all(self) -> None:
         with self.lock:
-            for request in (*self.scheduler.running, *self.scheduler.waiting):
+            for request in self.scheduler.requests:
                 self.abort(request)
 
     def fail(self, requests: Sequence[Request], error: Exception) -> None:
@@ -187,8 +187,7 @@ class Engine:
         """Run one step; returns the requests that got a token. A failure ends only the affected requests and is stored
         in request.error."""
         with self.lock:
-            self._settle(0.0)
-            told = self._remove_ended()
+            told = self._settle(0.0)
             batch, advanced = self.scheduler.schedule(), list[Request]()
             self.stalled = not batch and not any(one.pending for one in self.scheduler.running)
             try:
@@ -200,8 +199,7 @@ class Engine:
                 for scheduled in batch:
                     scheduled.request.error = error
                     self._fail(scheduled.request, error)
-            self._settle(PATIENCE if batch else WAIT)
-            told += self._remove_ended()
+            told += self._settle(PATIENCE if batch else WAIT)
             for request in {one.request_id: one for one in (*advanced, *told)}.values():
                 self._tell(request)
             return advanced
@@ -210,13 +208,14 @@ class Engine:
         return bool(self.model.config.moe_layers) and any(
             listener.wants_routes(batch) for listener in (*self._recorders, *self.listeners))
 
-    def _settle(self, seconds: float) -> None:
-        """Wait for pending constraints, for all of them together `seconds` at most.
+    def _settle(self, seconds: float) -> list[Request]:
+        """Wait for pending constraints, for all of them together `seconds` at most; remove and return the requests that
+        have ended.
 
         Those that were late before are not waited for, unless there is nothing else to do.
         """
         deadline = time.monotonic() + seconds
-        for request in (*self.scheduler.running, *self.scheduler.waiting):
+        for request in self.scheduler.requests:
             if not request.pending or request.finish_reason is not None:
                 continue
             hurry = seconds < WAIT and request.constraint is not None and request.constraint.late
@@ -224,10 +223,11 @@ class Engine:
                 request.settle(0.0 if hurry else max(0.0, deadline - time.monotonic()))
             except Exception as error:  # its grammar's
                 self._fail(request, error)
+        return self._remove_ended()
 
     def _remove_ended(self) -> list[Request]:
         """Free what the requests that have ended hold; returns them."""
-        ended = [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.finish_reason is not None]
+        ended = [one for one in self.scheduler.requests if one.finish_reason is not None]
         for request in ended:
             self.counters.finished += request.finish_reason in ("stop", "length")
             self.scheduler.finish(request)

@@ -326,8 +326,8 @@ class LLM:
 
     def warm_up(self, names: Sequence[str]) -> Warmup:
         """Get the experts of some names into memory now. Raises RequestError for an unknown name."""
-        with self.engine.lock:
-            return warm_up(self.model, self.engine.residency, tuple(names), self.engine.atlas, self._folder)
+        return self.driver.between_steps(
+            lambda: warm_up(self.model, self.engine.residency, tuple(names), self.engine.atlas, self._folder))
 
     def domain_of(self, text: str) -> str | None:
         """What a text is about: by keyword rules, else by the classifier if there is one, and sure (domain.py)."""

@@ -47,6 +47,10 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
+    @property
+    def requests(self) -> list[Request]:
+        return [*self.running, *self.waiting]
+
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
@@ -61,7 +65,7 @@ class Scheduler:
 
     def insert_prefix(self, request: Request, positions: int | None = None) -> None:
         """Insert the request's computed pages into the prefix cache, unless its routing was overridden."""
-        if request.params.experts is None:
+        if self.block_manager.prefix_cache and request.params.experts is None:
             sequence = request.sequence
             key = sequence.prefix_key(sequence.num_computed_tokens if positions is None else positions)
             self.block_manager.insert_prefix(sequence.block_table, key, request.adapter)
