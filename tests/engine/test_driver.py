@@ -38,7 +38,7 @@ def test_callers_share_steps_and_a_short_one_does_not_wait_for_a_long_one(llm: L
     between = len(long.token_ids)
     thread.join(60)
     assert len(short.token_ids) == 2 and between < 200 == len(long.token_ids)
-    assert llm.engine.counters.steps < 200 + 5, "the tokens of both ran in the same steps"
+    assert llm.engine.stats.steps < 200 + 5, "the tokens of both ran in the same steps"
 
 
 def test_a_fault_in_a_step_reaches_every_caller_and_the_thread_goes_on(

@@ -131,7 +131,7 @@ def check(folder: Path, plain: Callable, setting: dict[str, Any], count: int) ->
     engine = llm.engine
     engine.block_manager.check_integrity([])
     assert engine.block_manager.available == engine.block_manager.count
-    assert options["prefix_cache"] == bool(engine.counters.cached)
+    assert options["prefix_cache"] == bool(engine.stats.cached)
     if options["cache_tokens"] < 1024 and options["max_num_seqs"] > 1:
         assert engine.scheduler.preempted or count < 100
     if options["speculate"]:

@@ -93,7 +93,7 @@ def test_tables_and_slots_agree_after_many_steps(folder: Path) -> None:
     for layer in own.layers:
         assert set(layer.slot_of) == set((layer.table != 0).nonzero().flatten().tolist())
         for expert, place in layer.slot_of.items():
-            span = layer.places[expert]
+            span = layer.spans[expert]
             with span.file.open("rb") as file:
                 file.seek(span.offset)
                 data = file.read(span.size)

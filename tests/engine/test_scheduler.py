@@ -108,7 +108,7 @@ def test_n_continuations_share_the_prompt(model: CausalLM) -> None:
     output = llm.generate([prompt], params(n=4, seed=10, temperature=1.0))[0]
     single = [LLM(model).generate([prompt], params(seed=10 + i, temperature=1.0))[0] for i in range(4)]
     assert [choice.token_ids for choice in output.choices] == [one.token_ids for one in single]
-    assert llm.engine.counters.computed < 2 * len(prompt)
+    assert llm.engine.stats.computed < 2 * len(prompt)
     assert output.usage == {"prompt_tokens": 240, "completion_tokens": 24, "total_tokens": 264}
     assert len({choice.token_ids for choice in output.choices}) == 4
 
@@ -148,7 +148,7 @@ def test_controls_of_one_request_leave_the_others_alone(model: CausalLM) -> None
     assert mixed[2].routed.shape[2] == 7
     llm = LLM(model)
     llm.generate([prompts[0]], few)
-    assert llm.generate([prompts[0]], params()) == [want[0]] and not llm.engine.counters.cached
+    assert llm.generate([prompts[0]], params()) == [want[0]] and not llm.engine.stats.cached
     with pytest.raises(RequestError, match=r"experts\.top_k = 99: must lie in 1\.\.16"):
         LLM(model).generate([[1]], params(experts=ExpertControl(top_k=99)))
     with pytest.raises(RequestError, match="no atlas beside the model"):
@@ -253,7 +253,7 @@ def test_closing_a_stream_gives_its_pages_back(model: CausalLM, tmp_path: Any) -
     llm.engine.abort(request)
     llm.engine.abort(request)
     assert request.finish_reason == "abort" and llm.engine.block_manager.available == llm.engine.block_manager.count
-    assert llm.engine.counters.aborted == 1 and llm.engine.idle
+    assert llm.engine.stats.aborted == 1 and llm.engine.idle
 
 
 @pytest.mark.parametrize(("option", "value"), [
@@ -418,7 +418,7 @@ def test_what_is_wrong_with_a_request_is_said_before_it_runs(model: CausalLM) ->
             (ExpertControl(bias={"x": float("nan")}), "must be a finite number")):
         with pytest.raises(RequestError, match=message):
             llm.generate([[1]], params(experts=control))
-    assert llm.engine.counters.aborted == 0
+    assert llm.engine.stats.aborted == 0
     assert len(LLM(model).generate([[1]], params(n=2, seed=2**63 - 1))[0].choices) == 2
 
 

@@ -74,7 +74,7 @@ def test_right_drafts_save_steps(model: CausalLM, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(drafter, "draft", oracle)
     assert llm.generate([[3, 1, 4]], params())[0] == want
-    assert llm.engine.counters.steps == 1 + 20  # the prompt, then 39 tokens two by two
+    assert llm.engine.stats.steps == 1 + 20  # the prompt, then 39 tokens two by two
     assert drafter.stats.acceptance >= 0.95  # the last one is of a token that is not wanted any more
 
 
@@ -142,4 +142,4 @@ def test_a_constraint_may_end_the_text_on_a_draft(model: CausalLM, monkeypatch: 
     while not llm.engine.idle:
         llm.engine.step()
     assert request.text == want.text and request.finish_reason == "stop" and drafter.stats.accepted > 0
-    assert llm.engine.counters.finished == 1 and not llm.engine.scheduler.running
+    assert llm.engine.stats.finished == 1 and not llm.engine.scheduler.running

@@ -67,7 +67,7 @@ def test_other_paths_methods_and_keys(running: Running) -> None:
 
 def test_a_client_that_leaves_is_aborted(running: Running) -> None:
     engine = running.llm.engine
-    before = engine.counters.aborted
+    before = engine.stats.aborted
     for stream in (True, False):
         with pytest.raises(httpx.ReadTimeout), httpx.stream(
                 "POST", f"{running.url}/v1/completions", headers=AUTH, timeout=httpx.Timeout(5, read=0.7),
@@ -79,7 +79,7 @@ def test_a_client_that_leaves_is_aborted(running: Running) -> None:
     deadline = time.monotonic() + 10
     while not engine.idle and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert engine.idle and engine.counters.aborted == before + 2
+    assert engine.idle and engine.stats.aborted == before + 2
     assert engine.block_manager.available == engine.block_manager.count
 
 

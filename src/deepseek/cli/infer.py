@@ -58,13 +58,13 @@ def _infer_file(args: argparse.Namespace) -> None:
     check_files(source, target)  # before a large model is loaded
     params, llm = sampling_params(args), make_llm(args)
     usage = expert_usage(args, llm)
-    counters = llm.engine.counters
+    stats = llm.engine.stats
     with ProgressBar(unit="prompt", desc="infer") as bar:
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
             elapsed = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{counters.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{stats.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
 
         answered, errors = run_file(llm, source, target, params, show, usage,
                                     parse_special=args.parse_special, adapter=args.use_adapter)

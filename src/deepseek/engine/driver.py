@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import RequestError
@@ -73,7 +74,7 @@ class EngineDriver:
     def abort(self, *requests: Request) -> None:
         """Abort those that have not ended; they hold nothing when this returns."""
         if not all(request.done.is_set() for request in requests):
-            self.between_steps(lambda: [self.engine.abort(request) for request in requests])
+            self.between_steps(partial(self.engine.abort, *requests))
 
     def between_steps(self, call: Callable[[], T]) -> T:
         """Call a function while no step runs; returns its result, or raises what it raises."""
@@ -120,8 +121,7 @@ class EngineDriver:
             while calls:  # none is held while this waits: it may hold the LLM
                 self._answer(*calls.pop(0))
             if closed:
-                for request in submitted:
-                    self.engine.abort(request)
+                self.engine.abort(*submitted)
                 return
             try:
                 self.engine.add(*submitted)

@@ -51,7 +51,7 @@ CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent po
 
 
 @dataclass
-class Counters:
+class EngineStats:
     """Since the engine began. computed: tokens that ran through the model; cached: prompt tokens served from the prefix
     cache; sampled: new ones."""
 
@@ -84,7 +84,7 @@ class Engine:
         self.runner = Runner(model, pool)
         self.adapters = names_on(model)
         self._absorbed = {name for name, targets in self.adapters.items() if absorbs(model, targets)}
-        self.counters = Counters()
+        self.stats = EngineStats()
         self.lock = threading.RLock()
         self.stalled = False  # the last step had nothing to run: all wait for their readers
         self.listeners: list[StepListener] = []  # others', such as a monitor: what goes wrong there is logged
@@ -140,14 +140,16 @@ class Engine:
                 if request.finish_reason is None:  # else its caller has left already
                     self.scheduler.add(request)
 
-    def abort(self, request: Request) -> None:
-        """End a request at once, and its ensemble with it, and free their pages. Nothing happens to one that has
+    def abort(self, *requests: Request) -> None:
+        """End requests at once, and their ensembles with them, and free their pages. Nothing happens to those that have
         ended."""
         with self.lock:
-            aborted = [one for one in request.mates if one.finish_reason is None]
-            for one in aborted:
-                one.end("abort")
-            self.counters.aborted += len(aborted)
+            aborted = []
+            for one in (mate for request in requests for mate in request.mates):
+                if one.finish_reason is None:
+                    one.end("abort")
+                    aborted.append(one)
+            self.stats.aborted += len(aborted)
             self._remove_ended()
             for one in aborted:
                 one.done.set()  # also where it has not been added yet
@@ -155,8 +157,7 @@ class Engine:
 
     def abort_all(self) -> None:
         with self.lock:
-            for request in self.scheduler.requests:
-                self.abort(request)
+            self.abort(*self.scheduler.requests)
 
     def fail(self, requests: Sequence[Request], error: Exception) -> None:
         """End requests with an error that their callers will raise."""
@@ -229,7 +230,7 @@ class Engine:
         """Free what the requests that have ended hold; returns them."""
         ended = [one for one in self.scheduler.requests if one.finish_reason is not None]
         for request in ended:
-            self.counters.finished += request.finish_reason in ("stop", "length")
+            self.stats.finished += request.finish_reason in ("stop", "length")
             self.scheduler.finish(request)
             self.affinity.finish(request)
             request.done.set()
@@ -237,8 +238,8 @@ class Engine:
 
     def postprocess(self, output: StepOutput) -> None:
         """Draw the next tokens from the step's logits, leave drafts, and pass the output to the listeners."""
-        sampled = self.counters.sampled
-        self.counters.steps += 1
+        sampled = self.stats.sampled
+        self.stats.steps += 1
         for scheduled, logits_SV, hidden_TH in zip(output.batch, output.logits, output.hidden, strict=True):
             if scheduled.request.finish_reason is not None:  # a mate of one that failed
                 continue
@@ -248,7 +249,7 @@ class Engine:
                 self._fail(scheduled.request, error)
         if self.drafter is not None:
             running = [one for one in self.scheduler.running if one.finish_reason is None]
-            self.drafter.after_step(output, running, self.counters.sampled - sampled)
+            self.drafter.after_step(output, running, self.stats.sampled - sampled)
         output.seconds = time.perf_counter() - output.began
         for recorder in self._recorders:
             recorder.on_step(output)
@@ -276,9 +277,9 @@ class Engine:
         request, sequence = scheduled.request, scheduled.request.sequence
         prefilled, certain = sequence.prefilling, scheduled.chunk.tokens - (scheduled.draft is not None)
         sequence.num_computed_tokens += certain
-        self.counters.computed += certain
+        self.stats.computed += certain
         if prefilled and not sequence.prefilling:
-            self.counters.cached += sequence.cached_tokens
+            self.stats.cached += sequence.cached_tokens
             self.scheduler.insert_prefix(request)
         elif (full := sequence.num_computed_tokens // PAGE) > sequence.block_table.num_inserted:
             self.scheduler.insert_prefix(request, full * PAGE)
@@ -290,7 +291,7 @@ class Engine:
                 request.settle(PATIENCE)) or request.finish_reason is not None:  # by its constraint's last token
             return False
         request.sequence.num_computed_tokens += 1
-        self.counters.computed += 1
+        self.stats.computed += 1
         return True
 
     def _advance(self, request: Request, logits_V: Tensor) -> list[Request]:
@@ -307,7 +308,7 @@ class Engine:
         token = advanced[0].sample(logits_V)
         for one in advanced:
             one.append(token)
-        self.counters.sampled += len(advanced)
+        self.stats.sampled += len(advanced)
         return advanced
 
 

@@ -124,13 +124,13 @@ class _Reads:
 class _Layer:
     """The slots of one layer. slot_of: expert -> slot, of those resident or on their way."""
 
-    def __init__(self, table: Tensor, places: Sequence[Span]) -> None:
-        self.table, self.places = table, places  # table: addresses, 0 while an expert is not there
+    def __init__(self, table: Tensor, spans: Sequence[Span]) -> None:
+        self.table, self.spans = table, spans  # table: addresses, 0 while an expert is not there
         self.slot_of: dict[int, int] = {}
         self.in_flight: set[int] = set()
         self.prefetched: set[int] = set()  # read ahead and not yet asked for
-        self.asked: set[int] = set()  # in this step
-        self.value = [0.0] * len(places)
+        self.requested: set[int] = set()  # in this step
+        self.value = [0.0] * len(spans)
         self.missed = 0
 
 
@@ -140,21 +140,21 @@ class Residency:
     Raises ConfigError for a model without quantized experts and for a budget that not even one expert a layer fits.
     """
 
-    def __init__(self, model: CausalLM, places: dict[int, list[Span]], budget: int, *,
+    def __init__(self, model: CausalLM, spans: dict[int, list[Span]], budget: int, *,
                  prefetch: bool = True) -> None:
         blocks = {layer: block for layer, block in model.moe_blocks().items() if layer in model.config.moe_layers}
         if native is None or not isinstance(model, FusedCausalLM) or model.device.type != "cpu" or not all(
-                isinstance(bare(block.experts), QuantizedExperts) for block in blocks.values()) or not places:
+                isinstance(bare(block.experts), QuantizedExperts) for block in blocks.values()) or not spans:
             raise ConfigError("expert_memory bounds the experts of a quantized model on the CPU, run by the native "
                               "kernels: `deepseek quantize` makes one")
         self.step = 0
         self.stats = ResidencyStats()
-        self._slot = slot_bytes(places)
-        count, self.least = budget // self._slot, len(places) * self._slot
-        if count < len(places):
+        self._slot = slot_bytes(spans)
+        count, self.least = budget // self._slot, len(spans) * self._slot
+        if count < len(spans):
             raise ConfigError(f"expert_memory = {budget:,} bytes: the least that works is {self.least:,} (one expert "
-                              f"of {self._slot:,} bytes for each of {len(places)} layers)")
-        count = min(count, sum(map(len, places.values())))
+                              f"of {self._slot:,} bytes for each of {len(spans)} layers)")
+        count = min(count, sum(map(len, spans.values())))
         self._memory = mmap.mmap(-1, count * self._slot, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         view = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._base = view.data_ptr()
@@ -162,18 +162,18 @@ class Residency:
         self._free = list(range(count - 1, -1, -1))
         self.layers = []
         tables = []
-        for layer, own in places.items():
+        for layer, own in spans.items():
             experts = bare(blocks[layer].experts)
             assert isinstance(experts, QuantizedExperts)
             experts.table.addresses.zero_()
             tables.append(experts.table)
             self.layers.append(_Layer(experts.table.addresses, own))
         each, more = divmod(count, len(self.layers))
-        self.quota = [min(each + (i < more), len(own.places)) for i, own in enumerate(self.layers)]
-        self.budget, self.experts = count * self._slot, len(next(iter(places.values())))
-        self.missed_LE = torch.zeros(len(places), self.experts, dtype=torch.int64)
+        self.quota = [min(each + (i < more), len(own.spans)) for i, own in enumerate(self.layers)]
+        self.budget, self.experts = count * self._slot, len(next(iter(spans.values())))
+        self.missed_LE = torch.zeros(len(spans), self.experts, dtype=torch.int64)
         self.top_k, self._process = model.config.num_experts_per_tok, os.getpid()
-        self._files = {path: _open(path) for path in {place.file for own in places.values() for place in own}}
+        self._files = {path: _open(path) for path in {span.file for own in spans.values() for span in own}}
         self._reads = _Reads()
         self._changed, self._urgent, self._later = self._reads.changed, self._reads.urgent, self._reads.later
         # the model holds this one, whose memory its tables point to; nothing here holds the model
@@ -203,13 +203,13 @@ class Residency:
                                   "the model was closed, or this process is a fork of the one that loaded it")
             return here
         with self._changed:
-            new = keep - layer.asked  # else an earlier wave has counted it
+            new = keep - layer.requested  # else an earlier wave has counted it
             late, missed = len(new & layer.in_flight), [e for e in new if e not in layer.slot_of]
             self.stats.late, self.stats.missed = self.stats.late + late, self.stats.missed + len(missed)
             layer.missed += len(missed)
             if absent := [e for e in new if e not in layer.slot_of or e in layer.in_flight]:
                 self.missed_LE[moe_layer, absent] += 1
-            layer.asked |= new
+            layer.requested |= new
             self.stats.prefetch_hits += len(new & layer.prefetched)
             layer.prefetched -= new
             for item in [item for item in self._later if item[0] == moe_layer]:
@@ -224,7 +224,7 @@ class Residency:
             began = time.perf_counter()
             while True:
                 for e in wanted:
-                    if e not in layer.slot_of and self._place(moe_layer, e, keep):
+                    if e not in layer.slot_of and self._assign_slot(moe_layer, e, keep):
                         self._urgent.append((moe_layer, e))
                 self._changed.notify_all()
                 here = [e for e in wanted if e in layer.slot_of and e not in layer.in_flight]
@@ -246,14 +246,14 @@ class Residency:
         with self._changed:
             keep, absent = set(likely), [e for e in likely if e not in layer.slot_of]
             for e in absent[:AHEAD]:
-                if not self._place(moe_layer, e, keep):
+                if not self._assign_slot(moe_layer, e, keep):
                     break
                 layer.prefetched.add(e)
                 self.stats.prefetched += 1
                 self._later.append((moe_layer, e))
             self._changed.notify_all()
 
-    def _place(self, moe_layer: int, expert: int, keep: set[int]) -> bool:
+    def _assign_slot(self, moe_layer: int, expert: int, keep: set[int]) -> bool:
         """A slot of the layer for an expert: a free one, or that of the least valuable other."""
         layer = self.layers[moe_layer]
         if len(layer.slot_of) >= self.quota[moe_layer] or not self._free:
@@ -277,20 +277,20 @@ class Residency:
             slot = self.layers[moe_layer].slot_of.get(expert)
             if slot is None:  # not wanted any more
                 return
-        place = self.layers[moe_layer].places[expert]
-        begin = place.offset // ALIGNED * ALIGNED
-        skip = place.offset - begin
-        room = self._view[slot * self._slot :][: _up(skip + place.size)]
+        span = self.layers[moe_layer].spans[expert]
+        begin = span.offset // ALIGNED * ALIGNED
+        skip = span.offset - begin
+        room = self._view[slot * self._slot :][: _up(skip + span.size)]
         got = 0
-        while got < skip + place.size:
-            count = os.preadv(self._files[place.file], [room[got:]], begin + got)
+        while got < skip + span.size:
+            count = os.preadv(self._files[span.file], [room[got:]], begin + got)
             if count == 0:
-                raise CheckpointError(f"{place.file}: ends within expert {expert}: the file has shrunk")
+                raise CheckpointError(f"{span.file}: ends within expert {expert}: the file has shrunk")
             got += count
-            if got < skip + place.size and count % ALIGNED:
-                raise CheckpointError(f"{place.file}: a read of {len(room)} bytes ended after {got}")
-        if not DIRECT & fcntl.fcntl(self._files[place.file], fcntl.F_GETFL):
-            os.posix_fadvise(self._files[place.file], begin, got, os.POSIX_FADV_DONTNEED)
+            if got < skip + span.size and count % ALIGNED:
+                raise CheckpointError(f"{span.file}: a read of {len(room)} bytes ended after {got}")
+        if not DIRECT & fcntl.fcntl(self._files[span.file], fcntl.F_GETFL):
+            os.posix_fadvise(self._files[span.file], begin, got, os.POSIX_FADV_DONTNEED)
         with self._changed:
             layer = self.layers[moe_layer]
             layer.table[expert] = self._base + slot * self._slot + skip
@@ -314,7 +314,7 @@ class Residency:
             now = 2.0 ** (self.step % HALF_LIFE / HALF_LIFE)  # ages by growing what is new
             for row, layer_index in enumerate(sorted(routing.routes)):
                 layer = self.layers[row]
-                layer.asked = set()
+                layer.requested = set()
                 if self.step % HALF_LIFE == 0:
                     layer.value = [value / 2 for value in layer.value]
                 index = routing.routes[layer_index].index_TK
@@ -350,7 +350,7 @@ class Residency:
     def warm(self, order: Sequence[Iterable[int]]) -> int:
         """Get experts into memory between steps, in the order given for each layer, as many as its quota; what is least
         valuable of others makes room. How many were read."""
-        asked = []
+        read = 0
         with self._changed:
             for moe_layer, (layer, experts) in enumerate(zip(self.layers, order, strict=True)):
                 most, keep = max(layer.value), set[int]()
@@ -359,20 +359,20 @@ class Residency:
                         break
                     keep.add(e)
                     layer.value[e] = max(layer.value[e], most + 1.0 / (1 + rank))  # they stay for a while
-                    if e not in layer.slot_of and self._place(moe_layer, e, keep):
+                    if e not in layer.slot_of and self._assign_slot(moe_layer, e, keep):
                         self._later.append((moe_layer, e))
-                        asked.append((moe_layer, e))
+                        read += 1
             self._changed.notify_all()
             while self._reads.failed is None and any(layer.in_flight for layer in self.layers):
                 self._changed.wait()
         if self._reads.failed is not None:
             raise copy(self._reads.failed)
-        return len(asked)
+        return read
 
 
-def slot_bytes(places: dict[int, list[Span]]) -> int:
+def slot_bytes(spans: dict[int, list[Span]]) -> int:
     """What an expert takes of the budget: its bytes, and room to read them in whole blocks from where they begin."""
-    return max(_up(place.size) + ALIGNED for own in places.values() for place in own)
+    return max(_up(span.size) + ALIGNED for own in spans.values() for span in own)
 
 
 def _open(path: Path) -> int:

@@ -49,33 +49,33 @@ class ExpertControl:
 class RoutingOverride:
     """One request's controls, ready for the gates of a model. Raises RequestError for what the model cannot do."""
 
-    def __init__(self, asked: ExpertControl, model: CausalLM, atlas: Atlas | None,
+    def __init__(self, control: ExpertControl, model: CausalLM, atlas: Atlas | None,
                  loaded: Callable[[int], Tensor] | None) -> None:
         config = model.config
-        self.asked, self.config, self.loaded = asked, config, loaded
+        self.control, self.config, self.loaded = control, config, loaded
         self.rows = {layer: row for row, layer in enumerate(config.moe_layers)}
         self.gates = {layer: block.gate for layer, block in model.moe_blocks().items()}
-        if (top := asked.top_k) is not None and not (isinstance(top, int) and 1 <= top <= config.n_routed_experts):
+        if (top := control.top_k) is not None and not (isinstance(top, int) and 1 <= top <= config.n_routed_experts):
             raise RequestError(f"experts.top_k = {top!r}: must lie in 1..{config.n_routed_experts}")
-        if asked.replay is not None:
-            if asked.replay.dtype != torch.int64 or asked.replay.ndim != 3 or asked.replay.shape[1:] != (
-                    len(self.rows), config.num_experts_per_tok):
-                raise RequestError(f"experts.replay is {asked.replay.dtype} {list(asked.replay.shape)}: must be int64 "
-                                   f"[tokens, {len(self.rows)}, {config.num_experts_per_tok}]")
-            if (asked.replay < -1).any() or (asked.replay >= config.n_routed_experts).any():
+        if (replay := control.replay) is not None:
+            shape = [len(self.rows), config.num_experts_per_tok]
+            if replay.dtype != torch.int64 or replay.ndim != 3 or [*replay.shape[1:]] != shape:
+                raise RequestError(f"experts.replay is {replay.dtype} {list(replay.shape)}: must be int64 "
+                                   f"[tokens, {shape[0]}, {shape[1]}]")
+            if (replay < -1).any() or (replay >= config.n_routed_experts).any():
                 raise RequestError(f"experts.replay: must hold 0..{config.n_routed_experts - 1}, or -1 for none")
-            if asked.mask or asked.bias or asked.top_k is not None or asked.approx:
+            if control.mask or control.bias or control.top_k is not None or control.approx:
                 raise RequestError("experts.replay: decides alone: mask, bias, top_k, approx must not stand beside it")
         self.delta: dict[int, Tensor] = {}
-        for name in asked.mask:
+        for name in control.mask:
             self._add(name, -torch.inf, atlas)
-        for name, value in asked.bias.items():
+        for name, value in control.bias.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise RequestError(f"experts.bias[{name!r}] = {value!r}: must be a finite number")
             self._add(name, value, atlas)
         for layer, delta_E in self.delta.items():
             if not bool(delta_E.isfinite().any()):
-                raise RequestError(f"experts.mask = {list(asked.mask)}: leaves no expert of layer {layer}")
+                raise RequestError(f"experts.mask = {list(control.mask)}: leaves no expert of layer {layer}")
 
     def _add(self, name: str, value: float, atlas: Atlas | None) -> None:
         for expert in named(name, atlas):
@@ -86,9 +86,9 @@ class RoutingOverride:
     def decide(self, layer: int, route: Route, first: int) -> Route:
         """route: the gate's, of tokens at positions first, first + 1, …. Where fewer experts are left than a token is
         to have, the index is -1 and the weight 0."""
-        asked = self.asked
-        if asked.replay is not None:
-            kept = asked.replay.to(route.index_TK.device)[first : first + len(route.index_TK), self.rows[layer]]
+        control = self.control
+        if control.replay is not None:
+            kept = control.replay.to(route.index_TK.device)[first : first + len(route.index_TK), self.rows[layer]]
             index_TK = route.index_TK.clone()
             index_TK[: len(kept)] = kept
             return self._weigh(route, index_TK)
@@ -96,11 +96,11 @@ class RoutingOverride:
         choice_TE, bias_E = route.scores_TE, self.gates[layer].bias
         for delta_E in (bias_E, self.delta.get(layer)):
             choice_TE = choice_TE if delta_E is None else choice_TE + delta_E
-        top = top if asked.top_k is None else asked.top_k
+        top = top if control.top_k is None else control.top_k
         if best and top <= self.config.n_routed_experts // groups * kept_groups:
             allowed_TE = within_best_groups(choice_TE.clamp(min=NEVER), groups, kept_groups, best).isfinite()
             choice_TE = choice_TE.masked_fill(~allowed_TE, -torch.inf)
-        if asked.approx and self.loaded is not None:
+        if control.approx and self.loaded is not None:
             choice_TE = torch.where(self.loaded(self.rows[layer]), choice_TE, choice_TE + NEVER)
         index_TK = choose(choice_TE, top)
         return self._weigh(route, index_TK.masked_fill(choice_TE.gather(1, index_TK) == -torch.inf, -1))

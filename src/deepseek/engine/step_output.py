@@ -119,7 +119,7 @@ class RouteRecorder:
             request = scheduled.request
             known = sum(map(len, request.routes)) - scheduled.chunk.past  # from before it was preempted
             if request.params.routed and 0 <= known < stop - start:
-                asked = request.params.experts
-                top_k = asked.top_k if asked is not None and asked.top_k else self.top_k
+                control = request.params.experts
+                top_k = control.top_k if control is not None and control.top_k else self.top_k
                 # places beyond are those that others in the batch have more of
                 request.routes.append(output.experts(start + known, stop)[:, :, :top_k])

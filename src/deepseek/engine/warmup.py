@@ -76,7 +76,7 @@ def warm_up(model: CausalLM, residency: Residency | None, names: Sequence[str], 
     if residency is not None:
         residency.warm(order)
         there = [set(residency.loaded(row).nonzero().flatten().tolist()) for row in range(len(layers))]
-        size = sum(residency.layers[row].places[e].size for row, own in enumerate(there) for e in own)
+        size = sum(residency.layers[row].spans[e].size for row, own in enumerate(there) for e in own)
     else:
         there, size = [set(row) for row in order], 0
         for layer, own in zip(layers, there, strict=True):

@@ -71,10 +71,10 @@ class Watch:
 
     def _engine(self) -> dict[MetricKey, float]:
         engine = self.llm.engine
-        counters, scheduler = engine.counters, engine.scheduler
+        own, scheduler = engine.stats, engine.scheduler
         out: dict[MetricKey, float] = {
-            key("tokens_total", "computed"): counters.computed, key("tokens_total", "cached"): counters.cached,
-            key("tokens_total", "sampled"): counters.sampled, key("requests_running"): len(scheduler.running),
+            key("tokens_total", "computed"): own.computed, key("tokens_total", "cached"): own.cached,
+            key("tokens_total", "sampled"): own.sampled, key("requests_running"): len(scheduler.running),
             key("requests_waiting"): len(scheduler.waiting), key("preempted_total"): scheduler.preempted,
             key("cache_free_positions"): engine.block_manager.available * PAGE}
         if engine.residency is not None:
