@@ -51,13 +51,13 @@ def lora(targets: list[str]) -> Any:
 
 
 def train(model: Any, ids_BT: torch.Tensor, steps: int = 12) -> list[float]:
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         result = model(input_ids=ids_BT, labels=ids_BT)
         result.loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(result.loss.item())
     return losses
 

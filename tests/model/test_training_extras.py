@@ -90,16 +90,16 @@ def skewed_run(config: ModelConfig, speed: float, steps: int = 60) -> list[float
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
     centre_CH = torch.randn(20, config.hidden_size, generator=generator)
     frequency_C = 1.0 / torch.arange(1, 21) ** 1.5
-    optimiser = torch.optim.SGD(layer.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
     curve = []
     for _ in range(steps):
         cluster_T = frequency_C.multinomial(256, replacement=True, generator=generator)
         noise_TH = torch.randn(256, config.hidden_size, generator=generator)
         x_TH = centre_CH[cluster_T] + 0.5 * noise_TH
         y_TH, route = layer(x_TH)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (y_TH - x_TH).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
         load_E = expert_load(route.index_TK, config.n_routed_experts)
         layer.gate.update_bias(load_E, speed)
         curve.append(float(max_violation(load_E)))

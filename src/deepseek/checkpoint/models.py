@@ -282,7 +282,7 @@ def save_model(
     """Write a checkpoint that transformers loads with no missing and no unexpected tensor; atomic as a folder.
 
     tokenizer: a Tokenizer to save beside it. extra_files: copied in. add: called with the staging folder, for whatever
-    else should appear together with the weights (optimiser state). Returns the path.
+    else should appear together with the weights (optimizer state). Returns the path.
     """
     if apart := [name for name, module in model.named_modules() if isinstance(module, UNMERGED)]:
         raise CheckpointError(f"{path}: {apart[0]} is still apart from its base: merge it first")

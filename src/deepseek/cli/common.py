@@ -55,8 +55,8 @@ def add_model_flags(parser: Parser) -> None:
 def add_engine_flags(parser: Parser) -> None:
     engine = parser.group("engine")
     engine.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
-                        help="a delta or an adapter that `deepseek tune` left, to put in; with names, LoRA adapters "
-                        "beside the base, of which each request goes through one or none")
+                        help="a delta or LoRA adapter, made part of the model; NAME=DIR keeps a LoRA adapter beside "
+                        "the base, for the requests that choose its name")
     engine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     engine.add_argument("--chat_template_kwargs", type=template_variables, metavar="JSON",
                         help="variables of the chat template, such as '{\"thinking\": true}'")

@@ -32,7 +32,7 @@ def add_flags(parser: Parser) -> None:
                         help="records: files or folders (see `deepseek data`), or - for JSON lines on standard input, "
                            "learnt round by round")
     parser.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win over it")
-    parser.add_argument("--out", help="folder of the run (MODEL-tuned-HASH, of where MODEL is)")
+    parser.add_argument("--out", help="folder of the run; else MODEL-tuned-HASH, with a hash of MODEL's path")
     parser.add_argument("--retain_data", nargs="+", metavar="PATH",
                         help="general text that must not be forgotten, to measure it")
     parser.add_argument("--replay_data", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
@@ -43,7 +43,7 @@ def add_flags(parser: Parser) -> None:
                         help="print what would be learnt of the first N records, and stop")
     parser.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (default: auto)")
     parser.add_argument("--records_a_round", type=int, help="records of standard input a round (default: 256)")
-    parser.add_argument("--rounds", type=int, help="rounds after which standard input is left (its end)")
+    parser.add_argument("--rounds", type=int, help="rounds of standard input to learn; else all until it ends")
     for flag, (_, kind) in _OLDER_FLAGS.items():
         parser.add_argument(f"--{flag}", help=argparse.SUPPRESS, **({"type": kind} if kind else {"nargs": "+"}))
     names = {"nargs": "+", "metavar": "NAME"}

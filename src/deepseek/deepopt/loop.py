@@ -152,7 +152,7 @@ class TrainingLoop:
         plot_run(self.out / "log.jsonl", self.out / "loss.png")
 
     def train_step(self) -> dict[str, Any]:
-        """One optimiser step; returns its log record."""
+        """One optimizer step; returns its log record."""
         config, model = self.config, self.model
         model.train()
         rate = learning_rate(self.legs, self.step)

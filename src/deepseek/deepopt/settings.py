@@ -20,7 +20,7 @@ class TrainConfig:
     """Defaults follow DeepSeek-V3 (arXiv 2412.19437, section 4.2) where they carry over to small models: betas, decay,
     clipping, bias speed, MTP weight, balance weight. Raises ConfigError naming setting, rule and value."""
 
-    steps: Annotated[int, Option("optimiser steps", COUNT)] = 1000
+    steps: Annotated[int, Option("optimizer steps", COUNT)] = 1000
     batch_size: Annotated[int, Option("sequences a batch", COUNT)] = 16
     seq_len: Annotated[int, Option("tokens a sequence", COUNT)] = 256
     accumulation: Annotated[int, Option("batches summed into one step", COUNT)] = 1
@@ -42,7 +42,7 @@ class TrainConfig:
     gradient_checkpointing: Annotated[bool, Option(
         "recompute layers in the backward pass: less memory, more time")] = False
     eval_every: Annotated[int, Option("steps between evaluations", COUNT)] = 100
-    eval_batches: Annotated[int, Option("batches an evaluation", COUNT)] = 16
+    eval_batches: Annotated[int, Option("batches per evaluation", COUNT)] = 16
     save_every: Annotated[int, Option("steps between checkpoints", COUNT)] = 200
     keep: Annotated[int, Option("checkpoints kept", COUNT)] = 2
     seed: Annotated[int, Option("seed of weights and data order", NATURAL)] = 0

@@ -1,7 +1,7 @@
 """What tuning puts into a model: experts with parameters of their own, and low-rank adapters (LoRA).
 
     TunedExperts   some experts of a layer as parameters of their own, the others frozen:   two calls of `expert_mlp`,
-                   each over the pairs of its experts. A frozen expert is no parameter, so no optimiser can move it by
+                   each over the pairs of its experts. A frozen expert is no parameter, so no optimizer can move it by
                    decay or momentum, and neither gradients nor moments of it exist.
     LoRALinear     W x + s B A x                                                   (arXiv 2106.09685; s = alpha / r)
     LoRAExperts    the same on gate, up and down of some experts of a layer. The adapter sits inside the experts'

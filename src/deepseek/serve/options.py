@@ -39,11 +39,11 @@ class ServeOptions:
     read_timeout: Annotated[float, Option("seconds in which a client must read", POSITIVE)] = 60.0
     shutdown_timeout: Annotated[float, Option("seconds that open answers still have", POSITIVE)] = 30.0
     classifier: Annotated[str | Path | None, Option(
-        "classifier.npz of `deepseek data`: says what requests are about that name no domain and have no keywords",
+        "classifier.npz of `deepseek data`: finds the domain of requests that name none and have no keywords",
         metavar="FILE")] = None
     log: Annotated[bool, Option("a line of JSON for every request, without its text")] = False
     log_texts: Annotated[bool, Option(
-        "and one with its prompt (of a chat, the last message) and its answer")] = False
+        "the same with the prompt (of a chat, its last message) and the answer")] = False
     watch: WatchOptions = WatchOptions()  # noqa: RUF009
 
     def __post_init__(self) -> None:

@@ -108,7 +108,7 @@ class TuneReport:
             f"gained {self.gained:+.4f}, forgotten {self.forgotten:+.4f} nats a token",
             *([f"gained: {self.verdict}"] if self.verdict else []),
             f"{self.mode}: {self.trained_parameters:,} of {self.all_parameters:,} parameters trained ({share:.2%}), "
-            f"{self.optimizer_bytes / 1e6:.1f} MB of optimiser state, lr {self.lr:g}",
+            f"{self.optimizer_bytes / 1e6:.1f} MB of optimizer state, lr {self.lr:g}",
             f"{self.frozen_tensors:,} frozen tensors: {proof}; {self.changed_tensors:,} tensors changed",
             f"{self.examples:,} examples with {self.loss_tokens:,} tokens to learn, {self.steps:,} steps, "
             f"{self.seconds:.0f} s",

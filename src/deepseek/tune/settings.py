@@ -75,7 +75,7 @@ class TuneConfig:
     lr: Annotated[float | None, Option(
         "highest learning rate; else 3e-4 for experts, 2e-4 for LoRA, 1e-5 for all", POSITIVE)] = None
     epochs: Annotated[float, Option("times through the records", POSITIVE)] = 1.0
-    steps: Annotated[int | None, Option("optimiser steps, instead of epochs", COUNT)] = None
+    steps: Annotated[int | None, Option("optimizer steps, instead of epochs", COUNT)] = None
     batch_size: Annotated[int, Option("records a batch", COUNT)] = 8
     accumulation: Annotated[int, Option("batches summed into one step", COUNT)] = 1
     max_length: Annotated[int | None, Option(
@@ -98,7 +98,7 @@ class TuneConfig:
         "share of the records held out, by a hash of their text", (
             "must lie in (0, 1)", lambda v: is_number(v) and 0 < v < 1))] = 0.1
     eval_every: Annotated[int, Option("steps between evaluations", COUNT)] = 100
-    eval_records: Annotated[int, Option("held-out records an evaluation", COUNT)] = 256
+    eval_records: Annotated[int, Option("held-out records per evaluation", COUNT)] = 256
     general_records: Annotated[int, Option(
         "windows of general text an evaluation, and documents that they come from", COUNT)] = 64
     save_every: Annotated[int, Option("steps between checkpoints", COUNT)] = 100

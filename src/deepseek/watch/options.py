@@ -33,7 +33,7 @@ class WatchOptions:
         "must be an address that begins with http:// or https://", _is_address), "URL")] = None
     history: Annotated[str | Path | None, Option(
         "SQLite file for snapshots, alerts and feedback; none keeps them in memory", metavar="FILE")] = None
-    history_days: Annotated[float, Option("how long it keeps them", _up_to(3650))] = 30.0
+    history_days: Annotated[float, Option("days that the history keeps", _up_to(3650))] = 30.0
     price_per_hour: Annotated[float | None, Option(
         "of this machine: gives the cost of 10^8 tokens", NOT_NEGATIVE)] = None
 
@@ -50,8 +50,8 @@ class TerminalOptions:
     api_key_file: Annotated[tuple[str | Path, ...], Option(
         "the same, the first line of a file; without either the variable DEEPSEEK_API_KEY counts", metavar="FILE",
         each=True)] = ()
-    interval: Annotated[float, Option("seconds between two looks", POSITIVE)] = 2.0
-    once: Annotated[bool, Option("look once and end")] = False
+    interval: Annotated[float, Option("seconds between two updates", POSITIVE)] = 2.0
+    once: Annotated[bool, Option("print the state once and exit")] = False
 
     def __post_init__(self) -> None:
         check(self)
