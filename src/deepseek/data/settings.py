@@ -83,7 +83,7 @@ class PackSettings:
         "folder of a tokenizer; else one is trained on the records", (
         "must be a folder", PATH[1]))] = None
     vocab_size: Annotated[int, Option(
-        "tokens of the tokenizer that is trained", ("must be an integer > 256", lambda v: is_int(v) and v > 256))] = 16384
+        "tokens of the trained tokenizer", ("must be an integer > 256", lambda v: is_int(v) and v > 256))] = 16384
 
     def __post_init__(self) -> None:
         check(self)
