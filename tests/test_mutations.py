@@ -34,6 +34,7 @@ def test_some_changes(first: int, kinds: tuple[Path, list[Kind]], monkeypatch: p
 def test_whole_checkpoints_run(kinds: tuple[Path, list[Kind]]) -> None:
     """Else nothing above would mean anything."""
     root, every = kinds
+    assert every
     for kind in {kind.name: kind for kind in every}.values():
         for number, command in enumerate(kind.commands):
             out = root / f"whole-{kind.name}-{number}".replace(" ", "-")

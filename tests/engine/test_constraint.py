@@ -102,7 +102,9 @@ def test_json_follows_its_schema(llm: LLM, tokenizer: Tokenizer) -> None:
     r"[0-9]{4}-(0[1-9]|1[0-2])-[0-3][0-9]", r"(true|false|null){1,9}", r"[^a-z]{1,9}", r"^(expert|gate)? ?size$",
     r"世{1,9}界|🙂{3}", r"(?i)expert\.", r"(<\|User\|>)?<\|end_of_sentence\|>"])
 def test_text_matches_a_regular_expression(llm: LLM, pattern: str) -> None:
-    for output in llm.generate(["x"] * 20, hot(20, regex=pattern)):
+    outputs = llm.generate(["x"] * 20, hot(20, regex=pattern))
+    assert len(outputs) == 20
+    for output in outputs:
         assert output.finish_reason == "stop" and re.fullmatch(pattern, output.text)
         assert not {0, 2, 3, 4} & {*output.token_ids}
 

@@ -30,7 +30,7 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "max_num_seqs": (1, 3, 32),
     "max_num_batched_tokens": (512, 7, 33),
     "prefix_cache": (True, False),
-    "cache_tokens": (8192, 768),  # the second so small that requests step back
+    "cache_tokens": (8192, 512),  # the second so small that requests step back
     "policy": ("fcfs", "expert"),
     "experts": ("all", "cold", "warm", "one a layer"),
     "prefetch": (True, False),
@@ -133,7 +133,7 @@ def check(folder: Path, plain: Callable, setting: dict[str, Any], count: int) ->
     assert engine.block_manager.available == engine.block_manager.count
     assert options["prefix_cache"] == bool(engine.stats.cached)
     if options["cache_tokens"] < 1024 and options["max_num_seqs"] > 1:
-        assert engine.scheduler.preempted or count < 100
+        assert engine.scheduler.preempted > 0
     if options["speculate"]:
         assert 0 < engine.drafter.stats.accepted < engine.drafter.stats.drafted
     if experts != "all":
@@ -151,7 +151,7 @@ def test_the_settings_cover_every_pair() -> None:
 @pytest.mark.parametrize("setting", COVER, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.usefixtures("half_right")
 def test_tokens_are_those_of_the_model_alone(folder: Path, plain: Callable, setting: dict[str, Any]) -> None:
-    check(folder, plain, setting, 8)
+    check(folder, plain, setting, 16)
 
 
 @pytest.mark.slow

@@ -95,7 +95,8 @@ def test_every_operation_has_its_calls() -> None:
 @pytest.mark.parametrize(("name", "call"), [(name, call) for name, calls in CALLS.items() for call in calls],
                          ids=[f"{name}-{i}" for name, calls in CALLS.items() for i in range(len(calls))])
 def test_opcheck(name: str, call: Call) -> None:
-    torch.library.opcheck(OPERATIONS[name], *call)
+    results = torch.library.opcheck(OPERATIONS[name], *call)
+    assert results and set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", CALLS)

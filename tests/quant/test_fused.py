@@ -161,6 +161,7 @@ def test_holes_and_other_caches_take_mlas_own_form(quantized: Callable, changes:
 @pytest.mark.parametrize("changes", [{}, VARIANTS["V2"]], ids=["V3", "V2"])
 def test_gate_equals_the_models_own(quantized: Callable, changes: dict[str, Any]) -> None:
     model = quantized(**changes)
+    assert model.moe_blocks()
     for block in model.moe_blocks().values():
         x_TH = torch.randn(300, model.config.hidden_size)
         for got, want in zip(block.gate(x_TH), Gate.forward(block.gate, x_TH), strict=True):

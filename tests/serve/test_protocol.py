@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from deepseek.conversation import normalize
+from deepseek.engine import SamplingParams
 from deepseek.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -56,7 +57,10 @@ def test_null_is_not_given_for_every_field_that_may_be_left_out(body: type[BaseM
         "name": "f", "description": None, "parameters": None, "strict": None, "returns": 1}}]},
 ], ids=str)
 def test_what_asks_for_nothing_is_taken(more: dict[str, Any]) -> None:
-    ChatRequest.model_validate(CHAT | more)
+    """Without an effect on what is sampled; two names of one setting, or one in both places, say it once."""
+    asked = ChatRequest.model_validate(CHAT | more)
+    assert SamplingParams(**asked.sampling) == SamplingParams(top_k=max(more.get("top_k", 0), 0))
+    assert asked.max_tokens == more.get("max_tokens")
 
 
 @pytest.mark.parametrize(("more", "message"), [
