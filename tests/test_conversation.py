@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deepseek.conversation import normalize, written
+from deepseek.conversation import format_calls, normalize
 from deepseek.errors import RequestError
 from deepseek.tokenizer import Tokenizer
 
@@ -136,7 +136,7 @@ def test_what_a_template_has_no_place_for_becomes_text() -> None:
     calls = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL]}
     text = plain.chat([{"role": "developer", "content": "Be brief."}, ASKED, calls, SAID], tools=[tool])
     assert text == ('<system>Tools:\n{"name": "time"}\n\nBe brief.<user>What time is it?<assistant>'
-                    + written([{"name": "time", "arguments": '{"zone": "UTC"}'}]) + "<user>12:00")
+                    + format_calls([{"name": "time", "arguments": '{"zone": "UTC"}'}]) + "<user>12:00")
 
 
 def test_reasoning_and_tools_go_where_the_template_reads_them() -> None:

@@ -193,12 +193,12 @@ def of_turns(turns: Sequence[Sequence[str]]) -> Conversation:
                          for role, text in turns[len(front) :]], front.get("tools"), front.get("variables", {}))
 
 
-def told(tools: Sequence[Mapping[str, Any]]) -> str:
+def format_tools(tools: Sequence[Mapping[str, Any]]) -> str:
     """Tools as text, for a template without a place for them."""
     return "Tools:\n" + "\n".join(_json(tool.get("function", tool), "tools") for tool in tools)
 
 
-def written(calls: Sequence[Mapping[str, Any]]) -> str:
+def format_calls(calls: Sequence[Mapping[str, Any]]) -> str:
     """Calls (name, arguments) in DeepSeek-V3.1's notation."""
     return CALLS + "".join(f"<｜tool▁call▁begin｜>{call['name']}<｜tool▁sep｜>{_as_text(call['arguments'])}"
                            "<｜tool▁call▁end｜>" for call in calls) + "<｜tool▁calls▁end｜>"
@@ -207,21 +207,21 @@ def written(calls: Sequence[Mapping[str, Any]]) -> str:
 # ---- reasoning ------------------------------------------------------------------------------------------------------
 
 
-def parted(message: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def split_reasoning(message: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """(reasoning of a key of its own, reasoning in the content with its tags, the message without either) of a
     normalized message. In a content it reaches to the last `</think>` and the white space that follows."""
     content, own = message["content"] or "", message.get("reasoning_content", "")
     answer = content[content.rfind(THOUGHT) + len(THOUGHT) :].lstrip() if THOUGHT in content else content
     inside = content[: len(content) - len(answer)]
-    if squeezed(own) in squeezed(inside):
+    if squeeze(own) in squeeze(inside):
         own = ""
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
     return own, inside, rest | {"content": answer if answer or not message.get("tool_calls") else None}
 
 
-def thought(own: str, inside: str, opened: str | None = None) -> str:
-    """Reasoning (the first two of `parted`) as a model writes it before its answer. opened: the white space between the
-    `<think>` that ends a prompt and the prompt's end; None where the prompt opens no thought."""
+def format_reasoning(own: str, inside: str, opened: str | None = None) -> str:
+    """Reasoning (the first two of `split_reasoning`) as a model writes it before its answer. opened: the white space
+    between the `<think>` that ends a prompt and the prompt's end; None where the prompt opens no thought."""
     gap = "" if opened == "" else "\n"
     text = (f"{THINK}{gap}{own.strip(chr(10))}{gap}{THOUGHT}{gap}{gap}" if own else "") + inside
     if opened is not None and text.lstrip().startswith(THINK):
@@ -231,39 +231,39 @@ def thought(own: str, inside: str, opened: str | None = None) -> str:
     return text
 
 
-def thought_in(message: Mapping[str, Any]) -> dict[str, Any]:
+def inline_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """A normalized message whose reasoning, if it has any, is part of its content."""
-    own, inside, bare = parted(message)
-    return {**bare, "content": thought(own, inside) + (bare["content"] or "")} if own else dict(message)
+    own, inside, bare = split_reasoning(message)
+    return {**bare, "content": format_reasoning(own, inside) + (bare["content"] or "")} if own else dict(message)
 
 
-def left_out(message: Mapping[str, Any], text: str) -> str | None:
+def missing_part(message: Mapping[str, Any], text: str) -> str | None:
     """The first part of an assistant's normalized message that a text does not show, up to white space: "reasoning",
     "content" or a call; None where all is there. text: begins where the turn does."""
-    own, inside, bare = parted(message)
-    rest = squeezed(text)
-    answer = squeezed(bare["content"] or "")
+    own, inside, bare = split_reasoning(message)
+    rest = squeeze(text)
+    answer = squeeze(bare["content"] or "")
     before, at = "", 0
-    for piece in (squeezed(part) for part in (own, *re.split(f"{THINK}|{THOUGHT}", inside), answer)):
+    for piece in (squeeze(part) for part in (own, *re.split(f"{THINK}|{THOUGHT}", inside), answer)):
         if (found := rest.find(piece, at)) < 0:
             return "content" if answer and answer not in rest else "reasoning"
         before, at = rest[:found], found + len(piece)
     rest = f"{before} {rest[at:]}"
     for call in message.get("tool_calls") or ():
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        if not shows(rest, name) or not ((isinstance(arguments, str) and shows(rest, arguments)) or all(
-                shows(rest, said) for said in _texts(_as_object(arguments)))):
+        if not contains(rest, name) or not ((isinstance(arguments, str) and contains(rest, arguments)) or all(
+                contains(rest, said) for said in _texts(_as_object(arguments)))):
             return f"call of {name}"
     return None
 
 
-def shows(text: str, said: str) -> bool:
+def contains(text: str, said: str) -> bool:
     """Whether a squeezed text contains `said`, as it is or as JSON or Python write it inside of quotes."""
-    return squeezed(said) in text or any(squeezed(spelling[1:-1]) in text for spelling in (
+    return squeeze(said) in text or any(squeeze(spelling[1:-1]) in text for spelling in (
         json.dumps(said), json.dumps(said, ensure_ascii=False), repr(said)))
 
 
-def squeezed(text: str) -> str:
+def squeeze(text: str) -> str:
     """A text with its white space reduced to single blanks."""
     return " ".join(text.split())
 
@@ -344,9 +344,9 @@ class Style:
         if self.tools:
             return out, [dict(tool) for tool in tools]
         if out and out[0]["role"] == "system":
-            out[0] = {**out[0], "content": f"{told(tools)}\n\n{out[0]['content']}"}
+            out[0] = {**out[0], "content": f"{format_tools(tools)}\n\n{out[0]['content']}"}
         else:
-            out.insert(0, {"role": "system", "content": told(tools)})
+            out.insert(0, {"role": "system", "content": format_tools(tools)})
         return out, None
 
     def _fit(self, message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -359,7 +359,7 @@ class Style:
             return [message]
         if self.calls is None:
             del message["tool_calls"]
-            return [message | {"content": (message["content"] or "") + written([c["function"] for c in calls])}]
+            return [message | {"content": (message["content"] or "") + format_calls([c["function"] for c in calls])}]
         turn = _as_object if self.calls == "object" else _as_text
         message["tool_calls"] = [call | {"function": call["function"] | {
             "arguments": turn(call["function"]["arguments"])}} for call in calls]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .conversation import THINK, THOUGHT, left_out, normalize, parted, shows, squeezed, thought
+from .conversation import THINK, THOUGHT, contains, format_reasoning, missing_part, normalize, split_reasoning, squeeze
 from .errors import LeftOutError
 from .tokenizer import Tokenizer, unmarked
 
@@ -52,13 +52,13 @@ def encode_turn(messages: Sequence[Mapping[str, Any]], n: int, tokenizer: Tokeni
     way.
     """
     message = messages[n]
-    own, inside, bare = parted(message)
+    own, inside, bare = split_reasoning(message)
     prompt = _prompt(messages[:n], tokenizer, tools, variables)
-    seen = squeezed(unmarked(prompt.text))
+    seen = squeeze(unmarked(prompt.text))
     notes = [f"turns are learnt after a prompt in which the chat template leaves out what the {role} said" for role in
              dict.fromkeys(each["role"] for each in messages[:n] if each["role"] != "assistant"
-                           and not shows(seen, each["content"]))]
-    if squeezed(own + re.sub(_TAGS, "", inside)) and THOUGHT in prompt.tags:
+                           and not contains(seen, each["content"]))]
+    if squeeze(own + re.sub(_TAGS, "", inside)) and THOUGHT in prompt.tags:
         switch = next((name for name in _SWITCHES if tokenizer.template_knows(name)
                        and name not in variables.keys() | tokenizer.variables.keys()), None)
         if switch is not None:
@@ -69,7 +69,7 @@ def encode_turn(messages: Sequence[Mapping[str, Any]], n: int, tokenizer: Tokeni
             raise LeftOutError(f"turn {n + 1} has reasoning, and the chat template as it is set tells the model not to "
                                "think")
     written = tokenizer.marked_chat(messages[: n + 1], tools=tools, add_generation_prompt=False, **variables)
-    missing = left_out(message, unmarked(written[_agree(prompt.base, written) :]))
+    missing = missing_part(message, unmarked(written[_agree(prompt.base, written) :]))
     if not missing and (written.startswith(prompt.text) or not own + inside):
         if prompt.opened is not None and not written.startswith(prompt.text):
             notes.append("turns without reasoning are learnt after a prompt without the <think> that the chat template "
@@ -80,8 +80,9 @@ def encode_turn(messages: Sequence[Mapping[str, Any]], n: int, tokenizer: Tokeni
     if own + inside:
         written = tokenizer.marked_chat([*messages[:n], bare], tools=tools, add_generation_prompt=False, **variables)
         if written.startswith(prompt.base):
-            said = tokenizer.marked(thought(own, inside, prompt.opened)) + _untagged(written[len(prompt.base) :])
-            missing = left_out(message, unmarked(said))
+            answer = _untagged(written[len(prompt.base) :])
+            said = tokenizer.marked(format_reasoning(own, inside, prompt.opened)) + answer
+            missing = missing_part(message, unmarked(said))
             if not missing:
                 before = tokenizer.encode_marked(prompt.text)
                 return Turn(before + tokenizer.encode_marked(said), len(before), tuple(notes))
@@ -92,7 +93,7 @@ def encode_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokeni
                         tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any) -> list[int]:
     """Ids of a whole conversation in which every assistant's turn has its reasoning. Raises as `encode_turn` does."""
     said = normalize(messages, tokenizer.roles)
-    parts = {n: parted(message) for n, message in enumerate(said) if message["role"] == "assistant"}
+    parts = {n: split_reasoning(message) for n, message in enumerate(said) if message["role"] == "assistant"}
     thinking = [n for n, (own, inside, _) in parts.items() if own + inside]
     text = tokenizer.marked_chat(said, tools=tools, add_generation_prompt=False, **variables)
 
@@ -101,18 +102,18 @@ def encode_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokeni
         base = _prompt(of[:n], tokenizer, tools, variables).base
         return len(base) if text.startswith(base) else None
 
-    if any((at := begins(said, n)) is None or left_out(said[n], unmarked(text[at:])) for n in thinking):
+    if any((at := begins(said, n)) is None or missing_part(said[n], unmarked(text[at:])) for n in thinking):
         bare = [parts[n][2] if n in parts else message for n, message in enumerate(said)]
         text, pieces, done = tokenizer.marked_chat(bare, tools=tools, add_generation_prompt=False, **variables), [], 0
         for n in thinking:
             if (at := begins(bare, n)) is None:
                 raise LeftOutError(f"the chat template leaves out the reasoning of turn {n + 1}")
-            pieces += [text[done:at], tokenizer.marked(thought(*parts[n][:2]))]
+            pieces += [text[done:at], tokenizer.marked(format_reasoning(*parts[n][:2]))]
             done = len(text) - len(_untagged(text[at:]))
         text = "".join([*pieces, text[done:]])
     shown = unmarked(text)
     for n in parts:
-        if missing := left_out(said[n], shown):
+        if missing := missing_part(said[n], shown):
             raise LeftOutError(f"the chat template leaves out the {missing} of turn {n + 1}")
     return tokenizer.encode_marked(text)
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from deepseek.engine import SamplingParams
-from deepseek.serve.protocol import Item
+from deepseek.serve.protocol import Item, Message
 from deepseek.serve.responses import Store, to_messages
 from tests.helpers.servers import KEY, Running
 
@@ -95,7 +95,7 @@ def test_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(4):
         store.keep({"id": str(i)}, [])
     assert list(store._kept) == ["1", "2", "3"]
-    store.keep({"id": "large"}, [{"content": "x" * 950}])
+    store.keep({"id": "large"}, [Message(role="user", content="x" * 950)])
     assert list(store._kept) == ["large"]
     store.delete("large")
     assert store._size == 0
@@ -125,7 +125,7 @@ def test_an_assistants_items_are_one_message() -> None:
         {"type": "function_call_output", "call_id": "1", "output": "x"},
         {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "y"}]},
         {"type": "reasoning", "summary": []}, {"type": "message", "role": "assistant", "content": "c"})]
-    assert to_messages(items) == [
+    assert [message.model_dump(exclude_none=True, exclude_unset=True) for message in to_messages(items)] == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "hm", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}},

@@ -29,7 +29,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from ..conversation import squeezed, tools_of
+from ..conversation import squeeze, tools_of
 from ..errors import DataError, RequestError
 from .turns import PARTIAL, THINKING, Turns, filled, flag, is_talk, pairs, speaks, talk
 
@@ -164,10 +164,10 @@ def _read(given: dict[str, Any], used: set[str]) -> ParsedRecord | None:
     given |= {key: parsed(value) for key in named if isinstance(value := given[key], str)}  # of a table
     if talks := [key for key in named if isinstance(given[key], list)]:
         turns = given[talks[0]]
-        everyone, assistant = (squeezed(" ".join(_strings(said))) for said in (
+        everyone, assistant = (squeeze(" ".join(_strings(said))) for said in (
             turns, [turn for n, turn in enumerate(turns) if speaks(turn, n)])) if asked or answered else ("", "")
         new = [key for keys, said in ((asked, everyone), (answered, assistant)) for key in keys
-               if squeezed(" ".join(_strings(given[key]))) not in said]  # the others repeat what the turns say
+               if squeeze(" ".join(_strings(given[key]))) not in said]  # the others repeat what the turns say
         _one_reading(talks[0], [*talks[1:], *_named(("history",), given), *thinking, *new])
         used |= {talks[0], *beside}
         return conversation(turns, talks[0], **_beside(given))

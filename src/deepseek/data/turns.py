@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..conversation import REASONING, Conversation, normalize, of_turns, thought_in, to_turns, told, written
+from ..conversation import (
+    REASONING,
+    Conversation,
+    format_calls,
+    format_tools,
+    inline_reasoning,
+    normalize,
+    of_turns,
+    to_turns,
+)
 from ..errors import DataError, RequestError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
@@ -78,7 +87,7 @@ def talk(turns: Sequence[Any], *, asked: int | None = None, system: str = "", re
         said.insert(0, plain(messages[0]))
         asked = None if asked is None else asked + 1
     if tools:
-        said.insert(0, told(tools))
+        said.insert(0, format_tools(tools))
     at = None if asked is None else sum(len(text) + 2 for text in said[: asked + bool(tools)])
     try:
         return Talk("\n\n".join(said), to_turns(Conversation(messages, tools, variables or {})), at, tuple(unused))
@@ -89,7 +98,7 @@ def talk(turns: Sequence[Any], *, asked: int | None = None, system: str = "", re
 def turns_asked(turns: Turns, response_start: int) -> int:
     """Count the messages before the offset in the plain form at which the answer begins."""
     conversation = of_turns(turns)
-    at = len(told(conversation.tools)) + 2 if conversation.tools else 0
+    at = len(format_tools(conversation.tools)) + 2 if conversation.tools else 0
     for number, message in enumerate(conversation.messages):
         if at >= response_start:
             return number
@@ -99,9 +108,9 @@ def turns_asked(turns: Turns, response_start: int) -> int:
 
 def plain(message: Mapping[str, Any]) -> str:
     """Format a normalized message in its plain form."""
-    message = thought_in(message)
+    message = inline_reasoning(message)
     said = (message["content"] or "") + (
-        written([call["function"] for call in message["tool_calls"]]) if message.get("tool_calls") else "")
+        format_calls([call["function"] for call in message["tool_calls"]]) if message.get("tool_calls") else "")
     return f"{message['role'].capitalize()}: {said}"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,13 +18,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from .. import grammars, templates
 from ..engine import LLM
-from ..errors import DataError, MoEDRError, RequestError
+from ..errors import DataError, MoEDRError
 from ..files import to_json
 from ..model.cache import PAGE
 from .bodies import describe, takes
 from .chat import Chat, chat_prompt
 from .completions import Completion
-from .middleware import Guard, ServeError
+from .middleware import Guard, ServeError, to_serve_error
 from .monitoring import add_routes
 from .options import ServeOptions
 from .protocol import (
@@ -31,10 +32,10 @@ from .protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    GenerationRequest,
     ResponsesRequest,
     TokenizeRequest,
     WarmRequest,
-    complaint,
 )
 from .responses import Response, Store
 from .service import Server, sse
@@ -61,46 +62,30 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=options.cors_origin, allow_methods=["*"], allow_headers=["*"],
                            expose_headers=["x-request-id", "retry-after"])
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        where, message = complaint(error.errors())
-        return _error(ServeError(400, message, param=where or None))
+    async def fail(_: Request, error: Exception) -> JSONResponse:
+        return to_serve_error(error).response
 
-    @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return _error(ServeError(400, str(error)))
+    for kind in (ServeError, RequestValidationError, HTTPException, RecursionError, MoEDRError):
+        app.add_exception_handler(kind, fail)
 
-    @app.exception_handler(ServeError)
-    async def served(_: Request, error: ServeError) -> JSONResponse:
-        return _error(error)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(ServeError(error.status_code, str(error.detail)))
-
-    @app.exception_handler(RecursionError)
-    async def nested(_: Request, error: RecursionError) -> JSONResponse:
-        return _error(ServeError(400, "the body is nested too deeply"))
-
-    @app.exception_handler(MoEDRError)
-    async def broken(_: Request, error: MoEDRError) -> JSONResponse:
-        return _error(ServeError(500, str(error), kind="server_error"))
+    async def answer(http: Request, body: GenerationRequest, make: Callable[..., Chat | Completion | Response],
+                     count: int = 1) -> Any:
+        adapter = server.admit(body, count)
+        one = await server.prepare(http, make, server, http, body, adapter)
+        if not body.stream:
+            return await one.complete(http)
+        stream = one.stream(http)
+        return StreamingResponse(stream if isinstance(one, Response) else sse(stream), media_type="text/event-stream")
 
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat(http: Request) -> Any:
         body = await server.read(http, ChatRequest)
-        adapter = server.admit(body, body.n)
-        one = await server.prepare(http, Chat, server, http, body, adapter)
-        return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
-            await one.complete(http))
+        return await answer(http, body, Chat, body.n)
 
     @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest))
     async def respond(http: Request) -> Any:
         body = await server.read(http, ResponsesRequest)
-        adapter = server.admit(body)
-        one = await server.prepare(http, Response, server, responses, http, body, adapter)
-        return StreamingResponse(one.stream(http), media_type="text/event-stream") if body.stream else (
-            await one.complete(http))
+        return await answer(http, body, functools.partial(Response, responses))
 
     @app.get("/v1/responses/{name}")
     async def response(name: str) -> dict[str, Any]:
@@ -114,10 +99,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(http: Request) -> Any:
         body = await server.read(http, CompletionRequest)
-        adapter = server.admit(body, body.n * len(body.prompts))
-        one = await server.prepare(http, Completion, server, http, body, adapter)
-        return StreamingResponse(sse(one.stream(http)), media_type="text/event-stream") if body.stream else (
-            await one.complete(http))
+        return await answer(http, body, Completion, body.n * len(body.prompts))
 
     @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
     async def embeddings(http: Request) -> Plain:
@@ -208,7 +190,3 @@ def _model(server: Server, name: str) -> dict[str, Any]:
     atlas, parent = server.llm.engine.atlas, None if server.adapter_of(name) is None else server.options.name
     return {"id": name, "object": "model", "created": server.began, "owned_by": "moe-dr", "parent": parent,
             "max_model_len": server.llm.max_length, "deepseek": {"experts": [] if atlas is None else list(atlas)}}
-
-
-def _error(error: ServeError) -> JSONResponse:
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)

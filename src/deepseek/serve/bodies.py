@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
 
-from .middleware import ServeError
-from .protocol import Body, complaint
+from .middleware import ServeError, to_serve_error
+from .protocol import Body
 
 B = TypeVar("B", bound=Body)
 LIMITS = (("objects, lists and members", b"{[:", 1 << 16), ("items", b",", 1 << 19))  # what, its marks, at most
@@ -51,15 +51,11 @@ def parse(raw: bytes, form: type[B]) -> B:
             raise ServeError(400, f"the body has more than {most:,} {what}: must have that many at most")
     try:
         given = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_json)
-    except RecursionError:
-        raise ServeError(400, "the body is nested too deeply") from None
+        return form.model_validate(given)
+    except (RecursionError, ValidationError) as error:
+        raise to_serve_error(error) from None
     except ValueError as error:  # no UTF-8, no JSON, or an integer of thousands of digits
         raise ServeError(400, f"the body is not JSON: {error}") from None
-    try:
-        return form.model_validate(given)
-    except ValidationError as error:
-        where, message = complaint(error.errors(include_url=False, include_input=False))
-        raise ServeError(400, message, param=where or None) from None
 
 
 def _no_json(word: str) -> NoReturn:

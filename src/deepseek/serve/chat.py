@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -15,7 +15,7 @@ from ..engine import LLM
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
 from .output_parser import THINK, UNTHINK, OutputParser, forced_schema
-from .protocol import ChatRequest, ContentPart, Message, TokenizeRequest, Tool
+from .protocol import ChatRequest, TokenizeRequest, Tool
 from .service import Server, event, floored, usage
 
 
@@ -27,7 +27,7 @@ def chat_prompt(llm: LLM, body: ChatRequest | TokenizeRequest) -> list[int]:
     tokenizer = llm.tokenizer
     if tokenizer is None:
         raise RequestError("a conversation needs a tokenizer, and this model was given without one")
-    llm.check_length("".join(map(said, body.messages or ())))
+    llm.check_length("".join(message.text for message in body.messages or ()))
     messages = [message.model_dump(exclude_none=True) for message in body.messages or ()]
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     if isinstance(body, ChatRequest) and body.tool_choice == "none":
@@ -39,15 +39,6 @@ def chat_prompt(llm: LLM, body: ChatRequest | TokenizeRequest) -> list[int]:
         return tokenizer.encode_chat(messages, llm.max_length, tools=tools, **variables)
     except DataError as error:  # half a surrogate pair, say
         raise RequestError(f"a message is not text: {error}") from None
-
-
-def said(message: Message) -> str:
-    """The text of a message, its parts joined."""
-    return joined(message.content)
-
-
-def joined(content: str | Sequence[ContentPart] | None) -> str:
-    return content if isinstance(content, str) else "".join(part.text or part.refusal for part in content or ())
 
 
 class Chat:
@@ -72,7 +63,7 @@ class Chat:
         params = server.params(body, max_tokens=body.max_completion_tokens or body.max_tokens,
                                json_schema=json.dumps(schema) if schema is not None else None,
                                logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-        question = said(next((m for m in reversed(body.messages) if m.role == "user"), body.messages[-1]))
+        question = next((m for m in reversed(body.messages) if m.role == "user"), body.messages[-1]).text
         domain = body.deepseek.domain or server.llm.domain_of(question)
         end = server.tokenizer.decode(ids[-16:], skip_special=False)
         thinking = end.rstrip().endswith(THINK)

@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ConfigError
 from ..files import to_json
+from .middleware import ServeError
 from .options import ServeOptions
 
 IDLE = 30  # seconds that a connection stays open for another request: longer than clients keep it, else both race
@@ -144,8 +145,7 @@ class Connection(H11Protocol):
         self.refused = True
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             kind = "server_error" if status >= 500 else "invalid_request_error"
-            body = to_json({"error": {"message": message, "type": kind, "param": None,
-                                         "code": code}})
+            body = to_json(ServeError(status, message, kind=kind, code=code).body)
             reason = "Service Unavailable" if status == 503 else "Request Timeout"
             self.transport.write(f"HTTP/1.1 {status} {reason}\r\n"
                                  f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"

@@ -11,9 +11,15 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from ..errors import ConfigError, RequestError
 from ..files import to_json
 from ..keys import check_keys
+from .protocol import complaint
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -34,6 +40,26 @@ class ServeError(Exception):
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def to_serve_error(error: Exception) -> ServeError:
+    """The response to any error."""
+    if isinstance(error, ServeError):
+        return error
+    if isinstance(error, HTTPException):
+        return ServeError(error.status_code, str(error.detail))
+    if isinstance(error, ValidationError | RequestValidationError):
+        where, message = complaint(error.errors())
+        return ServeError(400, message, param=where or None)
+    if isinstance(error, RecursionError):
+        return ServeError(400, "the body is nested too deeply")
+    if isinstance(error, RequestError):
+        return ServeError(400, str(error))
+    return ServeError(500, str(error), kind="server_error")
 
 
 class Guard:
@@ -113,7 +139,7 @@ class Guard:
                 told, cut = cut, None
                 raise told
         except ServeError as error:
-            await refuse(error, answer)
+            await error.response(scope, receive, answer)
         finally:
             self.open -= counted
             self.held -= claimed
@@ -140,14 +166,6 @@ class Guard:
 
 def busy(message: str) -> ServeError:
     return ServeError(429, message, kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
-
-
-async def refuse(error: ServeError, send: Send) -> None:
-    body = to_json(error.body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-               *((key.encode(), value.encode()) for key, value in error.headers.items())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def host_name(header: str) -> str | None:

@@ -75,13 +75,8 @@ class Sampling(Body):
     prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
 
 
-class Templating(Body):
-    """Fields that control the chat template."""
-
+class TemplateVariables(Body):
     chat_template_kwargs: dict[str, Any] = {}
-    add_generation_prompt: Flag | None = None
-    continue_final_message: Flag = False
-    reasoning_effort: Effort | None = None
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -89,6 +84,14 @@ class Templating(Body):
         if taken := {"messages", "tools", "add_generation_prompt", "continue_final_message"} & given.keys():
             raise ValueError(f"must not hold {sorted(taken)[0]!r}, which is a field of its own")
         return given
+
+
+class Templating(TemplateVariables):
+    """Fields that control the chat template."""
+
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag = False
+    reasoning_effort: Effort | None = None
 
     @model_validator(mode="after")
     def _one_end(self) -> Templating:
@@ -164,24 +167,19 @@ class StreamOptions(Body):
     include_obfuscation: Flag = False  # padding against eavesdroppers who count bytes: none is sent
 
 
-class Common(Sampling, AcceptedFields):
+class GenerationRequest(Sampling, AcceptedFields):
+    """Fields of all requests that generate text."""
+
     model: Text
-    max_tokens: Count | None = None
     temperature: Number = 1.0
     top_p: Number = 1.0
-    n: Annotated[int, Field(strict=True, ge=1, le=16)] = 1
-    stop: Stop | Annotated[Each[Stop], Field(max_length=STOPS)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
     deepseek: DeepseekOptions = DeepseekOptions()
-    presence_penalty: Number = 0.0
-    frequency_penalty: Number = 0.0
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number],
-                          _numbers("[0-9]{1,9}", "token ids")] = {}
 
     @model_validator(mode="after")
-    def _given_once(self) -> Common:
+    def _given_once(self) -> GenerationRequest:
         for name in Sampling.model_fields:
             here, there = getattr(self, name), getattr(self.deepseek, name)
             if None not in (here, there) and here != there:
@@ -196,6 +194,18 @@ class Common(Sampling, AcceptedFields):
         if both["top_k"] == -1:
             both["top_k"] = 0
         return {name: value for name, value in both.items() if value is not None}
+
+
+class Common(GenerationRequest):
+    """Fields of chat and text completions."""
+
+    max_tokens: Count | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=16)] = 1
+    stop: Stop | Annotated[Each[Stop], Field(max_length=STOPS)] | None = None
+    presence_penalty: Number = 0.0
+    frequency_penalty: Number = 0.0
+    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number],
+                          _numbers("[0-9]{1,9}", "token ids")] = {}
 
 
 PARTS = ("text", "refusal", "input_text", "output_text", "reasoning_text")  # of chat, then of /v1/responses
@@ -215,6 +225,11 @@ class ContentPart(Part):
     type: Literal["text", "refusal", "input_text", "output_text", "reasoning_text"]
     text: Text = ""
     refusal: Text = ""
+
+
+def join_parts(content: str | Sequence[ContentPart] | None) -> str:
+    """The text of a content."""
+    return content if isinstance(content, str) else "".join(part.text or part.refusal for part in content or ())
 
 
 class FunctionCall(Part):
@@ -245,6 +260,10 @@ class Message(Part):
             raise ValueError("content: must be given")
         return self
 
+    @property
+    def text(self) -> str:
+        return join_parts(self.content)
+
 
 Messages = Annotated[Each[Message], Field(min_length=1, max_length=MESSAGES)]
 
@@ -259,6 +278,20 @@ class Function(Part):
 class Tool(Part):
     type: Literal["function"] = "function"
     function: Function
+
+
+def _check_tools(names: Sequence[str], choice: Any, chosen: str | None, form: str) -> None:
+    """Whether tools agree with tool_choice, which names `chosen`, and with the type of the answer's format."""
+    if len(set(names)) < len(names):
+        raise ValueError("tools: a name comes twice")
+    if choice in (None, "none", "auto"):
+        return
+    if not names:
+        raise ValueError("tool_choice: needs tools")
+    if chosen is not None and chosen not in names:
+        raise ValueError(f"tool_choice: no tool is named {chosen!r}")
+    if form != "text":
+        raise ValueError(f"tool_choice: where a tool has to be called, the format must be text, not {form}")
 
 
 def _must_be_null(instead: str) -> Callable[[Any], None]:
@@ -321,16 +354,9 @@ class ChatRequest(Common, Templating):
         if None not in (limits := {self.max_tokens, self.max_completion_tokens}) and len(limits) > 1:
             raise ValueError(f"max_completion_tokens: is {self.max_completion_tokens}, and max_tokens is "
                              f"{self.max_tokens}: must be given once")
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise ValueError("tools: a name comes twice")
-        if self.tool_choice not in (None, "none", "auto"):
-            if not names:
-                raise ValueError("tool_choice: needs tools")
-            if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-                raise ValueError(f"tool_choice: no tool is named {self.tool_choice.function.name!r}")
-            if self.response_format is not None and self.response_format.type != "text":
-                raise ValueError("response_format: must be text where a tool has to be called")
+        _check_tools([tool.function.name for tool in self.tools or ()], self.tool_choice,
+                     self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None,
+                     "text" if self.response_format is None else self.response_format.type)
         return self
 
 
@@ -360,9 +386,8 @@ class FlatTool(Function):
     type: Literal["function"]
 
 
-class FlatNamedTool(Part):
+class FlatNamedTool(NamedFunction):
     type: Literal["function"]
-    name: Text
 
 
 class Format(Body):
@@ -389,18 +414,12 @@ class Reasoning(Body):
     summary: Literal["auto"] | None = None
 
 
-class ResponsesRequest(Sampling, AcceptedFields):
+class ResponsesRequest(GenerationRequest, TemplateVariables):
     """The body of /v1/responses. store: keep the response, so that it can be read and continued."""
 
-    model: Text
     input: Text | Annotated[Each[Item], Field(min_length=1, max_length=MESSAGES)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
-    temperature: Number = 1.0
-    top_p: Number = 1.0
-    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
-    stream: Flag = False
-    stream_options: StreamOptions | None = None
     tools: Each[FlatTool] = []
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: Flag = True
@@ -408,8 +427,6 @@ class ResponsesRequest(Sampling, AcceptedFields):
     reasoning: Reasoning = Reasoning()
     previous_response_id: Text | None = None
     store: Flag = True
-    chat_template_kwargs: dict[str, Any] = {}
-    deepseek: DeepseekOptions = DeepseekOptions()
     include: Each[Literal["reasoning.encrypted_content"]] = []  # reasoning comes and goes unencrypted
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
@@ -417,6 +434,13 @@ class ResponsesRequest(Sampling, AcceptedFields):
     max_tool_calls: None = None
     conversation: None = None
     prompt: None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> ResponsesRequest:
+        _check_tools([tool.name for tool in self.tools], self.tool_choice,
+                     self.tool_choice.name if isinstance(self.tool_choice, FlatNamedTool) else None,
+                     self.text.format.type)
+        return self
 
 
 class CompletionRequest(Common):

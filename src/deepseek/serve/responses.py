@@ -16,13 +16,27 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 
 from ..errors import MoEDRError
 from ..files import to_json
-from .chat import Chat, joined
-from .middleware import ServeError
-from .protocol import ChatRequest, Item, ResponsesRequest, complaint
+from .chat import Chat
+from .middleware import ServeError, to_serve_error
+from .protocol import (
+    MESSAGES,
+    ChatRequest,
+    FlatNamedTool,
+    FunctionCall,
+    Item,
+    Message,
+    NamedTool,
+    ResponseFormat,
+    ResponsesRequest,
+    Sampling,
+    Schema,
+    Tool,
+    ToolCall,
+    join_parts,
+)
 from .service import Server
 
 KEPT, KEPT_CHARACTERS = 1024, 64 << 20  # responses in memory
@@ -33,7 +47,7 @@ class Stored:
     """A stored response. body: as it was sent. messages: the conversation so far, without instructions."""
 
     body: dict[str, Any]
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     size: int
 
 
@@ -44,8 +58,9 @@ class Store:
         self._kept: OrderedDict[str, Stored] = OrderedDict()
         self._size = 0
 
-    def keep(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-        one = Stored(body, messages, len(json.dumps([body, messages])))
+    def keep(self, body: dict[str, Any], messages: list[Message]) -> None:
+        size = len(json.dumps(body)) + sum(len(message.model_dump_json()) for message in messages)
+        one = Stored(body, messages, size)
         self._kept[body["id"]] = one
         self._size += one.size
         while len(self._kept) > KEPT or self._size > KEPT_CHARACTERS:
@@ -63,66 +78,63 @@ class Store:
         del self._kept[name]
 
 
-def to_messages(items: str | Sequence[Item]) -> list[dict[str, Any]]:
+def to_messages(items: str | Sequence[Item]) -> list[Message]:
     """The chat messages of an input. Calls and reasoning join the assistant's message beside them."""
     if isinstance(items, str):
-        return [{"role": "user", "content": items}]
-    out: list[dict[str, Any]] = []
-    mine: dict[str, Any] | None = None  # the assistant's turn under way
+        return [Message(role="user", content=items)]
+    out: list[Message] = []
+    mine: Message | None = None  # the assistant's turn under way
     for item in items:
         if item.type == "function_call_output":
-            out.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
+            out.append(Message(role="tool", tool_call_id=item.call_id, content=join_parts(item.output)))
             mine = None
         elif item.type == "message" and item.role != "assistant":
-            out.append({"role": item.role, "content": joined(item.content)})
+            assert item.role is not None
+            out.append(Message(role=item.role, content=join_parts(item.content)))
             mine = None
         else:
-            if mine is None or (item.type != "function_call" and (mine["content"] or mine.get("tool_calls"))):
-                mine = {"role": "assistant", "content": ""}
+            if mine is None or (item.type != "function_call" and (mine.content or mine.tool_calls)):
+                mine = Message(role="assistant", content="")
                 out.append(mine)
             if item.type == "reasoning":
-                mine["reasoning_content"] = mine.get("reasoning_content", "") + joined(item.content)
+                mine.reasoning_content = (mine.reasoning_content or "") + join_parts(item.content)
             elif item.type == "function_call":
-                mine.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": {
-                    "name": item.name, "arguments": item.arguments}})
+                assert item.name is not None and item.arguments is not None
+                mine.tool_calls.append(ToolCall(
+                    id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments)))
             else:
-                mine["content"] = joined(item.content)
+                mine.content = join_parts(item.content)
     return out
 
 
-def to_chat(body: ResponsesRequest, messages: Sequence[dict[str, Any]]) -> ChatRequest:
-    """The equivalent chat request. Raises ServeError where there is none."""
-    given = body.model_dump(include={"model", "temperature", "top_p", "stream", "user", "parallel_tool_calls",
-                                     "deepseek", "chat_template_kwargs", "top_k", "min_p", "repetition_penalty",
-                                     "ignore_eos", "seed"}, exclude_unset=True)
-    given["messages"] = [*([{"role": "system", "content": body.instructions}] if body.instructions else ()), *messages]
-    given["max_completion_tokens"] = body.max_output_tokens
-    given["reasoning_effort"] = body.reasoning.effort
-    given["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
-                      for tool in body.tools]
-    choice = body.tool_choice
-    given["tool_choice"] = choice if choice is None or isinstance(choice, str) else {
-        "type": "function", "function": {"name": choice.name}}
-    form = body.text.format
-    given["response_format"] = {"type": form.type}
-    if form.type == "json_schema":
-        given["response_format"]["json_schema"] = form.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
-    try:
-        return ChatRequest.model_validate(given)
-    except ValidationError as error:
-        where, message = complaint(error.errors())
-        raise ServeError(400, message, param=where or None) from None
+def to_chat(body: ResponsesRequest, messages: Sequence[Message]) -> ChatRequest:
+    """The equivalent chat request. Its fields have been checked as those of `body`."""
+    system = [Message(role="system", content=body.instructions)] if body.instructions else []
+    choice, form = body.tool_choice, body.text.format
+    schema = None if form.json_schema is None else Schema.model_construct(json_schema=form.json_schema)
+    same = (*Sampling.model_fields, "model", "temperature", "top_p", "seed", "stream", "user", "parallel_tool_calls",
+            "deepseek", "chat_template_kwargs")
+    return ChatRequest.model_construct(
+        **{name: getattr(body, name) for name in same}, messages=[*system, *messages],
+        max_completion_tokens=body.max_output_tokens, reasoning_effort=body.reasoning.effort,
+        tools=[Tool.model_construct(function=tool) for tool in body.tools],
+        tool_choice=NamedTool.model_construct(function=choice) if isinstance(choice, FlatNamedTool) else choice,
+        response_format=ResponseFormat.model_construct(type=form.type, json_schema=schema))
+
 
 
 class Response:
     """One request to /v1/responses."""
 
-    def __init__(self, server: Server, store: Store, http: Request, body: ResponsesRequest,
+    def __init__(self, store: Store, server: Server, http: Request, body: ResponsesRequest,
                  adapter: str | None) -> None:
         self.server, self.store, self.body = server, store, body
         before = [] if body.previous_response_id is None else store.find(
             body.previous_response_id, "previous_response_id").messages
         self.messages = [*before, *to_messages(body.input)]
+        if len(self.messages) > MESSAGES:
+            raise ServeError(400, f"input: the conversation has {len(self.messages):,} messages: at most {MESSAGES:,}",
+                             param="input")
         self.chat_body = to_chat(body, self.messages)
         self.id = f"resp_{secrets.token_hex(24)}"
         self.created = int(time.time())
@@ -152,7 +164,7 @@ class Response:
                 "input_tokens_details": {"cached_tokens": request.sequence.cached_tokens}, "output_tokens": new,
                 "output_tokens_details": {"reasoning_tokens": min(new, len(self.server.tokenizer.encode(thoughts)))},
                 "total_tokens": len(request.prompt_ids) + new}
-            out |= self.server.extra(self.chat_body, self.chat.requests)
+            out |= self.chat.prompt_logprobs() | self.server.extra(self.chat_body, self.chat.requests)
         return out
 
     def item(self, kind: str, text: str, done: bool = True) -> dict[str, Any]:
@@ -188,7 +200,7 @@ class Response:
             output[-1]["status"] = "incomplete"
         body = self.body_of("completed" if reason == "stop" else "incomplete", output)
         if self.body.store and reason in ("stop", "length"):
-            self.store.keep(body, [*self.messages, answer.message()])
+            self.store.keep(body, [*self.messages, Message.model_validate(answer.message())])
         return body
 
     async def complete(self, http: Request) -> JSONResponse:
@@ -209,8 +221,8 @@ class Response:
             async for part in self._events(http):
                 yield part
         except (ServeError, MoEDRError, OSError) as error:
-            about = error.body["error"] if isinstance(error, ServeError) else {"code": "server_error", "param": None}
-            yield self.event("error", code=about["code"], message=str(error), param=about["param"])
+            about = to_serve_error(error).body["error"]
+            yield self.event("error", code=about["code"] or about["type"], message=str(error), param=about["param"])
 
     async def _events(self, http: Request) -> AsyncIterator[bytes]:
         yield self.event("response.created", response=self.body_of("in_progress", []))

@@ -26,10 +26,10 @@ from ..files import to_json
 from ..tokenizer import Tokenizer
 from .bodies import SMALL, B, parse
 from .bodies import read as read_body
-from .middleware import ServeError
+from .middleware import ServeError, busy, to_serve_error
 from .monitoring import Watch
 from .options import ServeOptions
-from .protocol import Common, DeepseekOptions, EmbeddingRequest, ResponsesRequest
+from .protocol import Common, DeepseekOptions, EmbeddingRequest, GenerationRequest
 
 T = TypeVar("T")
 POLL_SECONDS = 0.25  # seconds between two checks that the client is still connected
@@ -79,15 +79,14 @@ class Server:
                              param="model", code="model_not_found")
         return None if model == self.options.name else model
 
-    def admit(self, body: Common | ResponsesRequest | EmbeddingRequest, count: int = 1) -> str | None:
+    def admit(self, body: GenerationRequest | EmbeddingRequest, count: int = 1) -> str | None:
         """The adapter of a request with `count` answers. Raises ServeError for an unknown model or a full queue."""
         adapter = self.adapter_of(body.model)
         if self.closing:
             raise ServeError(503, "the server is shutting down", kind="server_error", headers={"retry-after": "10"})
         waiting = len(self.llm.engine.scheduler.waiting)
         if waiting + count > self.options.max_waiting:
-            raise ServeError(429, f"{waiting} requests are waiting: {self.options.max_waiting} may",
-                             kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
+            raise busy(f"{waiting} requests are waiting: {self.options.max_waiting} may")
         return adapter
 
     async def read(self, http: Request, form: type[B]) -> B:
@@ -276,5 +275,4 @@ async def sse(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             yield part
         yield DONE
     except (ServeError, MoEDRError, OSError) as error:
-        body = error.body if isinstance(error, ServeError) else ServeError(500, str(error), kind="server_error").body
-        yield event(body)
+        yield event(to_serve_error(error).body)

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..conversation import Style, normalize, of_turns, parted, thought_in
+from ..conversation import Style, inline_reasoning, normalize, of_turns, split_reasoning
 from ..data import Document, ReadReport, RecordMap, read_documents
 from ..data.held_out import count_held, held_out_place, hold_out
 from ..data.held_out import notes as split_notes
@@ -208,7 +208,7 @@ def _messages(turns: Sequence[Sequence[str]], reasoning: str) -> list[dict[str, 
     """Normalized messages of turns, without reasoning where it is to be dropped."""
     messages = normalize(of_turns(turns).messages)
     return messages if reasoning == "learn" else [
-        parted(message)[2] if message["role"] == "assistant" else message for message in messages]
+        split_reasoning(message)[2] if message["role"] == "assistant" else message for message in messages]
 
 
 def _says(message: Mapping[str, Any]) -> bool:
@@ -247,7 +247,7 @@ def _bare(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, An
     """A conversation without a chat template: `Role: text` and an empty line, turn by turn."""
     parts: list[tuple[str, bool]] = []
     for n in range(len(messages)):
-        fitted, _ = Style().fit([thought_in(messages[n])], tools if n == 0 else None)
+        fitted, _ = Style().fit([inline_reasoning(messages[n])], tools if n == 0 else None)
         for message in fitted:
             parts += [(f"{message['role'].capitalize()}: ", False), (
                 f"{message['content']}\n\n", n in learnt and message["role"] == "assistant")]
