@@ -100,18 +100,7 @@ void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const int8_t*
       }
     }
   }
-  for (int64_t t = 0; t < tokens; ++t) {
-    f16 y[R];
-    for (int r = 0; r < R; ++r) {
-      f16 s = load(acc + (t * R + r) * 16);
-      if (BITS == 8) s = to_float((i16)s);
-      y[r] = s * (load((const float*)(w + r * shape.bytes)) * scale[t]);
-    }
-    if (gated)
-      store(out + t * ld, silu(y[0]) * y[R - 1]);
-    else
-      for (int r = 0; r < R; ++r) store(out + t * ld + 16 * r, y[r]);
-  }
+  put_panels<BITS, R>(acc, w, shape, scale, tokens, gated, out, ld);
 }
 
 template <int BITS>
@@ -144,12 +133,8 @@ void all_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
 
 void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x, const int32_t* row, int64_t tokens,
             float* out, int64_t ld) {
-  if (tokens < kFew)
-    avx512_kernels->panels(w, count, bits, gated, x, row, tokens, out, ld);
-  else if (bits == 4)
-    all_panels<4>(w, count, gated, x, row, tokens, out, ld);
-  else
-    all_panels<8>(w, count, gated, x, row, tokens, out, ld);
+  if (tokens < kFew) return avx512_kernels->panels(w, count, bits, gated, x, row, tokens, out, ld);
+  (bits == 4 ? all_panels<4> : all_panels<8>)(w, count, gated, x, row, tokens, out, ld);
 }
 
 #if defined(DEEPSEEK_EMULATE_AMX)

@@ -104,10 +104,7 @@ void any_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
 
 void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x, const int32_t* row, int64_t tokens,
             float* out, int64_t ld) {
-  if (bits == 4)
-    any_panels<4>(w, count, gated, x, row, tokens, out, ld);
-  else
-    any_panels<8>(w, count, gated, x, row, tokens, out, ld);
+  (bits == 4 ? any_panels<4> : any_panels<8>)(w, count, gated, x, row, tokens, out, ld);
 }
 
 const Kernels table = {

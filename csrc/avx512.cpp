@@ -34,14 +34,15 @@ inline __m512 scales(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 
-template <int T>
-struct Pointers {
-  const int8_t* q[T];
-  const int32_t* surplus[T];
-  float scale[T];
-  Pointers(const Rows& x, const int32_t* row, int64_t t) {
-    for (int i = 0; i < T; ++i) {
-      int64_t r = row ? row[t + i] : t + i;
+// Where up to N rows of activations lie, found once for all panels.
+template <int64_t N>
+struct RowPointers {
+  const int8_t* q[N];
+  const int32_t* surplus[N];
+  float scale[N];
+  RowPointers(const Rows& x, const int32_t* row, int64_t first, int64_t count = N) {
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t r = row ? row[first + i] : first + i;
       q[i] = x.q + r * pitch_of(x.blocks), surplus[i] = x.surplus + r * x.blocks, scale[i] = x.scale[r];
     }
   }
@@ -49,7 +50,7 @@ struct Pointers {
 
 // One panel, T tokens, straight from the codes.
 template <int BITS, int T>
-inline void few(const uint8_t* panel, const Panel& shape, const Pointers<T>& x, __m512i table, __m512* y) {
+inline void few(const uint8_t* panel, const Panel& shape, const RowPointers<T>& x, __m512i table, __m512* y) {
   const uint8_t* code = panel + shape.codes;
   const __m512i low = _mm512_set1_epi8(15);
   __m512 acc[T];
@@ -100,7 +101,7 @@ template <int BITS, int T>
 void few_tokens(const uint8_t* w, int64_t count, bool gated, const Rows& x, const int32_t* row, int64_t t, float* out,
                 int64_t ld) {
   const Panel shape(x.blocks * kBlock, BITS);
-  const Pointers<T> rows(x, row, t);
+  const RowPointers<T> rows(x, row, t);
   const __m512i table = level_table();
   __m512 y[T], up[T];
   for (int64_t p = 0; p < count; p += gated ? 2 : 1) {
@@ -125,19 +126,6 @@ void unpack(const uint8_t* code, int64_t blocks, __m512i table, __m512i* to) {
     for (int64_t i = 0; i < 16 * blocks; ++i) to[i] = _mm512_xor_si512(_mm512_load_si512(code + 64 * i), flip);
 }
 
-// Where up to kMany rows of activations lie, found once for all panels.
-struct RowPointers {
-  const int8_t* q[kMany];
-  const int32_t* surplus[kMany];
-  float scale[kMany];
-  RowPointers(const Rows& x, const int32_t* row, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t r = row ? row[first + i] : first + i;
-      q[i] = x.q + r * pitch_of(x.blocks), surplus[i] = x.surplus + r * x.blocks, scale[i] = x.scale[r];
-    }
-  }
-};
-
 // What the next chunk of R panels needs from memory, asked for a little at a time while this one is computed: all at once
 // would fill the queue of outstanding reads and stop everything.
 template <int R>
@@ -153,7 +141,7 @@ struct Ahead {
 
 // R panels x T tokens x `blocks` blocks from the unpacked chunk; acc holds fp32 sums (4 bits) or int32 sums (8 bits).
 template <int BITS, int R, int T>
-inline void tile(const __m512i* w, const uint8_t* const* scale, const RowPointers& x, int64_t t0, int64_t first,
+inline void tile(const __m512i* w, const uint8_t* const* scale, const RowPointers<kMany>& x, int64_t t0, int64_t first,
                  int64_t blocks, float* acc, int64_t ld, Ahead<R>& ahead) {
   const int8_t* q[T];
   const int32_t* surplus[T];
@@ -205,32 +193,21 @@ inline void tile(const __m512i* w, const uint8_t* const* scale, const RowPointer
 }
 
 template <int BITS, int R>
-inline void tiles(const __m512i* w, const uint8_t* const* scale, const RowPointers& x, int64_t tokens, int64_t first,
-                  int64_t blocks, float* acc, Ahead<R>& ahead) {
+inline void tiles(const __m512i* w, const uint8_t* const* scale, const RowPointers<kMany>& x, int64_t tokens,
+                  int64_t first, int64_t blocks, float* acc, Ahead<R>& ahead) {
   int64_t t = 0;
   auto some = [&](auto n) {
     constexpr int T = decltype(n)::value;
     tile<BITS, R, T>(w, scale, x, t, first, blocks, acc + t * 16 * R, 16 * R, ahead);
   };
   for (; t + kTile <= tokens; t += kTile) some(std::integral_constant<int, kTile>{});
-  switch (tokens - t) {
-    case 1:
-      return some(std::integral_constant<int, 1>{});
-    case 2:
-      return some(std::integral_constant<int, 2>{});
-    case 3:
-      return some(std::integral_constant<int, 3>{});
-    case 4:
-      return some(std::integral_constant<int, 4>{});
-    case 5:
-      return some(std::integral_constant<int, 5>{});
-  }
+  with_constant<kTile - 1>(tokens - t, some);
 }
 
 // R panels times up to kMany tokens.
 template <int BITS, int R>
-void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const RowPointers& x, int64_t tokens, float* out,
-                 int64_t ld, __m512i table) {
+void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const RowPointers<kMany>& x, int64_t tokens,
+                 float* out, int64_t ld, __m512i table) {
   alignas(64) __m512i chunk[R * kChunk * 16];
   alignas(64) float acc[kMany * 16 * R];
   const uint8_t* scale[R];
@@ -248,18 +225,7 @@ void many_tokens(const uint8_t* w, bool gated, const Panel& shape, const RowPoin
     }
     tiles<BITS, R>(chunk, scale, x, tokens, b, blocks, acc, ahead);
   }
-  for (int64_t t = 0; t < tokens; ++t) {
-    f16 y[R];
-    for (int r = 0; r < R; ++r) {
-      f16 s = load(acc + (t * R + r) * 16);
-      if (BITS == 8) s = to_float((i16)s);
-      y[r] = s * (load((const float*)(w + r * shape.bytes)) * x.scale[t]);
-    }
-    if (gated)
-      store(out + t * ld, silu(y[0]) * y[R - 1]);
-    else
-      for (int r = 0; r < R; ++r) store(out + t * ld + 16 * r, y[r]);
-  }
+  put_panels<BITS, R>(acc, w, shape, x.scale, tokens, gated, out, ld);
 }
 
 template <int BITS>
@@ -270,7 +236,7 @@ void any_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
     const __m512i table = level_table();
     for (int64_t t = 0; t < tokens; t += kMany, out += kMany * ld) {
       const int64_t n = tokens - t < kMany ? tokens - t : kMany;
-      const RowPointers rows(x, row, t, n);
+      const RowPointers<kMany> rows(x, row, t, n);
       int64_t p = 0;
       for (; p + 2 <= count; p += 2)
         many_tokens<BITS, 2>(w + p * shape.bytes, gated, shape, rows, n, out + (gated ? 8 : 16) * p, ld, table);
@@ -278,30 +244,13 @@ void any_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
     }
     return;
   }
-  switch (tokens) {
-    case 1:
-      return few_tokens<BITS, 1>(w, count, gated, x, row, 0, out, ld);
-    case 2:
-      return few_tokens<BITS, 2>(w, count, gated, x, row, 0, out, ld);
-    case 3:
-      return few_tokens<BITS, 3>(w, count, gated, x, row, 0, out, ld);
-    case 4:
-      return few_tokens<BITS, 4>(w, count, gated, x, row, 0, out, ld);
-    case 5:
-      return few_tokens<BITS, 5>(w, count, gated, x, row, 0, out, ld);
-    case 6:
-      return few_tokens<BITS, 6>(w, count, gated, x, row, 0, out, ld);
-    case 7:
-      return few_tokens<BITS, 7>(w, count, gated, x, row, 0, out, ld);
-  }
+  with_constant<kFew - 1>(tokens,
+                          [&](auto n) { few_tokens<BITS, decltype(n)::value>(w, count, gated, x, row, 0, out, ld); });
 }
 
 void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x, const int32_t* row, int64_t tokens,
             float* out, int64_t ld) {
-  if (bits == 4)
-    any_panels<4>(w, count, gated, x, row, tokens, out, ld);
-  else
-    any_panels<8>(w, count, gated, x, row, tokens, out, ld);
+  (bits == 4 ? any_panels<4> : any_panels<8>)(w, count, gated, x, row, tokens, out, ld);
 }
 
 const Kernels table = {"avx512_vnni",       quantize_weights, quantize,     panels,          dense_panels<uint16_t>,

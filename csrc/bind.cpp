@@ -22,6 +22,38 @@ T* at(uintptr_t p) {
 }
 
 using release = nb::call_guard<nb::gil_scoped_release>;
+using Steps = std::array<int64_t, 5>;  // of a Heads: address, batch step, head step, row step, width
+
+// How an argument comes from Python.
+template <typename T>
+struct Argument {
+  using Given = T;
+  static T from(T given) { return given; }
+};
+template <typename T>
+struct Argument<T*> {
+  using Given = uintptr_t;
+  static T* from(uintptr_t given) { return at<T>(given); }
+};
+template <>
+struct Argument<Kind> {
+  using Given = int;
+  static Kind from(int given) { return (Kind)given; }
+};
+template <>
+struct Argument<const Heads&> {
+  using Given = const Steps&;
+  static Heads from(const Steps& s) { return {at<void>((uintptr_t)s[0]), s[1], s[2], s[3], s[4]}; }
+};
+
+// Defines a function whose arguments need nothing else.
+template <typename... Arguments>
+void define(nb::module_& m, const char* name, void (*function)(Arguments...)) {
+  auto call = [function](typename Argument<Arguments>::Given... given) {
+    function(Argument<Arguments>::from(given)...);
+  };
+  m.def(name, call, release());
+}
 
 }  // namespace
 
@@ -107,13 +139,7 @@ NB_MODULE(_native, m) {
         },
         release());
 
-  m.def("quantized_groups",
-        [](uintptr_t x, int64_t tokens, int64_t groups, int64_t columns, int64_t token_stride, int64_t group_stride,
-           uintptr_t w, int64_t stride, int64_t rows, int bits, uintptr_t out, int threads) {
-          quantized_groups(at<float>(x), tokens, groups, columns, token_stride, group_stride, at<uint8_t>(w), stride, rows,
-                           bits, at<float>(out), threads);
-        },
-        release());
+  define(m, "quantized_groups", quantized_groups);
 
   m.def("quantized_experts",
         [](uintptr_t x, int64_t tokens, int64_t hidden, uintptr_t index, uintptr_t weight, int64_t top,
@@ -132,11 +158,7 @@ NB_MODULE(_native, m) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg("residency").none() = nb::none(), nb::arg("moe_layer") = 0,
         release());
 
-  m.def("panel_linear",
-        [](uintptr_t x, int64_t tokens, int64_t columns, uintptr_t w, bool bf16, int64_t rows, uintptr_t out, int threads) {
-          panel_linear(at<float>(x), tokens, columns, at<void>(w), bf16, rows, at<float>(out), threads);
-        },
-        release());
+  define(m, "panel_linear", panel_linear);
 
   m.def("choose_experts",
         [](uintptr_t logits, int64_t tokens, int64_t experts, int64_t groups, int64_t kept_groups, int64_t top,
@@ -158,10 +180,7 @@ NB_MODULE(_native, m) {
         },
         release());
 
-  m.def("rms_norm",
-        [](uintptr_t x, int64_t tokens, int64_t width, int64_t stride, uintptr_t w, float eps, uintptr_t out,
-           int threads) { rms_norm(at<float>(x), tokens, width, stride, at<float>(w), eps, at<float>(out), threads); },
-        release());
+  define(m, "rms_norm", rms_norm);
 
   m.def("mla_absorbed",
         [](uintptr_t q_latent, uintptr_t q_rope, uintptr_t cache, uintptr_t begin, uintptr_t past, uintptr_t block_begin,
@@ -181,7 +200,7 @@ NB_MODULE(_native, m) {
         },
         release());
 
-  // ---- training: a Heads comes as (address, batch step, head step, row step, width) ---------------------------------
+  // ---- training -----------------------------------------------------------------------------------------------------
   m.def("product",
         [](uintptr_t a, int64_t a_stride, int a_kind, bool a_transposed, uintptr_t b, int64_t b_stride, int b_kind,
            bool b_transposed, int64_t rows, int64_t columns, int64_t inner, uintptr_t out, int out_kind, int threads) {
@@ -212,55 +231,13 @@ NB_MODULE(_native, m) {
         },
         release());
 
-  using Steps = std::array<int64_t, 5>;
-  static const auto heads = [](const Steps& s) { return Heads{at<void>((uintptr_t)s[0]), s[1], s[2], s[3], s[4]}; };
-  m.def("attention_forward",
-        [](const Steps& q, const Steps& k, const Steps& v, const Steps& out, int kind, int64_t batch, int64_t count,
-           int64_t length, float scale, uintptr_t probs, int threads) {
-          attention_forward(heads(q), heads(k), heads(v), heads(out), (Kind)kind, batch, count, length, scale,
-                            at<void>(probs), threads);
-        },
-        release());
-  m.def("attention_backward",
-        [](const Steps& q, const Steps& k, const Steps& v, const Steps& dout, const Steps& dq, const Steps& dk,
-           const Steps& dv, int kind, int64_t batch, int64_t count, int64_t length, float scale, uintptr_t probs,
-           int threads) {
-          attention_backward(heads(q), heads(k), heads(v), heads(dout), heads(dq), heads(dk), heads(dv), (Kind)kind,
-                             batch, count, length, scale, at<void>(probs), threads);
-        },
-        release());
+  define(m, "attention_forward", attention_forward);
+  define(m, "attention_backward", attention_backward);
 
-  m.def("head_loss",
-        [](uintptr_t x, int kind, uintptr_t w, int w_kind, uintptr_t label, int64_t rows, int64_t hidden, int64_t vocab,
-           float scale, int64_t chunk, uintptr_t loss, uintptr_t dx, uintptr_t dw, int threads) {
-          head_loss(at<void>(x), (Kind)kind, at<void>(w), (Kind)w_kind, at<int64_t>(label), rows, hidden, vocab, scale,
-                    chunk, at<float>(loss), at<float>(dx), at<float>(dw), threads);
-        },
-        release());
+  define(m, "head_loss", head_loss);
 
-  m.def("norm_forward",
-        [](uintptr_t x, int kind, uintptr_t w, int64_t rows, int64_t width, float eps, uintptr_t y, uintptr_t r,
-           int threads) {
-          norm_forward(at<void>(x), (Kind)kind, at<float>(w), rows, width, eps, at<void>(y), at<float>(r), threads);
-        },
-        release());
-  m.def("norm_backward",
-        [](uintptr_t x, uintptr_t dy, int kind, uintptr_t w, uintptr_t r, int64_t rows, int64_t width, uintptr_t dx,
-           uintptr_t parts, uintptr_t dw, int threads) {
-          norm_backward(at<void>(x), at<void>(dy), (Kind)kind, at<float>(w), at<float>(r), rows, width, at<void>(dx),
-                        at<float>(parts), at<float>(dw), threads);
-        },
-        release());
-  m.def("swiglu_forward",
-        [](uintptr_t gate, uintptr_t up, int kind, int64_t count, uintptr_t h, int threads) {
-          swiglu_forward(at<void>(gate), at<void>(up), (Kind)kind, count, at<void>(h), threads);
-        },
-        release());
-  m.def("swiglu_backward",
-        [](uintptr_t dh, uintptr_t gate, uintptr_t up, int kind, int64_t count, uintptr_t d_gate, uintptr_t d_up,
-           int threads) {
-          swiglu_backward(at<void>(dh), at<void>(gate), at<void>(up), (Kind)kind, count, at<void>(d_gate),
-                          at<void>(d_up), threads);
-        },
-        release());
+  define(m, "norm_forward", norm_forward);
+  define(m, "norm_backward", norm_backward);
+  define(m, "swiglu_forward", swiglu_forward);
+  define(m, "swiglu_backward", swiglu_backward);
 }

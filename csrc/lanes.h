@@ -77,6 +77,15 @@ INLINE f16 choose(i16 where, f16 a, f16 b) {
 #endif
 }
 
+// Calls `work` with the constant that equals n, of 1 to N; for another n not at all.
+template <int N, typename Work>
+INLINE void with_constant(int64_t n, const Work& work) {
+  if constexpr (N > 0) {
+    if (n == N) return work(std::integral_constant<int, N>{});
+    with_constant<N - 1>(n, work);
+  }
+}
+
 inline i16 larger(i16 a, i16 b) { return a > b ? a : b; }
 inline f16 larger(f16 a, f16 b) {
 #if defined(BY_HALVES)
@@ -194,6 +203,24 @@ INLINE f16 exponential(f16 x) {
 }
 
 INLINE f16 silu(f16 x) { return x / (1.0f + exponential(-x)); }
+
+// Results of R panels from their sums, acc [tokens][R][16]: FP32 (4 bits) or int32 (8 bits).
+template <int BITS, int R>
+INLINE void put_panels(const float* acc, const uint8_t* w, const Panel& shape, const float* scale, int64_t tokens,
+                       bool gated, float* out, int64_t ld) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    f16 y[R];
+    for (int r = 0; r < R; ++r) {
+      f16 s = load(acc + (t * R + r) * 16);
+      if (BITS == 8) s = to_float((i16)s);
+      y[r] = s * (load((const float*)(w + r * shape.bytes)) * scale[t]);
+    }
+    if (gated)
+      store(out + t * ld, silu(y[0]) * y[R - 1]);
+    else
+      for (int r = 0; r < R; ++r) store(out + t * ld + 16 * r, y[r]);
+  }
+}
 
 INLINE part part_from_bf16(const uint16_t* p) {
 #if defined(__AVX512F__)

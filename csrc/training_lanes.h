@@ -224,24 +224,8 @@ void tile_product(const float* a, const float* b, int64_t depth, float* tile) {
 
 template <bool TRANSPOSED>
 inline void some_rows(int64_t rows, const float* a, const float* b, int64_t depth, float* tile) {
-  switch ((rows + 1) / 2) {
-    case 1:
-      return tile_product<2, TRANSPOSED>(a, b, depth, tile);
-    case 2:
-      return tile_product<4, TRANSPOSED>(a, b, depth, tile);
-    case 3:
-      return tile_product<6, TRANSPOSED>(a, b, depth, tile);
-#if defined(__AVX512F__)
-    case 4:
-      return tile_product<8, TRANSPOSED>(a, b, depth, tile);
-    case 5:
-      return tile_product<10, TRANSPOSED>(a, b, depth, tile);
-    case 6:
-      return tile_product<12, TRANSPOSED>(a, b, depth, tile);
-    case 7:
-      return tile_product<14, TRANSPOSED>(a, b, depth, tile);
-#endif
-  }
+  with_constant<kTileRows / 2>((rows + 1) / 2,
+                               [&](auto n) { tile_product<2 * decltype(n)::value, TRANSPOSED>(a, b, depth, tile); });
 }
 
 void multiply(const float* a, bool transposed, int64_t rows, const float* b, int64_t panel, int64_t depth,
