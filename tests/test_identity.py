@@ -82,6 +82,6 @@ def test_read_from_the_files_it_is_the_loaded_models(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     folder = save_model(model, tmp_path / "model")
-    monkeypatch.setattr("deepseek.checkpoint.identity._ROWS", 1)  # blocks of 128 rows
+    monkeypatch.setattr("deepseek.checkpoint.files.CHUNK", 1)  # blocks of 128 rows
     config, _, files = open_checkpoint(folder)
     assert stored_fingerprint(config, files, stored_dtype(files)) == of(load_model(folder))

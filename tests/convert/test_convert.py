@@ -145,7 +145,7 @@ def test_large_matrices_are_cut_into_row_blocks(source: Callable, monkeypatch: p
     """The size of the blocks cannot be seen in the result."""
     folder = source(torch.float32, vocab_size=700, intermediate_size=300)
     whole, _ = quiet(folder)
-    monkeypatch.setattr(writing, "CHUNK", 1)  # as few as rows go together: 128
+    monkeypatch.setattr("deepseek.checkpoint.files.CHUNK", 1)  # as few as rows go together: 128
     cut, _ = quiet(folder, name="cut")
     for file in ("model.safetensors", "config.json"):
         assert (whole / file).read_bytes() == (cut / file).read_bytes()

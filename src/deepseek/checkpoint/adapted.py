@@ -11,12 +11,11 @@ from ..config import ModelConfig
 from ..errors import ConfigError
 from ..model import CausalLM
 from .adapter_files import Delta, LoRA, read_adapter
-from .files import TORCH_DTYPES, TensorFiles
+from .files import TORCH_DTYPES, TensorFiles, row_blocks
 from .identity import check_base, stored_fingerprint
 from .models import check_tensors, stored_dtype
 
 KEPT = 0.9  # of what an adapter adds, which the base's own dtype must hold
-_ROWS = 1 << 20  # numbers at a time
 
 
 class AdaptedFiles(TensorFiles):
@@ -34,8 +33,7 @@ class AdaptedFiles(TensorFiles):
         an adapter that adds nothing."""
         super().__init__(files.folder, verify=False)
         self.plain, self.adapter, self.own = files, adapter, stored_dtype(files)
-        with torch.device("meta"):
-            check_tensors(CausalLM(config), files)
+        check_tensors(CausalLM.on_meta(config), files)
         adapter.check_fits(config)
         if isinstance(adapter, LoRA) and adapter.untrained:
             raise ConfigError(f"{adapter.folder}: would change nothing: every B is zero, the adapter was never trained")
@@ -82,10 +80,9 @@ class AdaptedFiles(TensorFiles):
             return 1.0
         stored = added = 0.0
         for name in sorted(self._changed):
-            height = max(128, _ROWS // self.shape(name)[1] // 128 * 128)
-            for start in range(0, self.shape(name)[0], height):
-                w = self._as_loaded(name, start, start + height)
-                d = self.adapter.added(name, start, start + len(w))
+            for start, stop in row_blocks(self.shape(name)):
+                w = self._as_loaded(name, start, stop)
+                d = self.adapter.added(name, start, stop)
                 stored += float(((w + d).to(dtype).float() - w).flatten().double() @ d.flatten().double())
                 added += float(d.flatten().double().square().sum())
         return stored / added if added else 1.0

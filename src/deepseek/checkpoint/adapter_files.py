@@ -98,10 +98,7 @@ class Adapter:
 
     def _number(self, name: str) -> Tensor:
         """A tensor in float32. Raises CheckpointError where it has a value that is not finite."""
-        tensor = self.tensors.read(name, torch.float32)
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{self.tensors.file(name)}: {name} holds values that are not finite")
-        return tensor
+        return self.tensors.finite(name, self.tensors.read(name, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,7 @@ class Delta(Adapter):
         return frozenset(self.names)
 
     def check_fits(self, config: ModelConfig) -> None:
-        with torch.device("meta"):
-            places = base_tensors(CausalLM(config))
+        places = base_tensors(CausalLM.on_meta(config))
         for name, stored in self.names.items():
             if name not in places:
                 raise CheckpointError(f"{self.folder}: {_no_place(name, config, _last(places))}")
@@ -127,10 +123,7 @@ class Delta(Adapter):
 
     def merged(self, name: str, start: int, rows: Tensor) -> Tensor:
         stored = self.names[name]
-        new = self.tensors.read_rows(stored, start, start + len(rows), torch.float32)
-        if not bool(new.isfinite().all()):
-            raise CheckpointError(f"{self.where(name)}: {stored} holds values that are not finite")
-        return new
+        return self.tensors.finite(stored, self.tensors.read_rows(stored, start, start + len(rows), torch.float32))
 
     def where(self, name: str) -> Path:
         return self.tensors.file(self.names[name])
@@ -154,8 +147,7 @@ class LoRA(Adapter):
         return frozenset(f"{module}.weight" for module in self.modules)
 
     def check_fits(self, config: ModelConfig) -> None:
-        with torch.device("meta"):
-            model = CausalLM(config)
+        model = CausalLM.on_meta(config)
         places: dict[str, tuple[Any, Any]] = {
             name: (module.out_features, module.in_features) for name, module in linears(model).items()}
         inner, hidden = config.moe_intermediate_size, config.hidden_size

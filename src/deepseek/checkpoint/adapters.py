@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from ..quant.linear import QuantConfig, allow_adapters, is_quantized
 from .adapter_files import Delta, read_adapter
 from .adapter_keys import BASE, DELTA, FORMAT, OURS, PEFT, SOURCE, WEIGHTS
 from .files import write_manifest
-from .identity import check_base, fingerprint, source_of, tensor_hashes
+from .identity import check_base, fingerprints, source_of
 from .names import quantized_targets
 
 _PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -57,8 +56,7 @@ def save_delta(folder: str | Path, tensors: Mapping[str, Tensor], base: str, abo
 def check_targets(config: ModelConfig, quant: QuantConfig | None, targets: Sequence[str]) -> None:
     """Raises ConfigError for a target that matches nothing in such a model, or one that names a packed MLP: gate, up
     and down of it are no modules of their own, and to leave them out would be another adapter than was asked for."""
-    with torch.device("meta"):
-        plain = CausalLM(config)
+    plain = CausalLM.on_meta(config)
     packed_targets = quantized_targets(plain, quant) if quant is not None else []
     packed = tuple(f"{target.module}." for target in packed_targets if target.kind == "mlp")
     for target, names in resolve_targets(plain, targets).items():
@@ -147,8 +145,7 @@ def apply(model: CausalLM, folder: str | Path, *, verify: bool = True) -> None:
                               "quantize the plain one with it (`deepseek quantize PLAIN OUT --adapter DELTA`)")
     adapter.check_fits(model.config)
     if verify and adapter.made_for:  # peft itself writes no base, nor does ESFT's code
-        there = [fingerprint(tensor_hashes(model), model.config), *filter(None, [source_of(model)])]
-        check_base(there, adapter.made_for, adapter.folder, adapter.base_name)
+        check_base(fingerprints(model), adapter.made_for, adapter.folder, adapter.base_name)
     if isinstance(adapter, Delta):
         adapter.put_into(model)
         return

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,10 @@ EXPERT_USE = "expert_use.json"  # which experts ran (engine/warmup.py): grows be
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32}
 _WEIGHTS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I4")
+
+
+CHUNK = 1 << 20  # numbers of a tensor that are worked on at a time
+_T = TypeVar("_T")
 
 
 class Span(NamedTuple):
@@ -130,6 +134,13 @@ class TensorFiles:
         if kind == "F8_E4M3":
             self._scale_of(name)
 
+    def finite(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a tensor, unchanged. Raises CheckpointError for a value that is not finite."""
+        if not bool(rows.isfinite().all()):
+            why = ", or beyond what float16 can hold" if rows.dtype == torch.float16 else ""
+            raise CheckpointError(f"{self.file(name)}: {name} holds values that are not finite{why}")
+        return rows
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, dequantized where it is FP8, in `dtype` if given.
 
@@ -200,6 +211,27 @@ class TensorFiles:
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {name}: {error}") from None
         return tensor if dtype is None else tensor.to(dtype)
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Row blocks of about CHUNK numbers: multiples of 128, which FP8 blocks and panels divide."""
+    height = max(128, CHUNK // max(1, math.prod(shape[1:])) // 128 * 128)
+    return ((start, min(start + height, shape[0])) for start in range(0, shape[0], height))
+
+
+def divide(parts: Iterable[_T], size: Callable[[_T], int], shard_bytes: int) -> dict[str, list[_T]]:
+    """File name -> its parts, in order, as many as fit into shard_bytes."""
+    shards: list[list[_T]] = [[]]
+    room = shard_bytes
+    for part in parts:
+        if size(part) > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(part)
+        room -= size(part)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def _pointer(file: Path) -> str:

@@ -24,15 +24,14 @@ from ..model import CausalLM
 from ..model.adapter import UNMERGED
 from ..progress import ProgressBar
 from ..quant.linear import QuantizedExperts, is_quantized
-from .files import TensorFiles
-from .names import hf_names
+from .files import TensorFiles, row_blocks
+from .names import on_disk
 
 # of config.json, what changes the logits of the same tensors
 FUNCTION_KEYS = (
     "num_attention_heads num_experts_per_tok n_group topk_group topk_method scoring_func norm_topk_prob "
     "routed_scaling_factor qk_nope_head_dim qk_rope_head_dim v_head_dim rope_theta rope_interleave rms_norm_eps "
     "tie_word_embeddings hidden_act").split()
-_ROWS = 1 << 22  # numbers that are hashed at a time
 
 Progress = Callable[[int, int], None]
 
@@ -51,8 +50,7 @@ def base_tensors(model: CausalLM) -> dict[str, Tensor]:
         state.pop("lm_head.weight", None)
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        for disk_name, part in hf_names(name, model.config):
-            out[disk_name] = tensor if part is None else tensor[part[0]][part[1]]
+        out |= on_disk(name, tensor, model.config)
     return out
 
 
@@ -70,16 +68,12 @@ def tensor_hashes(model: CausalLM, progress: Progress | None = None) -> dict[str
 def stored_fingerprint(config: ModelConfig, files: TensorFiles, dtype: torch.dtype, progress: bool = False) -> str:
     """`fingerprint` of the model that `load_model` makes of a plain checkpoint with weights of `dtype`, read some
     megabytes at a time."""
-    with torch.device("meta"):
-        tensors = base_tensors(CausalLM(config.with_(num_nextn_predict_layers=0)))
+    tensors = base_tensors(CausalLM.on_meta(config.with_(num_nextn_predict_layers=0)))
     out: dict[str, str] = {}
     for name, tensor in ProgressBar(tensors.items(), desc="hash the source", unit="tensor", leave=False,
                                     disable=not progress):
         kind, shape = torch.float32 if name.endswith("correction_bias") else dtype, tuple(tensor.shape)
-        height = max(128, _ROWS // max(1, tensor[:1].numel()) // 128 * 128)
-        blocks = (files.read_rows(name, start, min(start + height, shape[0]), kind)
-                  for start in range(0, shape[0], height))
-        out[name] = _digest(kind, shape, blocks)
+        out[name] = _digest(kind, shape, (files.read_rows(name, *rows, kind) for rows in row_blocks(shape)))
     return fingerprint(out, config)
 
 
@@ -118,6 +112,11 @@ def source_of(model: CausalLM) -> str | None:
         return None
     source = (model.config.extra.get("quantization_config") or {}).get("source")
     return source if isinstance(source, str) else None
+
+
+def fingerprints(model: CausalLM) -> list[str]:
+    """Those by which adapters may know a model: its own, and its source's where it is quantized."""
+    return [fingerprint(tensor_hashes(model), model.config), *filter(None, [source_of(model)])]
 
 
 def check_base(there: Sequence[str], made_for: Sequence[str], what: object, name: str = "") -> None:

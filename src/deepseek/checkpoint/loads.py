@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ..config import ModelConfig
 from ..errors import CheckpointError, MoEDRError
 from ..model import CausalLM
@@ -16,7 +14,7 @@ from ..quant.linear import QuantConfig
 from ..tokenizer import Tokenizer
 from .files import TensorFiles
 from .models import check_names, check_tensors, fitted
-from .names import INDEX, Names, hf_names, other_weights, packed_bytes, quantized_targets, units, weight_map_of
+from .names import INDEX, Names, on_disk, other_weights, packed_bytes, quantized_targets, units, weight_map_of
 
 
 class Verdict(NamedTuple):
@@ -64,8 +62,7 @@ def _weights(folder: Path, config: ModelConfig, quant: QuantConfig | None) -> tu
 
 
 def _check(config: ModelConfig, quant: QuantConfig | None, files: Names | TensorFiles) -> None:
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = CausalLM.on_meta(config)
     if quant is None and isinstance(files, TensorFiles):
         check_tensors(model, files)
         return
@@ -97,5 +94,4 @@ def _stored(model: CausalLM, quant: QuantConfig | None) -> Iterator[tuple[str, t
         if (name.startswith(inside) and not name.endswith(".bias")) or (
                 name == "lm_head.weight" and config.tie_word_embeddings and not apart):
             continue
-        for on_disk, part in hf_names(name, config):
-            yield on_disk, tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape), ""
+        yield from ((disk_name, tuple(piece.shape), "") for disk_name, piece in on_disk(name, tensor, config).items())

@@ -23,12 +23,11 @@ from ..model.layers import rotary_frequencies
 from ..quant.fused import fuse
 from ..quant.linear import QuantConfig, is_quantized, replace_module
 from .adapters import apply
-from .files import Span, TensorFiles, write_manifest
-from .names import INDEX, Names, hf_names, outside_index, packed_bytes, quantized_targets, resolve, units
+from .files import Span, TensorFiles, divide, row_blocks, write_manifest
+from .names import INDEX, Names, on_disk, outside_index, packed_bytes, quantized_targets, resolve, units
 from .several import put_beside, read_several
 
 SHARD_BYTES = 5 << 30
-_ROWS = 1024  # of a head at a time
 _LAYER, _EXPERT = (re.compile(pattern) for pattern in (r"^model\.layers\.(\d+)\.", r"\.experts\.(\d+)\."))
 
 Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
@@ -82,8 +81,7 @@ def load_model(
     Raises NotFoundError, CheckpointError or ConfigError, each naming the file.
     """
     config, quant, files = open_checkpoint(path_or_name, verify=verify)
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = CausalLM.on_meta(config)
     if quant is not None:
         if dtype not in ("auto", "float32", torch.float32):
             raise ConfigError(f"dtype = {dtype}: a quantized checkpoint computes in float32 (auto)")
@@ -118,8 +116,8 @@ def _has_own_head(files: TensorFiles) -> bool:
         return False
     if (shape := files.shape(head)) != files.shape(table):
         return True
-    return not all(torch.equal(*(files.read_rows(name, start, start + _ROWS, torch.float32) for name in (head, table)))
-                   for start in range(0, shape[0], _ROWS))
+    return not all(torch.equal(*(files.read_rows(name, *rows, torch.float32) for name in (head, table)))
+                   for rows in row_blocks(shape))
 
 
 def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
@@ -128,8 +126,7 @@ def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
     config, quant, files = open_checkpoint(path_or_name, verify=False)
     if quant is None:
         return {}
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = CausalLM.on_meta(config)
     layers = {f"model.layers.{layer}.mlp.experts": layer for layer in config.moe_layers}
     return {layers[target.module]: [files.place(f"{unit.stem}.packed") for unit in units(target, config)]
             for target in quantized_targets(model, quant) if target.module in layers}
@@ -161,19 +158,18 @@ _DERIVED = re.compile(
     r".*(_scale_inv|rotary_emb\.inv_freq)|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 
 
-def _parts(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor as files have it: its name there, and the part of the model that it fills."""
+def stored_parts(model: CausalLM) -> Iterator[tuple[str, str, Tensor]]:
+    """Every tensor as plain files have it: its name here, its name there, and the part of the model that it fills."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            for disk_name, part in hf_names(name, model.config):
-                yield disk_name, tensor.data if part is None else tensor.data[part[0]][part[1]]
+            yield from ((name, *part) for part in on_disk(name, tensor.data, model.config).items())
 
 
 def check_tensors(model: CausalLM, files: TensorFiles) -> None:
     """Raises CheckpointError where names or shapes are not the model's, which may be on the meta device."""
     used = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing: list[str] = []
-    for name, place in _parts(model):
+    for _, name, place in stored_parts(model):
         if name not in files:
             missing.append(name)
             continue
@@ -186,7 +182,7 @@ def check_tensors(model: CausalLM, files: TensorFiles) -> None:
 
 
 def _fill(model: CausalLM, files: TensorFiles) -> None:
-    for name, place in _parts(model):
+    for _, name, place in stored_parts(model):
         place.copy_(files.read(name, place.dtype))
 
 
@@ -240,8 +236,8 @@ def _fill_quantized(
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_meta or (name == "lm_head.weight" and tied):
             continue
-        pieces = [stored(on_disk, None, tuple(tensor.shape) if part is None else tuple(tensor[part[0]][part[1]].shape))
-                  for on_disk, part in hf_names(name, config)]
+        pieces = [stored(disk_name, None, tuple(piece.shape))
+                  for disk_name, piece in on_disk(name, tensor, config).items()]
         if not missing:
             whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(tensor.shape)
             plain[name] = whole.float() if whole.ndim == 1 else whole
@@ -295,8 +291,7 @@ def save_model(
     with replace_folder(path) as folder:
         config = model.config.with_(num_nextn_predict_layers=len(model.model.mtp))
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-        keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
-        write_json(folder / "config.json", keys | {"torch_dtype": dtype})
+        write_json(folder / "config.json", plain_keys(config, dtype))
         main, mtp = _disk_tensors(model)
         _write_shards(folder, main, shard_bytes)
         if mtp:
@@ -311,35 +306,24 @@ def save_model(
     return Path(path)
 
 
+def plain_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Keys of a plain checkpoint's config.json."""
+    keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
+    return keys | {"torch_dtype": dtype}
+
+
 def _disk_tensors(model: CausalLM) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     main: dict[str, Tensor] = {}
     mtp: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        inside = outside_index(name, model.config)
-        for disk_name, part in hf_names(name, model.config):
-            piece = tensor if part is None else tensor[part[0]][part[1]]
-            (mtp if inside else main)[disk_name] = piece.detach().contiguous().cpu()
+    for name, disk_name, tensor in stored_parts(model):
+        (mtp if outside_index(name, model.config) else main)[disk_name] = tensor.contiguous().cpu()
     return main, mtp
 
 
 def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    room = shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.nbytes for t in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    shards = divide(tensors, lambda name: tensors[name].nbytes, shard_bytes)
+    for file, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                                    "weight_map": {name: file for file, names in shards.items() for name in names}})

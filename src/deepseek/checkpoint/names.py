@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ..config import PRESETS, ModelConfig
 from ..errors import CheckpointError, NotFoundError, nearest, shown
 from ..files import leads_out, read_json
@@ -188,6 +190,12 @@ def hf_names(name: str, config: ModelConfig) -> list[tuple[str, tuple[int, slice
         return [(f"{stem}.{e}.{part}.weight", (e, where)) for e in range(config.n_routed_experts)
                 for part, where in rows.items()]
     return [(name, None)]
+
+
+def on_disk(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensor `name` of the model as files have it: names there, and views."""
+    return {disk_name: tensor if part is None else tensor[part[0]][part[1]]
+            for disk_name, part in hf_names(name, config)}
 
 
 def outside_index(name: str, config: ModelConfig) -> bool:

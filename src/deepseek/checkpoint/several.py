@@ -15,7 +15,7 @@ from ..ops.native import native
 from ..quant.linear import QuantConfig
 from .adapter_files import Delta, LoRA, read_adapter
 from .adapters import check_targets
-from .identity import check_base, fingerprint, source_of, tensor_hashes
+from .identity import check_base, fingerprints
 
 UNNAMED = "unnamed"  # a LoRA adapter that stands for the whole model
 
@@ -66,7 +66,7 @@ def read_several(model: CausalLM, folders: Mapping[str, str | Path], *, verify: 
             raise ConfigError(f"adapter {name}: the model has an adapter of this name already")
         adapter.check_fits(model.config)
         if verify and adapter.made_for:
-            there = there or [fingerprint(tensor_hashes(model), model.config), *filter(None, [source_of(model)])]
+            there = there or fingerprints(model)
             check_base(there, adapter.made_for, adapter.folder, adapter.base_name)
         try:
             if (quant := QuantConfig.of(model.config, "the base")) is not None:

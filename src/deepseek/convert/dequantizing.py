@@ -10,24 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint import (
-    TORCH_DTYPES,
-    TensorFiles,
-    check_tensors,
-    hf_names,
-    load_model,
-    open_checkpoint,
-    outside_index,
-    quantized_targets,
-    units,
-)
+from ..checkpoint import TORCH_DTYPES, TensorFiles, load_model, open_checkpoint, outside_index, quantized_targets, units
+from ..checkpoint.files import divide, row_blocks
+from ..checkpoint.models import check_tensors, plain_keys, stored_parts
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..files import locked
 from ..model import CausalLM
 from ..ops import panels
 from ..quant.linear import QuantConfig, QuantTarget
-from .writing import SHARD_BYTES, Part, Writer, copied, divide, finite, free_folder, row_blocks
+from .writing import SHARD_BYTES, Part, Writer, copied, free_folder
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -60,22 +52,15 @@ def write_plain(
     """Write the two parts of a plan as a plain checkpoint. also: further JSON files beside it."""
     main, mtp = plan
     writer = Writer(out, key | {"shard_bytes": shard_bytes}, files, resume)
-    writer.write(divide(main, shard_bytes) | ({"mtp.safetensors": mtp} if mtp else {}), {}, progress)
+    writer.write(divide(main, Part.size, shard_bytes) | ({"mtp.safetensors": mtp} if mtp else {}), {}, progress)
     writer.publish(plain_keys(config, dtype), also)
-
-
-def plain_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Keys of a plain checkpoint's config.json."""
-    keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file
-    return keys | {"torch_dtype": dtype}
 
 
 def plan_plain(
     config: ModelConfig, quant: QuantConfig | None, files: TensorFiles, kind: str
 ) -> tuple[list[Part], list[Part]]:
     """Plan the tensors of a plain checkpoint as `save_model` writes them, those of mtp.safetensors apart."""
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = CausalLM.on_meta(config)
     if quant is None:
         check_tensors(model, files)
     made: dict[str, Callable[[], Iterator[Tensor]]] = {}
@@ -86,14 +71,10 @@ def plan_plain(
                      for which, name in enumerate(unit.weights)}
     main: list[Part] = []
     mtp: list[Part] = []
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        parts = mtp if outside_index(name, config) else main
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        for on_disk, part in hf_names(name, config):
-            shape = tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape)
-            dtype = "F32" if name.endswith("correction_bias") else kind
-            parts.append(Part(on_disk, dtype, shape, made.get(on_disk) or partial(copied, files, on_disk, dtype)))
+    for name, on_disk, tensor in stored_parts(model):
+        dtype = "F32" if name.endswith("correction_bias") else kind
+        (mtp if outside_index(name, config) else main).append(Part(
+            on_disk, dtype, tuple(tensor.shape), made.get(on_disk) or partial(copied, files, on_disk, dtype)))
     return sorted(main, key=lambda part: part.rank), sorted(mtp, key=lambda part: part.rank)
 
 
@@ -105,7 +86,7 @@ def _unpack(
         for start, stop in row_blocks((target.rows, target.columns)):
             code_OK = files.read_rows(f"{stem}.codes", start, stop)
             step_O = files.read_rows(f"{stem}.step", start, stop)
-            yield finite(panels.Quantized(code_OK, None, step_O).dequantize().to(dtype), files, f"{stem}.step")
+            yield files.finite(f"{stem}.step", panels.Quantized(code_OK, None, step_O).dequantize().to(dtype))
         return
     rows, columns = (target.columns, target.rows) if which == 2 else (target.rows, target.columns)
     in_turns = target.kind != "matrix" and which < 2  # gate and up
@@ -118,4 +99,4 @@ def _unpack(
         data = files.read_bytes(f"{stem}.packed", offset + first * step, offset + last * step)
         if in_turns:
             data = data.view(-1, 2, width)[:, which].flatten()
-        yield finite(panels.unpack(data, stop - start, columns, bits).dequantize().to(dtype), files, f"{stem}.packed")
+        yield files.finite(f"{stem}.packed", panels.unpack(data, stop - start, columns, bits).dequantize().to(dtype))

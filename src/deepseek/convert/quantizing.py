@@ -15,18 +15,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..checkpoint import (
-    AdaptedFiles,
-    TensorFiles,
-    check_names,
-    hf_names,
-    open_checkpoint,
-    packed_bytes,
-    quantized_targets,
-    stored_dtype,
-    stored_fingerprint,
-    units,
-)
+from ..checkpoint import AdaptedFiles, TensorFiles, open_checkpoint, stored_dtype, stored_fingerprint
+from ..checkpoint.files import divide, row_blocks
+from ..checkpoint.models import check_names, plain_keys
+from ..checkpoint.names import on_disk, packed_bytes, quantized_targets, units
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import locked
@@ -35,9 +27,8 @@ from ..ops import panels
 from ..quant import int8
 from ..quant.linear import QuantConfig, quant_targets
 from ..quant.pack import quantize_panels, squared
-from .dequantizing import plain_keys
 from .merging import dtype_name, provenance
-from .writing import REPORT, SHARD_BYTES, Part, Writer, copied, divide, finite, free_folder, row_blocks
+from .writing import REPORT, SHARD_BYTES, Part, Writer, copied, free_folder
 
 _T = TypeVar("_T")
 
@@ -143,7 +134,7 @@ def quantize_tensors(
     plan, kept, parameters = _plan_quantized(config, quant, files, squares)
     key = {"quantize": quant.to_dict(), "shard_bytes": shard_bytes}
     writer = Writer(out, key, files, resume)
-    size = writer.write(divide(plan, shard_bytes), squares, progress)
+    size = writer.write(divide(plan, Part.size, shard_bytes), squares, progress)
     report = Report(quant.format, parameters, size, kept, squares)
     about = quant.to_dict()
     if note_source:
@@ -156,8 +147,7 @@ def _plan_quantized(
     config: ModelConfig, quant: QuantConfig, files: TensorFiles, squares: dict[str, tuple[float, float]]
 ) -> tuple[list[Part], tuple[str, ...], int]:
     """(the parts in order, what is kept, parameters of the source)."""
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = CausalLM.on_meta(config)
     chosen = quantized_targets(model, quant)
     candidates = [(target, units(target, config)) for target in quant_targets(model)]
     for pattern in quant.keep:
@@ -200,12 +190,12 @@ def _plan_quantized(
     for name, tensor in model.state_dict(keep_vars=True).items():
         if (name.startswith(inside) and not name.endswith(".bias")) or (tied and both and name == "lm_head.weight"):
             continue
-        for on_disk, part in hf_names(name, config):
-            source = source_of(on_disk, tuple(tensor.shape if part is None else tensor[part[0]][part[1]].shape))
+        for disk_name, piece in on_disk(name, tensor, config).items():
+            source = source_of(disk_name, tuple(piece.shape))
             if source in files:
                 kind = files.dtype(source)
                 kind = "BF16" if kind in ("F8_E4M3", "I4") else kind
-                parts.append(Part(on_disk, kind, files.shape(source), partial(copied, files, source, kind)))
+                parts.append(Part(disk_name, kind, files.shape(source), partial(copied, files, source, kind)))
     check_names(files, used, missing)
     kept = tuple(made[0].stem.removesuffix(".0") if target.kind == "experts" else made[0].stem
                  for target, made in candidates if target not in chosen)
@@ -226,7 +216,7 @@ def _blocks(
         w = files.read_rows(source, start, stop, torch.float32)
         encoded, lost, square = encode(w)
         if not math.isfinite(square):
-            finite(w, files, source)
+            files.finite(source, w)
         error, weight = error + lost, weight + square
         yield encoded
     squares[name] = error, weight

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import EXPERT_USE, INDEX, MANIFEST, PAGE, TORCH_DTYPES, AdaptedFiles, TensorFiles
+from ..checkpoint.files import row_blocks
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, sha256, write_json
 from ..interrupts import kept
@@ -27,7 +28,6 @@ SHARD_BYTES = 1 << 30  # what a crash can cost
 REPORT = "quantization.json"
 OLD_REPORT = "quantisation.json"  # its name in checkpoints of 0.1
 JOURNAL = "journal.json"
-CHUNK = 1 << 20  # weights that are converted at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,8 @@ class Part:
     shape: tuple[int, ...]
     chunks: Callable[[], Iterator[Tensor]]
 
-    @property
-    def bytes(self) -> int:
+    def size(self) -> int:
+        """Bytes."""
         return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
 
     @property
@@ -51,38 +51,9 @@ class Part:
         return 2, -TORCH_DTYPES[self.dtype].itemsize
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Row blocks of about CHUNK numbers: multiples of 128, which FP8 blocks and panels divide."""
-    height = max(128, CHUNK // math.prod(shape[1:]) // 128 * 128)
-    return ((start, min(start + height, shape[0])) for start in range(0, shape[0], height))
-
-
 def copied(files: TensorFiles, name: str, kind: str) -> Iterator[Tensor]:
     for start, stop in row_blocks(files.shape(name)):
-        yield finite(files.read_rows(name, start, stop, TORCH_DTYPES[kind]), files, name)
-
-
-def finite(rows: Tensor, files: TensorFiles, name: str) -> Tensor:
-    """Check rows of the tensor `name` and return them. Raises CheckpointError for a value that is not finite."""
-    if not bool(rows.isfinite().all()):
-        why = ", or beyond what float16 can hold" if rows.dtype == torch.float16 else ""
-        raise CheckpointError(f"{files.file(name)}: {name} holds values that are not finite{why}")
-    return rows
-
-
-def divide(parts: list[Part], shard_bytes: int) -> dict[str, list[Part]]:
-    """File name -> its parts, in order, as many as fit into shard_bytes."""
-    shards: list[list[Part]] = [[]]
-    room = shard_bytes
-    for part in parts:
-        if part.bytes > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(part)
-        room -= part.bytes
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        yield files.finite(name, files.read_rows(name, start, stop, TORCH_DTYPES[kind]))
 
 
 def free_folder(out: str | Path, overwrite: bool, *sources: str | Path | None) -> Path:
@@ -134,8 +105,8 @@ class Writer:
     ) -> int:
         """Write the files that the journal does not hold; returns the bytes of all. `squares` is filled."""
         squares.update({name: (error, weight) for name, (error, weight) in self.squares.items()})
-        total = sum(part.bytes for parts in contents.values() for part in parts)
-        ready = sum(part.bytes for name in self.done for part in contents[name])
+        total = sum(part.size() for parts in contents.values() for part in parts)
+        ready = sum(part.size() for name in self.done for part in contents[name])
         disk = next(folder for folder in self.folder.parents if folder.exists())
         if (free := shutil.disk_usage(disk).free) < (need := round(1.01 * (total - ready)) + (1 << 20)):
             raise CheckpointError(f"{self.out}: {need / 2**30:.2f} GiB are to be written and the disk has "
@@ -156,7 +127,7 @@ class Writer:
                         raise
                     write_json(self.folder / JOURNAL, {"key": self.key, "files": self.done, "squares": squares})
         if len(set(weight_map.values())) > 1:
-            size = sum(part.bytes for name, parts in contents.items() if name in weight_map.values() for part in parts)
+            size = sum(part.size() for name, parts in contents.items() if name in weight_map.values() for part in parts)
             write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         return sum(entry["bytes"] for entry in self.done.values())
 
@@ -210,8 +181,8 @@ def write_file(path: Path, parts: list[Part], progress: Callable[[int], object])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for part in parts:
-        header[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [end, end + part.bytes]}
-        end += part.bytes
+        header[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [end, end + part.size()]}
+        end += part.size()
     text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     digest = hashlib.sha256()
@@ -228,7 +199,7 @@ def write_file(path: Path, parts: list[Part], progress: Callable[[int], object])
                 put(data := chunk.contiguous().flatten().view(torch.uint8).numpy().data)
                 written += data.nbytes
                 progress(data.nbytes)
-            assert written == part.bytes, f"{part.name}: {written} bytes of {part.bytes}"
+            assert written == part.size(), f"{part.name}: {written} bytes of {part.size()}"
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(path)

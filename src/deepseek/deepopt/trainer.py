@@ -138,8 +138,7 @@ class Trainer(TrainConfig):
             warnings.warn(f"seq_len = {self.seq_len}: the model's positions end at {config.max_position_embeddings} "
                           "(max_position_embeddings): what it learns beyond them is used nowhere", stacklevel=4)
         if self.device == "cpu":
-            with torch.device("meta"):
-                numbers = sum(p.numel() for p in CausalLM(config).parameters())
+            numbers = sum(p.numel() for p in CausalLM.on_meta(config).parameters())
             check_memory(16 * numbers, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
         tokenizer = self._tokenizer(start, places)
         if self.config is not None:

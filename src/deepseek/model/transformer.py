@@ -113,6 +113,12 @@ class CausalLM(nn.Module):
         self.gradient_checkpointing = False
         self.compute_dtype: torch.dtype | None = None  # of the activations; None: that of the weights
 
+    @classmethod
+    def on_meta(cls, config: ModelConfig) -> CausalLM:
+        """A model of names and shapes alone, without memory."""
+        with torch.device("meta"):
+            return cls(config)
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> CausalLM:
         """Normal with initializer_range for every matrix, ones for norms, zeros for biases (V3, section 4.2)."""
@@ -344,8 +350,7 @@ class CausalLM(nn.Module):
 
 def describe(config: ModelConfig) -> str:
     """`7.4 M parameters, 5 layers, 4 of them with 16 experts, 4 a token`, as of a model without its MTP modules."""
-    with torch.device("meta"):
-        size = sum(p.numel() for p in CausalLM(config.with_(num_nextn_predict_layers=0)).parameters())
+    size = sum(p.numel() for p in CausalLM.on_meta(config.with_(num_nextn_predict_layers=0)).parameters())
     power = min((len(str(size)) - 1) // 3, 3)
     moe = len(config.moe_layers)
     experts = f", {moe} of them with {config.n_routed_experts} experts, {config.num_experts_per_tok} a token"

@@ -64,8 +64,7 @@ class TunedModel:
         self.plan, self.model, self.tokenizer, self.hashes, self.dtype = plan, model, tokenizer, hashes, dtype
         self.experts, self.spec, self.trainable = experts, spec, trainable
         self.fingerprint = fingerprint(hashes, model.config)
-        with torch.device("meta"):
-            self.parameters = sum(p.numel() for p in CausalLM(model.config).parameters())
+        self.parameters = sum(p.numel() for p in CausalLM.on_meta(model.config).parameters())
         self.hashes_after: dict[str, str] = {}
 
     @classmethod
