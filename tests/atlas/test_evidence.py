@@ -21,7 +21,6 @@ from deepseek.atlas.evidence import (
     select,
     share_as_large,
     shuffled_lifts,
-    shuffled_p,
     unit_coverage,
 )
 from deepseek.ids import ExpertId, ExpertSet
@@ -29,6 +28,10 @@ from deepseek.ids import ExpertId, ExpertSet
 LAYERS = (1, 3)
 SLOTS_ULE = np.array([[[6, 2, 0, 0], [0, 4, 4, 0]], [[1, 1, 1, 1], [4, 0, 0, 0]]], dtype=float)
 MASK_LE = np.array([[True, False, False, False], [False, True, True, False]])
+
+
+def shuffled_p(coverage_U: np.ndarray, tokens_U: np.ndarray, sizes: tuple[int, ...], own: int, seed: int) -> float:
+    return share_as_large(*shuffled_lifts(coverage_U, tokens_U, sizes, own, seed))
 
 
 def test_coverage() -> None:

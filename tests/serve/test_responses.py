@@ -95,7 +95,7 @@ def test_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(4):
         store.keep({"id": str(i)}, [])
     assert list(store._kept) == ["1", "2", "3"]
-    store.keep({"id": "large"}, [Message(role="user", content="x" * 700)])
+    store.keep({"id": "large"}, [Message(role="user", content="x" * 950)])
     assert list(store._kept) == ["large"]
     store.delete("large")
     assert store._size == 0

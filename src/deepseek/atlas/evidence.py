@@ -4,8 +4,8 @@
                 domain, the mean over its units, each counting as many times as it has tokens
     uniform     the coverage that even routing gives: mean over layers of |group in the layer| / E
     lift        coverage of the own domain minus the mean of the coverages of the other domains
-    p           how often shuffled labels give such a lift (`shuffled_p`); for a single domain, how often random experts
-                give such a coverage (`random_experts_p`)
+    p           how often shuffled labels give such a lift (`shuffled_lifts`); for a single domain, how often random
+                experts give such a coverage (`random_experts_p`)
     stability   two selections from random halves: Jaccard index, and Spearman's correlation of the scores
 
 The unit of everything random is the document: tokens of one document are no independent witnesses.
@@ -74,20 +74,15 @@ def coverage(amount_ULE: np.ndarray, tokens_U: np.ndarray, mask_LE: np.ndarray) 
     return float(np.average(unit_coverage(amount_ULE, mask_LE), weights=tokens_U))
 
 
-def shuffled_p(coverage_U: np.ndarray, tokens_U: np.ndarray, sizes: Sequence[int], own: int, seed: int) -> float:
-    """One-sided permutation test of the lift of domain `own`.
-
-    Units lie domain by domain, `sizes` of each. If a unit's domain says nothing about how much of it the group carries,
-    every assignment of the labels to the units is as likely as the one seen; p = (1 + those of PERMUTATIONS random ones
-    whose lift is at least the one seen) / (1 + PERMUTATIONS).
-    """
-    return share_as_large(*shuffled_lifts(coverage_U, tokens_U, sizes, own, seed))
-
-
 def shuffled_lifts(
     coverage_U: np.ndarray, tokens_U: np.ndarray, sizes: Sequence[int], own: int, seed: int
 ) -> tuple[float, np.ndarray]:
-    """(the lift of domain `own`, those of PERMUTATIONS random assignments of the labels, ascending)."""
+    """(the lift of domain `own`, those of PERMUTATIONS random assignments of the labels, ascending): a one-sided
+    permutation test, with the p of `share_as_large`.
+
+    Units lie domain by domain, `sizes` of each. If a unit's domain says nothing about how much of it the group carries,
+    every assignment of the labels to the units is as likely as the one seen.
+    """
     starts = np.cumsum([0, *sizes[:-1]])
 
     def lifts(order_PU: np.ndarray) -> np.ndarray:
@@ -103,7 +98,7 @@ def shuffled_lifts(
 
 
 def share_as_large(seen: float, drawn_P: np.ndarray) -> float:
-    """p of a lift among those of random assignments."""
+    """p of a lift: (1 + the random ones at least as large) / (1 + PERMUTATIONS)."""
     return (1 + int((drawn_P >= seen - ULP).sum())) / (1 + PERMUTATIONS)
 
 

@@ -13,7 +13,6 @@ resumes a stopped pipeline. Every stage keeps the reading order and gives the sa
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..domain import NAMES, DomainClassifier, KeywordRules
+from ..files import sha256
 from .dedup import find_duplicates
 from .held_out import LEAST, count_held, held_out_place, hold_out, notes
 from .mapping import RecordMap
@@ -132,12 +132,8 @@ def label(
         return {"read": seen, "by_source": by_source, "by_expert": by_expert, **counts}
 
     given = [input_fingerprint(source), asdict(settings), list(experts), rules and rules.fingerprint,
-             _digest(settings.classifier) if ready else None]
+             sha256(Path(settings.classifier)) if ready else None]
     return run_stage("label", out, given, work)
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _labelled_sample(source: str | Path, most: int) -> dict[str, list[str]]:

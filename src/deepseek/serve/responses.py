@@ -59,7 +59,7 @@ class Store:
         self._size = 0
 
     def keep(self, body: dict[str, Any], messages: list[Message]) -> None:
-        size = len(json.dumps(body)) + sum(len(message.model_dump_json()) for message in messages)
+        size = len(json.dumps(body)) + sum(len(message.model_dump_json(exclude_defaults=True)) for message in messages)
         one = Stored(body, messages, size)
         self._kept[body["id"]] = one
         self._size += one.size

@@ -249,8 +249,7 @@ class MoEFineTuner:
         refused = self.out / "refused.jsonl"
 
         def check(document: Document) -> None:
-            RecordSet.of([document, _FILLER], tokenizer, max_length=self.max_length, overlong=self.config.overlong,
-                         parse_special=self.config.parse_special, reasoning=self.config.reasoning)
+            self._record_set([document, _FILLER], tokenizer, valid_fraction=0.1)
 
         waiting = iter_new(stream, seen, refused, check, report, self.map)
         tuned: TunedModel | None = None
@@ -349,9 +348,7 @@ class MoEFineTuner:
             if len(drawn) >= wanted:
                 break
             if digest(document) not in hidden:
-                drawn += RecordSet.of([document], tokenizer, max_length=self.max_length, overlong="cut",
-                                      valid_fraction=0.0, parse_special=self.config.parse_special,
-                                      reasoning=self.config.reasoning).train
+                drawn += self._record_set([document], tokenizer, overlong="cut", valid_fraction=0.0).train
         return drawn[:wanted]
 
     @cached_property
@@ -361,11 +358,10 @@ class MoEFineTuner:
         except RequestError as error:
             raise ConfigError(str(error)) from None
 
-    def _record_set(self, documents: Iterable[Document], tokenizer: Tokenizer) -> RecordSet:
-        config = self.config
-        return RecordSet.of(documents, tokenizer, max_length=self.max_length, overlong=config.overlong,
-                            valid_fraction=config.valid_fraction, seed=config.seed, parse_special=config.parse_special,
-                            reasoning=config.reasoning)
+    def _record_set(self, documents: Iterable[Document], tokenizer: Tokenizer, **changes: Any) -> RecordSet:
+        names = ("overlong", "valid_fraction", "seed", "parse_special", "reasoning")
+        settings = {name: getattr(self.config, name) for name in names} | changes
+        return RecordSet.of(documents, tokenizer, max_length=self.max_length, **settings)
 
     def _general(self, tokenizer: Tokenizer) -> tuple[RecordSet, str]:
         """Return general text as held-out windows, and its name."""
@@ -380,10 +376,7 @@ class MoEFineTuner:
                 name += f"; {len(report.problems):,} could not be read, first {report.problems[0]}"
         limit = self.config.general_records
         spread = [documents[i * len(documents) // limit] for i in range(limit)] if len(documents) > limit else documents
-        everything = RecordSet.of(spread, tokenizer, max_length=self.max_length, overlong="cut",
-                                  valid_fraction=0.0, parse_special=self.config.parse_special,
-                                  reasoning=self.config.reasoning)
-        return RecordSet((), everything.train), name
+        return RecordSet((), self._record_set(spread, tokenizer, overlong="cut", valid_fraction=0.0).train), name
 
     def _train_config(self, data: RecordSet) -> TrainConfig:
         config = self.config

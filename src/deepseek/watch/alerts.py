@@ -17,7 +17,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .metrics import Snapshot, delta, values
 
@@ -37,9 +36,6 @@ class Alert:
     limit: float
     message: str
     since: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from http.client import HTTPException
 from itertools import pairwise
 from typing import Any
@@ -133,7 +134,7 @@ class Monitor:
 
     def _post(self, alert: Alert, begins: bool) -> None:
         """Send an alert to the webhook, in a thread. The address may hold a secret, so the log has only its host."""
-        body = to_json(alert.to_dict() | {"status": "firing" if begins else "over", "model": self.model}).encode()
+        body = to_json(asdict(alert) | {"status": "firing" if begins else "over", "model": self.model}).encode()
 
         def post() -> None:
             address = str(self.options.alert_webhook)
@@ -180,7 +181,7 @@ class Monitor:
             residency=residency(snapshot, old), energy={
                 source: grown("energy_joules_total", source) for (source,) in values(snapshot, "energy_joules_total")},
             business=business(snapshot, old), comments=self.history.comments(),
-            alerts=[alert.to_dict() for alert in self.alerts.firing.values()], past_alerts=self.history.alerts(),
+            alerts=[asdict(alert) for alert in self.alerts.firing.values()], past_alerts=self.history.alerts(),
             slices=slices(snapshot, old))
 
     def _groups(self, snapshot: Snapshot, old: Snapshot) -> list[GroupState]:
