@@ -125,7 +125,8 @@ def test_an_assistants_items_are_one_message() -> None:
         {"type": "function_call_output", "call_id": "1", "output": "x"},
         {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "y"}]},
         {"type": "reasoning", "summary": []}, {"type": "message", "role": "assistant", "content": "c"})]
-    assert [message.model_dump(exclude_none=True, exclude_unset=True) for message in to_messages(items)] == [
+    said = [message.model_dump(exclude_none=True) for message in to_messages(items)]
+    assert [{key: value for key, value in message.items() if value != []} for message in said] == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "hm", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
