@@ -46,6 +46,7 @@ MIN_WORDS = 2
 LENGTHS = (2, 3, 4)  # of hashed sequences, in characters
 READ = 1000  # characters that the classifier looks at; the rest of a text is taken to be like them
 MIN_PIECE, PIECE = 24, 400
+BATCH = 256  # texts a step
 LOOKED_AT = 100  # texts of a name whose language is determined
 ALONE = 0.9  # a language coincides with a name that has so much of it, were all names equally frequent
 NOTABLE = 0.2  # and whose own texts are in it as often as that
@@ -256,33 +257,43 @@ class DomainClassifier:
         labels = tuple(sorted(set(names)))
         if len(labels) < 2:
             raise DataError(f"a classifier needs at least two names, got {', '.join(labels) or 'none'}")
-        place = np.array([int.from_bytes(hashlib.blake2b(t.encode(), digest_size=4, key=b"held out").digest(), "little")
-                          for t in texts])
         y_N = np.searchsorted(np.array(labels), np.array(names))
-        out_N = np.zeros(len(texts), bool)
-        for k, name in enumerate(labels):  # by rank of hash, so that every name has its share
-            of_name = np.flatnonzero(y_N == k)
-            take = max(2, round(held_out * len(of_name)))
-            if len(of_name) <= take + 1:
-                raise DataError(f"{name}: has {len(of_name)} texts: a classifier needs at least 4 of each name")
-            out_N[of_name[np.argsort(place[of_name], kind="stable")[:take]]] = True
+        out_N = _held_out_rows(texts, y_N, labels, held_out)
         rng = np.random.default_rng(seed)
         model = cls(labels, np.zeros((1 << bits, len(labels)), np.float32), np.zeros(len(labels), np.float32), 1.0)
-        train = np.flatnonzero(~out_N)
-        class_weight = (len(train) / (len(labels) * np.bincount(y_N[train], minlength=len(labels)))).astype(np.float32)
+        model._fit(texts, y_N, np.flatnonzero(~out_N), rng, epochs, learning_rate, progress)
+        held = np.flatnonzero(out_N)
+        pieces = [_piece(texts[int(i)], rng.random(), rng.random()) for i in held]
+        logits_NK = np.concatenate([model._logits(*_sequences(pieces[i : i + BATCH], bits))
+                                    for i in range(0, len(pieces), BATCH)])
+        half = np.zeros(len(held), bool)
+        for k in range(len(labels)):
+            half[np.flatnonzero(y_N[held] == k)[::2]] = True
+        model.temperature = _fit_temperature(logits_NK[half], y_N[held][half])
+        coincide = coincidences({name: [texts[int(i)] for i in np.flatnonzero(y_N == k)[np.linspace(
+            0, (y_N == k).sum() - 1, LOOKED_AT, dtype=int)]] for k, name in enumerate(labels)})
+        if coincide:
+            warnings.warn(told_by_language(coincide), stacklevel=2)
+        return model, _report(labels, _softmax(logits_NK[~half] / model.temperature), y_N[held][~half], coincide)
+
+    def _fit(self, texts: Sequence[str], y_N: np.ndarray, train: np.ndarray, rng: np.random.Generator, epochs: int,
+             learning_rate: float, progress: Callable[[int, int], None] | None) -> None:
+        """AdaGrad over pieces of the texts whose rows are in `train`; rare names count more, up to ten times."""
+        import numpy as np
+
+        names, bits = len(self.names), len(self.weights_SK).bit_length() - 1
+        class_weight = (len(train) / (names * np.bincount(y_N[train], minlength=names))).astype(np.float32)
         class_weight = np.minimum(class_weight, 10.0)
-        squares = np.full_like(model.weights_SK, 1e-6)
-        bias_squares = np.full_like(model.bias_K, 1e-6)
-        size = 256
-        total = epochs * -(-len(train) // size)
-        done = 0
+        squares = np.full_like(self.weights_SK, 1e-6)
+        bias_squares = np.full_like(self.bias_K, 1e-6)
+        total, done = epochs * -(-len(train) // BATCH), 0
         for _ in range(epochs):
             order = rng.permutation(train)
-            for start in range(0, len(order), size):
-                rows = order[start : start + size]
+            for start in range(0, len(order), BATCH):
+                rows = order[start : start + BATCH]
                 pieces = [_piece(texts[int(i)], rng.random(), rng.random()) for i in rows]
                 idx_S, starts_N, scale_N = _sequences(pieces, bits)
-                p_NK = _softmax(model._logits(idx_S, starts_N, scale_N))
+                p_NK = _softmax(self._logits(idx_S, starts_N, scale_N))
                 p_NK[np.arange(len(rows)), y_N[rows]] -= 1.0
                 p_NK *= (class_weight[y_N[rows]] / len(rows))[:, None]
                 owner_S = np.repeat(np.arange(len(rows)), np.diff(np.append(starts_N, len(idx_S))))
@@ -293,26 +304,13 @@ class DomainClassifier:
                 g_UK = np.add.reduceat(g_SK, first, axis=0)  # of the U rows that this batch touches
                 squares_UK = np.take(squares, touched, axis=0) + g_UK * g_UK
                 squares[touched] = squares_UK
-                model.weights_SK[touched] -= learning_rate * g_UK / np.sqrt(squares_UK)
+                self.weights_SK[touched] -= learning_rate * g_UK / np.sqrt(squares_UK)
                 g = p_NK.sum(0)
                 bias_squares += g * g
-                model.bias_K -= 0.1 * learning_rate * g / np.sqrt(bias_squares)
+                self.bias_K -= 0.1 * learning_rate * g / np.sqrt(bias_squares)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-        held = np.flatnonzero(out_N)
-        pieces = [_piece(texts[int(i)], rng.random(), rng.random()) for i in held]
-        logits_NK = np.concatenate([model._logits(*_sequences(pieces[i : i + size], bits))
-                                    for i in range(0, len(pieces), size)])
-        half = np.zeros(len(held), bool)
-        for k in range(len(labels)):
-            half[np.flatnonzero(y_N[held] == k)[::2]] = True
-        model.temperature = _fit_temperature(logits_NK[half], y_N[held][half])
-        coincide = coincidences({name: [texts[int(i)] for i in np.flatnonzero(y_N == k)[np.linspace(
-            0, (y_N == k).sum() - 1, LOOKED_AT, dtype=int)]] for k, name in enumerate(labels)})
-        if coincide:
-            warnings.warn(told_by_language(coincide), stacklevel=2)
-        return model, _report(labels, _softmax(logits_NK[~half] / model.temperature), y_N[held][~half], coincide)
 
     def predict(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
         """(names, confidences_N) of the likeliest domains; a text without a sequence gets confidence 0."""
@@ -375,6 +373,22 @@ class DomainClassifier:
             raise
         except Exception as error:  # zip, JSON and numpy each have their own for a damaged file
             raise DataError(f"{path}: not a domain classifier: {error}") from None
+
+
+def _held_out_rows(texts: Sequence[str], y_N: np.ndarray, labels: Sequence[str], share: float) -> np.ndarray:
+    """Which texts are held out, bool [N]: by rank of hash, so that every name has its share."""
+    import numpy as np
+
+    place = np.array([int.from_bytes(hashlib.blake2b(t.encode(), digest_size=4, key=b"held out").digest(), "little")
+                      for t in texts])
+    out_N = np.zeros(len(texts), bool)
+    for k, name in enumerate(labels):
+        of_name = np.flatnonzero(y_N == k)
+        take = max(2, round(share * len(of_name)))
+        if len(of_name) <= take + 1:
+            raise DataError(f"{name}: has {len(of_name)} texts: a classifier needs at least 4 of each name")
+        out_N[of_name[np.argsort(place[of_name], kind="stable")[:take]]] = True
+    return out_N
 
 
 def _piece(text: str, where: float, how_long: float) -> str:

@@ -43,7 +43,7 @@ from .service import Server, sse
 
 def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     """The ASGI application. The LLM is closed with it."""
-    server, responses = Server(llm, options), Store()
+    server = Server(llm, options)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +67,18 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     for kind in (ServeError, RequestValidationError, HTTPException, RecursionError, MoEDRError):
         app.add_exception_handler(kind, fail)
+
+    _add_answers(app, server)
+    _add_embeddings(app, server)
+    _add_tokens(app, server)
+    _add_models(app, server)
+    add_routes(app, server.watch)
+    describe(app)
+    return app
+
+
+def _add_answers(app: FastAPI, server: Server) -> None:
+    responses = Store()
 
     async def answer(http: Request, body: GenerationRequest, make: Callable[..., Chat | Completion | Response],
                      count: int = 1) -> Any:
@@ -101,11 +113,13 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
         body = await server.read(http, CompletionRequest)
         return await answer(http, body, Completion, body.n * len(body.prompts))
 
+
+def _add_embeddings(app: FastAPI, server: Server) -> None:
     @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
     async def embeddings(http: Request) -> Plain:
         body = await server.read(http, EmbeddingRequest)
         adapter = server.admit(body)
-        if body.dimensions not in (None, size := llm.model.config.hidden_size):
+        if body.dimensions not in (None, size := server.llm.model.config.hidden_size):
             raise ServeError(400, f"dimensions = {body.dimensions}: must be {size}, what the model has",
                              param="dimensions")
         vectors, tokens = await server.embed(http, body.inputs, adapter)
@@ -120,20 +134,22 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
         return Plain(await server.prepare(http, write), media_type="application/json")
 
+
+def _add_tokens(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(http: Request) -> dict[str, Any]:
         body = await server.read(http, TokenizeRequest)
-        server.adapter_of(body.model if body.model is not None else options.name)
+        server.adapter_of(body.model if body.model is not None else server.options.name)
         tokenizer, prompt = server.tokenizer, body.prompt
 
         def work() -> dict[str, Any]:
             if prompt is None:
-                ids = chat_prompt(llm, body)
+                ids = chat_prompt(server.llm, body)
             else:
-                llm.check_length(prompt)
+                server.llm.check_length(prompt)
                 ids = tokenizer.encode(prompt, bos=body.add_special_tokens, special=body.parse_special)
             names = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-            return {"count": len(ids), "max_model_len": llm.max_length, "tokens": ids, "token_strs": names}
+            return {"count": len(ids), "max_model_len": server.llm.max_length, "tokens": ids, "token_strs": names}
 
         try:
             return await server.prepare(http, work)
@@ -143,7 +159,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
     async def detokenize(http: Request) -> dict[str, Any]:
         body = await server.read(http, DetokenizeRequest)
-        server.adapter_of(body.model if body.model is not None else options.name)
+        server.adapter_of(body.model if body.model is not None else server.options.name)
         tokenizer = server.tokenizer
 
         def work() -> dict[str, Any]:
@@ -153,6 +169,8 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
         return await server.prepare(http, work)
 
+
+def _add_models(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(server, name) for name in server.models]}
@@ -165,7 +183,7 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
     @app.post("/v1/deepseek/warm", openapi_extra=takes(WarmRequest))
     async def warm(http: Request) -> dict[str, Any]:
         body = await server.read(http, WarmRequest)
-        done = await asyncio.to_thread(llm.warm_up, body.experts)
+        done = await asyncio.to_thread(server.llm.warm_up, body.experts)
         return {"experts": done.experts, "of": done.of, "bytes": done.bytes, "seconds": done.seconds,
                 "expected_coverage": done.expected}
 
@@ -175,14 +193,10 @@ def create_app(llm: LLM, options: ServeOptions) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        scheduler, pages = llm.engine.scheduler, llm.engine.block_manager
+        scheduler, pages = server.llm.engine.scheduler, server.llm.engine.block_manager
         return JSONResponse({"status": "closing" if server.closing else "ok", "running": len(scheduler.running),
                              "waiting": len(scheduler.waiting), "free_positions": pages.available * PAGE},
                             status_code=503 if server.closing else 200)
-
-    add_routes(app, server.watch)
-    describe(app)
-    return app
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:

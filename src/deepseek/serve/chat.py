@@ -11,10 +11,11 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
+from ..conversation import THINK, THOUGHT
 from ..engine import LLM
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
-from .output_parser import THINK, UNTHINK, OutputParser, forced_schema
+from .output_parser import OutputParser, forced_schema
 from .protocol import ChatRequest, TokenizeRequest, Tool
 from .service import Server, event, floored, usage
 
@@ -67,7 +68,7 @@ class Chat:
         domain = body.deepseek.domain or server.llm.domain_of(question)
         end = server.tokenizer.decode(ids[-16:], skip_special=False)
         thinking = end.rstrip().endswith(THINK)
-        self.requests = server.llm.requests(ids, params, domain=domain, constraint_after=UNTHINK if thinking else None,
+        self.requests = server.llm.requests(ids, params, domain=domain, constraint_after=THOUGHT if thinking else None,
                                             adapter=adapter)
         server.watch.begin(self.id, http, body.user, question, self.requests)
         self.constrained = schema is not None and not forced

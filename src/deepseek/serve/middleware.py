@@ -114,25 +114,9 @@ class Guard:
         scope.setdefault("state", {})["request_id"] = name
         scope["state"]["arrived"] = time.monotonic()
         try:
-            headers = dict(scope["headers"])
-            if self.checks_hosts and not self._is_allowed_host(host := headers.get(b"host", b"").decode("latin-1")):
-                raise ServeError(403, f"host = {host!r:.200}: must be a name of this machine; --allowed_host gives "
-                                 "further ones", code="host_not_allowed")
-            if self.keys and scope["path"] not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
-                raise ServeError(401, "the API key is missing or wrong: must be sent as `Authorization: Bearer KEY`",
-                                 code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-            length = headers.get(b"content-length", b"0")
-            if not length.isdigit() or len(length) > 20:  # h11 lets no other through; servers differ
-                raise ServeError(400, f"content-length = {length!r:.40}: must be a number of bytes")
-            if int(length) > self.body:
-                raise ServeError(413, f"the body has {int(length):,} bytes: at most {self.body:,}",
-                                 code="body_too_large")
+            length = self._admit(scope)
             if scope["method"] == "POST":
-                if self.open >= self.requests:
-                    raise busy(f"{self.open} requests are under way: {self.requests} may")
-                if self.held + int(length) > self.bytes:
-                    raise busy(f"the requests under way have {self.held:,} bytes: {self.bytes:,} may be held")
-                self.open, counted, claimed = self.open + 1, True, int(length)
+                self.open, counted, claimed = self.open + 1, True, length
                 self.held += claimed
             await self.app(scope, limited, answer)
             if cut is not None:
@@ -147,6 +131,26 @@ class Guard:
                 self.on_refused(status)
             log.info(to_json({"request_id": name, "method": scope["method"], "path": scope["path"], "status": status,
                                  "seconds": round(time.perf_counter() - began, 4), "bytes": taken}))
+
+    def _admit(self, scope: Scope) -> int:
+        """The length that a request's header states. Raises ServeError for one that is refused unread."""
+        headers = dict(scope["headers"])
+        if self.checks_hosts and not self._is_allowed_host(host := headers.get(b"host", b"").decode("latin-1")):
+            raise ServeError(403, f"host = {host!r:.200}: must be a name of this machine; --allowed_host gives "
+                             "further ones", code="host_not_allowed")
+        if self.keys and scope["path"] not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
+            raise ServeError(401, "the API key is missing or wrong: must be sent as `Authorization: Bearer KEY`",
+                             code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        stated = headers.get(b"content-length", b"0")
+        if not stated.isdigit() or len(stated) > 20:  # h11 lets no other through; servers differ
+            raise ServeError(400, f"content-length = {stated!r:.40}: must be a number of bytes")
+        if (length := int(stated)) > self.body:
+            raise ServeError(413, f"the body has {length:,} bytes: at most {self.body:,}", code="body_too_large")
+        if scope["method"] == "POST" and self.open >= self.requests:
+            raise busy(f"{self.open} requests are under way: {self.requests} may")
+        if scope["method"] == "POST" and self.held + length > self.bytes:
+            raise busy(f"the requests under way have {self.held:,} bytes: {self.bytes:,} may be held")
+        return length
 
     def _is_allowed_host(self, header: str) -> bool:
         name = host_name(header)

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..conversation import CALLS
+from ..conversation import CALLS, THINK, THOUGHT
 from .protocol import NamedTool, Tool
 
-THINK, UNTHINK = "<think>", "</think>"
 _CALL = re.compile("<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
 _FENCED = re.compile(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
@@ -84,7 +83,7 @@ class OutputParser:
             self._state = "thinking" if self._held.startswith(THINK) else "content"
             self._held = self._held.removeprefix(THINK)
             return True
-        marker = UNTHINK if self._state == "thinking" else CALLS if self.required else None
+        marker = THOUGHT if self._state == "thinking" else CALLS if self.required else None
         where = "reasoning" if self._state == "thinking" else "content"
         at = self._held.find(marker) if marker else -1
         if at >= 0:
