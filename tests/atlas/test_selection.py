@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_logs import gate_scores, read_routing_log, token_scores
 
 from deepseek import select_experts
 from deepseek.errors import ConfigError, DataError, NotFoundError
 from tests.helpers import PUBLISHED
+from tests.helpers.routing_logs import gate_scores, read_routing_log, token_scores
 
 RESULTS = PUBLISHED / "esft" / "results"
 
