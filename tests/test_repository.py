@@ -143,6 +143,18 @@ def test_the_house_names_every_module() -> None:
             assert set(re.findall(r"\w+", named)) <= stems, (room, line)
 
 
+def test_the_walk_of_a_request_names_what_there_is() -> None:
+    """Every file, class and method of the walk in docs/serving.md exists."""
+    walk = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").partition("## One chat request")[2]
+    source = ROOT / "src" / "deepseek"
+    files = {name: (source / name).read_text(encoding="utf-8") for name in re.findall(r"`(\w[\w/]*\.py)`", walk)}
+    code = "\n".join([*files.values(), *(file.read_text(encoding="utf-8") for file in source.glob("engine/*.py"))])
+    assert len(files) > 15
+    for name, method in set(re.findall(r"`([A-Z]\w+)(?:\.(\w+))?`", walk)) - {("Host", ""), ("StreamingResponse", "")}:
+        assert re.search(rf"^class {name}\b", code, re.MULTILINE), name
+        assert not method or re.search(rf"^ +(?:async )?def {method}\b", code, re.MULTILINE), f"{name}.{method}"
+
+
 def commands(page: Path) -> Iterator[str]:
     for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
