@@ -1,7 +1,7 @@
 """Tuning beside full tuning, and beside peft on the same checkpoint: tokens per second and peak memory.
 
 A checkpoint of the preset `mini` (random weights: speed and memory do not depend on them), FP32, batches of 8 x 256.
-One unit of work is one optimiser step: loss, backward pass, AdamW.
+One unit of work is one optimizer step: loss, backward pass, AdamW.
 
     full       every parameter but the router
     experts    ESFT: four of the 32 experts of every layer

@@ -80,7 +80,7 @@ def test_former_flags_work_and_are_told_once(
                         '--prompt x')
     monkeypatch.setattr("sys.argv", words)
     assert infer_main() == 2
-    assert made[0]["max_num_seqs"] == 32 and made[0]["warmup_experts"] == "text_expert,code_expert"
+    assert made[0]["max_num_seqs"] == 32 and made[0]["warmup_experts"] == ["text_expert,code_expert"]
     assert capsys.readouterr().err == (
         "deepseek: warning: --batch_size is called --max_num_seqs now\ndeepseek: enough\n")
     monkeypatch.setattr("sys.argv", [*words, "--max-num-seqs", "3"])

@@ -10,32 +10,49 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from deepseek.cli.atlas import ProfileOptions
+from deepseek.cli.chat import ChatOptions
+from deepseek.cli.common import AnswerOptions, MachineOptions, ModelOptions
+from deepseek.cli.infer import PromptOptions
+from deepseek.cli.info import InfoOptions
+from deepseek.cli.merge import MergeOptions
+from deepseek.cli.quantize import QuantizeOptions
 from deepseek.data.settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings
-from deepseek.deepopt.settings import TrainConfig
+from deepseek.deepopt.settings import RunConfig, TrainConfig
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.sampling_params import SamplingParams
 from deepseek.errors import ConfigError, RequestError
 from deepseek.serve.options import ServeOptions
 from deepseek.settings import COUNT, Option, check, declared, table
-from deepseek.tune.settings import TuneConfig
+from deepseek.tune.lora import LoRAAdapter
+from deepseek.tune.settings import RunOptions, TuneConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
 from tests.helpers import ROOT
 
 PAGE = ROOT / "docs" / "options.md"
 TITLES = {
-    TrainConfig: "Training: `Trainer`, `deepseek train`", TuneConfig: "Tuning: `MoEFineTuner`, `deepseek tune`",
-    EngineOptions: "Engine: `LLM`, `deepseek infer`, `chat`, `serve`", SamplingParams: "Sampling: `SamplingParams`",
-    ValidateSettings: "Data: `deepseek data validate`", DedupSettings: "Data: `deepseek data dedup`",
-    LabelSettings: "Data: `deepseek data label`", SplitSettings: "Data: `deepseek data split`",
-    PackSettings: "Data: `deepseek data pack`", ServeOptions: "Serving: `deepseek serve`",
-    WatchOptions: "Monitoring: `deepseek serve`", TerminalOptions: "Watching: `deepseek watch`"}
+    RunConfig: "Training: `Trainer`, `deepseek train`", TuneConfig: "Tuning: `MoEFineTuner`, `deepseek tune`",
+    RunOptions: "Runs and streams of tuning: `MoEFineTuner`, `deepseek tune`",
+    LoRAAdapter: "Adapters: `LoRAAdapter`, `deepseek tune --adapter FIELD=VALUE`",
+    EngineOptions: "Engine: `LLM`, `deepseek infer`, `chat`, `serve`",
+    ModelOptions: "Loading: `LLM`, `deepseek infer`, `chat`, `serve`", SamplingParams: "Sampling: `SamplingParams`",
+    ServeOptions: "Serving: `ServeOptions`, `deepseek serve`",
+    WatchOptions: "Monitoring: `WatchOptions`, `deepseek serve`",
+    TerminalOptions: "`deepseek watch`", PromptOptions: "`deepseek infer`", ChatOptions: "`deepseek chat`",
+    AnswerOptions: "Experts of an answer: `deepseek infer`, `chat`", InfoOptions: "`deepseek info`",
+    ProfileOptions: "`deepseek atlas profile`; the sample: `compare`, too", QuantizeOptions: "`deepseek quantize`",
+    MergeOptions: "`deepseek merge`", ValidateSettings: "`deepseek data validate`",
+    DedupSettings: "`deepseek data dedup`", LabelSettings: "`deepseek data label`",
+    SplitSettings: "`deepseek data split`", PackSettings: "`deepseek data pack`",
+    MachineOptions: "Machine: commands that run a model"}
 
 
 def page() -> str:
     tables = [f"## {title}\n\n{table(settings)}" for settings, title in TITLES.items()]
-    return "\n\n".join(["# Options", "Each is a keyword argument in Python and a key in YAML files under the same "
-                        "name; where a command has it, also a flag, spelled with underscores or hyphens.",
-                        *tables]) + "\n"
+    about = ("Each is a flag, spelled with underscores or hyphens, of the commands that its title names, a key in the "
+             "file of their `--config FILE.yaml` (train, tune, serve) or in a step's table of `deepseek data run`, and "
+             "a keyword argument of the class.")
+    return "\n\n".join(["# Options", about, *tables]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class Example:
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"size": 0}, "size = 0: must be an integer >= 1, or null"), ({"size": True}, "size = True"),
+    ({"size": 0}, "size = 0: must be an integer >= 1"), ({"size": True}, "size = True"),
     ({"kind": "c"}, "kind = 'c': must be a or b"), ({"kind": None}, "kind = None"), ({"kind": []}, "kind = []"),
     ({"deep": 1}, "deep = 1: must be true or false"), ({"deep": None}, "deep = None")])
 def test_what_breaks_its_rule_is_named(given: dict[str, Any], message: str) -> None:
@@ -68,9 +85,18 @@ def test_what_a_declaration_says_of_flags() -> None:
 
 @pytest.mark.parametrize("settings", TITLES, ids=lambda settings: settings.__name__)
 def test_every_option_is_declared_and_its_default_keeps_its_rule(settings: Any) -> None:
-    assert {one.name for one in declared(settings)} == set(settings.__dataclass_fields__) - {"watch"}
+    assert {one.name for one in declared(settings)} == set(settings.__dataclass_fields__) - {"watch", "map"}
     assert all(one.option.help for one in declared(settings))
     settings()  # checks itself
+
+
+@pytest.mark.parametrize("settings", TITLES, ids=lambda settings: settings.__name__)
+def test_text_is_no_number_and_a_number_is_no_text(settings: Any) -> None:
+    """The command line leaves it to the settings to say so."""
+    for one in declared(settings):
+        if not one.choices and (one.kind in (int, float) or (one.kind is str and one.name != "expert_memory")):
+            with pytest.raises((ConfigError, RequestError), match=rf"{one.name} = .*must "):
+                settings(**{one.name: 3.5 if one.kind is str else "x"})
 
 
 @pytest.mark.parametrize(("settings", "value", "error"), [

@@ -1,6 +1,6 @@
 """One declaration per option, in a dataclass: `name: Annotated[type, Option(help, rule)] = default`.
 
-It gives the default, the check (`check(self)` in `__post_init__`), the flag on the command line (cli/parser.py), the
+It gives the default, the check (when a `Settings` is made), the flag on the command line (cli/parser.py), the
 key of YAML files and the row in docs/options.md. A bool, a Literal, texts and paths need no rule; None
 passes where the type says so.
 """
@@ -9,36 +9,38 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin
 
 from .deprecation import warn
 from .errors import ConfigError, nearest
 
 S = TypeVar("S")
+Device = Literal["cpu", "cuda"]
 Rule = tuple[str, Callable[[Any], bool]]  # as a message says it, and whether a value follows it
 
 
 @dataclass(frozen=True)
 class Option:
     """What a field's type does not say. metavar: of the flag's value, where it is not the usual one of the type.
-    formerly: the name of the last release, which works and warns. each: the flag of a tuple takes one value and may
-    come several times; else it takes several."""
+    formerly: the name of the last release, which works and warns. each: the flag of a sequence takes one value and may
+    come several times; else it takes several. flag: its name, where it is another."""
 
     help: str
     rule: Rule | None = None
     metavar: str | None = None
     formerly: str | None = None
     each: bool = False
+    flag: str | None = None
 
 
 class Declared(NamedTuple):
     """An option as its dataclass declares it. kind: of one value, as a flag takes it; choices: of a Literal; many: a
-    tuple of them."""
+    sequence of them."""
 
     name: str
     default: Any
@@ -67,6 +69,7 @@ def between(least: int, most: int) -> Rule:
 
 COUNT: Rule = "must be an integer >= 1", lambda v: is_int(v) and v >= 1
 NATURAL: Rule = "must be an integer >= 0", lambda v: is_int(v) and v >= 0
+ABOVE_ZERO: Rule = "must lie in (0, 1]", lambda v: is_number(v) and 0 < v <= 1
 POSITIVE: Rule = "must be a positive number", lambda v: is_number(v) and v > 0
 NOT_NEGATIVE: Rule = "must be a number >= 0", lambda v: is_number(v) and v >= 0
 SHARE: Rule = "must lie in [0, 1)", lambda v: is_number(v) and 0 <= v < 1
@@ -89,13 +92,15 @@ def declared(settings: type) -> tuple[Declared, ...]:
         kind, option = get_args(hints[field.name])[:2]
         kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
         choices = next((get_args(one) for one in kinds if get_origin(one) is Literal), None)
-        many = any(get_origin(one) is tuple for one in kinds)
+        many = any(get_origin(one) in (tuple, Sequence) for one in kinds)
         rule = option.rule or (SWITCH if bool in kinds else one_of(*choices) if choices else TEXTS if many else
                                PATH if Path in kinds else TEXT if {*kinds} <= {str, type(None)} else None)
         if rule and type(None) in kinds:
-            rule = _or_null(rule)
+            rule = rule[0], partial(_is_null_or, rule[1])
         found.append(Declared(field.name, None if field.default is MISSING else field.default, option,
-                              next((one for one in (str, bool, int, float) if one in kinds), str), choices, rule, many))
+                              next((one for one in (str, bool, int, float) if one in kinds),
+                                   dict if any(get_origin(one) is Mapping for one in kinds) else str),
+                              choices, rule, many))
     return tuple(found)
 
 
@@ -110,17 +115,29 @@ def check(settings: Any, error: type[Exception] = ConfigError) -> None:
                 several := (value,) if isinstance(value, str) else tuple(value)):
             object.__setattr__(settings, one.name, several)
         else:
-            raise error(f"{one.name} = {value!r}: {one.rule[0]}")
+            hint = nearest(value, one.choices) if one.choices and isinstance(value, str) else ""
+            raise error(f"{one.name} = {value!r}: {one.rule[0]}{hint}")
 
 
-def known(settings: type, values: dict[str, Any], what: str) -> dict[str, Any]:
-    """`values`; raises ConfigError for the first that is no option of `settings`, `what` a message calls these."""
-    names = [one.name for one in declared(settings)]
-    for name in values:
-        if name not in names and name not in former_names(settings):
-            raise ConfigError(f"{name} = {values[name]!r}: is no {what}; there are {', '.join(names)}"
-                              f"{nearest(name, names)}")
-    return values
+class Settings:
+    """Base of a dataclass of options, which are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Of names and values. Raises ConfigError, which begins with `where`, for an unknown name, listing those that
+        there are, and for an impossible value."""
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in names and name not in former_names(cls):
+                raise ConfigError(f"{where}unknown setting {name}; there are {', '.join(names)}"
+                                  f"{nearest(str(name), names)}")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
 
 
 def former_names(settings: type) -> dict[str, str]:
@@ -132,7 +149,7 @@ def rename(given: dict[str, Any], names: Mapping[str, str], tell: Callable[[str]
            spelled: str = "{}") -> dict[str, Any]:
     """`given` with new names for former ones (names: former -> new); `tell` is told of each, `spelled` as a user wrote
     it. Raises ConfigError where both are given."""
-    for former in given.keys() & names.keys():
+    for former in (former for former in names if former in given):
         if (name := names[former]) in given:
             raise ConfigError(f"{name} and {former}: are two names of one setting: leave out {former}")
         tell(f"{spelled.format(former)} is called {spelled.format(name)} now")
@@ -155,12 +172,13 @@ def table(settings: type) -> str:
     """The options in Markdown, for docs/options.md."""
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
     for one in declared(settings):
-        default = "" if one.default in (None, ()) else f"`{str(one.default).lower()}`"
+        words = one.default if isinstance(one.default, tuple) else (one.default,)
+        default = "" if one.default is None else ", ".join(
+            f"`{str(word).lower() if isinstance(word, bool) else word}`" for word in words if word != "")
         rule = f" ({one.rule[0]})" if one.rule and (one.option.rule or one.choices) else ""
         lines.append(f"| `{one.name}` | {default} | {one.option.help}{rule} |")
     return "\n".join(lines)
 
 
-def _or_null(rule: Rule) -> Rule:
-    text, holds = rule
-    return f"{text}, or null", lambda v: v is None or holds(v)
+def _is_null_or(holds: Callable[[Any], bool], value: Any) -> bool:
+    return value is None or holds(value)

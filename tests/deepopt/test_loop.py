@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from deepseek.checkpoint import MANIFEST, write_manifest
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt.loop import TrainingLoop, checkpoints, random_state, read_log, set_random_state
-from deepseek.deepopt.settings import Leg, TrainConfig, learning_rate
+from deepseek.deepopt.settings import Leg, Precision, TrainConfig, learning_rate
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import sha256
 from deepseek.model import CausalLM
@@ -84,8 +84,10 @@ def test_run_learns_and_leaves_everything(data: TokenShards, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("precision", "bf16", "tolerance"), [
     ("fp32", "native", 2e-3), ("bf16", "native", 2e-2), ("bf16", "torch", 2e-2)])
-def test_losses_are_the_recorded_ones(data: TokenShards, tmp_path: Path, precision: str, bf16: str, tolerance: float,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_are_the_recorded_ones(
+    data: TokenShards, tmp_path: Path, precision: Precision, bf16: str, tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A refactor that changes a loss is not a refactor. Tolerance: another order of FP32 sums; in BF16 also products
     rounded otherwise, which moves near ties of the gate. `auto` would take FP32 or BF16 as the machine has units."""
     monkeypatch.setattr(native, "BF16", bf16)
@@ -98,7 +100,7 @@ def test_losses_are_the_recorded_ones(data: TokenShards, tmp_path: Path, precisi
 
 @pytest.mark.parametrize(("precision", "old_names"), [("fp32", False), ("bf16", True)])
 def test_interrupted_run_continues_bit_by_bit(
-    data: TokenShards, tmp_path: Path, precision: str, old_names: bool
+    data: TokenShards, tmp_path: Path, precision: Precision, old_names: bool
 ) -> None:
     config = replace(SETTINGS, steps=12, precision=precision, accumulation=2, save_every=100)
     TrainingLoop(new_model(), data, config, tmp_path / "calm").run()

@@ -286,7 +286,8 @@ def test_what_cannot_be_adapted(
 @pytest.mark.parametrize(("fields", "message"), [
     ({"r": 0}, "r = 0: must be an integer >= 1"), ({"lora_alpha": 0}, "lora_alpha = 0"),
     ({"lora_dropout": 1.0}, "lora_dropout"), ({"bias": "all"}, "bias = 'all': must be none"),
-    ({"task_type": "SEQ_CLS"}, "task_type"), ({"experts": "law_expert"}, "must be a list of names"),
+    ({"task_type": "SEQ_CLS"}, "task_type"), ({"experts": 3}, "experts = 3: must be names"),
+    ({"target_modules": [""]}, "must be names"), ({"target_modules": 3}, "target_modules = 3: must be names"),
 ])
 def test_impossible_fields(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

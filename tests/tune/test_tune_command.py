@@ -173,7 +173,7 @@ def test_a_pipe_is_learnt_round_by_round(
     (["MODEL", "LAW", "--adapter", "r=two"], None, "adapter: r = 'two': must be a number"),
     (["MODEL", "LAW", "--adapter", "r=2", "r=3"], None, "adapter: r is given twice"),
     (["MODEL", "LAW", "--adapter", "lora_alpha=nan"], None, "lora_alpha = nan: must be a positive number"),
-    (["MODEL", "LAW"], "model_path: x\n", "unknown setting model_path; in the file the model is `model`"),
+    (["MODEL", "LAW"], "model_path: x\n", "device, threads, adapter; did you mean model?"),
     (["MODEL", "LAW"], "chat_template_kwargs: 3\n", "chat_template_kwargs = 3: must be an object of JSON values"),
     (["MODEL", "LAW"], "chat_template_kwargs: {date: 2026-01-01}\n", "must be an object of JSON values"),
     (["MODEL", "nowhere.jsonl"], "chat_template_kwargs: {thinking: true}\n", "'thinking' is no variable that the chat"),
@@ -244,7 +244,7 @@ def test_what_is_learnt_is_shown_and_nothing_is_trained(
                  "--show_records", "1"]) == 0
     assert "law" not in capsys.readouterr().out
     assert not out.exists()
-    for words, message in ((["--show_records", "0"], "show_records = 0: must be at least 1"),
+    for words, message in ((["--show_records", "0"], "show_records = 0: must be an integer >= 1"),
                            (["--map", str(data)], "a.jsonl: "), (["--reasoning", "keep"], "reasoning = 'keep'")):
         assert main(["tune", model, str(data), *words]) == 2
         assert message in capsys.readouterr().err

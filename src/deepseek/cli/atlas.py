@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..config import ModelConfig
 from ..data.settings import named_paths
 from ..errors import ConfigError, DataError
 from ..files import locked, write_atomically
 from ..progress import tokens_bar
-from .common import add_device_flags, add_map_flag
-from .parser import Parser, add_command, add_steps
+from ..settings import ABOVE_ZERO, COUNT, NATURAL, Option, Settings, is_int
+from .common import MachineOptions, add_map_flag
+from .parser import Parser, add_command, add_settings, add_steps, make
 
 if TYPE_CHECKING:
     from ..atlas.compare import Trace
+
+
+@dataclass(frozen=True)
+class SampleOptions(Settings):
+    tokens: Annotated[int, Option("tokens to sample; of `profile`, for each name", COUNT)] = 1 << 16
+    seq_len: Annotated[int | None, Option("length of a window at most; else 512, or what the model takes", (
+        "must be an integer >= 2", lambda v: is_int(v) and v >= 2))] = None
+    seed: Annotated[int, Option("seed of the sample", NATURAL)] = 0
+
+
+@dataclass(frozen=True)
+class ProfileOptions(SampleOptions):
+    score: Annotated[Literal["token", "gate"], Option("what experts are ranked by")] = "token"
+    threshold: Annotated[float | None, Option("share to select; else 0.2 for token, 0.1 for gate", ABOVE_ZERO)] = None
 
 
 def add_flags(parser: Parser) -> None:
@@ -24,8 +40,7 @@ def add_flags(parser: Parser) -> None:
     step.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
     step.add_argument("--data", nargs="+", action="extend", required=True, metavar="NAME=FILE",
                       help="text of a name; a name may come several times, and a few names tell more than one")
-    step.add_argument("--score", choices=("token", "gate"), default="token", help="what experts are ranked by")
-    step.add_argument("--threshold", type=float, help="share to select; else 0.2 for token, 0.1 for gate")
+    add_settings(step, ProfileOptions, {"": "score threshold"})
     step.add_argument("--out", metavar="FILE", help="else atlas.json beside the model")
     _sample_flags(step)
     step = add_command(steps, "show", show, "named groups, their evidence and overlap")
@@ -42,10 +57,8 @@ def add_flags(parser: Parser) -> None:
 
 def _sample_flags(parser: Parser) -> None:
     add_map_flag(parser)
-    parser.add_argument("--tokens", type=int, default=1 << 16, help="tokens to sample (for each name)")
-    parser.add_argument("--seq_len", type=int, help="length of a window at most; else 512, or what the model takes")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    add_device_flags(parser)
+    add_settings(parser, SampleOptions)
+    add_settings(parser, MachineOptions, "machine")
 
 
 def profile(args: argparse.Namespace) -> None:
@@ -53,7 +66,7 @@ def profile(args: argparse.Namespace) -> None:
     from ..checkpoint import resolve
     from ..data import list_files
 
-    named = named_paths(args.data, "data")
+    options, named = make(args, ProfileOptions), named_paths(args.data, "data")
     for _ in list_files([place for places in named.values() for place in places]):
         pass  # a wrong path is said before a large model is loaded
     if args.out is None and not Path(args.model).expanduser().is_dir():
@@ -62,10 +75,11 @@ def profile(args: argparse.Namespace) -> None:
     out = Path(args.out).expanduser() if args.out else folder / FILE
     out = out / FILE if out.is_dir() else out
     with locked(out):
-        _profile(args, named, folder, out)
+        _profile(args, options, named, folder, out)
 
 
-def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path, out: Path) -> None:
+def _profile(args: argparse.Namespace, options: ProfileOptions, named: dict[str, list[str]], folder: Path,
+             out: Path) -> None:
     from ..atlas import Atlas, profile
     from ..atlas.atlas import Shape
     from ..atlas.profile import doubts, verdict
@@ -78,11 +92,10 @@ def _profile(args: argparse.Namespace, named: dict[str, list[str]], folder: Path
     if known is not None and known.shape != (shape := Shape.of(ModelConfig.from_file(folder))):
         raise ConfigError(f"out = {out}: holds the atlas of another model: {known.shape}; this one has {shape}")
     report, mapping = ReadReport(), RecordMap.of(args.map)
-    tokenizer, model = Tokenizer.load(folder), load_model(folder, device=args.device)
+    tokenizer, model = Tokenizer.load(folder), load_model(folder, device=make(args, MachineOptions).device)
     with tokens_bar("profile") as advance:
         documents = {name: read_documents(places, report, mapping) for name, places in named.items()}
-        measured = profile(model, tokenizer, documents, score=args.score, threshold=args.threshold,
-                           seq_len=args.seq_len, tokens=args.tokens, seed=args.seed, progress=advance, atlas=known)
+        measured = profile(model, tokenizer, documents, progress=advance, atlas=known, **vars(options))
     if report.problems:
         print(report.summary())
     if not measured.names:
@@ -122,6 +135,7 @@ def compare(args: argparse.Namespace) -> None:
     from ..data import ReadReport, RecordMap, read_documents
     from ..tokenizer import Tokenizer
 
+    options, device = make(args, SampleOptions), make(args, MachineOptions).device
     folders = [resolve(name) for name in (args.first, args.second)]
     shapes = [Shape.of(ModelConfig.from_file(folder)) for folder in folders]
     if shapes[0] != shapes[1]:
@@ -132,14 +146,14 @@ def compare(args: argparse.Namespace) -> None:
     found = [args.atlas] if args.atlas else [f for folder in reversed(folders) if (f := folder / FILE).is_file()]
     atlas = Atlas.load(found[0]) if found else None
     report = ReadReport()
-    sample = draw("", read_documents(args.data, report, RecordMap.of(args.map)), tokenizer, tokens=args.tokens,
-                  seed=args.seed, seq_len=window_length(ModelConfig.from_file(folders[0]), args.seq_len))
+    sample = draw("", read_documents(args.data, report, RecordMap.of(args.map)), tokenizer, tokens=options.tokens,
+                  seed=options.seed, seq_len=window_length(ModelConfig.from_file(folders[0]), options.seq_len))
     if report.problems:
         print(report.summary())
 
     def traced(folder: Path) -> Trace:  # one model in memory at a time
         with tokens_bar("route") as advance:
-            return trace(load_model(folder, device=args.device), sample, tokenizer, advance)
+            return trace(load_model(folder, device=device), sample, tokenizer, advance)
 
     print(compare(traced(folders[0]), traced(folders[1]), atlas).table())
     print(f"try:   deepseek atlas show {args.second}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import dataclass
+from typing import Annotated
 
 from ..errors import RequestError
+from ..settings import Option, Settings
 from .common import (
-    Parser,
-    add_device_flags,
     add_model_flags,
     expert_usage,
     experts_text,
@@ -17,14 +18,20 @@ from .common import (
     report_usage,
     sampling_params,
 )
+from .parser import Parser, add_settings
 
 COMMANDS = "/reset forgets the conversation, /experts shows who answered, /exit (or Ctrl-D) ends it"
 
 
+@dataclass(frozen=True)
+class ChatOptions(Settings):
+    system: Annotated[str | None, Option("system message", metavar="TEXT")] = None
+
+
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a checkpoint folder or a hub id")
+    add_settings(parser, ChatOptions)
     add_model_flags(parser)
-    add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:

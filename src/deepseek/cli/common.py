@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..engine.options import EngineOptions
 from ..engine.sampling_params import SamplingParams
 from ..errors import ConfigError
-from ..settings import declared
-from .parser import Parser, add_settings, given_settings
+from ..settings import COUNT, Device, Option, Settings
+from .parser import Parser, add_settings, given_settings, make
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
 
-
-def add_device_flags(parser: Parser) -> None:
-    machine = parser.group("machine")
-    machine.add_argument("--device", default="cpu", help="cpu or cuda")
-    machine.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def add_map_flag(parser: Any) -> None:
+@dataclass(frozen=True)
+class MachineOptions(Settings):
+    device: Annotated[Device, Option("where the model runs")] = "cpu"
+    threads: Annotated[int | None, Option("CPU threads; torch's choice if not given", COUNT)] = None
+
+
+@dataclass(frozen=True)
+class ModelOptions(Settings):
+    """How a checkpoint is loaded: what the commands say to LLM beside EngineOptions."""
+
+    adapter: Annotated[tuple[str, ...], Option(
+        "a delta or LoRA adapter, made part of the model; NAME=DIR keeps a LoRA adapter beside the base, for the "
+        "requests that choose its name", metavar="[NAME=]DIR")] = ()
+    dtype: Annotated[Dtype, Option("of the weights in memory; auto is the checkpoint's")] = "auto"
+    chat_template_kwargs: Annotated[Mapping[str, Any] | None, Option(
+        """variables of the chat template, such as '{"thinking": true}'""", (
+            "must be an object", lambda v: isinstance(v, Mapping)))] = None
+
+
+@dataclass(frozen=True)
+class AnswerOptions(Settings):
+    """Which experts answer, and whether that is shown."""
+
+    use_adapter: Annotated[str | None, Option(
+        "which of the adapters with names answers; else the base", metavar="NAME")] = None
+    show_experts: Annotated[bool, Option("print the experts' use, by name and by layer")] = False
+    expert_map: Annotated[str | Path | None, Option("save that table as a heat map", metavar="PNG")] = None
+
+
+def add_map_flag(parser: Parser) -> None:
+    parser.checked.add("map")
     parser.add_argument("--map", metavar="YAML", help="which column of a record is what, where names do not say it")
 
 
@@ -35,52 +61,25 @@ def apply_device(args: argparse.Namespace) -> None:
         return
     import torch
 
-    if args.device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device = {args.device!r}: must be cpu or cuda")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    machine = make(args, MachineOptions)
+    if machine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': this torch finds no GPU")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ConfigError(f"threads = {args.threads}: must be an integer >= 1")
-        torch.set_num_threads(args.threads)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
 
 
 def add_model_flags(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a checkpoint folder or a hub id")
-    parser.add_argument("--use_adapter", metavar="NAME", help="which of the adapters with names answers; else the base")
-    _add_sampling_flags(parser)
+    add_settings(parser, SamplingParams, {
+        "sampling": "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty "
+                    "min_tokens seed stop ignore_eos json_schema"})
+    add_settings(parser, AnswerOptions, "experts")
     add_engine_flags(parser)
 
 
 def add_engine_flags(parser: Parser) -> None:
-    engine = parser.group("engine")
-    engine.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
-                        help="a delta or LoRA adapter, made part of the model; NAME=DIR keeps a LoRA adapter beside "
-                        "the base, for the requests that choose its name")
-    engine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    engine.add_argument("--chat_template_kwargs", type=template_variables, metavar="JSON",
-                        help="variables of the chat template, such as '{\"thinking\": true}'")
-    add_settings(parser, EngineOptions, {"engine": " ".join(one.name for one in declared(EngineOptions))})
-
-
-def _add_sampling_flags(parser: Parser) -> None:
-    add_settings(parser, SamplingParams, {
-        "sampling": "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty "
-                    "min_tokens seed stop ignore_eos"}, stop={"action": "append", "metavar": "TEXT"})
-    use = parser.group("experts")
-    use.add_argument("--show_experts", action="store_true", help="print the experts' use, by name and by layer")
-    use.add_argument("--expert_map", metavar="PNG", help="save that table as a heat map")
-
-
-def template_variables(text: str) -> dict[str, Any]:
-    """The value of the flag --chat_template_kwargs, a JSON object."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r:.60}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r:.60}: must be an object such as {{\"thinking\": true}}")
-    return found
+    add_settings(parser, ModelOptions, "engine")
+    add_settings(parser, EngineOptions, "engine")
+    add_settings(parser, MachineOptions, "machine")
 
 
 def named_adapters(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
@@ -108,12 +107,14 @@ def make_llm(args: argparse.Namespace) -> LLM:
     """The LLM of the engine's flags."""
     from ..engine.llm import LLM
 
-    adapter, adapters = named_adapters(args.adapter)
-    if (use := getattr(args, "use_adapter", None)) is not None and use not in adapters:
+    options = make(args, ModelOptions)
+    adapter, adapters = named_adapters(options.adapter)
+    if (use := make(args, AnswerOptions).use_adapter) is not None and use not in adapters:
         raise ConfigError(f"use_adapter = {use!r}: must be one of the names given with --adapter NAME=DIR: "
                           f"{', '.join(adapters) or 'there are none'}")
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, adapter=adapter, adapters=adapters,
-              chat_template_kwargs=args.chat_template_kwargs, **given_settings(args, EngineOptions))
+    llm = LLM(args.model, dtype=options.dtype, device=make(args, MachineOptions).device, adapter=adapter,
+              adapters=adapters, chat_template_kwargs=options.chat_template_kwargs,
+              **given_settings(args, EngineOptions))
     if llm.warmup is not None:
         print(llm.warmup, file=sys.stderr)
     return llm

@@ -19,11 +19,10 @@ from ..data.settings import (
     SplitSettings,
     ValidateSettings,
     named_paths,
-    settings_of,
 )
 from ..errors import ConfigError
 from .common import add_map_flag
-from .parser import Parser, add_command, add_settings, add_steps, given_settings
+from .parser import Parser, add_command, add_settings, add_steps, make
 
 if TYPE_CHECKING:
     from ..data.stage import Progress, StageResult
@@ -36,7 +35,7 @@ def add_flags(parser: Parser) -> None:
     step = add_command(steps, "tokenizer", tokenizer, "train a byte-level BPE tokenizer on text")
     step.add_argument("data", nargs="+", metavar="DATA", help="text, code, JSONL or folders of them")
     add_map_flag(step)
-    step.add_argument("--vocab_size", type=int, default=16384, help="tokens in all, special ones included")
+    add_settings(step, PackSettings, {"": "vocab_size"})
     step.add_argument("--out", required=True, help="folder to write")
     step = add_command(steps, "run", run, "all steps in a row, as a YAML says; the same command continues a "
                        "stopped run")
@@ -78,7 +77,7 @@ def _shared(step: Parser, kind: type, experts: str | None = None) -> None:
 def _settings(args: argparse.Namespace, kind: type[S]) -> S:
     if getattr(args, "workers", 1) < 1:
         raise ConfigError(f"workers = {args.workers}: must be an integer >= 1")
-    return settings_of(kind, given_settings(args, kind))
+    return make(args, kind)
 
 
 # ---- the steps ----------------------------------------------------------------------------------------------------
@@ -89,10 +88,10 @@ def tokenizer(args: argparse.Namespace) -> None:
     from ..files import locked
     from ..tokenizer import Tokenizer
 
-    report = ReadReport()
+    report, settings = ReadReport(), make(args, PackSettings)
     with locked(args.out):
         documents = read_documents(args.data, report, RecordMap.of(args.map))
-        trained = Tokenizer.train((document.text for document in documents), args.vocab_size)
+        trained = Tokenizer.train((document.text for document in documents), settings.vocab_size)
         trained.save(args.out)
     print(report.summary())
     print(f"{trained.vocab_size:,} tokens written to {args.out}\n"

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ..errors import ConfigError, RequestError
-from .common import add_device_flags, add_model_flags, expert_usage, make_llm, report_usage, sampling_params
-from .parser import Parser
+from ..settings import Option, Settings
+from .common import add_model_flags, expert_usage, make_llm, report_usage, sampling_params
+from .parser import Parser, add_settings
+
+
+@dataclass(frozen=True)
+class PromptOptions(Settings):
+    prompt: Annotated[str | None, Option("the prompt; else standard input", metavar="TEXT")] = None
+    chat: Annotated[bool, Option("put the prompt into the chat template")] = False
+    parse_special: Annotated[bool, Option(
+        "control tokens spelled out in a prompt count as such (a template of one's own, FIM)")] = False
 
 
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("--prompt", metavar="TEXT", help="the prompt; else standard input")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
-    parser.add_argument("--parse_special", action="store_true",
-                        help="control tokens spelled out in a prompt count as such (a template of one's own, FIM)")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a checkpoint folder or a hub id")
+    add_settings(parser, PromptOptions)
     parser.add_argument("--input", metavar="JSONL", help="prompts, one object a line: {prompt | messages, id, …}")
     parser.add_argument("--output", metavar="JSONL", help="answers to --input, in its order; continued if it exists")
-    parser.add_argument("--json_schema", metavar="FILE", help="a JSON schema that the text must match")
     add_model_flags(parser)
-    add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     params, llm = sampling_params(args), make_llm(args)
     usage = expert_usage(args, llm)
     for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage,
-                            parse_special=args.parse_special, adapter=args.use_adapter):
+                            parse_special=bool(args.parse_special), adapter=args.use_adapter):
         print(piece, end="", flush=True)
     print()
     report_usage(args, llm, usage)
@@ -67,7 +74,7 @@ def _infer_file(args: argparse.Namespace) -> None:
             bar.set_postfix_str(f"{stats.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
 
         answered, errors = run_file(llm, source, target, params, show, usage,
-                                    parse_special=args.parse_special, adapter=args.use_adapter)
+                                    parse_special=bool(args.parse_special), adapter=args.use_adapter)
     print(f"{answered:,} answers written to {target}" + (f", {errors:,} of them errors" if errors else ""),
           file=sys.stderr)
     report_usage(args, llm, usage)

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..config import PRESETS, ModelConfig
 from ..errors import ConfigError, printable
+from ..settings import COUNT, NOT_NEGATIVE, POSITIVE, Option, Settings
+from .parser import Parser, add_settings, make
 
 if TYPE_CHECKING:
     from ..checkpoint import Verdict
-from .parser import Parser
+
+
+@dataclass(frozen=True)
+class InfoOptions(Settings):
+    context: Annotated[int, Option("tokens of context for attention FLOPs and the cache", COUNT)] = 4096
+    machine: Annotated[bool, Option("measure this machine and say which formats fit")] = False
+    price_per_hour: Annotated[float | None, Option(
+        "price of the machine, for the cost of 10^8 tokens", NOT_NEGATIVE)] = None
+    tokens_per_second: Annotated[float | None, Option(
+        "throughput for the cost; else this machine's bound", POSITIVE)] = None
+    json: Annotated[bool, Option("print JSON")] = False
 
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument("model", metavar="NAME|PATH", help="a preset, a config.json, a checkpoint folder or a hub id")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of context for attention FLOPs and the cache")
-    parser.add_argument("--machine", action="store_true", help="measure this machine and say which formats fit")
-    parser.add_argument("--price_per_hour", type=float, help="price of the machine, for the cost of 10^8 tokens")
-    parser.add_argument("--tokens_per_second", type=float, help="throughput for the cost; else this machine's bound")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_settings(parser, InfoOptions)
 
 
 def run(args: argparse.Namespace) -> None:
     from .. import info as accounting
 
+    options = make(args, InfoOptions)
     config, judged = _judged(args.model)
-    described = accounting.describe(config, name=args.model, context=args.context)
-    priced = args.price_per_hour is not None and args.tokens_per_second is None
-    machine = accounting.measure_machine() if args.machine or priced else None
-    fits = accounting.fit(described, machine, context=args.context) if machine else None
-    extra = {"fits": fits, "machine": machine, "price_per_hour": args.price_per_hour,
-             "tokens_per_second": args.tokens_per_second}
-    if args.json:
+    described = accounting.describe(config, name=args.model, context=options.context)
+    priced = options.price_per_hour is not None and options.tokens_per_second is None
+    machine = accounting.measure_machine() if options.machine or priced else None
+    fits = accounting.fit(described, machine, context=options.context) if machine else None
+    extra: dict[str, Any] = {"fits": fits, "machine": machine, "price_per_hour": options.price_per_hour,
+             "tokens_per_second": options.tokens_per_second}
+    if options.json:
         from ..files import to_json
 
         loads = None if judged is None else {"yes": judged.because is None, "because": judged.because or judged.about}

@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in {*os.environ.get("COMP_LINE", "").split()} & {*COMMANDS}:  # it looks at flags before they are used
             parser.commands[name].filled()
         argcomplete.autocomplete(parser)
-    args = parser.parse_args(words)
-    if not hasattr(args, "run"):
-        args.usage()
-        return 2
     usual, warnings.showwarning = warnings.showwarning, _show_warning
     try:
+        args = parser.parse_args(words)
+        if not hasattr(args, "run"):
+            args.usage()
+            return 2
         with contextlib.nullcontext() if args.command == "serve" else handled(hard=True):
             apply_device(args)
             args.run(args)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ..errors import nearest
-from ..settings import declared, former_names, rename
+from ..errors import ConfigError, nearest
+from ..files import read_yaml
+from ..settings import declared, rename
 
 S = TypeVar("S")
 Run = Callable[[argparse.Namespace], None]
-METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}  # of flags that say no other
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The value of a flag that takes one."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: must be an object such as {{\"thinking\": true}}")
+    return found
+
+
+METAVARS: dict[Any, str] = {int: "N", float: "X", json_object: "JSON"}  # of flags that say no other
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -70,6 +84,8 @@ class Parser(argparse.ArgumentParser):
             place._option_string_actions = flags
         self.fill: Callable[[Parser], None] | None = None  # adds the flags when they are needed first
         self.commands: dict[str, Parser] = {}
+        self.renamed: dict[str, str] = {}  # former name of a flag -> name
+        self.checked: set[str] = set()  # flags whose values a settings class checks
 
     def filled(self) -> Parser:
         """Itself, with its flags."""
@@ -88,13 +104,66 @@ class Parser(argparse.ArgumentParser):
         for flag, action in [*self._option_string_actions.items()]:
             if isinstance(action, Switch):
                 self._option_string_actions.setdefault(f"--no_{flag[2:]}", action)
+        settings = self._read_config(args)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [flag for one in self._actions if one.help != argparse.SUPPRESS for flag in one.option_strings]
             flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
             hint = nearest(_plain(flag) if flag.startswith("--") else flag, flags)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        given = rename({name: value for name, value in vars(found).items() if value not in (None, [])}, self.renamed,
+                       tell, "--{}")
+        for name, value in (settings | given | ({"from_file": settings} if settings else {})).items():
+            setattr(found, name, value)
         return found, unknown
+
+    def add_former(self, former: str, name: str, **options: Any) -> None:
+        """A flag that was renamed to `name`."""
+        self.renamed[former] = name
+        self.add_argument(f"--{former}", **options | {"help": argparse.SUPPRESS})
+
+    def add_config(self) -> None:
+        """The flag --config: a file with whatever the command line could say, over which flags win."""
+        self.add_argument("--config", dest="config_file", metavar="FILE.yaml",
+                          help="a file with any of these settings; flags win over it")
+
+    def _read_config(self, args: Any) -> dict[str, Any]:
+        """What the file of --config says, by the names that flags have in a namespace; {} without one. Raises
+        ConfigError naming file, setting, rule and value."""
+        if "--config" not in self._option_string_actions:
+            return {}
+        first = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        if (path := first.parse_known_args(args)[0].config) is None:
+            return {}
+        if not isinstance(table := read_yaml(path) or {}, dict):
+            raise ConfigError(f"{path}: must be a table of settings, got {type(table).__name__}")
+        try:
+            return self._settings(rename(table, self.renamed, tell, "`{}`"))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def _settings(self, table: Mapping[str, Any]) -> dict[str, Any]:
+        actions = {name: one for one in self._actions if one.help != argparse.SUPPRESS
+                   for name in ((one.option_strings or [one.dest])[0].lstrip("-"), one.dest)
+                   if one.dest not in ("help", "config_file")}
+        found = {}
+        for name, value in table.items():
+            if (action := actions.get(name)) is None:
+                raise ConfigError(f"unknown setting {name}; there are {', '.join(actions)}"
+                                  f"{nearest(str(name), actions)}")
+            if value is None:
+                continue
+            if isinstance(value, dict) and "NAME=" in str(action.metavar):  # as the words NAME=PATH of the flag
+                value = [f"{key}={one}" for key, own in value.items()
+                         for one in (own if isinstance(own, list) else [own])]
+            if action.dest not in self.checked:
+                value = _words(name, value, action)
+            action.required = False
+            if not action.option_strings and action.nargs is None:
+                action.nargs = "?"
+            found[action.dest] = value
+        return found
 
     def error(self, message: str) -> NoReturn:
         """The message, below the usage only where that is short."""
@@ -103,11 +172,29 @@ class Parser(argparse.ArgumentParser):
             self.exit(2, f"{self.prog}: error: {message} (see `{self.prog} --help`)\n")
         super().error(message)
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """The settings class says what a value that is no number should be."""
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            if action.dest in self.checked and action.type in (int, float):
+                return text
+            raise
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
+        if action.choices is not None and value not in action.choices and action.dest not in self.checked:
             known = ", ".join(map(str, action.choices))
             raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {known})"
                                                  f"{nearest(str(value), map(str, action.choices))}")
+
+
+def _words(name: str, value: Any, action: argparse.Action) -> Any:
+    """A value of a file as the command line would say it."""
+    many = action.nargs in ("*", "+")
+    words = [value] if many and isinstance(value, str) else value
+    if not (isinstance(words, list) and all(isinstance(one, str) for one in words) if many else isinstance(words, str)):
+        raise ConfigError(f"{name} = {value!r}: must be {'texts' if many else 'a text'}")
+    return words
 
 
 def add_command(commands: Any, name: str, run: Run | None, text: str) -> Parser:
@@ -124,11 +211,10 @@ def add_steps(parser: Parser) -> Any:
     return parser.add_subparsers(title="steps", metavar="STEP")
 
 
-def add_settings(parser: Parser, kind: type, groups: str | Mapping[str, str] = "", **special: dict[str, Any]) -> None:
+def add_settings(parser: Parser, kind: type, groups: str | Mapping[str, str] = "") -> None:
     """Flags of a settings class; what is not given is None, for `given_settings`.
 
-    groups: the title of all, or title -> names of those that become flags, with blanks between them. special: what
-    argparse is told of a field's flag instead of what its declaration says.
+    groups: the title of all, or title -> names of those that become flags, with blanks between them.
     """
     if isinstance(groups, str):
         groups = {groups: " ".join(one.name for one in declared(kind))}
@@ -138,24 +224,26 @@ def add_settings(parser: Parser, kind: type, groups: str | Mapping[str, str] = "
     for one in declared(kind):
         if one.name not in titles:
             continue
-        own: dict[str, Any] = {"action": Switch} if one.kind is bool else {
-            "type": one.kind, "choices": one.choices, "metavar": one.option.metavar}
-        if one.many:
-            own |= {"action": "extend", "type": str} | ({"nargs": 1} if one.option.each else {"nargs": "+"})
-        shown = "" if one.default in (None, (), "") or one.default is False else f" (default: {one.default})"
-        flags = [f"--{one.name}", f"--no_{one.name}"] if one.default is True else [f"--{one.name}"]
+        parser.checked.add(one.name)
+        shown = "" if one.default in (None, (), "") or one.default is False else (
+            f" (default: {'on' if one.default is True else one.default})")
+        own: dict[str, Any] = {"dest": one.name, "help": one.option.help + shown}
+        if one.kind is bool:
+            own["action"] = Switch
+        else:
+            own |= {"type": json_object if one.kind is dict else one.kind, "metavar": one.option.metavar}
+            own |= {"choices": one.choices} if one.choices else {}
+            own |= {"action": "extend", "nargs": 1 if one.option.each else "+"} if one.many else {}
+        name = one.option.flag or one.name
         place = parser.group(titles[one.name]) if titles[one.name] else parser
-        place.add_argument(*flags, default=None, help=one.option.help + shown, **special.get(one.name) or own)
+        place.add_argument(f"--{name}", *([f"--no_{name}"] if one.default is True else []), **own)
         if one.option.formerly:
-            parser.add_argument(f"--{one.option.formerly}", help=argparse.SUPPRESS, **own)
+            parser.add_former(one.option.formerly, one.name, **own | {"dest": one.option.formerly})
 
 
 def given_settings(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """What `args` say of a settings class."""
-    names = former_names(kind)
-    given = {name: value for name in (*names, *(one.name for one in declared(kind)))
-             if (value := getattr(args, name, None)) is not None}
-    return rename(given, names, tell, "--{}")
+    return {one.name: value for one in declared(kind) if (value := getattr(args, one.name, None)) is not None}
 
 
 def make(args: argparse.Namespace, kind: Callable[..., S], **defaults: Any) -> S:

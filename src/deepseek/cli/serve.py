@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..keys import find_keys
 from ..serve.options import ServeOptions
 from ..watch.options import WatchOptions
-from .common import add_device_flags, add_engine_flags, make_llm, named_adapters
+from .common import ModelOptions, add_engine_flags, make_llm, named_adapters
 from .parser import Parser, add_settings, make
 
 SWITCH = 2e-4  # seconds that a thread may keep the interpreter from others
@@ -23,20 +23,20 @@ SWITCH = 2e-4  # seconds that a thread may keep the interpreter from others
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    parser.add_config()
     add_settings(parser, ServeOptions, {
         "network": "host port api_key api_key_file cors_origin allowed_host name",
         "limits": "max_waiting max_body timeout max_connections receive_timeout read_timeout shutdown_timeout",
         "monitoring": "classifier log log_texts"})
     add_settings(parser, WatchOptions, "monitoring")
     add_engine_flags(parser)
-    add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     options = make(args, ServeOptions, watch=make(args, WatchOptions))
     options = replace(options, name=options.name or Path(args.model).resolve().name,
                       api_key=tuple(find_keys(options.api_key)))
-    if options.name in named_adapters(args.adapter)[1]:
+    if options.name in named_adapters(make(args, ModelOptions).adapter)[1]:
         raise ConfigError(f"adapter {options.name}: is what the base is called: must have another name")
     # what cannot be is said before a large model is loaded
     from ..watch.history import History

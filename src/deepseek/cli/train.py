@@ -10,9 +10,9 @@ from typing import Any
 
 from ..config import PRESETS, ModelConfig
 from ..data.settings import named_paths
-from ..deepopt.settings import TrainConfig
+from ..deepopt.settings import RunConfig
 from ..errors import ConfigError, MoEDRError
-from .common import add_device_flags, add_map_flag
+from .common import MachineOptions, add_map_flag
 from .parser import Parser, add_settings, given_settings
 
 
@@ -22,42 +22,39 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--experts", nargs="+", action="extend", metavar="NAME=PATH",
                         help="text by expert: binds the routing groups to these names; a name may come several times")
     parser.add_argument("--out", required=True, help="folder of the run")
-    parser.add_argument("--from", dest="from_model", metavar="MODEL", help="a checkpoint folder or a hub id: starts "
-                        "from its weights, with its configuration, tokenizer and names; all parameters are trained")
-    parser.add_argument("--tokenizer", help="folder of a tokenizer; else one is trained on the data")
+    parser.add_config()
     add_map_flag(parser)
-    parser.add_argument("--valid_fraction", type=float, help="share of the documents held out (default: 0.01)")
-    add_settings(parser, TrainConfig, {
+    add_settings(parser, RunConfig, {
+        "start": "from_model tokenizer valid_fraction",
         "schedule": "steps batch_size seq_len accumulation lr min_lr_ratio warmup_steps seed",
         "optimizer": "beta1 beta2 weight_decay clip", "losses": "mtp_weight balance_weight bias_speed guide_weight",
         "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
-        "machine": "precision gradient_checkpointing"})
-    add_device_flags(parser)
+        "machine": "precision gradient_checkpointing device"})
+    add_settings(parser, MachineOptions, {"machine": "threads"})
 
 
 def run(args: argparse.Namespace) -> None:
     from ..deepopt.trainer import Trainer
 
-    given = given_settings(args, TrainConfig)
+    given = given_settings(args, RunConfig)
     words = [word for word in (args.config, *args.data) if word is not None]
-    out, where = args.out, {"device": args.device}
-    where |= {} if args.valid_fraction is None else {"valid_fraction": args.valid_fraction}
-    if not words and args.from_model is None and not args.experts and args.tokenizer is None:
+    out, start = args.out, args.from_model
+    if not words and start is None and not args.experts and args.tokenizer is None:
         leg = {key: given.pop(key) for key in ("steps", "lr", "min_lr_ratio", "warmup_steps") if key in given}
-        trainer, data = replace(Trainer.resume(out, device=args.device, **leg), map=args.map, **given), None
-        if args.valid_fraction not in (None, trainer.valid_fraction):
-            raise ConfigError(f"valid_fraction = {args.valid_fraction}: the run in {out} has {trainer.valid_fraction}")
+        run = Trainer.resume(out, **leg)
+        if (fraction := given.get("valid_fraction", run.valid_fraction)) != run.valid_fraction:
+            raise ConfigError(f"valid_fraction = {fraction}: the run in {out} has {run.valid_fraction}")
+        trainer, data = replace(run, map=args.map, **given), None
     else:
-        if args.from_model is not None and words and _is_config(words[0]):
-            raise ConfigError(f"CONFIG = {words[0]!r}: does not go with --from {args.from_model}, which brings its own "
+        if start is not None and words and _is_config(words[0]):
+            raise ConfigError(f"CONFIG = {words[0]!r}: does not go with --from {start}, which brings its own "
                               "configuration; leave it out")
-        if args.from_model is None and words and _is_data(words[0]):
+        if start is None and words and _is_data(words[0]):
             raise ConfigError(f"config = {words[0]!r}: is no configuration; a preset ({', '.join(PRESETS)}) or a "
                               "config.json goes before DATA, or --from MODEL instead of it")
-        config = words.pop(0) if args.from_model is None and words else None
+        config = words.pop(0) if start is None and words else None
         data = _training_data(words, args.experts)
-        trainer = Trainer(config, out=out, from_model=args.from_model, tokenizer=args.tokenizer, map=args.map,
-                          **where, **given)
+        trainer = Trainer(config, out=out, map=args.map, **given)
     model = trainer.fit(data)
     print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"
           f"try:   deepseek-infer --model {model} --prompt '…'")

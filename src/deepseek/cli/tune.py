@@ -5,24 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, nearest
-from ..settings import rename
-from ..tune.settings import TuneConfig
-from .common import add_map_flag, template_variables
-from .parser import Parser, add_settings, tell
+from ..settings import declared
+from ..tune.settings import RunOptions, TuneConfig
+from .common import MachineOptions, add_map_flag
+from .parser import Parser, add_settings, given_settings, make, tell
 
-# fields of LoRAAdapter, as --adapter takes them
-_FIELDS: dict[str, Callable[[str], Any]] = {
-    "r": int, "lora_alpha": float, "lora_dropout": float, "target_modules": lambda names: names.split(","),
-    "experts": lambda names: names.split(","), "bias": str, "task_type": str}
-_OLDER_FLAGS: dict[str, tuple[str, Any]] = {  # what stood for them before
-    "r": ("r", int), "lora_alpha": ("lora_alpha", float), "lora_dropout": ("lora_dropout", float),
-    "target_modules": ("target_modules", None), "lora_experts": ("experts", None)}
-_RENAMED = {"general": "retain_data", "old": "replay_data", "lora": "adapter"}
+OLDER = {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules",
+         "lora_experts": "experts"}  # flags of the first release -> fields of --adapter
 
 
 def add_flags(parser: Parser) -> None:
@@ -31,110 +25,90 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("data", nargs="*", metavar="DATA", default=None,
                         help="records: files or folders (see `deepseek data`), or - for JSON lines on standard input, "
                            "learnt round by round")
-    parser.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win over it")
+    parser.add_config()
     parser.add_argument("--out", help="folder of the run; else MODEL-tuned-HASH, with a hash of MODEL's path")
     parser.add_argument("--retain_data", nargs="+", metavar="PATH",
                         help="general text that must not be forgotten, to measure it")
     parser.add_argument("--replay_data", nargs="+", metavar="PATH", help="records of earlier training, for --replay")
-    for flag in ("general", "old"):
-        parser.add_argument(f"--{flag}", nargs="+", help=argparse.SUPPRESS)
+    parser.add_former("general", "retain_data", nargs="+")
+    parser.add_former("old", "replay_data", nargs="+")
     add_map_flag(parser)
-    parser.add_argument("--show_records", type=int, metavar="N",
-                        help="print what would be learnt of the first N records, and stop")
-    parser.add_argument("--save", choices=("auto", "delta", "full"), help="what to leave (default: auto)")
-    parser.add_argument("--records_a_round", type=int, help="records of standard input a round (default: 256)")
-    parser.add_argument("--rounds", type=int, help="rounds of standard input to learn; else all until it ends")
-    for flag, (_, kind) in _OLDER_FLAGS.items():
-        parser.add_argument(f"--{flag}", help=argparse.SUPPRESS, **({"type": kind} if kind else {"nargs": "+"}))
-    names = {"nargs": "+", "metavar": "NAME"}
+    add_settings(parser, RunOptions)
     add_settings(parser, TuneConfig, {
         "what is trained": "expert_tune expert_freeze atlas score threshold shared_experts non_expert_modules "
                            "train_router balance",
         "records": "max_length overlong chat_template_kwargs parse_special reasoning valid_fraction replay",
         "schedule": "lr epochs steps batch_size accumulation warmup min_lr_ratio weight_decay clip seed",
         "evaluation and checkpoints": "eval_every eval_records general_records save_every",
-        "machine": "precision gradient_checkpointing device"},
-        expert_tune=names, expert_freeze=names, chat_template_kwargs={"type": template_variables, "metavar": "JSON"})
-    parser.group("what is trained").add_argument("--adapter", nargs="+", metavar="FIELD=VALUE",
-                        help="train a LoRA adapter alone: its fields, such as r=16 lora_alpha=32 lora_dropout=0.05 "
-                           "target_modules=q_proj,v_proj experts=law_expert,3.17")
-    parser.group("machine").add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+        "machine": "precision gradient_checkpointing device"})
+    add_settings(parser, MachineOptions, {"machine": "threads"})
+    parser.group("what is trained").add_argument(
+        "--adapter", nargs="+", metavar="FIELD=VALUE", help="train a LoRA adapter alone: its fields, such as r=16 "
+        "lora_alpha=32 lora_dropout=0.05 target_modules=q_proj,v_proj experts=law_expert,3.17")
+    parser.checked.add("adapter")
+    parser.renamed["lora"] = "adapter"  # in files
+    for flag in OLDER:
+        parser.add_argument(f"--{flag}", nargs="+", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
     """Settings of the file, flags over them; then tune."""
     from ..tune.tuner import MoEFineTuner
 
-    settings: dict[str, Any] = {}
-    if args.config:
-        from ..files import read_yaml
-
-        settings = read_yaml(args.config)
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{args.config}: must be a table of settings, got {type(settings).__name__}")
-    flags = {key: value for key, value in vars(args).items()
-             if value not in (None, []) and key not in ("run", "usage", "config", "threads", "command")}
-    settings, flags = rename(settings, _RENAMED, tell, "`{}`"), rename(flags, _RENAMED, tell, "--{}")
-    adapter = _adapter(settings, flags)
-    settings |= flags
-    if settings.get("expert_tune") == ["auto"]:
-        settings["expert_tune"] = "auto"
-    for key in ("data", "retain_data", "replay_data"):  # here all are paths, also where nothing is
-        if settings.get(key, "-") not in ("-", ["-"]):
-            value = settings[key]
-            settings[key] = [Path(place) for place in ([value] if isinstance(value, str) else value)]
-    model, data, size, rounds, shown = (settings.pop(key, None) for key in (
-        "model", "data", "records_a_round", "rounds", "show_records"))
+    run, given = make(args, RunOptions), given_settings(args, TuneConfig)
+    model, data = args.model, args.data
     if not model or not data:
         raise ConfigError("model and data must be given, on the command line or in the file of --config")
-    if "model_path" in settings:
-        raise ConfigError("unknown setting model_path; in the file the model is `model`")
-    tuner = MoEFineTuner(model, adapter=adapter, **settings)
-    piped = data in ("-", ["-"])
-    if piped:
+    retained, replayed = (None if places is None else [*map(Path, places)]  # paths, also where nothing is
+                          for places in (args.retain_data, args.replay_data))
+    tuner = MoEFineTuner(model, adapter=_adapter(args), retain_data=retained, replay_data=replayed, map=args.map,
+                         out=args.out, save=run.save, **given)
+    if piped := data == ["-"]:
         data = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
-    if shown is not None:
-        tuner.show(data, shown)
+    else:
+        data = [*map(Path, data)]
+    if run.show_records is not None:
+        tuner.show(data, run.show_records)
         return
     report = tuner.fit(data) if not piped else tuner.fit_stream(
-        data, records_a_round=256 if size is None else size, rounds=rounds)
+        data, records_a_round=run.records_a_round, rounds=run.rounds)
     whole = Path(report.result).name == "model"
     print(f"try:   deepseek infer --model {report.result if whole else f'{model} --adapter {report.result}'} "
           "--prompt '…'")
 
 
-def _adapter(settings: dict[str, Any], flags: dict[str, Any]) -> Any:
-    """What file and flags say of the adapter, taken out of both; flags win, field by field. None if nothing is said."""
-    adapter = settings.pop("adapter", None)
-    given: dict[str, Any] = {}
-    for flag, (field, _) in _OLDER_FLAGS.items():
-        if flag in flags:
-            given[field] = flags.pop(flag)
-            value = ",".join(map(str, given[field])) if isinstance(given[field], list) else given[field]
-            tell(f"--{flag} is called --adapter {field}={value} now")
-    given |= _fields(flags.pop("adapter", []))
-    if not given or not (adapter is None or isinstance(adapter, dict)):  # what is no table is refused by its reader
-        return adapter
-    return (adapter or {}) | given
+def _adapter(args: argparse.Namespace) -> Any:
+    """What file and flags say of the adapter; flags win, field by field. None if nothing is said."""
+    in_file = getattr(args, "from_file", {}).get("adapter")
+    words = [] if args.adapter is None or args.adapter is in_file else list(args.adapter)
+    for flag, field in OLDER.items():
+        if (values := getattr(args, flag)) is not None:
+            words.append(f"{field}={','.join(values)}")
+            tell(f"--{flag} is called --adapter {words[-1]} now")
+    if not words or not (in_file is None or isinstance(in_file, dict)):  # what is no table is refused by its reader
+        return in_file
+    return (in_file or {}) | _fields(words)
 
 
 def _fields(words: Sequence[str]) -> dict[str, Any]:
     """FIELD=VALUE words of --adapter."""
+    from ..tune.lora import LoRAAdapter
+
+    fields = {one.name: one for one in declared(LoRAAdapter)}
     found: dict[str, Any] = {}
     for word in words:
-        field, equals, value = word.partition("=")
-        kind = _FIELDS.get(field)
-        if not equals or not value or kind is None:
+        name, equals, value = word.partition("=")
+        if not equals or not value or name not in fields:
             hint = "; to go on from a trained adapter, merge it first (`deepseek merge MODEL ADAPTER OUT`)" if (
-                Path(word).exists()) else nearest(field, _FIELDS)
+                Path(word).exists()) else nearest(name, fields)
             raise ConfigError(f"adapter = {word!r}: must read FIELD=VALUE, and the fields are "
-                              f"{', '.join(_FIELDS)}{hint}")
-        if field in found:
-            raise ConfigError(f"adapter: {field} is given twice")
+                              f"{', '.join(fields)}{hint}")
+        if name in found:
+            raise ConfigError(f"adapter: {name} is given twice")
         try:
-            found[field] = kind(value)
+            found[name] = value.split(",") if fields[name].many else fields[name].kind(value)
         except ValueError:
-            raise ConfigError(f"adapter: {field} = {value!r}: must be a number") from None
+            raise ConfigError(f"adapter: {name} = {value!r}: must be a number") from None
     return found
 
 

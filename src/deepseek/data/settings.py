@@ -4,22 +4,21 @@ heavy is imported."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError
 from ..files import read_yaml
-from ..settings import COUNT, NATURAL, SHARE, UP_TO_ONE, Option, Rule, check, is_int, is_number
+from ..settings import COUNT, NATURAL, PATH, SHARE, UP_TO_ONE, Option, Settings, is_int, is_number
 from .mapping import RecordMap
 
 S = TypeVar("S")
 
-PATH: Rule = "must be a word or a path", lambda v: isinstance(v, str) and bool(v)
 
 
 @dataclass(frozen=True)
-class ValidateSettings:
+class ValidateSettings(Settings):
     """Limits that a record must meet."""
 
     min_characters: Annotated[int, Option("a shorter text is set aside", COUNT)] = 1
@@ -27,13 +26,13 @@ class ValidateSettings:
     max_damage: Annotated[float, Option("largest share of control and replacement characters", UP_TO_ONE)] = 0.05
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.max_characters < self.min_characters:
             raise ConfigError(f"max_characters = {self.max_characters}: must be an integer >= min_characters")
 
 
 @dataclass(frozen=True)
-class DedupSettings:
+class DedupSettings(Settings):
     """Rules of duplicates."""
 
     exact_only: Annotated[bool, Option("drop equal texts only, not near-duplicates")] = False
@@ -41,12 +40,9 @@ class DedupSettings:
         "Jaccard similarity from which texts are near-duplicates", (
         "must lie in [0.5, 1]", lambda v: is_number(v) and 0.5 <= v <= 1))] = 0.8
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class LabelSettings:
+class LabelSettings(Settings):
     """Sources of labels for records that have none."""
 
     rules: Annotated[str, Option(
@@ -59,24 +55,18 @@ class LabelSettings:
         "must be an integer >= 20", lambda v: is_int(v) and v >= 20))] = 4000
     seed: Annotated[int, Option("seed of the classifier's training", NATURAL)] = 0
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class SplitSettings:
+class SplitSettings(Settings):
     """The held-out share; the same records are held out when packing."""
 
     valid_fraction: Annotated[float, Option(
         "share of the records held out", ("must be at least 0 and below 1", SHARE[1]))] = 0.01
     seed: Annotated[int, Option("another one holds out other records", NATURAL)] = 0
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class PackSettings:
+class PackSettings(Settings):
     """The tokenizer."""
 
     tokenizer: Annotated[str | None, Option(
@@ -85,12 +75,9 @@ class PackSettings:
     vocab_size: Annotated[int, Option(
         "tokens of the trained tokenizer", ("must be an integer > 256", lambda v: is_int(v) and v > 256))] = 16384
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class PipelineConfig:
+class PipelineConfig(Settings):
     """The settings of a whole run. sources: {expert name: its paths}, under the name "" those without a label."""
 
     out: Annotated[str, Option("folder that takes the results", ("must be a folder", PATH[1]))]
@@ -105,7 +92,7 @@ class PipelineConfig:
     pack: PackSettings = PackSettings()
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         check_names(self.experts, tuple(filter(None, self.sources)))
 
     @classmethod
@@ -129,26 +116,15 @@ class PipelineConfig:
                 raise ConfigError("out: must be given: the folder that takes the results")
             keys["experts"] = tuple(keys.get("experts") or ())
             keys["map"] = RecordMap.of(keys.get("map"))
-            kinds = {"validate": ValidateSettings, "dedup": DedupSettings, "label": LabelSettings,
-                     "split": SplitSettings, "pack": PackSettings}
+            kinds: dict[str, type[Settings]] = {
+                "validate": ValidateSettings, "dedup": DedupSettings, "label": LabelSettings, "split": SplitSettings,
+                "pack": PackSettings}
             for name, kind in kinds.items():
                 if name in keys:
-                    keys[name] = settings_of(kind, _mapping(name, keys[name]), f"{name}: ")
-            return settings_of(cls, keys)
+                    keys[name] = kind.of(_mapping(name, keys[name]), f"{name}: ")
+            return cls.of(keys)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-
-
-def settings_of(kind: type[S], keys: Mapping[str, Any], where: str = "") -> S:
-    """Make a settings object from a mapping. Raises ConfigError for an unknown key or an impossible value."""
-    names = [setting.name for setting in fields(kind)]  # type: ignore[arg-type]
-    for key in keys:
-        if key not in names:
-            raise ConfigError(f"{where}unknown key {key!r}: the keys are {', '.join(names)}{nearest(str(key), names)}")
-    try:
-        return kind(**keys)
-    except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from None
 
 
 def check_names(experts: Sequence[str], used: Sequence[str] = ()) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Option, check, one_of
+from ..data.mapping import RecordMap
+from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Device, Option, Settings
 
-PRECISION = one_of("auto", "fp32", "bf16")
+Precision = Literal["auto", "fp32", "bf16"]
 
 # settings of a leg of the learning rate's schedule; `warmup` is tuning's
 SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Defaults follow DeepSeek-V3 (arXiv 2412.19437, section 4.2) where they carry over to small models: betas, decay,
     clipping, bias speed, MTP weight, balance weight. Raises ConfigError naming setting, rule and value."""
 
@@ -33,7 +35,7 @@ class TrainConfig:
     beta2: Annotated[float, Option("AdamW's second beta", SHARE)] = 0.95
     weight_decay: Annotated[float, Option("AdamW's decay of matrices", NOT_NEGATIVE)] = 0.1
     clip: Annotated[float, Option("largest norm of the gradient", POSITIVE)] = 1.0
-    precision: Annotated[str, Option("auto, fp32 or bf16; weights and moments stay FP32", PRECISION)] = "auto"
+    precision: Annotated[Precision, Option("of activations; weights and moments stay FP32")] = "auto"
     mtp_weight: Annotated[float, Option("weight of the multi-token prediction loss", NOT_NEGATIVE)] = 0.3
     balance_weight: Annotated[float, Option("weight of the sequence-wise balance loss", NOT_NEGATIVE)] = 1e-4
     bias_speed: Annotated[float, Option("speed of the gate-bias balancing", NOT_NEGATIVE)] = 1e-3
@@ -51,7 +53,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", 1e-3)
-        check(self)
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainConfig):
+    """Where a run begins, and on what."""
+
+    from_model: Annotated[str | Path | None, Option(
+        "a checkpoint folder or a hub id: starts from its weights, with its configuration, tokenizer and names; all "
+        "parameters are trained", metavar="MODEL", flag="from")] = None
+    tokenizer: Annotated[str | Path | None, Option(
+        "folder of a tokenizer; else one is trained on the data", metavar="DIR")] = None
+    map: RecordMap | Mapping[str, Any] | str | Path | None = None
+    valid_fraction: Annotated[float, Option("share of the documents held out", (
+        "must be at least 0 and below 1", SHARE[1]))] = 0.01
+    device: Annotated[Device, Option("where the model runs")] = "cpu"
 
 
 @dataclass(frozen=True)

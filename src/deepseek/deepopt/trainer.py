@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,17 +29,17 @@ from ..interrupts import handled, kept
 from ..memory import check_memory
 from ..model import CausalLM
 from ..progress import ProgressBar
-from ..settings import SHARE, Option, one_of
+from ..settings import Device
 from ..tokenizer import Tokenizer
 from .loop import TrainingLoop, checkpoints, kept_in, run_in, step_of
-from .settings import TrainConfig
+from .settings import RunConfig, TrainConfig
 
 Paths = str | Path | Sequence[str | Path]
 CONTINUED_LR = 1e-4  # where training starts from a checkpoint
 
 
 @dataclass(frozen=True, repr=False)
-class Trainer(TrainConfig):
+class Trainer(RunConfig):
     """Trains a model on text, from scratch or from a checkpoint, and continues a run that was stopped.
 
         model = Trainer("nano", out="runs/notes", steps=300).fit("notes/")
@@ -55,12 +55,6 @@ class Trainer(TrainConfig):
 
     config: str | Path | ModelConfig | None = None
     out: str | Path = field(kw_only=True)
-    from_model: str | Path | None = field(default=None, kw_only=True)
-    tokenizer: str | Path | None = field(default=None, kw_only=True)
-    map: RecordMap | Mapping[str, Any] | str | Path | None = field(default=None, kw_only=True)
-    valid_fraction: Annotated[float, Option("share of the documents held out", (
-        "must be at least 0 and below 1", SHARE[1]))] = field(default=0.01, kw_only=True)
-    device: Annotated[str, Option("cpu or cuda", one_of("cpu", "cuda"))] = field(default="cpu", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.lr is None and self.from_model is not None:
@@ -78,7 +72,7 @@ class Trainer(TrainConfig):
 
     @classmethod
     def resume(cls, out: str | Path, *, steps: int | None = None, lr: float | None = None,
-               min_lr_ratio: float | None = None, warmup_steps: int | None = None, device: str = "cpu") -> Trainer:
+               min_lr_ratio: float | None = None, warmup_steps: int | None = None, device: Device = "cpu") -> Trainer:
         """The run in `out` as it was started; `fit()` takes the steps that are left. steps: more of them extend the
         run by a leg of the schedule with its own warm-up and cosine (and lr, min_lr_ratio, warmup_steps, if given)."""
         if (run := run_in(Path(out))) is None:

@@ -60,7 +60,7 @@ class LLM:
         adapters: Mapping[str, str | Path] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
         **engine_options: Unpack[EngineSettings],
     ) -> None:
-        options = EngineOptions.of({**engine_options})
+        options = EngineOptions.of(engine_options)
         atlas = folder = None
         delta, beside = sort_out(adapter, adapters)
         self.names = ("model",) if isinstance(path_or_model, CausalLM) else names_of(path_or_model)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from ..errors import ConfigError
-from ..settings import COUNT, Option, check, known, takes_former_names
+from ..settings import COUNT, Option, Settings, takes_former_names
 
 Policy = Literal["fcfs", "expert"]
 
@@ -29,7 +29,7 @@ class EngineSettings(TypedDict, total=False):
 
 @takes_former_names
 @dataclass(frozen=True)
-class EngineOptions:
+class EngineOptions(Settings):
     """How requests are run. Raises ConfigError naming option, value and rule."""
 
     max_num_seqs: Annotated[int, Option(
@@ -48,24 +48,17 @@ class EngineOptions:
         "memory for the routed experts of a quantized model, such as 4GiB; the others stay on disk; else all",
         metavar="SIZE")] = None
     warmup_experts: Annotated[str | Sequence[str], Option(
-        "names whose experts are in memory before the first request, or auto: the frequent ones of recorded use", (
-            "must be names", lambda v: isinstance(v, Sequence) and all(isinstance(name, str) for name in v)),
-        "NAMES")] = ()
+        "names whose experts are in memory before the first request, or auto: the frequent ones of recorded use",
+        metavar="NAMES", each=True)] = ()
     prefetch: Annotated[bool, Option("read the next layer's experts ahead")] = True
     speculate: Annotated[bool, Option("draft with the MTP module, if there is one, where it pays")] = True
 
     def __post_init__(self) -> None:
         if self.expert_memory is not None:
             object.__setattr__(self, "expert_memory", parse_bytes(self.expert_memory))
-        if isinstance(self.warmup_experts, str):
-            object.__setattr__(self, "warmup_experts", self.warmup_experts.split(","))
-        check(self)
-        names = tuple(name.strip() for name in self.warmup_experts if name.strip())
-        object.__setattr__(self, "warmup_experts", names)
-
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> EngineOptions:
-        return cls(**known(cls, options, "option of the engine"))
+        super().__post_init__()
+        names = [part.strip() for name in self.warmup_experts for part in name.split(",")]
+        object.__setattr__(self, "warmup_experts", tuple(filter(None, names)))
 
 
 def parse_bytes(text: str | int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from ..errors import RequestError
-from ..settings import NATURAL, NOT_NEGATIVE, POSITIVE, TEXT, UP_TO_ONE, Option, Rule, between, check, is_int, is_number
+from ..settings import NATURAL, NOT_NEGATIVE, POSITIVE, UP_TO_ONE, Option, Rule, between, check, is_int, is_number
 
 if TYPE_CHECKING:
     import torch
@@ -85,9 +85,8 @@ class SamplingParams:
         "must be token ids with numbers from -100 to 100", _are_biases))] = None
     seed: Annotated[int | None, Option("makes sampling repeatable; else a fresh one is drawn", (
         "must be an integer of 64 bits", lambda v: is_int(v) and -(2**63) <= v < 2**63))] = None
-    stop: Annotated[tuple[str, ...], Option("text that ends the answer and is no part of it; may be several", (
-        "must be strings, none of them empty",
-        lambda v: isinstance(v, tuple) and all(isinstance(text, str) and text for text in v)), "TEXT")] = ()
+    stop: Annotated[tuple[str, ...], Option(
+        "text that ends the answer and is no part of it; may be several", metavar="TEXT", each=True)] = ()
     stop_token_ids: Annotated[tuple[int, ...], Option("tokens that end the answer likewise", (
         "must be token ids, integers >= 0",
         lambda v: isinstance(v, tuple) and all(is_int(token) and token >= 0 for token in v)))] = ()
@@ -100,20 +99,16 @@ class SamplingParams:
         "min_p, logit_bias and penalties", between(0, 100))] = None
     prompt_logprobs: Annotated[int | None, Option("the same, of the prompt's own tokens", between(0, 100))] = None
     json_schema: Annotated[str | Mapping[str, Any] | None, Option("JSON schema that the text matches", (
-        "must be a JSON text or an object", lambda v: isinstance(v, str | Mapping)))] = None
-    regex: Annotated[str | None, Option("regular expression that the text matches", TEXT)] = None
-    grammar: Annotated[str | None, Option("grammar (Lark) that the text matches", TEXT)] = None
+        "must be a JSON text or an object", lambda v: isinstance(v, str | Mapping)), "FILE")] = None
+    regex: Annotated[str | None, Option("regular expression that the text matches")] = None
+    grammar: Annotated[str | None, Option("grammar (Lark) that the text matches")] = None
     experts: Annotated[ExpertControl | None, Option("changes what the gates decide, inexact", (
         "must be an ExpertControl", _is_control))] = None
     routed: Annotated[bool, Option("report the experts that every token visited")] = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, list) else stop)
         if isinstance(self.logit_bias, Mapping):  # JSON has no keys but texts
             object.__setattr__(self, "logit_bias", {_id(key): value for key, value in self.logit_bias.items()})
-        if isinstance(self.stop_token_ids, list):
-            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         check(self, RequestError)
         if not (is_int(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens):
             raise RequestError(f"min_tokens = {self.min_tokens!r}: must be an integer from 0 to max_tokens "

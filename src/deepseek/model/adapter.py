@@ -22,13 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ConfigError
+from ..settings import COUNT, POSITIVE, SHARE, Option, Settings
 from .experts import RoutedExperts
 from .gate import Route
 
@@ -38,27 +39,19 @@ TARGET_ALIASES = {"q_proj": ("q_proj", "q_b_proj"), "k_proj": ("kv_b_proj",), "v
 
 
 @dataclass(frozen=True)
-class LoraSpec:
+class LoraSpec(Settings):
     """What a LoRA adapter covers. targets: names of linear modules, as peft takes them. experts: {layer: [index]}.
     use_rslora: the scale is alpha / sqrt(r) (arXiv 2312.03732).
 
     Raises ConfigError naming field, rule and value.
     """
 
-    r: int
-    lora_alpha: float
-    lora_dropout: float = 0.0
+    r: Annotated[int, Option("rank", COUNT)]
+    lora_alpha: Annotated[float, Option("the scale is lora_alpha / r", POSITIVE)]
+    lora_dropout: Annotated[float, Option("share of inputs that training drops", SHARE)] = 0.0
     targets: tuple[str, ...] = ()
     experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
     use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ConfigError(f"r = {self.r!r}: must be an integer >= 1")
-        if not isinstance(self.lora_alpha, int | float) or not 0 < self.lora_alpha < math.inf:
-            raise ConfigError(f"lora_alpha = {self.lora_alpha!r}: must be a positive number")
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must lie in [0, 1)")
 
     @property
     def scale(self) -> float:

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 from ..keys import check_keys, read_keys
-from ..settings import COUNT, POSITIVE, Option, between, check
+from ..settings import COUNT, POSITIVE, Option, Settings, between
 from ..watch.options import WatchOptions
 from .middleware import check_host
 
 
 @dataclass(frozen=True)
-class ServeOptions:
+class ServeOptions(Settings):
     """How an LLM is served, and watched. api_key becomes all keys, those of the files too; none admits everybody. port,
     log, and the limits of connections are the process's, not the app's. Raises ConfigError naming option, value and
     rule."""
 
     name: Annotated[str, Option("what clients call the model; the folder's name if not given")] = ""
-    host: Annotated[str, Option("address to listen on; the default is this machine alone")] = "127.0.0.1"
+    host: Annotated[str, Option("address to listen on; 0.0.0.0 is all of this machine's")] = "127.0.0.1"
     port: Annotated[int, Option("0 takes a free one", between(0, 65535))] = 8000
     api_key: Annotated[tuple[str, ...], Option(
         "clients must send it; may be given several times; a list of processes shows it", each=True)] = ()
@@ -41,13 +41,13 @@ class ServeOptions:
     classifier: Annotated[str | Path | None, Option(
         "classifier.npz of `deepseek data`: finds the domain of requests that name none and have no keywords",
         metavar="FILE")] = None
-    log: Annotated[bool, Option("a line of JSON for every request, without its text")] = False
+    log: Annotated[bool, Option("log every request as a line of JSON, without its text")] = False
     log_texts: Annotated[bool, Option(
         "the same with the prompt (of a chat, its last message) and the answer")] = False
     watch: WatchOptions = WatchOptions()  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         keys = [*self.api_key, *(key for file in self.api_key_file for key in read_keys(file))]
         check_keys(keys)
         object.__setattr__(self, "api_key", tuple(keys))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from ..ids import ExpertId, ExpertSet
 from ..model import CausalLM
 from ..model.adapter import LoraSpec, fold, lora_modules
 from ..quant.linear import is_quantized
+from ..settings import COUNT, POSITIVE, SHARE, TEXTS, Option, Settings
 
 # How much of the adapter's effect merging may lose: in FP32 only sums are ordered differently; half precision rounds
 # the merged weight, and what lies below its resolution is lost.
@@ -25,7 +26,7 @@ LOSS = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
-class LoRAAdapter:
+class LoRAAdapter(Settings):
     """peft's LoraConfig fields (r, lora_alpha, lora_dropout, bias, target_modules, task_type) and `experts`: names of
     an atlas, or ids such as "3.17", whose gate, up and down are adapted too.
 
@@ -33,25 +34,23 @@ class LoRAAdapter:
     own projections where the model has no such module (model/adapter.py). Raises ConfigError naming field and rule.
     """
 
-    r: int = 8
-    target_modules: Sequence[str] | str = ("q_proj",)
-    experts: Sequence[str] = ()
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    bias: str = "none"
-    task_type: str | None = "CAUSAL_LM"
+    r: Annotated[int, Option("rank of the matrices", COUNT)] = 8
+    target_modules: Annotated[Sequence[str] | str, Option("modules that are adapted, or all-linear", (
+        "must be names", lambda v: TEXTS[1]((v,) if isinstance(v, str) else v)))] = ("q_proj",)
+    experts: Annotated[Sequence[str], Option("names or ids of experts that are adapted", (
+        "must be names, or ids in quotes such as \"3.10\"", lambda v: isinstance(v, tuple)))] = ()
+    lora_alpha: Annotated[float, Option("the adapter is scaled by lora_alpha / r", POSITIVE)] = 8
+    lora_dropout: Annotated[float, Option("share of the adapter's inputs that is dropped in training", SHARE)] = 0.0
+    bias: Annotated[str, Option("a trained bias would be no LoRA matrix", ("must be none", lambda v: v == "none"))] = (
+        "none")
+    task_type: Annotated[str | None, Option("of peft", ("must be CAUSAL_LM", lambda v: v == "CAUSAL_LM"))] = "CAUSAL_LM"
 
     def __post_init__(self) -> None:
-        if self.bias != "none":
-            raise ConfigError(f"bias = {self.bias!r}: must be none (a trained bias would be no LoRA matrix)")
-        if self.task_type not in (None, "CAUSAL_LM"):
-            raise ConfigError(f"task_type = {self.task_type!r}: must be CAUSAL_LM")
-        if isinstance(self.experts, str):
-            raise ConfigError(f"experts = {self.experts!r}: must be a list of names")
+        super().__post_init__()
         self.spec({})
 
     @classmethod
-    def of(cls, settings: LoRAAdapter | Mapping[str, Any]) -> LoRAAdapter:
+    def of(cls, settings: LoRAAdapter | Mapping[str, Any], where: str = "adapter: ") -> LoRAAdapter:
         """From a table of the fields, as in a YAML file. Raises ConfigError for a field that there is not."""
         if isinstance(settings, LoRAAdapter):
             return settings
@@ -60,10 +59,7 @@ class LoRAAdapter:
                 settings, str | Path) else ""
             raise ConfigError(f"adapter = {settings!r:.60}: must be a LoRAAdapter, or a table of its fields such as "
                               f"{{r: 16, target_modules: [q_proj]}}{there}")
-        known = [field.name for field in fields(cls)]
-        if unknown := [str(key) for key in settings if key not in known]:
-            raise ConfigError(f"adapter: unknown setting {', '.join(unknown)}; there are {', '.join(known)}")
-        return cls(**settings)
+        return super().of(settings, where)
 
     def spec(self, experts: dict[int, list[int]]) -> LoraSpec:
         targets = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)

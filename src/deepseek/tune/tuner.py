@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -47,7 +47,7 @@ from .loop import TuneTrainer
 from .lora import LoRAAdapter, named_experts, validate_experts
 from .records import RecordSet, digest, each_record, places, read_records
 from .report import TuneReport, paired
-from .settings import DEFAULT_LR, TuneConfig, TuneSettings
+from .settings import DEFAULT_LR, RunOptions, TuneConfig, TuneSettings
 from .show import show
 from .streams import iter_new, next_round
 from .tuned_model import TunedModel, TunePlan
@@ -77,10 +77,11 @@ class MoEFineTuner:
     def __init__(self, model_path: str | Path, *, adapter: LoRAAdapter | Mapping[str, Any] | None = None,
                  retain_data: Any = None, replay_data: Any = None,
                  map: RecordMap | Mapping[str, Any] | str | Path | None = None, out: str | Path | None = None,
-                 save: str = "auto", general: Any = None, old: Any = None, **settings: Unpack[TuneSettings]) -> None:
+                 save: Literal["auto", "delta", "full"] = "auto", general: Any = None, old: Any = None,
+                 **settings: Unpack[TuneSettings]) -> None:
         """Raises ConfigError for an impossible setting, NotFoundError for a model that is nowhere, RequestError for a
         name of experts that the atlas does not have, listing those it has. No weight is read before `fit`."""
-        config = TuneConfig.of(**settings)
+        config = TuneConfig.of(settings)
         adapter = None if adapter is None else LoRAAdapter.of(adapter)
         self.adapter, self.save = adapter, save
         self.retain_data = _renamed("general", general, "retain_data", retain_data)
@@ -89,8 +90,7 @@ class MoEFineTuner:
         self.lr_given = config.lr is not None
         self.config = config = config if self.lr_given else replace(config, lr=DEFAULT_LR[self.mode])
         self.map = RecordMap.of(map)
-        if save not in ("auto", "delta", "full"):
-            raise ConfigError(f"save = {save!r}: must be auto, delta or full")
+        RunOptions(save=save)
         if adapter is not None and (save == "delta" or config.expert_tune is not None or config.expert_freeze or (
                 config.shared_experts or config.non_expert_modules or config.train_router or config.balance)):
             raise ConfigError("adapter: LoRA alone is trained and kept then: give experts to LoRAAdapter"
@@ -206,8 +206,7 @@ class MoEFineTuner:
     def show(self, dataset: Any, count: int = 5) -> None:
         """Print what would be learnt of the first `count` records, decoded; nothing is trained. `-` begins what the
         model is shown, `+` what it learns."""
-        if count < 1:
-            raise ConfigError(f"show_records = {count}: must be at least 1")
+        RunOptions(show_records=count)
         report = ReadReport()
         documents = itertools.islice(each_record(dataset, report, self.map), count)
         for line in show(documents, self._tokenizer, self.max_length, parse_special=self.config.parse_special,
@@ -236,8 +235,7 @@ class MoEFineTuner:
     def _fit_stream(self, stream: Iterable[Any], records_a_round: int, rounds: int | None,
                     epochs: float | None) -> TuneReport:
         began = time.perf_counter()
-        if records_a_round < 4:
-            raise ConfigError(f"records_a_round = {records_a_round}: must be at least 4")
+        RunOptions(records_a_round=records_a_round, rounds=rounds)
         self._updated(epochs=epochs)
         self._check_apart()
         tokenizer = self._tokenizer

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError
-from ..settings import NOT_NEGATIVE, POSITIVE, Option, Rule, check, is_number
+from ..settings import NOT_NEGATIVE, POSITIVE, Option, Rule, Settings, is_number
 
 
 def _up_to(most: float) -> Rule:
@@ -24,25 +24,22 @@ def _is_address(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class WatchOptions:
+class WatchOptions(Settings):
     """How a server is watched. Raises ConfigError naming option, value and rule."""
 
     interval: Annotated[float, Option("seconds between two snapshots", _up_to(3600))] = 5.0
-    alert_minutes: Annotated[float, Option("the window of alerts and shares", _up_to(120))] = 10.0
+    alert_minutes: Annotated[float, Option("minutes that alerts and shares look back", _up_to(120))] = 10.0
     alert_webhook: Annotated[str | None, Option("URL to which alerts are sent by POST, as JSON", (
         "must be an address that begins with http:// or https://", _is_address), "URL")] = None
     history: Annotated[str | Path | None, Option(
         "SQLite file for snapshots, alerts and feedback; none keeps them in memory", metavar="FILE")] = None
     history_days: Annotated[float, Option("days that the history keeps", _up_to(3650))] = 30.0
     price_per_hour: Annotated[float | None, Option(
-        "of this machine: gives the cost of 10^8 tokens", NOT_NEGATIVE)] = None
-
-    def __post_init__(self) -> None:
-        check(self)
+        "price of this machine, for the cost of 10^8 tokens", NOT_NEGATIVE)] = None
 
 
 @dataclass(frozen=True)
-class TerminalOptions:
+class TerminalOptions(Settings):
     """How `deepseek watch` shows a server."""
 
     api_key: Annotated[tuple[str, ...], Option(
@@ -54,6 +51,6 @@ class TerminalOptions:
     once: Annotated[bool, Option("print the state once and exit")] = False
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if len(self.api_key) + len(self.api_key_file) > 1:
             raise ConfigError("api_key and api_key_file: must be one of them at most, given once")
