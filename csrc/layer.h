@@ -4,8 +4,8 @@
 
 namespace deepseek {
 
-// Decoder layers whose matrices are quantized: x + attention(norm(x)), then + ffn(norm(…)); step by step they are the
-// FusedMLA, FusedGate and modules of quant/. Pointers to what a model lacks are null; biases are added to their
+// Decoder layers whose matrices are quantized: x + attention(norm(x)), then + ffn(norm(…)); step by step they are
+// what quant/native_stack.py runs. Pointers to what a model lacks are null; biases are added to their
 // products.
 struct Mla {
   int64_t hidden, heads, nope, rope, rank, value, q_rank;  // q_rank 0: `q_b` is q_proj

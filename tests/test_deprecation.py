@@ -16,6 +16,7 @@ from deepseek.config import ModelConfig
 from deepseek.engine import LLM, EngineOptions
 from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM
+from deepseek.model import cache as cache_module
 
 RENAMED = [
     ("deepseek.ops", "quantised_linear", "quantized_linear"),
@@ -24,7 +25,8 @@ RENAMED = [
     ("deepseek.ops", "quantised_experts", "quantized_experts"),
     ("deepseek.checkpoint", "quantised_places", "quantized_targets"),
     ("deepseek.checkpoint", "disk_parts", "hf_names"),
-    ("deepseek.model", "LatentCache", "cache.LatentCache"),
+    ("deepseek.model", "LatentCache", "cache.BatchCache"),
+    ("deepseek.model.cache", "LatentCache", "BatchCache"),
 ]
 
 
@@ -40,6 +42,13 @@ def test_an_old_name_works_and_warns(module: str, old: str, new: str) -> None:
 def test_an_unknown_name_is_still_an_error(module: str) -> None:
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
         getattr(import_module(module), "nothing")  # noqa: B009
+
+
+def test_a_cache_under_its_old_name_serves_the_model(tiny_config: Callable[..., ModelConfig]) -> None:
+    model, ids = CausalLM(tiny_config()).init_weights(torch.Generator().manual_seed(0)), torch.tensor([[1, 2, 3]])
+    with pytest.warns(DeprecationWarning, match="LatentCache is deprecated"):
+        cache = cache_module.LatentCache(model.config, 1, capacity=2, dtype=torch.float32, device="cpu")  # type: ignore[attr-defined]
+    assert torch.equal(model(ids, cache=cache), model(ids)) and (cache.batch, cache.length) == (1, 3)
 
 
 def test_the_order_of_attention_is_its_impl(tiny_config: Callable[..., ModelConfig]) -> None:

@@ -1,4 +1,4 @@
-"""MLA: the two orders of its products against each other and against the formula by hand, and the latent cache.
+"""MLA: the two orders of its products against each other and against the formula by hand, and a batch's cache.
 
 Shape letters: B batch, T new tokens, S positions, H hidden, N heads, R latent rank, C = R + rope width.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from deepseek.config import LongRope, ModelConfig, YarnScaling
-from deepseek.model.cache import LatentCache
+from deepseek.model.cache import PAGE, BatchCache, Chunk, Impl, PackedBatch
 from deepseek.model.layers import Rotary
-from deepseek.model.mla import MLA, AttentionContext, AttentionMask, AttnImpl
+from deepseek.model.mla import MLA, AttentionContext, AttentionMask
 from deepseek.ops import rotate
 
 CONFIG = ModelConfig(
@@ -30,7 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"yarn": YarnScaling(8.0, 16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.5), "v_head_dim": 4},
     {"longrope": LongRope((1.0, 3.0), 16, attention_factor=1.2), "qk_nope_head_dim": 0, "v_head_dim": 4},
 ]
-IMPLS: tuple[AttnImpl, ...] = ("naive", "absorbed")
+IMPLS: tuple[Impl, ...] = ("naive", "absorbed")
 variants = pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: ",".join(c) or "plain")
 
 
@@ -114,22 +114,21 @@ def test_both_orders_are_the_formula(changes: dict[str, Any], attn_impl: Any) ->
 
 
 @variants
-@pytest.mark.parametrize("attn_impl", ["naive", "absorbed", "auto"])
+@pytest.mark.parametrize("attn_impl", IMPLS)
 @pytest.mark.parametrize("steps", [(9,), (4, 1, 1, 3), (1,) * 9])
 def test_the_cache_changes_nothing(changes: dict[str, Any], attn_impl: Any, steps: tuple[int, ...]) -> None:
     config = CONFIG.with_(**changes)
     mla, rotary = make(config)
     x = hidden(2, 9)
-    want = mla(x, AttentionContext(*angles(rotary, 0, 9), attn_impl="naive"), 0)
-    cache = LatentCache(config, 2, capacity=2)
-    parts = []
-    for tokens in steps:
-        cache.reserve(tokens)
-        start, end = cache.length, cache.length + tokens
-        visible = AttentionMask(None, 2, tokens, start, x.device)
-        context = AttentionContext(*angles(rotary, start, tokens), visible, cache, attn_impl)
-        parts.append(mla(x[:, start:end], context, 1))
-        cache.length = end
+    want = mla(x, AttentionContext(*angles(rotary, 0, 9)), 0)
+    cache, parts = BatchCache(config, 2, capacity=2), []
+    for part in x.split(steps, 1):
+        counts = [part.shape[1]] * 2
+        pack = cache.pack(counts, attn_impl, None)
+        cos, sin = rotary(pack.positions[None])
+        out = mla(part.flatten(0, 1)[None], AttentionContext(cos, sin, pack), 1)
+        parts.append(out[0].unflatten(0, (2, -1)))
+        cache.advance(counts)
     torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)
 
 
@@ -138,8 +137,8 @@ def test_both_orders_agree_under_a_padding_mask() -> None:
     x, turns = hidden(2, 6), angles(rotary, 0, 6)
     real = torch.ones(2, 6, dtype=torch.bool)
     real[0, :2] = False  # the first two rows of sequence 0 may look nowhere
-    visible = AttentionMask(real, 2, 6, 0, x.device)
-    naive, absorbed = (mla(x, AttentionContext(*turns, visible, None, impl), 0) for impl in IMPLS)
+    visible = AttentionMask(real)
+    naive, absorbed = (mla(x, AttentionContext(*turns, visible, impl), 0) for impl in IMPLS)
     seen = visible.dense.any(-1)[:, 0]
     torch.testing.assert_close(naive[seen], absorbed[seen], rtol=1e-4, atol=1e-5)
     assert bool(naive.isfinite().all()) and bool(absorbed.isfinite().all())
@@ -148,21 +147,9 @@ def test_both_orders_agree_under_a_padding_mask() -> None:
 def test_both_orders_agree_in_bf16() -> None:
     mla, rotary = make(CONFIG)
     x, turns = hidden(2, 6).bfloat16(), angles(rotary, 0, 6)
-    naive, absorbed = (mla(x, AttentionContext(*turns, None, None, impl), 0) for impl in IMPLS)
+    naive, absorbed = (mla(x, AttentionContext(*turns, None, impl), 0) for impl in IMPLS)
     assert naive.dtype == absorbed.dtype == torch.bfloat16
     torch.testing.assert_close(naive.float(), absorbed.float(), rtol=5e-2, atol=1e-1)
-
-
-@pytest.mark.parametrize(("tokens", "cached", "chosen"), [
-    (1, True, "_absorbed"), (3, True, "_naive"), (1, False, "_naive")])
-def test_one_new_token_is_absorbed(tokens: int, cached: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mla, rotary = make(CONFIG)
-    for form in ("_naive", "_absorbed"):
-        if form != chosen:
-            monkeypatch.setattr(mla, form, None)
-    cache = LatentCache(CONFIG, 1) if cached else None
-    x = hidden(1, tokens)
-    assert mla(x, AttentionContext(*angles(rotary, 0, tokens), None, cache), 0).shape == x.shape
 
 
 # ---- rotation -----------------------------------------------------------------------------------------------------
@@ -187,38 +174,61 @@ def test_a_dot_product_sees_only_the_distance(interleave: bool) -> None:
 
 def test_the_cache_is_as_small_as_mla_promises() -> None:
     config = ModelConfig.preset("nano")
-    cache = LatentCache(config, 2, capacity=4, dtype=torch.bfloat16)
-    assert cache.data.shape == (config.num_hidden_layers, 2, 4, config.kv_lora_rank + config.qk_rope_head_dim)
-    assert cache.data.dtype == torch.bfloat16 and cache.batch == 2 and cache.length == 0 and cache.valid_BS is None
+    cache = BatchCache(config, 2, capacity=4, dtype=torch.bfloat16)
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    assert cache.pool.data.shape == (config.num_hidden_layers, 2, PAGE, width)
+    assert cache.pool.data.dtype == torch.bfloat16 and cache.batch == 2 and cache.length == 0
+
+
+def rows_of_text(cache: BatchCache, layer: int) -> list[Tensor]:
+    """What the cache holds of each sequence but its next token, which is written and not counted in."""
+    pack = cache.pack([1] * cache.batch, "naive", None)
+    return [row[:-1] for _, _, rows in pack.read(layer) for row in rows]
 
 
 def test_it_grows_by_doubling_and_keeps_what_it_holds() -> None:
-    cache = LatentCache(CONFIG, 2, capacity=2)
-    grown, rows = [], []
+    cache, grown = BatchCache(CONFIG, 3, capacity=2), []
+    written: list[list[Tensor]] = [[], [], []]
     for step in range(20):
-        cache.reserve(1)
-        grown.append(cache.data.shape[2])
-        rows.append(torch.full((2, 1, CONFIG.latent_dim), float(step)))
+        counts = [50, 0 if step % 3 else 30, 50]
+        pack = cache.pack(counts, "naive", None)
+        new = torch.randn(2, sum(counts), CONFIG.latent_dim)
         for layer in range(2):
-            seen = cache.extend(layer, rows[-1] + 100 * layer)
-            assert torch.equal(seen, torch.cat(rows, 1) + 100 * layer)
-        cache.length += 1
-    assert sorted(set(grown)) == [2, 4, 8, 16, 32]
-    before = cache.data
-    cache.reserve(12)
-    assert cache.data is before  # 20 + 12 fit
-    cache.reserve(1000)
-    assert cache.data.shape[2] == 1020  # more than double at once
+            pack.write(layer, new[layer])
+        for own, part in zip(written, new.split(counts, 1), strict=True):
+            own.append(part)
+        cache.advance(counts)
+        grown.append(cache.pool.data.shape[1] // 3)
+    assert cache.lengths == [1000, 210, 1000] and sorted(set(grown)) == [1, 2, 4, 8]
+    before = cache.pool
+    for layer in range(2):
+        for got, want in zip(rows_of_text(cache, layer), written, strict=True):
+            assert torch.equal(got, torch.cat(want, 1)[layer])
+    assert cache.pool is before  # 1000 + 1 fit
+    cache.pack([2000, 1, 1], "naive", None)
+    assert cache.pool.data.shape[1] == 3 * 24  # more than double at once
 
 
 def test_rows_are_kept_and_reordered() -> None:
-    cache = LatentCache(CONFIG, 3, capacity=4)
-    rows = torch.arange(3.0).view(3, 1, 1).expand(3, 2, CONFIG.latent_dim)
-    cache.extend(0, rows)
-    cache.length = 2
-    cache.valid_BS = torch.tensor([[True, True], [False, True], [True, False]])
+    cache = BatchCache(CONFIG, 3, capacity=4)
+    counts = [2, 1, 2]
+    pack = cache.pack(counts, "naive", None)
+    pack.write(0, torch.tensor([0.0, 0, 1, 2, 2])[:, None].expand(5, CONFIG.latent_dim))
+    cache.advance(counts)
     cache.select(torch.tensor([2, 0, 0, 1]))
-    assert cache.batch == 4 and cache.data[0, :, :2, 0].tolist() == [[2, 2], [0, 0], [0, 0], [1, 1]]
-    assert cache.valid_BS.tolist() == [[True, False], [True, True], [True, True], [False, True]]
+    assert cache.lengths == [2, 2, 2, 1]
+    assert [rows[:, 0].tolist() for rows in rows_of_text(cache, 0)] == [[2, 2], [0, 0], [0, 0], [1]]
     cache.select(torch.tensor([False, True, False, True]))
-    assert cache.data[0, :, 0, 0].tolist() == [0, 1] and cache.length == 2
+    assert cache.lengths == [2, 1] and [rows[:, 0].tolist() for rows in rows_of_text(cache, 0)] == [[0, 0], [1]]
+
+
+def test_alike_sequences_are_read_in_one_piece_where_they_lie() -> None:
+    cache = BatchCache(CONFIG, 4)
+    pack = cache.pack([3, 3, 3, 3], "naive", None)
+    [(chunk, place, rows)] = pack.read(1)
+    assert (chunk.tokens, place, rows.shape) == (3, slice(0, 12), (4, 3, CONFIG.latent_dim))
+    assert rows.data_ptr() == cache.pool.data[1].data_ptr()
+    pieces = list(cache.pack([3, 3, 0, 3], "naive", None).read(0))  # the third is skipped: another distance
+    assert [(place, len(rows)) for _, place, rows in pieces] == [(slice(0, 6), 2), (slice(6, 9), 1)]
+    copied = PackedBatch(cache.pool, [Chunk(3, 0, [0], "naive"), Chunk(3, 0, [2], "naive")])
+    assert [len(rows) for _, _, rows in copied.read(0)] == [1, 1]

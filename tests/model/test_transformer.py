@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from deepseek.config import ModelConfig
 from deepseek.errors import RequestError
 from deepseek.model import CausalLM, RoutingRecord
+from deepseek.model.mla import MLA
 from deepseek.model.transformer import IGNORE
 
 CONFIG = ModelConfig(
@@ -74,6 +75,27 @@ def test_cached_equals_uncached(model: CausalLM, steps: tuple[int, ...], attn_im
     close(torch.cat(parts, 1), model(ids))
 
 
+@pytest.mark.parametrize(("count", "cached", "chosen"), [
+    (1, True, "_absorbed"), (3, True, "_naive"), (1, False, "_naive")])
+def test_one_new_token_is_absorbed(
+        model: CausalLM, count: int, cached: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, ids = model.new_cache(1) if cached else None, tokens(1, count)
+    want = model(ids, attn_impl="naive")
+    for form in {"_naive", "_absorbed"} - {chosen}:
+        monkeypatch.setattr(MLA, form, None)
+    close(model(ids, cache=cache), want)
+
+
+def test_padding_takes_no_room_and_gets_no_route(model: CausalLM) -> None:
+    ids, mask, _ = padded("left")
+    cache, routing = model.new_cache(3), RoutingRecord()
+    logits = model(ids, mask_BT=mask, cache=cache, routing=routing)
+    assert cache.lengths == list(LENGTHS) and not logits[~mask].any() and logits[mask].any(-1).all()
+    for route in routing.routes.values():
+        assert bool((route.index_TK[~mask.flatten()] == -1).all()) and bool((route.index_TK[mask.flatten()] >= 0).all())
+    assert not model(ids[:, :1], mask_BT=torch.zeros(3, 1), cache=cache).any() and cache.lengths == list(LENGTHS)
+
+
 def test_causal(model: CausalLM) -> None:
     ids = tokens(1, 8)
     changed = ids.clone()
@@ -116,7 +138,7 @@ def test_a_mask_of_ones_is_no_mask(model: CausalLM) -> None:
     ids = tokens(2, 5)
     cache = model.new_cache(2)
     assert torch.equal(model(ids, mask_BT=torch.ones_like(ids)), model(ids, cache=cache))
-    assert cache.valid_BS is None
+    assert cache.lengths == [5, 5]
 
 
 def test_selected_rows_go_on_as_if_alone(model: CausalLM) -> None:
@@ -162,7 +184,7 @@ def test_a_cache_outside_no_grad_keeps_no_graph() -> None:
     cache = trainable.new_cache(1)
     for _ in range(3):
         trainable(tokens(1, 2), cache=cache)
-    assert not cache.data.requires_grad
+    assert not cache.pool.data.requires_grad
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------

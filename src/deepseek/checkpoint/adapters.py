@@ -26,7 +26,6 @@ from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, to_json, write_json
 from ..model import CausalLM
 from ..model.adapter import LoRALinear, LoraSpec, attach, linears, lora_modules, resolve_targets
-from ..quant.fused import unfuse
 from ..quant.linear import QuantConfig, allow_adapters, is_quantized
 from .adapter_files import Delta, read_adapter
 from .adapter_keys import BASE, DELTA, FORMAT, OURS, PEFT, SOURCE, WEIGHTS
@@ -70,7 +69,7 @@ def attach_adapter(model: CausalLM, spec: LoraSpec) -> list[str]:
     """`model.adapter.attach` for a model that may be quantized. Raises ConfigError as `check_targets` does."""
     if is_quantized(model):
         check_targets(model.config, QuantConfig.of(model.config, "the base"), spec.targets)
-        unfuse(model)
+        model.layer_runner = None  # gradients, and modules that replace others, need the plain forms
         allow_adapters(model)
     return attach(model, spec)
 

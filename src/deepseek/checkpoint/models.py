@@ -20,8 +20,8 @@ from ..model import CausalLM
 from ..model.adapter import UNMERGED
 from ..model.adapters import names_on
 from ..model.layers import rotary_frequencies
-from ..quant.fused import fuse
 from ..quant.linear import QuantConfig, is_quantized, replace_module
+from ..quant.native_stack import NativeStack
 from .adapters import apply
 from .files import Span, TensorFiles, divide, row_blocks, write_manifest
 from .names import INDEX, Names, on_disk, outside_index, packed_bytes, quantized_targets, resolve, units
@@ -247,7 +247,7 @@ def _fill_quantized(
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary.inv_P = rotary_frequencies(config).to(device)
     model.compute_dtype = torch.float32
-    fuse(model)
+    model.layer_runner = NativeStack(model)
     return model.requires_grad_(False).eval()
 
 

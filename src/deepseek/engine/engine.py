@@ -32,8 +32,7 @@ from ..errors import ConfigError, RequestError
 from ..model import CausalLM
 from ..model.adapters import names_on
 from ..model.cache import PAGE, LatentPool
-from ..ops.native import native
-from ..quant.fused import FusedCausalLM, absorbs
+from ..quant.native_stack import NativeStack
 from .block_manager import BlockManager, pages_needed
 from .expert_affinity import ExpertAffinity
 from .options import EngineOptions
@@ -83,7 +82,8 @@ class Engine:
         self.scheduler = Scheduler(self.block_manager, self.affinity, self.options)
         self.runner = Runner(model, pool)
         self.adapters = names_on(model)
-        self._absorbed = {name for name, targets in self.adapters.items() if absorbs(model, targets)}
+        stack = NativeStack.of(model)
+        self._absorbed = {name for name, targets in self.adapters.items() if stack and stack.absorbs(targets)}
         self.stats = EngineStats()
         self.lock = threading.RLock()
         self.stalled = False  # the last step had nothing to run: all wait for their readers
@@ -95,7 +95,7 @@ class Engine:
     @property
     def exact(self) -> bool:
         """Whether a request's bits are the same in any company (see the top of this file)."""
-        return native is not None and isinstance(self.model, FusedCausalLM) and self.model.device.type == "cpu"
+        return NativeStack.exact(self.model)
 
     @property
     def idle(self) -> bool:

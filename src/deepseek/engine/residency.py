@@ -46,8 +46,8 @@ from ..errors import CheckpointError, ConfigError
 from ..model import CausalLM, RoutingRecord
 from ..model.adapters import bare
 from ..ops.native import native
-from ..quant.fused import FusedCausalLM
 from ..quant.linear import QuantizedExperts
+from ..quant.native_stack import NativeStack
 from .step_output import StepOutput
 
 HALF_LIFE = 64  # steps
@@ -143,7 +143,8 @@ class Residency:
     def __init__(self, model: CausalLM, spans: dict[int, list[Span]], budget: int, *,
                  prefetch: bool = True) -> None:
         blocks = {layer: block for layer, block in model.moe_blocks().items() if layer in model.config.moe_layers}
-        if native is None or not isinstance(model, FusedCausalLM) or model.device.type != "cpu" or not all(
+        stack = NativeStack.of(model)
+        if stack is None or not NativeStack.exact(model) or not all(
                 isinstance(bare(block.experts), QuantizedExperts) for block in blocks.values()) or not spans:
             raise ConfigError("expert_memory bounds the experts of a quantized model on the CPU, run by the native "
                               "kernels: `deepseek quantize` makes one")
@@ -176,10 +177,10 @@ class Residency:
         self._files = {path: _open(path) for path in {span.file for own in spans.values() for span in own}}
         self._reads = _Reads()
         self._changed, self._urgent, self._later = self._reads.changed, self._reads.urgent, self._reads.later
-        # the model holds this one, whose memory its tables point to; nothing here holds the model
-        model.residency = native.Residency(self.fetch, self.prefetch if prefetch else None)
+        # the stack holds this one, whose memory its tables point to; nothing here holds the model
+        stack.residency = native.Residency(self.fetch, self.prefetch if prefetch else None)
         for moe_layer, table in enumerate(tables):
-            table.fetch = model.residency, moe_layer
+            table.fetch = stack.residency, moe_layer
         threads = [threading.Thread(target=self._reads.run, args=(weakref.ref(self),), name=f"experts-{i}", daemon=True)
                    for i in range(2)]
         for thread in threads:

@@ -10,4 +10,4 @@ __all__ = ["CausalLM", "Gate", "Route", "RoutingRecord", "TrainingLoss", "descri
            "group_weight", "max_violation"]
 
 if not TYPE_CHECKING:
-    __getattr__ = renamed(__name__, {"LatentCache": "deepseek.model.cache.LatentCache"})
+    __getattr__ = renamed(__name__, {"LatentCache": "deepseek.model.cache.BatchCache"})

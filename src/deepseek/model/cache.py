@@ -1,11 +1,10 @@
 """What attention remembers: the latents and rotary keys of past positions, R + rope numbers each.
 
-    LatentCache   a rectangle: the rows of a batch of sequences that advance together
     LatentPool    pages; who holds which is the caller's affair (engine/block_manager.py)
+    PackedBatch   one call over a pool: pieces of many sequences side by side, prompts and single tokens
+    BatchCache    a pool of its own for a batch of sequences that advance together
 
-A `PackedBatch` is one call over a pool: pieces of many sequences side by side, prompts and single tokens.
-
-Shape letters: B batch, T tokens, S positions, C = R + rope.
+Shape letters: T tokens, S positions, G chunks that are alike, C = R + rope.
 """
 
 from __future__ import annotations
@@ -14,68 +13,25 @@ import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
-from typing import Literal
+from operator import add
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..deprecation import renamed
 from ..ops.latent import BLOCK, Sequences
 from .adapters import Spans, side_by_side
 from .gate import Route
 
+Impl = Literal["naive", "absorbed"]  # of attention (model/mla.py)
 PAGE = BLOCK  # positions of a page: what the attention kernels read in one piece
 
 # (layer, what its gate decided for the tokens of the pack) -> what is to be done instead
 Control = Callable[[int, Route], Route]
-
-
-class LatentCache:
-    """Latents and rotary keys of the positions seen so far, for all layers: [layers, B, capacity, R + rope].
-
-    Grows by doubling. `length` positions are filled; the model advances it once per forward pass. `valid_BS` marks the
-    positions that are not padding (None while there has been none).
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, capacity: int = 256, *, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu") -> None:
-        shape = (config.num_hidden_layers, batch, capacity, config.latent_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-        self.valid_BS: Tensor | None = None
-
-    @property
-    def batch(self) -> int:
-        return self.data.shape[1]
-
-    def reserve(self, more: int) -> None:
-        """Make room for `more` positions after the current ones."""
-        need, capacity = self.length + more, self.data.shape[2]
-        if need > capacity:
-            grown = self.data.new_empty(*self.data.shape[:2], max(need, 2 * capacity), self.data.shape[3])
-            grown[:, :, : self.length] = self.data[:, :, : self.length]
-            self.data = grown
-
-    def slot(self, layer: int, tokens: int) -> Tensor:
-        """One layer's rows with room for `tokens` more, [B, length + tokens, R + rope], to be written in place."""
-        return self.data[layer, :, : self.length + tokens]
-
-    def extend(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        """Write one layer's new positions; returns all of that layer's, [B, length + T, R + rope].
-
-        A cache is for inference: no gradient flows through it, so it never holds on to a graph.
-        """
-        end = self.length + latent_BTC.shape[1]
-        self.data[layer, :, self.length : end] = latent_BTC.detach()
-        return self.data[layer, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (and reorder to) the batch rows given."""
-        self.data = self.data[:, rows]
-        if self.valid_BS is not None:
-            self.valid_BS = self.valid_BS[rows]
 
 
 class LatentPool:
@@ -112,7 +68,7 @@ class Chunk:
     tokens: int
     past: int
     pages: Sequence[int]
-    attn_impl: Literal["naive", "absorbed"]
+    attn_impl: Impl
     adapter: str | None = None
 
 
@@ -168,12 +124,87 @@ class PackedBatch:
         """The tokens' rows of one layer."""
         self.pool.data[layer].flatten(0, 1).index_copy_(0, self._rows, latent_TC.detach().to(self.pool.data.dtype))
 
-    def read(self, layer: int) -> Iterator[tuple[Chunk, slice, Tensor]]:
-        """Each chunk, its place among the tokens, and all its positions' rows of one layer, a copy, [1, S, C]."""
-        start = 0
+    @cached_property
+    def _groups(self) -> list[list[Chunk]]:
+        """Chunks that can be read in one piece: alike, and their pages ranges that lie evenly."""
+        groups: list[list[Chunk]] = []
         for chunk in self.chunks:
-            length = chunk.past + chunk.tokens
-            pages = torch.tensor(chunk.pages[: -(-length // PAGE)], device=self.pool.data.device)
-            rows = self.pool.data[layer][pages].flatten(0, 1)[None, :length]
-            yield chunk, slice(start, start + chunk.tokens), rows
-            start += chunk.tokens
+            alike = groups[-1] if groups else []
+            if alike and isinstance(chunk.pages, range) and isinstance(alike[0].pages, range) and (
+                    (chunk.tokens, chunk.past, chunk.attn_impl, chunk.adapter)
+                    == (alike[0].tokens, alike[0].past, alike[0].attn_impl, alike[0].adapter)) and (
+                    chunk.pages[0] - alike[-1].pages[0] == (alike[1] if len(alike) > 1 else chunk).pages[0]
+                    - alike[0].pages[0]):
+                alike.append(chunk)
+            else:
+                groups.append([chunk])
+        return groups
+
+    def read(self, layer: int) -> Iterator[tuple[Chunk, slice, Tensor]]:
+        """(chunk, place, rows): all positions' rows of one layer, [G, S, C], of G chunks like this one, whose place
+        among the tokens this is. A view where their pages are ranges, else a copy."""
+        data, start = self.pool.data[layer], 0
+        for alike in self._groups:
+            chunk, length = alike[0], alike[0].past + alike[0].tokens
+            if isinstance(chunk.pages, range):
+                step = alike[1].pages[0] - chunk.pages[0] if len(alike) > 1 else 0
+                rows = data.as_strided(
+                    (len(alike), length, data.shape[2]), (step * data.stride(0), *data.stride()[1:]),
+                    data.storage_offset() + chunk.pages[0] * data.stride(0))
+            else:
+                pages = torch.tensor(chunk.pages[: -(-length // PAGE)], device=data.device)
+                rows = data[pages].flatten(0, 1)[None, :length]
+            stop = start + len(alike) * chunk.tokens
+            yield chunk, slice(start, stop), rows
+            start = stop
+
+
+class BatchCache:
+    """A pool for a batch of sequences that advance together: the pages of each are a range. Grows by doubling.
+
+    lengths: positions of each sequence; padding takes none. Made by `CausalLM.new_cache`.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int = 256, *, layers: int | None = None,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.lengths = [0] * batch
+        self._new_pool = partial(LatentPool, config, layers=layers, dtype=dtype, device=device)
+        self._pages = -(-capacity // PAGE)  # of a sequence
+        self.pool = self._new_pool(batch * self._pages)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    def pack(self, counts: Sequence[int], attn_impl: Impl, adapter: str | None) -> PackedBatch:
+        """The sequences' next tokens, `counts` of each; one without any has no chunk. `advance` counts them in."""
+        need = -(-max(map(add, self.lengths, counts)) // PAGE)
+        if need > self._pages:
+            self._move(range(self.batch), max(need, 2 * self._pages))
+        return PackedBatch(self.pool, [
+            Chunk(count, past, range(b * self._pages, (b + 1) * self._pages), attn_impl, adapter)
+            for b, (count, past) in enumerate(zip(counts, self.lengths, strict=True)) if count])
+
+    def advance(self, counts: Sequence[int]) -> None:
+        self.lengths = list(map(add, self.lengths, counts))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, and reorder to, the sequences given by an index or a mask."""
+        kept = torch.arange(self.batch)[rows.cpu()].tolist()
+        self._move(kept, self._pages)
+        self.lengths = [self.lengths[b] for b in kept]
+
+    def _move(self, rows: Sequence[int], pages: int) -> None:
+        """Lay the pages of these sequences in a new pool, `pages` of each."""
+        old, used = self.pool.data.unflatten(1, (-1, self._pages)), -(-self.length // PAGE)
+        self.pool, self._pages = self._new_pool(len(rows) * pages), pages
+        self.pool.data.unflatten(1, (-1, pages))[:, :, :used] = old[:, list(rows), :used]
+
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"LatentCache": "BatchCache"})

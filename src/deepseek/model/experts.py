@@ -49,9 +49,11 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x_BTH: Tensor, control: Callable[[Route], Route] | None = None) -> tuple[Tensor, Route]:
+    def forward(self, x_BTH: Tensor, control: Callable[[Route], Route] | None = None,
+                gate: Callable[[Tensor], Route] | None = None) -> tuple[Tensor, Route]:
+        """control: changes what the gate decides. gate: decides in its place, [T, H] -> Route."""
         x_TH = x_BTH.flatten(0, -2)
-        route = self.gate(x_TH)
+        route = (self.gate if gate is None else gate)(x_TH)
         if control is not None:
             route = control(route)
         out = self.experts(x_TH, route)

@@ -28,60 +28,41 @@ from ..ops import causal_attention, rotate
 from ..ops.linear import mm
 from .adapter import LoRALinear
 from .adapters import LowRank, bare, of_all_rows, path_of
-from .cache import LatentCache, PackedBatch
+from .cache import Impl, PackedBatch
 from .layers import Linear, RMSNorm
 
-AttnImpl = Literal["auto", "naive", "absorbed"]
+AttnImpl = Impl | Literal["auto"]
 
 
 class AttentionMask:
-    """Which positions each query of a call may look at.
+    """Which positions each query of a batch may look at: the real tokens up to its own position. real_BT: False for
+    padding."""
 
-    mask_BS: True for real tokens of the cache and of the call together, None where there is no padding. Query t, at
-    position past + t, sees the real tokens up to its own position.
-    """
-
-    def __init__(self, mask_BS: Tensor | None, batch: int, tokens: int, past: int, device: torch.device) -> None:
-        self.mask_BS, self.batch, self.tokens, self.past, self.device = mask_BS, batch, tokens, past, device
+    def __init__(self, real_BT: Tensor) -> None:
+        self.real_BT = real_BT
 
     @cached_property
     def dense(self) -> Tensor:
-        """Boolean [B or 1, 1, T, S], True where a query may look."""
-        causal = torch.ones(self.tokens, self.past + self.tokens, dtype=torch.bool, device=self.device)
-        causal = causal.tril_(self.past)[None, None]
-        return causal if self.mask_BS is None else causal & self.mask_BS[:, None, None, :]
+        """Boolean [B, 1, T, T], True where a query may look."""
+        return causal_mask(self.real_BT.shape[1], 0, self.real_BT.device) & self.real_BT[:, None, None, :]
 
-    @cached_property
-    def span(self) -> tuple[Tensor, Tensor] | None:
-        """(first_B, past_B), where every query of sequence b sees first_B[b] … past_B[b] + t, as it does with padding
-        on one or both sides (queries of padding aside); None where real tokens have padding between them."""
-        past_B = torch.full((self.batch,), self.past, device=self.device)
-        if self.mask_BS is None:
-            return torch.zeros_like(past_B), past_B
-        mask = self.mask_BS.int()
-        gaps = (mask[:, 1:] - mask[:, :-1] == 1).sum(1) + mask[:, 0]
-        return None if bool((gaps > 1).any()) else (mask.argmax(1), past_B)
+
+def causal_mask(tokens: int, past: int, device: torch.device) -> Tensor:
+    """Boolean [1, 1, T, past + T]: True up to each query's own position."""
+    return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril_(past)[None, None]
 
 
 class AttentionContext(NamedTuple):
     """What the attention of one call needs beside hidden states; the same for every layer.
 
-    cos, sin: rotary angles, [B or 1, T, rope / 2]. visible: None for causal over the tokens given, without padding and
-    without a past; a PackedBatch for chunks of sequences side by side, as one row of the batch, and then neither cache
-    nor attn_impl.
+    cos, sin: rotary angles, [B or 1, T, rope / 2]. visible: a PackedBatch for chunks of sequences side by side, as one
+    row of the batch, each with its attn_impl; without a cache a mask, None where nothing is padding, and attn_impl.
     """
 
     cos: Tensor
     sin: Tensor
     visible: AttentionMask | PackedBatch | None = None
-    cache: LatentCache | None = None
-    attn_impl: AttnImpl = "auto"
-
-    def impl(self, tokens: int) -> AttnImpl:
-        """What "auto" stands for: naive for a prompt, absorbed for one token after it."""
-        if self.attn_impl != "auto":
-            return self.attn_impl
-        return "naive" if self.cache is None or tokens > 1 else "absorbed"
+    attn_impl: Impl = "naive"
 
 
 class MLA(nn.Module):
@@ -102,41 +83,42 @@ class MLA(nn.Module):
 
     def forward(self, x_BTH: Tensor, context: AttentionContext, layer: int) -> Tensor:
         config, visible, cos, sin = self.config, context.visible, context.cos, context.sin
-        batch, tokens, _ = x_BTH.shape
-        if config.q_lora_rank is None:
+        q_nope, q_rope = self.queries(x_BTH).split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+        q_rope = rotate(q_rope, cos, sin, config.rope_interleave)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BTH).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
+        k_rope = rotate(k_rope.unsqueeze(2), cos, sin, config.rope_interleave).squeeze(2)
+        rows = torch.cat((self.kv_a_layernorm(latent), k_rope), -1)
+        if isinstance(visible, PackedBatch):
+            visible.write(layer, rows[0])
+            parts = []
+            for chunk, place, rows in visible.read(layer):
+                shape = (len(rows), chunk.tokens)
+                mask = causal_mask(chunk.tokens, chunk.past, rows.device) if chunk.past else None
+                out = self._attend(q_nope[0, place].unflatten(0, shape), q_rope[0, place].unflatten(0, shape),
+                                   rows.to(q_nope.dtype), chunk.attn_impl, mask, chunk.adapter)
+                parts.append(out.flatten(0, 1))
+            out_BTNW = torch.cat(parts)
+        else:
+            out_BTNW = self._attend(q_nope, q_rope, rows, context.attn_impl, None if visible is None else visible.dense,
+                                    of_all_rows())
+        return self.o_proj(out_BTNW.reshape(*x_BTH.shape[:2], -1))
+
+    def queries(self, x_BTH: Tensor) -> Tensor:
+        """Every head's query before rotation, [B, T, N, D]."""
+        if self.config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTH)))
-        q_BTND = q.view(batch, tokens, -1, config.qk_head_dim)
-        q_nope, q_rope = q_BTND.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
-        q_rope = rotate(q_rope, cos, sin, config.rope_interleave)
+        return q.unflatten(-1, (-1, self.config.qk_head_dim))
 
-        latent, k_rope = self.kv_a_proj_with_mqa(x_BTH).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
-        k_rope = rotate(k_rope.unsqueeze(2), cos, sin, config.rope_interleave).squeeze(2)
-        latent = self.kv_a_layernorm(latent)
-        if isinstance(visible, PackedBatch):
-            visible.write(layer, torch.cat((latent, k_rope), -1)[0])
-            out_BTNW = torch.cat([
-                self._attend(q_nope[:, place], q_rope[:, place], rows.to(q.dtype), chunk.attn_impl,
-                             AttentionMask(None, 1, chunk.tokens, chunk.past, rows.device) if chunk.past else None,
-                             chunk.adapter)
-                for chunk, place, rows in visible.read(layer)], 1)
-            return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
-        rows = torch.cat((latent, k_rope), -1)
-        if context.cache is not None:
-            rows = context.cache.extend(layer, rows).to(q.dtype)
-        out_BTNW = self._attend(q_nope, q_rope, rows, context.impl(tokens), visible, of_all_rows())
-        return self.o_proj(out_BTNW.reshape(batch, tokens, -1))
-
-    def _attend(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, attn_impl: AttnImpl, visible: AttentionMask | None,
+    def _attend(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, attn_impl: str, mask: Tensor | None,
                 adapter: str | None) -> Tensor:
         """rows: latents and rotary keys of all positions, [B, S, R + rope]. adapter: whose they are."""
         latent, k_rope = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
         # LoRA on kv_b_proj is a call, not a matrix that could be absorbed
         naive = attn_impl == "naive" or isinstance(self.kv_b_proj, LoRALinear)
         attend = self._naive if naive else self._absorbed
-        return attend(q_nope, q_rope, latent, k_rope, None if visible is None else visible.dense,
-                      path_of(self.kv_b_proj, adapter))
+        return attend(q_nope, q_rope, latent, k_rope, mask, path_of(self.kv_b_proj, adapter))
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None,
                side: LowRank | None) -> Tensor:

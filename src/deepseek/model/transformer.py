@@ -12,8 +12,10 @@ Shape letters: B batch, T tokens, S positions in the cache, H hidden, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,8 @@ from ..config import ModelConfig
 from ..deprecation import warn
 from ..errors import CheckpointError, RequestError
 from ..ops.loss import IGNORE
-from .adapters import rows_of
-from .cache import LatentCache, LatentPool, PackedBatch
+from .adapters import current, of_all_rows, rows_of
+from .cache import BatchCache, Impl, LatentPool, PackedBatch
 from .experts import MoE
 from .gate import Route, expert_load, group_guidance_loss, sequence_balance_loss
 from .layers import MLP, Linear, RMSNorm, Rotary
@@ -42,13 +44,16 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTH: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
-        x = x_BTH + self.self_attn(self.input_layernorm(x_BTH), context, self.layer)
+    def forward(self, x_BTH: Tensor, context: AttentionContext, attention: Callable[..., Tensor] | None = None,
+                gate: Callable[[Tensor], Route] | None = None) -> tuple[Tensor, Route | None]:
+        """attention, gate: what computes in the place of the layer's own."""
+        attend = self.self_attn if attention is None else attention
+        x = x_BTH + attend(self.input_layernorm(x_BTH), context, self.layer)
         normed = self.post_attention_layernorm(x)
         if not isinstance(self.mlp, MoE):
             return x + self.mlp(normed), None
         control = context.visible.control if isinstance(context.visible, PackedBatch) else None
-        y, route = self.mlp(normed, None if control is None else partial(control, self.layer))
+        y, route = self.mlp(normed, None if control is None else partial(control, self.layer), gate)
         return x + y, route
 
 
@@ -100,8 +105,30 @@ class TrainingLoss:
     load_LE: Tensor
 
 
+class LayerRunner(Protocol):
+    """Runs decoder layers over a PackedBatch as `run_layers` does, beside the modules, which stay as they are."""
+
+    def __call__(self, layers: Sequence[DecoderLayer], x_BTH: Tensor, context: AttentionContext,
+                 routing: RoutingRecord | None) -> Tensor: ...
+
+    def scratch(self, x_BTH: Tensor) -> BatchCache:
+        """A cache for a call that keeps none."""
+
+
+def run_layers(run: Callable[[DecoderLayer, Tensor, AttentionContext], tuple[Tensor, Route | None]],
+               layers: Sequence[DecoderLayer], x: Tensor, context: AttentionContext, routing: RoutingRecord | None,
+               ) -> Tensor:
+    for layer in layers:
+        x, route = run(layer, x, context)
+        if routing is not None and route is not None:
+            routing.routes[layer.layer] = route
+    return x
+
+
 class CausalLM(nn.Module):
     """`model(ids_BT)` -> logits_BTV in FP32."""
+
+    layer_runner: LayerRunner | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -110,6 +137,7 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.layer_runner = None  # None: the layers run module by module
         self.gradient_checkpointing = False
         self.compute_dtype: torch.dtype | None = None  # of the activations; None: that of the weights
 
@@ -136,9 +164,9 @@ class CausalLM(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
-    def new_cache(self, batch: int = 1, length: int = 256, dtype: torch.dtype = torch.float32) -> LatentCache:
+    def new_cache(self, batch: int = 1, length: int = 256, dtype: torch.dtype = torch.float32) -> BatchCache:
         """An empty cache for `cache=`, on the model's device. length: positions to start with; it grows."""
-        return LatentCache(self.config, batch, length, dtype=dtype, device=self.device)
+        return BatchCache(self.config, batch, length, dtype=dtype, device=self.device)
 
     def moe_blocks(self) -> dict[int, MoE]:
         """Layer index -> its MoE block, MTP layers last."""
@@ -161,7 +189,7 @@ class CausalLM(nn.Module):
         *,
         mask_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: BatchCache | None = None,
         routing: RoutingRecord | None = None,
         attn_impl: AttnImpl = "auto",
         last_only: bool = False,
@@ -186,55 +214,75 @@ class CausalLM(nn.Module):
         ids_BT: Tensor,
         mask_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: BatchCache | None = None,
         routing: RoutingRecord | None = None,
         attn_impl: AttnImpl = "auto",
     ) -> Tensor:
-        """Hidden states after the final norm, [B, T, H]."""
+        """Hidden states after the final norm, [B, T, H]; where a cache or a layer runner is used, zeros for padding."""
         self._check(ids_BT, mask_BT, positions_BT, cache)
-        tokens = ids_BT.shape[1]
-        if cache is not None:
-            cache.reserve(tokens)
-        mask_BT = _mask_over_cache(mask_BT, cache, ids_BT)
-        positions_BT = _positions(ids_BT, mask_BT, positions_BT, cache)
-        visible = _attention_mask(mask_BT, ids_BT, cache.length if cache is not None else 0)
-        context = self._context(positions_BT, visible, cache, attn_impl)
-        x = self._layers(self._embed(ids_BT), context, routing)
-        if cache is not None:
-            cache.length += tokens
-            cache.valid_BS = mask_BT
-        return self.model.norm(x)
+        x = self._embed(ids_BT)
+        return self.model.norm(self._run_batch(self.model.layers, x, mask_BT, positions_BT, cache, routing, attn_impl))
 
     def packed(self, ids_T: Tensor, pack: PackedBatch, routing: RoutingRecord | None = None) -> Tensor:
         """Hidden states after the final norm of a pack's tokens, [T, H]; their rows of the pool are written."""
         assert len(ids_T) == pack.tokens
         with rows_of(pack.spans):
-            x = self._layers(self._embed(ids_T[None]), self._context(pack.positions[None], pack), routing)
+            x = self._run(self.model.layers, self._embed(ids_T[None]), pack.positions[None], pack, routing)
         return self.model.norm(x)[0]
 
-    def _context(self, positions_BT: Tensor, visible: AttentionMask | PackedBatch | None,
-                 cache: LatentCache | None = None, attn_impl: AttnImpl = "auto") -> AttentionContext:
-        cos, sin = self.model.rotary(positions_BT)
-        return AttentionContext(cos, sin, visible, cache, attn_impl)
+    def _run_batch(
+        self, layers: Any, x_BTH: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None,
+        cache: BatchCache | None, routing: RoutingRecord | None, attn_impl: AttnImpl = "auto",
+    ) -> Tensor:
+        """Run layers over a batch of rows: as a pack of its real tokens where there is a cache or a layer runner."""
+        batch, tokens, _ = x_BTH.shape
+        if attn_impl == "auto":
+            attn_impl = "naive" if cache is None or tokens > 1 else "absorbed"
+        if mask_BT is not None:
+            mask_BT = None if bool(mask_BT.all()) else mask_BT.bool()
+        if cache is None and self.layer_runner is not None:
+            cache = self.layer_runner.scratch(x_BTH)
+        if cache is None:
+            if positions_BT is None:
+                positions_BT = _positions(x_BTH, mask_BT)
+            mask = None if mask_BT is None else AttentionMask(mask_BT)
+            return self._run(layers, x_BTH, positions_BT, mask, routing, attn_impl)
+        counts = [tokens] * batch if mask_BT is None else mask_BT.sum(1).tolist()
+        if not any(counts):
+            return torch.zeros_like(x_BTH)
+        adapter = of_all_rows()
+        assert adapter is not None or not current(), "the rows of a batch are one adapter's"
+        pack = cache.pack(counts, attn_impl, adapter)
+        positions_T = pack.positions if positions_BT is None else _real(positions_BT.expand(batch, -1), mask_BT)
+        own = None if routing is None else RoutingRecord()
+        x_TH = self._run(layers, _real(x_BTH, mask_BT)[None], positions_T[None], pack, own)[0]
+        cache.advance(counts)
+        if routing is not None and own is not None:
+            routing.routes |= own.routes if mask_BT is None else {
+                layer: Route(*(_with_padding(part, mask_BT, fill).flatten(0, 1)
+                               for part, fill in zip(route, (-1, 0, 0), strict=True)))
+                for layer, route in own.routes.items()}
+        return x_TH.unflatten(0, (batch, tokens)) if mask_BT is None else _with_padding(x_TH, mask_BT)
 
-    def _layers(self, x: Tensor, context: AttentionContext, routing: RoutingRecord | None) -> Tensor:
-        for layer, block in enumerate(self.model.layers):
-            x, route = self._run(block, x, context)
-            if routing is not None and route is not None:
-                routing.routes[layer] = route
-        return x
+    def _run(self, layers: Any, x: Tensor, positions_BT: Tensor, visible: AttentionMask | PackedBatch | None,
+             routing: RoutingRecord | None, attn_impl: Impl = "naive") -> Tensor:
+        cos, sin = self.model.rotary(positions_BT)
+        context = AttentionContext(cos, sin, visible, attn_impl)
+        if self.layer_runner is not None:
+            return self.layer_runner(layers, x, context, routing)
+        return run_layers(self._run_layer, layers, x, context, routing)
+
+    def _run_layer(self, layer: nn.Module, x: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, context, use_reentrant=False)
+        return layer(x, context)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         x = self.model.embed_tokens(ids_BT)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def _run(self, block: nn.Module, x: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, context, use_reentrant=False)
-        return block(x, context)
-
     def _check(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, cache: LatentCache | None
+        self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, cache: BatchCache | None
     ) -> None:
         if ids_BT.ndim != 2 or ids_BT.numel() == 0:
             raise RequestError(f"ids must have shape [batch, tokens], both >= 1, got {tuple(ids_BT.shape)}")
@@ -268,21 +316,14 @@ class CausalLM(nn.Module):
         token `depth + 1` places further on.
         """
         block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
-        positions_BT = _positions(next_ids_BT, mask_BT, None, None)
         x = block.input(self._embed(next_ids_BT), previous_BTH)
-        x, route = self._run(block, x, self._context(positions_BT, _attention_mask(mask_BT, next_ids_BT, 0)))
-        if routing is not None and route is not None:
-            routing.routes[block.layer] = route
-        return block.shared_head.norm(x)
+        return block.shared_head.norm(self._run_batch([block], x, mask_BT, None, None, routing))
 
     def mtp_packed(self, depth: int, previous_TH: Tensor, next_ids_T: Tensor, pack: PackedBatch) -> Tensor:
         """The same for a pack's tokens, [T, H]; the module's rows of the pool are written."""
         block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
         x = block.input(self._embed(next_ids_T[None]), previous_TH[None])
-        return block.shared_head.norm(self._ahead(block, x, self._context(pack.positions[None], pack)))[0]
-
-    def _ahead(self, block: MTPLayer, x_BTH: Tensor, context: AttentionContext) -> Tensor:
-        return self._run(block, x_BTH, context)[0]
+        return block.shared_head.norm(self._run([block], x, pack.positions[None], pack, None))[0]
 
     def loss(
         self, ids_BT: Tensor, labels_BT: Tensor, *, mask_BT: Tensor | None = None, mtp_weight: float = 0.0,
@@ -358,36 +399,24 @@ def describe(config: ModelConfig) -> str:
             f"{experts if moe else ''}")
 
 
-def _mask_over_cache(mask_BT: Tensor | None, cache: LatentCache | None, ids_BT: Tensor) -> Tensor | None:
-    """The padding mask over cached positions and new ones, or None where nothing is padding."""
-    if mask_BT is not None:
-        mask_BT = None if bool(mask_BT.all()) else mask_BT.bool()
-    if cache is None or cache.length == 0:
-        return mask_BT
-    if mask_BT is None and cache.valid_BS is None:
-        return None
-    old = cache.valid_BS
-    if old is None:
-        old = torch.ones(ids_BT.shape[0], cache.length, dtype=torch.bool, device=ids_BT.device)
-    new = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT
-    return torch.cat((old, new), 1)
-
-
-def _positions(ids_BT: Tensor, mask_BS: Tensor | None, given: Tensor | None, cache: LatentCache | None) -> Tensor:
+def _positions(x_BTH: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Positions count tokens, not padding."""
-    if given is not None:
-        return given
-    if mask_BS is not None:
-        return (mask_BS.long().cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-    start = cache.length if cache is not None else 0
-    return torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
+    if mask_BT is not None:
+        return (mask_BT.long().cumsum(1) - 1).clamp(min=0)
+    return torch.arange(x_BTH.shape[1], device=x_BTH.device).unsqueeze(0)
 
 
-def _attention_mask(mask_BS: Tensor | None, ids_BT: Tensor, past: int) -> AttentionMask | None:
-    """None for plain causal over the tokens themselves."""
-    batch, tokens = ids_BT.shape
-    return None if mask_BS is None and past == 0 else AttentionMask(mask_BS, batch, tokens, past, ids_BT.device)
+def _real(x_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The real tokens of all rows side by side."""
+    return x_BT.flatten(0, 1) if mask_BT is None else x_BT[mask_BT]
 
 
-__all__ = ["IGNORE", "CausalLM", "LatentCache", "LatentPool", "PackedBatch", "RoutingRecord", "TrainingLoss",
+def _with_padding(x_T: Tensor, mask_BT: Tensor, fill: int = 0) -> Tensor:
+    """`_real` undone."""
+    out_BT = x_T.new_full((*mask_BT.shape, *x_T.shape[1:]), fill)
+    out_BT[mask_BT] = x_T
+    return out_BT
+
+
+__all__ = ["IGNORE", "BatchCache", "CausalLM", "LatentPool", "PackedBatch", "RoutingRecord", "TrainingLoss",
            "describe"]

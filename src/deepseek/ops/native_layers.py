@@ -20,7 +20,8 @@ from .quantized import ExpertTable
 
 class Attention(NamedTuple):
     """csrc/quantized.h, `Mla`. sizes: hidden, heads, nope, rope, rank, value, q_rank (0: none). weights: q_a, q_b,
-    kv_a, kv_b, o, packed. vectors: q_norm, kv_norm, q_a_bias, kv_a_bias, o_bias, float32. key: as FusedMLA has it."""
+    kv_a, kv_b, o, packed. vectors: q_norm, kv_norm, q_a_bias, kv_a_bias, o_bias, float32. key: the key half of
+    kv_b_proj, transposed, [rank, nope] of every head in 8 bits."""
 
     sizes: tuple[int, ...]
     bits: int
@@ -47,17 +48,13 @@ class FeedForward(NamedTuple):
 
 
 class LayerBlock:
-    """One layer as the native kernels see it; holds what it points to. `ready` is False where they cannot take it.
-
-    A copy of a module starts without the original's.
-    """
+    """One layer as the native kernels see it; holds what it points to. `ready` is False where they cannot take it."""
 
     def __init__(
-        self, attention: Attention | None = None, ffn: FeedForward | None = None, attention_norm: Tensor | None = None,
-        ffn_norm: Tensor | None = None, eps: float = 0.0,
+        self, attention: Attention | None, ffn: FeedForward | None, attention_norm: Tensor, ffn_norm: Tensor, eps: float
     ) -> None:
         self.ready, self.experts, self.top = False, 0, 0
-        if attention is None or ffn is None or attention_norm is None or ffn_norm is None:
+        if attention is None or ffn is None:
             return
         table: tuple[Tensor, ...] = ffn.table or ()
         vectors = [v for v in (*attention.vectors, attention_norm, ffn_norm, ffn.gate_bias) if v is not None]
@@ -81,20 +78,11 @@ class LayerBlock:
                        address(ffn.shared)),
             address(attention_norm), address(ffn_norm), eps)
 
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LayerBlock, ()
-
 
 class LayerStack:
-    """Layers of a model in one native call. `ready` is False where one of them cannot be taken, or there are none.
+    """Layers of a model in one native call. `ready` is False where one of them cannot be taken, or there are none."""
 
-    A copy of a module starts without the original's.
-    """
-
-    def __init__(self, blocks: Sequence[LayerBlock] = ()) -> None:
+    def __init__(self, blocks: Sequence[LayerBlock]) -> None:
         self.blocks = tuple(blocks)
         self.ready = bool(blocks) and all(block.ready for block in blocks)
         if self.ready:
@@ -103,12 +91,6 @@ class LayerStack:
             self.experts, self.top = gates[0] if gates else (0, 0)
             self.ready = len(set(gates)) <= 1
             self.layers = native.Layers(tuple(block.layer for block in blocks))
-
-    def __deepcopy__(self, memo: Any) -> LayerStack:
-        return LayerStack()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LayerStack, ()
 
     def run(
         self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, cache: Tensor, layer_stride: int, sequences: Sequences,

@@ -1,10 +1,12 @@
-"""A quantized model's inference forms: near the plain model, like MLA's own forms, and the same bits in any company.
+"""A quantized model's native layers: near the plain model, like the modules' own forms, and the same bits in any
+company.
 
 Shape letters: B batch, T tokens, S positions, H hidden.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +19,10 @@ from torch import Tensor
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import dequantize, quantize
 from deepseek.model import CausalLM, RoutingRecord
-from deepseek.model.cache import LatentCache
-from deepseek.model.gate import Gate
-from deepseek.model.mla import MLA, AttentionContext, AttentionMask
+from deepseek.model.mla import AttentionContext
 from deepseek.ops.native import native
-from deepseek.quant.fused import FusedGate, FusedMLA
 from deepseek.quant.linear import QuantizedLinear
+from deepseek.quant.native_stack import NativeLayer, NativeStack
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "values in panels of their own": {},
@@ -52,6 +52,12 @@ def quantized(tiny_config: Callable, random_model: Callable, tmp_path: Path) -> 
     return make
 
 
+def own_layers(model: CausalLM) -> list[NativeLayer]:
+    stack = NativeStack.of(model)
+    assert stack is not None
+    return list(stack.own)  # type: ignore[arg-type]
+
+
 def ids(batch: int, tokens: int) -> Tensor:
     return torch.randint(0, 96, (batch, tokens))
 
@@ -78,8 +84,8 @@ def test_logits_are_near_those_of_the_same_weights(
     that may well go elsewhere."""
     model = quantized(format, **changes)
     plain = load_model(dequantize(tmp_path / "q", tmp_path / "plain", "float32", progress=False))
-    assert all(isinstance(layer.self_attn, FusedMLA) for layer in model.model.layers)
-    assert all(isinstance(block.gate, FusedGate) for block in model.moe_blocks().values())
+    assert all(layer.attention is not None for layer in own_layers(model))
+    assert {i for i, layer in enumerate(own_layers(model)) if layer.gate_panels is not None} == {*model.moe_blocks()}
     ids_BT, ours, theirs = ids(4, 60), RoutingRecord(), RoutingRecord()
     with torch.no_grad():
         got_BTV, want_BTV = model(ids_BT, routing=ours), plain(ids_BT, routing=theirs)
@@ -94,66 +100,59 @@ def test_logits_are_near_those_of_the_same_weights(
 # ---- equal to MLA's own forms ---------------------------------------------------------------------------------------
 
 
-def attend(
-    model: CausalLM, forward: Callable[..., Tensor], x_BTH: Tensor, mask_BT: Tensor | None,
-    chunks: Sequence[int] | None, **options: Any
-) -> Tensor:
-    """The first layer's attention as `CausalLM.hidden` calls it, over a cache where it comes in chunks."""
-    config, parts, start = model.config, [], 0
-    batch, tokens = x_BTH.shape[:2]
-    position_BT = torch.arange(tokens).unsqueeze(0) if mask_BT is None else (mask_BT.cumsum(1) - 1).clamp(min=0)
-    cache = None if chunks is None else LatentCache(config, batch, 4)
-    for width in chunks or (tokens,):
+def attend(model: CausalLM, natively: bool, x_BTH: Tensor, mask_BT: Tensor | None, chunks: Sequence[int],
+           attn_impl: Any) -> Tensor:
+    """The first layer's attention over a cache, in chunks; zeros for padding."""
+    mla, attention, out_BTH = model.model.layers[0].self_attn, own_layers(model)[0].attention, torch.zeros_like(x_BTH)
+    assert attention is not None
+    cache, start = model.new_cache(len(x_BTH), 4), 0
+    for width in chunks:
         now = slice(start, start + width)
-        if cache is not None:
-            cache.reserve(width)
-        mask = None if mask_BT is None else mask_BT[:, : now.stop]
-        visible = None if mask is None and start == 0 else AttentionMask(mask, batch, width, start, x_BTH.device)
-        cos, sin = model.model.rotary(position_BT[:, now])
-        context = AttentionContext(cos, sin, visible, cache, **options)
-        parts.append(forward(model.model.layers[0].self_attn, x_BTH[:, now], context, 0))
+        real_BT = torch.ones(len(x_BTH), width, dtype=torch.bool) if mask_BT is None else mask_BT[:, now].bool()
+        counts = real_BT.sum(1).tolist()
+        pack = cache.pack(counts, attn_impl, None)
+        cos, sin = model.model.rotary(pack.positions[None])
+        context = AttentionContext(cos, sin, pack)
+        x_1TH = x_BTH[:, now][real_BT][None]
+        out = attention(mla, x_1TH, context, 0) if natively else mla(x_1TH, context, 0)
+        out_BTH[:, now][real_BT] = out[0]
+        cache.advance(counts)
         start += width
-        if cache is not None:
-            cache.length = start
-    return torch.cat(parts, 1)
+    return out_BTH
 
 
 @every_variant
 @pytest.mark.parametrize("attn_impl", ["naive", "absorbed"])
 def test_attention_equals_mlas_own_form(quantized: Callable, attn_impl: Any, changes: dict[str, Any]) -> None:
-    """In either order, over the same weights, up to the int8 of what enters a quantized product. With and without a
-    cache, in chunks, with padding."""
+    """In either order, over the same weights, up to the int8 of what enters a quantized product. In chunks, with
+    padding."""
     model = quantized(**changes)
     x_BTH = torch.randn(5, 150, model.config.hidden_size)
     bound = 1e-3 if attn_impl == "naive" else 0.02  # MLA's own absorbed form multiplies by kv_b_proj in FP32
-    for side, chunks in itertools.product((None, "left", "right"), (None, (150,), (149, 1), (7, 1, 1, 141))):
+    for side, chunks in itertools.product((None, "left", "right"), ((150,), (149, 1), (7, 1, 1, 141))):
         mask_BT = None if side is None else padded([torch.ones(n) for n in LENGTHS], side)[1]
-        real_BT = torch.ones(5, 150, dtype=torch.bool) if mask_BT is None else mask_BT
-        got, want = (attend(model, form.forward, x_BTH, mask_BT, chunks, attn_impl=attn_impl)[real_BT]
-                     for form in (FusedMLA, MLA))
-        assert (got - want).norm() < bound * want.norm(), (side, chunks)
-
-
-@every_variant
-def test_the_order_is_the_callers_or_follows_the_call(quantized: Callable, changes: dict[str, Any]) -> None:
-    """Naive for several tokens, absorbed for one; what the model runs is what attention alone does with that order."""
-    model = quantized(**changes)
-    x_BTH = torch.randn(2, 9, model.config.hidden_size)
-    naive, absorbed = (attend(model, FusedMLA.forward, x_BTH, None, (8, 1), attn_impl=attn_impl)
-                       for attn_impl in ("naive", "absorbed"))
-    auto = attend(model, FusedMLA.forward, x_BTH, None, (8, 1))
-    assert torch.equal(auto[:, :8], naive[:, :8]) and torch.equal(auto[:, 8:], absorbed[:, 8:])
-    assert 0 < (naive - absorbed).norm() < 0.02 * naive.norm()
+        got, want = (attend(model, form, x_BTH, mask_BT, chunks, attn_impl) for form in (True, False))
+        assert 0 < (got - want).norm() < bound * want.norm(), (side, chunks)
 
 
 @every_native
-def test_holes_and_other_caches_take_mlas_own_form(quantized: Callable, changes: dict[str, Any]) -> None:
-    model = quantized(**changes)
-    ids_BT, mask_BT = ids(2, 12), torch.ones(2, 12, dtype=torch.bool)
-    mask_BT[0, 4:7] = False
-    with_hole = model(ids_BT, mask_BT=mask_BT)
-    without = model(torch.cat((ids_BT[:1, :4], ids_BT[:1, 7:]), 1))
-    assert torch.cosine_similarity(with_hole[0, 7:], without[0, 4:], -1).mean() > 0.97
+def test_the_order_is_the_callers_or_follows_the_call(quantized: Callable, changes: dict[str, Any]) -> None:
+    """Naive for several tokens, absorbed for one after them."""
+    model, ids_BT = quantized(**changes), ids(2, 9)
+
+    def logits(*orders: Any) -> Tensor:
+        cache = model.new_cache(2)
+        return torch.cat([model(part_BT, cache=cache, attn_impl=order)
+                          for part_BT, order in zip(ids_BT.split((8, 1), 1), orders, strict=True)], 1)
+
+    auto, naive = logits("auto", "auto"), logits("naive", "naive")
+    assert torch.equal(auto, logits("naive", "absorbed"))
+    assert torch.equal(auto[:, :8], naive[:, :8]) and not torch.equal(auto[:, 8], naive[:, 8])
+
+
+@every_native
+def test_a_cache_of_another_dtype_takes_mlas_own_form(quantized: Callable, changes: dict[str, Any]) -> None:
+    model, ids_BT = quantized(**changes), ids(2, 12)
     half = model.new_cache(2, dtype=torch.bfloat16)
     assert torch.cosine_similarity(model(ids_BT, cache=half), model(ids_BT), -1).mean() > 0.97
 
@@ -162,17 +161,44 @@ def test_holes_and_other_caches_take_mlas_own_form(quantized: Callable, changes:
 def test_gate_equals_the_models_own(quantized: Callable, changes: dict[str, Any]) -> None:
     model = quantized(**changes)
     assert model.moe_blocks()
-    for block in model.moe_blocks().values():
+    for layer, block in model.moe_blocks().items():
         x_TH = torch.randn(300, model.config.hidden_size)
-        for got, want in zip(block.gate(x_TH), Gate.forward(block.gate, x_TH), strict=True):
+        for got, want in zip(own_layers(model)[layer].choose(block.gate, x_TH), block.gate(x_TH), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_fused_forms_add_nothing_to_the_state(quantized: Callable) -> None:
+def test_the_stack_adds_nothing_to_the_state(quantized: Callable) -> None:
     model = quantized()
-    assert not [name for name in model.state_dict() if name.endswith(("_PH16", "attn.key", "attn.value"))]
+    assert not [name for name in model.state_dict() if name.startswith("layer_runner")]
     kv_b = model.model.layers[0].self_attn.kv_b_proj
     assert isinstance(kv_b, QuantizedLinear) and kv_b._dense is None  # no copy beside the panels
+
+
+@natively
+@every_native
+def test_one_call_has_the_bits_of_layer_by_layer(quantized: Callable, changes: dict[str, Any]) -> None:
+    model, rows = quantized(**changes), [ids(1, n)[0] for n in LENGTHS]
+    ids_BT, mask_BT = padded(rows, "left")
+    together, stack = RoutingRecord(), NativeStack.of(model)
+    assert stack is not None
+    want = model(ids_BT, mask_BT=mask_BT, routing=together)
+    [one_call] = stack.stacks.values()
+    one_call.ready = False
+    apart = RoutingRecord()
+    assert torch.equal(model(ids_BT, mask_BT=mask_BT, routing=apart), want)
+    for layer, route in together.routes.items():
+        assert all(map(torch.equal, route, apart.routes[layer]))
+
+
+@natively
+def test_a_copy_and_a_moved_model_run_on_their_own_tensors(quantized: Callable) -> None:
+    model, ids_BT = quantized(), ids(2, 9)
+    want = model(ids_BT)
+    twin = copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.zero_()
+    assert torch.equal(twin(ids_BT), want) and torch.equal(twin.double().float()(ids_BT), want)
 
 
 # ---- the same bits --------------------------------------------------------------------------------------------------
@@ -212,5 +238,13 @@ def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(
             alone = model.new_cache(1, 16)
             row_TV = model(row.unsqueeze(0), cache=alone, attn_impl="naive")[0]
             assert torch.equal(logits_BTV[b][mask_BT[b]], row_TV), (side, b)
-            if side == "left":  # on the right there is a hole before the new token, which takes MLA's own form
-                assert torch.equal(after_BTV[b], model(more_BT[b : b + 1], cache=alone)[0]), b
+            assert torch.equal(after_BTV[b], model(more_BT[b : b + 1], cache=alone)[0]), b
+
+
+@natively
+@every_native
+def test_a_hole_in_a_mask_is_as_if_it_were_not_there(quantized: Callable, changes: dict[str, Any]) -> None:
+    model, ids_BT, mask_BT = quantized(**changes), ids(2, 12), torch.ones(2, 12, dtype=torch.bool)
+    mask_BT[0, 4:7] = False
+    without = model(torch.cat((ids_BT[:1, :4], ids_BT[:1, 7:]), 1))
+    assert torch.equal(model(ids_BT, mask_BT=mask_BT)[0][mask_BT[0]], without[0])
