@@ -34,7 +34,7 @@ NAMES: dict[str, str] = {
     "take_round": "next_round", "learnt_tokens": "loss_tokens", "_check_there": "validate_experts",
     # model, quant, ops, checkpoint
     "Visible": "AttentionMask", "Pack": "PackedBatch", "Side": "LoraSpec", "FRIENDLY": "TARGET_ALIASES",
-    "PARTS_APART": "UNMERGED", "Recipe": "QuantConfig", "disk_parts": "hf_names", "order_of": "AttentionContext.attn_impl",
+    "PARTS_APART": "UNMERGED", "Recipe": "QuantConfig", "disk_parts": "hf_names", "order_of": "attn_impl",
     "side_paths": "lora_modules", "entrance": "input", "widen": "to_compute_dtype", "trains": "trains_native",
 }
 ALLOWED = {  # old names that are answered
