@@ -65,8 +65,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         if i == 1:  # by now all that is no expert has been read
             read, before = own.stats.read, read_bytes()
         requests += llm.requests(ids, SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True))
-        requests[-1].arrived = time.monotonic()
-        llm._run(requests[-1:], usage)
+        requests[-1].usage, requests[-1].arrived = usage, time.monotonic()
+        llm.driver.generate(requests[-1])
     seconds = time.perf_counter() - began
     return own.stats.to_dict() | {
         "speed": len(requests) * TOKENS / seconds, "first": (requests[0].first_token or 0) - requests[0].arrived,

@@ -23,7 +23,6 @@ from ..deprecation import warn
 from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, RequestError
 from ..model import CausalLM, describe
-from ..model.adapters import names_on
 from ..quant.linear import QuantConfig, is_quantized
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
@@ -86,21 +85,20 @@ class LLM:
         self.warmup: Warmup | None = None
         if options.warmup_experts:
             self.warmup = warm_up(self.model, residency, tuple(options.warmup_experts), atlas, folder)
-        there = names_on(self.model)
+        self.engine = Engine(self.model, options, atlas=atlas, residency=residency)
+        self.driver = EngineDriver(self.engine)
+        weakref.finalize(self, self.driver.release)
+        there = self.engine.adapters
         self.adapters = tuple(name for name in dict.fromkeys([*(adapters or ()), *there]) if name != UNNAMED)
         self.default_adapter = UNNAMED if UNNAMED in there else None
-        self.tokenizer, self._folder = tokenizer, folder
-        self.engine = Engine(self.model, options, atlas=atlas, residency=residency)
+        self.tokenizer, self._folder, self._adapter = tokenizer, folder, adapter
         config = self.model.config
         self.max_length = config.max_position_embeddings
         self.bos_id = config.bos_token_id if tokenizer is None else tokenizer.bos_id
         self.eos_ids = frozenset(config.eos_token_ids) | frozenset(() if tokenizer is None else tokenizer.eos_ids)
+        self._constraints = Constraints(tokenizer, config.vocab_size, self.eos_ids)
         self._rules = KeywordRules()
         self.classifier: DomainClassifier | None = None  # asked where the keyword rules say nothing
-        self._constraints = Constraints(tokenizer, config.vocab_size, self.eos_ids)
-        self.driver = EngineDriver(self.engine)
-        weakref.finalize(self, self.driver.release)
-        self._adapter = adapter
 
     def __repr__(self) -> str:
         """What it holds: the model and its format, the context, the tokenizer, the experts by name, the adapters."""
@@ -146,23 +144,22 @@ class LLM:
         else:
             every = cast(Sequence[Prompt], prompts)
         if params is None or isinstance(params, SamplingParams):
-            params = [self._params(params, sampling)] * len(every)
+            params = self._params(params, sampling)
         else:
             params = [self._params(one, sampling) for one in params]
-        adapter = _for_each(adapter, every)
-        for what, given in (("params", params), ("domains", domains), ("adapter", adapter)):
-            if given is not None and len(given) != len(every):
-                raise RequestError(f"{what} has {len(given)} entries: must be one for all or one for each of "
-                                   f"the {len(every)} prompts")
+        each = zip(every, _for_each("params", params, every), _for_each("domains", domains, every),
+                   _for_each("adapter", adapter, every), strict=True)
         groups = []
-        for i, (prompt, one) in enumerate(zip(every, params, strict=True)):
+        for i, (prompt, one, domain, name) in enumerate(each):
             try:
-                groups.append(self.requests(
-                    prompt, one, domain=None if domains is None else domains[i], parse_special=parse_special,
-                    chat_template_kwargs=chat_template_kwargs, tools=tools, adapter=adapter[i]))
+                groups.append(self.requests(prompt, one, domain=domain, parse_special=parse_special, tools=tools,
+                                            chat_template_kwargs=chat_template_kwargs, adapter=name))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
-        self._run([request for group in groups for request in group], usage)
+        requests = [request for group in groups for request in group]
+        for request in requests:
+            request.usage = usage
+        self.driver.generate(*requests)
         return [to_output(group) for group in groups]
 
     def stream(
@@ -230,13 +227,9 @@ class LLM:
             raise RequestError(f"weights = {weights}: must be positive numbers, one for each of {len(prompts)} "
                                "prompts, one at least")
         params = replace(self._params(params, sampling), n=1)
-        adapter = _for_each(adapter, prompts)
-        if len(adapter) != len(prompts):
-            raise RequestError(f"adapter has {len(adapter)} entries: must be one for all or one for each of the "
-                               f"{len(prompts)} prompts")
         requests = [self.requests(prompt, params, parse_special=parse_special, tools=tools, adapter=own,
                                   chat_template_kwargs=chat_template_kwargs)[0]
-                    for prompt, own in zip(prompts, adapter, strict=True)]
+                    for prompt, own in zip(prompts, _for_each("adapter", adapter, prompts), strict=True)]
         shortest = min(request.max_new_tokens for request in requests)
         ensemble = Ensemble(weights)
         for request in requests:
@@ -246,7 +239,7 @@ class LLM:
             raise RequestError(f"{len(requests)} prompts of an ensemble: must be max_num_seqs "
                                f"({self.engine.options.max_num_seqs}) at most")
         self.engine.check(*requests)
-        self._run(requests, None)
+        self.driver.generate(*requests)
         return requests[0].output()
 
     def mix(self, *args: Any, **kwargs: Any) -> RequestOutput:
@@ -306,15 +299,10 @@ class LLM:
         if self.engine.residency is not None:
             self.engine.residency.close()
 
-    def _run(self, requests: Sequence[Request], usage: ExpertUsage | None) -> None:
-        for request in requests:
-            request.usage = usage
-        self.driver.generate(*requests)
-
     def embed(self, prompts: Sequence[Prompt], adapter: str | None = None) -> tuple[list[Tensor], int]:
         """(the mean of the last hidden states of each prompt, FP32 [H]; tokens in all). adapter: as in `generate`."""
         requests = [self.pooling_request(prompt, adapter) for prompt in prompts]
-        self._run(requests, None)
+        self.driver.generate(*requests)
         return [request.mean_H for request in requests], sum(len(request.prompt_ids) for request in requests)
 
     def pooling_request(self, prompt: Prompt, adapter: str | None = None) -> Request:
@@ -452,8 +440,14 @@ def names_of(model: str | Path) -> tuple[str, ...]:
     return (folder.resolve().name, str(model)) if folder.is_dir() else (str(model), str(model).rpartition("/")[2])
 
 
-def _for_each(adapter: str | Sequence[str | None] | None, prompts: Sequence[Any]) -> Sequence[str | None]:
-    return [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
+def _for_each(what: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:
+    """What was given for each prompt, or for all of them. Raises RequestError where the numbers differ."""
+    if given is None or isinstance(given, str | SamplingParams):
+        return [given] * len(prompts)
+    if len(given) != len(prompts):
+        raise RequestError(f"{what} has {len(given)} entries: must be one for all or one for each of the "
+                           f"{len(prompts)} prompts")
+    return given
 
 
 def _next_seed(seed: int, i: int) -> int:
@@ -473,12 +467,10 @@ def _routing_text(prompt: Prompt) -> str:
 
 
 def _with_variables(tokenizer: Tokenizer | None, variables: Mapping[str, Any] | None) -> Tokenizer | None:
-    if not variables:
-        return tokenizer
-    if tokenizer is None:
+    if variables and tokenizer is None:
         raise ConfigError("chat_template_kwargs: needs a tokenizer, and this model was given without one")
     try:
-        return tokenizer.with_variables(variables)
+        return None if tokenizer is None else tokenizer.with_variables(variables)
     except RequestError as error:
         raise ConfigError(str(error)) from None
 
