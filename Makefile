@@ -93,7 +93,7 @@ sanitize:  ## the native kernels under the address, undefined-behaviour and thre
 	DEEPSEEK_ISA=scalar build/sanitize/kernels_test
 	build/sanitize/pool_test
 
-bench: $(VENV)/.test  ## every figure of the README, measured here (several hours)
+bench: $(VENV)/.test  ## every figure of docs/benchmarks.md, measured here (several hours; benchmarks/fetch_data.py first)
 	$(BIN)/python examples/demo.py </dev/null
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/balance.py
