@@ -13,8 +13,8 @@ struct Mla {
   const uint8_t *q_a, *q_b, *kv_a, *kv_b, *o;
   const float *q_norm, *kv_norm, *q_a_bias, *kv_a_bias, *o_bias;
   float q_eps, kv_eps, scale;
-  const uint8_t*
-      key;  // the key half of kv_b, transposed for absorbed attention: per head [rank, nope] in 8 bits, or null
+  // the key half of kv_b, transposed for absorbed attention: per head [rank, nope] in 8 bits, or null
+  const uint8_t* key;
   bool interleaved;
 };
 struct Ffn {
