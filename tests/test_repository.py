@@ -75,18 +75,22 @@ def test_the_readmes_have_the_same_commands_figures_and_parts() -> None:
         assert want == have and len(want) > 3, pattern
 
 
-def test_figures_of_the_readme_stand_in_the_results() -> None:
-    """Every row names its script, and the newest result of that script has the figures."""
-    text = READMES[0].read_text(encoding="utf-8")
-    part = text[text.index("## Figures"):text.index("## Models")]
-    rows = re.findall(r"^\|[^|]*\|([^|]*)\| `python benchmarks/(\w+)\.py(?: --only (\w+))?` \|$", part, re.MULTILINE)
-    assert len(rows) == 5
-    for figures, script, only in rows:
+@pytest.mark.parametrize(("page", "rows"), [(READMES[0], 5), (ROOT / "docs" / "benchmarks.md", 19)],
+                         ids=["README.md", "benchmarks.md"])
+def test_figures_stand_in_the_results(page: Path, rows: int) -> None:
+    """Every row names its command, and the newest result of that script has the figures. Ratios of two of them, and
+    seconds that a result has in milliseconds, are computed."""
+    found = re.findall(r"^\|[^|]*\|([^|]*)\| `python benchmarks/(\w+)\.py(?: --only (\w+))?` \|$",
+                       page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(found) == rows
+    for figures, script, only in found:
         name = f"{script}-{only}" if only else script
+        assert (ROOT / "benchmarks" / f"{script}.py").is_file()
         result = sorted((ROOT / "benchmarks" / "results").glob(f"{name}-*.md"))[-1].read_text(encoding="utf-8")
         numbers = [float(n.replace(",", "")) for n in re.findall(r"(?<![\w.-])\d[\d,]*\.?\d*", result)]
-        for figure in re.findall(r"\d[\d,]*\.?\d*", figures):
-            digits = len(figure.partition(".")[2])
+        numbers += [number / 1000 for number in numbers if "(ms)" in result]
+        for figure in re.findall(r"\d[\d,]*\.?\d*", re.sub(r"[\d.]+x|\d+ % fewer", "", figures)):
+            digits = len(figure.rstrip(",").partition(".")[2])
             assert any(f"{number:.{digits}f}" == figure.replace(",", "") for number in numbers), (name, figure)
 
 
