@@ -28,7 +28,7 @@ def folder(tmp_path: Path, tiny_config: Callable[..., ModelConfig], random_model
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    (["a.gguf"], r"it has GGUF \(a\.gguf\): llama\.cpp runs it; here, get the model's safetensors"),
+    (["a.gguf"], r"it has GGUF \(a\.gguf\): `deepseek upcycle FILE OUT`"),
     (["pytorch_model.bin"], r"pickled weights \(pytorch_model\.bin\): they can run code when they are read: let trans"),
     (["model.pt", "other.pth", "x.CKPT"], r"pickled weights \(model\.pt and 2 more\)"),
     (["a.gguf", "b.bin"], r"GGUF \(a\.gguf\).*pickled weights \(b\.bin\)"),

@@ -17,6 +17,7 @@ from deepseek.cli.infer import PromptOptions
 from deepseek.cli.info import InfoOptions
 from deepseek.cli.merge import MergeOptions
 from deepseek.cli.quantize import QuantizeOptions
+from deepseek.cli.upcycle import UpcycleOptions
 from deepseek.data.settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings
 from deepseek.deepopt.settings import RunConfig, TrainConfig
 from deepseek.engine.options import EngineOptions
@@ -41,7 +42,8 @@ TITLES = {
     TerminalOptions: "`deepseek watch`", PromptOptions: "`deepseek infer`", ChatOptions: "`deepseek chat`",
     AnswerOptions: "Experts of an answer: `deepseek infer`, `chat`", InfoOptions: "`deepseek info`",
     ProfileOptions: "`deepseek atlas profile`; the sample: `compare`, too", QuantizeOptions: "`deepseek quantize`",
-    MergeOptions: "`deepseek merge`", ValidateSettings: "`deepseek data validate`",
+    MergeOptions: "`deepseek merge`", UpcycleOptions: "`deepseek upcycle`",
+    ValidateSettings: "`deepseek data validate`",
     DedupSettings: "`deepseek data dedup`", LabelSettings: "`deepseek data label`",
     SplitSettings: "`deepseek data split`", PackSettings: "`deepseek data pack`",
     MachineOptions: "Machine: commands that run a model"}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoint import save_model as save_model
     from .config import ModelConfig as ModelConfig
     from .convert import quantize as quantize
+    from .convert import upcycle as upcycle
     from .deepopt import Trainer as Trainer
     from .engine import LLM as LLM
     from .engine import SamplingParams as SamplingParams
@@ -43,6 +44,7 @@ _WHERE = {
     "quantize": "convert",
     "save_model": "checkpoint",
     "select_experts": "atlas",
+    "upcycle": "convert",
 }
 __all__ = sorted(_WHERE)
 __version__ = "0.1.0"

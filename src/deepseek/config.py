@@ -26,14 +26,14 @@ FORMAT = 1
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 
 # Keys of other tools that do not touch the mathematics: carried along without a warning.
-_FOREIGN = frozenset(
+FOREIGN = frozenset(
     "architectures auto_map dtype torch_dtype ep_size head_dim qk_head_dim is_decoder moe_dr name_or_path "
     "_name_or_path num_key_value_heads output_router_logits pretraining_tp quantization_config return_dict seq_aux "
     "aux_loss_alpha transformers_version use_cache chunk_size_feed_forward id2label label2id problem_type "
     "output_attentions output_hidden_states is_encoder_decoder tie_encoder_decoder task_specific_params".split()
 )
 # Keys that change the mathematics in other models; harmless only with the value given.
-_DANGEROUS: dict[str, tuple[Any, ...]] = {
+DANGEROUS: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "logit_scale": (None, 1, 1.0),
@@ -304,12 +304,12 @@ class ModelConfig:
                 if value is None and key in _NULL_MEANS_DEFAULT:
                     continue
                 values[key] = tuple(value) if key == "eos_token_id" and isinstance(value, list) else value
-            elif key in _DANGEROUS:
-                if not _equals(value, *_DANGEROUS[key]):
+            elif key in DANGEROUS:
+                if not _equals(value, *DANGEROUS[key]):
                     raise ConfigError(f"{origin}: {key} = {shown(value)} changes the mathematics and is not supported "
-                                      f"(only {_DANGEROUS[key][-1]!r} is)")
+                                      f"(only {DANGEROUS[key][-1]!r} is)")
                 extra[key] = value
-            elif key in _FOREIGN:
+            elif key in FOREIGN:
                 extra[key] = value
             elif strict and key not in kept:
                 raise ConfigError(f"{origin}: unknown key {printable(key)} = {shown(value)}{nearest(key, known)}")
@@ -365,7 +365,7 @@ class ModelConfig:
             "num_key_value_heads": self.num_attention_heads,
             "moe_dr": {"format": FORMAT},
         }
-        if kept := sorted(key for key in self.extra if key not in _FOREIGN and key not in _DANGEROUS):
+        if kept := sorted(key for key in self.extra if key not in FOREIGN and key not in DANGEROUS):
             out["moe_dr"]["kept"] = kept  # unknown to us, but not typing errors of ours
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
@@ -483,7 +483,7 @@ def _one_rope(key: str, given: Any, origin: str) -> tuple[Any, YarnScaling | Lon
     theta = scaling.pop("rope_theta", None)
     if kind in (None, "default"):
         part = scaling.pop("partial_rotary_factor", None)
-        if not _equals(part, *_DANGEROUS["partial_rotary_factor"]):
+        if not _equals(part, *DANGEROUS["partial_rotary_factor"]):
             raise ConfigError(f"{origin}: {key}.partial_rotary_factor = {shown(part)} changes the mathematics and is "
                               "unsupported")
         if scaling:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,21 @@ class Span(NamedTuple):
     file: Path
     offset: int
     size: int
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint: a folder's (TensorFiles) or a GGUF file's (gguf_file.py). folder: as messages name
+    it."""
+
+    folder: Path
+
+    def __contains__(self, name: str) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def file(self, name: str) -> Path: ...
+    def check_plain(self, name: str) -> None: ...
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
 class TensorFiles:

@@ -23,7 +23,7 @@ from ..model.layers import rotary_frequencies
 from ..quant.linear import QuantConfig, is_quantized, replace_module
 from ..quant.native_stack import NativeStack
 from .adapters import apply
-from .files import Span, TensorFiles, divide, row_blocks, write_manifest
+from .files import Span, TensorFiles, Tensors, divide, row_blocks, write_manifest
 from .names import INDEX, Names, on_disk, outside_index, packed_bytes, quantized_targets, resolve, units
 from .several import put_beside, read_several
 
@@ -47,9 +47,7 @@ def open_checkpoint(
     quant = QuantConfig.of(config, str(folder))
     files = TensorFiles(folder, verify=verify if verify is not None else True if quant is None else "small")
     config = fitted(config, files)
-    if config.tie_word_embeddings and _has_own_head(files):
-        warnings.warn(f"{folder}: config.json has tie_word_embeddings = true, but lm_head.weight is not the embedding: "
-                      "the head is loaded untied", stacklevel=2)
+    if config.tie_word_embeddings and has_own_head(files):
         config = config.with_(tie_word_embeddings=False)
     return config, quant, files
 
@@ -109,15 +107,19 @@ def load_model(
     return model.eval()
 
 
-def _has_own_head(files: TensorFiles) -> bool:
-    """Whether there is a plain head that differs from the plain embedding."""
+def has_own_head(files: TensorFiles) -> bool:
+    """Whether there is a plain head that differs from the plain embedding, which config.json denies: then a warning."""
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if head not in files or table not in files:
         return False
-    if (shape := files.shape(head)) != files.shape(table):
-        return True
-    return not all(torch.equal(*(files.read_rows(name, *rows, torch.float32) for name in (head, table)))
-                   for rows in row_blocks(shape))
+    shape = files.shape(head)
+    if shape == files.shape(table) and all(
+            torch.equal(*(files.read_rows(name, *rows, torch.float32) for name in (head, table)))
+            for rows in row_blocks(shape)):
+        return False
+    warnings.warn(f"{files.folder}: config.json has tie_word_embeddings = true, but lm_head.weight is not the "
+                  "embedding: the head is loaded untied", stacklevel=3)
+    return True
 
 
 def expert_spans(path_or_name: str | Path) -> dict[int, list[Span]]:
@@ -186,7 +188,7 @@ def _fill(model: CausalLM, files: TensorFiles) -> None:
         place.copy_(files.read(name, place.dtype))
 
 
-def check_names(files: Names | TensorFiles, used: set[str], missing: list[str]) -> None:
+def check_names(files: Names | Tensors, used: set[str], missing: list[str]) -> None:
     """Raises CheckpointError for tensors that are missing, or that are there and have no place in the model."""
     if missing:
         tied = ": the head of a model whose head is its embedding (then config.json has tie_word_embeddings = true)"

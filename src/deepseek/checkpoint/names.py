@@ -140,7 +140,8 @@ _PICKLES = ("pickled weights", "they can run code when they are read: let transf
             "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)), or get the model's safetensors")
 _ELSEWHERE = "get the model's safetensors in Hugging Face's layout"
 _FOREIGN = {
-    ".gguf": ("GGUF", f"llama.cpp runs it; here, {_ELSEWHERE} (`deepseek quantize` makes four bits of them)"),
+    ".gguf": ("GGUF", "`deepseek upcycle FILE OUT` makes a checkpoint of a dense model of Llama's kind; of another, "
+                      f"{_ELSEWHERE}"),
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"), _PICKLES),
     ".distcp": ("torch's distributed checkpoints", "gather and convert them where they were trained, to safetensors"),
     **dict.fromkeys((".h5", ".msgpack", ".onnx", ".npz", ".mlmodel", ".tflite", ".engine"),

@@ -29,6 +29,7 @@ COMMANDS = {  # in the order of the help
     "quantize": "write a checkpoint in fewer bits; the same command continues a stopped run",
     "merge": "write the checkpoint that a delta or a LoRA adapter makes of its base; the same command continues "
              "a stopped run",
+    "upcycle": "write a dense model as a DeepSeek-V3 that computes the same; the same command continues a stopped run",
     "infer": "complete a prompt, printing text as it comes",
     "chat": "chat with a model in the terminal",
     "serve": "serve a model over HTTP with OpenAI's API",

@@ -1,4 +1,4 @@
-"""Checkpoint -> checkpoint, some megabytes at a time: quantize, and back; merge an adapter.
+"""Checkpoint -> checkpoint, some megabytes at a time: quantize, and back; merge an adapter; upcycle a dense model.
 
     1. plan     from config.json and the names and shapes of the source: every tensor of the result, in its order and
                 with its size, divided into files. What is missing or too big for the disk is an error here
@@ -19,6 +19,8 @@ from __future__ import annotations
 from .dequantizing import dequantize
 from .merging import PROVENANCE, Merged, merge
 from .quantizing import Report, quantize, quantize_tensors
+from .upcycling import Comparison, Upcycled, compare, upcycle
 from .writing import REPORT
 
-__all__ = ["PROVENANCE", "REPORT", "Merged", "Report", "dequantize", "merge", "quantize", "quantize_tensors"]
+__all__ = ["PROVENANCE", "REPORT", "Comparison", "Merged", "Report", "Upcycled", "compare", "dequantize", "merge",
+           "quantize", "quantize_tensors", "upcycle"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import EXPERT_USE, INDEX, MANIFEST, PAGE, TORCH_DTYPES, AdaptedFiles, TensorFiles
-from ..checkpoint.files import row_blocks
+from ..checkpoint.files import Tensors, row_blocks
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, sha256, write_json
 from ..interrupts import kept
@@ -72,9 +72,9 @@ def free_folder(out: str | Path, overwrite: bool, *sources: str | Path | None) -
 class Writer:
     """The staging folder `OUT.partial` and its journal; left in place by whatever interrupts the work."""
 
-    def __init__(self, out: Path, key: dict[str, Any], files: TensorFiles, resume: bool) -> None:
+    def __init__(self, out: Path, key: dict[str, Any], files: Tensors, resume: bool) -> None:
         self.out = out.resolve()
-        self.texts = _texts(files.folder)  # refused before the weights are converted
+        self.texts = _texts(files.folder) if files.folder.is_dir() else []  # refused before weights are converted
         names = {path.name for path in self.texts}
         converted = TIKTOKEN in names and not names & {"tokenizer.json", "tokenizer.json.gz"}
         self.tokenizer = Tokenizer.load(files.folder) if converted else None
@@ -154,8 +154,8 @@ class Writer:
 
 
 def _stamps(folder: Path, about: str) -> dict[str, list[int]]:
-    """Size and time of the files that a conversion reads."""
-    paths = [folder / about, *sorted(folder.glob("*.safetensors"))]
+    """Size and time of the files that a conversion reads: a folder's, or a file alone."""
+    paths = [folder / about, *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [folder]
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import ModelConfig
+from ..config import LongRope, ModelConfig, YarnScaling
 
 
 class Linear(nn.Linear):
@@ -47,28 +47,33 @@ class MLP(nn.Module):
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotary pair, [P] float32. LongRoPE divides each by a factor of its own; under YaRN
-    (arXiv 2309.00071, section 3.2) high frequencies are kept, low ones divided by `factor`, with a linear ramp between
-    the pairs that turn beta_fast and beta_slow times over the original context."""
-    width, base = config.qk_rope_head_dim, config.rope_theta
+    """Angle per position of each rotary pair of a model, [P] float32."""
+    return inverse_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn or config.longrope)
+
+
+def inverse_frequencies(width: int, base: float, scaling: YarnScaling | LongRope | None) -> Tensor:
+    """Angle per position of each of width / 2 rotary pairs, [P] float32. LongRoPE divides each by a factor of its own;
+    under YaRN (arXiv 2309.00071, section 3.2) high frequencies are kept, low ones divided by `factor`, with a linear
+    ramp between the pairs that turn beta_fast and beta_slow times over the original context."""
     # real numbers also while a model is built on the meta device (see Decoder)
     pair_P = torch.arange(width // 2, dtype=torch.float32, device="cpu")
     inv_P = 1.0 / (base ** (2 * pair_P / width))
-    if config.longrope is not None:
-        return 1.0 / (torch.tensor(config.longrope.factors, dtype=torch.float32) * base ** (2 * pair_P / width))
-    if (yarn := config.yarn) is None:
+    if scaling is None:
         return inv_P
+    if isinstance(scaling, LongRope):
+        return 1.0 / (torch.tensor(scaling.factors, device="cpu") * base ** (2 * pair_P / width))
+    original = scaling.original_max_position_embeddings
 
     def pair_of(turns: float) -> float:
-        return width * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair_of(yarn.beta_fast), pair_of(yarn.beta_slow)
-    if yarn.truncate:
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     ramp_P = (pair_P - low) / ((high - low) or 0.001)
     stretch_P = ramp_P.clamp(0, 1)
-    return inv_P / yarn.factor * stretch_P + inv_P * (1 - stretch_P)
+    return inv_P / scaling.factor * stretch_P + inv_P * (1 - stretch_P)
 
 
 class Rotary(nn.Module):

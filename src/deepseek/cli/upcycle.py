@@ -1,0 +1,37 @@
+"""`deepseek upcycle`: a dense model as a DeepSeek-V3 that computes the same."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from ..settings import COUNT, Option, Settings
+from .parser import Parser, add_settings, make
+
+
+@dataclass(frozen=True)
+class UpcycleOptions(Settings):
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Option(
+        "of the weights; auto is SOURCE's if that is bfloat16, else float32")] = "auto"
+    context: Annotated[int | None, Option("positions to keep, if not all", COUNT)] = None
+    check: Annotated[bool, Option(
+        "compare the result with SOURCE: logits and greedy tokens (needs transformers)")] = False
+    overwrite: Annotated[bool, Option("replace what is in OUT")] = False
+
+
+def add_flags(parser: Parser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM: "
+                        "a folder, a hub id or a .gguf file")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    add_settings(parser, UpcycleOptions)
+
+
+def run(args: argparse.Namespace) -> None:
+    from .. import convert
+
+    options = make(args, UpcycleOptions)
+    print(convert.upcycle(args.source, args.out, options.dtype, context=options.context, overwrite=options.overwrite))
+    if options.check:
+        print(convert.compare(args.source, args.out))
+    print(f"model: {args.out}\ntry:   deepseek quantize {args.out} {args.out}-int8 --format int8")
