@@ -41,7 +41,7 @@ from deepseek.convert import quantize
 from deepseek.data import ReadReport, read_documents
 from deepseek.engine import Engine, EngineOptions, SamplingParams
 from deepseek.engine.request import Request
-from deepseek.engine.speculative import Drafter, _Trial
+from deepseek.engine.speculative import Drafter, Trial
 from deepseek.model import CausalLM
 from deepseek.model.cache import Chunk
 from deepseek.tokenizer import Tokenizer
@@ -377,7 +377,7 @@ def drafted(args: Any, model: CausalLM, queue: Callable[[], list[Request]], batc
              takes], {"speed": speed, "gain": gain, "acceptance": right, "switch": table_})
 
 
-class Always(_Trial):
+class Always(Trial):
     def drafts(self) -> bool:
         return True
 

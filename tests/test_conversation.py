@@ -31,7 +31,7 @@ V3 = ("{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] 
 
 @cache
 def definition() -> str:
-    return Tokenizer.train(["what time is it"], 261 + 8)._definition
+    return Tokenizer.train(["what time is it"], 261 + 8).definition
 
 
 def with_template(template: str) -> Tokenizer:

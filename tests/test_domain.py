@@ -16,8 +16,8 @@ from deepseek.domain import (
     DomainClassifier,
     HeldOutReport,
     KeywordRules,
-    _sequences,
     coincidences,
+    sequences,
 )
 from deepseek.errors import ConfigError, DataError, NotFoundError
 
@@ -185,10 +185,10 @@ def test_too_little_to_learn_from(texts: list[str], names: list[str], message: s
 
 def test_sequences_do_not_reach_into_the_next_text() -> None:
     texts = ["abcdef", "ab", "", "法院判决书的内容"]
-    together = _sequences(texts, 14)
+    together = sequences(texts, 14)
     ends = [*together[1][1:].tolist(), len(together[0])]
     for number, text in enumerate(texts):
-        alone = _sequences([text], 14)
+        alone = sequences([text], 14)
         part = together[0][together[1][number] : ends[number]]
         assert sorted(part.tolist()) == sorted(alone[0].tolist())
         assert together[2][number] == alone[2][0]

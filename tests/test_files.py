@@ -124,7 +124,7 @@ def test_a_failing_exchange_keeps_the_old_folder(tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise InjectedError
 
-    monkeypatch.setattr(files, "_exchange", fail)
+    monkeypatch.setattr(files, "exchange", fail)
     with pytest.raises(InjectedError), replace_folder(path) as staging:
         (staging / "new").write_text("new")
     assert names(tmp_path) == ["folder"] and names(path) == ["old"]

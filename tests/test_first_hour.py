@@ -26,7 +26,7 @@ from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
 from deepseek.tune.records import each_record
 from deepseek.tune.settings import TuneConfig, TuneSettings
-from deepseek.tune.tuner import MoEFineTuner, _run_folder
+from deepseek.tune.tuner import MoEFineTuner, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +216,8 @@ def test_runs_of_two_models_have_two_folders(tmp_path: Path) -> None:
     folders = [tmp_path / run / "model" for run in ("law", "code", "old/law")]
     for folder in folders:
         folder.mkdir(parents=True)
-    runs = [_run_folder(str(folder), folder) for folder in folders]
+    runs = [run_folder(str(folder), folder) for folder in folders]
     assert len({*runs}) == 3 and runs[0].name.startswith("law-tuned-")
-    assert _run_folder(f"{folders[0]}/../model", folders[0]) == runs[0]
-    assert _run_folder("owner/name", Path("cache/1")).name.startswith("name-tuned-")
-    assert _run_folder("owner/name", Path("cache/1")) == _run_folder("owner/name", Path("cache/2"))
+    assert run_folder(f"{folders[0]}/../model", folders[0]) == runs[0]
+    assert run_folder("owner/name", Path("cache/1")).name.startswith("name-tuned-")
+    assert run_folder("owner/name", Path("cache/1")) == run_folder("owner/name", Path("cache/2"))

@@ -9,20 +9,20 @@ import signal
 import pytest
 
 from deepseek import grammars
-from deepseek.grammars import _proven
+from deepseek.grammars import proven
 
 llguidance = pytest.importorskip("llguidance")
 
 
 @pytest.fixture(autouse=True)
 def _anew() -> None:
-    _proven.cache_clear()
+    proven.cache_clear()
 
 
 def test_what_compiles_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _proven("regex", "[ab]{3}") is None
+    assert proven("regex", "[ab]{3}") is None
     monkeypatch.setattr(grammars.WORKERS, "ask", None)  # would fail if it were asked again
-    assert _proven("regex", "[ab]{3}") is None
+    assert proven("regex", "[ab]{3}") is None
 
 
 def test_what_is_invalid_is_told() -> None:
@@ -38,17 +38,17 @@ def test_a_crash_is_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         raise grammars.WorkerError(-signal.SIGSEGV, 5.0)
 
     rules = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(2700)) + 'r2700: "y"'
-    assert _proven("grammar", rules) is None
-    _proven.cache_clear()
+    assert proven("grammar", rules) is None
+    proven.cache_clear()
     monkeypatch.setattr(grammars.WORKERS, "ask", crash)
-    assert "ended the process that compiles it (status -11)" in str(_proven("grammar", rules))
+    assert "ended the process that compiles it (status -11)" in str(proven("grammar", rules))
 
 
 def test_time_and_memory_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "SECONDS", 0.01)
-    assert "takes more than 0.01 seconds" in str(_proven("regex", "a?" * 4000))
+    assert "takes more than 0.01 seconds" in str(proven("regex", "a?" * 4000))
     monkeypatch.setattr(grammars, "SECONDS", 5.0)
     monkeypatch.setattr(grammars, "MEMORY", 64 << 20)  # less than the worker's thread asks for
-    assert _proven("json_schema", json.dumps({"enum": list(range(20_000))})) is not None
+    assert proven("json_schema", json.dumps({"enum": list(range(20_000))})) is not None
     monkeypatch.undo()
-    assert _proven("regex", "a+") is None and grammars.WORKERS._owner == os.getpid()
+    assert proven("regex", "a+") is None and grammars.WORKERS.owner == os.getpid()

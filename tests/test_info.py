@@ -153,16 +153,16 @@ def test_flops_by_hand() -> None:
 
 def test_recipes_by_hand() -> None:
     """FP8 blocks round up at ragged edges; NF4 is what panels take; tied tables are read whole, others by the row."""
-    weight = accounting._Weight("attention", "linear", 130, 200)
+    weight = accounting.Weight("attention", "linear", 130, 200)
     assert weight.bytes("FP8") == 130 * 200 + 4 * 2 * 2
     assert weight.bytes("NF4") == 9 * (16 * 4 + 64 + 16 * 256 // 2)  # panels of 16 rows, 4 blocks of 64 columns
     for rows, columns in ((130, 200), (16, 64), (1, 1), (1408, 2048), (7168, 18432)):
-        assert accounting._Weight("attention", "linear", rows, columns).bytes("NF4") == matrix_bytes(rows, columns)
-        mlp = accounting._Weight("dense FFN", "mlp", rows, columns)
+        assert accounting.Weight("attention", "linear", rows, columns).bytes("NF4") == matrix_bytes(rows, columns)
+        mlp = accounting.Weight("dense FFN", "mlp", rows, columns)
         assert 0 <= mlp.bytes("NF4") - mlp_bytes(columns, rows) < 4096 and mlp.bytes("NF4") % 4096 == 0
         assert mlp.numbers == 3 * rows * columns
-        assert mlp.bytes("FP8") == 3 * accounting._Weight("dense FFN", "linear", rows, columns).bytes("FP8")
-    table = accounting._Weight("embedding", "table", 100, 64)
+        assert mlp.bytes("FP8") == 3 * accounting.Weight("dense FFN", "linear", rows, columns).bytes("FP8")
+    table = accounting.Weight("embedding", "table", 100, 64)
     assert [table.bytes(f) for f in accounts.FORMATS] == [25600, 12800, 12800, 6400 + 400]
     untied, tied = describe(NANO), describe(NANO.with_(tie_word_embeddings=True))
     assert untied.in_format("BF16").read == tied.in_format("BF16").read + 2 * NANO.hidden_size
@@ -240,7 +240,7 @@ def test_container_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr(memory, "cgroups", found)
     total, available = memory.ram()
     assert total == 2 * GIB and available <= 2 * GIB - GIB + GIB // 2
-    assert machine_module._cores() <= 2
+    assert machine_module.count_cores() <= 2
 
 
 # ---- money and output

@@ -73,6 +73,6 @@ def test_our_own_template_needs_no_worker(monkeypatch: pytest.MonkeyPatch) -> No
     def none() -> None:
         raise AssertionError
 
-    monkeypatch.setattr(templates.WORKERS, "_take", none)
+    monkeypatch.setattr(templates.WORKERS, "take", none)
     values = {"messages": [{"role": "user", "content": "hi"}], "bos_token": "<s>"}
     assert render(CHAT_TEMPLATE, values, trusted=True) == "<s><|User|>hi"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import ConfigError, DataError, NotFoundError, RequestError
-from deepseek.tokenizer import CHAT_TEMPLATE, SPECIAL, SPLIT, SPLITS, Tokenizer, _any_of
+from deepseek.tokenizer import CHAT_TEMPLATE, SPECIAL, SPLIT, SPLITS, Tokenizer, any_of
 from tests.helpers import PUBLISHED
 
 V3 = PUBLISHED / "tokenizer" / "deepseek_v3"
@@ -226,13 +226,13 @@ def test_the_chat_template() -> None:
 def test_templates_run_in_a_sandbox() -> None:
     for template in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"):
         with pytest.raises(RequestError, match="refuses"):
-            Tokenizer(small()._definition, {}, template).chat(CHAT)
+            Tokenizer(small().definition, {}, template).chat(CHAT)
 
 
 def test_a_template_may_loop_and_mark_generations() -> None:
     template = ("{% for m in messages %}\n{% if loop.index > 2 %}{% break %}{% endif %}\n"
                 "{% generation %}{{ m.content }}|{% endgeneration %}{% endfor %}{{ strftime_now('%Y')|length }}")
-    assert Tokenizer(small()._definition, {}, template).chat(CHAT) == "Be brief.|你好, what is 1+1?|4"
+    assert Tokenizer(small().definition, {}, template).chat(CHAT) == "Be brief.|你好, what is 1+1?|4"
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
@@ -324,8 +324,8 @@ def test_and_on_real_text() -> None:
 def test_control_tokens_are_found_as_one_by_one(text: str) -> None:
     names = frozenset(("<｜User｜>", "<｜Users｜>", "<｜User", "<think>", "</think>", "a.b"))
     one_by_one = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
-    assert [found.span() for found in _any_of(names).finditer(text)] == [m.span() for m in one_by_one.finditer(text)]
-    assert _any_of(frozenset()).search(text) is None
+    assert [found.span() for found in any_of(names).finditer(text)] == [m.span() for m in one_by_one.finditer(text)]
+    assert any_of(frozenset()).search(text) is None
 
 
 def test_many_ids_are_decoded_as_few() -> None:

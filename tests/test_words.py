@@ -23,7 +23,7 @@ RETIRED = {
 NAMES: dict[str, str] = {
     # engine
     "announce": "prefetch", "Residents": "ResidencyStats", "Speculated": "DraftStats", "StopText": "StopStringMatcher",
-    "PageTable": "BlockTable", "Signatures": "ExpertAffinity", "Coupling": "Ensemble", "_step_back": "_preempt",
+    "PageTable": "BlockTable", "Signatures": "ExpertAffinity", "Coupling": "Ensemble", "_step_back": "preempt",
     "_secure": "_allocate_or_preempt", "there_LE": "resident_LE",
     # serve, watch
     "AnswerText": "OutputParser",

@@ -264,7 +264,7 @@ class DomainClassifier:
         model._fit(texts, y_N, np.flatnonzero(~out_N), rng, epochs, learning_rate, progress)
         held = np.flatnonzero(out_N)
         pieces = [_piece(texts[int(i)], rng.random(), rng.random()) for i in held]
-        logits_NK = np.concatenate([model._logits(*_sequences(pieces[i : i + BATCH], bits))
+        logits_NK = np.concatenate([model._logits(*sequences(pieces[i : i + BATCH], bits))
                                     for i in range(0, len(pieces), BATCH)])
         half = np.zeros(len(held), bool)
         for k in range(len(labels)):
@@ -292,7 +292,7 @@ class DomainClassifier:
             for start in range(0, len(order), BATCH):
                 rows = order[start : start + BATCH]
                 pieces = [_piece(texts[int(i)], rng.random(), rng.random()) for i in rows]
-                idx_S, starts_N, scale_N = _sequences(pieces, bits)
+                idx_S, starts_N, scale_N = sequences(pieces, bits)
                 p_NK = _softmax(self._logits(idx_S, starts_N, scale_N))
                 p_NK[np.arange(len(rows)), y_N[rows]] -= 1.0
                 p_NK *= (class_weight[y_N[rows]] / len(rows))[:, None]
@@ -328,7 +328,7 @@ class DomainClassifier:
         bits = len(self.weights_SK).bit_length() - 1
         logits, empty = [np.zeros((0, len(self.names)), np.float32)], [np.zeros(0, bool)]
         for i in range(0, len(texts), 512):
-            idx_S, starts_N, scale_N = _sequences([text[:READ] for text in texts[i : i + 512]], bits)
+            idx_S, starts_N, scale_N = sequences([text[:READ] for text in texts[i : i + 512]], bits)
             logits.append(self._logits(idx_S, starts_N, scale_N))
             empty.append(scale_N == 0)
         return _softmax(np.concatenate(logits) / self.temperature), np.concatenate(empty)
@@ -398,7 +398,7 @@ def _piece(text: str, where: float, how_long: float) -> str:
     return text[start : start + length]
 
 
-def _sequences(texts: Sequence[str], bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sequences(texts: Sequence[str], bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row_S of every sequence, text after text; first_N; scale_N). A text too short for one has a row with scale 0."""
     import numpy as np
 

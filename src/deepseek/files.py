@@ -167,7 +167,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         if not path.exists():
             os.rename(staging, path)
         else:
-            _exchange(staging, path)
+            exchange(staging, path)
         _fsync(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -292,7 +292,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _exchange(a: Path, b: Path) -> None:
+def exchange(a: Path, b: Path) -> None:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None:
         if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:

@@ -40,7 +40,7 @@ def compile_grammar(tokenizer: LLTokenizer, field: str, source: str) -> LLMatche
     Raises ValueError for what is too large, invalid, or beyond the limits of time and memory.
     """
     _check_size(field, source)
-    if problem := _proven(field, source):
+    if problem := proven(field, source):
         raise ValueError(problem)
     return _compile(tokenizer, field, source)
 
@@ -55,7 +55,7 @@ def _check_size(field: str, source: str) -> None:
 
 
 @lru_cache(1024)
-def _proven(field: str, source: str) -> str | None:
+def proven(field: str, source: str) -> str | None:
     """What is wrong with a grammar, None where it compiles within the limits."""
     try:
         return WORKERS.ask({"field": field, "source": source}, seconds=SECONDS, memory=MEMORY)["problem"]

@@ -76,7 +76,7 @@ class Tokenizer:
                  generation: Mapping[str, Any] | None = None) -> None:
         """definition: the text of tokenizer.json; config, generation: the keys of tokenizer_config.json and
         generation_config.json; template: the chat template."""
-        self._definition, self._config, self._generation = definition, dict(config or {}), dict(generation or {})
+        self.definition, self._config, self._generation = definition, dict(config or {}), dict(generation or {})
         self._full = tokenizers.Tokenizer.from_str(definition)
         self._template = template
         self._variables: dict[str, Any] = {}
@@ -152,7 +152,7 @@ class Tokenizer:
         """Write tokenizer.json, tokenizer_config.json with its template, and generation_config.json if one was read."""
         folder = Path(folder)
         config = self._config | ({"chat_template": self._template} if self._template is not None else {})
-        write_atomically(folder / "tokenizer.json", self._definition)
+        write_atomically(folder / "tokenizer.json", self.definition)
         write_json(folder / "tokenizer_config.json", config)
         if self._generation:
             write_json(folder / "generation_config.json", self._generation)
@@ -169,7 +169,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what decides ids: tokenizer.json, the special tokens, the chat template."""
-        parts = [self._definition, self._names, self._template, *([self._variables] if self._variables else [])]
+        parts = [self.definition, self._names, self._template, *([self._variables] if self._variables else [])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -180,7 +180,7 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The view that spells control tokens out: all of them marked special, and special ones not recognised."""
-        definition = json.loads(self._definition)
+        definition = json.loads(self.definition)
         for token in definition.get("added_tokens") or []:
             token["special"] = token["content"] in self._control
         with _failing("the tokenizer fails"):
@@ -192,7 +192,7 @@ class Tokenizer:
     def pieces(self) -> tokenizers.Tokenizer | None:
         """The plain view without its splits, for texts that are cut at them already; None where the tokenizer cuts
         elsewhere than DeepSeek-V3's, or does more to a text than that (data/encode.py)."""
-        about = json.loads(self._definition)
+        about = json.loads(self.definition)
         model, steps = about["model"], (about.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
         cuts = [str(step.get("pattern", {}).get("Regex")).replace("\r", r"\r").replace("\n", r"\n")
                 for step in steps[:-1] if step.get("behavior") == "Isolated" and not step["invert"]]
@@ -230,7 +230,7 @@ class Tokenizer:
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        return _any_of(self._control)
+        return any_of(self._control)
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`. bos: put the bos id first. special: recognise control tokens; else they are ordinary text.
@@ -304,7 +304,7 @@ class Tokenizer:
 
     @cached_property
     def _decoder(self) -> str:
-        return json.dumps(json.loads(self._definition).get("decoder"))
+        return json.dumps(json.loads(self.definition).get("decoder"))
 
     def stream(self, *, skip_special: bool = True) -> TokenStream:
         """A decoder for ids that come one at a time."""
@@ -377,7 +377,7 @@ class Tokenizer:
 
     def marked(self, said: Any) -> Any:
         """What an assistant says, with marks around the control tokens that it quotes."""
-        return _mark(said, _any_of(self._control - _THINKING))
+        return _mark(said, any_of(self._control - _THINKING))
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text with marks."""
@@ -474,7 +474,7 @@ class TokenStream:
 
 
 @lru_cache(maxsize=8)
-def _any_of(names: frozenset[str]) -> re.Pattern[str]:
+def any_of(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile(trie(names) or "(?!)")  # V3 has 800: tried one by one, a megabyte of "<" takes two seconds
 
 

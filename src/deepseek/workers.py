@@ -41,13 +41,13 @@ class Workers:
         self._code = (f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import {function}; "
                       f"{function}()")
         self._kept, self._idle = kept, list[subprocess.Popen[bytes]]()
-        self._owner, self._lock = os.getpid(), threading.Lock()
+        self.owner, self._lock = os.getpid(), threading.Lock()
         _pools.add(self)
 
     def start(self) -> None:
         """Have a worker ready for the first question."""
         if not self._idle:
-            self._keep(self._take())
+            self._keep(self.take())
 
     def ask(self, question: Mapping[str, Any], *, seconds: float, memory: int) -> dict[str, Any]:
         """The answer of a worker. seconds: of computing, grown with the question. memory: bytes.
@@ -57,7 +57,7 @@ class Workers:
         """
         line = json.dumps({"seconds": seconds, "memory": memory, "question": question}).encode() + b"\n"
         while True:
-            worker = self._take()
+            worker = self.take()
             assert worker.stdin is not None and worker.stdout is not None
             try:
                 with contextlib.suppress(BrokenPipeError):
@@ -76,11 +76,11 @@ class Workers:
             if worker.returncode != 0:  # zero: it had reached a limit before, and was leaving when it was asked
                 raise WorkerError(worker.returncode, _grown(seconds, len(line)))
 
-    def _take(self) -> subprocess.Popen[bytes]:
+    def take(self) -> subprocess.Popen[bytes]:
         with self._lock:
-            if self._owner != os.getpid():  # after a fork the workers are the parent's
+            if self.owner != os.getpid():  # after a fork the workers are the parent's
                 self._idle.clear()
-                self._owner = os.getpid()
+                self.owner = os.getpid()
             while self._idle:
                 if (worker := self._idle.pop()).poll() is None:
                     return worker
@@ -99,7 +99,7 @@ class Workers:
 
     def end(self) -> None:
         """End the idle workers."""
-        if self._owner == os.getpid():
+        if self.owner == os.getpid():
             while self._idle:
                 _end(self._idle.pop())
 

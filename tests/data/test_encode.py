@@ -20,7 +20,7 @@ from deepseek.data.encode import Encoder
 from deepseek.data.held_out import held_out_place
 from deepseek.domain import KEYWORDS, KeywordRules
 from deepseek.errors import DataError
-from deepseek.tokenizer import SPLIT, Tokenizer
+from deepseek.tokenizer import CHAT_TEMPLATE, SPLIT, Tokenizer
 from tests.helpers import PUBLISHED
 
 BITS = [*"aZé中文がー。！3٣¹ \t\n\r.!'_€\u3000\u00a0\u0301\ufe0f\u2009\u200d\x00\u3097😀🧑", "  ", "\n\n", " the ",
@@ -44,12 +44,12 @@ def ids(encoder: Encoder, texts: list[str]) -> list[list[int]]:
 
 def test_both_engines_cut_alike_around_every_plain_character() -> None:
     every = pl.Series([chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000])
-    plain = every.filter(~every.str.contains(encode._ODD)).to_list()
+    plain = every.filter(~every.str.contains(encode.ODD)).to_list()
     assert len(plain) > 30_000
     texts = [text for c in plain for text in (f"{c}{c}a{c}  {c} .{c}1{c}中{c}", f"中 {c}!{c} {c}\n {c}a{c}  1")]
-    marked = pl.Series(texts).str.replace_all(encode._BLANKS, f"${{1}}{encode._MARK}${{2}}")
+    marked = pl.Series(texts).str.replace_all(encode.BLANKS, f"${{1}}{encode.MARK}${{2}}")
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    for text, cuts in zip(texts, marked.str.extract_all(encode._CUT).to_list(), strict=True):
+    for text, cuts in zip(texts, marked.str.extract_all(encode.CUT).to_list(), strict=True):
         assert cuts == [text[a:b] for _, (a, b) in split.pre_tokenize_str(text)], repr(text)
 
 
@@ -69,7 +69,7 @@ def test_so_they_are_when_the_table_is_emptied_and_threads_share_it(monkeypatch:
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda i: ids(encoder, texts[i : i + 20]), range(0, len(texts), 20))
         assert [one for part in found for one in part] == want
-    assert len(encoder._number) < 200
+    assert len(encoder.numbers) < 200
 
 
 def test_published_tokenizer_on_real_text() -> None:
@@ -95,7 +95,7 @@ def test_published_tokenizer_on_real_text() -> None:
                        "normalized": False, "special": False}]},
 ])
 def test_other_tokenizers_go_their_own_way(change: dict[str, Any]) -> None:
-    other = Tokenizer(json.dumps(json.loads(tokenizer()._definition) | change))
+    other = Tokenizer(json.dumps(json.loads(tokenizer().definition) | change))
     texts = ["The End of the end", "  a  b", "中 文 123456"]
     assert other.pieces is None
     assert ids(Encoder(other), texts) == other.encode_batch(texts) != tokenizer().encode_batch(texts)
@@ -137,8 +137,8 @@ def test_shards_are_those_of_packing_one_by_one(size: int, tmp_path: Path, monke
 def test_tables_are_cut_by_characters_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 50)
     texts = ["a" * 10, "b" * 200, "", "c" * 20, "d" * 20, "e" * 20]
-    table = shards._table([Document(text, "s") for text in texts])
-    found = list(shards._blocks([table, table[:0]]))
+    table = shards.as_table([Document(text, "s") for text in texts])
+    found = list(shards.blocks([table, table[:0]]))
     assert pl.concat(found)["text"].to_list() == texts
     assert len(found) > 2
 
@@ -162,20 +162,20 @@ def test_reasoning_is_packed_where_the_template_leaves_it_out(tmp_path: Path) ->
         {"role": ("user", "assistant")[n % 2], "content": said, "reasoning_content": thought}
         for n, (said, thought) in enumerate(row)]}) + "\n" for row in rows))
     documents = list(read_documents([tmp_path / "a.jsonl"], ReadReport(strict=True)))
-    for template in (cuts, tokenizer()._template, None):
-        takes = Tokenizer(tokenizer()._definition, {}, template)
+    for template in (cuts, CHAT_TEMPLATE, None):
+        takes = Tokenizer(tokenizer().definition, {}, template)
         said = [takes.decode(ids, skip_special=True) for _, ids in shards.encode_documents(documents, takes)]
         assert [text.count("of") for text in said] == [1, 1] and "<think>\nof\n</think>\n\nend" in said[0]
         assert "<think>of</think>end" in said[1] and said[1].endswith("is")
     report = ReadReport()
-    short = Tokenizer(tokenizer()._definition, {}, "{% for m in messages %}{{ m.content[:2] }}{% endfor %}")
+    short = Tokenizer(tokenizer().definition, {}, "{% for m in messages %}{{ m.content[:2] }}{% endfor %}")
     assert list(shards.encode_documents(documents, short, report)) == []
     assert [problem.detail for problem in report.problems] == ["the chat template leaves out the content of turn 2"] * 2
 
 
 def test_variables_of_a_record_are_used_when_it_is_packed(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
-    takes = Tokenizer(tokenizer()._definition, {}, "{{ tone }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    takes = Tokenizer(tokenizer().definition, {}, "{{ tone }}{% for m in messages %}{{ m.content }}{% endfor %}")
     rows = [{"messages": turns, "chat_template_kwargs": variables} for variables in (
         {"tone": "soft"}, json.dumps({"tone": "loud"}), None, {"tune": 1})]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -187,7 +187,7 @@ def test_variables_of_a_record_are_used_when_it_is_packed(tmp_path: Path) -> Non
 
 def test_a_refused_conversation_leaves_its_neighbours(tmp_path: Path) -> None:
     template = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}<|User|>"
-    strict = Tokenizer(tokenizer()._definition, {}, template)
+    strict = Tokenizer(tokenizer().definition, {}, template)
     documents = [Document(text, "c", line, (("user", text),) if text in ("no", "yes") else ())
                  for line, text in enumerate(["the", "no", "of", "yes", "no", "end"])]
     report = ReadReport()

@@ -110,13 +110,13 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
     assert tokenizer().decode(ids, skip_special=False) == (
         "<|begin_of_sentence|><|User|>a<|User|><|Assistant|>b<|end_of_sentence|>")
     assert [i for i in ids if i < 5] == [0, 3, 4, 1], "quoted control tokens stay text"
-    bare = Tokenizer(tokenizer()._definition)
+    bare = Tokenizer(tokenizer().definition)
     plain = pack([talk], bare, tmp_path / "u", valid_fraction=0)
     assert texts(plain, "train") == [talk.text]
 
 
 def test_a_refused_conversation_is_reported(tmp_path: Path) -> None:
-    strict = Tokenizer(tokenizer()._definition, {}, "{{ raise_exception('no') }}")
+    strict = Tokenizer(tokenizer().definition, {}, "{{ raise_exception('no') }}")
     talk = Document("User: a", "c.jsonl", 4, (("user", "a"),))
     with pytest.raises(DataError, match=r"c\.jsonl: the chat template refuses the messages: no"):
         pack([talk], strict, tmp_path / "t")
@@ -159,7 +159,7 @@ def test_packing_is_skipped_when_nothing_changed(tmp_path: Path) -> None:
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     class Large(Tokenizer):
         def __init__(self) -> None:
-            super().__init__(tokenizer()._definition)
+            super().__init__(tokenizer().definition)
             self.vocab_size = 65537
 
     shards = pack(documents(3), Large(), tmp_path / "t")

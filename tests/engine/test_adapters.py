@@ -22,7 +22,7 @@ from deepseek.engine import LLM, SamplingParams, expert_affinity
 from deepseek.engine.warmup import record_use
 from deepseek.errors import CheckpointError, ConfigError, DataError, NotFoundError, RequestError
 from deepseek.model import RoutingRecord
-from deepseek.model.adapters import AdaptedLinear, _Adapted, rows_of, side_by_side, whole
+from deepseek.model.adapters import Adapted, AdaptedLinear, rows_of, side_by_side, whole
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
 from tests.helpers.adapters import KINDS, save_adapter
@@ -279,7 +279,7 @@ def test_use_is_counted_and_recorded_by_adapter(served: Callable[..., Served], t
 def test_nothing_is_done_where_no_adapter_is_loaded(served: Callable[..., Served], monkeypatch: Any) -> None:
     """Modules are the base's own; and with adapters, a step that has none of their rows takes the native layers."""
     own = served("whole panels")
-    assert not any(isinstance(module, _Adapted) for module in LLM(own.plain).model.modules())
+    assert not any(isinstance(module, Adapted) for module in LLM(own.plain).model.modules())
     llm, ran = own.llm(), []
     monkeypatch.setattr(AdaptedLinear, "forward", lambda self, x: ran.append(self.names) or self.base(x))
     llm.generate([[5, 6, 7]], params())

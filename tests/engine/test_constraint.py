@@ -269,10 +269,10 @@ def test_a_grammar_is_compiled_once_and_requests_walk_alone(constraints: Constra
     assert first.finished and not again.finished and {a, b} <= allowed(again) and not allowed(one) & {a, b}
     of(constraints, json_schema=dict(SCHEMA))
     of(constraints, json_schema=json.dumps(SCHEMA))
-    assert constraints._compiled.cache_info()[:2] == (3, 2)  # hits, misses
+    assert constraints.compiled.cache_info()[:2] == (3, 2)  # hits, misses
     for i in range(GRAMMARS + 5):
         of(constraints, regex=f"a{{{i + 1}}}")
-    assert constraints._compiled.cache_info().currsize == GRAMMARS
+    assert constraints.compiled.cache_info().currsize == GRAMMARS
 
 
 def test_reasoning_is_free_before_a_constraint(llm: LLM) -> None:
@@ -340,13 +340,13 @@ def test_a_limit_on_the_way_is_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatc
 def slow(request: Request, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Let every mask of a request wait for the event that is returned."""
     assert request.constraint is not None
-    gate, advance = threading.Event(), request.constraint._advance
+    gate, advance = threading.Event(), request.constraint.advance
 
     def wait_and_advance(token: int) -> tuple[bool, np.ndarray]:
         assert gate.wait(30)
         return advance(token)
 
-    monkeypatch.setattr(request.constraint, "_advance", wait_and_advance)
+    monkeypatch.setattr(request.constraint, "advance", wait_and_advance)
     return gate
 
 
@@ -376,7 +376,7 @@ def test_a_request_that_waits_for_its_mask_ends_as_any(llm: LLM, monkeypatch: py
     request.on_token = lambda one: told.append(one.finish_reason)
     free, gate = llm.engine.block_manager.available, slow(request, monkeypatch)
     if ends == "error":
-        monkeypatch.setattr(request.constraint, "_read", lambda *_: (_ for _ in ()).throw(RequestError("outgrew")))
+        monkeypatch.setattr(request.constraint, "read", lambda *_: (_ for _ in ()).throw(RequestError("outgrew")))
     llm.engine.add(request)
     for _ in range(3):
         llm.engine.step()
@@ -399,7 +399,7 @@ def test_a_request_steps_back_while_it_waits_for_its_mask(llm: LLM, monkeypatch:
     llm.engine.add(other, request)
     while not request.pending:
         llm.engine.step()
-    llm.engine.scheduler._preempt(request)
+    llm.engine.scheduler.preempt(request)
     while other.finish_reason is None:
         llm.engine.step()
     assert llm.engine.scheduler.waiting == [request]
@@ -415,7 +415,7 @@ def test_late_masks_do_not_hold_up_fast_ones(llm: LLM, constraints: Constraints,
     late = [of(constraints, regex="a*") for _ in range(8)]
     for one in late:
         one.late = True
-        one._advance = lambda token, end=one._end: (gate.wait(30), np.ones(end + 1, bool))  # type: ignore
+        one.advance = lambda token: (gate.wait(30), np.ones(1 << 12, bool))  # type: ignore
         one.accept(a)
     fast = of(constraints, regex="a{3}")
     for _ in range(3):

@@ -114,7 +114,7 @@ def test_the_thread_ends_with_its_llm(tiny_config: Callable[..., ModelConfig],
                                       random_model: Callable[..., CausalLM]) -> None:
     llm = LLM(random_model(tiny_config()))
     llm.generate([[1]], params(1))
-    thread = llm.driver._thread
+    thread = llm.driver.thread
     assert thread is not None and thread.is_alive()
     del llm
     thread.join(30)

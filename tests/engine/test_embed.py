@@ -45,7 +45,7 @@ def test_a_request_that_steps_back_counts_each_position_once(model: CausalLM) ->
     llm.engine.add(request)
     llm.engine.step()
     llm.engine.step()
-    llm.engine.scheduler._preempt(request)
+    llm.engine.scheduler.preempt(request)
     while request.finish_reason is None:
         llm.engine.step()
     assert llm.engine.scheduler.preempted == 1

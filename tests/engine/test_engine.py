@@ -241,7 +241,7 @@ def test_control_tokens_that_do_not_count_are_warned_of_once(llm: LLM) -> None:
 
 
 def test_tools_variables_and_control_tokens_in_every_function(llm: LLM, tokenizer: Tokenizer) -> None:
-    own = Tokenizer(tokenizer._definition, {}, "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    own = Tokenizer(tokenizer.definition, {}, "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
                                                "{{ style }}{% for m in messages %}{{ m.content }}{% endfor %}")
     mine = LLM(llm.model, tokenizer=own)
     hi, tools = [{"role": "user", "content": "hi"}], [{"type": "function", "function": {"name": "clock"}}]
@@ -264,7 +264,7 @@ def test_tools_variables_and_control_tokens_in_every_function(llm: LLM, tokenize
 
 def test_variables_of_the_template(llm: LLM, tokenizer: Tokenizer) -> None:
     template = "{{ 'deep' if thinking else 'flat' }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    own = Tokenizer(tokenizer._definition, {}, template)
+    own = Tokenizer(tokenizer.definition, {}, template)
     hi = [{"role": "user", "content": "hi"}]
     deep, flat = own.encode("deephi"), own.encode("flathi")
     by_default = LLM(llm.model, tokenizer=own, chat_template_kwargs={"thinking": True})

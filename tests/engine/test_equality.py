@@ -18,7 +18,7 @@ from deepseek.atlas import Atlas
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine import LLM, ExpertControl, SamplingParams
-from deepseek.engine.speculative import Drafter, _Trial
+from deepseek.engine.speculative import Drafter, Trial
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ def half_right(monkeypatch: pytest.MonkeyPatch, plain: Callable) -> Iterator[Non
                 request.sequence.draft_token = plain(request.prompt_ids)[len(request.token_ids)]
 
     monkeypatch.setattr(Drafter, "draft", helped)
-    monkeypatch.setattr(_Trial, "drafts", lambda self: True)
+    monkeypatch.setattr(Trial, "drafts", lambda self: True)
     yield
 
 

@@ -81,7 +81,8 @@ def there_size(folder: Path) -> int:
 
 
 def test_tables_and_slots_agree_after_many_steps(folder: Path) -> None:
-    """No slot for two, none lost; what the tables point to is the expert's own bytes."""
+    """No slot for two, none lost; what the tables point to is the expert's own bytes. The invariant is one of private
+    details: slots have no public face."""
     llm = LLM(folder, expert_memory=6 * LAYERS * slot(folder), max_num_seqs=3)
     llm.generate(prompts(folder, 6, seed=3), GREEDY)
     own = llm.engine.residency

@@ -14,7 +14,7 @@ import torch
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import quantize
 from deepseek.engine import LLM, SamplingParams
-from deepseek.engine.speculative import TERM, TRIAL, AdaptiveDrafting, _Trial
+from deepseek.engine.speculative import TERM, TRIAL, AdaptiveDrafting, Trial
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def prompts(count: int) -> list[list[int]]:
                                       "temperature": 1.0}, {"routed": True}], ids=str)
 def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], sampling: dict[str, Any],
                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Trial, "drafts", lambda self: True)
+    monkeypatch.setattr(Trial, "drafts", lambda self: True)
     want = LLM(model, speculate=False).generate(prompts(6), params(**sampling))
     llm = LLM(model, **options)
     got = llm.generate(prompts(6), params(**sampling))
@@ -136,8 +136,8 @@ def test_a_constraint_may_end_the_text_on_a_draft(model: CausalLM, monkeypatch: 
 
     monkeypatch.setattr(drafter, "draft", oracle)
     request, = llm.requests([3, 1, 4], asked)
-    slept = request.constraint._advance
-    monkeypatch.setattr(request.constraint, "_advance", lambda token: (time.sleep(0.001), slept(token))[1])
+    slept = request.constraint.advance
+    monkeypatch.setattr(request.constraint, "advance", lambda token: (time.sleep(0.001), slept(token))[1])
     llm.engine.add(request)
     while not llm.engine.idle:
         llm.engine.step()

@@ -67,8 +67,8 @@ KNOWN = {"V3": V3, "R1": R1, "V3.1": V31, "ChatML": CHATML, "last thoughts": LAS
 
 
 @cache
-def _definition(tags: bool) -> str:
-    definition = Tokenizer.train(["the quick brown fox asks what time it is"] * 3, 290)._definition
+def definition(tags: bool) -> str:
+    definition = Tokenizer.train(["the quick brown fox asks what time it is"] * 3, 290).definition
     if not tags:
         return definition
     about = json.loads(definition)
@@ -81,4 +81,4 @@ def _definition(tags: bool) -> str:
 
 def with_template(template: str | None, *, tags: bool = True) -> Tokenizer:
     """A byte-level tokenizer with this template. tags: the tags of reasoning and roles are tokens of their own."""
-    return Tokenizer(_definition(tags), {}, template)
+    return Tokenizer(definition(tags), {}, template)

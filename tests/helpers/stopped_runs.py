@@ -134,7 +134,7 @@ def main_() -> None:
     run("data", ["data", "run", "run.yaml"], (stages, "find_duplicates", LONG, 1), signal.SIGTERM)
     Path("in.jsonl").write_text('{"prompt": "the red"}\n' * 3)
     files = ["--input", "in.jsonl", "--output", "out.jsonl"]
-    run("infer", ["infer", "--model", "calm/model", *files, "--max_tokens", "2"], (run_batch, "_write", LONG, 2),
+    run("infer", ["infer", "--model", "calm/model", *files, "--max_tokens", "2"], (run_batch, "write_answer", LONG, 2),
         signal.SIGINT)
     print(json.dumps(results))
 

@@ -120,7 +120,7 @@ def test_bias_updates_balance_a_skewed_run(tiny_config: Callable) -> None:
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
 def test_fused_head_is_cross_entropy(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_chunk_rows", lambda vocab: chunk_rows)
+    monkeypatch.setattr(loss, "chunk_rows", lambda vocab: chunk_rows)
     x_MH, w_VH = torch.randn(40, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     labels_M = torch.randint(0, 50, (40,))
     labels_M[::5] = loss.IGNORE

@@ -57,11 +57,11 @@ def test_how_bf16_is_computed(
 ) -> None:
     monkeypatch.setenv("DEEPSEEK_BF16", asked)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    monkeypatch.setattr(native, "_has_bf16_units", lambda: units)
-    assert native._bf16() == chosen
+    monkeypatch.setattr(native, "has_bf16_units", lambda: units)
+    assert native.choose_bf16() == chosen
 
 
 def test_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_BF16", "fast")
     with pytest.raises(ConfigError, match="DEEPSEEK_BF16 = 'fast': must be native"):
-        native._bf16()
+        native.choose_bf16()

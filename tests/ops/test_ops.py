@@ -154,7 +154,7 @@ def plain_loss(x_MH: Tensor, w_VH: Tensor, labels_M: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 16, 37, 64])
 @pytest.mark.parametrize("chunk", [1, 16, 20, 1000])
 def test_cross_entropy_and_its_gradients(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_chunk_rows", lambda _: chunk)
+    monkeypatch.setattr(loss, "chunk_rows", lambda _: chunk)
     x, w = randn(rows, 8), randn(11, 8, seed=1)
     labels = torch.arange(rows) % 11
     labels[1::3] = -100
@@ -164,8 +164,8 @@ def test_cross_entropy_and_its_gradients(rows: int, chunk: int, monkeypatch: pyt
 
 
 def test_chunks_hold_the_bytes_they_should() -> None:
-    assert loss._chunk_rows(4096) * 4096 * 4 == loss.CHUNK_BYTES
-    assert loss._chunk_rows(1 << 30) == 16
+    assert loss.chunk_rows(4096) * 4096 * 4 == loss.CHUNK_BYTES
+    assert loss.chunk_rows(1 << 30) == 16
 
 
 def test_nothing_labelled_costs_nothing() -> None:
@@ -343,7 +343,7 @@ def inputs_for(index_TK: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Te
 def grouped(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The GPU form, reached as `expert_mlp` reaches it."""
     pairs = experts.sort_pairs(index, gate_up.shape[0])
-    return experts._grouped(x, experts.pair_weights(weight, pairs), gate_up, down, pairs)
+    return experts.grouped(x, experts.pair_weights(weight, pairs), gate_up, down, pairs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -422,18 +422,18 @@ def test_the_loop_casts_visited_experts_one_by_one_and_keeps_no_copy(grads: bool
             return out
 
     with Casts():
-        out = experts._ExpertLoop.apply(x, weight_P, gate_up, down, pairs, True)
+        out = experts.ExpertLoop.apply(x, weight_P, gate_up, down, pairs, True)
         kept = {t.data_ptr() for t in out.grad_fn.saved_tensors}
         out.sum().backward()
     assert {gate_up.data_ptr(), down.data_ptr()} <= kept
     assert sorted(sizes)[-1] == 32 * 8 and sizes.count(32 * 8) == 2 * 3  # three experts, forward and backward
-    wide = experts._ExpertLoop.apply(x, weight_P, gate_up.float(), down.float(), pairs, False)
+    wide = experts.ExpertLoop.apply(x, weight_P, gate_up.float(), down.float(), pairs, False)
     assert torch.equal(out, wide)
 
 
 def test_a_linear_keeps_the_weight_as_it_is_stored() -> None:
     x, w = randn(4, 8).requires_grad_(), randn(6, 8, dtype=torch.bfloat16).requires_grad_()
-    out = LINEAR._Linear.apply(x, w, randn(6, dtype=torch.bfloat16))
+    out = LINEAR.Linear.apply(x, w, randn(6, dtype=torch.bfloat16))
     assert w.data_ptr() in {t.data_ptr() for t in out.grad_fn.saved_tensors}
     out.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.ones(4, 6) @ w.detach().float())
@@ -444,7 +444,7 @@ def test_inference_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     args = inputs_for(index)
     saved: list[Tensor] = []
     flags: list[bool] = []
-    form = experts._NativeExperts if native.trains_native(*args) else experts._ExpertLoop
+    form = experts.NativeExperts if native.trains_native(*args) else experts.ExpertLoop
     apply = form.apply
 
     def spy(*given: Any) -> Any:

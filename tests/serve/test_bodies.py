@@ -62,7 +62,7 @@ def test_marks_are_counted_outside_of_strings(piece: int, monkeypatch: pytest.Mo
     for _ in range(500):
         made = value(0)
         count, raw = marks(made), json.dumps(made).encode()
-        assert bodies._count(raw, b"{[:", b"") == [count, 0]
+        assert bodies.count_marks(raw, b"{[:", b"") == [count, 0]
 
 
 @pytest.mark.parametrize(("form", "body"), [

@@ -128,7 +128,7 @@ def test_hosts(header: str, bound: str, hosts: tuple[str, ...], keys: tuple[str,
         pass
 
     guard = Guard(nothing, keys, 1, lambda _: None, hosts, bound)
-    assert (not guard.checks_hosts or guard._is_allowed_host(header)) is here
+    assert (not guard.checks_hosts or guard.is_allowed_host(header)) is here
 
 
 def test_a_foreign_name_is_refused_in_openais_shape(running: Running, tight: Running) -> None:

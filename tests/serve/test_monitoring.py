@@ -173,7 +173,7 @@ def test_who_watches_cannot_harm(watched: Watched, monkeypatch: pytest.MonkeyPat
     told = []
     with monkeypatch.context() as patch:
         patch.setattr(monitor.alerts, "sinks", [broken, lambda *what: told.append(what)])
-        monitor.alerts._notify("an alert", True)
+        monitor.alerts.notify("an alert", True)
     assert told == [("an alert", True)] and "could not be passed on" in caplog.text
 
 
@@ -193,7 +193,7 @@ def test_languages_are_told(watched: Watched) -> None:
     while watch.identify is None:
         assert time.monotonic() < end
         time.sleep(0.05)
-    assert [watch._language(text) for text in (
+    assert [watch.language_of(text) for text in (
         "How can I get my deposit back from the landlord?", "房东不退押金怎么办，我可以起诉他吗", "hi", "",
         "hello world", "please do")] == ["en", "zh", "und", "und", "und", "und"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from deepseek.engine import SamplingParams
+from deepseek.serve.middleware import ServeError
 from deepseek.serve.protocol import Item, Message
 from deepseek.serve.responses import Store, to_messages
 from tests.helpers.servers import KEY, Running
@@ -88,17 +90,27 @@ def test_what_is_kept(running: Running, client: openai.OpenAI) -> None:
         client.responses.create(**ASK, previous_response_id=first.id)
 
 
+def kept(store: Store) -> list[str]:
+    found = []
+    for name in ("0", "1", "2", "3", "large"):
+        with contextlib.suppress(ServeError):
+            found.append(store.find(name).body["id"])
+    return found
+
+
 def test_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepseek.serve.responses.KEPT", 3)
     monkeypatch.setattr("deepseek.serve.responses.KEPT_CHARACTERS", 1000)
     store = Store()
     for i in range(4):
         store.keep({"id": str(i)}, [])
-    assert list(store._kept) == ["1", "2", "3"]
+    assert kept(store) == ["1", "2", "3"]
     store.keep({"id": "large"}, [Message(role="user", content="x" * 950)])
-    assert list(store._kept) == ["large"]
+    assert kept(store) == ["large"]
     store.delete("large")
-    assert store._size == 0
+    store.keep({"id": "0"}, [])
+    store.keep({"id": "large"}, [Message(role="user", content="x" * 900)])
+    assert kept(store) == ["0", "large"], "what was deleted takes no room"
 
 
 @pytest.mark.parametrize(("changes", "message"), [

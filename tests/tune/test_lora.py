@@ -262,8 +262,9 @@ def test_only_active_experts_are_computed(base: Callable[..., Path], monkeypatch
     model = load_model(folder)
     LoRAAdapter(r=2, target_modules=(), experts=[f"1.{e}" for e in range(16)]).attach(model)
     called: list[int] = []
-    real = LoRAExperts._expert
-    monkeypatch.setattr(LoRAExperts, "_expert", lambda self, place, x: called.append(place) or real(self, place, x))
+    real = LoRAExperts.expert_output
+    monkeypatch.setattr(LoRAExperts, "expert_output",
+                        lambda self, place, x: called.append(place) or real(self, place, x))
     model(torch.tensor([[7]]))
     assert len(called) == len(set(called)) == model.config.num_experts_per_tok
 

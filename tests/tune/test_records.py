@@ -48,7 +48,7 @@ def test_answers_are_learnt_and_questions_are_not(record: Any, answer: str, toke
 
 
 def test_without_a_chat_template(tokenizer: Tokenizer) -> None:
-    plain = Tokenizer(tokenizer._definition, {}, None)
+    plain = Tokenizer(tokenizer.definition, {}, None)
     assert not plain.has_chat_template
     assert learnt({"input": "pay 3?", "output": "pay 4 coins."}, plain) == f"pay 4 coins.{EOS}"
     said = learnt({"messages": [{"role": "user", "content": "pay?"}, {"role": "assistant", "content": "coins"}]}, plain)
@@ -244,7 +244,7 @@ TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type":
 
 def test_tools_are_shown_to_the_model_as_in_a_request(tmp_path: Path) -> None:
     plain = Tokenizer.train(["now noon"], 261)
-    knows = Tokenizer(plain._definition, {}, "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    knows = Tokenizer(plain.definition, {}, "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
                       "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
     turns = [{"role": "user", "content": "now?"}, {"role": "assistant", "content": "noon"}]
     for tools in ([TOOL], json.dumps([TOOL]), [TOOL["function"]], [TOOL | {"strict": None}]):
@@ -255,7 +255,7 @@ def test_tools_are_shown_to_the_model_as_in_a_request(tmp_path: Path) -> None:
             assert list(example.ids) == tokenizer.encode_chat(turns, tools=[TOOL], add_generation_prompt=False)
             assert "noon" in learnt(record, tokenizer, 999) and "clock" not in learnt(record, tokenizer, 999)
         assert knows.decode(example.ids).startswith("[clock]user:now?")
-    bare = Tokenizer(plain._definition, {}, None)
+    bare = Tokenizer(plain.definition, {}, None)
     [example] = encode(document, bare, 999)
     assert '"clock"' in bare.decode(example.ids) and learnt(record, bare, 999) == f"noon\n\n{EOS}"
     [without, *others] = read_records([{"messages": turns, "tools": none} for none in (None, [], "[]", " ")])
@@ -277,7 +277,7 @@ def test_of_prompt_and_completion_the_completion_is_learnt(tools: Any, tmp_path:
               {"role": "user", "content": "now?"}]
     completion = [{"role": "assistant", "content": "noon"}]
     tokenizer = Tokenizer.train(["now noon"], 261)
-    bare = Tokenizer(tokenizer._definition, {}, None)
+    bare = Tokenizer(tokenizer.definition, {}, None)
     for record in ({"prompt": prompt, "completion": completion, "tools": tools},
                    {"prompt": prompt, "completion": "noon", "tools": tools}):
         (tmp_path / "a.jsonl").write_text(json.dumps(record))
@@ -311,7 +311,7 @@ def test_control_tokens_of_a_text_count_where_they_are_asked_for() -> None:
 
 
 def test_a_user_who_has_the_last_word_is_not_learnt(tokenizer: Tokenizer) -> None:
-    plain = Tokenizer(tokenizer._definition, {}, None)
+    plain = Tokenizer(tokenizer.definition, {}, None)
     said = (("user", "pay?"), ("assistant", "coins"), ("user", "act"))
     turns = [{"role": role, "content": text} for role, text in said]
     for each, answer in ((plain, "coins\n\n"), (tokenizer, f"coins{EOS}")):
@@ -321,7 +321,7 @@ def test_a_user_who_has_the_last_word_is_not_learnt(tokenizer: Tokenizer) -> Non
 def test_a_template_that_opens_a_thought_for_generation(tokenizer: Tokenizer) -> None:
     template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
                 "{% if add_generation_prompt %}[assistant]<think>{% endif %}")
-    thinking = Tokenizer(tokenizer._definition, {}, template)
+    thinking = Tokenizer(tokenizer.definition, {}, template)
     assert learnt({"input": "pay?", "output": "coins"}, thinking) == "coins"
 
 
@@ -365,7 +365,7 @@ def test_every_name_has_held_out_records(tokenizer: Tokenizer) -> None:
     def documents(name: str, count: int) -> list[Document]:
         return [Document(f"{name} {i} pay coins", name, i, expert=name, response_start=6) for i in range(count)]
 
-    plain = Tokenizer(tokenizer._definition, {}, None)
+    plain = Tokenizer(tokenizer.definition, {}, None)
     given = [*documents("law", 30), *documents("act", 5), *documents("one", 1)]
     data = RecordSet.of(given, plain, max_length=64, valid_fraction=0.01)
     held = {document.text for document in given if digest(document) in data.held_out}

@@ -109,7 +109,7 @@ def test_auto_selects_as_esft_does_and_keeps_the_choice(
     kept = json.loads((tmp_path / "out" / "experts.json").read_text())
     assert kept["threshold"] == 0.3 and kept["tokens"] > 100
     usage, model = ExpertUsage((base_model := load_model(folder)).config), base_model
-    data = tuner._record_set(read_records(records()), Tokenizer.load(folder))
+    data = tuner._record_set(read_records(records()), Tokenizer.load(folder))  # the very split that fit made
     with torch.no_grad():
         for example in data.train:  # one by one, so that nothing is padding
             model(torch.tensor([example.ids[:-1]]), routing=(routing := RoutingRecord()))
@@ -384,6 +384,7 @@ def test_replay_mixes_in_its_share_and_nothing_that_is_held_out(
 ) -> None:
     tuner = MoEFineTuner(base(), expert_tune=["law_expert"], out=tmp_path / "out", replay=0.5,
                          replay_data=records(), **quick)
+    # what is drawn is not in any report: the examples themselves
     data = tuner._record_set(read_records(records()), tokenizer)
     drawn = tuner._replayed(read_records(records()), data, [data], tokenizer)
     assert len(drawn) == len(data.train) == 40 - len(data.valid) and not set(drawn) & set(data.valid)

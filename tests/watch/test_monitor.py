@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -113,7 +114,9 @@ def test_a_webhook_that_nobody_answers(make: Callable, caplog: pytest.LogCapture
     with caplog.at_level("WARNING", logger="deepseek.watch"):
         for sink in monitor.alerts.sinks:
             sink(Alert("share_low", "code_expert", 0.1, 0.3, "a message", 0.0), True)
-        monitor._poster.shutdown(wait=True)
+        end = time.monotonic() + 30
+        while len(caplog.records) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
     assert any("127.0.0.1" in record.message and "error" in record.message for record in caplog.records)
     assert "secret" not in caplog.text
     assert monitor.history.alerts()[0]["message"] == "a message"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import polars
 
 PIECES = 1 << 19
-_MARK = "\ufdd0"  # a noncharacter: not in PLAIN
+MARK = "\ufdd0"  # a noncharacter: not in PLAIN
 _ZH = "一-龥\u3041-\u3096\u3099-\u30ff"
 PLAIN = (
     "\\t-\\r -~\u00a0-\u00ac\u00ae-\u024f\u0300-\u036f\u0391-\u03a1\u03a3-\u03ff\u0400-\u0482\u048a-\u0527"  # Latin, …
@@ -35,12 +35,12 @@ PLAIN = (
     "\u3000-\u303f\u3041-\u3096\u3099-\u30ff\u3400-\u4db5\u4e00-\u9fcb\ufe0f\uff01-\uff9f\U0001f300-\U0001f320"
     "\U0001f400-\U0001f43e\U0001f600-\U0001f640"
 )
-_ODD = f"^$|[^{PLAIN}]"
-_BLANKS = rf"(\s)([^\S\r\n][^\s\p{{N}}{_ZH}])"
-_CUT = (
+ODD = f"^$|[^{PLAIN}]"
+BLANKS = rf"(\s)([^\S\r\n][^\s\p{{N}}{_ZH}])"
+CUT = (
     rf"\p{{N}}{{1,3}}|[{_ZH}&&[\p{{L}}\p{{M}}]]+|[{_ZH}&&[\p{{P}}\p{{S}}]]+"
     r"""|[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-    rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}{_MARK}]?[\p{{L}}\p{{M}}&&[^{_ZH}]]+| ?[\p{{P}}\p{{S}}&&[^{_ZH}]]+[\r\n]*"
+    rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}{MARK}]?[\p{{L}}\p{{M}}&&[^{_ZH}]]+| ?[\p{{P}}\p{{S}}&&[^{_ZH}]]+[\r\n]*"
     r"|\s*[\r\n]+|\s+"
 )
 
@@ -54,7 +54,7 @@ class Encoder:
         self._empty()
 
     def _empty(self) -> None:
-        self._number: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
         self._begin_U = self._count_U = np.zeros(0, np.int64)
         self._ids = np.zeros(0, np.uint32)
 
@@ -62,7 +62,7 @@ class Encoder:
         """(ids_T uint32, text after text; count_N): of each text what `Tokenizer.encode` gives."""
         if self.tokenizer.pieces is None:
             return flat(self.tokenizer.encode_batch(texts.to_list()))
-        odd_N = texts.str.contains(_ODD)
+        odd_N = texts.str.contains(ODD)
         if not odd_N.any():
             return self._by_pieces(texts)
         odd = flat(self.tokenizer.encode_batch(texts.filter(odd_N).to_list()))
@@ -73,7 +73,7 @@ class Encoder:
 
         if not len(texts):
             return flat([])
-        cut = texts.str.replace_all(_BLANKS, f"${{1}}{_MARK}${{2}}").str.extract_all(_CUT)
+        cut = texts.str.replace_all(BLANKS, f"${{1}}{MARK}${{2}}").str.extract_all(CUT)
         size_N = cut.list.len().to_numpy().astype(np.int64)
         piece_P = cut.explode()
         found = pl.DataFrame({"piece": piece_P}).with_row_index().group_by("piece").agg("index")
@@ -87,18 +87,18 @@ class Encoder:
     def _look_up(self, pieces: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(begin_U, count_U, ids): the ids of piece u are ids[begin_U[u] :][: count_U[u]]."""
         with self._lock:
-            if len(self._number) > PIECES:
+            if len(self.numbers) > PIECES:
                 self._empty()
-            if new := [piece for piece in pieces if piece not in self._number]:
+            if new := [piece for piece in pieces if piece not in self.numbers]:
                 self._learn(new)
-            at = np.fromiter(map(self._number.__getitem__, pieces), np.int64, len(pieces))
+            at = np.fromiter(map(self.numbers.__getitem__, pieces), np.int64, len(pieces))
             return self._begin_U[at], self._count_U[at], self._ids
 
     def _learn(self, new: list[str]) -> None:
         assert self.tokenizer.pieces is not None
         found = self.tokenizer.pieces.encode_batch_fast(new, add_special_tokens=False)
         ids, count = flat([one.ids for one in found])
-        self._number.update(zip(new, range(len(self._number), len(self._number) + len(new)), strict=True))
+        self.numbers.update(zip(new, range(len(self.numbers), len(self.numbers) + len(new)), strict=True))
         self._begin_U = np.concatenate([self._begin_U, len(self._ids) + np.cumsum(count) - count])
         self._count_U = np.concatenate([self._count_U, count])
         self._ids = np.concatenate([self._ids, ids])

@@ -231,7 +231,7 @@ def pack_tables(tables: Iterable[polars.DataFrame], tokenizer: Tokenizer, folder
         splits = _Splits(tokens, names, dtype, valid_fraction, seed)
         sources: dict[str, int] = {}
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        for found in ordered_map(pool, lambda table: _encode(table, encoder), _blocks(tables), workers):
+        for found in ordered_map(pool, lambda table: _encode(table, encoder), blocks(tables), workers):
             _tell(found, report)
             named = found.table["expert"].to_list()
             if experts and (unknown := [i for i, name in enumerate(named) if name and name not in place]):
@@ -329,13 +329,13 @@ def document_tables(documents: Iterable[Document]) -> Iterator[polars.DataFrame]
         batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
-            yield _table(batch)
+            yield as_table(batch)
             batch, size = [], 0
     if batch:
-        yield _table(batch)
+        yield as_table(batch)
 
 
-def _table(documents: Sequence[Document]) -> polars.DataFrame:
+def as_table(documents: Sequence[Document]) -> polars.DataFrame:
     import polars as pl
 
     rows = [(d.text, to_json(d.turns) if d.turns else None, d.source, d.line, d.expert) for d in documents]
@@ -346,7 +346,7 @@ def _table(documents: Sequence[Document]) -> polars.DataFrame:
         raise DataError(f"a text has the lone surrogate {lone!r}, which UTF-8 cannot hold") from None
 
 
-def _blocks(tables: Iterable[polars.DataFrame]) -> Iterator[polars.DataFrame]:
+def blocks(tables: Iterable[polars.DataFrame]) -> Iterator[polars.DataFrame]:
     """The rows of tables, cut into batches."""
     for table in tables:
         size_N = np.cumsum(table["text"].str.len_chars().to_numpy()) // BATCH_CHARACTERS
@@ -410,7 +410,7 @@ def encode_documents(
     batch: list[Document], tokenizer: Tokenizer, report: ReadReport | None = None
 ) -> Iterator[tuple[Document, list[int]]]:
     """Ids of each document between bos and eos; conversations go through the chat template where there is one."""
-    found = _encode(_table(batch), Encoder(tokenizer))
+    found = _encode(as_table(batch), Encoder(tokenizer))
     _tell(found, report)
     gone = {row for row, *_ in found.refused}
     ends = np.cumsum(found.count_N)

@@ -81,13 +81,13 @@ class Constraint:
         self.late = False  # once: its masks take long
         mask = self._mask()
         self._end = len(mask) - 1  # the library's end of sequence
-        self._read(True, mask)
+        self.read(True, mask)
         self._finished = False
 
     def _mask(self) -> np.ndarray:
         return np.frombuffer(self._matcher.compute_logit_bias(), dtype=bool)
 
-    def _read(self, consumed: bool, mask: np.ndarray) -> None:
+    def read(self, consumed: bool, mask: np.ndarray) -> None:
         """Take in what may come next. Raises RequestError where the library gave up."""
         if self._matcher.is_error() and not (why := self._matcher.get_error()).startswith("NoExtension"):  # no token
             raise RequestError(f"the constraint outgrew its limits: {' '.join(why.split()):.200}")
@@ -96,7 +96,7 @@ class Constraint:
         allowed_V[self._eos] = bool(mask[-1]) and not self._matcher.is_error()
         self._allowed_V = torch.from_numpy(allowed_V)
 
-    def _advance(self, token: int) -> tuple[bool, np.ndarray]:
+    def advance(self, token: int) -> tuple[bool, np.ndarray]:
         if self.late:
             return self._advance_late(token)
         start = time.thread_time()
@@ -127,7 +127,7 @@ class Constraint:
         """
         if self._future is not None and wait((self._future,), seconds).done:
             future, self._future = self._future, None
-            self._read(*future.result())
+            self.read(*future.result())
         return self._future is None
 
     @property
@@ -149,7 +149,7 @@ class Constraint:
     def accept(self, token: int) -> None:
         """Append `token`, one of the allowed, to the text."""
         self.settle()
-        self._future = (_LATE if self.late else _PUNCTUAL).submit(self._advance, token)
+        self._future = (_LATE if self.late else _PUNCTUAL).submit(self.advance, token)
 
 
 class Constraints:
@@ -161,7 +161,7 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer | None, vocabulary: int, eos_ids: frozenset[int]) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._eos_ids = frozenset(i for i in eos_ids if i < vocabulary)
-        self._compiled, self._large = lru_cache(GRAMMARS)(self._compile), lru_cache(LARGE)(self._compile)
+        self.compiled, self._large = lru_cache(GRAMMARS)(self._compile), lru_cache(LARGE)(self._compile)
 
     def of(self, params: SamplingParams) -> Constraint | None:
         """The constraint of one request, None if it asks for none.
@@ -177,7 +177,7 @@ class Constraints:
         text_V = self._tokens[1]
         try:
             source = _schema(value) if field == "json_schema" else value
-            compiled = self._compiled if len(source) <= SMALL else self._large
+            compiled = self.compiled if len(source) <= SMALL else self._large
             matcher = compiled(field, source).deep_copy()
         except (TypeError, ValueError, RecursionError) as error:  # what json and the library raise for bad input
             raise RequestError(f"{field} = {value!r:.80}: {' '.join(str(error).split()):.400}") from None

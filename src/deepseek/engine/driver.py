@@ -32,13 +32,13 @@ class EngineDriver:
         self._submitted: list[Request] = []
         self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._resumed = False
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._process = os.getpid()
 
     @property
     def _running(self) -> bool:
         """Whether the thread takes what is queued; a fork has none of its parent's threads."""
-        return self._thread is not None and self._process == os.getpid() and not self.closed
+        return self.thread is not None and self._process == os.getpid() and not self.closed
 
     def submit(self, *requests: Request) -> None:
         """Queue requests. Raises RequestError for one that can never run, and after `close`."""
@@ -51,14 +51,14 @@ class EngineDriver:
             self._submitted += requests
             if not self._running:
                 self._process = os.getpid()
-                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-                atexit.register(_close, weakref.ref(self), self._thread)
-                self._thread.start()
+                self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                atexit.register(_close, weakref.ref(self), self.thread)
+                self.thread.start()
             self._changed.notify_all()
 
     def generate(self, *requests: Request) -> None:
         """Run requests to their end; they are aborted if the caller is interrupted. Raises what went wrong."""
-        if self._running and threading.current_thread() is self._thread:
+        if self._running and threading.current_thread() is self.thread:
             raise RequestError("the callback of a request must not run another: it would wait for itself")
         try:
             self.submit(*requests)
@@ -80,7 +80,7 @@ class EngineDriver:
         """Call a function while no step runs; returns its result, or raises what it raises."""
         result: Future[T] = Future()
         with self._changed:
-            if queued := self._running and threading.current_thread() is not self._thread:
+            if queued := self._running and threading.current_thread() is not self.thread:
                 self._calls.append((result, call))
                 self._changed.notify_all()
         if queued:
@@ -97,8 +97,8 @@ class EngineDriver:
     def close(self) -> None:
         """Wait for the end of the thread, and abort what has not ended."""
         self.release()
-        if self._thread not in (None, threading.current_thread()) and self._process == os.getpid():
-            self._thread.join()
+        if self.thread not in (None, threading.current_thread()) and self._process == os.getpid():
+            self.thread.join()
         self.engine.abort_all()
 
     def release(self) -> None:

@@ -69,7 +69,7 @@ def run_file(
                     raise failed[0]
                 group = str(failed[0])  # what this line asks for came to a limit on the way
             answer = {"error": group} if isinstance(group, str) else _answer(to_output(group))
-            _write(out, name | answer)
+            write_answer(out, name | answer)
             if not is_file_at(out, target):
                 raise DataError(f"{target}: was deleted or replaced while answers were written to it, and they are "
                                 "lost: the same command answers from what is there now")
@@ -228,7 +228,7 @@ def _finished(file: IO[bytes], target: Path) -> list[dict[str, Any]]:
     return names
 
 
-def _write(out: IO[bytes], answer: Mapping[str, Any]) -> None:
+def write_answer(out: IO[bytes], answer: Mapping[str, Any]) -> None:
     out.write((to_json(answer, ensure_ascii=False) + "\n").encode())
     out.flush()
     os.fsync(out.fileno())

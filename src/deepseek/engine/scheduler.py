@@ -92,7 +92,7 @@ class Scheduler:
                 batch.append(self._scheduled(chosen, budget))
                 budget -= batch[-1].chunk.tokens
             elif idle:
-                self._preempt(idle.pop())
+                self.preempt(idle.pop())
             else:
                 break
         assert batch or not ready
@@ -118,12 +118,12 @@ class Scheduler:
             busy = {one.request.request_id for one in batch}
             others = [one for one in reversed(self.running) if one.request_id not in busy]
             youngest = next((one for one in others if one.paused), others[0])
-            self._preempt(youngest)
+            self.preempt(youngest)
             if youngest is request:
                 return False
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
         self.preempted += 1
         self.running.remove(request)
         self.insert_prefix(request)

@@ -44,7 +44,7 @@ class DraftStats:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
-class _Trial:
+class Trial:
     """Seconds and tokens of steps with and without drafts, for batches of one size."""
 
     def __init__(self) -> None:
@@ -73,10 +73,10 @@ class AdaptiveDrafting:
     """The choice by size of batch, in powers of two; of steps in which no prompt ran."""
 
     def __init__(self) -> None:
-        self.choices: dict[int, _Trial] = {}
+        self.choices: dict[int, Trial] = {}
 
-    def of(self, batch: int) -> _Trial:
-        return self.choices.setdefault(batch.bit_length(), _Trial())
+    def of(self, batch: int) -> Trial:
+        return self.choices.setdefault(batch.bit_length(), Trial())
 
     def table(self) -> list[tuple[str, float, float, bool]]:
         """(batch, tokens a second with drafts, without, whether drafts are on) of the latest trials."""

@@ -41,7 +41,7 @@ FORMATS = ("FP32", "BF16", "FP8", "NF4")
 _PARTS = ("embedding", "attention", "dense FFN", "gate", "routed experts", "shared experts", "norms", "head")
 
 
-class _Weight(NamedTuple):
+class Weight(NamedTuple):
     part: str
     role: Literal["linear", "mlp", "gate", "vector", "table", "head", "state"]
     rows: int  # of an mlp: its inner width; it is gate and up [rows, columns] and down [columns, rows]
@@ -76,47 +76,47 @@ def _nf4_bytes(rows: int, columns: int) -> int:
     return math.ceil(rows / 16) * (64 + 64 * math.ceil(blocks / 4) + 512 * blocks)
 
 
-def _main(config: ModelConfig) -> Iterator[_Weight]:
-    yield _Weight("embedding", "table", config.vocab_size, config.hidden_size)
+def _main(config: ModelConfig) -> Iterator[Weight]:
+    yield Weight("embedding", "table", config.vocab_size, config.hidden_size)
     for layer in range(config.num_hidden_layers):
         yield from _layer(config, config.is_moe(layer))
-    yield _Weight("norms", "vector", config.hidden_size)
+    yield Weight("norms", "vector", config.hidden_size)
     if not config.tie_word_embeddings:
-        yield _Weight("head", "head", config.vocab_size, config.hidden_size)
+        yield Weight("head", "head", config.vocab_size, config.hidden_size)
 
 
-def _mtp(config: ModelConfig) -> Iterator[_Weight]:
+def _mtp(config: ModelConfig) -> Iterator[Weight]:
     for _ in range(config.num_nextn_predict_layers):
         yield from _layer(config, True)
-        yield _Weight("projection", "linear", config.hidden_size, 2 * config.hidden_size)
-        yield _Weight("norms", "vector", config.hidden_size, copies=3, active=3)
+        yield Weight("projection", "linear", config.hidden_size, 2 * config.hidden_size)
+        yield Weight("norms", "vector", config.hidden_size, copies=3, active=3)
 
 
-def _layer(config: ModelConfig, moe: bool) -> Iterator[_Weight]:
+def _layer(config: ModelConfig, moe: bool) -> Iterator[Weight]:
     hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     if config.q_lora_rank is None:
-        yield _Weight("attention", "linear", heads * config.qk_head_dim, hidden)
+        yield Weight("attention", "linear", heads * config.qk_head_dim, hidden)
     else:
-        yield _Weight("attention", "linear", config.q_lora_rank, hidden)
-        yield _Weight("norms", "vector", config.q_lora_rank)
-        yield _Weight("attention", "linear", heads * config.qk_head_dim, config.q_lora_rank)
-    yield _Weight("attention", "linear", config.latent_dim, hidden)
-    yield _Weight("attention", "linear", heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
-    yield _Weight("attention", "linear", hidden, heads * config.v_head_dim)
+        yield Weight("attention", "linear", config.q_lora_rank, hidden)
+        yield Weight("norms", "vector", config.q_lora_rank)
+        yield Weight("attention", "linear", heads * config.qk_head_dim, config.q_lora_rank)
+    yield Weight("attention", "linear", config.latent_dim, hidden)
+    yield Weight("attention", "linear", heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
+    yield Weight("attention", "linear", hidden, heads * config.v_head_dim)
     if config.attention_bias:
-        yield _Weight("attention", "vector", (config.q_lora_rank or 0) + config.latent_dim + hidden)
-    yield _Weight("norms", "vector", rank)
-    yield _Weight("norms", "vector", hidden, copies=2, active=2)
+        yield Weight("attention", "vector", (config.q_lora_rank or 0) + config.latent_dim + hidden)
+    yield Weight("norms", "vector", rank)
+    yield Weight("norms", "vector", hidden, copies=2, active=2)
     if not moe:
-        yield _Weight("dense FFN", "mlp", config.intermediate_size, hidden)
+        yield Weight("dense FFN", "mlp", config.intermediate_size, hidden)
         return
     experts, inner = config.n_routed_experts, config.moe_intermediate_size
-    yield _Weight("gate", "gate", experts, hidden)
+    yield Weight("gate", "gate", experts, hidden)
     if config.topk_method == "noaux_tc":
-        yield _Weight("gate", "state", experts)
-    yield _Weight("routed experts", "mlp", inner, hidden, experts, config.num_experts_per_tok)
+        yield Weight("gate", "state", experts)
+    yield Weight("routed experts", "mlp", inner, hidden, experts, config.num_experts_per_tok)
     if config.n_shared_experts:
-        yield _Weight("shared experts", "mlp", inner * config.n_shared_experts, hidden)
+        yield Weight("shared experts", "mlp", inner * config.n_shared_experts, hidden)
 
 
 @dataclass(frozen=True)
@@ -231,15 +231,15 @@ def describe(config: ModelConfig, *, name: str = "", context: int = 4096) -> Mod
     )
 
 
-def _sum(name: str, weights: Iterable[_Weight]) -> Part:
+def _sum(name: str, weights: Iterable[Weight]) -> Part:
     parameters = [w for w in weights if w.role != "state"]
     return Part(name, sum(w.numbers * w.copies for w in parameters), sum(w.numbers * w.active for w in parameters))
 
 
-def _memory(format: str, weights: list[_Weight], config: ModelConfig) -> Memory:
+def _memory(format: str, weights: list[Weight], config: ModelConfig) -> Memory:
     tied = config.tie_word_embeddings
     if tied and format == "NF4":
-        weights, tied = [*weights, _Weight("head", "head", config.vocab_size, config.hidden_size)], False
+        weights, tied = [*weights, Weight("head", "head", config.vocab_size, config.hidden_size)], False
     total = sum(w.bytes(format) * w.copies for w in weights)
     resident = sum(w.bytes(format) * w.active for w in weights)
     lookup = 0.0 if tied else sum(w.bytes(format) * (1 - 1 / w.rows) for w in weights if w.role == "table")

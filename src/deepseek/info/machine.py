@@ -54,7 +54,7 @@ def measure_machine(folder: str | Path = ".") -> Machine:
     import torch
 
     (cpu, instructions), (memory, available) = _cpu(), ram()
-    cores, cache = _cores(), _last_level_cache()
+    cores, cache = count_cores(), _last_level_cache()
     size = min(max(256 << 20, 2 * cache), 2 << 30, available // 4)
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -112,7 +112,7 @@ def _last_level_cache() -> int:
     return sum(size for (level, _), size in sizes.items() if level == top)
 
 
-def _cores() -> int:
+def count_cores() -> int:
     """Cores that this process may use: affinity, and a container's quota rounded up."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -165,11 +165,11 @@ class LoRAExperts(_SomeExperts):
             out_TH = out_TH + 0 * torch.stack([p.sum() for p in self.parameters(recurse=False)]).sum().to(out_TH.dtype)
         for place in torch.unique(place_TK[place_TK >= 0]).tolist():
             token_P, k_P = (place_TK == place).nonzero(as_tuple=True)
-            y_PH = self._expert(place, x_TH[token_P]) * route.weight_TK[token_P, k_P].unsqueeze(1).to(x_TH.dtype)
+            y_PH = self.expert_output(place, x_TH[token_P]) * route.weight_TK[token_P, k_P].unsqueeze(1).to(x_TH.dtype)
             out_TH = out_TH.index_add(0, token_P, y_PH)
         return out_TH
 
-    def _expert(self, place: int, x_PH: Tensor) -> Tensor:
+    def expert_output(self, place: int, x_PH: Tensor) -> Tensor:
         gate_up, down = self.base.dense(self.chosen[place])
         gate, up = ops.linear(x_PH, gate_up).chunk(2, 1)
         h = ops.swiglu((gate + self._side("gate", place, x_PH)).contiguous(),

@@ -103,7 +103,7 @@ class LowRank(nn.Module):
         return a[: self.rank], b[: self.out_features, : self.rank]
 
 
-class _Adapted(nn.Module):
+class Adapted(nn.Module):
     """Holds `base`, and the LoRA matrices of adapters by name, which may hold any characters."""
 
     base: Any
@@ -128,13 +128,13 @@ class _Adapted(nn.Module):
         """The matrices of this pass, and their rows."""
         return [(self.paths[self.names[name]], rows) for name, rows in _rows.get() if name in self.names]
 
-    def train(self, mode: bool = True) -> _Adapted:
+    def train(self, mode: bool = True) -> Adapted:
         if mode:
             raise ConfigError("adapters that are served beside a base are not trained there: MoEFineTuner trains one")
         return super().train(False)
 
 
-class AdaptedLinear(_Adapted):
+class AdaptedLinear(Adapted):
     """A linear module, plain or quantized, with LoRA adapters."""
 
     def __init__(self, base: Any) -> None:
@@ -169,7 +169,7 @@ class ExpertPaths(nn.Module):
         self.register_buffer("place_E", place_E, persistent=False)
 
 
-class AdaptedExperts(_Adapted):
+class AdaptedExperts(Adapted):
     """The experts of a layer, plain or quantized, with LoRA adapters."""
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
@@ -199,14 +199,14 @@ class AdaptedExperts(_Adapted):
 
 def bare(module: Any) -> Any:
     """The module without the adapters beside it."""
-    return module.base if isinstance(module, _Adapted) else module
+    return module.base if isinstance(module, Adapted) else module
 
 
 def names_on(model: nn.Module) -> dict[str, list[str]]:
     """Adapter -> the modules that it adapts."""
     found: dict[str, list[str]] = {}
     for target, module in model.named_modules():
-        for name in module.names if isinstance(module, _Adapted) else ():
+        for name in module.names if isinstance(module, Adapted) else ():
             found.setdefault(name, []).append(target)
     return found
 
@@ -226,9 +226,9 @@ def add(model: Any, name: str, linears: Mapping[str, LowRank],
         _wrapped(model, target, AdaptedExperts).add(name, ExpertPaths(model.config.n_routed_experts, own, model.device))
 
 
-def _wrapped(model: Any, target: str, kind: type[_Adapted]) -> _Adapted:
+def _wrapped(model: Any, target: str, kind: type[Adapted]) -> Adapted:
     module = model.get_submodule(target)
-    if not isinstance(module, _Adapted):
+    if not isinstance(module, Adapted):
         module = kind(module)
         model.set_submodule(target, module)
     return module

@@ -71,7 +71,7 @@ def expert_mlp_reference(
     return out.to(x_TH.dtype)
 
 
-class _ExpertLoop(torch.autograd.Function):
+class ExpertLoop(torch.autograd.Function):
     """Forward and backward of all experts, expert by expert, every intermediate of an expert still in the cache.
 
     Sums over a token's experts run in FP32, in the order of the experts' indices. Weights of another dtype than the
@@ -133,7 +133,7 @@ class _ExpertLoop(torch.autograd.Function):
         return dx_TH.to(x.dtype) if dx_TH is not None else None, d_weight, d_in, d_out, None, None
 
 
-class _NativeExperts(torch.autograd.Function):
+class NativeExperts(torch.autograd.Function):
     """The same in one call (csrc/training.cpp): rows of an expert are a task; a token's sum is taken afterwards, in the
     same order."""
 
@@ -145,7 +145,7 @@ class _NativeExperts(torch.autograd.Function):
         both_P = x.new_empty(len(weight_P), gate_up.shape[1]) if wants_grad else None
         out = torch.empty_like(x)
         native.experts_forward(
-            *_NativeExperts.native_args(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK),
+            *NativeExperts.native_args(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK),
             address(both_P), out.data_ptr(), threads())
         if wants_grad:
             ctx.save_for_backward(x, weight_P, gate_up, down, pairs.token_P, ends_E, pairs.slot_TK, both_P)
@@ -159,7 +159,7 @@ class _NativeExperts(torch.autograd.Function):
                                      for t, want in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True))
         dout = dout_TH.to(both_P.dtype).contiguous()
         native.experts_backward(
-            *_NativeExperts.native_args(*inputs), both_P.data_ptr(), dout.data_ptr(),
+            *NativeExperts.native_args(*inputs), both_P.data_ptr(), dout.data_ptr(),
             *map(address, (dx, d_weight, d_in, d_out)), threads())
         return dx, d_weight, d_in, d_out, None, None
 
@@ -193,7 +193,7 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _grouped(x_TH: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs) -> Tensor:
+def grouped(x_TH: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs) -> Tensor:
     """All experts at once through torch's grouped product (GPUs; also the CPU loop's second reference)."""
     dtype = x_TH.dtype
     ends_E = pairs.counts_E.cumsum(0).to(torch.int32)
@@ -219,5 +219,5 @@ def expert_mlp(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: 
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         fast = trains_native(*tensors) and runs_native(*tensors) and (
             gate_up_E2IH.dtype == down_EHI.dtype and weight_P.dtype == torch.float32)
-        return (_NativeExperts if fast else _ExpertLoop).apply(*tensors, pairs, wants_grad)
-    return _grouped(x_TH, weight_P, gate_up_E2IH, down_EHI, pairs)
+        return (NativeExperts if fast else ExpertLoop).apply(*tensors, pairs, wants_grad)
+    return grouped(x_TH, weight_P, gate_up_E2IH, down_EHI, pairs)

@@ -45,7 +45,7 @@ def product(a: Tensor, b: Tensor, x: Tensor, dtype: torch.dtype, *, a_transposed
     return out
 
 
-class _Linear(torch.autograd.Function):
+class Linear(torch.autograd.Function):
     """y = x W^T (+ b) with both gradients on the same units; weights and their gradient keep the weight's dtype."""
 
     @staticmethod
@@ -86,5 +86,5 @@ def linear(x: Tensor, w_OK: Tensor, b_O: Tensor | None = None) -> Tensor:
     """x[..., K] -> [..., O] in the dtype of x: `torch.nn.functional.linear(x, w.to(x.dtype), b.to(x.dtype))`."""
     if x.dtype == w_OK.dtype and (x.dtype == torch.float32 or fast_bf16(x.device.type)):
         return torch.nn.functional.linear(x, w_OK, b_O)
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), w_OK, b_O)
+    y = Linear.apply(x.reshape(-1, x.shape[-1]), w_OK, b_O)
     return y.view(*x.shape[:-1], w_OK.shape[0])

@@ -22,7 +22,7 @@ CHUNK_BYTES = 32 << 20  # logits held at a time: enough rows for the products, l
 IGNORE = -100
 
 
-def _chunk_rows(vocab: int) -> int:
+def chunk_rows(vocab: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocab))
 
 
@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if want_x else None
         dw = torch.zeros_like(wide) if want_w else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        rows = min(_chunk_rows(w_VH.shape[0]), max(1, len(x)))
+        rows = min(chunk_rows(w_VH.shape[0]), max(1, len(x)))
         buffer = x.new_empty(rows, w_VH.shape[0])
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
@@ -86,7 +86,7 @@ def _native_loss(x_MH: Tensor, w_VH: Tensor, labels_M: Tensor, scale: Tensor, wa
     dw = torch.empty_like(w_VH, dtype=torch.float32) if want_w else None
     native.head_loss(
         x_MH.data_ptr(), dtype_code(x_MH), w_VH.data_ptr(), dtype_code(w_VH, x_MH), labels.data_ptr(), rows,
-        hidden, vocab, scale.item(), min(_chunk_rows(vocab), max(1, rows)), loss.data_ptr(), address(dx),
+        hidden, vocab, scale.item(), min(chunk_rows(vocab), max(1, rows)), loss.data_ptr(), address(dx),
         address(dw), threads())
     return loss.sum() * scale, dx, dw
 

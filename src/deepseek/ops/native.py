@@ -53,22 +53,22 @@ def runs_native(*tensors: Tensor) -> bool:
 _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
-def _has_bf16_units() -> bool:
+def has_bf16_units() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
 
 
-def _bf16() -> str:
+def choose_bf16() -> str:
     """How BF16 products are computed on the CPU: "torch" on BF16 units (AVX512-BF16, AMX) through torch, "native" on
     FP32 units. DEEPSEEK_BF16 says which; without it, torch wherever it has units that ONEDNN_MAX_CPU_ISA leaves on."""
     asked = os.environ.get("DEEPSEEK_BF16", "")
     if asked not in ("", "native", "torch"):
         raise ConfigError(f"DEEPSEEK_BF16 = {asked!r}: must be native (FP32 units) or torch (its BF16 products)")
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    units = limit.upper() not in _WITHOUT_BF16 and _has_bf16_units()
+    units = limit.upper() not in _WITHOUT_BF16 and has_bf16_units()
     return asked or ("torch" if units else "native")
 
 
-BF16 = _bf16()
+BF16 = choose_bf16()
 # without vector instructions torch is faster, but the plain kernels run where they are asked for
 CHOSEN = isa() != "scalar" or os.environ.get("DEEPSEEK_ISA") == "scalar"
 

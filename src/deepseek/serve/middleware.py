@@ -135,7 +135,7 @@ class Guard:
     def _admit(self, scope: Scope) -> int:
         """The length that a request's header states. Raises ServeError for one that is refused unread."""
         headers = dict(scope["headers"])
-        if self.checks_hosts and not self._is_allowed_host(host := headers.get(b"host", b"").decode("latin-1")):
+        if self.checks_hosts and not self.is_allowed_host(host := headers.get(b"host", b"").decode("latin-1")):
             raise ServeError(403, f"host = {host!r:.200}: must be a name of this machine; --allowed_host gives "
                              "further ones", code="host_not_allowed")
         if self.keys and scope["path"] not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
@@ -152,7 +152,7 @@ class Guard:
             raise busy(f"the requests under way have {self.held:,} bytes: {self.bytes:,} may be held")
         return length
 
-    def _is_allowed_host(self, header: str) -> bool:
+    def is_allowed_host(self, header: str) -> bool:
         name = host_name(header)
         if name is None:
             return False

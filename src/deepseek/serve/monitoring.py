@@ -98,7 +98,7 @@ class Watch:
     def begin(self, answer: str, http: Request, user: str | None, text: str, requests: Sequence[Generation]) -> None:
         """Label the requests of an answer, before they run."""
         client = "".join(c if c.isprintable() else "?" for c in (user or key_name(http))[:CLIENT])
-        tags = {"client": client, "language": self._language(text)}
+        tags = {"client": client, "language": self.language_of(text)}
         if self.llm.adapters:
             tags["adapter"] = requests[0].adapter or self.monitor.model
         for request in requests:
@@ -109,7 +109,7 @@ class Watch:
         if len(self.answers) > ANSWERS:
             self.answers.popitem(last=False)
 
-    def _language(self, text: str) -> str:
+    def language_of(self, text: str) -> str:
         """The text's language, "und" while the table is being loaded."""
         return NONE if self.identify is None else self.identify(text)
 

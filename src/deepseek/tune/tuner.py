@@ -101,7 +101,7 @@ class MoEFineTuner:
         if config.threshold is not None and config.expert_tune != "auto":
             raise ConfigError(f"threshold = {config.threshold}: has a meaning only with expert_tune = auto")
         self.folder, self.model_path = resolve(model_path), str(model_path)
-        self.out = Path(out) if out is not None else _run_folder(self.model_path, self.folder)
+        self.out = Path(out) if out is not None else run_folder(self.model_path, self.folder)
         beside = self.folder / "atlas.json"
         self.atlas = Atlas.load(config.atlas or beside) if config.atlas or beside.is_file() else None
         names = adapter.experts if adapter else config.expert_freeze or config.expert_tune
@@ -435,7 +435,7 @@ def _renamed(former: str, value: Any, name: str, given: Any) -> Any:
     return rename(both, {former: name}).get(name)
 
 
-def _run_folder(model: str, folder: Path) -> Path:
+def run_folder(model: str, folder: Path) -> Path:
     """Return the default folder of a run: one per model, the same at every call."""
     where = folder.resolve()
     local = Path(model).expanduser().is_dir()

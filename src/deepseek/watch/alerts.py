@@ -71,12 +71,12 @@ class Alerts:
             which: replace(alert, since=self.firing[which].since) if which in self.firing else alert
             for which, alert in found.items()}
         for which in self.firing.keys() - before.keys():
-            self._notify(self.firing[which], True)
+            self.notify(self.firing[which], True)
         for which in before.keys() - self.firing.keys():
-            self._notify(before[which], False)
+            self.notify(before[which], False)
         return list(self.firing.values())
 
-    def _notify(self, alert: Alert, begins: bool) -> None:
+    def notify(self, alert: Alert, begins: bool) -> None:
         for sink in self.sinks:
             try:
                 sink(alert, begins)
