@@ -38,7 +38,8 @@ def test_whole_checkpoints_run(kinds: tuple[Path, list[Kind]]) -> None:
     for kind in {kind.name: kind for kind in every}.values():
         for number, command in enumerate(kind.commands):
             out = root / f"whole-{kind.name}-{number}".replace(" ", "-")
-            status, errors = run(command, {"FOLDER": kind.folder, "MODEL": root / "whole", "OUT": out})
+            status, errors = run(command, {"FOLDER": kind.folder, "MODEL": root / "whole", "BASE": root / "base",
+                                            "OUT": out})
             assert status == 0, f"{kind.name}: {command}: {errors}"
 
 

@@ -13,6 +13,7 @@ import pytest
 from deepseek.cli.atlas import ProfileOptions
 from deepseek.cli.chat import ChatOptions
 from deepseek.cli.common import AnswerOptions, MachineOptions, ModelOptions
+from deepseek.cli.experts import CalibrationOptions, ExportOptions, FolderOptions, SignatureOptions
 from deepseek.cli.infer import PromptOptions
 from deepseek.cli.info import InfoOptions
 from deepseek.cli.merge import MergeOptions
@@ -43,7 +44,9 @@ TITLES = {
     AnswerOptions: "Experts of an answer: `deepseek infer`, `chat`", InfoOptions: "`deepseek info`",
     ProfileOptions: "`deepseek atlas profile`; the sample: `compare`, too", QuantizeOptions: "`deepseek quantize`",
     MergeOptions: "`deepseek merge`", UpcycleOptions: "`deepseek upcycle`",
-    ValidateSettings: "`deepseek data validate`",
+    FolderOptions: "`deepseek experts install`, `remove`",
+    SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",
+    ExportOptions: "`deepseek experts export`", ValidateSettings: "`deepseek data validate`",
     DedupSettings: "`deepseek data dedup`", LabelSettings: "`deepseek data label`",
     SplitSettings: "`deepseek data split`", PackSettings: "`deepseek data pack`",
     MachineOptions: "Machine: commands that run a model"}

@@ -74,26 +74,33 @@ def read_json(
     path = Path(path)
     start = f"{path}: {what}: " if what else f"{path}: "
     try:
-        text = _text_of(path)
+        return parse_json(_text_of(path), finite=finite)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError as failure:
+        raise error(f"{start}not valid JSON: {not_utf8(failure)}") from None
+    except OSError as failure:
+        raise error(f"{start}cannot be read: {failure.strerror or failure}") from None
+    except ValueError as failure:
+        raise error(f"{start}{failure}") from None
+
+
+def parse_json(text: str, *, finite: bool = True) -> dict[str, Any]:
+    """The object of a JSON text. Raises ValueError with the mistake, as `read_json` says."""
+    try:
         value = json.loads(text, object_pairs_hook=_object)
         if isinstance(value, dict | list) and (odd := not_finite(value)) and finite:
             raise ValueError(f"{odd} is no number of JSON")
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file") from None
-    except OSError as failure:
-        raise error(f"{start}cannot be read: {failure.strerror or failure}") from None
     except UnicodeEncodeError:
-        raise error(f"{start}not valid JSON: a text has half a character (a lone surrogate)") from None
-    except UnicodeDecodeError as failure:
-        raise error(f"{start}not valid JSON: {not_utf8(failure)}") from None
+        raise ValueError("not valid JSON: a text has half a character (a lone surrogate)") from None
     except RecursionError:
-        raise error(f"{start}not valid JSON: must be nested at most {_DEPTH} deep") from None
+        raise ValueError(f"not valid JSON: must be nested at most {_DEPTH} deep") from None
     except ValueError as failure:  # a number of thousands of digits, say
-        raise error(f"{start}not valid JSON: {failure}") from None
+        raise ValueError(f"not valid JSON: {failure}") from None
     if not isinstance(value, dict):
-        raise error(f"{start}must be a JSON object, got {type(value).__name__}")
+        raise ValueError(f"must be a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -34,11 +34,12 @@ from deepseek.checkpoint import EXPERT_USE, MANIFEST, load_model, save_delta, sa
 from deepseek.checkpoint.identity import base_tensors, fingerprint, tensor_hashes
 from deepseek.cli import main
 from deepseek.config import ModelConfig, YarnScaling
-from deepseek.convert import quantize
+from deepseek.convert import install, quantize
 from deepseek.model import CausalLM
 from deepseek.tokenizer import CHAT_TEMPLATE, Tokenizer
 from deepseek.tune import LoRAAdapter
 from tests.helpers import layouts
+from tests.helpers.expert_packages import make_base, make_package
 
 SECONDS = 60.0  # of a command
 PROMPT = "ab 混 12"
@@ -56,7 +57,7 @@ class Kind(NamedTuple):
 
 
 def make_kinds(root: Path) -> list[Kind]:
-    """FOLDER in a command is the changed copy, MODEL a whole checkpoint, OUT a fresh name."""
+    """FOLDER in a command is the changed copy, MODEL a whole checkpoint, BASE a dense one, OUT a fresh name."""
     tokenizer = Tokenizer.train(["the quick brown fox 12345\n混合专家模型 " * 8], 300)
     config = ModelConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
@@ -116,11 +117,22 @@ def make_kinds(root: Path) -> list[Kind]:
     adapters = ("delta", "peft", "side", "esft")
     for name in adapters[:3]:
         (root / name / MANIFEST).unlink()
+    dense = make_base(root / "base")
+    package = make_package(root, dense, "law")
+    (root / "package").mkdir()
+    shutil.copyfile(package, root / "package" / "law.safetensors")
+    install(package, dense, out=root / "grown")
+    (root / "grown" / MANIFEST).unlink()
+    packages = (("experts", "verify", "FOLDER/law.safetensors"),
+                ("experts", "install", "BASE", "FOLDER/law.safetensors", "--out", "OUT"))
+    groups = (("experts", "list", "FOLDER"), ("experts", "verify", "FOLDER"), infer,
+              ("experts", "remove", "FOLDER", "law", "--out", "OUT"))
     often = {"plain": 8, "four bits": 3, "Kimi-K2-Thinking": 2}
     kinds = [Kind("plain", plain, use), Kind("with manifest", listed, use[:2]),
              Kind("four bits", root / "nf4-plain", back),
              *(Kind(name, layouts.write(root / name, name), use[:-1]) for name in ("DeepSeek-V3", "Kimi-K2-Thinking")),
-             *(Kind(name, root / name, attached) for name in adapters)]
+             *(Kind(name, root / name, attached) for name in adapters),
+             Kind("package", root / "package", packages), Kind("grown", root / "grown", groups)]
     return [kind for kind in kinds for _ in range(often.get(kind.name, 1))]
 
 
@@ -304,9 +316,15 @@ def fault_of(status: int, errors: str) -> str | None:
     return f"a line of {len(lines[-1])} characters" if lines and len(lines[-1]) > 1500 else None
 
 
+def placed(command: tuple[str, ...], places: dict[str, Path]) -> list[str]:
+    """The words with the names of places, or those that begin with one and a slash, as paths."""
+    parts = [word.partition("/") for word in command]
+    return [f"{places[head]}{slash}{rest}" if head in places else head + slash + rest for head, slash, rest in parts]
+
+
 def run(command: tuple[str, ...], places: dict[str, Path]) -> tuple[int, str]:
     """In this process: (status, standard error)."""
-    words = [str(places.get(word, word)) for word in command]
+    words = placed(command, places)
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
         status = main(words)
     return status, errors.getvalue()
@@ -324,7 +342,7 @@ def run_apart(command: tuple[str, ...], places: dict[str, Path], seconds: float 
             sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             status = 99
             try:
-                status = main([str(places.get(word, word)) for word in command])
+                status = main(placed(command, places))
             except SystemExit as leaving:
                 status = int(leaving.code or 0)
             except BaseException:
@@ -352,7 +370,8 @@ def attempt(kind: Kind, seed: int, root: Path, runner: Callable[..., tuple[int, 
         what = change(folder, random.Random(seed))
         for command in kind.commands:
             out = root / f"out-{seed}"
-            status, errors = runner(command, {"FOLDER": folder, "MODEL": root / "whole", "OUT": out})
+            places = {"FOLDER": folder, "MODEL": root / "whole", "BASE": root / "base", "OUT": out}
+            status, errors = runner(command, places)
             said = next((line for line in errors.splitlines()[::-1] if line.startswith("deepseek: ")), errors[-300:])
             fault = fault_of(status, errors)
             if fault is None and status and (left := list(root.glob(f"out-{seed}*"))):

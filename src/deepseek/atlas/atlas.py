@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,6 +195,19 @@ class Atlas:
         return Atlas(self.shape, [*kept, *(g for g in newer.groups if g.name not in placed)],
                      [*(r for r in self.refused if r.name not in said), *newer.refused])
 
+    def renumbered(self, config: ModelConfig, old: Sequence[int | None], reason: str = "") -> Atlas:
+        """The atlas of a model whose expert i is the former one of number old[i] in every layer, or new (None). A name
+        whose experts are all gone goes too; one that lost some is refused for `reason`."""
+        place = {before: now for now, before in enumerate(old) if before is not None}
+        groups, refused = [], [*self.refused]
+        for group in self.groups:
+            left = [ExpertId(layer, place[index]) for layer, index in group.experts if index in place]
+            if len(left) == len(group.experts):
+                groups.append(replace(group, experts=ExpertSet(left)))
+            elif left:
+                refused.append(RejectedGroup(group.name, reason, group.evidence, group.measured))
+        return Atlas(Shape.of(config), groups, refused)
+
     # ---- the file ---------------------------------------------------------------------------------------------
 
     @classmethod
@@ -254,9 +267,9 @@ class Atlas:
                 raise ValueError(f"{name}: kind = {group['kind']!r}: must be built-in or measured")
             groups.append(NamedGroup(name, group["kind"], ExpertSet(map(ExpertId.parse, group["experts"])),
                                      tuple(map(float, group["scores"])), _numbers(name, group["evidence"]),
-                                     _measurement(group["measured"])))
+                                     measurement_of(group["measured"])))
         refused = [RejectedGroup(name, str(rejected["reason"]), _numbers(name, rejected["evidence"]),
-                           _measurement(rejected["measured"])) for name, rejected in keys["refused"].items()]
+                           measurement_of(rejected["measured"])) for name, rejected in keys["refused"].items()]
         return cls(shape, groups, refused)
 
 
@@ -293,7 +306,8 @@ def _plain(measured: Measurement | None) -> dict[str, Any] | None:
     return {"beside" if key == "compared_with" else key: value for key, value in keys.items()}  # the file's older word
 
 
-def _measurement(keys: dict[str, Any] | None) -> Measurement | None:
+def measurement_of(keys: Mapping[str, Any] | None) -> Measurement | None:
+    """Read a measurement of an atlas.json. Raises KeyError, TypeError or ValueError for one that is none."""
     if keys is None:
         return None
     files = tuple((str(name), digest) for name, digest in keys["files"])

@@ -17,6 +17,7 @@ Shape letters: L layers with routed experts, E experts, K experts a token, T tok
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ class ExpertUsage:
         for adapter, part in older.adapters.items():
             if part.tokens > 1:
                 self.part(adapter).add_aged(part)
+
+    def renumbered(self, old: Sequence[int | None]) -> ExpertUsage:
+        """The same counts where expert i is the former one of number old[i], or new (None)."""
+        out = ExpertUsage.__new__(ExpertUsage)
+        out._start(self.layers, len(old), self.top_k)
+        now = [i for i, before in enumerate(old) if before is not None]
+        before = [i for i in old if i is not None]
+        out.tokens = self.tokens
+        out.counts_LE[:, now], out.weights_LE[:, now] = self.counts_LE[:, before], self.weights_LE[:, before]
+        out.adapters = {name: part.renumbered(old) for name, part in self.adapters.items()}
+        return out
 
     def add(self, routing: RoutingRecord, mask_T: Tensor | None = None) -> None:
         """Count one call's routes. mask_T: False for tokens that are padding.

@@ -41,15 +41,17 @@ from .models import (
     to_dtype,
 )
 from .names import INDEX, PAGE, find_config, hf_names, outside_index, packed_bytes, quantized_targets, resolve, units
+from .packages import ExpertPackage, PackageInfo, read_package, write_package
 from .several import UNNAMED, put_beside, read_several, sort_out
 
 __all__ = [
-    "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "UNNAMED", "AdaptedFiles", "Dtype", "Span",
-    "TensorFiles", "Verdict", "attach_adapter", "base_tensors", "check_manifest", "check_names", "check_targets",
-    "check_tensors", "hf_names", "expert_spans", "find_config", "fingerprint", "load_model", "open_checkpoint",
-    "outside_index", "packed_bytes", "put_beside", "quantized_targets", "read_several", "resolve", "save_adapter",
-    "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units",
-    "verdict", "write_manifest",
+    "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "UNNAMED", "AdaptedFiles", "Dtype", "ExpertPackage",
+    "PackageInfo", "Span", "TensorFiles", "Verdict", "attach_adapter", "base_tensors", "check_manifest",
+    "check_names", "check_targets", "check_tensors", "expert_spans", "find_config", "fingerprint", "hf_names",
+    "load_model", "open_checkpoint", "outside_index", "packed_bytes", "put_beside", "quantized_targets",
+    "read_package", "read_several", "resolve", "save_adapter", "save_delta", "save_model", "sort_out",
+    "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units", "verdict", "write_manifest",
+    "write_package",
 ]
 
 if not TYPE_CHECKING:

@@ -59,7 +59,7 @@ def tensor_hashes(model: CausalLM, progress: Progress | None = None) -> dict[str
     tensors = base_tensors(model)
     out: dict[str, str] = {}
     for name, tensor in tensors.items():
-        out[name] = _digest(tensor.dtype, tuple(tensor.shape), [tensor])
+        out[name] = digest_of(tensor.dtype, tuple(tensor.shape), [tensor])
         if progress is not None:
             progress(len(out), len(tensors))
     return out
@@ -73,11 +73,11 @@ def stored_fingerprint(config: ModelConfig, files: TensorFiles, dtype: torch.dty
     for name, tensor in ProgressBar(tensors.items(), desc="hash the source", unit="tensor", leave=False,
                                     disable=not progress):
         kind, shape = torch.float32 if name.endswith("correction_bias") else dtype, tuple(tensor.shape)
-        out[name] = _digest(kind, shape, (files.read_rows(name, *rows, kind) for rows in row_blocks(shape)))
+        out[name] = digest_of(kind, shape, (files.read_rows(name, *rows, kind) for rows in row_blocks(shape)))
     return fingerprint(out, config)
 
 
-def _digest(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> str:
+def digest_of(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> str:
     digest = hashlib.sha256(f"{dtype} {list(shape)} ".encode())
     for block in blocks:
         digest.update(block.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -26,6 +26,7 @@ from ..tokenizer import Tokenizer
 
 SHARD_BYTES = 1 << 30  # what a crash can cost
 REPORT = "quantization.json"
+GROWN = "experts.json"  # what a grown model says of its base and groups (convert/packages.py)
 OLD_REPORT = "quantisation.json"  # its name in checkpoints of 0.1
 JOURNAL = "journal.json"
 
@@ -160,20 +161,24 @@ def _stamps(folder: Path, about: str) -> dict[str, list[int]]:
 
 
 def _texts(folder: Path) -> list[Path]:
-    """The small files that go along with the weights. Raises CheckpointError for a link that leads out of the folder;
-    those of the hub's cache lead to its own blobs."""
-    ours = {"config.json", INDEX, MANIFEST, REPORT, OLD_REPORT, EXPERT_USE}
-    home = folder.resolve()
-    homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    """The small files that go along with the weights. Raises CheckpointError as `check_inside` does."""
+    ours = {"config.json", INDEX, MANIFEST, REPORT, OLD_REPORT, EXPERT_USE, GROWN}
     found = []
     for file in sorted(folder.iterdir()):
         small = file.suffix in (".json", ".jinja", ".txt", ".model", ".md") or file.name.startswith("LICENSE")
         if small and file.is_file() and file.name not in ours:
-            if not any((target := file.resolve()).is_relative_to(allowed) for allowed in homes):
-                raise CheckpointError(f"{file}: leads out of the checkpoint, to {target}: put a copy in its place, or "
-                                      "remove it")
+            check_inside(folder, file)
             found.append(file)
     return found
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raises CheckpointError for a link that leads out of the folder; those of the hub's cache lead to its blobs."""
+    home = folder.resolve()
+    homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    if not any((target := file.resolve()).is_relative_to(allowed) for allowed in homes):
+        raise CheckpointError(f"{file}: leads out of the checkpoint, to {target}: put a copy in its place, or "
+                              "remove it")
 
 
 def write_file(path: Path, parts: list[Part], progress: Callable[[int], object]) -> dict[str, Any]:

@@ -1,0 +1,292 @@
+"""Expert packages into a model and out of it: install, remove, export, verify.
+
+A group's bias does not depend on the other groups: it is set on the base's own hidden states of general text, so that
+the score of every group there (the sum of its two best s + b) has the same mean, 2. What is installed first is nothing
+to what comes later, and after a removal from the middle a model is what installing the others makes of the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import TORCH_DTYPES, check_manifest, load_model, resolve, stored_dtype
+from ..checkpoint.identity import check_base
+from ..checkpoint.packages import (
+    PRECISIONS,
+    ExpertPackage,
+    bias_name,
+    gate_name,
+    packed_name,
+    packed_size,
+    plain_names,
+    read_package,
+    write_package,
+)
+from ..config import ModelConfig
+from ..errors import CheckpointError, ConfigError, DataError, shown
+from ..files import locked, read_json
+from ..model.experts import MoE
+from ..quant.linear import QuantizedExperts, QuantizedMLP
+from ..quant.pack import quantize_panels
+from .grown import (
+    Contents,
+    Group,
+    Grown,
+    GrownModel,
+    Held,
+    grown_shape,
+    plain_dtype,
+    restored,
+    start,
+    weight_file,
+    write_model,
+)
+from .writing import Part, free_folder
+
+CALIBRATION = "calibration.json"  # general text as token ids, in a base's folder
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Result of `install`."""
+
+    path: Path
+    group: Group
+    place: int
+
+
+def install(
+    package: str | Path, model: str | Path, *, out: str | Path | None = None, trust: Sequence[str | Path] = (),
+    require_signature: bool = False, calibration: Sequence[Sequence[int]] | None = None, overwrite: bool = False,
+) -> Installed:
+    """Append a package's experts to a model as one more routing group, in place or (out) in a new folder; at every
+    instant the folder is the old model or the new one, and after an interruption the same call can be made again.
+
+    trust, require_signature: as in `read_package`. calibration: token ids of general text, a list a document, to set
+    the group's bias on; else those of calibration.json in the model's folder; without both the bias is the package's.
+    Raises NotFoundError, ConfigError or CheckpointError naming what does not fit: another base, tokenizer or shape than
+    those of the model, a name that is there already.
+    """
+    opened = read_package(package, trust=trust, require_signature=require_signature)
+    info = opened.info
+    if not opened.trusted:
+        warnings.warn(f"{opened.path}: {info.name}: {opened.signer}", stacklevel=2)
+    with locked(target := _target(model, out, overwrite)):
+        there = GrownModel(model)
+        if out is not None:
+            free_folder(out, overwrite, there.folder)
+        folder, config = there.folder, there.config
+        opened.check_fits(config)
+        grown = there.grown or start(there)
+        check_base([grown.base, *filter(None, [grown.source])], [info.base], f"{opened.path}: {info.name}")
+        if info.tokenizer != grown.tokenizer:
+            raise CheckpointError(f"{opened.path}: {info.name}: made for another tokenizer: its hash is "
+                                  f"{info.tokenizer!s:.16}…, that of {folder} {grown.tokenizer!s:.16}…")
+        if grown.groups and grown_shape(info) != (shape := grown_shape(grown.groups[0].info)):
+            raise CheckpointError(f"{opened.path}: {info.name}: has {_told(grown_shape(info))}: must have "
+                                  f"{_told(shape)}, as {grown.names[0]}")
+        if info.name in grown.names:
+            raise ConfigError(f"{folder}: a package {info.name!r} is installed already: remove it first")
+        bias = [opened.files.read(bias_name(layer)) for layer in info.layers]
+        ids = _calibration(folder, config) if calibration is None else _checked(calibration, config, "calibration")
+        own = tuple(tuple(row.tolist()) for row in bias)
+        group = Group(replace(info, tensors={}), opened.sha256, opened.signer, own, sum(map(len, ids)))
+        if ids:
+            bias = _calibrated(there, opened, ids)
+        contents: list[Contents] = [*(Held(there, place) for place in range(len(grown.groups))),
+                                    Incoming(opened, bias, plain_dtype(there))]
+        write_model(target, there, replace(grown, groups=(*grown.groups, group)), contents)
+    return Installed(target, group, len(grown.groups))
+
+
+def remove(model: str | Path, name: str, *, out: str | Path | None = None, overwrite: bool = False) -> Path:
+    """Take a package's experts out of a model, in place or in a new folder. The folder is then what it would be had the
+    package never been installed; with the last one gone it is the base's, byte for byte. Raises as `install` does."""
+    with locked(target := _target(model, out, overwrite)):
+        there = GrownModel(model)
+        if out is not None:
+            free_folder(out, overwrite, there.folder)
+        grown = there.need_grown()
+        place = grown.place(name, there.folder)
+        rest = [i for i in range(len(grown.groups)) if i != place]
+        groups = tuple(grown.groups[i] for i in rest)
+        write_model(target, there, replace(grown, groups=groups), [Held(there, i) for i in rest])
+    return target
+
+
+def export(
+    model: str | Path, name: str, out: str | Path, *, license: str | None = None, card: Mapping[str, Any] | None = None,
+    key: str | Path | None = None,
+) -> ExpertPackage:
+    """Write an installed group as a package: its experts in the precision in which the model has them, with the bias
+    that it came with. license, card: others than it came with. key: to sign with. Raises as `install` does."""
+    there = GrownModel(model)
+    grown = there.need_grown()
+    place = grown.place(name, there.folder)
+    held, info = Held(there, place), grown.groups[place].info
+    if there.quant is None:
+        precision = str(stored_dtype(there.files)).removeprefix("torch.")
+    else:
+        precision = there.quant.format
+        if plain := [layer for layer in info.layers if held.packed(layer) is None]:
+            raise ConfigError(f"{there.folder}: {name}: the experts of layer {plain[0]} are plain and others packed: "
+                              "export them from a model that has all of one kind")
+    info = replace(info, precision=precision, license=license or info.license, card=info.card if card is None else card)
+    bias = dict(zip(info.layers, grown.groups[place].bias, strict=True))
+    tensors: dict[str, Tensor] = {}
+    for layer in info.layers:
+        tensors |= {gate_name(layer): held.rows(layer), bias_name(layer): torch.tensor(bias[layer])}
+        for e in range(info.experts):
+            for name_there, name_here in zip(held.names(layer, e, place), held.names(layer, e, 0), strict=True):
+                tensors[name_here] = there.files.read(name_there)
+    return write_package(out, info, tensors, key=key)
+
+
+def installed(model: str | Path) -> Grown | None:
+    """What a model's folder says of its packages; None without any. Raises CheckpointError for a damaged one."""
+    return Grown.read(resolve(model))
+
+
+def verify_model(model: str | Path) -> Grown:
+    """Compare every byte of a grown model with its manifest, and of its base with the hashes that it notes."""
+    folder = resolve(model)
+    check_manifest(folder)
+    there = GrownModel(folder)
+    grown = there.need_grown()
+    for name, stated in grown.weights.items():
+        digest = hashlib.sha256()
+        for chunk in restored(there, name):
+            digest.update(chunk)
+        if digest.hexdigest() != stated:
+            raise CheckpointError(f"{folder / weight_file(name)}: altered: it would not be the base's file")
+    return grown
+
+
+def _told(shape: tuple[tuple[int, ...], int, int]) -> str:
+    layers, experts, width = shape
+    return f"{experts} experts of width {width} in layers {layers[0]} to {layers[-1]}"
+
+
+def _target(model: str | Path, out: str | Path | None, overwrite: bool) -> Path:
+    """The folder to write."""
+    if overwrite and out is None:
+        raise ConfigError("overwrite = True: has a meaning only with out")
+    if out is None and not Path(model).expanduser().is_dir():
+        resolve(model, weights=False)
+        raise ConfigError(f"out: must be given, because {model} is not a local folder to change")
+    return resolve(model) if out is None else Path(out)
+
+
+# ---- calibration ----------------------------------------------------------------------------------------------------
+
+
+def _calibration(folder: Path, config: ModelConfig) -> list[Sequence[int]]:
+    file = folder / CALIBRATION
+    if not file.is_file():
+        return []
+    keys = read_json(file, DataError, "not general text as token ids")
+    if keys.get("format") != 1 or not isinstance(keys.get("tokens"), list):
+        raise DataError(f"{file}: not general text as token ids: must have format 1 and tokens, lists of ids")
+    return _checked(keys["tokens"], config, f"{file}: tokens")
+
+
+def _checked(ids: Sequence[Sequence[int]], config: ModelConfig, what: str) -> list[Sequence[int]]:
+    for row in ids:
+        if not isinstance(row, Sequence) or not row or not all(
+                type(i) is int and 0 <= i < config.vocab_size for i in row):
+            raise DataError(f"{what}: {shown(row)}: must be lists of token ids from 0 to {config.vocab_size - 1}")
+    if not ids:
+        raise DataError(f"{what}: holds no text")
+    return [row[: config.max_position_embeddings] for row in ids]
+
+
+@torch.no_grad()
+def _calibrated(there: GrownModel, package: ExpertPackage, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The bias of every layer's experts, from the base's hidden states of this text (see above)."""
+    model, info = load_model(there.folder), package.info
+    model.layer_runner = None  # its modules are to be watched
+    best: dict[int, list[float]] = {layer: [] for layer in info.layers}
+    for layer, sums in best.items():
+        block: Any = model.model.layers[layer]
+        block.mlp = mlp = _dense(block.mlp)
+        rows = package.files.read(gate_name(layer)).float()
+
+        def score(_: nn.Module, args: tuple[Tensor, ...], rows: Tensor = rows, sums: list[float] = sums) -> None:
+            s_TE = (args[0].flatten(0, -2).float() @ rows.t()).sigmoid()
+            sums.append(float(s_TE.topk(2).values.double().sum()))
+
+        mlp.register_forward_pre_hook(score)
+    for row in ids:
+        model.hidden(torch.tensor([row]))
+    tokens = sum(map(len, ids))
+    return [torch.full((info.experts,), 1 - sum(best[layer]) / tokens / 2) for layer in info.layers]
+
+
+def _dense(mlp: nn.Module) -> nn.Module:
+    """The FFN of the base's layer."""
+    if not isinstance(mlp, MoE):
+        return mlp
+    experts = mlp.experts
+    if isinstance(experts, QuantizedExperts) and experts.shared is not None:
+        return QuantizedMLP(experts.shared, experts.shared_inner, experts.table.bits)
+    return mlp.shared_experts
+
+
+# ---- a package's tensors --------------------------------------------------------------------------------------------
+
+
+class Incoming:
+    """Those of a package, in the model's format."""
+
+    place = None
+
+    def __init__(self, package: ExpertPackage, bias: Sequence[Tensor], dtype: str | None) -> None:
+        """dtype: of the model's weights; None takes the package's own, or BF16 where it is packed."""
+        self.package, self.info = package, package.info
+        self.dtype = dtype or PRECISIONS.get(self.info.precision, "BF16")
+        self._bias = dict(zip(self.info.layers, bias, strict=True))
+
+    def rows(self, layer: int) -> Tensor:
+        return self.package.files.read(gate_name(layer))
+
+    def bias(self, layer: int) -> Tensor:
+        return self._bias[layer]
+
+    def parts(self, place: int, packed: Mapping[int, int | None]) -> Iterator[Part]:
+        info = self.info
+        for layer in info.layers:
+            for e in range(info.experts):
+                number, bits = place * info.experts + e, packed[layer]
+                if bits:
+                    size = packed_size(info.hidden, info.width, bits)
+                    yield Part(packed_name(layer, number), "U8", (size,), partial(self._packed, layer, e, bits, size))
+                    continue
+                wide, narrow = (info.width, info.hidden), (info.hidden, info.width)
+                for which, name in enumerate(plain_names(layer, number)):
+                    yield Part(name, self.dtype, narrow if which == 2 else wide, partial(self._plain, layer, e, which))
+
+    def _plain(self, layer: int, expert: int, which: int) -> Iterator[Tensor]:
+        yield self._finite(self.package.expert(layer, expert)[which].to(TORCH_DTYPES[self.dtype]), layer, expert)
+
+    def _packed(self, layer: int, expert: int, bits: int, size: int) -> Iterator[Tensor]:
+        if bits == self.info.bits:
+            yield self.package.files.read(packed_name(layer, expert))
+            return
+        parts = self.package.expert(layer, expert)
+        gate, up, down = (quantize_panels(part.float().contiguous(), bits)[0] for part in parts)
+        data = torch.cat((torch.stack((gate, up), 1).flatten(), down.flatten()))
+        yield torch.cat((data, data.new_zeros(size - len(data))))
+
+    def _finite(self, tensor: Tensor, layer: int, expert: int) -> Tensor:
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{self.package.path}: expert {layer}.{expert} is beyond what {self.dtype} can hold")
+        return tensor
