@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.cli.main import COMMANDS, make_parser
-from deepseek.cli.parser import Parser, Switch, json_object
+from deepseek.cli.parser import Parser, Switch
 from deepseek.deepopt.settings import RunConfig
 from deepseek.tune.settings import TuneConfig
 
@@ -68,7 +69,7 @@ def test_flags_are_spelled_with_hyphens_or_underscores(parser: Parser) -> None:
     try:
         for flag, action in long_flags(parser):
             value = {int: ["3"], float: ["0.5"]}.get(action.type, [str(next(iter(action.choices or ["a=b"])))])  # type: ignore[call-overload]
-            value = [] if action.nargs == 0 else ['{"a": 1}'] if action.type is json_object else value
+            value = [] if action.nargs == 0 else ['{"a": 1}'] if action.type is json.loads else value
             usual = [vars(parser.parse_args(words)) for words in (
                 [flag, *value], [flag.replace("_", "-"), *value], [flag, *value][:1] if not value else [
                     f"{flag.replace('_', '-')}={value[0]}"])]

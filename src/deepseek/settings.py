@@ -7,6 +7,7 @@ passes where the type says so.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,7 @@ SWITCH: Rule = "must be true or false", lambda v: isinstance(v, bool)
 TEXT: Rule = "must be a text", lambda v: isinstance(v, str)
 TEXTS: Rule = "must be texts, none of them empty", lambda v: isinstance(v, tuple) and all(
     isinstance(one, str | Path) and str(one) for one in v)
+JSON: Rule = "must be an object of JSON values, {name: value}", lambda v: isinstance(v, dict) and _is_json(v)
 PATH: Rule = "must be a word or a path", lambda v: isinstance(v, str | Path) and bool(str(v))
 
 
@@ -178,6 +180,14 @@ def table(settings: type) -> str:
         rule = f" ({one.rule[0]})" if one.rule and (one.option.rule or one.choices) else ""
         lines.append(f"| `{one.name}` | {default} | {one.option.help}{rule} |")
     return "\n".join(lines)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_null_or(holds: Callable[[Any], bool], value: Any) -> bool:

@@ -383,7 +383,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"sorces": 1}, r"run\.yaml: unknown setting sorces; there are out, sources"),
+    ({"sorces": 1}, r"run\.yaml: unknown setting sorces; there are .*did you mean sources"),
     ({"dedup": {"treshold": 1}}, r"run\.yaml: dedup: unknown setting treshold; there are exact_only, threshold"),
     ({"dedup": {"threshold": 3}}, r"dedup: threshold = 3: must lie in \[0\.5, 1\]"),
     ({"split": [1]}, r"split = \[1\]: must be a mapping"),

@@ -105,9 +105,9 @@ def test_variables_of_the_template_are_the_same_from_flag_yaml_and_python(
                            ('{"messages": []}', "chat_template_kwargs: 'messages' is no variable")):
         assert main([*words, "--chat_template_kwargs", given]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*words, "--chat_template_kwargs", "[1]"])
-    assert "must be an object such as" in capsys.readouterr().err
+    for given in ("[1]", "{thinking: true}"):
+        assert main([*words, "--chat_template_kwargs", given]) == 2
+        assert "must be an object of JSON values" in capsys.readouterr().err
 
 
 def test_an_adapter_by_flag_yaml_and_python_and_by_the_older_names(

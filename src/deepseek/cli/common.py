@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from ..engine.options import EngineOptions
 from ..engine.sampling_params import SamplingParams
 from ..errors import ConfigError
-from ..settings import COUNT, Device, Option, Settings
+from ..settings import COUNT, JSON, Device, Option, Settings
 from .parser import Parser, add_settings, given_settings, make
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class ModelOptions(Settings):
         "requests that choose its name", metavar="[NAME=]DIR")] = ()
     dtype: Annotated[Dtype, Option("of the weights in memory; auto is the checkpoint's")] = "auto"
     chat_template_kwargs: Annotated[Mapping[str, Any] | None, Option(
-        """variables of the chat template, such as '{"thinking": true}'""", (
-            "must be an object", lambda v: isinstance(v, Mapping)))] = None
+        """variables of the chat template, such as '{"thinking": true}'""", JSON)] = None
 
 
 @dataclass(frozen=True)

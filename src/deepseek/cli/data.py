@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..data.mapping import RecordMap
 from ..data.settings import (
@@ -17,17 +16,17 @@ from ..data.settings import (
     PackSettings,
     PipelineConfig,
     SplitSettings,
+    StageOptions,
     ValidateSettings,
     named_paths,
 )
 from ..errors import ConfigError
 from .common import add_map_flag
-from .parser import Parser, add_command, add_settings, add_steps, make
+from .parser import Parser, Run, add_command, add_settings, add_steps, make
 
 if TYPE_CHECKING:
     from ..data.stage import Progress, StageResult
 
-S = TypeVar("S")
 
 
 def add_flags(parser: Parser) -> None:
@@ -43,41 +42,34 @@ def add_flags(parser: Parser) -> None:
 
     step = add_command(steps, "validate", validate, "files of every kind into records, bad ones into a quarantine")
     step.add_argument("data", nargs="*", metavar="DATA", help="files, folders, patterns or hf:NAME[:SPLIT]")
-    step.add_argument("--sources", nargs="+", action="extend", default=[], metavar="NAME=DATA",
+    step.add_argument("--sources", nargs="+", action="extend", metavar="NAME=DATA",
                       help="the same, for the expert NAME")
     add_map_flag(step)
-    _shared(step, ValidateSettings, experts="names that records may bear; any if not given")
-    step = add_command(steps, "dedup", dedup, "drop records that say the same as an earlier one, exactly or nearly")
+    _add_settings(step, "workers experts", ValidateSettings)
+    _record_step(steps, dedup, "drop records that say the same as an earlier one, exactly or nearly", "workers",
+                 DedupSettings)
+    _record_step(steps, label, "name the expert of records: as given, by keywords, by a classifier", "workers experts",
+                 LabelSettings)
+    _record_step(steps, split, "records by expert into training and held-out ones", "", SplitSettings)
+    add_map_flag(_record_step(steps, pack, "records, or with --map any DATA, into token shards for training", "experts",
+                              PackSettings, SplitSettings))
+    _record_step(steps, report, "counts, lengths, languages, complexity and balance per expert", "")
+
+
+def _record_step(steps: Any, run: Run, text: str, options: str, *kinds: type) -> Parser:
+    step = add_command(steps, run.__name__, run, text)
     step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
-    _shared(step, DedupSettings)
-    step = add_command(steps, "label", label, "name the expert of records: as given, by keywords, by a classifier")
-    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
-    _shared(step, LabelSettings, experts="the only names to give")
-    step = add_command(steps, "split", split, "records by expert into training and held-out ones")
-    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
-    _shared(step, SplitSettings)
-    step = add_command(steps, "pack", pack, "records into token shards for training")
-    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote; with --map any DATA")
-    add_map_flag(step)
-    _shared(step, PackSettings, experts="the names in the order of the model's groups; sorted if not given")
-    add_settings(step, SplitSettings)
-    step = add_command(steps, "report", report, "counts, lengths, languages, complexity and balance per expert")
-    step.add_argument("source", metavar="IN", help="folder of records that a stage wrote")
+    return _add_settings(step, options, *kinds)
+
+
+def _add_settings(step: Parser, options: str, *kinds: type) -> Parser:
     step.add_argument("--out", required=True, help="folder to write")
-
-
-def _shared(step: Parser, kind: type, experts: str | None = None) -> None:
-    step.add_argument("--out", required=True, help="folder to write")
-    step.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads")
-    if experts:
-        step.add_argument("--experts", nargs="+", default=[], metavar="NAME", help=experts)
-    add_settings(step, kind)
-
-
-def _settings(args: argparse.Namespace, kind: type[S]) -> S:
-    if getattr(args, "workers", 1) < 1:
-        raise ConfigError(f"workers = {args.workers}: must be an integer >= 1")
-    return make(args, kind)
+    add_settings(step, StageOptions, {"": options})
+    for kind in kinds:
+        add_settings(step, kind)
+    if "workers" not in options:  # it was taken, and meant nothing
+        step.add_argument("--workers", help=argparse.SUPPRESS)
+    return step
 
 
 # ---- the steps ----------------------------------------------------------------------------------------------------
@@ -121,13 +113,13 @@ def validate(args: argparse.Namespace) -> None:
     from ..data.reader import ReadReport
     from ..data.stages import validate
 
-    sources = ({"": args.data} if args.data else {}) | named_paths(args.sources, "sources")
+    sources = ({"": args.data} if args.data else {}) | named_paths(args.sources or (), "sources")
     if not sources:
         raise ConfigError("data: at least one DATA or --sources NAME=DATA must be given")
     mapping = RecordMap.of(args.map)
     with _bar("validate") as progress:
-        done = validate(sources, args.out, _settings(args, ValidateSettings), experts=args.experts, mapping=mapping,
-                        workers=args.workers, progress=progress)
+        done = validate(sources, args.out, make(args, ValidateSettings), mapping=mapping, progress=progress,
+                        **vars(make(args, StageOptions)))
     print(_line("validate", done))
     for reason, count in done.counts["reasons"].items():
         print(f"  {count:,} {reason}")
@@ -144,7 +136,8 @@ def dedup(args: argparse.Namespace) -> None:
     from ..data.stages import dedup
 
     with _bar("dedup") as progress:
-        done = dedup(args.source, args.out, _settings(args, DedupSettings), workers=args.workers, progress=progress)
+        done = dedup(args.source, args.out, make(args, DedupSettings), workers=make(args, StageOptions).workers,
+                     progress=progress)
     print(_line("dedup", done))
     print(f"dropped: {Path(args.out) / 'dropped.csv'}")
     _try(f"data label {args.out} --out LABELLED")
@@ -155,8 +148,8 @@ def label(args: argparse.Namespace) -> None:
     from ..domain import HeldOutReport
 
     with _bar("label") as progress:
-        done = label(args.source, args.out, _settings(args, LabelSettings), experts=args.experts, workers=args.workers,
-                     progress=progress)
+        done = label(args.source, args.out, make(args, LabelSettings), progress=progress,
+                     **vars(make(args, StageOptions)))
     print(_line("label", done))
     stats = done.counts.get("classifier", {})
     if stats.get("trained"):
@@ -172,7 +165,7 @@ def split(args: argparse.Namespace) -> None:
     from ..data.stages import split
 
     with _bar("split") as progress:
-        done = split(args.source, args.out, _settings(args, SplitSettings), progress=progress)
+        done = split(args.source, args.out, make(args, SplitSettings), progress=progress)
     print(_line("split", done))
     _try_training(Path(args.out))
 
@@ -181,8 +174,8 @@ def pack(args: argparse.Namespace) -> None:
     from ..data.stages import pack
 
     with _bar("pack") as progress:
-        done = pack(args.source, args.out, _settings(args, PackSettings), held_out=_settings(args, SplitSettings),
-                    experts=args.experts, mapping=RecordMap.of(args.map), progress=progress)
+        done = pack(args.source, args.out, make(args, PackSettings), held_out=make(args, SplitSettings),
+                    experts=make(args, StageOptions).experts, mapping=RecordMap.of(args.map), progress=progress)
     print(_line("pack", done))
     _try(f"data report {args.source} --out REPORT" if args.map is None else
          f"train nano {args.source} --map {args.map} --out runs/first")

@@ -14,30 +14,12 @@ from ..settings import declared, rename
 
 S = TypeVar("S")
 Run = Callable[[argparse.Namespace], None]
+METAVARS: dict[Any, str] = {int: "N", float: "X", json.loads: "JSON"}  # of flags that say no other
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """The value of a flag that takes one."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r:.60}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r:.60}: must be an object such as {{\"thinking\": true}}")
-    return found
-
-
-METAVARS: dict[Any, str] = {int: "N", float: "X", json_object: "JSON"}  # of flags that say no other
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+class Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        """A default that is none, and one that the help states itself, are not worth a word."""
-        plain = action.default is None or action.default is False or action.default in ("", [])
-        return action.help if plain or "(default: " in (action.help or "") else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return METAVARS.get(action.type) or super()._get_default_metavar_for_optional(action).rpartition("_")[2]
@@ -173,11 +155,11 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
-        """The settings class says what a value that is no number should be."""
+        """A text that is no number or JSON stays one: the settings class says what it should be."""
         try:
             return super()._get_value(action, text)
         except argparse.ArgumentError:
-            if action.dest in self.checked and action.type in (int, float):
+            if action.dest in self.checked:
                 return text
             raise
 
@@ -231,7 +213,7 @@ def add_settings(parser: Parser, kind: type, groups: str | Mapping[str, str] = "
         if one.kind is bool:
             own["action"] = Switch
         else:
-            own |= {"type": json_object if one.kind is dict else one.kind, "metavar": one.option.metavar}
+            own |= {"type": json.loads if one.kind is dict else one.kind, "metavar": one.option.metavar}
             own |= {"choices": one.choices} if one.choices else {}
             own |= {"action": "extend", "nargs": 1 if one.option.each else "+"} if one.many else {}
         name = one.option.flag or one.name

@@ -3,6 +3,7 @@ heavy is imported."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +78,21 @@ class PackSettings(Settings):
 
 
 @dataclass(frozen=True)
-class PipelineConfig(Settings):
+class StageOptions(Settings):
+    """What stages have in common; their results do not depend on the number of workers."""
+
+    workers: Annotated[int, Option("processes or threads", COUNT)] = os.cpu_count() or 1
+    experts: Annotated[tuple[str, ...], Option(
+        "names that records may have, in the order of the model's groups; any if not given", metavar="NAME")] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(StageOptions):
     """The settings of a whole run. sources: {expert name: its paths}, under the name "" those without a label."""
 
     out: Annotated[str, Option("folder that takes the results", ("must be a folder", PATH[1]))]
     sources: Mapping[str, Sequence[str]]
-    experts: tuple[str, ...] = ()
     map: RecordMap | None = None
-    workers: Annotated[int, Option("processes or threads", COUNT)] = 2
     validate: ValidateSettings = ValidateSettings()
     dedup: DedupSettings = DedupSettings()
     label: LabelSettings = LabelSettings()

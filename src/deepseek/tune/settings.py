@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..ids import ExpertId
 from ..settings import (
     ABOVE_ZERO,
     COUNT,
+    JSON,
     NATURAL,
     NOT_NEGATIVE,
     POSITIVE,
@@ -100,8 +100,7 @@ class TuneConfig(Settings):
         "tokens of a record at most; 512, or the model's positions, if not given", COUNT)] = None
     overlong: Annotated[Literal["error", "cut", "skip"], Option("what happens to longer records")] = "error"
     chat_template_kwargs: Annotated[Mapping[str, Any] | None, Option(
-        """variables of the chat template, a JSON object such as '{"thinking": true}'""", (
-            "must be an object of JSON values, {name: value}", lambda v: isinstance(v, dict) and _is_json(v)))] = None
+        """variables of the chat template, a JSON object such as '{"thinking": true}'""", JSON)] = None
     parse_special: Annotated[bool, Option("control tokens that `text` records spell out count as tokens")] = False
     reasoning: Annotated[Literal["learn", "drop"], Option(
         "what happens to the reasoning of assistants' turns")] = "learn"
@@ -145,11 +144,3 @@ class RunOptions(Settings):
     records_a_round: Annotated[int, Option("records of standard input a round", (
         "must be an integer >= 4", lambda v: is_int(v) and v >= 4))] = 256
     rounds: Annotated[int | None, Option("rounds of standard input to learn; else all until it ends", COUNT)] = None
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
