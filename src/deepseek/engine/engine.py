@@ -188,7 +188,7 @@ class Engine:
         """Run one step; returns the requests that got a token. A failure ends only the affected requests and is stored
         in request.error."""
         with self.lock:
-            told = self._settle(0.0)
+            ended = self._settle(0.0)
             batch, advanced = self.scheduler.schedule(), list[Request]()
             self.stalled = not batch and not any(one.pending for one in self.scheduler.running)
             try:
@@ -200,8 +200,8 @@ class Engine:
                 for scheduled in batch:
                     scheduled.request.error = error
                     self._fail(scheduled.request, error)
-            told += self._settle(PATIENCE if batch else WAIT)
-            for request in {one.request_id: one for one in (*advanced, *told)}.values():
+            ended += self._settle(PATIENCE if batch else WAIT)
+            for request in {one.request_id: one for one in (*advanced, *ended)}.values():
                 self._tell(request)
             return advanced
 

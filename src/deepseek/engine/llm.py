@@ -175,12 +175,12 @@ class LLM:
                                     chat_template_kwargs=chat_template_kwargs, tools=tools, adapter=adapter)
         request.usage = usage
 
-        told, sent = SimpleQueue[bool](), 0  # whether the request has ended, when it has, and when its text has grown
+        news, sent = SimpleQueue[bool](), 0  # whether the request has ended, when it has, and when its text has grown
 
         def tell(one: Request) -> None:
             if (ended := one.done.is_set()) or len(one.text) > sent:
                 one.paused = True  # it runs only as far as it is read
-                told.put(ended)
+                news.put(ended)
 
         request.on_token = tell
 
@@ -190,7 +190,7 @@ class LLM:
                 self.driver.submit(request)
                 ended = False
                 while not ended:
-                    ended = told.get()
+                    ended = news.get()
                     if len(text := request.text) > sent:
                         start, sent = sent, len(text)
                         yield text[start:]

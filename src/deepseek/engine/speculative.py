@@ -73,15 +73,15 @@ class AdaptiveDrafting:
     """The choice by size of batch, in powers of two; of steps in which no prompt ran."""
 
     def __init__(self) -> None:
-        self.choices: dict[int, Trial] = {}
+        self.trials: dict[int, Trial] = {}
 
     def of(self, batch: int) -> Trial:
-        return self.choices.setdefault(batch.bit_length(), Trial())
+        return self.trials.setdefault(batch.bit_length(), Trial())
 
     def table(self) -> list[tuple[str, float, float, bool]]:
         """(batch, tokens a second with drafts, without, whether drafts are on) of the latest trials."""
-        return [(f"{1 << bits >> 1}-{(1 << bits) - 1}", choice.rate(True), choice.rate(False), choice.drafts())
-                for bits, choice in sorted(self.choices.items())]
+        return [(f"{1 << bits >> 1}-{(1 << bits) - 1}", trial.rate(True), trial.rate(False), trial.drafts())
+                for bits, trial in sorted(self.trials.items())]
 
 
 class Drafter:
