@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from deepseek.cli.atlas import ProfileOptions
+from deepseek.cli.atlas import ProfileOptions, SampleOptions
 from deepseek.cli.chat import ChatOptions
 from deepseek.cli.common import AnswerOptions, MachineOptions, ModelOptions
 from deepseek.cli.experts import CalibrationOptions, ExportOptions, FolderOptions, SignatureOptions
@@ -19,13 +19,23 @@ from deepseek.cli.info import InfoOptions
 from deepseek.cli.merge import MergeOptions
 from deepseek.cli.quantize import QuantizeOptions
 from deepseek.cli.upcycle import UpcycleOptions
-from deepseek.data.settings import DedupSettings, LabelSettings, PackSettings, SplitSettings, ValidateSettings
+from deepseek.data.settings import (
+    DedupSettings,
+    LabelSettings,
+    PackSettings,
+    PipelineConfig,
+    SplitSettings,
+    StageOptions,
+    ValidateSettings,
+)
 from deepseek.deepopt.settings import RunConfig, TrainConfig
+from deepseek.deepopt.trainer import Trainer
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.sampling_params import SamplingParams
 from deepseek.errors import ConfigError, RequestError
+from deepseek.model.adapter import LoraSpec
 from deepseek.serve.options import ServeOptions
-from deepseek.settings import COUNT, Option, check, declared, table
+from deepseek.settings import COUNT, Option, Settings, check, declared, table
 from deepseek.tune.lora import LoRAAdapter
 from deepseek.tune.settings import RunOptions, TuneConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
@@ -83,6 +93,15 @@ def test_what_breaks_its_rule_is_named(given: dict[str, Any], message: str) -> N
     assert Example(size=3, kind="b", deep=True, text=4, other=-1).size == 3
 
 
+def test_no_class_of_options_is_left_out_of_the_page() -> None:
+    def under(kind: type) -> set[type]:
+        return {kind}.union(*map(under, kind.__subclasses__()))
+
+    bases = {Settings, TrainConfig, SampleOptions, StageOptions, PipelineConfig, LoraSpec, Trainer}
+    assert {kind for kind in under(Settings) if kind.__module__.startswith("deepseek.")} - bases == {*TITLES} - {
+        SamplingParams}
+
+
 def test_what_a_declaration_says_of_flags() -> None:
     assert [(one.name, one.kind, one.choices) for one in declared(Example)] == [
         ("size", int, None), ("kind", str, ("a", "b")), ("deep", bool, None), ("text", str, None)]
@@ -100,7 +119,7 @@ def test_text_is_no_number_and_a_number_is_no_text(settings: Any) -> None:
     """The command line leaves it to the settings to say so."""
     for one in declared(settings):
         if not one.choices and (one.kind in (int, float) or (one.kind is str and one.name != "expert_memory")):
-            with pytest.raises((ConfigError, RequestError), match=rf"{one.name} = .*must "):
+            with pytest.raises((ConfigError, RequestError), match=rf"{one.name}.*: must "):
                 settings(**{one.name: 3.5 if one.kind is str else "x"})
 
 

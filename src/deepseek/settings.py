@@ -29,7 +29,8 @@ Rule = tuple[str, Callable[[Any], bool]]  # as a message says it, and whether a 
 class Option:
     """What a field's type does not say. metavar: of the flag's value, where it is not the usual one of the type.
     formerly: the name of the last release, which works and warns. each: the flag of a sequence takes one value and may
-    come several times; else it takes several. flag: its name, where it is another."""
+    come several times; else it takes several. flag: its name, where it is another.
+    secret: no message shows the value."""
 
     help: str
     rule: Rule | None = None
@@ -37,6 +38,7 @@ class Option:
     formerly: str | None = None
     each: bool = False
     flag: str | None = None
+    secret: bool = False
 
 
 class Declared(NamedTuple):
@@ -118,7 +120,7 @@ def check(settings: Any, error: type[Exception] = ConfigError) -> None:
             object.__setattr__(settings, one.name, several)
         else:
             hint = nearest(value, one.choices) if one.choices and isinstance(value, str) else ""
-            raise error(f"{one.name} = {value!r}: {one.rule[0]}{hint}")
+            raise error(f"{one.name}{'' if one.option.secret else f' = {value!r}'}: {one.rule[0]}{hint}")
 
 
 class Settings:

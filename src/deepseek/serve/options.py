@@ -22,7 +22,8 @@ class ServeOptions(Settings):
     host: Annotated[str, Option("address to listen on; 0.0.0.0 is all of this machine's")] = "127.0.0.1"
     port: Annotated[int, Option("0 takes a free one", between(0, 65535))] = 8000
     api_key: Annotated[tuple[str, ...], Option(
-        "clients must send it; may be given several times; a list of processes shows it", each=True)] = ()
+        "clients must send it; may be given several times; a list of processes shows it", each=True,
+        secret=True)] = ()
     api_key_file: Annotated[tuple[str | Path, ...], Option(
         "the same, a key a line; without either the variable DEEPSEEK_API_KEY counts", metavar="FILE", each=True)] = ()
     cors_origin: Annotated[tuple[str, ...], Option(

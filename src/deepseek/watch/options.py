@@ -43,7 +43,7 @@ class TerminalOptions(Settings):
     """How `deepseek watch` shows a server."""
 
     api_key: Annotated[tuple[str, ...], Option(
-        "where the server wants one; a list of processes shows it", each=True)] = ()
+        "where the server wants one; a list of processes shows it", each=True, secret=True)] = ()
     api_key_file: Annotated[tuple[str | Path, ...], Option(
         "the same, the first line of a file; without either the variable DEEPSEEK_API_KEY counts", metavar="FILE",
         each=True)] = ()
