@@ -86,11 +86,11 @@ def test_what_another_process_writes_is_left_alone(
     ("? [a]\n: b\n? {c: d}\n: e\n", "unhashable key"),
     ("a: !!python/object/apply:os.system [x]\n", "could not determine a constructor"),
 ])
-@pytest.mark.parametrize("verb", [["tune", "--config"], ["data", "run"]])
+@pytest.mark.parametrize("command", [["tune", "--config"], ["data", "run"]])
 def test_yaml_within_bounds(
-    verb: list[str], text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "given.yaml").write_text(text, encoding="utf-8")
-    assert cli.main([*verb, str(tmp_path / "given.yaml")]) == 2
+    assert cli.main([*command, str(tmp_path / "given.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "given.yaml") in line and said in line

@@ -63,9 +63,9 @@ def test_a_preset_that_is_nearly_right(words: list[str], capsys: pytest.CaptureF
 
 
 def test_the_help_states_defaults_once_and_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("train", "tune", "serve", "infer", "quantize"):
+    for command in ("train", "tune", "serve", "infer", "quantize"):
         with pytest.raises(SystemExit):
-            cli.main([verb, "--help"])
+            cli.main([command, "--help"])
         said = " ".join(capsys.readouterr().out.split())
         assert not re.search(r"default: (None|False|\[\]|\))|\(default: [^)]*\) \(default", said)
     with pytest.raises(SystemExit):

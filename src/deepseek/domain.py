@@ -232,7 +232,7 @@ class HeldOutReport:
                      f"calibration error {self.calibration_error:.1%}")
         lines += [f"  confidence >= {sure:.2f}: {share:.1%} of the texts, {right:.1%} of them right"
                   for sure, (share, right) in self.at.items()]
-        return "\n".join([*lines, *([told] if (told := told_by_language(self.coincide)) else [])])
+        return "\n".join([*lines, *([warning] if (warning := language_warning(self.coincide)) else [])])
 
 
 class DomainClassifier:
@@ -273,7 +273,7 @@ class DomainClassifier:
         coincide = coincidences({name: [texts[int(i)] for i in np.flatnonzero(y_N == k)[np.linspace(
             0, (y_N == k).sum() - 1, LOOKED_AT, dtype=int)]] for k, name in enumerate(labels)})
         if coincide:
-            warnings.warn(told_by_language(coincide), stacklevel=2)
+            warnings.warn(language_warning(coincide), stacklevel=2)
         return model, _report(labels, _softmax(logits_NK[~half] / model.temperature), y_N[held][~half], coincide)
 
     def _fit(self, texts: Sequence[str], y_N: np.ndarray, train: np.ndarray, rng: np.random.Generator, epochs: int,
@@ -461,7 +461,7 @@ def coincidences(texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
             if of[best := max(of, key=of.__getitem__)] >= max(NOTABLE, ALONE * sum(of.values()))}
 
 
-def told_by_language(coincide: Mapping[str, str]) -> str:
+def language_warning(coincide: Mapping[str, str]) -> str:
     """Names and languages that coincide, as a warning; nothing where none do."""
     pairs = ", ".join(f"nearly all texts in {code} are {name}" for code, name in coincide.items())
     return pairs and (f"names and languages coincide: {pairs}; the classifier may learn the language instead of the "

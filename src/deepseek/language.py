@@ -6,7 +6,7 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
-SURE = 0.5  # a language must be likelier than all others together
+MIN_CONFIDENCE = 0.5  # a language must be likelier than all others together
 LONG = 1000  # characters that are looked at; the rest of a text is taken to be alike
 NONE = "und"  # ISO 639's word for a language that is not determined
 CHINESE = ("wuu", "yue")  # counted as zh: texts of a few characters are written alike in all of them
@@ -19,7 +19,7 @@ def language(text: str) -> str:
     for code, share in _identifier().rank(text[:LONG]):
         p["zh" if code in CHINESE else code] += share
     (code, share), = p.most_common(1)
-    return code if share > SURE and code != NO_LANGUAGE else NONE
+    return code if share > MIN_CONFIDENCE and code != NO_LANGUAGE else NONE
 
 
 @cache

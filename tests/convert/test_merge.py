@@ -164,15 +164,15 @@ def test_what_is_written(source: Callable, capsys: pytest.CaptureFixture[str]) -
     assert not list(base.parent.glob("x*"))
 
 
-@pytest.mark.parametrize("verb", ["merge", "quantize"])
+@pytest.mark.parametrize("command", ["merge", "quantize"])
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
-    source: Callable, verb: str, monkeypatch: pytest.MonkeyPatch
+    source: Callable, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = source(torch.float32)
     adapter, other = delta(base), lora(base, "attention")
 
     def run(out: str, adapter: Path = adapter) -> Path:
-        if verb == "quantize":
+        if command == "quantize":
             return quiet(base, name=out, adapter=adapter, shard_bytes=100_000)[0]
         return merge(base, adapter, base.parent / out, shard_bytes=100_000, progress=False).path
 

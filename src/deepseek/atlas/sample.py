@@ -140,7 +140,7 @@ def _label(source: Path) -> str:
 # ---- through the model ------------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+class RoutedBatch(NamedTuple):
     """Windows that went through the model together. counted_BT: False for padding and the beginning of text."""
 
     windows: list[int]
@@ -149,8 +149,8 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def route(model: CausalLM, windows: Sequence[Window], tokenizer: Tokenizer) -> Iterator[Batch]:
-    """Runs all windows through the layers, not the head, the longest first. Batch.windows: places in `windows`."""
+def route(model: CausalLM, windows: Sequence[Window], tokenizer: Tokenizer) -> Iterator[RoutedBatch]:
+    """Run all windows through the layers, not the head, the longest first. A batch names its places in `windows`."""
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     while order:
         length = len(windows[order[0]].ids)
@@ -166,4 +166,4 @@ def route(model: CausalLM, windows: Sequence[Window], tokenizer: Tokenizer) -> I
         counted_BT = mask_BT.clone()
         if tokenizer.bos_id is not None:
             counted_BT[:, 0] = False
-        yield Batch(chosen, routing, counted_BT)
+        yield RoutedBatch(chosen, routing, counted_BT)

@@ -70,6 +70,6 @@ def run(args: argparse.Namespace) -> None:
         print()
         messages.append({"role": "assistant", "content": answer})
     if not (args.show_experts or args.expert_map) and llm.engine.atlas is not None and (
-            told := usage.named(llm.engine.atlas)):
-        print(told, file=sys.stderr)
+            table := usage.named(llm.engine.atlas)):
+        print(table, file=sys.stderr)
     report_usage(args, llm, usage)

@@ -144,8 +144,8 @@ def expert_usage(args: argparse.Namespace, llm: LLM, named: bool = False) -> Any
 def experts_text(llm: LLM, usage: Any) -> str:
     """Which experts the tokens visited: by name, where an atlas lies beside the model, then by index."""
     named = "" if llm.engine.atlas is None else usage.named(llm.engine.atlas)
-    told = f"{named}\n\n{usage.table()}" if named else usage.table()
-    return "\n\n".join([told, *(f"adapter {name}\n{experts_text(llm, own)}" for name, own in usage.adapters.items())])
+    text = f"{named}\n\n{usage.table()}" if named else usage.table()
+    return "\n\n".join([text, *(f"adapter {name}\n{experts_text(llm, own)}" for name, own in usage.adapters.items())])
 
 
 def report_usage(args: argparse.Namespace, llm: LLM, usage: Any) -> None:

@@ -149,7 +149,7 @@ def compare(source: str | Path, out: str | Path, texts: Sequence[str] = TEXTS) -
             sums[who][1] += float(want.double().square().sum())
             sums[who][2] += int((got.argmax(-1) == want.argmax(-1)).sum())
         mask = torch.ones_like(ids)
-        told = (model.generate(ids, attention_mask=mask, generation_config=greedy) for model in (dense, v3))
-        equal += torch.equal(*told)
+        answers = (model.generate(ids, attention_mask=mask, generation_config=greedy) for model in (dense, v3))
+        equal += torch.equal(*answers)
     return Comparison({who: ((lost / whole) ** 0.5, same / positions) for who, (lost, whole, same) in sums.items()},
                       equal, len(texts))

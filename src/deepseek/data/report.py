@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..domain import told_by_language
+from ..domain import language_warning
 from ..files import to_json
 from .reader import ReadReport
 from .records import record_files
@@ -113,7 +113,7 @@ def _story(steps: Mapping[str, Any]) -> list[str]:
             lines.append(f"classifier {stats['macro']:.1%} of held-out texts right, "
                          f"mean of {len(stats['names'])} names")
         if stats.get("coincide"):
-            lines.append(f"           {told_by_language(stats['coincide'])}")
+            lines.append(f"           {language_warning(stats['coincide'])}")
     if one := steps.get("split"):
         held = sum(sides["valid"] for sides in one["by_expert"].values())
         lines.append(f"split      {one['read'] - held:,} to train on, {held:,} held out")

@@ -33,7 +33,7 @@ SMALL = 64 << 20  # bytes of input below which one process is quicker than two
 BLOCK = 4096
 
 
-class Unit(NamedTuple):
+class FilePart(NamedTuple):
     """A file, or the lines of it that begin in [start, end); lines count from first_line."""
 
     number: int
@@ -129,26 +129,26 @@ def read_all(
             "characters": total["characters"]}
 
 
-def _units(named: Named, report: ReadReport) -> tuple[list[Unit], list[str]]:
+def _units(named: Named, report: ReadReport) -> tuple[list[FilePart], list[str]]:
     """(units, the place that the user gave for each)."""
-    units: list[Unit] = []
+    units: list[FilePart] = []
     places: list[str] = []
     for name, given in named.items():
         for place in given:
             before = len(units)
             if is_hub(place):
-                units.append(Unit(len(units), name, str(place), True))
+                units.append(FilePart(len(units), name, str(place), True))
             for path in [] if is_hub(place) else list_files([place], report):
                 lines = path.suffix.lower() in (".jsonl", ".ndjson")
                 named_ = path == Path(place)
                 first_line, start, size = 1, 0, path.stat().st_size
                 while lines and size - start > UNIT:
                     end, count = _cut(path, start)
-                    units.append(Unit(len(units), name, str(path), named_, start, end, first_line))
+                    units.append(FilePart(len(units), name, str(path), named_, start, end, first_line))
                     start, first_line = end, first_line + count
                 if start < size or not start:
                     end_ = size if start else None
-                    units.append(Unit(len(units), name, str(path), named_, start, end_, first_line))
+                    units.append(FilePart(len(units), name, str(path), named_, start, end_, first_line))
             if len(units) == before:
                 raise DataError(f"{place}: the folder holds no file")
             places += [str(place)] * (len(units) - before)
@@ -164,7 +164,7 @@ def _cut(path: Path, start: int) -> tuple[int, int]:
         return file.tell(), count + (1 if rest else 0)
 
 
-def _read_unit(unit: Unit, folder: Path, checks: Checks) -> dict[str, Any]:
+def _read_unit(unit: FilePart, folder: Path, checks: Checks) -> dict[str, Any]:
     parts = Parts(folder, f"part-{unit.number:05d}")
     with (folder / f"quarantine-{unit.number:05d}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         report = _Quarantine(file)
@@ -180,7 +180,7 @@ def _read_unit(unit: Unit, folder: Path, checks: Checks) -> dict[str, Any]:
             "problems": [str(problem) for problem in report.problems]}
 
 
-def _documents(unit: Unit, report: ReadReport, checks: Checks) -> Iterator[Document]:
+def _documents(unit: FilePart, report: ReadReport, checks: Checks) -> Iterator[Document]:
     found: Iterator[Document]
     if is_hub(unit.path):
         found = read_documents([unit.path], report, checks.mapping)
@@ -193,7 +193,7 @@ def _documents(unit: Unit, report: ReadReport, checks: Checks) -> Iterator[Docum
         yield replace(document, expert=unit.name) if unit.name else document
 
 
-def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
+def _lines(unit: FilePart) -> Iterator[tuple[int, bytes]]:
     assert unit.end is not None
     with Path(unit.path).open("rb") as file:
         file.seek(unit.start)

@@ -136,7 +136,7 @@ class Chat:
             choice = {"index": i, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
             return event(self.head() | {"choices": [choice]} | self.blank())
 
-        told = [0] * len(self.requests)
+        reported = [0] * len(self.requests)
         done = [False] * len(self.requests)
         for i in range(len(self.requests)):
             yield chunk(i, {"role": "assistant", "content": ""})
@@ -147,11 +147,11 @@ class Chat:
             ended = request.finish_reason is not None
             if delta := self.advance(request):
                 count = len(request.logprobs)
-                yield chunk(i, delta, None, self.logprobs(i, told[i]))
-                told[i] = count
+                yield chunk(i, delta, None, self.logprobs(i, reported[i]))
+                reported[i] = count
             if ended:
                 done[i] = True
-                yield chunk(i, {}, self.reason(i), self.logprobs(i, told[i]) if self.body.logprobs else None)
+                yield chunk(i, {}, self.reason(i), self.logprobs(i, reported[i]) if self.body.logprobs else None)
         self.record_outcome()
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield event(self.head() | {"choices": [], "usage": usage(self.requests)}

@@ -109,7 +109,7 @@ class Completion:
                             | self.server.extra(self.body, self.requests))
 
     async def stream(self, http: Request) -> AsyncIterator[bytes]:
-        sent, told = [0] * len(self.requests), [0] * len(self.requests)
+        sent, reported = [0] * len(self.requests), [0] * len(self.requests)
         done = [False] * len(self.requests)
         async for request in self.server.run(http, self.requests):
             i = self.place[request.request_id]
@@ -118,8 +118,8 @@ class Completion:
             if done[i] or (not ended and len(text) == sent[i]):
                 continue
             done[i] = ended
-            choice = self.choice(i, text[sent[i] :], told[i])
+            choice = self.choice(i, text[sent[i] :], reported[i])
             yield event(self.head() | {"choices": [choice | ({} if ended else {"finish_reason": None})]})
-            sent[i], told[i] = len(text), count
+            sent[i], reported[i] = len(text), count
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield event(self.head() | {"choices": [], "usage": self.usage()})

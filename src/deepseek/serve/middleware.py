@@ -120,8 +120,8 @@ class Guard:
                 self.held += claimed
             await self.app(scope, limited, answer)
             if cut is not None:
-                told, cut = cut, None
-                raise told
+                refusal, cut = cut, None
+                raise refusal
         except ServeError as error:
             await error.response(scope, receive, answer)
         finally:

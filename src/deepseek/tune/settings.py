@@ -120,7 +120,7 @@ class TuneConfig(Settings):
         "windows of general text an evaluation, and documents that they come from", COUNT)] = 64
     save_every: Annotated[int, Option("steps between checkpoints", COUNT)] = 100
     replay: Annotated[float, Option(
-        "share of general or old records mixed into every batch's worth of new ones", SHARE)] = 0.0
+        "share of old records mixed into every batch's worth of new ones", SHARE)] = 0.0
     seed: Annotated[int, Option("seed of order and of new parameters", NATURAL)] = 0
     device: Annotated[Device, Option("where the model runs")] = "cpu"
 
