@@ -7,6 +7,7 @@ the environment of both, since a notebook has none.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -35,6 +36,7 @@ def seconds_a_step(out: Path) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     folder = Path(tempfile.mkdtemp())
     texts = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(200)) for i in range(1, 97)]
     (folder / "records.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
