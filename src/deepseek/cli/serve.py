@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> None:
     admits = "" if options.api_key else ", open to anyone who can reach it: no API key"
     print(f"serving {options.name}{beside} on {address}/v1{admits}\ndashboard: {address}/dashboard", flush=True)
     _give_way()
-    Process(app, options, app.state.server.drain).run(sockets=[listener])
+    try:
+        Process(app, options, app.state.server.drain).run(sockets=[listener])
+    finally:
+        gc.unfreeze()  # what is frozen is not freed at the end either: nanobind would report leaks of the kernels
 
 
 def _give_way() -> None:

@@ -54,18 +54,15 @@ class Watch:
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
         llm.engine.listeners.append(self.counters)
-        self.identify: Callable[[str], str] | None = None
-        threading.Thread(target=self._load, daemon=True).start()
+        # the table of languages takes a second, which no request should wait for; the thread holds nothing of the
+        # server, so that a process that ends meanwhile frees the model
+        self.languages = threading.Thread(target=language, args=("",), daemon=True)
+        self.languages.start()
 
     def close(self) -> None:
         if self.counters in self.llm.engine.listeners:
             self.llm.engine.listeners.remove(self.counters)
         self.monitor.close()
-
-    def _load(self) -> None:
-        """Load the table of languages: it takes a second, which no request should wait for."""
-        language("")
-        self.identify = language
 
     # ---- engine state -------------------------------------------------------------------------------------------
 
@@ -111,7 +108,7 @@ class Watch:
 
     def language_of(self, text: str) -> str:
         """The text's language, "und" while the table is being loaded."""
-        return NONE if self.identify is None else self.identify(text)
+        return NONE if self.languages.is_alive() else language(text)
 
     def end(self, request: Generation, late: bool) -> None:
         """Count a request that has ended. late: by a timeout, which counts as an error."""
