@@ -3,18 +3,17 @@ weights only headers are read; where none of them is there (a download to come),
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config import ModelConfig
-from ..errors import CheckpointError, MoEDRError
+from ..errors import MoEDRError
 from ..model import CausalLM
 from ..quant.linear import QuantConfig
 from ..tokenizer import Tokenizer
 from .files import TensorFiles
-from .models import check_names, check_tensors, fitted
-from .names import INDEX, Names, on_disk, other_weights, packed_bytes, quantized_targets, units, weight_map_of
+from .models import check_layout, check_tensors, fitted
+from .names import INDEX, Names, other_weights, weight_map_of
 
 
 class Verdict(NamedTuple):
@@ -65,33 +64,5 @@ def _check(config: ModelConfig, quant: QuantConfig | None, files: Names | Tensor
     model = CausalLM.on_meta(config)
     if quant is None and isinstance(files, TensorFiles):
         check_tensors(model, files)
-        return
-    stored = list(_stored(model, quant))
-    used = {"lm_head.weight"} if config.tie_word_embeddings and quant is None else set()
-    check_names(files, used.union(name for name, *_ in stored), [name for name, *_ in stored if name not in files])
-    if isinstance(files, TensorFiles):
-        for name, shape, kind in stored:
-            got, of = files.shape(name), files.dtype(name)
-            if got != shape or kind not in ("", of):
-                raise CheckpointError(f"{files.file(name)}: {name} is {list(got)} of {of}, must be {list(shape)}"
-                                      + (f" of {kind}" if kind else ""))
-
-
-def _stored(model: CausalLM, quant: QuantConfig | None) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """(name on disk, shape, dtype or "" for any) of everything that a checkpoint of such a model holds."""
-    config, chosen = model.config, [] if quant is None else quantized_targets(model, quant)
-    for target in chosen:
-        assert quant is not None
-        for unit in units(target, config):
-            if target.kind == "table":
-                yield f"{unit.stem}.codes", (target.rows, target.columns), "I8"
-                yield f"{unit.stem}.step", (target.rows,), "F32"
-            else:
-                yield f"{unit.stem}.packed", (packed_bytes(target, quant.bits),), "U8"
-    inside = tuple(f"{target.module}." for target in chosen)
-    apart = {"lm_head", "model.embed_tokens"} & {target.module for target in chosen}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if (name.startswith(inside) and not name.endswith(".bias")) or (
-                name == "lm_head.weight" and config.tie_word_embeddings and not apart):
-            continue
-        yield from ((disk_name, tuple(piece.shape), "") for disk_name, piece in on_disk(name, tensor, config).items())
+    else:
+        check_layout(model, quant, files)

@@ -199,51 +199,67 @@ def check_names(files: Names | Tensors, used: set[str], missing: list[str]) -> N
         raise CheckpointError(f"{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]}")
 
 
+def _layout(model: CausalLM, quant: QuantConfig | None) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(name on disk, shape, dtype or "" for any) of everything that a checkpoint of such a model holds."""
+    config, chosen = model.config, [] if quant is None else quantized_targets(model, quant)
+    for target in chosen:
+        assert quant is not None
+        for unit in units(target, config):
+            if target.kind == "table":
+                yield f"{unit.stem}.codes", (target.rows, target.columns), "I8"
+                yield f"{unit.stem}.step", (target.rows,), "F32"
+            else:
+                yield f"{unit.stem}.packed", (packed_bytes(target, quant.bits),), "U8"
+    inside = tuple(f"{target.module}." for target in chosen)
+    apart = {"lm_head", "model.embed_tokens"} & {target.module for target in chosen}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (name.startswith(inside) and not name.endswith(".bias")) or (
+                name == "lm_head.weight" and config.tie_word_embeddings and not apart):
+            continue
+        yield from ((disk_name, tuple(piece.shape), "") for disk_name, piece in on_disk(name, tensor, config).items())
+
+
+def check_layout(model: CausalLM, quant: QuantConfig | None, files: Names | TensorFiles) -> None:
+    """Raises CheckpointError where names, shapes or kinds are not those of such a checkpoint. Of an index alone, names.
+    """
+    layout = list(_layout(model, quant))
+    used = {"lm_head.weight"} if model.config.tie_word_embeddings and quant is None else set()
+    check_names(files, used.union(name for name, *_ in layout), [name for name, *_ in layout if name not in files])
+    if isinstance(files, Names):
+        return
+    for name, shape, kind in layout:
+        got, of = files.shape(name), files.dtype(name)
+        if got != shape or kind not in ("", of):
+            raise CheckpointError(f"{files.file(name)}: {name} is {list(got)} of {of}, must be {list(shape)}"
+                                  + (f" of {kind}" if kind else ""))
+
+
 def _fill_quantized(
     model: CausalLM, quant: QuantConfig, files: TensorFiles, device: torch.device | str
 ) -> CausalLM:
     """Put quantized modules into a model on the meta device; plain matrices keep their dtype, vectors become FP32."""
     config = model.config
-    used: set[str] = set()
-    missing: list[str] = []
+    check_layout(model, quant, files)
 
-    def stored(name: str, kind: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
-        used.add(name)
-        if name not in files:
-            missing.append(name)
-            return torch.empty(0, dtype=kind)
+    def stored(name: str) -> Tensor:
         tensor = files.read(name)
-        if tensor.shape != shape or kind not in (None, tensor.dtype):
-            want = f"{list(shape)}" + (f" of {str(kind).removeprefix('torch.')}" if kind else "")
-            raise CheckpointError(f"{files.file(name)}: {name} is {list(tensor.shape)} of {files.dtype(name)}, must be "
-                                  f"{want}")
-        if kind == torch.uint8 and tensor.data_ptr() % 64:
+        if name.endswith(".packed") and tensor.data_ptr() % 64:
             raise CheckpointError(f"{files.file(name)}: {name} does not begin at a multiple of 64 bytes")
         return tensor.to(device)
 
     tied = config.tie_word_embeddings
     for target in quantized_targets(model, quant):
-        stems = [unit.stem for unit in units(target, config)]
-        if target.kind == "table":
-            parts = [stored(f"{stems[0]}.codes", torch.int8, (target.rows, target.columns)),
-                     stored(f"{stems[0]}.step", torch.float32, (target.rows,))]
-        else:
-            size = packed_bytes(target, quant.bits)
-            parts = [stored(f"{stem}.packed", torch.uint8, (size,)) for stem in stems]
-        if missing:
-            check_names(files, used, missing)
+        parts = [stored(f"{unit.stem}.{part}") for unit in units(target, config)
+                 for part in (("codes", "step") if target.kind == "table" else ("packed",))]
         tied = tied and target.module not in ("lm_head", "model.embed_tokens")
         replace_module(model, target, parts, quant.bits)
     plain: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_meta or (name == "lm_head.weight" and tied):
             continue
-        pieces = [stored(disk_name, None, tuple(piece.shape))
-                  for disk_name, piece in on_disk(name, tensor, config).items()]
-        if not missing:
-            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(tensor.shape)
-            plain[name] = whole.float() if whole.ndim == 1 else whole
-    check_names(files, used, missing)
+        pieces = [stored(disk_name) for disk_name in on_disk(name, tensor, config)]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(tensor.shape)
+        plain[name] = whole.float() if whole.ndim == 1 else whole
     model.load_state_dict(plain, strict=False, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
