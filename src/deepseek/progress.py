@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -45,17 +43,11 @@ class ProgressBar(tqdm):
             del self.sp  # tqdm's own last writing, in place
         super().close()
 
+    def advance_to(self, done: int, total: int | None = None) -> None:
+        """Show that so much is done, of `total` where that is given."""
+        self.total = self.total if total is None else total
+        self.update(done - self.n)
+
     def _line(self) -> None:
         self.fp.write(f"{self}\n")
         self.fp.flush()
-
-
-@contextmanager
-def tokens_bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar: what it yields takes (tokens done, tokens in all)."""
-    with ProgressBar(desc=text, unit=" tokens", unit_scale=True) as bar:
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance

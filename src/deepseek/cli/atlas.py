@@ -11,7 +11,7 @@ from ..config import ModelConfig
 from ..data.settings import named_paths
 from ..errors import ConfigError, DataError
 from ..files import locked, write_atomically
-from ..progress import tokens_bar
+from ..progress import ProgressBar
 from ..settings import ABOVE_ZERO, COUNT, NATURAL, Option, Settings, is_int
 from .common import MachineOptions, add_map_flag
 from .parser import Parser, add_command, add_settings, add_steps, make
@@ -93,9 +93,9 @@ def _profile(args: argparse.Namespace, options: ProfileOptions, named: dict[str,
         raise ConfigError(f"out = {out}: holds the atlas of another model: {known.shape}; this one has {shape}")
     report, mapping = ReadReport(), RecordMap.of(args.map)
     tokenizer, model = Tokenizer.load(folder), load_model(folder, device=make(args, MachineOptions).device)
-    with tokens_bar("profile") as advance:
+    with ProgressBar(desc="profile", unit=" tokens", unit_scale=True) as bar:
         documents = {name: read_documents(places, report, mapping) for name, places in named.items()}
-        measured = profile(model, tokenizer, documents, progress=advance, atlas=known, **vars(options))
+        measured = profile(model, tokenizer, documents, progress=bar.advance_to, atlas=known, **vars(options))
     if report.problems:
         print(report.summary())
     if not measured.names:
@@ -152,8 +152,8 @@ def compare(args: argparse.Namespace) -> None:
         print(report.summary())
 
     def traced(folder: Path) -> Trace:  # one model in memory at a time
-        with tokens_bar("route") as advance:
-            return trace(load_model(folder, device=device), sample, tokenizer, advance)
+        with ProgressBar(desc="route", unit=" tokens", unit_scale=True) as bar:
+            return trace(load_model(folder, device=device), sample, tokenizer, bar.advance_to)
 
     print(compare(traced(folders[0]), traced(folders[1]), atlas).table())
     print(f"try:   deepseek atlas show {args.second}")

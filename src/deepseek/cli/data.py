@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,8 @@ from .common import add_map_flag
 from .parser import Parser, Run, add_command, add_settings, add_steps, make
 
 if TYPE_CHECKING:
-    from ..data.stage import Progress, StageResult
+    from ..data.stage import StageResult
+    from ..progress import ProgressBar
 
 
 
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
             if bar.desc != f"{step}: ":
                 bar.reset()
                 bar.set_description(step)
-            bar.update(records - bar.n)
+            bar.advance_to(records)
 
         for name, done in pipeline.run(config, note):
             bar.write(_line(name, done))
@@ -117,8 +116,8 @@ def validate(args: argparse.Namespace) -> None:
     if not sources:
         raise ConfigError("data: at least one DATA or --sources NAME=DATA must be given")
     mapping = RecordMap.of(args.map)
-    with _bar("validate") as progress:
-        done = validate(sources, args.out, make(args, ValidateSettings), mapping=mapping, progress=progress,
+    with _bar("validate") as bar:
+        done = validate(sources, args.out, make(args, ValidateSettings), mapping=mapping, progress=bar.advance_to,
                         **vars(make(args, StageOptions)))
     print(_line("validate", done))
     for reason, count in done.counts["reasons"].items():
@@ -135,9 +134,9 @@ def validate(args: argparse.Namespace) -> None:
 def dedup(args: argparse.Namespace) -> None:
     from ..data.stages import dedup
 
-    with _bar("dedup") as progress:
+    with _bar("dedup") as bar:
         done = dedup(args.source, args.out, make(args, DedupSettings), workers=make(args, StageOptions).workers,
-                     progress=progress)
+                     progress=bar.advance_to)
     print(_line("dedup", done))
     print(f"dropped: {Path(args.out) / 'dropped.csv'}")
     _try(f"data label {args.out} --out LABELLED")
@@ -147,8 +146,8 @@ def label(args: argparse.Namespace) -> None:
     from ..data.stages import label
     from ..domain import HeldOutReport
 
-    with _bar("label") as progress:
-        done = label(args.source, args.out, make(args, LabelSettings), progress=progress,
+    with _bar("label") as bar:
+        done = label(args.source, args.out, make(args, LabelSettings), progress=bar.advance_to,
                      **vars(make(args, StageOptions)))
     print(_line("label", done))
     stats = done.counts.get("classifier", {})
@@ -164,8 +163,8 @@ def label(args: argparse.Namespace) -> None:
 def split(args: argparse.Namespace) -> None:
     from ..data.stages import split
 
-    with _bar("split") as progress:
-        done = split(args.source, args.out, make(args, SplitSettings), progress=progress)
+    with _bar("split") as bar:
+        done = split(args.source, args.out, make(args, SplitSettings), progress=bar.advance_to)
     print(_line("split", done))
     _try_training(Path(args.out))
 
@@ -173,9 +172,9 @@ def split(args: argparse.Namespace) -> None:
 def pack(args: argparse.Namespace) -> None:
     from ..data.stages import pack
 
-    with _bar("pack") as progress:
+    with _bar("pack") as bar:
         done = pack(args.source, args.out, make(args, PackSettings), held_out=make(args, SplitSettings),
-                    experts=make(args, StageOptions).experts, mapping=RecordMap.of(args.map), progress=progress)
+                    experts=make(args, StageOptions).experts, mapping=RecordMap.of(args.map), progress=bar.advance_to)
     print(_line("pack", done))
     _try(f"data report {args.source} --out REPORT" if args.map is None else
          f"train nano {args.source} --map {args.map} --out runs/first")
@@ -202,15 +201,10 @@ def _try(command: str) -> None:
     print(f"try:   deepseek {command}")
 
 
-@contextmanager
-def _bar(name: str) -> Iterator[Progress]:
+def _bar(name: str) -> ProgressBar:
     from ..progress import ProgressBar
 
-    with ProgressBar(desc=name, unit=" records", unit_scale=True) as bar:
-        def advance(records: int) -> None:
-            bar.update(records - bar.n)
-
-        yield advance
+    return ProgressBar(desc=name, unit=" records", unit_scale=True)
 
 
 def _line(name: str, done: StageResult) -> str:

@@ -68,8 +68,7 @@ def _infer_file(args: argparse.Namespace) -> None:
     stats = llm.engine.stats
     with ProgressBar(unit="prompt", desc="infer") as bar:
         def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            bar.advance_to(done, total)
             elapsed = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{stats.sampled / elapsed if elapsed else 0:,.0f} tokens/s", refresh=False)
 

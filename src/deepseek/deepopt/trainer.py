@@ -231,11 +231,9 @@ class Trainer(RunConfig):
         if places is None:
             return TokenShards.open(folder)
         with ProgressBar(desc="pack", unit=" tokens", unit_scale=True) as bar:
-            def packed(_: int, tokens: int) -> None:
-                bar.update(tokens - bar.n)
-
             shards, report = pack_cached(places, tokenizer, folder, valid_fraction=self.valid_fraction, names=names,
-                                         progress=packed, mapping=RecordMap.of(self.map),
+                                         progress=lambda _, tokens: bar.advance_to(tokens),
+                                         mapping=RecordMap.of(self.map),
                                          expect=run["data"]["fingerprint"] if run else None)
         if report is not None:
             print(report.summary(), *shards.notes(), sep="\n", flush=True)

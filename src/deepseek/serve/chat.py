@@ -137,20 +137,16 @@ class Chat:
             return event(self.head() | {"choices": [choice]} | self.blank())
 
         reported = [0] * len(self.requests)
-        done = [False] * len(self.requests)
         for i in range(len(self.requests)):
             yield chunk(i, {"role": "assistant", "content": ""})
         async for request in self.server.run(http, self.requests):
             i = self.place[request.request_id]
-            if done[i]:
-                continue
             ended = request.finish_reason is not None
             if delta := self.advance(request):
                 count = len(request.logprobs)
                 yield chunk(i, delta, None, self.logprobs(i, reported[i]))
                 reported[i] = count
             if ended:
-                done[i] = True
                 yield chunk(i, {}, self.reason(i), self.logprobs(i, reported[i]) if self.body.logprobs else None)
         self.record_outcome()
         if self.body.stream_options is not None and self.body.stream_options.include_usage:

@@ -110,14 +110,12 @@ class Completion:
 
     async def stream(self, http: Request) -> AsyncIterator[bytes]:
         sent, reported = [0] * len(self.requests), [0] * len(self.requests)
-        done = [False] * len(self.requests)
         async for request in self.server.run(http, self.requests):
             i = self.place[request.request_id]
             ended, text = request.finish_reason is not None, self.echoes[i][0] + request.text
             count = len(request.logprobs)
-            if done[i] or (not ended and len(text) == sent[i]):
+            if not ended and len(text) == sent[i]:
                 continue
-            done[i] = ended
             choice = self.choice(i, text[sent[i] :], reported[i])
             yield event(self.head() | {"choices": [choice | ({} if ended else {"finish_reason": None})]})
             sent[i], reported[i] = len(text), count

@@ -181,6 +181,8 @@ class Server:
                     if await http.is_disconnected():
                         return
                     continue
+                if one.request_id not in left:  # woken once more after its end
+                    continue
                 known[one.request_id], one.paused = len(one.token_ids), False
                 if one.finish_reason is not None:
                     left.discard(one.request_id)

@@ -227,8 +227,4 @@ def _auto(model: CausalLM, data: RecordSet, config: TuneConfig, out: Path, base:
 
 def _hashed(model: CausalLM, what: str) -> dict[str, str]:
     with ProgressBar(desc=what, unit="tensor", leave=False) as bar:
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return tensor_hashes(model, progress)
+        return tensor_hashes(model, bar.advance_to)
