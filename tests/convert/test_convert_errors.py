@@ -187,10 +187,10 @@ HEAD, EXPERT = "lm_head.packed", "model.layers.1.mlp.experts.5.packed"
     (lambda t: t.pop(HEAD), f"1 tensors are missing, first {HEAD}"),
     (lambda t: t.pop("model.norm.weight"), "1 tensors are missing, first model.norm.weight"),
     (lambda t: t.update(odd=torch.zeros(2)), "1 tensors have no place in the model, first odd"),
-    (lambda t: t.update({EXPERT: t[EXPERT][:-64]}), f"{EXPERT} is [8128] of U8, must be [8192] of uint8"),
+    (lambda t: t.update({EXPERT: t[EXPERT][:-64]}), f"{EXPERT} is [8128] of U8, must be [8192] of U8"),
     (lambda t: t.update({EXPERT: t[EXPERT].view(torch.int8)}), f"{EXPERT} is [8192] of I8, must be"),
     (lambda t: t.update({"model.embed_tokens.step": torch.ones(3)}),
-     "model.embed_tokens.step is [3] of F32, must be [97] of float32"),
+     "model.embed_tokens.step is [3] of F32, must be [97] of F32"),
     (lambda t: t.update({"model.norm.weight": torch.ones(3)}), "model.norm.weight is [3] of F32, must be [72]"),
 ])
 def test_a_quantized_file_that_does_not_fit_is_refused_by_name(
