@@ -20,8 +20,8 @@ from deepseek.cli import main
 from deepseek.errors import ConfigError
 from deepseek.keys import check_keys, find_keys
 from deepseek.serve.connections import Process
-from deepseek.serve.middleware import Guard, check_host, host_name
-from deepseek.serve.options import ServeOptions
+from deepseek.serve.middleware import Guard
+from deepseek.serve.options import ServeOptions, check_host, host_name
 from deepseek.watch.options import WatchOptions
 from tests.helpers.servers import Running
 

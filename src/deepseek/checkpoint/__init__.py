@@ -29,7 +29,7 @@ from .adapters import attach_adapter, check_targets, save_adapter, save_delta
 from .files import EXPERT_USE, MANIFEST, TORCH_DTYPES, Span, TensorFiles, check_manifest, write_manifest
 from .identity import base_tensors, fingerprint, stored_fingerprint, tensor_hashes
 from .loads import Verdict, verdict
-from .models import Dtype, expert_spans, load_model, open_checkpoint, save_model, stored_dtype, to_dtype
+from .models import Dtype, check_tensors, expert_spans, load_model, open_checkpoint, save_model, stored_dtype, to_dtype
 from .names import INDEX, PAGE, find_config, hf_names, outside_index, quantized_targets, resolve, units
 from .packages import ExpertPackage, PackageInfo, read_package, write_package
 from .several import UNNAMED, put_beside, read_several, sort_out
@@ -37,7 +37,7 @@ from .several import UNNAMED, put_beside, read_several, sort_out
 __all__ = [
     "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "UNNAMED", "AdaptedFiles", "Dtype", "ExpertPackage",
     "PackageInfo", "Span", "TensorFiles", "Verdict", "attach_adapter", "base_tensors", "check_manifest",
-    "check_targets", "expert_spans", "find_config", "fingerprint", "hf_names", "load_model", "open_checkpoint",
+    "check_targets", "check_tensors", "expert_spans", "find_config", "fingerprint", "hf_names", "load_model", "open_checkpoint",
     "outside_index", "put_beside", "quantized_targets", "read_package", "read_several", "resolve", "save_adapter",
     "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units",
     "verdict", "write_manifest", "write_package",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
 import math
 import secrets
@@ -16,9 +15,10 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from ..errors import ConfigError, RequestError
+from ..errors import RequestError
 from ..files import to_json
 from ..keys import check_keys
+from .options import address_of, check_host, host_name
 from .protocol import complaint
 
 Scope = MutableMapping[str, Any]
@@ -28,7 +28,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ANY = ("0.0.0.0", "::")  # a server that listens there is reached under every address of its machine
 OPEN = ("/", "/health", "/dashboard")  # for load balancers and browsers, which send no key; the page asks for one
-HOST_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
 log = logging.getLogger("deepseek.serve")
 
 
@@ -158,7 +157,7 @@ class Guard:
             return False
         if name in self.hosts or name == "localhost":
             return True
-        address = _address(name)
+        address = address_of(name)
         # an address is no name in DNS, so it cannot be pointed elsewhere
         return address is not None and (address.is_loopback or not self.hosts.isdisjoint(ANY))
 
@@ -170,34 +169,3 @@ class Guard:
 
 def busy(message: str) -> ServeError:
     return ServeError(429, message, kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
-
-
-def host_name(header: str) -> str | None:
-    """The host of a Host header in lower case, without port, brackets and final dot; None if it is malformed."""
-    name, bracket, port = header.strip().rpartition("]") if header.strip().startswith("[") else ("", "", "")
-    if bracket:
-        address = _address(name[1:])
-        good = address is not None and ":" in name and (not port or (port[0] == ":" and port[1:].isdecimal()))
-        return str(address) if good else None
-    name, colon, port = header.strip().partition(":")
-    if not name or (colon and not (port.isascii() and port.isdecimal())):
-        return None
-    return name.lower().removesuffix(".") or None
-
-
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def check_host(name: str) -> str:
-    """A host name in the form that Host headers are compared with. Raises ConfigError for a malformed one."""
-    address = _address(name.strip("[]"))
-    if address is not None:
-        return str(address)
-    if host_name(name) is None or not set(name) <= set(HOST_CHARACTERS):
-        raise ConfigError(f"allowed_host = {name!r}: must be a host's name or address, without scheme, port and path")
-    return name.lower().removesuffix(".")

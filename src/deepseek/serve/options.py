@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from ..errors import ConfigError
 from ..keys import check_keys, read_keys
 from ..settings import COUNT, POSITIVE, Option, Settings, between
 from ..watch.options import WatchOptions
-from .middleware import check_host
+
+HOST_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,34 @@ class ServeOptions(Settings):
         object.__setattr__(self, "api_key", tuple(keys))
         object.__setattr__(self, "api_key_file", ())
         object.__setattr__(self, "allowed_host", tuple(map(check_host, self.allowed_host)))
+
+
+def host_name(header: str) -> str | None:
+    """The host of a Host header in lower case, without port, brackets and final dot; None if it is malformed."""
+    name, bracket, port = header.strip().rpartition("]") if header.strip().startswith("[") else ("", "", "")
+    if bracket:
+        address = address_of(name[1:])
+        good = address is not None and ":" in name and (not port or (port[0] == ":" and port[1:].isdecimal()))
+        return str(address) if good else None
+    name, colon, port = header.strip().partition(":")
+    if not name or (colon and not (port.isascii() and port.isdecimal())):
+        return None
+    return name.lower().removesuffix(".") or None
+
+
+def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def check_host(name: str) -> str:
+    """A host name in the form that Host headers are compared with. Raises ConfigError for a malformed one."""
+    address = address_of(name.strip("[]"))
+    if address is not None:
+        return str(address)
+    if host_name(name) is None or not set(name) <= set(HOST_CHARACTERS):
+        raise ConfigError(f"allowed_host = {name!r}: must be a host's name or address, without scheme, port and path")
+    return name.lower().removesuffix(".")
