@@ -37,10 +37,10 @@ from .several import UNNAMED, put_beside, read_several, sort_out
 __all__ = [
     "EXPERT_USE", "INDEX", "MANIFEST", "PAGE", "TORCH_DTYPES", "UNNAMED", "AdaptedFiles", "Dtype", "ExpertPackage",
     "PackageInfo", "Span", "TensorFiles", "Verdict", "attach_adapter", "base_tensors", "check_manifest",
-    "check_targets", "check_tensors", "expert_spans", "find_config", "fingerprint", "hf_names", "load_model", "open_checkpoint",
-    "outside_index", "put_beside", "quantized_targets", "read_package", "read_several", "resolve", "save_adapter",
-    "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes", "to_dtype", "units",
-    "verdict", "write_manifest", "write_package",
+    "check_targets", "check_tensors", "expert_spans", "find_config", "fingerprint", "hf_names", "load_model",
+    "open_checkpoint", "outside_index", "put_beside", "quantized_targets", "read_package", "read_several", "resolve",
+    "save_adapter", "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes",
+    "to_dtype", "units", "verdict", "write_manifest", "write_package",
 ]
 
 if not TYPE_CHECKING:
