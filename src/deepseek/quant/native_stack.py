@@ -30,10 +30,10 @@ from ..config import ModelConfig
 from ..model import CausalLM, RoutingRecord
 from ..model.adapters import EVERYTHING, AdaptedLinear, LowRank, bare, current, path_of
 from ..model.cache import BatchCache, Chunk, PackedBatch
+from ..model.decoder import DecoderLayer, run_layers
 from ..model.experts import MoE
 from ..model.gate import Gate, Route, routing_rule
 from ..model.mla import MLA, AttentionContext
-from ..model.transformer import DecoderLayer, run_layers
 from ..ops.latent import latent_pages, naive_pages, prepare_pages
 from ..ops.native import native
 from ..ops.native_layers import Attention, FeedForward, LayerBlock, LayerStack
