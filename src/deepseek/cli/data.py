@@ -115,10 +115,9 @@ def validate(args: argparse.Namespace) -> None:
     sources = ({"": args.data} if args.data else {}) | named_paths(args.sources or (), "sources")
     if not sources:
         raise ConfigError("data: at least one DATA or --sources NAME=DATA must be given")
-    mapping = RecordMap.of(args.map)
+    settings, mapping, shared = make(args, ValidateSettings), RecordMap.of(args.map), vars(make(args, StageOptions))
     with _bar("validate") as bar:
-        done = validate(sources, args.out, make(args, ValidateSettings), mapping=mapping, progress=bar.advance_to,
-                        **vars(make(args, StageOptions)))
+        done = validate(sources, args.out, settings, mapping=mapping, progress=bar.advance_to, **shared)
     print(_line("validate", done))
     for reason, count in done.counts["reasons"].items():
         print(f"  {count:,} {reason}")
@@ -134,9 +133,9 @@ def validate(args: argparse.Namespace) -> None:
 def dedup(args: argparse.Namespace) -> None:
     from ..data.stages import dedup
 
+    settings, workers = make(args, DedupSettings), make(args, StageOptions).workers
     with _bar("dedup") as bar:
-        done = dedup(args.source, args.out, make(args, DedupSettings), workers=make(args, StageOptions).workers,
-                     progress=bar.advance_to)
+        done = dedup(args.source, args.out, settings, workers=workers, progress=bar.advance_to)
     print(_line("dedup", done))
     print(f"dropped: {Path(args.out) / 'dropped.csv'}")
     _try(f"data label {args.out} --out LABELLED")
@@ -146,9 +145,9 @@ def label(args: argparse.Namespace) -> None:
     from ..data.stages import label
     from ..domain import HeldOutReport
 
+    settings, shared = make(args, LabelSettings), vars(make(args, StageOptions))
     with _bar("label") as bar:
-        done = label(args.source, args.out, make(args, LabelSettings), progress=bar.advance_to,
-                     **vars(make(args, StageOptions)))
+        done = label(args.source, args.out, settings, progress=bar.advance_to, **shared)
     print(_line("label", done))
     stats = done.counts.get("classifier", {})
     if stats.get("trained"):
@@ -163,8 +162,9 @@ def label(args: argparse.Namespace) -> None:
 def split(args: argparse.Namespace) -> None:
     from ..data.stages import split
 
+    settings = make(args, SplitSettings)
     with _bar("split") as bar:
-        done = split(args.source, args.out, make(args, SplitSettings), progress=bar.advance_to)
+        done = split(args.source, args.out, settings, progress=bar.advance_to)
     print(_line("split", done))
     _try_training(Path(args.out))
 
@@ -172,9 +172,11 @@ def split(args: argparse.Namespace) -> None:
 def pack(args: argparse.Namespace) -> None:
     from ..data.stages import pack
 
+    settings, held_out, experts = make(args, PackSettings), make(args, SplitSettings), make(args, StageOptions).experts
+    mapping = RecordMap.of(args.map)
     with _bar("pack") as bar:
-        done = pack(args.source, args.out, make(args, PackSettings), held_out=make(args, SplitSettings),
-                    experts=make(args, StageOptions).experts, mapping=RecordMap.of(args.map), progress=bar.advance_to)
+        done = pack(args.source, args.out, settings, held_out=held_out, experts=experts, mapping=mapping,
+                    progress=bar.advance_to)
     print(_line("pack", done))
     _try(f"data report {args.source} --out REPORT" if args.map is None else
          f"train nano {args.source} --map {args.map} --out runs/first")

@@ -56,7 +56,7 @@ def add_flags(parser: Parser) -> None:
     for options in (FolderOptions, SignatureOptions, CalibrationOptions):
         add_settings(step, options)
     add_map_flag(step)
-    add_settings(step, MachineOptions, "machine")
+    add_settings(step, MachineOptions, {"machine": "threads"})
     step = add_command(steps, "remove", remove, "take a package's experts out of a model again")
     step.add_argument("model", metavar="MODEL", help="a model with packages")
     step.add_argument("name", metavar="NAME", help="of the package")

@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         if "--config" not in self._option_string_actions:
             return {}
         first = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
-        first.add_argument("--config")
+        first.add_argument("--config", nargs="?")  # a missing value is said below
         if (path := first.parse_known_args(args)[0].config) is None:
             return {}
         if not isinstance(table := read_yaml(path) or {}, dict):
