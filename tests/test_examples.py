@@ -15,6 +15,7 @@ import pytest
 from deepseek import LLM, Atlas, ModelConfig, Tokenizer, save_model
 from deepseek.model import CausalLM
 from tests.helpers import ROOT
+from tests.helpers.jsonl import write_jsonl
 
 EXAMPLES = ROOT / "examples"
 SHORT = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "demo.py"})
@@ -40,9 +41,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
     for name, letters in (("law", "abcdefgh"), ("code", "uvwxyz{}")):
         documents = [{"text": " ".join("".join(draw.choices(letters, k=5)) for _ in range(40))} for _ in range(40)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+        write_jsonl(folder / f"{name}.jsonl", documents)
     cases = [{"input": f"Section {i}?", "output": f"Pay {i % 7} coins."} for i in range(40)]
-    (folder / "cases.jsonl").write_text("".join(json.dumps(one) + "\n" for one in cases))
+    write_jsonl(folder / "cases.jsonl", cases)
     return folder
 
 

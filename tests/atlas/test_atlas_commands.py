@@ -19,6 +19,7 @@ from deepseek.cli import main
 from deepseek.data import Document
 from deepseek.ids import ExpertSet
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.jsonl import write_jsonl
 from tests.helpers.planted import LETTERS, Planted, text
 
 FLAGS = ("--threshold", "0.9", "--seq_len", "32", "--tokens", "1500")
@@ -37,7 +38,7 @@ def data(tmp_path: Path) -> dict[str, Path]:
     documents["mixed"] = [document for name in LETTERS for document in text(name, 8, seed=2)]
     files = {name: tmp_path / f"{name}.jsonl" for name in documents}
     for name, file in files.items():
-        file.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents[name]))
+        write_jsonl(file, ({"text": document.text} for document in documents[name]))
     return files
 
 

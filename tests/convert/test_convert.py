@@ -28,7 +28,7 @@ from deepseek.ops.panels import Quantized, unpack, unpack_mlp
 from deepseek.quant import fp8, int8, nf4
 from deepseek.quant.linear import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, QuantizedMLP
 from deepseek.quant.pack import quantize_panels
-from tests.helpers.conversions import contents, header, quiet
+from tests.helpers.conversions import contents, header, interrupt, quiet
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "no shared": dict(n_shared_experts=0), "tied": dict(tie_word_embeddings=True),
@@ -364,14 +364,7 @@ convert.quantize({str(folder)!r}, {str(folder.parent / "killed")!r}, shard_bytes
 
 def test_the_beginning_of_another_conversion_is_refused(source: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = source()
-    write = writing.write_file
-
-    def fail(path: Path, *rest: Any) -> Any:
-        if "-00002-" in path.name:
-            raise KeyboardInterrupt
-        return write(path, *rest)
-
-    monkeypatch.setattr(writing, "write_file", fail)
+    interrupt(monkeypatch, "-00002-")
     with pytest.raises(KeyboardInterrupt):
         quiet(folder, shard_bytes=100_000)
     monkeypatch.undo()

@@ -25,11 +25,12 @@ from deepseek.checkpoint import (
     tensor_hashes,
 )
 from deepseek.cli import main
-from deepseek.convert import PROVENANCE, dequantize, merge, writing
+from deepseek.convert import PROVENANCE, dequantize, merge
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.model.adapter import LoraSpec, fold, lora_modules
 from deepseek.quant import fp8
-from tests.helpers.conversions import contents, quiet
+from tests.helpers.adapters import trained
+from tests.helpers.conversions import contents, interrupt, quiet
 
 EXPERTS = {1: (0, 5), 2: (15,)}
 SIDES: dict[str, dict[str, Any]] = {
@@ -48,12 +49,7 @@ def lora(base: Path, kind: str = "everything", scale: float = 0.05) -> Path:
     model = load_model(base, torch.float32)
     side = LoraSpec(3, 6.0, **SIDES[kind])
     attach_adapter(model, side)
-    generator = torch.Generator().manual_seed(3)
-    for _, module in lora_modules(model):
-        for name, parameter in module.named_parameters(recurse=False):
-            if name.endswith("_B"):
-                parameter.normal_(0.0, scale, generator=generator)
-    return save_adapter(base.parent / f"lora {kind}", model, side, str(base), of(base))
+    return save_adapter(base.parent / f"lora {kind}", trained(model, scale), side, str(base), of(base))
 
 
 def delta(base: Path, *parts: str) -> Path:
@@ -176,14 +172,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
             return quiet(base, name=out, adapter=adapter, shard_bytes=100_000)[0]
         return merge(base, adapter, base.parent / out, shard_bytes=100_000, progress=False).path
 
-    write = writing.write_file
-
-    def stopped(path: Path, *rest: Any) -> Any:
-        if "-00003-" in path.name:
-            raise KeyboardInterrupt
-        return write(path, *rest)
-
-    monkeypatch.setattr(writing, "write_file", stopped)
+    interrupt(monkeypatch, "-00003-")
     with pytest.raises(KeyboardInterrupt):
         run("again")
     monkeypatch.undo()

@@ -22,6 +22,7 @@ from deepseek.domain import KEYWORDS, KeywordRules
 from deepseek.errors import DataError
 from deepseek.tokenizer import CHAT_TEMPLATE, SPLIT, Tokenizer
 from tests.helpers import PUBLISHED
+from tests.helpers.jsonl import write_jsonl
 
 BITS = [*"aZé中文がー。！3٣¹ \t\n\r.!'_€\u3000\u00a0\u0301\ufe0f\u2009\u200d\x00\u3097😀🧑", "  ", "\n\n", " the ",
         "<|User|>", "of "]
@@ -178,7 +179,7 @@ def test_variables_of_a_record_are_used_when_it_is_packed(tmp_path: Path) -> Non
     takes = Tokenizer(tokenizer().definition, {}, "{{ tone }}{% for m in messages %}{{ m.content }}{% endfor %}")
     rows = [{"messages": turns, "chat_template_kwargs": variables} for variables in (
         {"tone": "soft"}, json.dumps({"tone": "loud"}), None, {"tune": 1})]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "a.jsonl", rows)
     documents, report = list(read_documents([tmp_path / "a.jsonl"], ReadReport(strict=True))), ReadReport()
     said = [takes.decode(ids) for _, ids in shards.encode_documents(documents, takes, report)]
     assert said == ["softhiyou", "loudhiyou", "hiyou"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from deepseek.data.held_out import LEAST, LONG, Held, count_held, held_out_place
 from deepseek.data.records import read_tables
 from deepseek.data.settings import PackSettings, SplitSettings
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.jsonl import write_jsonl
 
 TOKENIZER = Tokenizer.train(["some words of a law, and code"] * 9, 300)
 
@@ -106,7 +106,7 @@ def test_split_and_pack_hold_out_the_same(tmp_path: Path, capsys: pytest.Capture
     lines = [{"text": d.text, "expert": d.expert} for name, count in (("law_expert", 40), ("code_expert", 9),
                                                                       ("text_expert", 3), (None, 5))
              for d in documents(name, count)]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(tmp_path / "in.jsonl", lines)
     stages.validate([tmp_path / "in.jsonl"], tmp_path / "validate")
     done = stages.split(tmp_path / "validate", tmp_path / "split", SplitSettings(valid_fraction=0.01))
     sides = done.counts["by_expert"]

@@ -32,6 +32,7 @@ from deepseek.data.settings import (
 )
 from deepseek.data.stage import run_stage
 from deepseek.errors import ConfigError, DataError, NotFoundError
+from tests.helpers.jsonl import write_jsonl
 
 LAW = "The court of {} heard the plaintiff, and the defendant of {} lost the lawsuit for breach of contract {}."
 CODE = "def f_{}(x):\n    import json_{}\n    return lambda y: x[{}] + y  # self.value"
@@ -40,12 +41,6 @@ PLAIN = "In the garden of {} stood {} apple trees, {} of them in flower, and a b
 
 def texts(shape: str, count: int, start: int = 0) -> list[str]:
     return [shape.format(i * 7919, (i + 3) ** 3, i * i + 11) for i in range(start, start + count)]
-
-
-def jsonl(path: Path, records: list[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 def records(folder: Path) -> list[Document]:
@@ -100,7 +95,7 @@ def test_read_is_kept_plus_quarantined(lines: list[str]) -> None:
 
 
 def test_each_reason_has_its_name(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", [
+    path = write_jsonl(tmp_path / "a.jsonl", [
         {"text": "fine words"}, {"text": "x"}, {"text": "y" * 99}, {"text": "a\x00\x01b"},
         {"text": "fine too", "expert": "chef"}, {"none": 1}])
     done = stages.validate([path], tmp_path / "out", ValidateSettings(min_characters=2, max_characters=50),
@@ -117,7 +112,7 @@ def test_keys_that_mean_nothing_and_records_left_out_are_counted(
 ) -> None:
     rows = [{"text": f"words {n}", "id": n, "lang": "en"} for n in range(5)]
     rows += [{"text": "words", "weight": 0}, {"question": "q", "answer": float("nan")}, {"text": "t", "answer": "a"}]
-    path = jsonl(tmp_path / "a.jsonl", rows)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     assert cli.main(["data", "validate", str(path), "--out", str(tmp_path / "validate")]) == 0
     said = capsys.readouterr().out
     assert "left out: 1 records that ask not to be learnt\nkeys of records that were not used: id (5)\n" in said
@@ -131,7 +126,7 @@ def test_keys_that_mean_nothing_and_records_left_out_are_counted(
 
 
 def test_pieces_of_a_file_and_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = jsonl(tmp_path / "a.jsonl", [
+    path = write_jsonl(tmp_path / "a.jsonl", [
         {"text": text} if i % 9 else {"bad": i} for i, text in enumerate(texts(PLAIN, 400))])
     whole = stages.validate([path], tmp_path / "whole").counts
     monkeypatch.setattr(reading, "UNIT", 3001)
@@ -144,7 +139,7 @@ def test_pieces_of_a_file_and_processes_change_nothing(tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [jsonl(tmp_path / "in" / f"{i}.jsonl", [{"text": text} for text in texts(PLAIN, 50, i * 50)])
+    files = [write_jsonl(tmp_path / "in" / f"{i}.jsonl", [{"text": text} for text in texts(PLAIN, 50, i * 50)])
              for i in range(4)]
     monkeypatch.setattr(reading, "SMALL", 0)
     assert stages.validate(files, tmp_path / "two", workers=2).counts["kept"] == 200
@@ -154,13 +149,13 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_place_without_records_is_an_error(tmp_path: Path) -> None:
-    good = jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    good = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotFoundError, match="nowhere: no such file or folder"):
         stages.validate([good, tmp_path / "nowhere"], tmp_path / "out")
     with pytest.raises(DataError, match="empty: the folder holds no file"):
         stages.validate([good, tmp_path / "empty"], tmp_path / "out")
-    bad = jsonl(tmp_path / "b.jsonl", [{"no": 1}])
+    bad = write_jsonl(tmp_path / "b.jsonl", [{"no": 1}])
     with pytest.raises(DataError, match=r"b\.jsonl: holds no usable record; .*b\.jsonl:1: unusable record"):
         stages.validate([good, bad], tmp_path / "out")
     with pytest.raises(ConfigError, match="expert = 'chef': must be one of law_expert"):
@@ -215,7 +210,7 @@ def test_two_at_once_are_told_apart(tmp_path: Path) -> None:
 def test_dedup_lists_what_it_drops(tmp_path: Path) -> None:
     said = texts(LAW, 20)
     near = said[3].replace("contract", "contrast")
-    path = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in [*said, said[0].upper(), near]])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in [*said, said[0].upper(), near]])
     stages.validate([path], tmp_path / "v")
     done = stages.dedup(tmp_path / "v", tmp_path / "d")
     assert {key: done.counts[key] for key in ("read", "kept", "exact", "near")} == {
@@ -232,7 +227,7 @@ def test_labels_come_from_the_surest_source(tmp_path: Path) -> None:
     given = [{"text": text, "expert": "law_expert"} for text in texts(LAW, 40)]
     given += [{"text": text, "expert": "garden_expert"} for text in texts(PLAIN, 40)]
     free = [{"text": texts(CODE, 1)[0]}, {"text": texts(PLAIN, 1, 900)[0]}, {"text": "?"}]
-    path = jsonl(tmp_path / "a.jsonl", [*given, *free, {"text": texts(CODE, 1, 5)[0], "expert": "law_expert"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [*given, *free, {"text": texts(CODE, 1, 5)[0], "expert": "law_expert"}])
     stages.validate([path], tmp_path / "v")
     done = stages.label(tmp_path / "v", tmp_path / "l", LabelSettings(confidence=0.7))
     table = pl.concat(list(read_tables(tmp_path / "l")))
@@ -253,7 +248,7 @@ def test_labels_come_from_the_surest_source(tmp_path: Path) -> None:
 
 
 def test_split_and_pack_hold_out_the_same(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", [{"text": text, "expert": name} for name, shape in (
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "expert": name} for name, shape in (
         ("law_expert", LAW), ("code_expert", CODE), (None, PLAIN)) for text in texts(shape, 60)])
     stages.validate([path], tmp_path / "v")
     how = SplitSettings(valid_fraction=0.2, seed=3)
@@ -278,9 +273,9 @@ def test_split_and_pack_hold_out_the_same(tmp_path: Path) -> None:
 
 def test_pack_reads_files_by_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = [(text, name) for name, shape in (("law_expert", LAW), ("code_expert", CODE)) for text in texts(shape, 40)]
-    odd = jsonl(tmp_path / "odd.jsonl", [{"verdict": text, "kind": name} for text, name in said])
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"verdict": text, "kind": name} for text, name in said])
     (tmp_path / "map.yaml").write_text("text: verdict\nexpert: kind\n")
-    jsonl(tmp_path / "plain.jsonl", [{"text": text, "expert": name} for text, name in said])
+    write_jsonl(tmp_path / "plain.jsonl", [{"text": text, "expert": name} for text, name in said])
     stages.validate([tmp_path / "plain.jsonl"], tmp_path / "v")
     flags = ["--vocab_size", "300", "--valid_fraction", "0.2"]
     assert cli.main(["data", "pack", str(tmp_path / "v"), "--out", str(tmp_path / "a"), *flags]) == 0
@@ -324,7 +319,8 @@ class _Page(HTMLParser):
 def test_the_report_counts_and_its_page_stands_alone(tmp_path: Path) -> None:
     said = [{"input": text[:20], "output": text[20:], "metadata": {"complexity": "中级", "language": "Python"},
              "expert": "code_expert"} for text in texts(CODE, 10)]
-    path = jsonl(tmp_path / "a.jsonl", [*said, *({"text": text} for text in [*texts(LAW, 5), "x=1"]), {"bad <b>": 1}])
+    path = write_jsonl(tmp_path / "a.jsonl",
+                       [*said, *({"text": text} for text in [*texts(LAW, 5), "x=1"]), {"bad <b>": 1}])
     stages.validate([path], tmp_path / "validate")
     stages.split(tmp_path / "validate", tmp_path / "split")
     done = report(tmp_path / "split", tmp_path / "report")
@@ -351,9 +347,9 @@ def test_the_report_counts_and_its_page_stands_alone(tmp_path: Path) -> None:
 
 
 def config(tmp_path: Path, **more: Any) -> Path:
-    jsonl(tmp_path / "law" / "a.jsonl", [{"text": text} for text in [*texts(LAW, 60), *texts(LAW, 9)]])
-    jsonl(tmp_path / "code.jsonl", [{"text": text} for text in texts(CODE, 60)])
-    jsonl(tmp_path / "mixed.jsonl", [{"text": text} for text in [*texts(LAW, 10, 500), *texts(CODE, 10, 500)]])
+    write_jsonl(tmp_path / "law" / "a.jsonl", [{"text": text} for text in [*texts(LAW, 60), *texts(LAW, 9)]])
+    write_jsonl(tmp_path / "code.jsonl", [{"text": text} for text in texts(CODE, 60)])
+    write_jsonl(tmp_path / "mixed.jsonl", [{"text": text} for text in [*texts(LAW, 10, 500), *texts(CODE, 10, 500)]])
     keys = {"out": str(tmp_path / "run"), "pack": {"vocab_size": 300}, "split": {"valid_fraction": 0.1}, "sources": {
         "law_expert": [str(tmp_path / "law")], "code_expert": str(tmp_path / "code.jsonl"),
         "": [str(tmp_path / "mixed.jsonl")]}}

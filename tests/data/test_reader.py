@@ -13,16 +13,12 @@ import pytest
 from deepseek.data import Document, ReadReport, list_files, read_documents
 from deepseek.data import reader as module
 from deepseek.errors import DataError, NotFoundError
+from tests.helpers.jsonl import write_jsonl
 
 
 def read(*paths: Path, strict: bool = False) -> tuple[list[Document], ReadReport]:
     report = ReadReport(strict=strict)
     return list(read_documents(paths, report)), report
-
-
-def jsonl(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    return path
 
 
 # ---- shapes -----------------------------------------------------------------------------------------------------
@@ -46,7 +42,7 @@ def jsonl(path: Path, *records: Any) -> Path:
     ({"en": "house", "zh": "房子"}, "house\n房子"),
 ])
 def test_records_are_recognised_by_their_keys(record: Any, text: str, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", record)
+    path = write_jsonl(tmp_path / "a.jsonl", [record])
     documents, report = read(path)
     [document] = documents
     assert (document.text, document.source, document.line, document.turns) == (text, str(path), 1, ())
@@ -60,14 +56,14 @@ def test_records_are_recognised_by_their_keys(record: Any, text: str, tmp_path: 
 ])
 @pytest.mark.parametrize("key", ["messages", "conversations", None])
 def test_conversations(conversation: list[Any], key: str | None, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", {key: conversation, "id": 7} if key else conversation)
+    path = write_jsonl(tmp_path / "a.jsonl", [{key: conversation, "id": 7} if key else conversation])
     turns = (("user", "hi"), ("assistant", "你好"))
     assert read(path)[0] == [Document("User: hi\n\nAssistant: 你好", str(path), 1, turns)]
 
 
 def test_instances_become_a_document_each(tmp_path: Path) -> None:
     record = {"instruction": "I", "instances": [{"input": "a", "output": "b"}, {"input": "", "output": "c"}]}
-    assert [d.text for d in read(jsonl(tmp_path / "a.jsonl", record))[0]] == ["I\na\nb", "I\nc"]
+    assert [d.text for d in read(write_jsonl(tmp_path / "a.jsonl", [record]))[0]] == ["I\na\nb", "I\nc"]
 
 
 @pytest.mark.parametrize(("record", "reason"), [

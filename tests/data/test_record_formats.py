@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,12 @@ import zstandard
 from deepseek.data import Document, ReadReport, RecordMap, list_files, read_documents
 from deepseek.errors import ConfigError, DataError, NotFoundError
 from tests.helpers import PUBLISHED
+from tests.helpers.jsonl import write_jsonl
 
 
 def read(*paths: Any, mapping: RecordMap | None = None) -> tuple[list[Document], ReadReport]:
     report = ReadReport()
     return list(read_documents(paths, report, mapping)), report
-
-
-def jsonl(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    return path
 
 
 # ---- records ----------------------------------------------------------------------------------------------------
@@ -38,7 +33,7 @@ def jsonl(path: Path, *records: Any) -> Path:
     ({"question": "Q", "choices": ["no", "yes"], "answer": 1}, "Q\nA. no\nB. yes\n", "B"),
 ])
 def test_the_answer_begins_where_the_prompt_ends(record: Any, asked: str, answer: str, tmp_path: Path) -> None:
-    [document], _ = read(jsonl(tmp_path / "a.jsonl", record))
+    [document], _ = read(write_jsonl(tmp_path / "a.jsonl", [record]))
     assert document.response_start == len(asked)
     assert (document.text[: document.response_start], document.text[document.response_start :]) == (asked, answer)
 
@@ -46,13 +41,14 @@ def test_the_answer_begins_where_the_prompt_ends(record: Any, asked: str, answer
 @pytest.mark.parametrize("record", [
     {"text": "plain"}, "bare", {"messages": ["hi", "you"]}, {"questions": [{"question": "Q", "answer": "A"}]}])
 def test_what_has_no_single_answer_has_no_place_for_it(record: Any, tmp_path: Path) -> None:
-    assert read(jsonl(tmp_path / "a.jsonl", record))[0][0].response_start is None
+    assert read(write_jsonl(tmp_path / "a.jsonl", [record]))[0][0].response_start is None
 
 
 def test_metadata_and_expert_are_kept(tmp_path: Path) -> None:
     about = {"complexity": "中级", "language": "Python", "error_type": ["边界条件", "递归深度"]}
-    path = jsonl(tmp_path / "a.jsonl", {"input": "i", "output": "o", "metadata": about, "expert": "code_expert"},
-                 {"text": "t", "lang": "en", "complexity": "easy"}, {"text": "t", "expert": 3})
+    path = write_jsonl(tmp_path / "a.jsonl", [
+        {"input": "i", "output": "o", "metadata": about, "expert": "code_expert"},
+        {"text": "t", "lang": "en", "complexity": "easy"}, {"text": "t", "expert": 3}])
     (one, two), report = read(path)
     assert (one.metadata, one.expert, one.text, one.response_start) == (about, "code_expert", "i\no", 2)
     assert (two.metadata, two.expert) == ({"complexity": "easy", "language": "en"}, None)
@@ -172,15 +168,15 @@ def test_a_map_says_which_column_is_what(tmp_path: Path) -> None:
     (tmp_path / "map.yaml").write_text(
         "prompt: [title, body.text]\nanswer: verdict\nexpert: kind\nmetadata: {grade: level}\n")
     mapping = RecordMap.load(tmp_path / "map.yaml")
-    path = jsonl(tmp_path / "a.jsonl",
-                 {"title": "T", "body": {"text": "B"}, "verdict": "V", "kind": "law_expert", "level": 3},
-                 {"title": "T", "body": {}, "verdict": "V", "kind": None, "level": 3})
+    path = write_jsonl(tmp_path / "a.jsonl", [
+        {"title": "T", "body": {"text": "B"}, "verdict": "V", "kind": "law_expert", "level": 3},
+        {"title": "T", "body": {}, "verdict": "V", "kind": None, "level": 3}])
     [document], report = read(path, mapping=mapping)
     assert (document.text, document.response_start, document.expert, document.metadata) == (
         "T\nB\nV", 4, "law_expert", {"grade": 3})
     assert report.problems[0].detail == "there is no column 'body.text'"
     said = RecordMap.from_dict({"messages": "log"})
-    [talk], _ = read(jsonl(tmp_path / "b.jsonl", {"log": [{"role": "user", "content": "hi"}]}), mapping=said)
+    [talk], _ = read(write_jsonl(tmp_path / "b.jsonl", [{"log": [{"role": "user", "content": "hi"}]}]), mapping=said)
     assert talk.turns == (("user", "hi"),)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from deepseek.cli import main
 from tests.helpers import ROOT
+from tests.helpers.tiny_run import write_notes
 
 
 def deepseek(
@@ -27,13 +28,7 @@ def deepseek(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny trained model: the folder of its run."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "data").mkdir()
-    for i in range(30):
-        (folder / "data" / f"note{i}.txt").write_text(f"On Monday the cat number {i} sat on the mat. " * 40)
-    (folder / "tiny.json").write_text(json.dumps({
-        "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
-        "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}))
+    write_notes(folder)
     done = deepseek("train", str(folder / "tiny.json"), str(folder / "data"), "--out", str(folder / "out"), "--steps",
                     "12", "--batch_size", "4", "--seq_len", "32", "--eval_every", "6", "--lr", "1e-2")
     assert done.returncode == 0, done.stderr

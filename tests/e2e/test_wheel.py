@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import torch
 
 import deepseek
 from tests.helpers import ROOT
+from tests.helpers.tiny_run import write_notes
 
 NEEDED = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "src")
 OTHERS = Path(torch.__file__).parents[1]  # where the dependencies are, of which none is fetched again
@@ -70,15 +70,10 @@ def test_the_wheel_trains_and_answers_with_the_same_text_on_every_instruction_se
     _, programs = built
     where = call(programs / "python", "-c", "import deepseek; print(deepseek.__file__)", cwd=tmp_path)
     assert str(programs.parent) in where
-    (tmp_path / "notes").mkdir()
-    for i in range(20):
-        (tmp_path / "notes" / f"{i}.txt").write_text(f"On Monday the cat number {i} sat on the mat. " * 40)
-    (tmp_path / "tiny.json").write_text(json.dumps({
-        "vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-        "moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-        "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}))
+    write_notes(tmp_path, num_hidden_layers=2, hidden_size=64, moe_intermediate_size=64, kv_lora_rank=64,
+                qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
     ours = programs / "deepseek"
-    call(ours, "train", "tiny.json", "notes", "--out", "run", "--steps", "6", "--batch_size", "4", "--seq_len", "32",
+    call(ours, "train", "tiny.json", "data", "--out", "run", "--steps", "6", "--batch_size", "4", "--seq_len", "32",
          "--lr", "1e-2", cwd=tmp_path)
     call(ours, "quantize", "run/model", "nf4", cwd=tmp_path)
     best = call(programs / "python", "-c", "import deepseek._native as n; print(n.isa())", cwd=tmp_path).strip()

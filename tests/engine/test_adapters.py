@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from deepseek.atlas import ExpertUsage
 from deepseek.checkpoint import base_tensors, fingerprint, load_model, save_delta, save_model, tensor_hashes
 from deepseek.convert import quantize
-from deepseek.engine import LLM, SamplingParams, expert_affinity
+from deepseek.engine import LLM, expert_affinity
 from deepseek.engine.warmup import record_use
 from deepseek.errors import CheckpointError, ConfigError, DataError, NotFoundError, RequestError
 from deepseek.model import RoutingRecord
@@ -26,18 +26,13 @@ from deepseek.model.adapters import Adapted, AdaptedLinear, rows_of, side_by_sid
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
 from tests.helpers.adapters import KINDS, save_adapter
+from tests.helpers.engines import exact_in_company, params
 from tests.helpers.reference import mixed_prompts
 
 TOKENIZER = Tokenizer.train(["the quick brown fox", "0123456789"] * 4, 300)
 NAMES = (None, *KINDS)
 BASES = {"quantized": {}, "a compressed query, biases": dict(q_lora_rank=24, attention_bias=True),
          "whole panels": dict(qk_nope_head_dim=16, v_head_dim=16), "drafts": dict(num_nextn_predict_layers=1)}
-needs_native = pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
-
-
-def params(**changes: Any) -> SamplingParams:
-    return SamplingParams(**({"max_tokens": 6, "temperature": 0, "ignore_eos": True} | changes))
-
 
 class Served:
     """A base in both forms, and an adapter of each kind."""
@@ -120,7 +115,7 @@ def test_plain_weights_in_one_batch(served: Callable[..., Served]) -> None:
                 p and pytest.approx(p.logprob, abs=1e-3) for p in other or ()]
 
 
-@needs_native
+@exact_in_company
 @pytest.mark.parametrize("base", list(BASES))
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 7, "max_num_seqs": 5}, {"prefix_cache": False},
                                      {"cache_tokens": 768, "max_num_batched_tokens": 33}, {"policy": "expert"}],
@@ -143,7 +138,7 @@ def test_four_bits_have_the_same_bits_in_any_company(
     llm.engine.block_manager.check_integrity([])
 
 
-@needs_native
+@exact_in_company
 @pytest.mark.parametrize("name", list(KINDS))
 def test_four_bits_are_near_the_side_path_that_was_trained(served: Callable[..., Served], name: str) -> None:
     """LoRALinear and LoRAExperts over the same four bits, without the fused forms: what differs is the int8 of
@@ -159,7 +154,7 @@ def test_four_bits_are_near_the_side_path_that_was_trained(served: Callable[...,
     assert float((off / moved).median()) < 0.25
 
 
-@needs_native
+@exact_in_company
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 1 << 20))
 def test_arrivals_aborts_and_preemptions_of_several_adapters(served: Callable[..., Served], seed: int) -> None:
@@ -223,7 +218,7 @@ def test_no_page_of_an_adapter_serves_another(served: Callable[..., Served]) -> 
     llm.engine.block_manager.check_integrity([])
 
 
-@needs_native
+@exact_in_company
 def test_experts_of_an_adapter_within_a_budget(served: Callable[..., Served]) -> None:
     """Experts with LoRA adapters are read where they lie in the file, beside the budget; the others within it."""
     own, draw = served(), random.Random(4)

@@ -23,6 +23,7 @@ from deepseek.errors import RequestError
 from deepseek.grammars import LIMITS
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.engines import finish
 
 jsonschema = pytest.importorskip("jsonschema", reason="needs the test extra (jsonschema)")
 pytest.importorskip("llguidance", reason="needs the test extra (llguidance)")
@@ -280,9 +281,7 @@ def test_reasoning_is_free_before_a_constraint(llm: LLM) -> None:
     ids = llm.encode("the expert")
     params = SamplingParams(max_tokens=200, seed=0, regex="[ab]{3}", logit_bias={EOS: -100})
     request, = llm.requests(ids, params, constraint_after="e")
-    llm.engine.add(request)
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm, request)
     free, marker, answer = request.text.partition("e")
     assert marker and not re.fullmatch("[ab]*", free)
     assert re.search("[ab]{3}$", answer) and request.finish_reason == "stop"
@@ -317,9 +316,7 @@ def test_no_grammar_ends_the_process(llm: LLM, params: dict[str, Any]) -> None:
     except RequestError as error:
         assert "\n" not in str(error) and len(str(error)) < 600
         group = []
-    llm.engine.add(other, *group)
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm, other, *group)
     assert other.text == alone
     for request in group:
         assert request.finish_reason is not None
@@ -331,9 +328,7 @@ def test_a_limit_on_the_way_is_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(LIMITS, "max_items_in_row", 60)
     request, = llm.requests("x", SamplingParams(max_tokens=200, seed=0, ignore_eos=True,
                                                 grammar="start: s\ns: s s s | s s | /[a-z]/"))
-    llm.engine.add(request)
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm, request)
     assert isinstance(request.error, RequestError) and "outgrew its limits" in str(request.error)
 
 
@@ -362,8 +357,7 @@ def test_others_go_on_while_a_mask_is_computed(llm: LLM, monkeypatch: pytest.Mon
     assert late.finish_reason is None and late.pending and len(late.token_ids) == 1
     assert llm.engine.step() == []  # nothing to do but to wait
     gate.set()
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm)
     assert late.text == usual and late.finish_reason == "stop"
 
 
@@ -384,8 +378,7 @@ def test_a_request_that_waits_for_its_mask_ends_as_any(llm: LLM, monkeypatch: py
     if ends == "abort":
         llm.engine.abort(request)
     gate.set()
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm)
     assert told[-1] == request.finish_reason == {"limit": "length", "grammar": "stop"}.get(ends, ends)
     assert llm.engine.block_manager.available == free and (ends == "error") == isinstance(request.error, RequestError)
 
@@ -404,8 +397,7 @@ def test_a_request_steps_back_while_it_waits_for_its_mask(llm: LLM, monkeypatch:
         llm.engine.step()
     assert llm.engine.scheduler.waiting == [request]
     gate.set()
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm)
     assert request.text == usual
 
 

@@ -13,18 +13,15 @@ from typing import Any
 import pytest
 
 from deepseek.config import ModelConfig
-from deepseek.engine import LLM, SamplingParams
+from deepseek.engine import LLM
 from deepseek.errors import RequestError
 from deepseek.model import CausalLM
+from tests.helpers.engines import params
 
 
 @pytest.fixture
 def llm(tiny_config: Callable[..., ModelConfig], random_model: Callable[..., CausalLM]) -> LLM:
     return LLM(random_model(tiny_config()))
-
-
-def params(tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
 
 
 def test_callers_share_steps_and_a_short_one_does_not_wait_for_a_long_one(llm: LLM) -> None:

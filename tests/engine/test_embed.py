@@ -11,6 +11,7 @@ from torch import Tensor
 from deepseek.engine import LLM, SamplingParams
 from deepseek.errors import MoEDRError, RequestError
 from deepseek.model import CausalLM
+from tests.helpers.engines import finish
 
 PROMPTS = [[5 + (i * 7 + j * j) % 80 for j in range(length)] for i, length in enumerate((1, 30, 70, 100, 33))]
 
@@ -58,9 +59,7 @@ def test_beside_a_request_that_generates(model: CausalLM) -> None:
     (alone,) = llm.generate([PROMPTS[1]], params)
     requests = llm.requests(PROMPTS[1], params)
     pooled = [llm.pooling_request(prompt) for prompt in PROMPTS]
-    llm.engine.add(*requests, *pooled)
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm, *requests, *pooled)
     assert tuple(requests[0].token_ids) == alone.token_ids
     for request, want_H in zip(pooled, means(model), strict=True):
         torch.testing.assert_close(request.mean_H, want_H, rtol=1e-4, atol=1e-5)

@@ -15,16 +15,15 @@ from typing import Any
 import pytest
 
 from deepseek.atlas import Atlas
-from deepseek.checkpoint import load_model, save_model
-from deepseek.convert import quantize
+from deepseek.checkpoint import load_model
 from deepseek.engine import LLM, ExpertControl, SamplingParams
 from deepseek.engine.speculative import Drafter, Trial
 from deepseek.model import CausalLM
-from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
 from tests.helpers import reference
+from tests.helpers.engines import exact_in_company, nf4
 
-pytestmark = pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
+pytestmark = exact_in_company
 
 FEATURES: dict[str, tuple[Any, ...]] = {
     "max_num_seqs": (1, 3, 32),
@@ -62,9 +61,9 @@ def folder(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any)
     tokenizer = Tokenizer.train(["the quick brown fox", "0123456789"] * 4, 300)
     config = tiny_config(vocab_size=tokenizer.vocab_size, n_routed_experts=16, n_group=4, topk_group=2,
                          num_experts_per_tok=3, max_position_embeddings=512, num_nextn_predict_layers=1)
-    quantize(save_model(random_model(config), place / "plain", tokenizer=tokenizer), place / "q", "nf4", progress=False)
-    Atlas.built_in(config, ["a_expert", "b_expert", "c_expert", "d_expert"]).save(place / "q")
-    return place / "q"
+    folder = nf4(random_model(config), place, tokenizer)
+    Atlas.built_in(config, ["a_expert", "b_expert", "c_expert", "d_expert"]).save(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.checkpoint import load_model, save_model
+from deepseek.checkpoint import load_model
 from deepseek.config import ModelConfig
-from deepseek.convert import quantize
 from deepseek.engine import LLM, SamplingParams
 from deepseek.engine.sampler import Logprob, logprobs
 from deepseek.errors import RequestError
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.engines import nf4
 
 PROMPTS = [[7, 8, 9, 8, 7], [20 + i for i in range(60)], [20 + i for i in range(40)], [9] * 3]
 SMALL: dict[str, Any] = {"max_num_batched_tokens": 7, "max_num_seqs": 3, "cache_tokens": 256}
@@ -27,8 +27,7 @@ def model(tiny_config: Callable[..., ModelConfig], random_model: Callable[..., C
           ) -> CausalLM:
     folder = tmp_path_factory.mktemp("penalties")
     own = random_model(tiny_config(vocab_size=261, bos_token_id=0, eos_token_id=1, num_nextn_predict_layers=1))
-    quantize(save_model(own, folder / "plain"), folder / "q", "nf4", progress=False)
-    return load_model(folder / "q")
+    return load_model(nf4(own, folder))
 
 
 @pytest.fixture(scope="module")

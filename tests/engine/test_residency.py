@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from deepseek.atlas import Atlas, ExpertUsage
-from deepseek.checkpoint import expert_spans, load_model, save_model
-from deepseek.convert import dequantize, quantize
+from deepseek.checkpoint import expert_spans, load_model
+from deepseek.convert import dequantize
 from deepseek.engine import LLM, ExpertControl, SamplingParams
 from deepseek.engine.options import parse_bytes
 from deepseek.engine.residency import AHEAD, Residency
@@ -26,6 +26,7 @@ from deepseek.engine.warmup import USE, record_use
 from deepseek.errors import CheckpointError, ConfigError, RequestError
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.engines import nf4
 
 pytestmark = pytest.mark.skipif(native is None, reason="needs the native kernels")
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -40,9 +41,9 @@ def folder(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any)
     config = tiny_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=4, n_routed_experts=EXPERTS, n_group=4,
                          topk_group=2, num_experts_per_tok=3, max_position_embeddings=512, qk_nope_head_dim=16,
                          v_head_dim=16)  # such that all layers are one native call, as in a model of use
-    quantize(save_model(random_model(config), place / "plain", tokenizer=tokenizer), place / "q", "nf4", progress=False)
-    Atlas.built_in(config, ["a_expert", "b_expert", "c_expert", "d_expert"]).save(place / "q")
-    return place / "q"
+    folder = nf4(random_model(config), place, tokenizer)
+    Atlas.built_in(config, ["a_expert", "b_expert", "c_expert", "d_expert"]).save(folder)
+    return folder
 
 
 def slot(folder: Path) -> int:

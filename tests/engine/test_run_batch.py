@@ -15,6 +15,7 @@ from deepseek.engine.run_batch import KNOWN, OF_MESSAGES, OF_PROMPT, check_files
 from deepseek.errors import ConfigError, DataError, RequestError
 from deepseek.files import take_lock
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.jsonl import write_jsonl
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0)
 
@@ -63,7 +64,7 @@ def test_answers_in_order_and_bad_lines_named(llm: LLM, tmp_path: Path) -> None:
 def test_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
     """Whole lines are kept as they are, a torn one is written anew; the result is that of one go."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps({"id": i, "prompt": "fox " * i}) + "\n" for i in range(8)))
+    write_jsonl(source, ({"id": i, "prompt": "fox " * i} for i in range(8)))
     run_file(llm, source, out, GREEDY)
     whole = out.read_bytes()
     torn = b"".join(whole.splitlines(keepends=True)[:3])
@@ -77,7 +78,7 @@ def test_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
     source.write_text('{"prompt": "x"}\n')
     with pytest.raises(DataError, match="has 8 answers for the 1 lines"):
         run_file(llm, source, out, GREEDY)
-    source.write_text("".join(json.dumps({"id": i or "new", "prompt": "fox"}) + "\n" for i in range(8)))
+    write_jsonl(source, ({"id": i or "new", "prompt": "fox"} for i in range(8)))
     with pytest.raises(DataError, match=r"has the answer to \{'id': 0\} where .* asks \{'id': 'new'\}: it belongs to"):
         run_file(llm, source, out, GREEDY)
     assert out.read_bytes() == whole.replace(b'"id": 1,', b'"id": 1, "kept": 1,', 1)

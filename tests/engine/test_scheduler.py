@@ -19,14 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.atlas import ExpertUsage
-from deepseek.checkpoint import load_model, save_model
+from deepseek.checkpoint import load_model
 from deepseek.config import ModelConfig
-from deepseek.convert import quantize
 from deepseek.engine import LLM, EngineOptions, ExpertControl, SamplingParams, expert_affinity
 from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.model.cache import PAGE
-from deepseek.ops.native import native
+from tests.helpers.engines import exact_in_company, finish, nf4, params
 from tests.helpers.reference import mixed_prompts, plain
 
 
@@ -34,17 +33,11 @@ from tests.helpers.reference import mixed_prompts, plain
 def model(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any) -> CausalLM:
     place = tmp_path_factory.mktemp("scheduler")
     made = random_model(tiny_config(max_position_embeddings=1024, n_routed_experts=16, n_group=4, topk_group=2))
-    quantize(save_model(made, place / "plain"), place / "q", "nf4", progress=False)
-    return load_model(place / "q")
+    return load_model(nf4(made, place))
 
 
-def params(**changes: Any) -> SamplingParams:
-    return SamplingParams(**({"max_tokens": 6, "temperature": 0, "ignore_eos": True} | changes))
 
-
-needs_native = pytest.mark.skipif(native is None, reason="exact in any company with the native kernels alone")
-
-@needs_native
+@exact_in_company
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1 << 20))
 def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> None:
@@ -83,7 +76,7 @@ def test_random_arrivals_aborts_and_preemptions(model: CausalLM, seed: int) -> N
         assert request.finish_reason == "abort" or len(request.token_ids) == request.max_new_tokens
 
 
-@needs_native
+@exact_in_company
 def test_a_request_that_stepped_back_goes_on_with_the_same_tokens(model: CausalLM) -> None:
     llm = LLM(model, max_num_seqs=4, cache_tokens=128 * 4, max_num_batched_tokens=64)
     prompts = mixed_prompts(random.Random(1), model.config.vocab_size, 4)
@@ -309,9 +302,7 @@ def test_logits_that_are_no_numbers_end_one_request(model: CausalLM, monkeypatch
     want = llm.generate(prompts, params())
     requests = [llm.requests(prompt, params())[0] for prompt in prompts]
     monkeypatch.setattr(requests[1], "sample", lambda logits: 1 // 0)
-    llm.engine.add(*requests)
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm, *requests)
     assert [request.finish_reason for request in requests] == ["length", "error", "length"]
     assert isinstance(requests[1].error, ZeroDivisionError)
     assert [requests[i].output() for i in (0, 2)] == [want[i] for i in (0, 2)]
@@ -324,9 +315,7 @@ def test_a_callback_that_fails_or_aborts_others(model: CausalLM, monkeypatch: py
     requests = [llm.requests(prompt, params())[0] for prompt in prompts]
     requests[0].on_token = lambda request: llm.engine.abort(requests[1])
     monkeypatch.setattr(requests[2], "on_token", lambda request: 1 // 0)
-    llm.engine.add(*requests)
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm, *requests)
     assert [request.finish_reason for request in requests] == ["length", "abort", "error", "length"]
     assert [requests[i].output() for i in (0, 3)] == [want[i] for i in (0, 3)]
     assert llm.engine.block_manager.available == llm.engine.block_manager.count
@@ -340,8 +329,7 @@ def test_aborting_the_first_of_several_continuations_lets_the_others_run(model: 
     llm.engine.step()
     assert first.sequence.prefilling
     llm.engine.abort(first)
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm)
     assert tuple(second.token_ids) == plain(model, list(range(40)), 6)
 
 
@@ -354,8 +342,7 @@ def test_coupled_prompts_that_do_not_fit_together_are_refused_and_others_in_betw
     other, = llm.requests([5] * 120, params(max_tokens=100))
     llm.engine.add(other)  # whose growth makes a mate step back
     assert llm.generate_ensemble([[1] * 120, [2] * 120], None, params(max_tokens=20)).token_ids == want
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm)
     assert tuple(other.token_ids) == plain(model, [5] * 120, 100)
     with pytest.raises(RequestError, match="must be positive numbers"):
         llm.generate_ensemble([[1], [2]], [1, float("nan")])
@@ -381,8 +368,7 @@ def test_those_that_generate_take_turns_where_a_step_is_too_small_for_all(model:
         llm.engine.step()
     counts = [len(request.token_ids) for request in requests]
     assert max(counts) - min(counts) <= 1 and sum(counts) == 4 + 18
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm)
     assert [tuple(request.token_ids) for request in requests] == [plain(model, [i], 10) for i in range(4)]
 
 
@@ -436,10 +422,10 @@ def test_a_request_whose_reader_is_behind_waits_and_leaves_its_place(
         places: int, pages: int, tiny_config: Callable[..., Any], random_model: Callable[..., CausalLM]) -> None:
     """Its tokens are the same in the end; meanwhile others run in its place and on its pages."""
     model = random_model(tiny_config())
-    greedy = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     llm = LLM(model, max_num_seqs=places, cache_tokens=pages * PAGE)
-    alone = [llm.generate([prompt], greedy)[0].token_ids for prompt in ([5, 6, 7], [8] * (2 * PAGE - 30))]
-    (slow,), (other,) = (llm.requests(prompt, greedy) for prompt in ([5, 6, 7], [8] * (2 * PAGE - 30)))
+    alone = [llm.generate([prompt], params)[0].token_ids for prompt in ([5, 6, 7], [8] * (2 * PAGE - 30))]
+    (slow,), (other,) = (llm.requests(prompt, params) for prompt in ([5, 6, 7], [8] * (2 * PAGE - 30)))
     engine = llm.engine
     engine.add(slow)
     for _ in range(4):

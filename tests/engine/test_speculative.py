@@ -1,4 +1,4 @@
-"""Drafts change no token, greedy or sampled, in pieces or after stepping back; right ones save steps."""
+"""Drafts change no token, params or sampled, in pieces or after stepping back; right ones save steps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.checkpoint import load_model, save_model
-from deepseek.convert import quantize
-from deepseek.engine import LLM, SamplingParams
+from deepseek.checkpoint import load_model
+from deepseek.engine import LLM
 from deepseek.engine.speculative import TERM, TRIAL, AdaptiveDrafting, Trial
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.engines import finish, nf4, params
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,7 @@ def model(tiny_config: Callable, random_model: Callable, tmp_path_factory: Any) 
     """Of few tokens, so that a random module is right now and then."""
     place = tmp_path_factory.mktemp("speculative")
     made = random_model(tiny_config(vocab_size=12, max_position_embeddings=1024, num_nextn_predict_layers=1))
-    quantize(save_model(made, place / "plain"), place / "q", "nf4", progress=False)
-    return load_model(place / "q")
-
-
-def params(**changes: Any) -> SamplingParams:
-    return SamplingParams(**({"max_tokens": 40, "temperature": 0, "ignore_eos": True} | changes))
+    return load_model(nf4(made, place))
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -46,9 +41,9 @@ def prompts(count: int) -> list[list[int]]:
 def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], sampling: dict[str, Any],
                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trial, "drafts", lambda self: True)
-    want = LLM(model, speculate=False).generate(prompts(6), params(**sampling))
+    want = LLM(model, speculate=False).generate(prompts(6), params(40, **sampling))
     llm = LLM(model, **options)
-    got = llm.generate(prompts(6), params(**sampling))
+    got = llm.generate(prompts(6), params(40, **sampling))
     assert got == want
     if sampling.get("routed"):
         assert all(torch.equal(a.routed, b.routed) for a, b in zip(got, want, strict=True))
@@ -60,7 +55,7 @@ def test_drafts_change_nothing(model: CausalLM, options: dict[str, Any], samplin
 
 def test_right_drafts_save_steps(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafter that knows the future: two tokens a step, and the same ones."""
-    want = LLM(model, speculate=False).generate([[3, 1, 4]], params())[0]
+    want = LLM(model, speculate=False).generate([[3, 1, 4]], params(40))[0]
     llm = LLM(model)
     drafter = llm.engine.drafter
     choice = drafter.adaptive.of(1)
@@ -73,7 +68,7 @@ def test_right_drafts_save_steps(model: CausalLM, monkeypatch: pytest.MonkeyPatc
             request.sequence.draft_token = want.token_ids[at] if at < 40 else 0
 
     monkeypatch.setattr(drafter, "draft", oracle)
-    assert llm.generate([[3, 1, 4]], params())[0] == want
+    assert llm.generate([[3, 1, 4]], params(40))[0] == want
     assert llm.engine.stats.steps == 1 + 20  # the prompt, then 39 tokens two by two
     assert drafter.stats.acceptance >= 0.95  # the last one is of a token that is not wanted any more
 
@@ -138,8 +133,6 @@ def test_a_constraint_may_end_the_text_on_a_draft(model: CausalLM, monkeypatch: 
     request, = llm.requests([3, 1, 4], asked)
     slept = request.constraint.advance
     monkeypatch.setattr(request.constraint, "advance", lambda token: (time.sleep(0.001), slept(token))[1])
-    llm.engine.add(request)
-    while not llm.engine.idle:
-        llm.engine.step()
+    finish(llm, request)
     assert request.text == want.text and request.finish_reason == "stop" and drafter.stats.accepted > 0
     assert llm.engine.stats.finished == 1 and not llm.engine.scheduler.running

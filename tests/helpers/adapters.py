@@ -9,6 +9,7 @@ import torch
 
 from deepseek import LoRAAdapter
 from deepseek.checkpoint import load_model
+from deepseek.model import CausalLM
 from deepseek.model.adapter import lora_modules
 
 # attention with and without kv_b_proj, experts, both; the last one's names are what a quantized base cannot take
@@ -18,6 +19,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "code": {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj"],
              "experts": ["1.0", "1.3", "1.7", "1.15", "2.1", "2.8", "2.15"]},
 }
+
+
+@torch.no_grad()
+def trained(model: CausalLM, scale: float = 0.05) -> CausalLM:
+    """As if B had been trained: nothing left at zero."""
+    generator = torch.Generator().manual_seed(3)
+    for _, module in lora_modules(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith("_B"):
+                parameter.normal_(0.0, scale, generator=generator)
+    return model
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from deepseek.serve.connections import Process
 from deepseek.serve.options import ServeOptions
 
 KEY = "sk-test"
+AUTH = {"authorization": f"Bearer {KEY}"}
 
 
 class Running:

@@ -28,6 +28,7 @@ from deepseek.deepopt import loop, trainer
 from deepseek.deepopt.loop import TrainingLoop
 from deepseek.engine import run_batch
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.jsonl import write_jsonl
 
 LONG = 60.0
 CONFIG: dict[str, Any] = dict(
@@ -81,7 +82,7 @@ def main_() -> None:
     Path("config.json").write_text(json.dumps(ModelConfig(**CONFIG).to_dict()))
     texts = [f"the {a} {b} sees the {c} and the {b} of {a} {i}" for i in range(4) for a in ("red", "old", "big")
              for b in ("fox", "cat") for c in ("moon", "bread", "song")]
-    Path("text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_jsonl(Path("text.jsonl"), ({"text": text} for text in texts))
 
     Tokenizer.train([Path("text.jsonl").read_text()], 290).save("words")
 

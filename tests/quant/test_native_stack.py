@@ -20,9 +20,9 @@ from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import dequantize, quantize
 from deepseek.model import CausalLM, RoutingRecord
 from deepseek.model.mla import AttentionContext
-from deepseek.ops.native import native
 from deepseek.quant.linear import QuantizedLinear
 from deepseek.quant.native_stack import NativeLayer, NativeStack
+from tests.helpers.operations import natively
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "values in panels of their own": {},
@@ -37,7 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 every_native = pytest.mark.parametrize("changes", list(VARIANTS.values())[:-1], ids=list(VARIANTS)[:-1])
-natively = pytest.mark.skipif(native is None, reason="promised by the native kernels alone")
 LENGTHS = (9, 3, 150, 1, 140)  # of the rows of a batch; some with more than one block of keys
 
 

@@ -29,9 +29,8 @@ from deepseek.serve.protocol import (
     ResponsesRequest,
     TokenizeRequest,
 )
-from tests.helpers.servers import KEY, Running
+from tests.helpers.servers import AUTH, Running
 
-AUTH = {"authorization": f"Bearer {KEY}"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 2}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 2}
 MANY = [{"role": "user", "content": "x"}] * 60_000

@@ -14,9 +14,7 @@ import pytest
 
 from deepseek.errors import RequestError
 from deepseek.serve.options import ServeOptions
-from tests.helpers.servers import KEY, Running
-
-AUTH = {"authorization": f"Bearer {KEY}"}
+from tests.helpers.servers import AUTH, Running
 
 
 def post(running: Running, path: str, body: dict[str, Any]) -> httpx.Response:

@@ -17,9 +17,8 @@ from deepseek.engine import LLM
 from deepseek.serve.app import create_app
 from deepseek.serve.options import ServeOptions
 from deepseek.watch.metrics import key
-from tests.helpers.servers import KEY, Running
+from tests.helpers.servers import AUTH, KEY, Running
 
-AUTH = {"authorization": f"Bearer {KEY}"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 5}
 
 

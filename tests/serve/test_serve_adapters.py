@@ -21,9 +21,9 @@ from deepseek.errors import ConfigError
 from deepseek.model.adapter import lora_modules
 from deepseek.serve.app import create_app
 from deepseek.serve.options import ServeOptions
-from tests.helpers.servers import KEY, Running
+from tests.helpers.jsonl import write_jsonl
+from tests.helpers.servers import AUTH, KEY, Running
 
-AUTH = {"authorization": f"Bearer {KEY}"}
 HELLO: list[Any] = [{"role": "user", "content": "the quick brown"}]
 
 
@@ -157,7 +157,7 @@ def test_the_command_line_chooses_by_name(folders: dict[str, Path], texts: dict[
     lines: list[dict[str, Any]] = [{}, {"model": "law"}, {"adapter": "law"}, {"model": "tiny", "adapter": "law"},
                                    {"model": "tiny"}, {"adapter": None}, {"model": "tax"}, {"adapter": "tax"},
                                    {"adapter": 3}, {"model": "law", "adapter": "team/med-v2"}]
-    source.write_text("".join(json.dumps({"messages": HELLO} | line) + "\n" for line in lines))
+    write_jsonl(source, ({"messages": HELLO} | line for line in lines))
     assert main([*flags, "--input", str(source), "--output", str(tmp_path / "out.jsonl"), "--use_adapter",
                  "team/med-v2"]) == 0
     got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -19,20 +19,10 @@ from deepseek.errors import CheckpointError, ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.model.adapter import LoRAExperts, LoRALinear, lora_modules
 from deepseek.ops import native
+from tests.helpers.adapters import trained
 from tests.helpers.records import records
 
 IDS = torch.arange(5, 45).view(2, 20)
-
-
-@torch.no_grad()
-def trained(model: CausalLM, scale: float = 0.05) -> CausalLM:
-    """As if B had been trained: nothing left at zero."""
-    generator = torch.Generator().manual_seed(3)
-    for _, module in lora_modules(model):
-        for name, parameter in module.named_parameters(recurse=False):
-            if name.endswith("_B"):
-                parameter.normal_(0.0, scale, generator=generator)
-    return model
 
 
 def by_hand(model: CausalLM, folder: Path) -> CausalLM:

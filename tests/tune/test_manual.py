@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 from deepseek.checkpoint import load_model
 from deepseek.cli import main
 from tests.helpers import ROOT
+from tests.helpers.jsonl import write_jsonl
 from tests.helpers.records import records
 
 MANUAL = ROOT / "docs" / "tuning.md"
@@ -33,7 +33,7 @@ def test_examples_of_adapters_and_merges_run(
     Path("runs/named").mkdir(parents=True)
     base().rename("runs/named/model")
     Path("records").mkdir()
-    Path("records/law.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(16)))
+    write_jsonl(Path("records/law.jsonl"), records(16))
     tuned, alone = examples("LoRA adapters")
     exec(tuned, {})
     assert load_model("runs/named/model", adapter="runs/law-lora/adapter")

@@ -22,6 +22,7 @@ from deepseek.tune import records as tune_records
 from deepseek.tune.examples import Example, Examples, pad
 from deepseek.tune.records import POOL, RecordSet, digest, each_record, encode, places, read_records
 from deepseek.tune.streams import iter_new, next_round
+from tests.helpers.jsonl import write_jsonl
 from tests.helpers.records import general, records
 
 
@@ -196,7 +197,7 @@ def test_where_a_data_set_is_read_from(tmp_path: Path) -> None:
 
 def test_files_and_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in records(3)))
+    write_jsonl(path, records(3))
     for dataset in (path, str(path), [str(path)], (Path(path),)):
         assert [d.text for d in read_records(dataset)] == [d.text for d in read_records(records(3))]
     document = Document("text", "here")

@@ -15,6 +15,7 @@ from deepseek.cli import main
 from deepseek.errors import ConfigError
 from deepseek.files import locked
 from deepseek.tune.settings import TuneConfig
+from tests.helpers.jsonl import write_jsonl
 from tests.helpers.records import general, records
 
 
@@ -22,7 +23,7 @@ from tests.helpers.records import general, records
 def files(tmp_path: Path) -> tuple[str, str]:
     paths = tmp_path / "law.jsonl", tmp_path / "general.jsonl"
     for path, rows in zip(paths, (records(), general()), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(path, rows)
     return str(paths[0]), str(paths[1])
 
 
@@ -225,7 +226,7 @@ def test_what_is_learnt_is_shown_and_nothing_is_trained(
                                                                 "law"}], "id": 7},
             {"question": "q", "answer": float("nan")}, {"messages": [{"role": "user", "content": "pay?"}]},
             {"input": "act?", "output": '"pay"', "weight": 0}, {"input": "act?", "output": '"pay" \u4f60'}]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(data, rows)
     assert main(["tune", model, str(data), "--out", str(out), "--show_records", "3"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{data}:1: ") and first.endswith(" of them learnt")
@@ -256,7 +257,7 @@ def test_records_that_are_mapped_and_counted(
 ) -> None:
     model, out = str(base()), tmp_path / "out"
     rows = [{"q": row["input"], "a": row["output"], "id": n} for n, row in enumerate(records(20))]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "map.yaml").write_text("prompt: q\nanswer: a\n")
     words = ["--retain_data", files[1], "--out", str(out), "--expert_tune", "law_expert"]
     words += ["--map", str(tmp_path / "map.yaml")]

@@ -24,6 +24,7 @@ from deepseek.tokenizer import Tokenizer
 from deepseek.tune.loop import TuneTrainer
 from deepseek.tune.records import read_records
 from tests.helpers import ROOT
+from tests.helpers.jsonl import write_jsonl
 from tests.helpers.records import NAMES, general, records
 
 
@@ -265,7 +266,7 @@ def test_a_folder_with_another_run_is_refused_before_the_base_is_read(
 def test_out_and_data_must_lie_apart(base: Callable[..., Path], quick: dict[str, Any], tmp_path: Path) -> None:
     folder = base()
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "law.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records()))
+    write_jsonl(tmp_path / "data" / "law.jsonl", records())
     for out, data, message in (("data/run", tmp_path / "data", "must not lie inside DATA"),
                                ("data", tmp_path / "data", "must not lie inside DATA"),
                                ("data/run", str(tmp_path / "data" / "*.jsonl"), "must not lie inside DATA"),
