@@ -485,7 +485,7 @@ def killed(function):
             os._exit(77)
         return function(*args, **options)
     return call
-for place, name in ((grown, "_clone"), (grown, "write_file"), (grown, "write_json"), (files, "_exchange")):
+for place, name in ((grown, "_clone"), (grown, "write_file"), (grown, "write_json"), (files, "exchange")):
     setattr(place, name, killed(getattr(place, name)))
 convert.install(sys.argv[1], sys.argv[2])
 """
@@ -501,6 +501,22 @@ def test_a_killed_installation_is_made_again(tmp_path: Path) -> None:
         assert ran.returncode == (0 if left == 99 else 77)
         assert hashes(base) == (after if left == 99 else before)
         logits(base)
+
+
+def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    (tmp_path / "secret").write_text("secret")
+    package = make_package(tmp_path, base, "law")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{base / 'notes.txt'}: leads out of the checkpoint"):
+        install(package, base, out=tmp_path / "out")
+    install(package, base)  # in place the link stays a link
+    assert (base / "notes.txt").is_symlink()
+    (base / "notes.txt").unlink()
+    (base / MANIFEST).unlink()
+    (base / "base" / "atlas.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"base/atlas\.json: leads out of the checkpoint"):
+        remove(base, "law")
 
 
 def test_damage_is_said(tmp_path: Path) -> None:

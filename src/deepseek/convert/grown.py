@@ -60,6 +60,7 @@ from .writing import GROWN, Part, check_inside, write_file
 FORMAT = 1
 BASE = "base"  # the folder of what the base had in the place of files that are others now
 GATES = "gates.safetensors"
+_REPLACED = ("config.json", INDEX, MANIFEST, EXPERT_USE, ATLAS)  # beside the weights
 _EXPERTS = re.compile(r"experts-\d+\.safetensors")
 _COPY = 1 << 24  # bytes at a time
 
@@ -297,9 +298,10 @@ def write_model(target: Path, there: GrownModel, grown: Grown, contents: Sequenc
 
 
 def _write_base(staging: Path, there: GrownModel, grown: Grown) -> None:
-    for path in (there.folder / BASE).iterdir():
-        if not path.name.endswith(".header"):
-            shutil.copyfile(path, staging / path.name)
+    for name in _REPLACED:
+        if (path := there.folder / BASE / name).is_file():
+            check_inside(there.folder, path)
+            shutil.copyfile(path, staging / name)
     for name, stated in grown.weights.items():
         with (staging / name).open("wb") as file:
             file.writelines(restored(there, name))
@@ -349,7 +351,7 @@ def _write_grown(
 
     if there.grown is None:
         (staging / BASE).mkdir()
-        for name in ("config.json", INDEX, MANIFEST, EXPERT_USE, ATLAS):
+        for name in _REPLACED:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / BASE / name)
         for name in grown.weights:
