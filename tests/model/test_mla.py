@@ -228,7 +228,7 @@ def test_alike_sequences_are_read_in_one_piece_where_they_lie() -> None:
     [(chunk, place, rows)] = pack.read(1)
     assert (chunk.tokens, place, rows.shape) == (3, slice(0, 12), (4, 3, CONFIG.latent_dim))
     assert rows.data_ptr() == cache.pool.data[1].data_ptr()
-    pieces = list(cache.pack([3, 3, 0, 3], "naive", None).read(0))  # the third is skipped: another distance
+    pieces = list(cache.pack([3, 3, 0, 3], "naive", None).read(0))  # the third is skipped
     assert [(place, len(rows)) for _, place, rows in pieces] == [(slice(0, 6), 2), (slice(6, 9), 1)]
     copied = PackedBatch(cache.pool, [Chunk(3, 0, [0], "naive"), Chunk(3, 0, [2], "naive")])
     assert [len(rows) for _, _, rows in copied.read(0)] == [1, 1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from operator import add
@@ -126,16 +126,13 @@ class PackedBatch:
 
     @cached_property
     def _groups(self) -> list[list[Chunk]]:
-        """Chunks that can be read in one piece: alike, and their pages ranges that lie evenly."""
+        """Chunks that can be read in one piece: alike but for their pages, which are ranges one after the other."""
         groups: list[list[Chunk]] = []
         for chunk in self.chunks:
-            alike = groups[-1] if groups else []
-            if alike and isinstance(chunk.pages, range) and isinstance(alike[0].pages, range) and (
-                    (chunk.tokens, chunk.past, chunk.attn_impl, chunk.adapter)
-                    == (alike[0].tokens, alike[0].past, alike[0].attn_impl, alike[0].adapter)) and (
-                    chunk.pages[0] - alike[-1].pages[0] == (alike[1] if len(alike) > 1 else chunk).pages[0]
-                    - alike[0].pages[0]):
-                alike.append(chunk)
+            last = groups[-1][-1] if groups else None
+            if last is not None and isinstance(last.pages, range) and replace(chunk, pages=last.pages) == last and (
+                    chunk.pages == range(last.pages.stop, last.pages.stop + len(last.pages))):
+                groups[-1].append(chunk)
             else:
                 groups.append([chunk])
         return groups
@@ -147,9 +144,8 @@ class PackedBatch:
         for alike in self._groups:
             chunk, length = alike[0], alike[0].past + alike[0].tokens
             if isinstance(chunk.pages, range):
-                step = alike[1].pages[0] - chunk.pages[0] if len(alike) > 1 else 0
                 rows = data.as_strided(
-                    (len(alike), length, data.shape[2]), (step * data.stride(0), *data.stride()[1:]),
+                    (len(alike), length, data.shape[2]), (len(chunk.pages) * data.stride(0), *data.stride()[1:]),
                     data.storage_offset() + chunk.pages[0] * data.stride(0))
             else:
                 pages = torch.tensor(chunk.pages[: -(-length // PAGE)], device=data.device)

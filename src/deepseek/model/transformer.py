@@ -159,18 +159,25 @@ class CausalLM(nn.Module):
         cache: BatchCache | None, routing: RoutingRecord | None, attn_impl: AttnImpl = "auto",
     ) -> Tensor:
         """Run layers over a batch of rows: as a pack of its real tokens where there is a cache or a layer runner."""
-        batch, tokens, _ = x_BTH.shape
         if attn_impl == "auto":
-            attn_impl = "naive" if cache is None or tokens > 1 else "absorbed"
+            attn_impl = "naive" if cache is None or x_BTH.shape[1] > 1 else "absorbed"
         if mask_BT is not None:
             mask_BT = None if bool(mask_BT.all()) else mask_BT.bool()
         if cache is None and self.layer_runner is not None:
             cache = self.layer_runner.scratch(x_BTH)
-        if cache is None:
-            if positions_BT is None:
-                positions_BT = _positions(x_BTH, mask_BT)
-            mask = None if mask_BT is None else AttentionMask(mask_BT)
-            return self._run(layers, x_BTH, positions_BT, mask, routing, attn_impl)
+        if cache is not None:
+            return self._run_cached(layers, x_BTH, mask_BT, positions_BT, cache, routing, attn_impl)
+        if positions_BT is None:
+            positions_BT = _positions(x_BTH, mask_BT)
+        mask = None if mask_BT is None else AttentionMask(mask_BT)
+        return self._run(layers, x_BTH, positions_BT, mask, routing, attn_impl)
+
+    def _run_cached(
+        self, layers: Any, x_BTH: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, cache: BatchCache,
+        routing: RoutingRecord | None, attn_impl: Impl,
+    ) -> Tensor:
+        """Padding is left out; it comes back as zeros, and as routes to expert -1."""
+        batch, tokens, _ = x_BTH.shape
         counts = [tokens] * batch if mask_BT is None else mask_BT.sum(1).tolist()
         if not any(counts):
             return torch.zeros_like(x_BTH)
