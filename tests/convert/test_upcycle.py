@@ -21,6 +21,7 @@ from deepseek.checkpoint import MANIFEST, load_model
 from deepseek.cli import main
 from deepseek.convert import compare, quantize, upcycle
 from deepseek.errors import CheckpointError, ConfigError, NotFoundError
+from deepseek.info import describe
 
 transformers = pytest.importorskip("transformers", reason="the sources are transformers' own models")
 
@@ -155,6 +156,17 @@ def test_the_v3_form_runs_quantized(dense: Callable[..., Path], format: Any) -> 
         got = torch.cat([model(ids[:, :40], cache=cache), *(model(ids[:, t : t + 1], cache=cache)
                                                             for t in range(40, 60))], 1)
     assert float((got - want).norm() / want.norm()) < 0.2  # int8 activations under random weights
+
+
+def test_the_accounts_know_the_form(dense: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    source = dense("Qwen2")
+    found = upcycle(source, source.parent / "v3", progress=False)
+    assert found.source_parameters == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    assert found.parameters == describe(load_model(found.path).config).total
+    Tokenizer.train(["the law of the land"] * 9, 300).save(found.path)
+    assert main(["info", str(found.path)]) == 0
+    said = capsys.readouterr().out
+    assert "DeepseekV3ForCausalLM, 2 layers, all of them dense" in said and "loads here: yes" in said
 
 
 # ---- what is carried along ------------------------------------------------------------------------------------------

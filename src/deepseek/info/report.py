@@ -57,11 +57,12 @@ def render(
     config = info.config
     price = price_of_tokens(fits, price_per_hour, tokens_per_second)
     shared = f" + {config.n_shared_experts} shared" if config.n_shared_experts else ""
+    experts = (f"{len(config.moe_layers)} of them with {config.n_routed_experts} experts, "
+               f"{config.num_experts_per_tok}{shared} a token")
     lines = [
         info.name or "model",
         f"  {ARCHITECTURES[config.model_type]}, {config.num_hidden_layers} layers, "
-        f"{len(config.moe_layers)} of them with {config.n_routed_experts} experts, "
-        f"{config.num_experts_per_tok}{shared} a token",
+        + (experts if config.moe_layers else "all of them dense"),
         "",
         f"{'Parameters':<20}{'total':>12}{'active':>12}",
         *(f"  {p.name:<18}{in_count(p.total):>12}{in_count(p.active):>12}" for p in info.parts if p.total),
