@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from deepseek.engine import SamplingParams
 from deepseek.serve.middleware import ServeError
-from deepseek.serve.protocol import Item, Message
-from deepseek.serve.responses import Store, to_messages
+from deepseek.serve.protocol import ChatRequest, Item, Message, ResponsesRequest, Sampling
+from deepseek.serve.responses import Store, to_chat, to_messages
 from tests.helpers.servers import KEY, Running
 
 ASK: dict[str, Any] = {"model": "tiny", "input": "the quick brown", "max_output_tokens": 12, "temperature": 0}
@@ -145,3 +145,22 @@ def test_an_assistants_items_are_one_message() -> None:
             {"id": "2", "type": "function", "function": {"name": "g", "arguments": "{}"}}]},
         {"role": "tool", "tool_call_id": "1", "content": "x"}, {"role": "tool", "tool_call_id": "2", "content": "y"},
         {"role": "assistant", "content": "c", "reasoning_content": ""}]
+
+
+def test_every_sampling_field_reaches_the_chat_which_needs_no_second_check() -> None:
+    given = {"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "min_tokens": 2,
+             "stop_token_ids": [5], "skip_special_tokens": False, "prompt_logprobs": 1}
+    assert given.keys() == Sampling.model_fields.keys()
+    body = ResponsesRequest.model_validate({"model": "tiny", "input": "x", "tools": [TOOL], "instructions": "y",
+                                            "tool_choice": {"type": "function", "name": "f"}} | given)
+    chat = to_chat(body, to_messages(body.input))
+    assert chat.sampling == given and [message.text for message in chat.messages] == ["y", "x"]
+    again = ChatRequest.model_validate(chat.model_dump(by_alias=True, exclude_none=True))
+    assert again.model_dump() == chat.model_dump()
+
+
+def test_a_conversation_is_bounded(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = client.responses.create(**ASK)
+    monkeypatch.setattr("deepseek.serve.responses.MESSAGES", 2)
+    with pytest.raises(openai.BadRequestError, match="the conversation has 3 messages: at most 2"):
+        client.responses.create(**ASK, previous_response_id=first.id)

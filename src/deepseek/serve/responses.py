@@ -28,6 +28,7 @@ from .protocol import (
     FunctionCall,
     Item,
     Message,
+    NamedFunction,
     NamedTool,
     ResponseFormat,
     ResponsesRequest,
@@ -118,7 +119,8 @@ def to_chat(body: ResponsesRequest, messages: Sequence[Message]) -> ChatRequest:
         **{name: getattr(body, name) for name in same}, messages=[*system, *messages],
         max_completion_tokens=body.max_output_tokens, reasoning_effort=body.reasoning.effort,
         tools=[Tool.model_construct(function=tool) for tool in body.tools],
-        tool_choice=NamedTool.model_construct(function=choice) if isinstance(choice, FlatNamedTool) else choice,
+        tool_choice=NamedTool(type="function", function=NamedFunction(name=choice.name)) if isinstance(
+            choice, FlatNamedTool) else choice,
         response_format=ResponseFormat.model_construct(type=form.type, json_schema=schema))
 
 
