@@ -280,19 +280,8 @@ class ModelConfig:
         if strict is None:
             # transformers keeps our mark when it writes, and adds keys of its own
             strict = "moe_dr" in keys and "transformers_version" not in keys
-        ours = keys.get("moe_dr")
-        if ours is not None and not isinstance(ours, Mapping):
-            raise ConfigError(f"{origin}: moe_dr = {shown(ours)}: must be an object")
-        if ours is not None:
-            version = ours.get("format")
-            if not isinstance(version, int) or not _is_int(version, 1):
-                raise ConfigError(f"{origin}: moe_dr.format = {shown(version)}: must be a positive integer")
-            if version > FORMAT:
-                raise ConfigError(f"{origin}: moe_dr.format = {version} is newer than this program reads ({FORMAT})")
         extra: dict[str, Any] = {}
-        kept = () if ours is None else ours.get("kept", ())
-        if not isinstance(kept, list | tuple) or not all(isinstance(key, str) for key in kept):
-            raise ConfigError(f"{origin}: moe_dr.kept = {shown(kept)}: must be a list of keys")
+        kept = _kept_keys(keys.get("moe_dr"), origin)
         names = keys.get("architectures")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ConfigError(f"{origin}: architectures = {shown(names)}: must be a list of names")
@@ -430,6 +419,22 @@ def _wrapper(keys: Mapping[str, Any]) -> str | None:
     """The key under which the text model of a multimodal one stands."""
     return next((key for key in ("text_config", "language_config", "llm_config")
                  if isinstance(keys.get(key), Mapping) and keys[key]), None)
+
+
+def _kept_keys(ours: Any, origin: str) -> list[str]:
+    """The unknown keys that a file of ours keeps, by its mark. Raises ConfigError for a mark that is newer, or none."""
+    if ours is None:
+        return []
+    if not isinstance(ours, Mapping):
+        raise ConfigError(f"{origin}: moe_dr = {shown(ours)}: must be an object")
+    version, kept = ours.get("format"), ours.get("kept", [])
+    if not isinstance(version, int) or not _is_int(version, 1):
+        raise ConfigError(f"{origin}: moe_dr.format = {shown(version)}: must be a positive integer")
+    if version > FORMAT:
+        raise ConfigError(f"{origin}: moe_dr.format = {version} is newer than this program reads ({FORMAT})")
+    if not isinstance(kept, list | tuple) or not all(isinstance(key, str) for key in kept):
+        raise ConfigError(f"{origin}: moe_dr.kept = {shown(kept)}: must be a list of keys")
+    return list(kept)
 
 
 def _read_generation(keys: dict[str, Any], strict: bool, origin: str) -> dict[str, Any]:
