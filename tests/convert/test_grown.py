@@ -449,6 +449,7 @@ def test_a_name_that_the_atlas_gives_to_others_is_refused(tmp_path: Path) -> Non
 # ---- whole or not at all --------------------------------------------------------------------------------------------
 
 
+# every step of the writing fails once; from outside they cannot be told apart
 @pytest.mark.parametrize("what", ["write_file", "write_json", "_atlas", "_write_manifest", "_write_use"])
 def test_a_failure_on_the_way_leaves_the_model_as_it_was(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -246,12 +246,13 @@ def test_a_folder_with_another_run_is_refused_before_the_base_is_read(
     path = tmp_path / "b" / "settings.json"
     settings = json.loads(path.read_text())
     del settings["tune"]["chat_template_kwargs"], settings["tune"]["parse_special"]  # as an older version left it
+    settings["chosen"]["general"] = settings["chosen"].pop("retain_data")
     path.write_text(json.dumps(settings))
     MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "b", chat_template_kwargs={}, **quick).fit(
         records(), steps=1)
     monkeypatch.setattr("deepseek.tune.tuned_model.load_model", lambda *_, **__: pytest.fail("the base was read"))
     for changes, message in (({"expert_tune": ["code_expert"]}, "expert_tune"), ({"lr": 1.0}, "lr = 0.003"),
-                             ({"retain_data": general()[:3]}, "general"),
+                             ({"retain_data": general()[:3]}, "retain_data"),
                              ({"adapter": LoRAAdapter()}, "(expert_tune|r)")):
         settings = {"expert_tune": None if "adapter" in changes else ["law_expert"]} | quick | changes
         with pytest.raises(ConfigError, match=f"holds a run with {message}"):
@@ -398,7 +399,7 @@ def test_a_run_goes_on_with_the_same_experts_and_texts_alone(
 ) -> None:
     folder = base()
     MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), steps=1)
-    with pytest.raises(ConfigError, match="holds a run with general"):
+    with pytest.raises(ConfigError, match="holds a run with retain_data"):
         quick["retain_data"] = general()[:3]
         MoEFineTuner(folder, expert_tune=["law_expert"], out=tmp_path / "out", **quick).fit(records(), steps=1)
     quick["retain_data"] = general()

@@ -299,6 +299,8 @@ def run_in(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     settings = json.loads(path.read_text(encoding="utf-8"))
+    if "general" in (chosen := settings.get("chosen", {})):  # its name in 0.1
+        chosen["retain_data"] = chosen.pop("general")
     legs = settings.get("legs", [])
     if legs and (not (found := checkpoints(out)) or step_of(found[-1]) <= legs[-1]["steps"]):
         settings["train"] |= legs[-1]

@@ -311,7 +311,7 @@ class MoEFineTuner:
         kept = {k: v for k, v in asdict(self.config).items() if k not in ("device", "atlas", "steps", "epochs")}
         kept |= {key: None for key, values in LATER.items() if kept[key] in values}
         return {"tune": kept, "adapter": asdict(self.adapter) if self.adapter else {},
-                "chosen": {"general": general.fingerprint}}
+                "chosen": {"retain_data": general.fingerprint}}
 
     def _known(self, data: RecordSet, general: RecordSet) -> dict[str, dict[str, Any]]:
         """The settings of a run that are known before its base is read."""
