@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from deepseek.atlas import Atlas, ExpertUsage, NamedGroup
 from deepseek.checkpoint import EXPERT_USE, MANIFEST, fingerprint, load_model, read_package, save_delta, tensor_hashes
 from deepseek.checkpoint.identity import base_tensors
+from deepseek.config import LongRope
 from deepseek.convert import GROWN, export, grown, install, installed, merge, quantize, remove, verify_model
 from deepseek.engine import LLM
 from deepseek.errors import CheckpointError, ConfigError, DataError
@@ -27,12 +28,14 @@ from tests.helpers.expert_packages import EXPERTS, GENERAL, WIDTH, about, hashes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unsigned:UserWarning")
 IDS = torch.tensor([[5, 17, 3, 99, 250, 7, 7, 12]])
-FORMS = ("float32", "bfloat16", "sharded", "tied", "nf4", "int8")
+FORMS = ("float32", "bfloat16", "sharded", "tied", "upcycled", "nf4", "int8")
 
 
 def base_of(folder: Path, form: str) -> Path:
-    every: dict[str, dict[str, Any]] = {"bfloat16": dict(dtype=torch.bfloat16), "sharded": dict(shard_bytes=60_000),
-                                        "tied": dict(tie_word_embeddings=True)}
+    every: dict[str, dict[str, Any]] = {
+        "bfloat16": dict(dtype=torch.bfloat16), "sharded": dict(shard_bytes=60_000),
+        "tied": dict(tie_word_embeddings=True),
+        "upcycled": dict(qk_nope_head_dim=0, attention_bias=True, longrope=LongRope((1.0, 0.5, 3.0, 7.0) * 2, 64))}
     options = every.get(form, {})
     if form not in ("nf4", "int8"):
         return make_base(folder, **options)
@@ -109,7 +112,7 @@ def test_a_new_folder_has_the_same_files_and_the_source_stays(tmp_path: Path) ->
 # ---- what the model computes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "upcycled"])
 def test_transformers_computes_the_same(form: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="parity needs the test extra (transformers)")
     base = base_of(tmp_path / "base", form)
