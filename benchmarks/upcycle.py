@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from deepseek import LLM, Tokenizer
+from deepseek import Tokenizer
 from deepseek.checkpoint import load_model
 from deepseek.convert import quantize, upcycle
 from deepseek.ops.native import isa
@@ -117,20 +116,6 @@ def goes_on(logits: Logits, said: Tensor) -> int:
     return int((best[:, PROMPT - 1 : -1] == said[:, PROMPT:]).all(-1).sum())
 
 
-def speed(model: Path, prompt: list[int]) -> tuple[float, float]:
-    """(tokens/s of a prompt, tokens/s that one sequence gains after it), best of three."""
-    llm = LLM(model, prefix_cache=False)
-    best = [0.0, 0.0]
-    for _ in range(3):
-        took = []
-        for new in (1, 1 + NEW):
-            began = time.perf_counter()
-            llm.generate(prompt, max_tokens=new, min_tokens=new, temperature=0.0)
-            took.append(time.perf_counter() - began)
-        best = [max(best[0], len(prompt) / took[0]), max(best[1], NEW / (took[1] - took[0]))]
-    return best[0], best[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path)
@@ -157,9 +142,6 @@ def main() -> None:
                 if "FP32" in name:
                     found[name]["greedy"] = goes_on(logits, said)
                 print(name, found[name], flush=True)
-        del reference
-        speeds = {format.upper(): speed(Path(folder) / format, ids[:2].flatten().tolist())
-                  for format in ("int8", "nf4")}
     rows = [["model", "relative logit error", "same best token", "KL, nats a token", "its standard error",
              f"{NEW} greedy tokens equal"]]
     rows += [[name, f"{one['relative_error']:.1e}", f"{one['same']:.2%}", f"{one['kl']:.2e}", f"{one['kl_error']:.1e}",
@@ -172,12 +154,9 @@ def main() -> None:
         f"# {args.model.stem} as a DeepSeek-V3", f"{about}. {len(ids)} texts of {LENGTH} tokens (of them {SLOW} in "
         f"BF16); kernels {isa()}.",
         table(rows), "KL of the V3 form over that of the dense model with the same rounding: " + ", ".join(
-            f"{name} {ratio:.2f}" for name, ratio in ratios.items()) + ".",
-        "One sequence here: " + "; ".join(
-            f"{name} {prompt:.0f} tokens/s of a prompt of {2 * LENGTH}, {later:.0f} after it"
-            for name, (prompt, later) in speeds.items()) + "."])
+            f"{name} {ratio:.2f}" for name, ratio in ratios.items()) + "."])
     write_result("upcycle", text, {
-        "figures": found, "kl_ratios": ratios, "tokens_per_second": speeds,
+        "figures": found, "kl_ratios": ratios,
         "machine": machine(torch.get_num_threads()), "versions": versions("torch", "transformers")},
         args.texts >= 50)
 
