@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek.checkpoint import MANIFEST, write_manifest
 from deepseek.data import Document, TokenShards, pack
+from deepseek.deepopt import loop
 from deepseek.deepopt.loop import TrainingLoop, checkpoints, random_state, read_log, set_random_state
 from deepseek.deepopt.settings import Leg, Precision, TrainConfig, learning_rate
 from deepseek.errors import CheckpointError, ConfigError
@@ -41,6 +42,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
 
 def new_model() -> CausalLM:
     return CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("units", "width", "precision", "bf16"), [
+    (True, 512, "auto", True), (True, 384, "auto", False), (False, 512, "auto", False), (False, 384, "bf16", True),
+    (True, 512, "fp32", False)])
+def test_auto_is_bf16_for_wide_models_on_machines_with_units(
+    units: bool, width: int, precision: Precision, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "fast_bf16", lambda _: units)
+    model = CausalLM.on_meta(replace(TINY, hidden_size=width))
+    model.to_empty(device="cpu")
+    found = loop.compute_dtype(TrainConfig(precision=precision), model)
+    assert found == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def weights(out: Path) -> tuple[str, str]:

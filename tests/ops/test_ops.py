@@ -431,6 +431,33 @@ def test_the_loop_casts_visited_experts_one_by_one_and_keeps_no_copy(grads: bool
     assert torch.equal(out, wide)
 
 
+def test_rows_of_zeros_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where BF16 products are oneDNN's, the rows of an expert are filled up; forced here on every machine."""
+    monkeypatch.setattr(LINEAR, "fast_bf16", lambda _: True)
+    half, index = torch.bfloat16, torch.tensor([[0, 3], [3, 0], [3, 1]] * 50)
+    args = (randn(150, 8, dtype=half), randn(300, seed=1), randn(4, 32, 8, seed=2), randn(4, 8, 16, seed=3))
+    pairs = experts.sort_pairs(index, 4)
+    assert sorted(pairs.counts_E.tolist()) == [0, 50, 100, 150]
+    heights: set[int] = set()
+    real = experts._filler
+
+    def watched(x: Tensor, count: int) -> Any:
+        filled = real(x, count)
+        heights.add(len(filled(x[:1].expand(count, -1))))
+        return filled
+
+    def run(filler: Any) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(experts, "_filler", filler)
+        leaves = [t.clone().requires_grad_() for t in args]
+        out = experts.ExpertLoop.apply(*leaves, pairs, True)
+        out.float().square().sum().backward()
+        return out.detach(), *(leaf.grad for leaf in leaves)
+
+    for filled, plain in zip(run(watched), run(lambda *_: lambda rows: rows), strict=True):
+        torch.testing.assert_close(filled.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(plain.abs().max()))
+    assert heights == {64, 128, 256}
+
+
 def test_a_linear_keeps_the_weight_as_it_is_stored() -> None:
     x, w = randn(4, 8).requires_grad_(), randn(6, 8, dtype=torch.bfloat16).requires_grad_()
     out = LINEAR.Linear.apply(x, w, randn(6, dtype=torch.bfloat16))

@@ -79,7 +79,7 @@ class TrainingLoop:
         self.step = 0
         self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
-        self.model.compute_dtype = compute_dtype(config, model.device)
+        self.model.compute_dtype = compute_dtype(config, model)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = make_optimizer(model, config)
         self.gates = [block.gate for block in model.moe_blocks().values()]
@@ -352,9 +352,15 @@ def _names_fit(model: CausalLM, names: tuple[str, ...]) -> None:
                           f"n_group must be at least {len(names)}")
 
 
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """BF16 where asked, or where `auto` finds BF16 units; else FP32. Weights and moments stay FP32."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device.type))
+WIDE = 512  # hidden size from which a CPU's BF16 units outrun our FP32 kernels (docs/log.md)
+
+
+def compute_dtype(config: TrainConfig, model: CausalLM) -> torch.dtype:
+    """BF16 where asked, or where `auto` finds BF16 units and a model wide enough to gain by them; else FP32. Weights
+    and moments stay FP32."""
+    device = model.device.type
+    gains = fast_bf16(device) and (device != "cpu" or model.config.hidden_size >= WIDE)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and gains)
     return torch.bfloat16 if bf16 else torch.float32
 
 

@@ -15,16 +15,18 @@ Shape letters: T tokens, K experts a token, P = T*K pairs, E experts, H hidden, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import grouped_mm, pad, silu
 
 from .linear import to_compute_dtype
 from .native import address, dtype_code, native, runs_native, threads, trains_native
+
+ROWS = 128  # see _filler
 
 
 class Pairs(NamedTuple):
@@ -86,12 +88,13 @@ class ExpertLoop(torch.autograd.Function):
         both_P = x.new_empty(len(pairs.token_P), gate_up.shape[1]) if wants_grad else None
         for e, rows in _rows_by_expert(pairs.counts_E):
             tokens = pairs.token_P[rows]
-            both = to_compute_dtype(x.index_select(0, tokens)) @ _operand(gate_up[e], x).t()
+            count, filled = len(tokens), _filler(x, len(tokens))
+            both = filled(to_compute_dtype(x.index_select(0, tokens))) @ _operand(gate_up[e], x).t()
             if both_P is not None:
-                both_P[rows] = both
+                both_P[rows] = both[:count]
             gate, up = both.chunk(2, 1)
-            h = silu(gate).mul_(up).mul_(weight_P[rows].unsqueeze(1))
-            out_TH.index_add_(0, tokens, (h @ _operand(down[e], x).t()).float())
+            h = silu(gate).mul_(up).mul_(filled(weight_P[rows].unsqueeze(1)))
+            out_TH.index_add_(0, tokens, (h @ _operand(down[e], x).t())[:count].float())
         if wants_grad:
             ctx.save_for_backward(x, weight_P, gate_up, down, both_P, pairs.token_P, pairs.counts_E)
         return out_TH.to(x.dtype)
@@ -109,14 +112,15 @@ class ExpertLoop(torch.autograd.Function):
         dx_TH = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if want_x else None
         for e, rows in _rows_by_expert(counts_E):
             tokens = token_P[rows]
-            dout = to_compute_dtype(dout_TH.index_select(0, tokens))
-            gate, up = to_compute_dtype(both_P[rows]).chunk(2, 1)
-            weight = weight_P[rows].unsqueeze(1)
+            count, filled = len(tokens), _filler(x, len(tokens))
+            dout = filled(to_compute_dtype(dout_TH.index_select(0, tokens)))
+            gate, up = filled(to_compute_dtype(both_P[rows])).chunk(2, 1)
+            weight = filled(weight_P[rows].unsqueeze(1))
             act = silu(gate)
             h = act * up  # before the gate's weight
             dh = dout @ _operand(down[e], x)
             if d_weight is not None:
-                d_weight[rows] = torch.linalg.vecdot(dh, h)
+                d_weight[rows] = torch.linalg.vecdot(dh, h)[:count]
             if d_out is not None:
                 _product_into(d_out[e], dout.t(), h.mul_(weight))
             if d_in is None and dx_TH is None:
@@ -127,9 +131,9 @@ class ExpertLoop(torch.autograd.Function):
             torch.mul(dh, act, out=d_up)
             d_gate.copy_(torch.ops.aten.silu_backward(dh.mul_(up), gate))
             if d_in is not None:
-                _product_into(d_in[e], d_both.t(), to_compute_dtype(x.index_select(0, tokens)))
+                _product_into(d_in[e], d_both.t(), filled(to_compute_dtype(x.index_select(0, tokens))))
             if dx_TH is not None:
-                dx_TH.index_add_(0, tokens, (d_both @ _operand(gate_up[e], x)).float())
+                dx_TH.index_add_(0, tokens, (d_both @ _operand(gate_up[e], x))[:count].float())
         return dx_TH.to(x.dtype) if dx_TH is not None else None, d_weight, d_in, d_out, None, None
 
 
@@ -184,6 +188,15 @@ def _rows_by_expert(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
         if n:
             yield e, slice(start, start + n)
             start += n
+
+
+def _filler(x: Tensor, count: int) -> Callable[[Tensor], Tensor]:
+    """What adds rows of zeros to `count` rows, up to a power of two or a multiple of ROWS, where their product is
+    oneDNN's: it compiles a kernel for every shape it meets, and an expert's rows are another number in every step."""
+    if x.device.type != "cpu" or to_compute_dtype(x[:0]).dtype == torch.float32:
+        return lambda rows: rows
+    more = -count % ROWS if count > ROWS else (1 << (count - 1).bit_length()) - count
+    return lambda rows: pad(rows, (0, 0, 0, more))
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
