@@ -93,7 +93,7 @@ def test_signatures(base: Path, tmp_path: Path) -> None:
     assert read_package(signed, require_signature=True).signer == "signed by the_house"
 
 
-def test_a_wrong_signature_is_refused_whoever_is_trusted(base: Path, tmp_path: Path) -> None:
+def test_a_wrong_signature_is_refused_whatever_key_is_trusted(base: Path, tmp_path: Path) -> None:
     secret, public = make_keys(tmp_path)
     path = make_package(tmp_path, base, "law", key=secret)
     forge(path, lambda keys, header: keys.update(license="Apache-2.0"))

@@ -106,7 +106,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def forge(path: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
-    """Change the text and the header of a package as somebody who knows how they are written would, hashes included:
+    """Change the text and the header of a package consistently, hashes included:
     edit(keys of the text, header)."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")

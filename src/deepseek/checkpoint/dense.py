@@ -3,7 +3,7 @@
 With N heads, G heads of keys and values, of d numbers each, V3's latent attention says the same when
 
     keys      the one rotary key, R = G d wide, holds the keys of all G heads side by side; qk_nope_head_dim is 0. A
-              query head has its numbers in the place of its own key head and zeros elsewhere. Llama rotates the pair
+              query head has its numbers at its own key head and zeros elsewhere. Llama rotates the pair
               (i, i + d/2) of a head, V3 the pair (2j, 2j + 1) of the whole: i of head g goes to j = g d/2 + i
     angles    each head needs the same d/2 frequencies, V3 has R/2 falling ones: LongRoPE's factors, one a pair, turn
               the latter into the former, and whatever scaling the source's RoPE has is in them, too

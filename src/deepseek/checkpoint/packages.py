@@ -157,7 +157,7 @@ def packed_size(hidden: int, width: int, bits: int) -> int:
 
 
 class Signature(NamedTuple):
-    """Who signed a package. key: in hexadecimal; file: that of the trusted key, None for a key that nobody trusts."""
+    """Who signed a package. key: in hexadecimal; file: that of the trusted key, None for an untrusted key."""
 
     key: str
     file: Path | None

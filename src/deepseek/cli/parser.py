@@ -234,5 +234,5 @@ def make(args: argparse.Namespace, kind: Callable[..., S], **defaults: Any) -> S
 
 
 def tell(message: str) -> None:
-    """Warn whoever types a command or writes a file for it."""
+    """Warn the user of a command or of a file for it."""
     warnings.warn(message, FutureWarning, stacklevel=2)

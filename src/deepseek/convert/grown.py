@@ -58,7 +58,7 @@ from .dequantizing import plain_keys
 from .writing import GROWN, Part, check_inside, write_file
 
 FORMAT = 1
-BASE = "base"  # the folder of what the base had in the place of files that are others now
+BASE = "base"  # the folder of the base's own versions of replaced files
 GATES = "gates.safetensors"
 _REPLACED = ("config.json", INDEX, MANIFEST, EXPERT_USE, ATLAS)  # beside the weights
 _EXPERTS = re.compile(r"experts-\d+\.safetensors")
