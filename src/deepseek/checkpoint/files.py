@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, shown
-from ..files import leads_out, read_json, sha256, write_json
+from ..files import leads_out, read_json, sha256, to_json, write_json
 from ..quant import fp8, int4
 from .names import INDEX, other_weights, weight_map_of
 
@@ -23,8 +23,6 @@ EXPERT_USE = "expert_use.json"  # which experts ran (engine/warmup.py): grows be
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32}
 _WEIGHTS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I4")
-
-
 CHUNK = 1 << 20  # numbers of a tensor that are worked on at a time
 _T = TypeVar("_T")
 
@@ -247,6 +245,13 @@ def divide(parts: Iterable[_T], size: Callable[[_T], int], shard_bytes: int) -> 
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def file_header(entries: Mapping[str, Any], align: int) -> bytes:
+    """What a safetensors file begins with, padded so that its data begin at a multiple of `align`."""
+    text = to_json(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _pointer(file: Path) -> str:

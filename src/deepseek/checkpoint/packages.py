@@ -26,7 +26,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, NotFoundError, shown
 from ..files import parse_json, to_json, write_atomically
 from ..ops import panels
-from .files import TORCH_DTYPES, TensorFiles
+from .files import TORCH_DTYPES, TensorFiles, file_header
 from .identity import digest_of
 from .names import PAGE
 from .signatures import check_signature, sign, trusted_keys
@@ -35,6 +35,7 @@ FORMAT = 1
 PRECISIONS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # and the packed ones
 BITS = {"nf4": 4, "int8": 8}
 _HEADER = 1 << 26  # bytes at most
+_ALIGN = 64  # where the data begin
 _NAME = re.compile(r"\w[\w-]{0,63}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 22  # bytes that are checked at a time
@@ -268,15 +269,9 @@ def _header_of(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
         raise ValueError("not an expert package: it has no metadata")
     if "package" not in meta:
         raise ValueError("not an expert package: its metadata say nothing of one")
-    if _header(entries) != len(raw).to_bytes(8, "little") + raw:
+    if file_header(entries, _ALIGN) != len(raw).to_bytes(8, "little") + raw:
         raise ValueError("altered: its header is not written as docs/formats.md says")
     return 8 + length, {name: entry for name, entry in entries.items() if name != "__metadata__"}, dict(meta)
-
-
-def _header(entries: Mapping[str, Any]) -> bytes:
-    text = to_json(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _check_sizes(info: PackageInfo, entries: Mapping[str, Any], size: int) -> None:
@@ -366,6 +361,6 @@ def write_package(
         raise CheckpointError(f"{path}: {error}") from None
     if Path(path).is_dir():
         raise ConfigError(f"out = {path}: must be a file, this is a folder")
-    write_atomically(path, b"".join([_header(entries), *(tensors[name].flatten().view(torch.uint8).numpy().tobytes()
-                                                        for name in order)]))
+    data = (tensors[name].flatten().view(torch.uint8).numpy().tobytes() for name in order)
+    write_atomically(path, b"".join([file_header(entries, _ALIGN), *data]))
     return read_package(path)

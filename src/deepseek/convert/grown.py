@@ -44,6 +44,7 @@ from ..checkpoint import (
     stored_fingerprint,
     tensor_hashes,
 )
+from ..checkpoint.files import file_header
 from ..checkpoint.identity import source_of
 from ..checkpoint.packages import PackageInfo, bias_name, gate_name, is_sha256, packed_name, plain_names
 from ..config import ModelConfig
@@ -63,6 +64,7 @@ GATES = "gates.safetensors"
 _REPLACED = ("config.json", INDEX, MANIFEST, EXPERT_USE, ATLAS)  # beside the weights
 _EXPERTS = re.compile(r"experts-\d+\.safetensors")
 _COPY = 1 << 24  # bytes at a time
+
 
 @dataclass(frozen=True)
 class Group:
@@ -186,8 +188,7 @@ def grown_config(
         topk_method="noaux_tc", scoring_func="sigmoid")
     if quant is None or config.moe_layers:
         return grown, quant
-    with torch.device("meta"):
-        dense, model = CausalLM(config), CausalLM(grown)
+    dense, model = CausalLM.on_meta(config), CausalLM.on_meta(grown)
     packed = {target.module for target in quantized_targets(dense, quant)}
     plain = [layer for layer in info.layers if f"model.layers.{layer}.mlp" not in packed]
     keep = (*quant.keep, *(f"model.layers.{layer}.mlp.shared_experts.*" for layer in plain))
@@ -198,7 +199,6 @@ def grown_config(
             raise CheckpointError(f"{what}: quantization_config.keep = {list(quant.keep)}: keeps the shared experts of "
                                   f"layer {layer}, whose FFN is packed: quantize the base with other patterns")
     return grown, quant
-
 
 
 # ---- a group's tensors ---------------------------------------------------------------------------------------------
@@ -272,8 +272,7 @@ def start(there: GrownModel) -> Grown:
         tokenizer = None
     source = None
     if there.quant is None:
-        with torch.device("meta"):
-            check_tensors(CausalLM(config), files)
+        check_tensors(CausalLM.on_meta(config), files)
         base = stored_fingerprint(config, files, stored_dtype(files))
     else:
         model = load_model(there.folder)
@@ -365,8 +364,7 @@ def _write_grown(
             _clone(folder / name, staging / name, folder, linked)
     for name in map(weight_file, grown.weights):
         entered(name)
-    with torch.device("meta"):
-        targets = {target.module for target in quantized_targets(CausalLM(config), quant)} if quant else set()
+    targets = {target.module for target in quantized_targets(CausalLM.on_meta(config), quant)} if quant else set()
     packed = {layer: quant.bits if quant and f"model.layers.{layer}.mlp.experts" in targets else None
               for layer in info.layers}
     for place, content in enumerate(contents):
@@ -399,10 +397,7 @@ def _as_shared(header: bytes, first: int) -> bytes:
         match = re.match(r"(model\.layers\.(\d+)\.mlp\.)(.+)", name)
         return f"{match[1]}shared_experts.{match[3]}" if match and int(match[2]) >= first else name
 
-    entries = {renamed(name): entry for name, entry in json.loads(header[8:]).items()}
-    text = to_json(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
-    return len(text).to_bytes(8, "little") + text
+    return file_header({renamed(name): entry for name, entry in json.loads(header[8:]).items()}, PAGE)
 
 
 def _gates(contents: Sequence[Contents], dtype: str) -> list[Part]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import EXPERT_USE, INDEX, MANIFEST, PAGE, TORCH_DTYPES, AdaptedFiles, TensorFiles
-from ..checkpoint.files import Tensors, row_blocks
+from ..checkpoint.files import Tensors, file_header, row_blocks
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_folder, sha256, write_json
 from ..interrupts import kept
@@ -188,8 +188,7 @@ def write_file(path: Path, parts: list[Part], progress: Callable[[int], object])
     for part in parts:
         header[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [end, end + part.size()]}
         end += part.size()
-    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
+    head = file_header(header, PAGE)
     digest = hashlib.sha256()
     unfinished = path.with_name(f"{path.name}.part")
     with unfinished.open("wb") as file:
@@ -197,7 +196,7 @@ def write_file(path: Path, parts: list[Part], progress: Callable[[int], object])
             digest.update(data)
             file.write(data)
 
-        put(len(text).to_bytes(8, "little") + text)
+        put(head)
         for part in parts:
             written = 0
             for chunk in part.chunks():
@@ -208,4 +207,4 @@ def write_file(path: Path, parts: list[Part], progress: Callable[[int], object])
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(path)
-    return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
+    return {"bytes": len(head) + end, "sha256": digest.hexdigest()}
