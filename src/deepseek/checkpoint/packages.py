@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,6 @@ _HEADER = 1 << 26  # bytes at most
 _ALIGN = 64  # where the data begin
 _NAME = re.compile(r"\w[\w-]{0,63}")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1 << 22  # bytes that are checked at a time
 
 
 @dataclass(frozen=True)
@@ -310,19 +309,13 @@ def _check_tensors(package: ExpertPackage) -> None:
     """Raises CheckpointError for a tensor with another SHA-256, or numbers that are not finite."""
     info, files = package.info, package.files
     for name, stated in info.tensors.items():
-        kind, shape = TORCH_DTYPES[files.dtype(name)], files.shape(name)
-        if digest_of(kind, shape, _bytes(files, name)) != stated:
-            raise CheckpointError(f"{package.path}: altered: the SHA-256 of {name} is not the one of its text")
         tensor = files.read(name)
-        steps = [tensor] if kind != torch.uint8 else [
+        if digest_of(tensor.dtype, tuple(tensor.shape), [tensor]) != stated:
+            raise CheckpointError(f"{package.path}: altered: the SHA-256 of {name} is not the one of its text")
+        steps = [tensor] if tensor.dtype != torch.uint8 else [
             part.step_O for part in panels.unpack_mlp(tensor, info.hidden, info.width, info.bits or 4)]
         if not all(bool(part.isfinite().all()) for part in steps):
             raise CheckpointError(f"{package.path}: {name} holds values that are not finite")
-
-
-def _bytes(files: TensorFiles, name: str) -> Iterator[Tensor]:
-    size = files.place(name).size
-    return (files.read_bytes(name, start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK))
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
