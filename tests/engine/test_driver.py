@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM
@@ -53,6 +54,17 @@ def test_a_fault_in_a_step_reaches_every_caller_and_the_thread_goes_on(
             list(llm.stream([5, 6], params(3)))
     assert llm.generate([[5, 6]], params(3)) == want
     assert llm.engine.idle and llm.engine.block_manager.available == llm.engine.block_manager.count
+
+
+def test_an_llm_made_in_inference_mode_runs_like_any_other(
+        tiny_config: Callable[..., ModelConfig], random_model: Callable[..., CausalLM]) -> None:
+    with torch.inference_mode():
+        llm = LLM(random_model(tiny_config()))
+        want = llm.generate([[5, 6, 7, 8]], params(3))
+    for _ in range(2):  # the prefix cache copies rows of a page in the engine's thread
+        again = llm.generate([[5, 6, 7, 8]], params(3))
+        assert [one.token_ids for one in again] == [one.token_ids for one in want]
+    assert llm.engine.stats.cached > 0
 
 
 def test_an_interrupted_caller_leaves_nothing_running(llm: LLM) -> None:

@@ -41,11 +41,12 @@ class LatentPool:
     def __init__(self, config: ModelConfig, pages: int, *, layers: int | None = None,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         shape = (config.num_hidden_layers if layers is None else layers, pages, PAGE, config.latent_dim)
-        if torch.device(device).type == "cpu":  # torch.zeros writes; the system hands out zeros as they are touched
-            blank = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
-            self.data = torch.frombuffer(blank, dtype=dtype, count=math.prod(shape)).view(shape)
-        else:
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # its pages are written in other modes than that in which it is made
+            if torch.device(device).type == "cpu":  # torch.zeros writes; the system hands out zeros as they are touched
+                blank = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+                self.data = torch.frombuffer(blank, dtype=dtype, count=math.prod(shape)).view(shape)
+            else:
+                self.data = torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
     def page_bytes(config: ModelConfig, layers: int | None = None, dtype: torch.dtype = torch.float32) -> int:
