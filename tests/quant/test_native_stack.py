@@ -201,6 +201,25 @@ def test_a_copy_and_a_moved_model_run_on_their_own_tensors(quantized: Callable) 
     assert torch.equal(twin(ids_BT), want) and torch.equal(twin.double().float()(ids_BT), want)
 
 
+@natively
+def test_a_layer_that_is_moved_alone_is_run_as_it_is_then(quantized: Callable) -> None:
+    model, ids_BT = copy.deepcopy(quantized(qk_nope_head_dim=16, v_head_dim=32)), ids(2, 9)
+    want, norm, stack = model(ids_BT), model.model.layers[0].input_layernorm, NativeStack.of(model)
+    assert stack is not None and stack.stacks[0].ready
+    norm.weight.data = norm.weight.data * 2
+    assert not torch.allclose(model(ids_BT), want) and stack.stacks[0].ready
+    norm.weight.data = norm.weight.data / 2
+    assert torch.equal(model(ids_BT), want)
+    model.model.layers[0].double()
+    torch.testing.assert_close(model(ids_BT), want)
+    assert not stack.stacks[0].ready
+    model.model.layers[0].float()
+    assert torch.equal(model(ids_BT), want) and stack.stacks[0].ready
+    model.model.layers[0].to("meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        model(ids_BT)
+
+
 # ---- the same bits --------------------------------------------------------------------------------------------------
 
 

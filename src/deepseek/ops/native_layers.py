@@ -7,7 +7,7 @@ Shape letters: T tokens, H hidden, P rotary angles, K experts a token, E experts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,8 @@ class FeedForward(NamedTuple):
 
 
 class LayerBlock:
-    """One layer as the native kernels see it; holds what it points to. `ready` is False where they cannot take it."""
+    """One layer as the native kernels see it; holds the memory that it points to. `ready` is False where they cannot
+    take it."""
 
     def __init__(
         self, attention: Attention | None, ffn: FeedForward | None, attention_norm: Tensor, ffn_norm: Tensor, eps: float
@@ -67,7 +68,7 @@ class LayerBlock:
             return
         addresses = None if ffn.table is None else ffn.table.addresses
         in_bf16 = ffn.gate_weight is not None and ffn.gate_weight.dtype == torch.bfloat16
-        self.held = (given, addresses)
+        self.held = ([t.detach() for t in given if t is not None], addresses)
         self.experts, self.top = ffn.gate[0], ffn.gate[3]
         self.layer = native.Layer(
             native.Mla(attention.sizes, attention.bits, tuple(map(address, attention.weights)),
@@ -80,9 +81,12 @@ class LayerBlock:
 
 
 class LayerStack:
-    """Layers of a model in one native call. `ready` is False where one of them cannot be taken, or there are none."""
+    """Layers of a model in one native call. `ready` is False where one of them cannot be taken, or there are none.
 
-    def __init__(self, blocks: Sequence[LayerBlock]) -> None:
+    parameters: those of each of their modules, by name, as the module keeps them: it puts others there when it moves.
+    """
+
+    def __init__(self, blocks: Sequence[LayerBlock], parameters: Sequence[Mapping[str, Tensor | None]]) -> None:
         self.blocks = tuple(blocks)
         self.ready = bool(blocks) and all(block.ready for block in blocks)
         if self.ready:
@@ -91,6 +95,12 @@ class LayerStack:
             self.experts, self.top = gates[0] if gates else (0, 0)
             self.ready = len(set(gates)) <= 1
             self.layers = native.Layers(tuple(block.layer for block in blocks))
+        self._places = [(own, name, address(tensor)) for own in parameters for name, tensor in own.items()]
+
+    @property
+    def moved(self) -> bool:
+        """Whether a module of the layers has been moved or cast since."""
+        return any(address(own[name]) != place for own, name, place in self._places)
 
     def run(
         self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, cache: Tensor, layer_stride: int, sequences: Sequences,

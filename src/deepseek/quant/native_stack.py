@@ -100,9 +100,10 @@ class NativeStack(nn.Module):
 
     def _stack(self, layers: Sequence[DecoderLayer]) -> LayerStack:
         first = layers[0].layer
-        if first not in self.stacks:
-            self.stacks[first] = LayerStack([
-                cast(NativeLayer, self.own[layer.layer]).native_args(layer) for layer in layers])
+        if first not in self.stacks or self.stacks[first].moved:
+            self.stacks[first] = LayerStack(
+                [cast(NativeLayer, self.own[layer.layer]).native_args(layer) for layer in layers],
+                [module._parameters for layer in layers for module in layer.modules()])
         return self.stacks[first]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeStack:
