@@ -56,6 +56,12 @@ def test_code_blocks_are_fenced_with_a_language(page: Path) -> None:
     assert not inside
 
 
+@every_page
+def test_a_page_has_one_title(page: Path) -> None:
+    """The site's table of contents ends where a second one begins."""
+    assert len(re.findall(r"^# ", _prose(page), re.MULTILINE)) == 1
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name.endswith(".zh.md")], ids=lambda page: page.name)
 def test_chinese_lines_are_whole(page: Path) -> None:
     """HTML shows a line break as a space, which Chinese text does not have: a paragraph is one line."""
