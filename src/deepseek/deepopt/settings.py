@@ -35,7 +35,8 @@ class TrainConfig(Settings):
     beta2: Annotated[float, Option("AdamW's second beta", SHARE)] = 0.95
     weight_decay: Annotated[float, Option("AdamW's decay of matrices", NOT_NEGATIVE)] = 0.1
     clip: Annotated[float, Option("largest norm of the gradient", POSITIVE)] = 1.0
-    precision: Annotated[Precision, Option("of activations; weights and moments stay FP32")] = "auto"
+    precision: Annotated[Precision, Option(
+        "of activations; auto is BF16 where that is faster; weights and moments stay FP32")] = "auto"
     mtp_weight: Annotated[float, Option("weight of the multi-token prediction loss", NOT_NEGATIVE)] = 0.3
     balance_weight: Annotated[float, Option("weight of the sequence-wise balance loss", NOT_NEGATIVE)] = 1e-4
     bias_speed: Annotated[float, Option("speed of the gate-bias balancing", NOT_NEGATIVE)] = 1e-3

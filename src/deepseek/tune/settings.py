@@ -108,7 +108,7 @@ class TuneConfig(Settings):
     min_lr_ratio: Annotated[float, Option("last learning rate as a share of the highest", NOT_NEGATIVE)] = 0.1
     weight_decay: Annotated[float, Option("AdamW's decay of matrices", NOT_NEGATIVE)] = 0.0
     clip: Annotated[float, Option("largest norm of the gradient", POSITIVE)] = 1.0
-    precision: Annotated[Precision, Option("of activations")] = "auto"
+    precision: Annotated[Precision, Option("of activations; auto is BF16 where that is faster")] = "auto"
     gradient_checkpointing: Annotated[bool, Option(
         "recompute layers in the backward pass: less memory, more time")] = False
     valid_fraction: Annotated[float, Option(
