@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from deepseek import files
-from deepseek.errors import ConfigError
-from deepseek.files import locked, read_yaml, replace_folder, sha256, to_json, write_atomically, write_json
+from deepseek.errors import ConfigError, NotFoundError
+from deepseek.files import locked, read_text, read_yaml, replace_folder, sha256, to_json, write_atomically, write_json
 from tests.helpers import ROOT
 
 
@@ -308,3 +308,12 @@ def test_nothing_writes_json_that_may_hold_nan() -> None:
                 found[str(path.relative_to(source))] += 1
     assert {name: number for name, number in found.items() if number > WITHIN.get(name, 0)} == {}, (
         "use files.to_json, or allow_nan=False")
+
+
+def test_what_keeps_a_text_from_being_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, error, message in (("gone.txt", NotFoundError, "gone.txt: no such file"),
+                                 (".", ConfigError, "cannot be read: must be a file"),
+                                 ("latin.txt", ConfigError, "latin.txt: not UTF-8: byte 0xe9 at 3")):
+        with pytest.raises(error, match=message):
+            read_text(tmp_path / name, ConfigError)

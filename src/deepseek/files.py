@@ -71,14 +71,25 @@ def read_json(
     """The object of a JSON file. Raises NotFoundError, or `error` with the file, `what` it then is not ("not an index")
     and the mistake: another kind of value, no UTF-8, no JSON (a lone surrogate is none, nor are NaN and numbers beyond
     floats, if `finite`), one key with two values."""
-    path = Path(path)
+    with reading(path, error, what):
+        try:
+            text = _text_of(Path(path))
+        except UnicodeDecodeError as failure:
+            raise ValueError(f"not valid JSON: {not_utf8(failure)}") from None
+        return parse_json(text, finite=finite)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, error: type[MoEDRError], what: str = "") -> Iterator[None]:
+    """Raises NotFoundError for a missing file, and for an OSError or ValueError `error` with the file, `what` it then
+    is not, and the mistake."""
     start = f"{path}: {what}: " if what else f"{path}: "
     try:
-        return parse_json(_text_of(path), finite=finite)
+        yield
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file") from None
     except UnicodeDecodeError as failure:
-        raise error(f"{start}not valid JSON: {not_utf8(failure)}") from None
+        raise error(f"{start}{not_utf8(failure)}") from None
     except OSError as failure:
         raise error(f"{start}cannot be read: {failure.strerror or failure}") from None
     except ValueError as failure:
@@ -143,13 +154,9 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def read_text(path: str | Path, error: type[MoEDRError] = DataError) -> str:
-    """The text of a UTF-8 file. Raises `error` with the file and the mistake."""
-    try:
+    """The text of a UTF-8 file. Raises NotFoundError, or `error` with the file and the mistake."""
+    with reading(path, error):
         return _text_of(Path(path))
-    except OSError as failure:
-        raise error(f"{path}: cannot be read: {failure.strerror or failure}") from None
-    except UnicodeDecodeError as failure:
-        raise error(f"{path}: {not_utf8(failure)}") from None
 
 
 @contextlib.contextmanager

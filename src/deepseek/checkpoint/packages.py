@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..errors import CheckpointError, ConfigError, NotFoundError, shown
-from ..files import parse_json, to_json, write_atomically
+from ..errors import CheckpointError, ConfigError, shown
+from ..files import parse_json, reading, to_json, write_atomically
 from ..ops import panels
 from .files import TORCH_DTYPES, TensorFiles, file_header
 from .identity import digest_of
@@ -217,7 +217,7 @@ def read_package(
     that are not what the text says, numbers that are not finite, a wrong signature.
     """
     path = Path(path).expanduser()
-    try:
+    with reading(path, CheckpointError):
         begin, entries, meta = _header_of(path)
         text = meta.pop("package")
         key, signature, stated = (meta.pop(name, None) for name in ("key", "signature", "sha256"))
@@ -230,12 +230,6 @@ def read_package(
         if info.text() != text:
             raise ValueError("not an expert package: its text is not written as docs/formats.md says")
         _check_sizes(info, entries, path.stat().st_size - begin)
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
     signed = None
     if key is not None and signature is not None:
         check_signature(text, key, signature, path)

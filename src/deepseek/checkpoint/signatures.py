@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError, NotFoundError
+from ..errors import CheckpointError, ConfigError
+from ..files import reading
 
 _BYTES = 1 << 16  # of a key file at most
 
@@ -67,10 +68,5 @@ def check_signature(text: str, key: str, signature: str, what: object) -> None:
 
 
 def _read(file: Path) -> bytes:
-    try:
-        with file.expanduser().open("rb") as stream:
-            return stream.read(_BYTES)
-    except FileNotFoundError:
-        raise NotFoundError(f"{file}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    with reading(file, ConfigError), file.expanduser().open("rb") as stream:
+        return stream.read(_BYTES)
