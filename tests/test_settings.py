@@ -35,7 +35,7 @@ from deepseek.engine.sampling_params import SamplingParams
 from deepseek.errors import ConfigError, RequestError
 from deepseek.model.adapter import LoraSpec
 from deepseek.serve.options import ServeOptions
-from deepseek.settings import COUNT, Option, Settings, check, declared, table
+from deepseek.settings import COUNT, Option, Settings, check, declared, is_number, table
 from deepseek.tune.lora import LoRAAdapter
 from deepseek.tune.settings import RunOptions, TuneConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
@@ -144,6 +144,13 @@ def test_impossible_values_are_refused_by_name(settings: Any, value: dict[str, A
 
 def test_the_page_of_options_is_what_is_declared() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.test_settings writes it"
+
+
+@pytest.mark.parametrize(("value", "holds"), [
+    (10**400, False), (-(10**400), False), (float("nan"), False), (float("inf"), False), (True, False), ("1", False),
+    (0, True), (10**300, True), (-1.5, True)], ids=lambda value: f"{value!r:.8}")
+def test_a_number_is_one_that_a_float_can_hold(value: Any, holds: bool) -> None:
+    assert is_number(value) is holds
 
 
 if __name__ == "__main__":

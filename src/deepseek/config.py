@@ -21,6 +21,7 @@ from typing import Any
 
 from .errors import ConfigError, NotFoundError, nearest, printable, shown
 from .files import not_finite, read_json
+from .settings import is_int, is_number
 
 FORMAT = 1
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
@@ -72,10 +73,10 @@ class YarnScaling:
     def __post_init__(self) -> None:
         for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
             value = getattr(self, key)
-            _need(f"rope_scaling.{key}", value, "must be a positive number", _is_number(value))
+            _need(f"rope_scaling.{key}", value, "must be a positive number", _is_positive(value))
         for key in ("mscale", "mscale_all_dim", "attention_factor"):
             value = getattr(self, key)
-            _need(f"rope_scaling.{key}", value, "must be a number >= 0", _equals(value, 0, None) or _is_number(value))
+            _need(f"rope_scaling.{key}", value, "must be a number >= 0", _equals(value, 0, None) or _is_positive(value))
         _need("rope_scaling.truncate", self.truncate, "must be true or false", isinstance(self.truncate, bool))
 
     @property
@@ -108,11 +109,11 @@ class LongRope:
 
     def __post_init__(self) -> None:
         _need("rope_scaling.short_factor", self.factors, "must be a list of positive numbers",
-              isinstance(self.factors, tuple) and all(map(_is_number, self.factors)))
+              isinstance(self.factors, tuple) and all(map(_is_positive, self.factors)))
         for key in ("factor", "original_max_position_embeddings", "attention_factor"):
             value = getattr(self, key)
             _need(f"rope_scaling.{key}", value, "must be a positive number",
-                  _is_number(value) or (key == "attention_factor" and value is None))
+                  _is_positive(value) or (key == "attention_factor" and value is None))
 
     @property
     def rotary_scale(self) -> float:
@@ -229,7 +230,7 @@ class ModelConfig:
         for key in "n_shared_experts first_k_dense_replace num_nextn_predict_layers qk_nope_head_dim".split():
             _need(key, getattr(self, key), "must be an integer >= 0", _is_int(getattr(self, key), 0))
         for key in "routed_scaling_factor rope_theta rms_norm_eps initializer_range".split():
-            _need(key, getattr(self, key), "must be a positive number", _is_number(getattr(self, key)))
+            _need(key, getattr(self, key), "must be a positive number", _is_positive(getattr(self, key)))
         for key in "norm_topk_prob attention_bias rope_interleave tie_word_embeddings".split():
             _need(key, getattr(self, key), "must be true or false", isinstance(getattr(self, key), bool))
         rank = self.q_lora_rank
@@ -387,12 +388,12 @@ _AT_MOST = {
 _EXPERTS_AT_MOST = 1 << 20
 
 
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_int(value: Any, least: int) -> bool:
+    return is_int(value) and value >= least
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300  # no NaN either
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and 0 < value < 1e300
 
 
 def _need(key: str, value: object, rule: str, holds: bool) -> None:
@@ -464,7 +465,7 @@ def _read_rope(keys: dict[str, Any], values: dict[str, Any], origin: str) -> Non
     if "rope_theta" in keys:
         bases["rope_theta"] = keys.pop("rope_theta")
     for name, theta in bases.items():
-        _need(f"{origin}: {name}", theta, "must be a positive number", _is_number(theta))
+        _need(f"{origin}: {name}", theta, "must be a positive number", _is_positive(theta))
     kinds = {key: scaling for key, (_, scaling) in found.items() if scaling != "no type"}
     for said in (bases, kinds):
         first, *others = said.values() or (None,)

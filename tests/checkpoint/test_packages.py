@@ -143,6 +143,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "an empty licence": (lambda k, h: k.update(license=""), "license = '': must be a text"),
     "a base that is none": (lambda k, h: k.update(base="x"), "base = 'x': must be a SHA-256"),
     "numbers as text": (lambda k, h: k.update(evidence={"x": "1"}), "evidence = .*: must be an object of finite"),
+    "a number beyond floats": (lambda k, h: k.update(evidence={"x": 10**400}), "evidence = .*: must be"),
     "layers with a hole": (lambda k, h: k.update(layers=[0, 2]), r"layers = \(0, 2\): must be the numbers of layers"),
     "no layers": (lambda k, h: k.update(layers=[]), r"layers = \(\): must be"),
     "layers without end": (lambda k, h: k.update(layers=list(range(5000))), "layers = .*: must be"),

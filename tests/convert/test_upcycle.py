@@ -228,6 +228,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 31}, "head_dim = 31: must be even"),
     ({"hidden_size": "96"}, "hidden_size = '96': must be a positive integer"),
     ({"vocab_size": "gone"}, "vocab_size = None: must be a positive integer"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps = 1000.*: must be a positive number"),
     ({"rms_norm_eps": 0}, "rms_norm_eps = 0: must be a positive number"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*change with the length of the text"),
     ({"rope_parameters": {"rope_type": "linear"}}, "must have factor and no other keys"),

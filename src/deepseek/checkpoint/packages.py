@@ -26,6 +26,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, shown
 from ..files import parse_json, reading, to_json, write_atomically
 from ..ops import panels
+from ..settings import is_int, is_number
 from .files import TORCH_DTYPES, TensorFiles, file_header
 from .identity import digest_of
 from .names import PAGE
@@ -69,12 +70,11 @@ class PackageInfo:
             if not holds:
                 raise CheckpointError(f"{key} = {shown(getattr(self, key))}: must be {rule}")
 
-        def count(value: object, least: int, most: int) -> bool:
-            return type(value) is int and least <= value <= most
+        def count(value: Any, least: int, most: int) -> bool:
+            return is_int(value) and least <= value <= most
 
         def numbers(value: object) -> bool:
-            return isinstance(value, Mapping) and all(
-                type(v) in (int, float) and math.isfinite(v) for v in value.values())
+            return isinstance(value, Mapping) and all(map(is_number, value.values()))
 
         named = isinstance(self.name, str) and bool(_NAME.fullmatch(self.name))
         need("name", "1 to 64 letters, digits, _ and -", named)
