@@ -78,7 +78,8 @@ def view(state: dict[str, Any]) -> str:
     if groups:
         bands = state["band_names"]
         lines += ["", *_table(
-            ["group", "slots over expected", "", *(f"layers {band}" for band in bands), "accuracy", "drift"],
+            ["group", "slots over expected", "", *(f"layer{'s' * ('-' in band)} {band}" for band in bands), "accuracy",
+             "drift"],
             [[group["name"], _bar(group["ratio"]), _ratio(group["ratio"]),
               *(_ratio(group["bands"][band]) for band in bands), _share(group["accuracy"]), _share(group["drift"])]
              for group in groups])]
