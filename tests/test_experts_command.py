@@ -68,6 +68,9 @@ def test_what_is_refused_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
             (("install", base, package, "--trust", tmp_path / "x.pem"), "x.pem: no such file"),
             (("install", base, tmp_path / "nothing"), "nothing: no such file"),
             (("install", "nowhere", package), "nowhere: no such folder here"),
+            (("install", base, package, "--tokens", 5, "--seed", 0), "tokens = 5; seed = 0: has a meaning only with"),
+            (("install", base, package, "--out", base), "must not be the source"),
+            (("verify", package, base, "--require_signature"), f"only with packages, not with the model {base}"),
             (("verify", base), "no packages are installed"),
             (("verify", base / "config.json"), "config.json: not an expert package"),
             (("remove", base, "law"), "no packages are installed"),
@@ -75,6 +78,18 @@ def test_what_is_refused_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert run(*words) == 2
         err = capsys.readouterr().err.splitlines()
         assert message in err[-1] and err[-1].startswith("deepseek: ")
+    grown = tmp_path / "grown"
+    assert run("install", base, package, "--out", grown) == 0
+    refused: list[tuple[tuple[object, ...], str]] = [
+        (("install", grown, package), "a package 'law' is installed already"),
+        (("remove", grown, "lwa"), "no package 'lwa' is installed; there are law; did you mean law?"),
+        (("export", grown, "law", tmp_path), "must be a file, this is a folder"),
+        (("export", grown, "law", tmp_path / "x", "--license", ""), "license = '': must be a text of 1 to 200"),
+        (("export", grown, "law", tmp_path / "x", "--card", package), "law.safetensors: not valid JSON")]
+    for given, said in refused:
+        capsys.readouterr()
+        assert run(*given) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
     before = hashes(base)
     data = bytearray(package.read_bytes())
     data[-1] ^= 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ..errors import printable
+from ..errors import ConfigError, printable
 from ..files import read_json
 from ..settings import COUNT, NATURAL, Option, Settings
 from .common import MachineOptions, add_map_flag
@@ -77,6 +77,10 @@ def install(args: argparse.Namespace) -> None:
     from .. import convert
 
     folder, signatures, text = make(args, FolderOptions), make(args, SignatureOptions), make(args, CalibrationOptions)
+    given = {name: value for name in ("tokens", "seed", "map") if (value := getattr(args, name)) is not None}
+    if given and not text.calibrate:
+        raise ConfigError("; ".join(f"{name} = {value!r}" for name, value in given.items())
+                          + ": has a meaning only with calibrate")
     ids = _general_text(args, text) if text.calibrate else None
     model, where = args.model, vars(folder)
     for package in args.packages:
@@ -155,8 +159,12 @@ def verify(args: argparse.Namespace) -> None:
     from ..checkpoint import read_package
 
     signatures = vars(make(args, SignatureOptions))
+    folders = [place for place in args.places if Path(place).expanduser().is_dir()]
+    if folders and any(signatures.values()):
+        raise ConfigError("trust, require_signature: have a meaning only with packages, not with the model "
+                          f"{folders[0]}")
     for place in args.places:
-        if Path(place).expanduser().is_dir():
+        if place in folders:
             grown = convert.verify_model(place)
             print(f"{place}: whole: {', '.join(grown.names)}; the base can be restored")
             continue

@@ -140,7 +140,8 @@ def export(
         if plain := [layer for layer in info.layers if held.packed(layer) is None]:
             raise ConfigError(f"{there.folder}: {name}: the experts of layer {plain[0]} are plain and others packed: "
                               "export them from a model that has all of one kind")
-    info = replace(info, precision=precision, license=license or info.license, card=info.card if card is None else card)
+    info = replace(info, precision=precision, license=info.license if license is None else license,
+                   card=info.card if card is None else card)
     bias = dict(zip(info.layers, grown.groups[place].bias, strict=True))
     tensors: dict[str, Tensor] = {}
     for layer in info.layers:
