@@ -192,6 +192,9 @@ def test_tokenizer_template_and_generation_settings_come_along(dense: Callable[.
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (3, (1, 7), 2)
     found = compare(source, out, ["the law of the sea", "a land"])
     assert found.equal == found.texts == 2 and all(error < EXACT and same == 1 for error, same in found.errors.values())
+    short = upcycle(source, source.parent / "short", context=20, progress=False).path
+    found = compare(source, short, ["the law of the sea " * 9])
+    assert (found.equal, found.new_tokens) == (1, 10) and "10 greedy tokens equal for 1 of 1" in str(found)
     (change(out, rms_norm_eps=0.5) / MANIFEST).unlink()
     worse = compare(source, out, ["the law of the sea", "a land"])
     assert all(error > EXACT for error, _ in worse.errors.values())

@@ -109,22 +109,25 @@ def _rows(made: DenseAsV3, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
 @dataclass(frozen=True)
 class Comparison:
     """What `compare` found. errors: who computed the V3 form -> ||x - y|| / ||x|| of the logits of all texts, and the
-    share of positions with the same best token. equal: texts whose greedy continuation is the same, of `texts`."""
+    share of positions with the same best token. equal: texts whose greedy continuation, of `new_tokens` at most, is the
+    same, of `texts`."""
 
     errors: dict[str, tuple[float, float]]
     equal: int
     texts: int
+    new_tokens: int
 
     def __str__(self) -> str:
         lines = [f"{who}: relative logit error {error:.1e}, same best token at {same:.2%} of positions"
                  for who, (error, same) in self.errors.items()]
-        return "\n".join([*lines, f"{NEW_TOKENS} greedy tokens equal for {self.equal} of {self.texts} texts"])
+        return "\n".join([*lines, f"{self.new_tokens} greedy tokens equal for {self.equal} of {self.texts} texts"])
 
 
 @torch.inference_mode()
 def compare(source: str | Path, out: str | Path, texts: Sequence[str] = TEXTS) -> Comparison:
     """Compare a dense model with its V3 form, in float32: the logits of `texts` through transformers and here, and the
-    tokens that transformers continues them with. Raises ConfigError without transformers."""
+    tokens that transformers continues them with; of a context that is shorter, the beginnings that fit. Raises
+    ConfigError without transformers."""
     try:
         from transformers import AutoModelForCausalLM, GenerationConfig
     except ImportError:
@@ -138,9 +141,11 @@ def compare(source: str | Path, out: str | Path, texts: Sequence[str] = TEXTS) -
         f"{type(v3).__name__} in transformers": lambda ids: v3(ids).logits, "here": load_model(out, "float32")}
     tokenizer = Tokenizer.load(out)
     sums = {who: [0.0, 0.0, 0] for who in others}
-    greedy, equal, positions = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False), 0, 0
+    context = v3.config.max_position_embeddings
+    new_tokens = min(NEW_TOKENS, max(1, context // 2))
+    greedy, equal, positions = GenerationConfig(max_new_tokens=new_tokens, do_sample=False), 0, 0
     for text in texts:
-        ids = torch.tensor([tokenizer.encode(text)])
+        ids = torch.tensor([tokenizer.encode(text)[: max(1, context - new_tokens)]])
         want = dense(ids).logits
         positions += ids.numel()
         for who, other in others.items():
@@ -152,4 +157,4 @@ def compare(source: str | Path, out: str | Path, texts: Sequence[str] = TEXTS) -
         answers = (model.generate(ids, attention_mask=mask, generation_config=greedy) for model in (dense, v3))
         equal += torch.equal(*answers)
     return Comparison({who: ((lost / whole) ** 0.5, same / positions) for who, (lost, whole, same) in sums.items()},
-                      equal, len(texts))
+                      equal, len(texts), new_tokens)
