@@ -287,10 +287,15 @@ def test_damaged_sources(dense: Callable[..., Path], tmp_path: Path) -> None:
         upcycle(source, source.parent)
 
 
-def test_without_transformers_the_check_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_transformers_the_check_says_so_before_the_work(
+    dense: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = dense()
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"check: needs the transformers library: pip install"):
         compare(tmp_path, tmp_path)
+    assert main(["upcycle", str(source), str(tmp_path / "v3"), "--check"]) == 2
+    assert "check: needs the transformers library" in capsys.readouterr().err and not (tmp_path / "v3").exists()
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -29,8 +29,11 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from .. import convert
+    from ..convert.upcycling import transformers_library
 
     options = make(args, UpcycleOptions)
+    if options.check:
+        transformers_library()  # before the work
     print(convert.upcycle(args.source, args.out, options.dtype, context=options.context, overwrite=options.overwrite))
     if options.check:
         print(convert.compare(args.source, args.out))

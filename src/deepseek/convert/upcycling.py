@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -123,27 +124,33 @@ class Comparison:
         return "\n".join([*lines, f"{self.new_tokens} greedy tokens equal for {self.equal} of {self.texts} texts"])
 
 
+def transformers_library() -> ModuleType:
+    """The library that `compare` needs. Raises ConfigError without it."""
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("check: needs the transformers library: pip install 'moe-dr[test]'") from None
+    return transformers
+
+
 @torch.inference_mode()
 def compare(source: str | Path, out: str | Path, texts: Sequence[str] = TEXTS) -> Comparison:
     """Compare a dense model with its V3 form, in float32: the logits of `texts` through transformers and here, and the
     tokens that transformers continues them with; of a context that is shorter, the beginnings that fit. Raises
     ConfigError without transformers."""
-    try:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-    except ImportError:
-        raise ConfigError("check: needs the transformers library: pip install 'moe-dr[test]'") from None
+    hf = transformers_library()
     path = Path(source).expanduser()
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name} if (
         path.suffix == ".gguf") else {"pretrained_model_name_or_path": resolve(source)}
-    dense = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    v3 = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    dense = hf.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    v3 = hf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     others: dict[str, Callable[[Tensor], Tensor]] = {
         f"{type(v3).__name__} in transformers": lambda ids: v3(ids).logits, "here": load_model(out, "float32")}
     tokenizer = Tokenizer.load(out)
     sums = {who: [0.0, 0.0, 0] for who in others}
     context = v3.config.max_position_embeddings
     new_tokens = min(NEW_TOKENS, max(1, context // 2))
-    greedy, equal, positions = GenerationConfig(max_new_tokens=new_tokens, do_sample=False), 0, 0
+    greedy, equal, positions = hf.GenerationConfig(max_new_tokens=new_tokens, do_sample=False), 0, 0
     for text in texts:
         ids = torch.tensor([tokenizer.encode(text)[: max(1, context - new_tokens)]])
         want = dense(ids).logits
