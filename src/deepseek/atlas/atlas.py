@@ -10,7 +10,6 @@ docs/experts.md defines the terms, the figures and the file. An atlas is a value
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, DataError, NotFoundError, RequestError
 from ..files import read_json, write_json
 from ..ids import ExpertId, ExpertSet
+from ..settings import is_number
 
 FORMAT = 1
 FILE = "atlas.json"
@@ -317,6 +317,6 @@ def measurement_of(keys: Mapping[str, Any] | None) -> Measurement | None:
 
 def _numbers(name: str, evidence: dict[str, Any]) -> dict[str, float]:
     for key, value in evidence.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise ValueError(f"{name}: evidence {key} = {value!r}: must be a finite number")
     return dict(evidence)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..settings import is_int
 
 FORMAT = 1
 BASE, SOURCE = "base", "base_source"  # fingerprints: of what was trained on; of what that was converted from
@@ -53,7 +54,7 @@ def is_experts(value: Any) -> bool:
     """{"layer": [index, …]}."""
     return isinstance(value, dict) and all(
         re.fullmatch(r"\d{1,6}", layer) and isinstance(chosen, list) and all(
-            isinstance(e, int) and not isinstance(e, bool) and e >= 0 for e in chosen)
+            is_int(e) and e >= 0 for e in chosen)
         and len(set(chosen)) == len(chosen)
         for layer, chosen in value.items())
 

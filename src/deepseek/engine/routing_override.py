@@ -14,7 +14,6 @@ Shape letters: T tokens, L MoE layers, E experts, K experts a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +29,7 @@ from ..model.cache import Control
 from ..model.gate import routing_rule
 from ..ops.gate import top_k as choose
 from ..ops.gate import within_best_groups
+from ..settings import is_number
 
 NEVER = -1e4  # added to a choice: after all others, and still in order
 
@@ -70,7 +70,7 @@ class RoutingOverride:
         for name in control.mask:
             self._add(name, -torch.inf, atlas)
         for name, value in control.bias.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value):
                 raise RequestError(f"experts.bias[{name!r}] = {value!r}: must be a finite number")
             self._add(name, value, atlas)
         for layer, delta_E in self.delta.items():
