@@ -270,6 +270,14 @@ def test_numbers_in_yaml_are_those_of_its_present_version(text: str, value: Any,
     assert found == {"lr": value, "all": [value]} and type(found["lr"]) is type(value)
 
 
+def test_a_key_given_twice_in_yaml_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 1\nall:\n  lr: 2\n  <<: {lr: 3}\n  lr: 2\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: not YAML: line 5: lr is given twice"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("lr: 1\nall:\n  <<: {lr: 3}\n  lr: 2\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"lr": 1, "all": {"lr": 2}}
+
+
 def test_nothing_reads_yaml_by_another_way() -> None:
     source = ROOT / "src" / "deepseek"
     assert [path.name for path in source.rglob("*.py") if re.search(r"import yaml|yaml\.", path.read_text())] == [

@@ -244,7 +244,7 @@ def leads_out(name: str) -> bool:
 
 def read_yaml(path: str | Path) -> Any:
     """The value of a YAML (or JSON) file. Raises NotFoundError, or ConfigError with the file and the mistake, which may
-    be that it is larger than 8 MiB, deeper than 64 levels, or grows many times over by its aliases."""
+    be that it is larger than 8 MiB, deeper than 64 levels, has a key twice, or grows many times over by its aliases."""
     import yaml
 
     try:
@@ -294,6 +294,12 @@ def _expanded(node: Any, sizes: dict[int, int], depth: int) -> int:
             raise ValueError("an alias stands inside what it names")
         return known
     sizes[id(node)] = 0
+    keys = set()
+    for key, _ in node.value if node.id == "mapping" else ():
+        if isinstance(key.value, str) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in keys:
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is given twice")
+            keys.add(key.value)
     inside = [node.value] if isinstance(node.value, str) else node.value
     parts = (part for item in inside for part in (item if isinstance(item, tuple) else (item,)))
     sizes[id(node)] = total = 1 + sum(_expanded(part, sizes, depth + 1) for part in parts if not isinstance(part, str))
