@@ -173,6 +173,7 @@ def test_serve_answers_and_ends(tiny_llm: Callable[..., Any], tmp_path: Path, se
 @pytest.mark.parametrize(("flags", "message"), [
     (["--port", "99999"], "port = 99999: must be an integer from 0 to 65535"),
     (["--host", "nowhere.invalid"], "cannot listen there"),
+    (["--host", ""], "host = '': must be a host's name or address"),
     (["--timeout", "0"], "timeout = 0.0: must be a positive number"), (["--max_num_seqs", "0"], "max_num_seqs = 0")])
 def test_bad_flags(folder: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), "--port", "0", *flags]) == 2

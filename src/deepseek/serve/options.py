@@ -22,7 +22,8 @@ class ServeOptions(Settings):
     rule."""
 
     name: Annotated[str, Option("what clients call the model; the folder's name if not given")] = ""
-    host: Annotated[str, Option("address to listen on; 0.0.0.0 is all of this machine's")] = "127.0.0.1"
+    host: Annotated[str, Option("address to listen on; 0.0.0.0 is all of this machine's", (
+        "must be a host's name or address", lambda v: isinstance(v, str) and bool(v.strip())))] = "127.0.0.1"
     port: Annotated[int, Option("0 takes a free one", between(0, 65535))] = 8000
     api_key: Annotated[tuple[str, ...], Option(
         "clients must send it; may be given several times; a list of processes shows it", each=True,
