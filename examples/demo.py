@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def serve(model: str) -> None:
-    """Start the server, ask it once, say where its dashboard is; leave it to whoever sits at the terminal."""
+    """Start the server, ask it once, say where its dashboard is; it runs until Ctrl-C where there is a terminal."""
     words = ["serve", model, "--name", "demo", "--port", "0"]
     print(f"\n$ deepseek {' '.join(words)}", flush=True)
     command = [sys.executable, "-m", "deepseek.cli", *words]
