@@ -6,7 +6,7 @@ OLD and NEW are folders with a repository and its `.venv` (`make test` makes one
 one works at a time, and who begins changes from pair to pair. Models have random weights. Cases:
 
     1, 8, 32    so many greedy requests at once through LLM.generate, NF4, 16 + 64 tokens each, without drafts
-    train       steps of `deepseek train` (its defaults: 16 sequences of 256 tokens) on random tokens
+    train       steps of `deepseek train` (its defaults: 16 sequences of 256 tokens) in FP32 on random tokens
 
 A ratio is NEW's tokens/s over OLD's in one pair. The table has the median with the quartiles, by the wall clock and by
 processor time, which a busy machine disturbs less (best with --threads 1: waiting threads spin). Both must compute the
@@ -74,7 +74,7 @@ def training(preset: str, folder: Path) -> Callable[[], tuple[int, Any]]:
             return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.full((batch_size, seq_len), -1))
 
     model = CausalLM(config).init_weights(torch.Generator().manual_seed(0))
-    loop = TrainingLoop(model, Windows(), TrainConfig(), folder)  # type: ignore[arg-type]
+    loop = TrainingLoop(model, Windows(), TrainConfig(precision="fp32"), folder)  # type: ignore[arg-type]
 
     def unit() -> tuple[int, Any]:
         return loop.config.batch_size * loop.config.seq_len, loop.train_step()["loss"]
