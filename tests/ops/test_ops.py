@@ -442,8 +442,9 @@ def test_rows_of_zeros_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = experts._filler
 
     def watched(x: Tensor, count: int) -> Any:
-        filled = real(x, count)
-        heights.add(len(filled(x[:1].expand(count, -1))))
+        filled, rows = real(x, count), x[:1].expand(count, -1)
+        heights.add(len(filled(rows)))
+        assert (filled(rows) is rows) == (count in heights), "only rows that are filled up are copied"
         return filled
 
     def run(filler: Any) -> tuple[Tensor, ...]:

@@ -193,10 +193,10 @@ def _rows_by_expert(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
 def _filler(x: Tensor, count: int) -> Callable[[Tensor], Tensor]:
     """What adds rows of zeros to `count` rows, up to a power of two or a multiple of ROWS, where their product is
     oneDNN's: it compiles a kernel for every shape it meets, and an expert's rows are another number in every step."""
-    if x.device.type != "cpu" or to_compute_dtype(x[:0]).dtype == torch.float32:
-        return lambda rows: rows
-    more = -count % ROWS if count > ROWS else (1 << (count - 1).bit_length()) - count
-    return lambda rows: pad(rows, (0, 0, 0, more))
+    more = 0
+    if x.device.type == "cpu" and to_compute_dtype(x[:0]).dtype != torch.float32:
+        more = -count % ROWS if count > ROWS else (1 << (count - 1).bit_length()) - count
+    return (lambda rows: pad(rows, (0, 0, 0, more))) if more else (lambda rows: rows)  # pad would copy them
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
