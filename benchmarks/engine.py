@@ -383,7 +383,7 @@ class Always(Trial):
 
 
 def simulate(drafter: Drafter, known: dict[int, list[int]], chance: float) -> None:
-    """Let the module run, and put right or wrong drafts in the place of its own."""
+    """Let the module run, and replace its drafts by right or wrong ones."""
     own, draw = drafter.draft, random.Random(0)
 
     def draft(run: Sequence[tuple[Request, Chunk, Tensor]]) -> None:

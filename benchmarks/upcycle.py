@@ -104,7 +104,7 @@ def logits_of(model: nn.Module) -> Logits:
 
 
 def greedy(reference: Any, ids: Tensor) -> Tensor:
-    """Prompts and the NEW tokens that the dense model goes on with."""
+    """Prompts and the NEW tokens with which the dense model continues them."""
     start = ids[:, :PROMPT]
     return reference.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=NEW, min_new_tokens=NEW,
                               do_sample=False, pad_token_id=0)

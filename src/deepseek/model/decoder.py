@@ -35,7 +35,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTH: Tensor, context: AttentionContext, attention: Callable[..., Tensor] | None = None,
                 gate: Callable[[Tensor], Route] | None = None) -> tuple[Tensor, Route | None]:
-        """attention, gate: what computes in the place of the layer's own."""
+        """attention, gate: replace the layer's own."""
         attend = self.self_attn if attention is None else attention
         x = x_BTH + attend(self.input_layernorm(x_BTH), context, self.layer)
         normed = self.post_attention_layernorm(x)
