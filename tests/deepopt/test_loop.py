@@ -44,13 +44,14 @@ def new_model() -> CausalLM:
     return CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("units", "width", "precision", "bf16"), [
-    (True, 512, "auto", True), (True, 384, "auto", False), (False, 512, "auto", False), (False, 384, "bf16", True),
-    (True, 512, "fp32", False)])
-def test_auto_is_bf16_for_wide_models_on_machines_with_units(
-    units: bool, width: int, precision: Precision, bf16: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("units", "kernels", "width", "precision", "bf16"), [
+    (True, True, 512, "auto", True), (True, True, 384, "auto", False), (True, False, 384, "auto", True),
+    (False, True, 512, "auto", False), (False, False, 384, "bf16", True), (True, True, 512, "fp32", False)])
+def test_auto_is_bf16_where_units_are_faster_than_the_kernels(
+    units: bool, kernels: bool, width: int, precision: Precision, bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "fast_bf16", lambda _: units)
+    monkeypatch.setattr(loop, "trains_native", lambda _: kernels)
     model = CausalLM.on_meta(replace(TINY, hidden_size=width))
     model.to_empty(device="cpu")
     found = loop.compute_dtype(TrainConfig(precision=precision), model)

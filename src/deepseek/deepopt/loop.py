@@ -38,8 +38,8 @@ from ..errors import CheckpointError, ConfigError
 from ..files import is_file_at, take_lock, to_json, write_atomically, write_json
 from ..interrupts import handled, held, kept
 from ..model import CausalLM, RoutingRecord, max_violation
-from ..ops import fast_bf16
 from ..ops.loss import IGNORE
+from ..ops.native import fast_bf16, trains_native
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
 from .plot import plot_run
@@ -352,14 +352,14 @@ def _names_fit(model: CausalLM, names: tuple[str, ...]) -> None:
                           f"n_group must be at least {len(names)}")
 
 
-WIDE = 512  # hidden size from which a CPU's BF16 units outrun our FP32 kernels (docs/log.md)
+WIDE = 512  # hidden size from which a CPU's BF16 units outran our FP32 kernels, on one machine with AMX (docs/log.md)
 
 
 def compute_dtype(config: TrainConfig, model: CausalLM) -> torch.dtype:
-    """BF16 where asked, or where `auto` finds BF16 units and a model wide enough to gain by them; else FP32. Weights
-    and moments stay FP32."""
-    device = model.device.type
-    gains = fast_bf16(device) and (device != "cpu" or model.config.hidden_size >= WIDE)
+    """BF16 where asked, or where `auto` finds BF16 units that are not slower for a narrow model than our FP32 kernels;
+    else FP32. Weights and moments stay FP32."""
+    by_kernels = trains_native(torch.empty(0, dtype=torch.float32, device=model.device))
+    gains = fast_bf16(model.device.type) and not (by_kernels and model.config.hidden_size < WIDE)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gains)
     return torch.bfloat16 if bf16 else torch.float32
 
