@@ -267,7 +267,8 @@ def test_the_view_in_a_terminal(watched: Watched, capsys: pytest.CaptureFixture[
     assert main(["watch", watched.running.url, "--once"]) == 0
     for args, words in ((["watch", watched.running.url, "--once"], "answers 401: it needs an API key"),
                         (["watch", "http://127.0.0.1:9", "--once"], "no server of ours answers there"),
-                        (["watch", "ftp://x", "--once"], "must begin with http"), (["watch"], "either the URL")):
+                        (["watch", "ftp://x", "--once"], "must begin with http"), (["watch"], "either the URL"),
+                        (["watch", "--files", str(tmp_path / "x"), "--once"], "once: applies to the URL of a server")):
         assert main(args) != 0
         assert words in capsys.readouterr().err
     assert main(["watch", "--files", str(tmp_path / "x")]) == 0

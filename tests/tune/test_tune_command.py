@@ -161,6 +161,8 @@ def test_a_pipe_is_learnt_round_by_round(
     (["MODEL", "LAW", "--expert_tune", "lawyer"], None,
      "no experts are named 'lawyer'; there are text_expert, code_expert, math_expert, law_expert"),
     (["MODEL", "nowhere.jsonl"], None, "nowhere.jsonl"),
+    (["MODEL", "LAW", "--rounds", "2"], None, "rounds = 2: has a meaning only for records on standard input"),
+    (["MODEL", "LAW"], "records_a_round: 9\n", "records_a_round = 9: has a meaning only for records on standard input"),
     (["nowhere", "LAW"], None, "nowhere: no such folder here"),
     (["MODEL", "LAW"], "learning_rate: 3\n", "unknown setting learning_rate"),
     (["MODEL", "LAW"], "adapter: {rank: 3}\n", "adapter: unknown setting rank; there are r, "),

@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         data = (_json_line(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip())
     else:
         data = [*map(Path, data)]
+        for name in {"records_a_round", "rounds"} & {*given_settings(args, RunOptions)}:
+            raise ConfigError(f"{name} = {getattr(run, name)}: has a meaning only for records on standard input (-)")
     if run.show_records is not None:
         tuner.show(data, run.show_records)
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..keys import find_keys
 from ..watch.options import TerminalOptions
-from .parser import Parser, add_settings, make
+from .parser import Parser, add_settings, given_settings, make
 
 CLEAR = "\x1b[H\x1b[J"
 
@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> None:
     if (args.url is None) == (args.files is None):
         raise ConfigError("watch: must be given either the URL of a server or --files FOLDER")
     if args.files is not None:
+        if given := given_settings(args, TerminalOptions):
+            raise ConfigError(f"{', '.join(given)}: applies to the URL of a server alone, not to --files")
         write_files(args.files)
         return
     options = make(args, TerminalOptions)
