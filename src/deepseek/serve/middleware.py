@@ -17,8 +17,7 @@ from starlette.exceptions import HTTPException
 
 from ..errors import RequestError
 from ..files import to_json
-from ..keys import check_keys
-from .options import address_of, check_host, host_name
+from .options import address_of, host_name
 from .protocol import complaint
 
 Scope = MutableMapping[str, Any]
@@ -64,20 +63,20 @@ def to_serve_error(error: Exception) -> ServeError:
 class Guard:
     """Refuses requests without a key, from a wrong host, or too large; gives each an id and a log line.
 
-    keys: none admits everybody. body: bytes of a request at most. on_refused: called with the status of a refusal.
-    bound: the address that the server listens on. hosts: further names that a Host header may have. Host headers are
-    checked where there is no key, since a web page could point a name of its own here (DNS rebinding), and where hosts
-    are given. requests: at most so many at a time, from arrival on; together they may have 16 times `body` bytes. Every
-    answer carries `x-request-id`, and a line of JSON goes to the log, without the text of prompts and answers.
+    keys, hosts: as ServeOptions has checked them. keys: none admits everybody. body: bytes of a request at most.
+    on_refused: called with the status of a refusal. bound: the address that the server listens on. hosts: further names
+    that a Host header may have. Host headers are checked where there is no key, since a web page could point a name of
+    its own here (DNS rebinding), and where hosts are given. requests: at most so many at a time, from arrival on;
+    together they may have 16 times `body` bytes. Every answer carries `x-request-id`, and a line of JSON goes to the
+    log, without the text of prompts and answers.
     """
 
     def __init__(self, app: App, keys: Sequence[str], body: int, on_refused: Callable[[int], None],
                  hosts: Sequence[str] = (), bound: str = "127.0.0.1", requests: int | None = None) -> None:
-        check_keys(keys)
         self.app, self.keys, self.body, self.on_refused = app, [key.encode() for key in keys], body, on_refused
         self.requests, self.bytes = requests or math.inf, 16 * body
         self.open = self.held = 0  # requests with a body under way, and their bytes
-        self.hosts = frozenset((*map(check_host, hosts), bound.lower()))
+        self.hosts = frozenset((*hosts, bound.lower()))
         self.checks_hosts = not keys or bool(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
