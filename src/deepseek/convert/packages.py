@@ -50,6 +50,7 @@ from .grown import (
     weight_file,
     write_model,
 )
+from .quantizing import packed_mlp
 from .writing import Part, free_folder
 
 CALIBRATION = "calibration.json"  # general text as token ids, in a base's folder
@@ -282,10 +283,8 @@ class Incoming:
         if bits == self.info.bits:
             yield self.package.files.read(packed_name(layer, expert))
             return
-        parts = self.package.expert(layer, expert)
-        gate, up, down = (quantize_panels(part.float().contiguous(), bits)[0] for part in parts)
-        data = torch.cat((torch.stack((gate, up), 1).flatten(), down.flatten()))
-        yield torch.cat((data, data.new_zeros(size - len(data))))
+        yield from packed_mlp([partial(iter, [quantize_panels(part.float().contiguous(), bits)[0]])
+                               for part in self.package.expert(layer, expert)], size)
 
     def _finite(self, tensor: Tensor, layer: int, expert: int) -> Tensor:
         if not bool(tensor.isfinite().all()):

@@ -184,7 +184,7 @@ def _plan_quantized(
                           Part(f"{unit.stem}.step", "F32", wide[:1], partial(_steps, table))]
             else:
                 size = packed_bytes(target, quant.bits)
-                write = matrices[0] if target.kind == "matrix" else partial(_mlp, matrices, size)
+                write = matrices[0] if target.kind == "matrix" else partial(packed_mlp, matrices, size)
                 parts.append(Part(f"{unit.stem}.packed", "U8", (size,), write))
     inside = tuple(f"{target.module}." for target in chosen)
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -235,7 +235,8 @@ def _steps(table: Callable[[], Iterator[panels.Quantized]]) -> Iterator[Tensor]:
     return (q.step_O for q in table())
 
 
-def _mlp(matrices: Sequence[Callable[[], Iterator[Tensor]]], size: int) -> Iterator[Tensor]:
+def packed_mlp(matrices: Sequence[Callable[[], Iterator[Tensor]]], size: int) -> Iterator[Tensor]:
+    """The bytes of a packed MLP and zeros up to `size`, of the panels of gate, up and down."""
     gate, up, down = (matrix() for matrix in matrices)
     written = 0
     for part in chain((torch.stack(pair, 1) for pair in zip(gate, up, strict=True)), down):
