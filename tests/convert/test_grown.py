@@ -539,3 +539,16 @@ def test_damage_is_said(tmp_path: Path) -> None:
         (base / GROWN).write_text(text)
         with pytest.raises(CheckpointError, match=f"{base / GROWN}: not a list of packages: .*{message}"):
             installed(base)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_altered_byte_of_a_group_is_found(form: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", form)
+    install(make_package(tmp_path, base, "law"), base)
+    verify_model(base)
+    file = base / "experts-01.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{file}: altered: its SHA-256 is not the manifest's"):
+        verify_model(base)

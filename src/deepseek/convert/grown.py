@@ -150,9 +150,10 @@ def grown_shape(info: PackageInfo) -> tuple[tuple[int, ...], int, int]:
 class GrownModel:
     """A model's folder, open and checked: a base, or one grown of it."""
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: str | Path, *, verify: bool | None = None) -> None:
+        """verify: as in `load_model`."""
         self.folder = resolve(model)
-        self.config, self.quant, self.files = open_checkpoint(self.folder)
+        self.config, self.quant, self.files = open_checkpoint(self.folder, verify=verify)
         self.grown = Grown.read(self.folder)
         config = self.config
         if self.grown is None:
@@ -275,7 +276,7 @@ def start(there: GrownModel) -> Grown:
         check_tensors(CausalLM.on_meta(config), files)
         base = stored_fingerprint(config, files, stored_dtype(files))
     else:
-        model = load_model(there.folder)
+        model = load_model(there.folder, verify=False)  # opening it has compared what there is
         base, source = fingerprint(tensor_hashes(model), model.config), source_of(model)
     return Grown(base, source, tokenizer, {file.name: sha256(file) for file in weights})
 

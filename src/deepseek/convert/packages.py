@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import TORCH_DTYPES, check_manifest, load_model, resolve, stored_dtype
+from ..checkpoint import TORCH_DTYPES, load_model, resolve, stored_dtype
 from ..checkpoint.identity import check_base
 from ..checkpoint.packages import (
     PRECISIONS,
@@ -160,16 +160,14 @@ def installed(model: str | Path) -> Grown | None:
 
 def verify_model(model: str | Path) -> Grown:
     """Compare every byte of a grown model with its manifest, and of its base with the hashes that it notes."""
-    folder = resolve(model)
-    check_manifest(folder)
-    there = GrownModel(folder)
+    there = GrownModel(model, verify=True)
     grown = there.need_grown()
     for name, stated in grown.weights.items():
         digest = hashlib.sha256()
         for chunk in restored(there, name):
             digest.update(chunk)
         if digest.hexdigest() != stated:
-            raise CheckpointError(f"{folder / weight_file(name)}: altered: it would not be the base's file")
+            raise CheckpointError(f"{there.folder / weight_file(name)}: altered: it would not be the base's file")
     return grown
 
 
@@ -214,7 +212,7 @@ def _checked(ids: Sequence[Sequence[int]], config: ModelConfig, what: str) -> li
 @torch.no_grad()
 def _calibrated(there: GrownModel, package: ExpertPackage, ids: Sequence[Sequence[int]]) -> list[Tensor]:
     """The bias of every layer's experts, from the base's hidden states of this text (see above)."""
-    model, info = load_model(there.folder), package.info
+    model, info = load_model(there.folder, verify=False), package.info
     model.layer_runner = None  # its modules are to be watched
     best: dict[int, list[float]] = {layer: [] for layer in info.layers}
     for layer, sums in best.items():
