@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -32,7 +33,7 @@ def main() -> None:
 
     def run(*words: str) -> None:
         shown = [w if len(w) < 60 else f"{w[:40]}…" for w in words if w not in data or w == data[0]]
-        print("\n$ deepseek " + " ".join(shown).replace("\n", "\\n"), flush=True)
+        print(f"\n$ {shlex.join(['deepseek', *shown])}", flush=True)
         if status := deepseek(words):
             raise SystemExit(status)
 
@@ -45,7 +46,7 @@ def main() -> None:
     run("infer", "--model", model, "--prompt", (library / "textwrap.py").read_text()[:2000], "--max_tokens", "40",
         "--seed", "1", "--expert_map", f"{args.out}/experts.png")
     print(f"\nEverything is in {Path(args.out).resolve()}:\n"
-          f"  model/       a Hugging Face checkpoint: deepseek-infer --model {model} --prompt '…'\n"
+          f"  model/       a Hugging Face checkpoint: deepseek-infer --model {shlex.quote(model)} --prompt '…'\n"
           "  loss.png     the curve of training and the balance of the experts\n"
           "  experts.png  which expert of which layer saw how much of the last prompt\n"
           "  log.jsonl    one line a step")
@@ -55,7 +56,7 @@ def main() -> None:
 def serve(model: str) -> None:
     """Start the server, ask it once, say where its dashboard is; it runs until Ctrl-C where there is a terminal."""
     words = ["serve", model, "--name", "demo", "--port", "0"]
-    print(f"\n$ deepseek {' '.join(words)}", flush=True)
+    print(f"\n$ {shlex.join(['deepseek', *words])}", flush=True)
     command = [sys.executable, "-m", "deepseek.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -76,7 +77,7 @@ def serve(model: str) -> None:
                 print("The server runs until Ctrl-C.", flush=True)
                 server.wait()
             else:
-                print(f"The server has been ended: `deepseek serve {model}` starts it again.")
+                print(f"The server has been ended: `deepseek serve {shlex.quote(model)}` starts it again.")
         except KeyboardInterrupt:
             pass
         finally:
