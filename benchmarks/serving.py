@@ -324,7 +324,7 @@ def watch(args: Any) -> tuple[list[str], dict[str, Any]]:
     watched.close()
     llm.close()
     return [f"Prompts of {PROMPT} ids, {NEW} new tokens each, a reading every {WatchOptions().interval:g} s as the "
-            "server takes them. Counting: what the engine's thread spends on keeping routes, and whoever reads on "
+            "server takes them. Counting: what the engine's thread spends on keeping routes, and reading threads on "
             "counting them and on the reading.", "", table(rows)], {"watch": data}
 
 

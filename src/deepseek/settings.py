@@ -151,8 +151,8 @@ def former_names(settings: type) -> dict[str, str]:
 
 def rename(given: dict[str, Any], names: Mapping[str, str], tell: Callable[[str], None] = warn,
            spelled: str = "{}") -> dict[str, Any]:
-    """`given` with new names for former ones (names: former -> new); `tell` is told of each, `spelled` as a user wrote
-    it. Raises ConfigError where both are given."""
+    """`given` with new names for former ones (names: former -> new); `tell` gets a message for each, `spelled` as a
+    user wrote it. Raises ConfigError where both are given."""
     for former in (former for former in names if former in given):
         if (name := names[former]) in given:
             raise ConfigError(f"{name} and {former}: are two names of one setting: leave out {former}")

@@ -51,7 +51,7 @@ class AlertLimits:
 
 
 class Alerts:
-    """Evaluates each new snapshot. sinks are told of an alert once when it begins and once when it is over."""
+    """Evaluates each new snapshot. sinks get an alert once when it begins and once when it is over."""
 
     def __init__(self, limits: AlertLimits | None = None, sinks: Iterable[Callable[[Alert, bool], None]] = ()) -> None:
         self.limits, self.sinks = limits or AlertLimits(), list(sinks)
@@ -80,7 +80,7 @@ class Alerts:
         for sink in self.sinks:
             try:
                 sink(alert, begins)
-            except Exception:  # a full disk, say: the others are told
+            except Exception:  # a full disk, say: the others still get it
                 log.exception("watch: an alert could not be passed on")
 
     def _rules(self, time: float, before: Snapshot, edge: Snapshot, now: Snapshot) -> Iterable[Alert]:
