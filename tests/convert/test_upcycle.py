@@ -240,6 +240,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor: must be 1"),
     ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}},
      "two lists of factors differ"),
+    ({"rope_parameters": [1]}, r"rope_parameters = \[1\]: must be an object or null"),
+    ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn': must be an object or null"),
+    ({"quantization_config": "fp8"}, "quantization_config = 'fp8': must be an object or null"),
+    ({"layer_types": 5}, "layer_types = 5: must be a list or null"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quant_method = 'gptq': such weights are not read here"),
 ]
 

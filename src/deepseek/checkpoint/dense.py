@@ -163,6 +163,11 @@ def _rank(channels: int) -> int:
 
 
 def _check_other_keys(keys: Mapping[str, Any], origin: str) -> None:
+    kinds = {"rope_scaling": dict, "rope_parameters": dict, "quantization_config": dict, "layer_types": list}
+    for key, kind in kinds.items():
+        if not isinstance(keys.get(key), kind | None):
+            what = "a list" if kind is list else "an object"
+            raise ConfigError(f"{origin}: {key} = {shown(keys[key])}: must be {what} or null")
     method = (keys.get("quantization_config") or {}).get("quant_method", "fp8")
     if method not in ("fp8", "compressed-tensors"):
         raise ConfigError(f"{origin}: quantization_config.quant_method = {shown(method)}: such weights are not read "
