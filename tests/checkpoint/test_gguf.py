@@ -238,10 +238,12 @@ def test_a_file_with_any_byte_altered_in_its_header_is_read_or_refused(tmp_path:
 @pytest.mark.parametrize(("also", "message"), [
     (lambda w: w.add_expert_count(8), "llama.expert_count = 8: is not known here"),
     (lambda w: w.add_rope_dimension_count(16), "llama.rope.dimension_count = 16: must be 32"),
+    (lambda w: (w.kv_data[0].pop("llama.attention.key_length", None),
+                w.add_array("llama.attention.key_length", [32, 32])), r"attention.key_length = .32, 32.: must be"),
     (lambda w: w.kv_data[0].pop("llama.block_count"), "llama.block_count = None: must be a positive integer"),
     (lambda w: w.kv_data[0].pop("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens: must be a list of texts"),
     (lambda w: w.kv_data[0].pop("tokenizer.ggml.merges"), "tokenizer.ggml.merges: must be pairs of tokens"),
-], ids=["experts", "part of a head", "no layers", "no tokens", "no merges"])
+], ids=["experts", "part of a head", "two widths", "no layers", "no tokens", "no merges"])
 def test_what_is_not_known_is_named(tmp_path: Path, also: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         upcycle(write(tmp_path / "a.gguf", weights(), also=also), tmp_path / "v3", progress=False)

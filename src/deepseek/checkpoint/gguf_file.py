@@ -139,6 +139,9 @@ class GGUFFile:
                 raise CheckpointError(f"{self.folder}: {prefix}{name} = {shown(fields.get(name))}: must be a positive "
                                       "integer, the same for all layers")
         width = fields.get("attention.key_length", fields["embedding_length"] // fields["attention.head_count"])
+        if type(width) is not int or width < 1:
+            raise CheckpointError(f"{self.folder}: {prefix}attention.key_length = {shown(width)}: must be a positive "
+                                  "integer")
         for name in ("attention.value_length", "rope.dimension_count"):
             if fields.get(name, width) != width:
                 raise CheckpointError(f"{self.folder}: {prefix}{name} = {shown(fields[name])}: must be {width}, the "
