@@ -35,7 +35,7 @@ def text(name: str, documents: int = 24, characters: int = 120, seed: int = 0) -
     return [Document("".join(generator.choices(LETTERS[name], k=characters)), f"{name}.txt") for _ in range(documents)]
 
 
-def plant(folder: Path) -> Planted:
+def plant(folder: Path, positions: int = 256) -> Planted:
     """Attention and experts add nothing, so that a token's embedding, which is its name's direction and a little noise,
     reaches every gate; there the planted experts point along the direction."""
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def plant(folder: Path) -> Planted:
         vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=48, moe_intermediate_size=16, n_routed_experts=16, num_experts_per_tok=K, n_group=1,
         topk_group=1, first_k_dense_replace=1, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=12,
-        max_position_embeddings=256, routed_scaling_factor=2.5, bos_token_id=tokenizer.bos_id,
+        max_position_embeddings=positions, routed_scaling_factor=2.5, bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id)
     model = CausalLM(config).init_weights(generator).eval()
     experts: dict[str, set[ExpertId]] = {name: set() for name in LETTERS}

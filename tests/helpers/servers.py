@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
+from typing import Any
 
 from deepseek.engine import LLM
 from deepseek.serve.app import create_app
@@ -31,3 +33,11 @@ class Running:
         self.server.should_exit = True
         self.thread.join(60)
         assert not self.thread.is_alive()
+
+
+def soon(page: Any, expression: str) -> None:
+    """Waits until a browser's page says so."""
+    end = time.monotonic() + 20
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,3 +30,17 @@ def running(tiny_llm: Callable[..., LLM]) -> Iterator[Running]:
     server = Running(tiny_llm(max_num_seqs=16), ServeOptions("tiny", api_key=(KEY,), max_body=1 << 20))
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium (Debian's package)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the test extra (playwright)")
+    with playwright.sync_playwright() as own:
+        opened = own.chromium.launch(executable_path=chromium, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync"])
+        yield opened
+        opened.close()

@@ -60,8 +60,8 @@ def test_other_paths_methods_and_keys(running: Running) -> None:
     health = httpx.get(f"{running.url}/health")
     assert health.status_code == 200 and health.json()["status"] == "ok"
     page = httpx.get(f"{running.url}/", follow_redirects=True)  # what a browser does with the address, without a key
-    assert page.status_code == 200 and page.url.path == "/dashboard" and page.headers["content-type"].startswith("text")
-    assert httpx.head(f"{running.url}/").status_code == 307
+    assert page.status_code == 200 and page.url.path == "/" and page.headers["content-type"].startswith("text/html")
+    assert httpx.head(f"{running.url}/").status_code == 200
 
 
 def test_a_client_that_leaves_is_aborted(running: Running) -> None:

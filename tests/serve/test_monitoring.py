@@ -29,7 +29,7 @@ from deepseek.serve.options import ServeOptions
 from deepseek.watch.metrics import total_delta, values
 from deepseek.watch.options import WatchOptions
 from tests.helpers.planted import LETTERS, plant
-from tests.helpers.servers import KEY, Running
+from tests.helpers.servers import KEY, Running, soon
 
 GROUPS = {"law": "early", "code": "middle", "text": "late"}
 MINUTES = 0.05
@@ -317,28 +317,6 @@ def test_a_real_prometheus_scrapes_it_and_its_alert_fires(watched: Watched, tmp_
     finally:
         process.terminate()
         process.wait(30)
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium (Debian's package)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the test extra (playwright)")
-    with playwright.sync_playwright() as own:
-        opened = own.chromium.launch(executable_path=chromium, args=[
-            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync"])
-        yield opened
-        opened.close()
-
-
-def soon(page: Any, expression: str) -> None:
-    """Waits until the page says so."""
-    end = time.monotonic() + 20
-    while not page.evaluate(expression):
-        assert time.monotonic() < end, expression
-        page.wait_for_timeout(50)
 
 
 OUT_OF_SIGHT = """() => [...document.querySelectorAll("td, .tile *, .legend span, main h2, main p")].filter(own => {

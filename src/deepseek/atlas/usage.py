@@ -5,7 +5,8 @@ Definitions, per layer, over T counted tokens that visit K of E experts each:
     share      tokens that visited the expert / T; under uniform routing K/E
     slots      of a named group: visits of its experts / all visits, over all layers; under uniform routing the share
                that its experts are of all
-    weight     the sum of the gate's weights for the expert / T
+    weight     the sum of the gate's weights for the expert / T; of a named group: the sum for its experts / the sum for
+               all, over all layers
     MaxVio     (largest count - mean count) / mean count (arXiv 2408.15664); 0 is perfect balance
     diversity  exp(H) / E with H the entropy (nats) of the counts as a distribution: 1 when all experts are used
                equally, 1/E when a single one is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import ConfigError, DataError
 from ..files import to_json
-from ..model import RoutingRecord, expert_load, max_violation
+from ..model import RoutingRecord, max_violation
 from .atlas import Atlas
 from .evidence import members
 from .plot import frame, save_png
@@ -35,6 +37,15 @@ from .plot import frame, save_png
 FORMAT = 1
 WIDTH = 100  # columns of the table
 DEEPEST = 4.0  # the heat map's colours end at this multiple of the uniform share
+
+
+@dataclass(frozen=True)
+class NamedUse:
+    """A named group's share of the slots, what uniform routing would give it of them, and its share of the weight."""
+
+    slots: float
+    even: float
+    weight: float
 
 
 class ExpertUsage:
@@ -97,9 +108,10 @@ class ExpertUsage:
             index_TK, weight_TK = route.index_TK, route.weight_TK.detach()
             if mask_T is not None:
                 index_TK, weight_TK = index_TK[mask_T.bool()], weight_TK[mask_T.bool()]
-            self.counts_LE[row] += expert_load(index_TK, self.experts).cpu()
+            place = index_TK.flatten() + 1  # 0 where a token has fewer experts than others of its batch
+            self.counts_LE[row] += torch.bincount(place, minlength=self.experts + 1)[1:].cpu()
             self.weights_LE[row] += torch.bincount(
-                index_TK.flatten(), weight_TK.flatten().double(), minlength=self.experts).cpu()
+                place, weight_TK.flatten().double(), minlength=self.experts + 1)[1:].cpu()
             tokens = index_TK.shape[0]
         self.tokens += tokens
 
@@ -155,23 +167,28 @@ class ExpertUsage:
             lines.append(f"{'mean':>5}  {vio:>6.2f}  {diversity:>9.2f}  {float(self.dead().double().mean()):>4.1f}")
         return "\n".join(lines)
 
-    def named(self, atlas: Atlas) -> str:
-        """One line a name, those of training first and the most favoured of each kind first: its share of the slots,
-        and how many times that is of uniform routing's; empty before the first token.
+    def by_name(self, atlas: Atlas) -> dict[str, NamedUse]:
+        """What each named group got, in the atlas's order; empty before the first token.
 
         Raises ConfigError for an atlas of a model of another shape.
         """
         if (atlas.shape.layers, atlas.shape.experts) != (self.layers, self.experts):
             raise ConfigError(f"the atlas was made for another shape: {atlas.shape}; counted were {len(self.layers)} "
                               f"layers x {self.experts} experts")
-        slots_L = self.counts_LE.sum(1).double()
-        rows: list[tuple[bool, float, str, float]] = []
-        for group in atlas.groups if self.tokens else ():
+        slots_L, weight = self.counts_LE.sum(1).double(), float(self.weights_LE.sum())
+        slots, out = float(slots_L.sum()), dict[str, NamedUse]()
+        for group in atlas.groups if slots else ():
             member_LE = torch.from_numpy(members(group.experts, self.layers, self.experts))
-            even = float((slots_L * member_LE.double().mean(1)).sum())
-            found = float(self.counts_LE[member_LE].sum())
-            ratio, share = found / even if even else 0.0, found / float(slots_L.sum())
-            rows.append((group.kind != "built-in", -ratio, group.name, share))
+            even, found = float((slots_L * member_LE.double().mean(1)).sum()), float(self.counts_LE[member_LE].sum())
+            own = float(self.weights_LE[member_LE].sum()) / weight if weight else 0.0
+            out[group.name] = NamedUse(found / slots, even / slots, own)
+        return out
+
+    def named(self, atlas: Atlas) -> str:
+        """One line a name, those of training first and the most favoured of each kind first: its share of the slots,
+        and how many times that is of uniform routing's; empty before the first token. Raises as `by_name`."""
+        rows = [(atlas.group(name).kind != "built-in", -use.slots / use.even if use.even else 0.0, name, use.slots)
+                for name, use in self.by_name(atlas).items()]
         width = max(map(len, atlas), default=0)
         return "\n".join(f"{name:{width}}  {100 * share:3.0f} % of the slots, {-less:.1f} times even routing"
                          for _, less, name, share in sorted(rows))

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     beside = f" with {', '.join(llm.adapters)}" if llm.adapters else ""
     admits = "" if options.api_key else ", open to anyone who can reach it: no API key"
-    print(f"serving {options.name}{beside} on {address}/v1{admits}\ndashboard: {address}/dashboard", flush=True)
+    print(f"serving {options.name}{beside} on {address}/v1{admits}\n"
+          f"chat: {address}/   dashboard: {address}/dashboard", flush=True)
     _give_way()
     try:
         Process(app, options, app.state.server.drain).run(sockets=[listener])

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.responses import Response as Plain
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -27,6 +27,7 @@ from .completions import Completion
 from .middleware import Guard, ServeError, to_serve_error
 from .monitoring import add_routes
 from .options import ServeOptions
+from .pages import page
 from .protocol import (
     ChatRequest,
     CompletionRequest,
@@ -187,9 +188,11 @@ def _add_models(app: FastAPI, server: Server) -> None:
         return {"experts": done.experts, "of": done.of, "bytes": done.bytes, "seconds": done.seconds,
                 "expected_coverage": done.expected}
 
+    chat = page("serve", "page.html")
+
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def start() -> RedirectResponse:
-        return RedirectResponse("dashboard")
+    async def start() -> HTMLResponse:
+        return chat()
 
     @app.get("/health")
     async def health() -> JSONResponse:

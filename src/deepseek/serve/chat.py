@@ -68,8 +68,8 @@ class Chat:
         domain = body.deepseek.domain or server.llm.domain_of(question)
         end = server.tokenizer.decode(ids[-16:], skip_special=False)
         thinking = end.rstrip().endswith(THINK)
-        self.requests = server.llm.requests(ids, params, domain=domain, constraint_after=THOUGHT if thinking else None,
-                                            adapter=adapter)
+        self.requests = server.requests(body, ids, params, domain=domain, adapter=adapter,
+                                        constraint_after=THOUGHT if thinking else None)
         server.watch.begin(self.id, http, body.user, question, self.requests)
         self.constrained = schema is not None and not forced
         self.parsers = [OutputParser(thinking=thinking, tools=self.tools, forced=forced,
@@ -149,9 +149,8 @@ class Chat:
             if ended:
                 yield chunk(i, {}, self.reason(i), self.logprobs(i, reported[i]) if self.body.logprobs else None)
         self.record_outcome()
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            yield event(self.head() | {"choices": [], "usage": usage(self.requests)}
-                        | self.server.extra(self.body, self.requests))
+        if last := self.server.last(self.body, self.requests, usage(self.requests)):
+            yield event(self.head() | last)
 
     def head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.body.model}

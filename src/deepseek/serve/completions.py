@@ -32,8 +32,8 @@ class Completion:
         self.echoes: list[tuple[str, list[int]]] = []  # of each request
         for i, prompt in enumerate(body.prompts):
             try:
-                self.groups.append(server.llm.requests(
-                    prompt, params, domain=body.deepseek.domain, parse_special=body.parse_special,
+                self.groups.append(server.requests(
+                    body, prompt, params, domain=body.deepseek.domain, parse_special=body.parse_special,
                     adapter=adapter))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}" if len(body.prompts) > 1 else str(error)) from None
@@ -119,5 +119,5 @@ class Completion:
             choice = self.choice(i, text[sent[i] :], reported[i])
             yield event(self.head() | {"choices": [choice | ({} if ended else {"finish_reason": None})]})
             sent[i], reported[i] = len(text), count
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            yield event(self.head() | {"choices": [], "usage": self.usage()})
+        if last := self.server.last(self.body, self.requests, self.usage()):
+            yield event(self.head() | last)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import json
 import threading
@@ -12,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -32,13 +30,11 @@ from ..watch.monitor import Monitor
 from ..watch.options import WatchOptions
 from .bodies import takes
 from .middleware import ServeError, log
+from .pages import page
 from .protocol import FeedbackRequest
 
 ANSWERS = 4096  # the last ones, which can be rated
 CLIENT = 256  # characters of a client's name that are kept
-# the page holds its own style and script, and talks to this server only
-POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 class Watch:
@@ -131,9 +127,7 @@ def key_name(http: Request) -> str:
 
 
 def add_routes(app: FastAPI, watch: Watch) -> None:
-    page = (files("deepseek.watch") / "page.html").read_text(encoding="utf-8")
-    script = page.partition("<script>")[2].partition("</script>")[0]
-    policy = POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+    board = page("watch", "page.html")
     monitor, pool = watch.monitor, ThreadPoolExecutor(2, "watch")  # its own: others wait for the engine
 
     async def answer(make: Callable[[], Any]) -> Response:
@@ -167,7 +161,7 @@ def add_routes(app: FastAPI, watch: Watch) -> None:
 
     @app.get("/dashboard", response_class=HTMLResponse)
     async def dashboard() -> HTMLResponse:
-        return HTMLResponse(page, headers={"content-security-policy": policy})
+        return board()
 
     @app.get("/dashboard/state", response_class=Response)
     async def state() -> Response:

@@ -153,10 +153,12 @@ class Experts(Body):
 
 class DeepseekOptions(Sampling):
     """Our own options. domain: the subject of the request, for batching by expert and for measuring routing. routed:
-    return how many of the request's tokens visited each expert. The others are SamplingParams by name."""
+    return how many of the request's tokens visited each expert. show_experts: return each named group's share of the
+    gate's weight. The others are SamplingParams by name."""
 
     domain: Annotated[str, Field(strict=True, min_length=1, max_length=64)] | None = None
     routed: Flag = False
+    show_experts: Flag = False
     experts: Experts | None = None
     regex: Text | None = None
     grammar: Text | None = None

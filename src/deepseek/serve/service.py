@@ -18,10 +18,11 @@ import torch
 from fastapi import Request
 from torch import Tensor
 
+from ..atlas import ExpertUsage
 from ..domain import DomainClassifier
 from ..engine import LLM, ExpertControl, SamplingParams
 from ..engine.request import Request as Generation
-from ..errors import ConfigError, MoEDRError
+from ..errors import ConfigError, MoEDRError, RequestError
 from ..files import to_json
 from ..tokenizer import Tokenizer
 from .bodies import SMALL, B, parse
@@ -140,6 +141,16 @@ class Server:
             "grammar": own.grammar, "routed": own.routed, "experts": experts} | body.sampling
         return SamplingParams(**(fields | {key: value for key, value in more.items() if value is not None}))
 
+    def requests(self, body: Common, prompt: str | list[int], params: SamplingParams, **more: Any) -> list[Generation]:
+        """A prompt's requests, as by LLM.requests. Raises RequestError for named experts where no expert has a name."""
+        if body.deepseek.show_experts and not self.llm.engine.atlas:
+            raise RequestError("show_experts = true: this model has no atlas, so none of its experts has a name")
+        requests = self.llm.requests(prompt, params, **more)
+        if body.deepseek.show_experts:
+            for request in requests:
+                request.usage = ExpertUsage(self.llm.model.config)
+        return requests
+
     def prompt_logprobs(self, request: Generation) -> list[dict[str, Any] | None]:
         """Log-probabilities of the prompt, in vLLM's form. Only the likeliest tokens have a rank."""
         def one(token: int, value: float, rank: int | None) -> dict[str, Any]:
@@ -240,19 +251,40 @@ class Server:
         await asyncio.to_thread(self.watch.close)
 
     def extra(self, body: Common, requests: Sequence[Generation]) -> dict[str, Any]:
-        """The answer's `deepseek` key."""
-        if not body.deepseek.routed:
-            return {}
+        """The answer's `deepseek` key, with an entry a choice; no key where nothing was asked for."""
+        out: dict[str, Any] = {}
+        if body.deepseek.routed:
+            out["routed"] = self._routed(requests)
+        if body.deepseek.show_experts:
+            out["experts"] = [self._named_experts(request) for request in requests]
+        return {"deepseek": out} if out else {}
+
+    def last(self, body: Common, requests: Sequence[Generation], counts: Mapping[str, int]) -> dict[str, Any]:
+        """What a stream's last chunk holds beside its head: usage and the `deepseek` key; empty where neither was asked
+        for."""
+        asked = body.stream_options is not None and body.stream_options.include_usage
+        out = ({"usage": counts} if asked else {}) | self.extra(body, requests)
+        return {"choices": []} | out if out else {}
+
+    def _named_experts(self, request: Generation) -> dict[str, float]:
+        """Each named group's share of the gate's weight, the largest first, over the request's tokens that ran."""
+        usage, atlas = request.usage, self.llm.engine.atlas
+        assert usage is not None and atlas is not None
+        shares = {name: round(use.weight, 4) for name, use in usage.by_name(atlas).items()}
+        return dict(sorted(shares.items(), key=lambda own: -own[1]))
+
+    def _routed(self, requests: Sequence[Generation]) -> list[dict[str, list[int]]]:
+        """How many of each request's tokens visited each expert, by layer; empty where the client has left."""
         layers, experts = self.llm.model.config.moe_layers, self.llm.model.config.n_routed_experts
         choices = []
         for request in requests:
-            if not request.routes:  # its client has left
-                return {}
+            if not request.routes:
+                return []
             index_TLK = torch.cat(request.routes)
             choices.append({str(layer): torch.bincount(index_TLK[:, row].flatten().clamp(min=-1) + 1,
                                                        minlength=experts + 1)[1:].tolist()
                             for row, layer in enumerate(layers)})
-        return {"deepseek": {"routed": choices}}
+        return choices
 
 
 def usage(requests: Sequence[Generation]) -> dict[str, Any]:
