@@ -198,8 +198,9 @@ def test_answers_stream_with_their_experts(planted: Running, browser: Any) -> No
     page.get_by_text("Stopped.").wait_for()
     page.get_by_role("button", name="New chat").click()
     assert page.locator("article").count() == 0 and page.locator("#empty").is_visible()
-    tab.force("y")
+    tab.force("<think>Hm</think>y")
     tab.ask("Anew")
+    assert tab.answer.locator(".text").inner_text() == "y" and tab.answer.locator(".thought div").text_content() == "Hm"
     assert [own["content"] for own in tab.bodies[-1]["messages"]] == ["Be brief.", "Anew"]
     assert planted.llm.engine.stats.aborted == aborted + 1
     assert page.get_by_role("link", name="Dashboard").get_attribute("href") == "dashboard"
@@ -257,8 +258,8 @@ def test_light_dark_and_a_phone(planted: Running, browser: Any) -> None:
 
 def test_errors_are_shown_and_mended(planted: Running, tiny_llm: Callable[..., LLM], browser: Any,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a model without an atlas, and without a key."""
-    server = Running(tiny_llm(max_num_seqs=2), ServeOptions("tiny", shutdown_timeout=0.1))
+    """Also on a model without an atlas, whose cache is smaller than its context, and without a key."""
+    server = Running(tiny_llm(max_num_seqs=2, cache_tokens=1600), ServeOptions("tiny", shutdown_timeout=0.1))
     try:
         tab = Opened(browser, server)
         page, own = tab.page, server.app.state.server
@@ -272,12 +273,12 @@ def test_errors_are_shown_and_mended(planted: Running, tiny_llm: Callable[..., L
                 patch.setattr(own, *change)
                 tab.ask("Hello", until="Try again")
                 assert alert.last.inner_text() == message
-        tab.ask("x" * 20_000, until="Try again")
-        assert "tokens" in alert.last.inner_text()
         tab.force("fine")
         tab.ask("Hello")
         assert "deepseek" not in tab.bodies[-1] and tab.bodies[-1]["messages"] == [{"role": "user", "content": "Hello"}]
         assert tab.answer.locator(".text").inner_text() == "fine" and not tab.answer.locator(".names, .wrong").count()
+        tab.ask("x" * 20_000, until="Try again")
+        assert re.search("model's context .*[.] A new chat begins", alert.last.inner_text())
         tab.force("x{1500}")
         tab.ask("Hello", until="Stop")
         soon(page, "document.querySelector('article:last-child .text').textContent.length > 3")

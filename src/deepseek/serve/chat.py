@@ -15,6 +15,7 @@ from ..conversation import THINK, THOUGHT
 from ..engine import LLM
 from ..engine.request import Request as Generation
 from ..errors import DataError, RequestError
+from ..model.cache import PAGE
 from .output_parser import OutputParser, forced_schema
 from .protocol import ChatRequest, TokenizeRequest, Tool
 from .service import Server, event, floored, usage
@@ -61,7 +62,8 @@ class Chat:
         elif body.response_format is not None and body.response_format.type == "json_object":
             schema = {"type": "object"}
         ids = chat_prompt(server.llm, body)
-        params = server.params(body, max_tokens=body.max_completion_tokens or body.max_tokens,
+        room = server.llm.engine.block_manager.count * PAGE - len(ids)  # a cache may be smaller than the context
+        params = server.params(body, max_tokens=body.max_completion_tokens or body.max_tokens or max(room, 1),
                                json_schema=json.dumps(schema) if schema is not None else None,
                                logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         question = next((m for m in reversed(body.messages) if m.role == "user"), body.messages[-1]).text
