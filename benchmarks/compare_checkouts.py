@@ -1,6 +1,6 @@
 """One checkout against another on the same work in turn: is a change slower?
 
-    python benchmarks/compare_checkouts.py OLD NEW [--presets nano,mini] [--cases 1,8,32,train] [--rounds 20]
+    python benchmarks/compare_checkouts.py OLD NEW [--presets nano,v3-63m] [--cases 1,8,32,train] [--rounds 20]
 
 OLD and NEW are folders with a repository and its `.venv` (`make test` makes one). Each runs in a process of its own;
 one works at a time, and who begins changes from pair to pair. Models have random weights. Cases:
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--presets", default="nano,mini")
+    parser.add_argument("--presets", default="nano,v3-63m")
     parser.add_argument("--cases", default="1,8,32,train")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,6 +1,6 @@
 """Training tokens a second: MoE-DR beside transformers' DeepseekV3, same shape, same step, same run.
 
-Shape: 62.9 M parameters (preset `mini` without its MTP module): hidden 384, 8 layers, 32 experts of 192, top-4 of 8
+Shape: 62.9 M parameters (preset `v3-63m` without its MTP module): hidden 384, 8 layers, 32 experts of 192, top-4 of 8
 groups, vocabulary 16384. A step: 16 sequences of 256 tokens, forward, loss, backward, clipping, fused AdamW.
 transformers runs with each of its experts implementations; the faster one counts. Both precisions are measured:
 
@@ -27,7 +27,7 @@ from harness import alternate, arguments, gemm_gflops, machine, ratio, table, ve
 
 BATCH, LENGTH = 16, 256
 TOKENS = BATCH * LENGTH
-CONFIG = ModelConfig.preset("mini").with_(num_nextn_predict_layers=0)
+CONFIG = ModelConfig.preset("v3-63m").with_(num_nextn_predict_layers=0)
 NAMES = ("MoE-DR bf16", "transformers grouped_mm bf16", "transformers eager bf16",
          "MoE-DR fp32", "transformers grouped_mm fp32", "transformers eager fp32")
 

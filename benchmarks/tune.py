@@ -1,6 +1,6 @@
 """Tuning beside full tuning, and beside peft on the same checkpoint: tokens per second and peak memory.
 
-A checkpoint of the preset `mini` (random weights: speed and memory do not depend on them), FP32, batches of 8 x 256.
+A checkpoint of the preset `v3-63m` (random weights: speed and memory do not depend on them), FP32, batches of 8 x 256.
 One unit of work is one optimizer step: loss, backward pass, AdamW.
 
     full       every parameter but the router
@@ -38,7 +38,7 @@ def checkpoint() -> None:
     from deepseek.config import ModelConfig
     from deepseek.model import CausalLM
 
-    config = ModelConfig.preset("mini").with_(num_nextn_predict_layers=0)
+    config = ModelConfig.preset("v3-63m").with_(num_nextn_predict_layers=0)
     save_model(CausalLM(config).init_weights(torch.Generator().manual_seed(0)), FOLDER)
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     where, version = machine(args.threads), versions("torch", "peft", "transformers")
     gain = ratio(seconds[fastest], seconds["LoRA"])
     text = ["# Tuning: speed and memory", "",
-            f"Preset mini without MTP, FP32, steps of {BATCH} x {SEQ} tokens; {where['cpu']}, {args.threads} threads, "
+            f"Preset v3-63m without MTP, FP32, steps of {BATCH} x {SEQ} tokens; {where['cpu']}, {args.threads} threads, "
             f"torch {version['torch']}, peft {version['peft']}, transformers {version['transformers']}; the host took "
             f"{max(shares):.1%} at most.", "", table(rows), "",
             f"LoRA against the faster of peft's ({fastest}): {gain:.2f}x the speed, "

@@ -392,7 +392,7 @@ def test_a_local_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("./no/where", "./no/where: no such folder here"),
     ("~/where", "~/where: no such folder here"),
     ("a/b/c", "a/b/c: no such folder here"),
-    ("mini", "it is a preset"),
+    ("v3-63m", "it is a preset"),
     ("owner/na..me", "owner/na..me: "),
     ("owner/-name", "owner/-name: "),
 ])

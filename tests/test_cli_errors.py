@@ -43,17 +43,17 @@ def test_a_failure_is_one_line(
         raise error
 
     monkeypatch.setattr(info, "run", fails)
-    assert cli.main(["info", "mini"]) == code
+    assert cli.main(["info", "v3-63m"]) == code
     assert capsys.readouterr().err == f"deepseek: {line}\n"
     monkeypatch.setenv("DEEPSEEK_DEBUG", "1")
     with pytest.raises(type(error)):
-        cli.main(["info", "mini"])
+        cli.main(["info", "v3-63m"])
 
 
 @pytest.mark.parametrize("words", [
     ["data", "tokenizer", "DATA", "--out", "OUT"],
     ["data", "validate", "DATA", "--out", "OUT"],
-    ["train", "mini", "DATA", "--out", "OUT"],
+    ["train", "v3-63m", "DATA", "--out", "OUT"],
     ["quantize", "MODEL", "OUT"],
     ["quantize", "MODEL", "OUT", "--format", "bf16"],
     ["atlas", "profile", "MODEL", "--data", "a=DATA", "b=DATA", "--out", "OUT"],
@@ -65,7 +65,7 @@ def test_what_another_process_writes_is_left_alone(
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text('{"text": "a"}\n' * 3)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(ModelConfig.preset("mini").to_dict()))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(ModelConfig.preset("v3-63m").to_dict()))
     names = {"DATA": str(data), "OUT": str(out), "MODEL": str(tmp_path / "model"), "a=DATA": f"a={data}",
              "b=DATA": f"b={data}"}
     with locked(out), ExitStack() as stack:

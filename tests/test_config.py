@@ -199,7 +199,7 @@ def test_nan_in_a_file_is_refused_like_any_other_number(tmp_path: Path) -> None:
 
 
 def test_presets() -> None:
-    assert list(PRESETS) == ["deepseek-v3", "v3-67b", "v3-16b-a3b", "mini", "small", "nano"]
+    assert list(PRESETS) == ["deepseek-v3", "v3-67b", "v3-16b-a3b", "v3-63m", "small", "nano"]
     shape = {
         name: (c.num_hidden_layers, c.hidden_size, c.n_routed_experts, c.moe_intermediate_size, c.num_experts_per_tok,
                c.n_shared_experts, c.q_lora_rank)
@@ -208,7 +208,7 @@ def test_presets() -> None:
         "deepseek-v3": (61, 7168, 256, 2048, 8, 1, 1536),
         "v3-67b": (44, 5120, 64, 1536, 6, 1, 1536),
         "v3-16b-a3b": (27, 2048, 64, 1408, 6, 2, None),
-        "mini": (8, 384, 32, 192, 4, 1, None),
+        "v3-63m": (8, 384, 32, 192, 4, 1, None),
         "small": (6, 256, 32, 64, 4, 1, None),
         "nano": (5, 192, 16, 128, 4, 1, None),
     }

@@ -211,7 +211,7 @@ def test_fit_prefers_a_gpu_that_holds_it() -> None:
 
 
 def test_fit_context_cache_and_disk() -> None:
-    info = preset("mini")
+    info = preset("v3-63m")
     short, long = by_format(fit(info, machine(), 16)), by_format(fit(info, machine(), 1024))
     assert short["NF4"].tokens_per_second > long["NF4"].tokens_per_second
     assert long["FP32"].cache == 2 * long["BF16"].cache == 2 * 1024 * info.cache_per_token

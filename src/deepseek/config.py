@@ -135,7 +135,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A DeepSeek-V3 (or V2) model. Defaults describe the small `mini` preset's family, not any published model.
+    """A DeepSeek-V3 (or V2) model. Defaults describe the small `v3-63m` preset's family, not any published model.
 
     Shape letters used elsewhere: H hidden_size, N num_attention_heads, R kv_lora_rank, E n_routed_experts,
     K num_experts_per_tok, I moe_intermediate_size, V vocab_size.
@@ -541,7 +541,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=1, num_nextn_predict_layers=1, q_lora_rank=None,
         max_position_embeddings=163840, rope_scaling=_yarn(40, 0.707)),
     # for experiments on one machine: 63 M parameters (without the MTP layer), 20 M of them active
-    "mini": dict(
+    "v3-63m": dict(
         vocab_size=16384, hidden_size=384, num_hidden_layers=8, num_attention_heads=6, intermediate_size=1024,
         moe_intermediate_size=192, n_routed_experts=32, num_experts_per_tok=4, n_shared_experts=1, n_group=8,
         topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=1, num_nextn_predict_layers=1, q_lora_rank=None,

@@ -100,7 +100,7 @@ def test_figures_follow_their_definitions(tiny_config: Callable[..., ModelConfig
     assert usage.dead().tolist() == [0, 12, 14]
 
 
-@pytest.mark.parametrize(("preset", "cells"), [("nano", 6), ("mini", 6), ("v3-16b-a3b", 6), ("deepseek-v3", 5)])
+@pytest.mark.parametrize(("preset", "cells"), [("nano", 6), ("v3-63m", 6), ("v3-16b-a3b", 6), ("deepseek-v3", 5)])
 def test_table_fits_and_names_the_busiest(preset: str, cells: int) -> None:
     usage = filled(ModelConfig.preset(preset))
     lines = usage.table().splitlines()
