@@ -17,6 +17,7 @@ from deepseek.cli.experts import CalibrationOptions, ExportOptions, FolderOption
 from deepseek.cli.infer import PromptOptions
 from deepseek.cli.info import InfoOptions
 from deepseek.cli.merge import MergeOptions
+from deepseek.cli.pull import PullOptions
 from deepseek.cli.quantize import QuantizeOptions
 from deepseek.cli.upcycle import UpcycleOptions
 from deepseek.data.settings import (
@@ -54,6 +55,7 @@ TITLES = {
     AnswerOptions: "Experts of an answer: `deepseek infer`, `chat`", InfoOptions: "`deepseek info`",
     ProfileOptions: "`deepseek atlas profile`; the sample: `compare`, too", QuantizeOptions: "`deepseek quantize`",
     MergeOptions: "`deepseek merge`", UpcycleOptions: "`deepseek upcycle`",
+    PullOptions: "`deepseek pull`",
     FolderOptions: "`deepseek experts install`, `remove`",
     SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",
     ExportOptions: "`deepseek experts export`", ValidateSettings: "`deepseek data validate`",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_model as load_model
     from .checkpoint import save_model as save_model
     from .config import ModelConfig as ModelConfig
+    from .convert import pull as pull
     from .convert import quantize as quantize
     from .convert import upcycle as upcycle
     from .deepopt import Trainer as Trainer
@@ -41,6 +42,7 @@ _WHERE = {
     "Trainer": "deepopt",
     "dynamic_batching": "engine",
     "load_model": "checkpoint",
+    "pull": "convert",
     "quantize": "convert",
     "save_model": "checkpoint",
     "select_experts": "atlas",

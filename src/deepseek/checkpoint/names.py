@@ -17,6 +17,7 @@ from ..model import CausalLM
 from ..ops import panels
 from ..quant import int4
 from ..quant.linear import QuantConfig, QuantTarget, quant_targets
+from .ready import READY, is_ready, no_shape, ready
 
 HUB_NAMES = {"deepseek-v3": "deepseek-ai/DeepSeek-V3", "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite"}
 INDEX = "model.safetensors.index.json"
@@ -24,12 +25,14 @@ PAGE = 4096  # a packed MLP begins at a multiple of it, and is padded to one
 
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
-    """A checkpoint folder for a path, a known name (`deepseek-v3`) or a hub id: local first, then cache, then hub. The
-    folder of a run stands for the model in it. weights: False fetches only the small files of a hub id, if it has an
-    index.
+    """A checkpoint folder for a ready model (`mini`), a path, a known name (`deepseek-v3`) or a hub id: local first,
+    then cache, then hub. The folder of a run stands for the model in it. weights: False fetches only the small files of
+    a hub id, if it has an index.
 
-    Raises NotFoundError that says everything that was tried.
+    Raises NotFoundError that says everything that was tried; of a ready model, what `pull` raises.
     """
+    if is_ready(name):
+        return ready(str(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -44,7 +47,7 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
     repo = HUB_NAMES.get(str(name).lower(), str(name))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or str(name).startswith((".", "/", "~")):
         hint = (f" (it is a preset, without weights: `deepseek train {name} DATA` makes some)" if str(name) in PRESETS
-                else nearest(str(name), [*HUB_NAMES, *PRESETS]))
+                else nearest(str(name), [*READY, *HUB_NAMES, *PRESETS]))
         raise NotFoundError(f"{name}: no such folder here, and not the form of a hub id (owner/name){hint}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -87,7 +90,10 @@ def _no_checkpoint(folder: Path) -> str:
 
 
 def find_config(name: str | Path) -> ModelConfig:
-    """The configuration of a preset, a config.json, a checkpoint folder or a hub id; local first."""
+    """The configuration of a preset, a config.json, a checkpoint folder or a hub id; local first.
+    Raises ConfigError for the name of a ready model, which is no configuration to train."""
+    if is_ready(name):
+        raise no_shape(str(name))
     path = Path(name).expanduser()
     if path.is_file():
         return ModelConfig.from_file(path, strict=True)

@@ -64,12 +64,13 @@ def _sample_flags(parser: Parser) -> None:
 def profile(args: argparse.Namespace) -> None:
     from ..atlas.atlas import FILE
     from ..checkpoint import resolve
+    from ..checkpoint.ready import is_folder
     from ..data import list_files
 
     options, named = make(args, ProfileOptions), named_paths(args.data, "data")
     for _ in list_files([place for places in named.values() for place in places]):
         pass  # a wrong path is said before a large model is loaded
-    if args.out is None and not Path(args.model).expanduser().is_dir():
+    if args.out is None and not is_folder(args.model):
         raise ConfigError(f"out: must be given, because {args.model} is not a local folder to put {FILE} in")
     folder = resolve(args.model)
     out = Path(args.out).expanduser() if args.out else folder / FILE

@@ -157,9 +157,10 @@ def export(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     from .. import convert
     from ..checkpoint import read_package
+    from ..checkpoint.ready import is_folder, is_ready
 
     signatures = vars(make(args, SignatureOptions))
-    folders = [place for place in args.places if Path(place).expanduser().is_dir()]
+    folders = [place for place in args.places if is_ready(place) or is_folder(place)]
     if folders and any(signatures.values()):
         raise ConfigError("trust, require_signature: have a meaning only with packages, not with the model "
                           f"{folders[0]}")

@@ -30,6 +30,7 @@ COMMANDS = {  # in the order of the help
     "merge": "write the checkpoint that a delta or a LoRA adapter makes of its base; the same command continues "
              "a stopped run",
     "upcycle": "write a dense model as a DeepSeek-V3 that computes the same; the same command continues a stopped run",
+    "pull": "put a ready model (mini) together in the user's cache",
     "experts": "install, remove, export, list and verify packages of named experts",
     "infer": "complete a prompt, printing text as it comes",
     "chat": "chat with a model in the terminal",

@@ -1,5 +1,5 @@
 """Checkpoint -> checkpoint, some megabytes at a time: quantize, and back; merge an adapter; upcycle a dense model;
-install expert packages (grown.py).
+install expert packages (grown.py); put a ready model together of all that (pulling.py).
 
     1. plan     from config.json and the names and shapes of the source: every tensor of the result, in its order and
                 with its size, divided into files. What is missing or too big for the disk is an error here
@@ -20,13 +20,14 @@ from __future__ import annotations
 from .dequantizing import dequantize
 from .grown import Group, Grown
 from .merging import PROVENANCE, Merged, merge
-from .packages import Installed, export, install, installed, remove, verify_model
+from .packages import Installed, export, install, install_all, installed, remove, verify_model
+from .pulling import pull
 from .quantizing import Report, quantize, quantize_tensors
 from .upcycling import Comparison, Upcycled, compare, upcycle
 from .writing import GROWN, REPORT
 
 __all__ = [
     "GROWN", "PROVENANCE", "REPORT", "Comparison", "Group", "Grown", "Installed", "Merged", "Report", "Upcycled",
-    "compare", "dequantize", "export", "install", "installed", "merge", "quantize", "quantize_tensors", "remove",
-    "upcycle", "verify_model",
+    "compare", "dequantize", "export", "install", "install_all", "installed", "merge", "pull", "quantize",
+    "quantize_tensors", "remove", "upcycle", "verify_model",
 ]

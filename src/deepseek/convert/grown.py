@@ -95,7 +95,7 @@ class Group:
 @dataclass(frozen=True)
 class Grown:
     """experts.json. base: the fingerprint of the base without groups; source: that of the checkpoint which a quantized
-    base was made from; weights: its files and their SHA-256."""
+    or rounded base was made from; weights: its files and their SHA-256."""
 
     base: str
     source: str | None
@@ -261,8 +261,9 @@ class Held:
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 
-def start(there: GrownModel) -> Grown:
-    """What a base notes of itself at its first package."""
+def start(there: GrownModel, source: str | None = None) -> Grown:
+    """What a base notes of itself at its first package. source: the fingerprint of the checkpoint that a plain base was
+    rounded from; a quantized one says that itself."""
     files, config = there.files, there.config
     weights = sorted({files.file(name) for name in files})
     if taken := [file.name for file in weights if file.name == GATES or _EXPERTS.fullmatch(file.name)]:
@@ -271,7 +272,6 @@ def start(there: GrownModel) -> Grown:
         tokenizer = Tokenizer.load(there.folder).fingerprint
     except NotFoundError:
         tokenizer = None
-    source = None
     if there.quant is None:
         check_tensors(CausalLM.on_meta(config), files)
         base = stored_fingerprint(config, files, stored_dtype(files))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..checkpoint.packages import (
     read_package,
     write_package,
 )
+from ..checkpoint.ready import is_folder
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..files import locked, read_json
@@ -78,35 +79,57 @@ def install(
     those of the model, a name that is there already.
     """
     opened = read_package(package, trust=trust, require_signature=require_signature)
-    info = opened.info
     if not opened.trusted:
-        warnings.warn(f"{opened.path}: {info.name}: {opened.signer}", stacklevel=2)
+        warnings.warn(f"{opened.path}: {opened.info.name}: {opened.signer}", stacklevel=2)
+    done, = install_all([opened], model, out=out, calibration=calibration, overwrite=overwrite)
+    return done
+
+
+def install_all(
+    packages: Sequence[ExpertPackage], model: str | Path, *, out: str | Path | None = None,
+    calibration: Sequence[Sequence[int]] | None = None, overwrite: bool = False, source: str | None = None,
+) -> list[Installed]:
+    """`install` for several packages, in one step: all of them or none; the files are those of one call a package.
+
+    source: the fingerprint of the checkpoint that a plain model without packages was rounded from; packages for that
+    fit it. Other arguments and errors as of `install`.
+    """
     with locked(target := _target(model, out, overwrite)):
         there = GrownModel(model)
         if out is not None:
             free_folder(out, overwrite, there.folder)
         folder, config = there.folder, there.config
-        opened.check_fits(config)
-        grown = there.grown or start(there)
-        check_base([grown.base, *filter(None, [grown.source])], [info.base], f"{opened.path}: {info.name}")
-        if info.tokenizer != grown.tokenizer:
-            raise CheckpointError(f"{opened.path}: {info.name}: made for another tokenizer: its hash is "
-                                  f"{info.tokenizer!s:.16}…, that of {folder} {grown.tokenizer!s:.16}…")
-        if grown.groups and grown_shape(info) != (shape := grown_shape(grown.groups[0].info)):
-            raise CheckpointError(f"{opened.path}: {info.name}: has {_told(grown_shape(info))}: must have "
-                                  f"{_told(shape)}, as {grown.names[0]}")
-        if info.name in grown.names:
-            raise ConfigError(f"{folder}: a package {info.name!r} is installed already: remove it first")
-        bias = [opened.files.read(bias_name(layer)) for layer in info.layers]
+        for opened in packages:
+            opened.check_fits(config)
+        grown = there.grown or start(there, source)
+        before = len(grown.groups)
         ids = _calibration(folder, config) if calibration is None else _checked(calibration, config, "calibration")
-        own = tuple(tuple(row.tolist()) for row in bias)
-        group = Group(replace(info, tensors={}), opened.sha256, opened.signer, own, sum(map(len, ids)))
-        if ids:
-            bias = _calibrated(there, opened, ids)
-        contents: list[Contents] = [*(Held(there, place) for place in range(len(grown.groups))),
-                                    Incoming(opened, bias, plain_dtype(there))]
-        write_model(target, there, replace(grown, groups=(*grown.groups, group)), contents)
-    return Installed(target, group, len(grown.groups))
+        for opened in packages:
+            _check_fits_beside(opened, grown, folder)
+            own = tuple(tuple(opened.files.read(bias_name(layer)).tolist()) for layer in opened.info.layers)
+            group = Group(replace(opened.info, tensors={}), opened.sha256, opened.signer, own, sum(map(len, ids)))
+            grown = replace(grown, groups=(*grown.groups, group))
+        biases = _calibrated(there, packages, ids) if ids else [
+            [opened.files.read(bias_name(layer)) for layer in opened.info.layers] for opened in packages]
+        contents: list[Contents] = [
+            *(Held(there, place) for place in range(before)),
+            *(Incoming(opened, bias, plain_dtype(there)) for opened, bias in zip(packages, biases, strict=True))]
+        write_model(target, there, grown, contents)
+    return [Installed(target, group, before + i) for i, group in enumerate(grown.groups[before:])]
+
+
+def _check_fits_beside(opened: ExpertPackage, grown: Grown, folder: Path) -> None:
+    """Raises CheckpointError or ConfigError unless the package is for this base and fits the groups that it has."""
+    info = opened.info
+    check_base([grown.base, *filter(None, [grown.source])], [info.base], f"{opened.path}: {info.name}")
+    if info.tokenizer != grown.tokenizer:
+        raise CheckpointError(f"{opened.path}: {info.name}: made for another tokenizer: its hash is "
+                              f"{info.tokenizer!s:.16}…, that of {folder} {grown.tokenizer!s:.16}…")
+    if grown.groups and grown_shape(info) != (shape := grown_shape(grown.groups[0].info)):
+        raise CheckpointError(f"{opened.path}: {info.name}: has {_told(grown_shape(info))}: must have "
+                              f"{_told(shape)}, as {grown.names[0]}")
+    if info.name in grown.names:
+        raise ConfigError(f"{folder}: a package {info.name!r} is installed already: remove it first")
 
 
 def remove(model: str | Path, name: str, *, out: str | Path | None = None, overwrite: bool = False) -> Path:
@@ -180,7 +203,7 @@ def _target(model: str | Path, out: str | Path | None, overwrite: bool) -> Path:
     """The folder to write."""
     if overwrite and out is None:
         raise ConfigError("overwrite = True: has a meaning only with out")
-    if out is None and not Path(model).expanduser().is_dir():
+    if out is None and not is_folder(model):
         resolve(model, weights=False)
         raise ConfigError(f"out: must be given, because {model} is not a local folder to change")
     return resolve(model) if out is None else Path(out)
@@ -210,25 +233,32 @@ def _checked(ids: Sequence[Sequence[int]], config: ModelConfig, what: str) -> li
 
 
 @torch.no_grad()
-def _calibrated(there: GrownModel, package: ExpertPackage, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The bias of every layer's experts, from the base's hidden states of this text (see above)."""
-    model, info = load_model(there.folder, verify=False), package.info
+def _calibrated(
+    there: GrownModel, packages: Sequence[ExpertPackage], ids: Sequence[Sequence[int]]
+) -> list[list[Tensor]]:
+    """The bias of the experts of every package and layer, from the base's hidden states of this text (see above)."""
+    model = load_model(there.folder, verify=False)
     model.layer_runner = None  # its modules are to be watched
-    best: dict[int, list[float]] = {layer: [] for layer in info.layers}
-    for layer, sums in best.items():
+    best = [{layer: list[float]() for layer in opened.info.layers} for opened in packages]
+    for layer in packages[0].info.layers:
         block: Any = model.model.layers[layer]
         block.mlp = mlp = _dense(block.mlp)
-        rows = package.files.read(gate_name(layer)).float()
-
-        def score(_: nn.Module, args: tuple[Tensor, ...], rows: Tensor = rows, sums: list[float] = sums) -> None:
-            s_TE = (args[0].flatten(0, -2).float() @ rows.t()).sigmoid()
-            sums.append(float(s_TE.topk(2).values.double().sum()))
-
-        mlp.register_forward_pre_hook(score)
+        for opened, sums in zip(packages, best, strict=True):
+            mlp.register_forward_pre_hook(_scoring(opened.files.read(gate_name(layer)).float(), sums[layer]))
     for row in ids:
         model.hidden(torch.tensor([row]))
     tokens = sum(map(len, ids))
-    return [torch.full((info.experts,), 1 - sum(best[layer]) / tokens / 2) for layer in info.layers]
+    return [[torch.full((opened.info.experts,), 1 - sum(total) / tokens / 2) for total in sums.values()]
+            for opened, sums in zip(packages, best, strict=True)]
+
+
+def _scoring(rows: Tensor, sums: list[float]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that enters the sum of the two best scores of every call's tokens."""
+    def score(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        s_TE = (args[0].flatten(0, -2).float() @ rows.t()).sigmoid()
+        sums.append(float(s_TE.topk(2).values.double().sum()))
+
+    return score
 
 
 def _dense(mlp: nn.Module) -> nn.Module:

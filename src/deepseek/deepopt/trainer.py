@@ -20,6 +20,7 @@ import torch
 from ..atlas import Atlas
 from ..atlas.atlas import FILE
 from ..checkpoint import find_config, fingerprint, load_model, open_checkpoint, resolve, stored_dtype, tensor_hashes
+from ..checkpoint.ready import plain
 from ..config import ModelConfig
 from ..data import ReadReport, RecordMap, TokenShards, list_files, pack_cached, read_documents
 from ..data.settings import check_names
@@ -177,8 +178,8 @@ class Trainer(RunConfig):
             config, quant, files = open_checkpoint(folder, verify=False)
             if quant is not None:
                 raise ConfigError(f"from_model = {self.from_model}: is quantized, and quantized weights cannot be "
-                                  "trained: start from the checkpoint it was made from, or convert it back "
-                                  "(`deepseek quantize IN OUT --format bf16`)")
+                                  f"trained: start from {plain(self.from_model) or 'the checkpoint it was made from'}, "
+                                  "or convert it back (`deepseek quantize IN OUT --format bf16`)")
             atlas = Atlas.load(folder / FILE) if (folder / FILE).is_file() else None
             if atlas is not None:
                 atlas.check_fits(config)

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from ..atlas.usage import ExpertUsage
 from ..checkpoint import UNNAMED, Dtype, expert_spans, load_model, put_beside, read_several, resolve, sort_out
+from ..checkpoint.ready import is_folder, with_bits
 from ..conversation import normalize
 from ..deprecation import warn
 from ..domain import DomainClassifier, KeywordRules
@@ -43,24 +44,28 @@ Prompt = str | Sequence[int] | Sequence[Message]
 class LLM:
     """A model and its tokenizer, ready to continue prompts.
 
-    path_or_model: a checkpoint folder, a known name, a hub id, or a CausalLM (used as it is, in evaluation mode;
-    `dtype` and `device` then do not apply). tokenizer: instead of the one beside the checkpoint; a CausalLM without
-    one takes token ids only and gives no text. adapter: a folder that tuning left, a delta or a LoRA adapter: the model
-    is then the base with it. adapters: name -> folder of a LoRA adapter; they stand beside the base, and the `adapter`
-    of a prompt says which of them it goes through, none if it does not say. chat_template_kwargs: variables of the chat
-    template, such as V3.1's `{"thinking": True}`, for conversations that do not say otherwise. engine_options: those of
-    EngineOptions.
+    path_or_model: a ready model (`mini`), a checkpoint folder, a known name, a hub id, or a CausalLM (used as it is, in
+    evaluation mode; `dtype` and `device` then do not apply). bits: of a ready model, where its name does not say them.
+    tokenizer: instead of the one beside the checkpoint; a CausalLM without one takes token ids only and gives no text.
+    adapter: a folder that tuning left, a delta or a LoRA adapter: the model is then the base with it. adapters:
+    name -> folder of a LoRA adapter; they stand beside the base, and the `adapter` of a prompt says which of them it
+    goes through, none if it does not say. chat_template_kwargs: variables of the chat template, such as V3.1's
+    `{"thinking": True}`, for conversations that do not say otherwise. engine_options: those of EngineOptions.
     Raises what `load_model` and `Tokenizer.load` raise, and ConfigError for an impossible option.
     """
 
     def __init__(
         self, path_or_model: str | Path | CausalLM, *, tokenizer: Tokenizer | None = None, dtype: Dtype = "auto",
-        device: torch.device | str = "cpu", adapter: str | Path | None = None,
+        device: torch.device | str = "cpu", bits: Literal[4, 8, 16] | None = None, adapter: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
         **engine_options: Unpack[EngineSettings],
     ) -> None:
         options = EngineOptions.of(engine_options)
         atlas = folder = None
+        if not isinstance(path_or_model, CausalLM):
+            path_or_model = with_bits(path_or_model, bits)
+        elif bits is not None:
+            raise ConfigError(f"bits = {bits!r}: has a meaning only with a ready model, not with a model in memory")
         delta, beside = sort_out(adapter, adapters)
         self.names = ("model",) if isinstance(path_or_model, CausalLM) else names_of(path_or_model)
         if taken := set(self.names) & set(beside):
@@ -437,7 +442,7 @@ class LLM:
 def names_of(model: str | Path) -> tuple[str, ...]:
     """What a model may be called: the name of its folder, or of the hub, and what it was loaded as."""
     folder = Path(model).expanduser()
-    return (folder.resolve().name, str(model)) if folder.is_dir() else (str(model), str(model).rpartition("/")[2])
+    return (folder.resolve().name, str(model)) if is_folder(model) else (str(model), str(model).rpartition("/")[2])
 
 
 def _for_each(what: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:

@@ -33,6 +33,7 @@ import numpy as np
 from ..atlas import Atlas
 from ..atlas.atlas import count
 from ..checkpoint import check_targets, open_checkpoint, resolve
+from ..checkpoint.ready import is_folder, plain
 from ..data import Document, ReadReport, RecordMap, read_documents
 from ..deepopt.loop import HeldOut, held_out_loss, kept_in, refuse_other_run, trained
 from ..deepopt.settings import TrainConfig
@@ -111,8 +112,9 @@ class MoEFineTuner:
         if self.atlas is not None:
             self.atlas.check_fits(model_config)
         if quant is not None and adapter is None:
-            raise ConfigError(f"{model_path}: is quantized, and quantized weights cannot be trained: tune the "
-                              "checkpoint it was made from, or LoRA adapters on it (adapter=LoRAAdapter(…))")
+            raise ConfigError(f"{model_path}: is quantized, and quantized weights cannot be trained: tune "
+                              f"{plain(model_path) or 'the checkpoint it was made from'}, or LoRA adapters on it "
+                              "(adapter=LoRAAdapter(…))")
         if quant is not None and save == "full":
             raise ConfigError("save = 'full': LoRA adapters cannot be merged into quantized weights; leave it out, and "
                               "merge the adapter into the plain checkpoint")
@@ -438,7 +440,7 @@ def _renamed(former: str, value: Any, name: str, given: Any) -> Any:
 def run_folder(model: str, folder: Path) -> Path:
     """Return the default folder of a run: one per model, the same at every call."""
     where = folder.resolve()
-    local = Path(model).expanduser().is_dir()
+    local = is_folder(model)
     stem = (where.parent if where.name == "model" else where).name if local else model.rpartition("/")[2]
     digest = hashlib.sha256((str(where) if local else model).encode()).hexdigest()
     return Path(f"{stem}-tuned-{digest[:6]}")
