@@ -116,8 +116,8 @@ def main() -> None:
     gain = ratio(seconds[fastest], seconds["LoRA"])
     text = ["# Tuning: speed and memory", "",
             f"Preset v3-63m without MTP, FP32, steps of {BATCH} x {SEQ} tokens; {where['cpu']}, {args.threads} "
-            f"threads, torch {version['torch']}, peft {version['peft']}, transformers {version['transformers']}; the host took "
-            f"{max(shares):.1%} at most.", "", table(rows), "",
+            f"threads, torch {version['torch']}, peft {version['peft']}, transformers {version['transformers']}; the "
+            f"host took {max(shares):.1%} at most.", "", table(rows), "",
             f"LoRA against the faster of peft's ({fastest}): {gain:.2f}x the speed, "
             f"{memory['LoRA'] / memory[fastest]:.2f} of its memory."]
     write_result("tune", "\n".join(text), {"machine": where, "versions": version, "seconds": seconds,
