@@ -143,7 +143,7 @@ def test_the_house_names_every_module() -> None:
     tree = (ROOT / "docs" / "house.md").read_text(encoding="utf-8").split("```text\n")[2].split("```")[0]
     blocks = dict(re.findall(r"^  ([\w/.]+) +(.*(?:\n {10,}.*)*)", tree, re.MULTILINE))
     modules = {path.name for path in source.glob("*.py")} - {"__main__.py"}
-    rooms = {path.name + "/" for path in source.iterdir() if (path / "__init__.py").is_file()}
+    rooms = {path.name + "/" for path in source.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert set(blocks) == modules | rooms
     for room in rooms:
         stems = {path.stem for path in (source / room).glob("*.py") if not path.stem.startswith("__")}
