@@ -34,11 +34,12 @@ ABOVE: dict[str, tuple[str, ...]] = {  # and whatever these may
     "convert": ("atlas",),
     "deepopt": ("atlas",),
     "tune": ("deepopt", "convert"),
+    "upcycle": ("tune", "info"),
     "engine": ("convert",),
     "route": ("engine",),
     "watch": ("atlas",),
     "serve": ("route", "watch"),
-    "cli": (*BOTTOM, "info", "tune", "serve"),
+    "cli": (*BOTTOM, "info", "upcycle", "serve"),
     "__main__": ("cli",),
 }
 NEVER: dict[str, set[str]] = {"engine": {"data", "deepopt", "tune"}}

@@ -39,6 +39,7 @@ from deepseek.serve.options import ServeOptions
 from deepseek.settings import COUNT, Option, Settings, check, declared, is_number, table
 from deepseek.tune.lora import LoRAAdapter
 from deepseek.tune.settings import RunOptions, TuneConfig
+from deepseek.upcycle.carve_settings import CarveConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
 from tests.helpers import ROOT
 
@@ -56,6 +57,7 @@ TITLES = {
     ProfileOptions: "`deepseek atlas profile`; the sample: `compare`, too", QuantizeOptions: "`deepseek quantize`",
     MergeOptions: "`deepseek merge`", UpcycleOptions: "`deepseek upcycle`",
     PullOptions: "`deepseek pull`",
+    CarveConfig: "Experts out of the dense FFN: `carve`, `deepseek upcycle --carve`",
     FolderOptions: "`deepseek experts install`, `remove`",
     SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",
     ExportOptions: "`deepseek experts export`", ValidateSettings: "`deepseek data validate`",
