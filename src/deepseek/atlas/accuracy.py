@@ -24,14 +24,17 @@ SETTLED = 32  # tokens of context before a token counts
 class RoutingAccuracy:
     """Counts, for a model whose routing group i bears names[i]; groups beyond the names bear none."""
 
-    def __init__(self, config: ModelConfig, names: Sequence[str]) -> None:
+    def __init__(self, config: ModelConfig, names: Sequence[str], *, whole_rows: bool = False) -> None:
+        """whole_rows: a row is one document, whatever it contains; else the token that begins documents tells where
+        they begin, which some tokenizers use for every turn of a conversation."""
         self.config, self.names = config, tuple(names)
+        self.bos_id = None if whole_rows else config.bos_token_id
         self.confusion_NG = torch.zeros(len(self.names), config.n_group, dtype=torch.int64)
         self.load_LE = torch.zeros(len(config.moe_layers), config.n_routed_experts, dtype=torch.int64)
 
     def add(self, routing: RoutingRecord, expert_BT: Tensor, ids_BT: Tensor) -> None:
         """Count one call. expert_BT: place of each token's name, -1 for none; ids_BT: to find where documents begin."""
-        counted_T = (settled(ids_BT, self.config.bos_token_id) & (expert_BT >= 0)).flatten()
+        counted_T = (settled(ids_BT, self.bos_id) & (expert_BT >= 0)).flatten()
         routes = [routing.routes[layer] for layer in self.config.moe_layers]
         strength_TG = sum(group_weight(route, self.config.n_group) for route in routes)
         assert isinstance(strength_TG, Tensor)

@@ -1,14 +1,20 @@
-"""`deepseek upcycle`: a dense model as a DeepSeek-V3 that computes the same, or with experts carved out of its FFN."""
+"""`deepseek upcycle`: a dense model as a DeepSeek-V3 that computes the same, or with experts carved out of its FFN
+or grown beside it."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from ..data.mapping import RecordMap
+from ..data.settings import named_paths
 from ..errors import ConfigError
 from ..settings import COUNT, Option, Settings, declared
 from ..upcycle.carve_settings import CarveConfig
+from ..upcycle.settings import GrowConfig
+from .common import MachineOptions, add_map_flag
 from .parser import Parser, add_settings, given_settings, make
 
 
@@ -29,6 +35,12 @@ def add_flags(parser: Parser) -> None:
     add_settings(parser, UpcycleOptions)
     add_settings(parser, CarveConfig, {"experts out of the dense FFN": " ".join(
         one.name for one in declared(CarveConfig))})
+    parser.group("named experts beside the FFN").add_argument(
+        "--grow", nargs="+", action="extend", metavar="NAME=DATA", help="train experts of these names on their records; "
+        "OUT is then the folder of the run, and SOURCE may be a dense model in DeepSeek-V3's form already")
+    add_settings(parser, GrowConfig, "named experts beside the FFN")
+    add_map_flag(parser)
+    add_settings(parser, MachineOptions, {"machine": "threads"})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,11 +48,19 @@ def run(args: argparse.Namespace) -> None:
     from ..convert.upcycling import transformers_library
 
     options, carving = make(args, UpcycleOptions), make(args, CarveConfig)
+    growing = given_settings(args, GrowConfig) | ({} if args.map is None else {"map": args.map})
+    if args.grow and carving.carve is not None:
+        raise ConfigError("grow, carve: exclude each other: grow experts beside the FFN of the dense model")
+    if growing and not args.grow:
+        raise ConfigError(f"{min(growing)} = {growing[min(growing)]}: has a meaning only with grow")
     if carving.carve is not None:
         _carve(args, options, carving)
         return
     if idle := [*given_settings(args, CarveConfig)]:
         raise ConfigError(f"{idle[0]} = {getattr(carving, idle[0])}: has a meaning only with carve")
+    if args.grow:
+        _grow(args, options)
+        return
     if options.check:
         transformers_library()  # before the work
     print(convert.upcycle(args.source, args.out, options.dtype, context=options.context, overwrite=options.overwrite))
@@ -57,3 +77,17 @@ def _carve(args: argparse.Namespace, options: UpcycleOptions, carving: CarveConf
                           "says how far off each layer is)")
     print(carve(args.source, args.out, carving, options.dtype, context=options.context, overwrite=options.overwrite))
     print(f"model: {args.out}\nreport: {args.out}/report.json\ntry:   deepseek-infer --model {args.out} --prompt '…'")
+
+
+def _grow(args: argparse.Namespace, options: UpcycleOptions) -> None:
+    from ..upcycle.grow import base_of, grow
+
+    names, config = named_paths(args.grow, "grow"), make(args, GrowConfig)
+    if options.overwrite:
+        raise ConfigError("overwrite = True: a run is continued; remove its folder to begin anew")
+    out = Path(args.out)
+    base = base_of(args.source, out / "base", options.dtype, options.context, check=options.check)
+    report = grow(base, dict[str, Any](names), out, config, mapping=RecordMap.of(args.map))
+    print(f"{report.table()}\nmodel:    {out / 'model'}\npackages: {out / 'packages'}\n"
+          f"pictures: {out / 'loss.png'}, {out / 'names.png'}\n"
+          f"try:      deepseek infer --model {out / 'model'} --prompt '…' --show_experts")

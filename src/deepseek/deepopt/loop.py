@@ -106,6 +106,10 @@ class TrainingLoop:
             self._finish()
         return self.model
 
+    def worked(self) -> float:
+        """Seconds that this process and earlier ones have worked on the run."""
+        return self.seconds_before + time.perf_counter() - self.began
+
     def kept(self) -> str:
         """Describe what is saved when the run stops."""
         return (f"left inside step {self.step + 1}; " if self._busy else "") + kept_in(self.out)
@@ -157,7 +161,7 @@ class TrainingLoop:
         model.train()
         rate = learning_rate(self.legs, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         sums = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0} | ({"guide_loss": 0.0} if self.guided else {})
         load_LE: Tensor | None = None
         first = self.step * config.accumulation
@@ -211,8 +215,7 @@ class TrainingLoop:
             moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
                        for key, value in state.items() if key in ("exp_avg", "exp_avg_sq", "step")}
             save_file(moments | random_state(self.model.device), folder / "optimizer.safetensors")
-            seconds = self.seconds_before + time.perf_counter() - self.began
-            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(seconds, 3)})
+            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)})
 
         path = self.out / CHECKPOINT.format(self.step)
         with held(f"checkpoint {self.step} is written"):

@@ -116,15 +116,32 @@ def restrict(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor
     if 0 < top_k < logits_V.shape[0]:
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
-        sorted_V, order_V = logits_V.sort(descending=True, stable=True)
-        probs_V = sorted_V.softmax(-1, dtype=torch.float64)
-        before_V = probs_V.cumsum(-1) - probs_V  # a token stays while the likelier ones have not reached p
-        before_V[0] = 0.0  # whatever p is, the likeliest stays
-        drop_V = torch.empty_like(order_V, dtype=torch.bool).scatter_(0, order_V, before_V >= top_p)
-        logits_V = logits_V.masked_fill(drop_V, -torch.inf)
+        logits_V = _nucleus(logits_V, top_p)
     if min_p > 0:
         logits_V = logits_V.masked_fill(logits_V < logits_V.max() + math.log(min_p), -torch.inf)
     return logits_V
+
+
+CANDIDATES = 1024  # of a large vocabulary, tokens that are sorted at first
+
+
+def _nucleus(logits_V: Tensor, top_p: float, candidates: int = CANDIDATES) -> Tensor:
+    """Logits with -inf for all but the likeliest tokens whose probabilities sum to top_p. To sort a whole vocabulary
+    takes longer than a small model's layers, so the likeliest are tried first, with all their ties."""
+    probs_V = logits_V.softmax(-1, dtype=torch.float64)
+    index_C = None
+    if candidates < len(logits_V):
+        index_C = (logits_V >= logits_V.topk(candidates).values[-1]).nonzero().squeeze(1)
+        if float(probs_V[index_C].sum()) < top_p:
+            index_C = None
+    among_C = logits_V if index_C is None else logits_V[index_C]
+    order_C = among_C.sort(descending=True, stable=True).indices
+    order_C = order_C if index_C is None else index_C[order_C]
+    probs_C = probs_V[order_C]
+    before_C = probs_C.cumsum(-1) - probs_C  # a token stays while the likelier ones have not reached p
+    before_C[0] = 0.0  # whatever p is, the likeliest stays
+    kept_C = order_C[before_C < top_p]
+    return torch.full_like(logits_V, -torch.inf).index_copy_(0, kept_C, logits_V[kept_C])
 
 
 def draw(logits_V: Tensor, generator: torch.Generator) -> int:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy, cross_entropy
 
 from ..config import ModelConfig
 from ..ops.gate import choose_reference, top_k_values
@@ -142,6 +142,28 @@ def group_guidance_loss(route: Route, group_T: Tensor, groups: int) -> Tensor:
     labelled = group_T >= 0
     loss = cross_entropy(score_TG / GUIDANCE_TEMPERATURE, group_T, ignore_index=-1, reduction="sum")
     return loss / labelled.sum().clamp(min=1)
+
+
+def score_guidance_loss(route: Route, group_T: Tensor, groups: int) -> Tensor:
+    """Binary cross entropy of every affinity with whether the token is of its expert's group, before its factor.
+
+    For gates whose weights are raw scores (norm_topk_prob false): each group learns by itself when to open, whatever
+    the others do, so that groups trained apart can stand beside each other. Tokens of the group and all others have
+    half of a group's loss each. group_T: int64; `groups` for text of none of them, -1 without a label.
+    """
+    labelled_T = group_T >= 0
+    is_TG = (group_T[labelled_T].unsqueeze(1) == torch.arange(groups, device=group_T.device)).float()
+    inside_G = is_TG.sum(0)
+    share_TG = is_TG / inside_G.clamp(min=1) + (1 - is_TG) / (len(is_TG) - inside_G).clamp(min=1)
+    scores_TGE = route.scores_TE[labelled_T].unflatten(-1, (groups, -1))
+    loss_TGE = binary_cross_entropy(scores_TGE, is_TG.unsqueeze(-1).expand_as(scores_TGE), reduction="none")
+    return (loss_TGE.mean(-1) * share_TG).sum() / (2 * groups)
+
+
+def guidance_loss(route: Route, group_T: Tensor, config: ModelConfig) -> Tensor:
+    """The loss that guides labelled tokens to their group, in the form that suits the gate's weights."""
+    raw = config.scoring_func == "sigmoid" and not config.norm_topk_prob
+    return (score_guidance_loss if raw else group_guidance_loss)(route, group_T, config.n_group)
 
 
 def group_weight(route: Route, groups: int) -> Tensor:

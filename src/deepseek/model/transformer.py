@@ -28,7 +28,7 @@ from .adapters import current, of_all_rows, rows_of
 from .cache import BatchCache, Impl, LatentPool, PackedBatch
 from .decoder import Decoder, LayerRunner, MTPLayer, RoutingRecord, run_layers
 from .experts import MoE
-from .gate import Route, expert_load, group_guidance_loss, sequence_balance_loss
+from .gate import Route, expert_load, guidance_loss, sequence_balance_loss
 from .layers import Linear
 from .mla import AttentionContext, AttentionMask, AttnImpl
 
@@ -265,7 +265,7 @@ class CausalLM(nn.Module):
 
         The MTP modules (where there are any and mtp_weight > 0) predict labels shifted further; the whole head runs
         fused with its cross entropy, so no [B, T, V] tensor exists. group_BT: the routing group that each token is
-        guided to, -1 for none (`group_guidance_loss`). routing: filled with every gate's decision.
+        guided to, -1 for none (`guidance_loss`). routing: filled with every gate's decision.
         """
         routing = RoutingRecord() if routing is None else routing
         mask_BT = None if mask_BT is None else mask_BT.bool()
@@ -273,8 +273,7 @@ class CausalLM(nn.Module):
         main = self._head_loss(h_BTH, labels_BT)
         guide = None
         if group_BT is not None and guide_weight and routing.routes:
-            parts = [group_guidance_loss(route, group_BT.flatten(), self.config.n_group)
-                     for route in routing.routes.values()]
+            parts = [guidance_loss(route, group_BT.flatten(), self.config) for route in routing.routes.values()]
             guide = torch.stack(parts).mean()
         masks: dict[int, Tensor | None] = dict.fromkeys(routing.routes, mask_BT)
         total, mtp = main, None

@@ -20,8 +20,33 @@ from .records import RecordSet
 from .tuned_model import TunedModel
 
 
-class TuneTrainer(TrainingLoop):
-    """Deepopt's loop over records; checkpoints hold the trained parameters alone."""
+class PartialTrainer(TrainingLoop):
+    """Deepopt's loop for a model of which a part is trained; checkpoints hold that part alone."""
+
+    def _state(self) -> dict[str, Tensor]:
+        biases = {name: buffer for name, buffer in self.model.named_buffers()
+                  if name.endswith("e_score_correction_bias")} if self.config.bias_speed else {}
+        return {**{name: p.detach() for name, p in trained(self.model).items()}, **biases}
+
+    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
+        with replace_folder(path) as folder:
+            save_file({name: t.cpu().contiguous() for name, t in self._state().items()}, folder / "trained.safetensors")
+            add(folder)
+            write_manifest(folder)
+        return path
+
+    def _read(self, folder: Path) -> None:
+        check_manifest(folder)
+        saved = load_file(folder / "trained.safetensors")
+        for name, tensor in self._state().items():
+            tensor.copy_(saved[name])
+
+    def _finish(self) -> None:
+        """Do nothing: the caller writes the result."""
+
+
+class TuneTrainer(PartialTrainer):
+    """Trains over records."""
 
     def __init__(self, tuned: TunedModel, data: RecordSet, general: RecordSet, config: TrainConfig, out: Path, *,
                  general_batches: int, general_name: str, settings: Mapping[str, Any], began: float, extend: bool
@@ -54,24 +79,3 @@ class TuneTrainer(TrainingLoop):
                                 desc=f"evaluate {windows:,} windows of general text ({self.general_name})")
         self.last = {"step": self.step, "eval_loss": self.found.mean, "general_loss": general.mean}
         return self.last
-
-    def _state(self) -> dict[str, Tensor]:
-        biases = {name: buffer for name, buffer in self.model.named_buffers()
-                  if name.endswith("e_score_correction_bias")} if self.config.bias_speed else {}
-        return {**{name: p.detach() for name, p in trained(self.model).items()}, **biases}
-
-    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
-        with replace_folder(path) as folder:
-            save_file({name: t.cpu().contiguous() for name, t in self._state().items()}, folder / "trained.safetensors")
-            add(folder)
-            write_manifest(folder)
-        return path
-
-    def _read(self, folder: Path) -> None:
-        check_manifest(folder)
-        saved = load_file(folder / "trained.safetensors")
-        for name, tensor in self._state().items():
-            tensor.copy_(saved[name])
-
-    def _finish(self) -> None:
-        """Do nothing: the tuner writes the result."""

@@ -1,0 +1,89 @@
+"""Deepopt's training loop for new experts beside a frozen base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..atlas import RoutingAccuracy
+from ..data.shards import Batch
+from ..deepopt.loop import held_out_loss, trained
+from ..deepopt.settings import TrainConfig
+from ..files import write_json
+from ..model import CausalLM
+from ..tokenizer import Tokenizer
+from ..tune.loop import PartialTrainer
+from .settings import GrowConfig
+from .streams import NamedText
+
+
+class GrowTrainer(PartialTrainer):
+    """Trains the experts and gate rows of a grown model; checkpoints hold these alone."""
+
+    def __init__(self, model: CausalLM, text: NamedText, config: GrowConfig, out: Path, tokenizer: Tokenizer, *,
+                 about: Mapping[str, Any]) -> None:
+        self.text, self.grow = text, config
+        self.last: dict[str, Any] = {}  # the last evaluation
+        super().__init__(model, text, train_config(config), out, tokenizer, settings={"grow": _settings(config)},
+                         about=about, extend=False)
+        gates = {id(block.gate.weight) for block in model.moe_blocks().values()}
+        for group in [*self.optimizer.param_groups]:
+            rows = [p for p in group["params"] if id(p) in gates]
+            if rows:
+                group["params"] = [p for p in group["params"] if id(p) not in gates]
+                self.optimizer.param_groups.append({**group, "params": rows, "lr_scale": config.gate_lr})
+
+    def before(self) -> dict[str, Any]:
+        """The evaluation before the first step, made once."""
+        path = self.out / "before.json"
+        if not path.is_file():
+            write_json(path, self.evaluate())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Loss of every name's held-out records, and routing accuracy."""
+        self.model.eval()
+        self.accuracy = RoutingAccuracy(self.model.config, self.text.experts, whole_rows=True)
+        losses = {}
+        batches = max(1, -(-self.grow.eval_rows // self.config.batch_size))
+        for place, name in enumerate(self.text.experts):
+            found = held_out_loss(self.model, _Of(self.text, place), self.config, self.accuracy, batches,
+                                  desc=f"evaluate {name}")
+            losses[name] = found.mean
+        self.last = {"step": self.step, "eval_loss": sum(losses.values()) / len(losses), "loss_of": losses,
+                     **self.accuracy.record()}
+        return self.last
+
+
+class _Of:
+    """The held-out records of one name."""
+
+    def __init__(self, text: NamedText, place: int) -> None:
+        self.text, self.place, self.experts, self.fingerprint = text, place, text.experts, text.fingerprint
+
+    def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch:
+        raise NotImplementedError("held-out records alone")
+
+    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
+        return self.text.valid_of(self.place, batch_size, limit)
+
+
+def train_config(config: GrowConfig) -> TrainConfig:
+    return TrainConfig(
+        steps=config.steps, batch_size=config.rows, seq_len=config.seq_len, lr=config.lr, min_lr_ratio=0.02,
+        warmup_steps=round(config.warmup * config.steps), weight_decay=0.0, precision=config.precision, mtp_weight=0.0,
+        balance_weight=0.0, bias_speed=0.0, guide_weight=config.guide_weight, eval_every=config.eval_every,
+        eval_batches=1, save_every=config.save_every, seed=config.seed)
+
+
+def _settings(config: GrowConfig) -> dict[str, Any]:
+    """What decides the result beside TrainConfig."""
+    names = ("first_layer", "group_experts", "group_width", "gate_lr", "gate_tokens", "valid_fraction")
+    return {name: getattr(config, name) for name in names}
