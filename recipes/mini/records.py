@@ -19,10 +19,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from prompts import prompts
+
 from deepseek import LLM
 from deepseek.data import Document, ReadReport, read_documents
 from deepseek.files import write_atomically, write_json
-from prompts import prompts
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "text_expert": ("text/books_en/text.jsonl",),

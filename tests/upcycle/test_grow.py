@@ -1,4 +1,4 @@
-"""Growing named experts: nothing of the base moves, what is trained learns, a stopped run goes on with equal numbers."""
+"""Growing named experts: nothing of the base moves, the experts learn, a stopped run goes on with equal numbers."""
 
 from __future__ import annotations
 
@@ -80,17 +80,17 @@ def test_packages_are_what_was_trained(run: tuple[Path, Any], base: Path, tmp_pa
 def test_a_stopped_run_goes_on_with_equal_numbers(base: Path, tmp_path: Path, run: tuple[Path, Any]) -> None:
     from deepseek.upcycle.loop import GrowTrainer
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def step(self: GrowTrainer, original: Any = GrowTrainer.train_step) -> dict[str, Any]:
         if self.step == 9:
-            raise Stopped
+            raise StoppedError
         return dict(original(self))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GrowTrainer, "train_step", step)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             grow(base, NAMES, tmp_path / "run", SMALL)
     assert grow(base, NAMES, tmp_path / "run", SMALL).after == run[1].after
     for name in NAMES:
@@ -171,8 +171,8 @@ def test_what_does_not_fit_is_refused_before_any_work(base: Path, tmp_path: Path
 
 def test_the_command_grows_from_a_base(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {name: write_jsonl(tmp_path / f"{name}.jsonl", records) for name, records in NAMES.items()}
-    command = ["upcycle", str(base), str(tmp_path / "run"), "--grow", *(f"{name}={path}" for name, path in data.items()),
-               "--steps", "2", "--first_layer", "1", "--group_experts", "2", "--group_width", "16", "--rows", "2",
+    command = ["upcycle", str(base), str(tmp_path / "run"),
+               "--grow", *(f"{name}={path}" for name, path in data.items()), "--steps", "2", "--first_layer", "1", "--group_experts", "2", "--group_width", "16", "--rows", "2",
                "--seq_len", "24", "--gate_tokens", "100"]
     assert main(command) == 0
     assert "fox_expert" in capsys.readouterr().out and (tmp_path / "run" / "model" / "config.json").is_file()

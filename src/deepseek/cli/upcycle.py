@@ -36,8 +36,8 @@ def add_flags(parser: Parser) -> None:
     add_settings(parser, CarveConfig, {"experts out of the dense FFN": " ".join(
         one.name for one in declared(CarveConfig))})
     parser.group("named experts beside the FFN").add_argument(
-        "--grow", nargs="+", action="extend", metavar="NAME=DATA", help="train experts of these names on their records; "
-        "OUT is then the folder of the run, and SOURCE may be a dense model in DeepSeek-V3's form already")
+        "--grow", nargs="+", action="extend", metavar="NAME=DATA", help="train experts of these names on their "
+        "records; OUT is then the folder of the run, and SOURCE may be a dense model in DeepSeek-V3's form already")
     add_settings(parser, GrowConfig, "named experts beside the FFN")
     add_map_flag(parser)
     add_settings(parser, MachineOptions, {"machine": "threads"})

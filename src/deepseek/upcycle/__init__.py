@@ -1,4 +1,4 @@
-"""Training on the way from a dense model to experts: named ones grown beside its FFNs, or carved out of them and healed.
+"""Experts for a dense model: named ones grown beside its FFNs, or experts carved out of them.
 
     grow    1. base     the exact form of a dense model (convert/upcycling.py), as it is; nothing of it is trained
             2. text     records by name -> rows of tokens; text of other domains for each name (streams.py)

@@ -1,9 +1,9 @@
 """Named experts grown beside the FFNs of a dense model, which is not touched.
 
-A grown model (convert/grown.py) keeps each dense FFN whole, as the shared expert, and has a routing group for each name.
-The new experts start as copies of the FFN's neurons whose outputs are zero, so that nothing changes at the start; then
-they and the gates' rows learn the text of their names, and to stay away from all other text. What comes out is a
-package a name, each of which works without the others.
+A grown model (convert/grown.py) keeps each dense FFN whole, as the shared expert, and has a routing group for each
+name. The new experts start as copies of the FFN's neurons with output zero, so that nothing changes at the start; then
+they and the gates' rows learn the text of their names, and to stay closed for all other text. Each name becomes a
+package, which works without the others.
 
     OUT/gates.safetensors       gate rows as fitted before training
     OUT/settings.json, checkpoint-N/, log.jsonl, loss.png      as in training (deepopt/loop.py)
@@ -27,11 +27,9 @@ from torch import Tensor
 
 from ..checkpoint import fingerprint, load_model, resolve, tensor_hashes
 from ..checkpoint.packages import PackageInfo, bias_name, gate_name, plain_names, write_package
-from ..config import ModelConfig
 from ..convert import compare, install, upcycle
 from ..convert.grown import GrownModel, grown_config, start
 from ..data import ReadReport, RecordMap
-from ..deepopt.loop import trained
 from ..errors import CheckpointError, ConfigError
 from ..files import locked, read_json, replace_folder, write_json
 from ..model import CausalLM

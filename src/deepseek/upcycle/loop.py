@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..atlas import RoutingAccuracy
 from ..data.shards import Batch
-from ..deepopt.loop import held_out_loss, trained
+from ..deepopt.loop import held_out_loss
 from ..deepopt.settings import TrainConfig
 from ..files import write_json
 from ..model import CausalLM

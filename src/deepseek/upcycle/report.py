@@ -66,8 +66,8 @@ class GrowReport:
             lines.append(f"{name:{width}}  {self.tokens[name]:>9,}  {self.before[name]:8.4f} {loss:8.4f} "
                          f"{self.change(name):>+10.1%}  {self.accuracy.get(name, math.nan):7.1%}")
         share = self.active_parameters / self.all_parameters
-        lines.append(f"{self.trained_parameters:,} parameters trained, those of the base unchanged, by SHA-256; a token "
-                     f"uses {share:.0%} of {self.all_parameters:,}; {self.seconds:,.0f} s")
+        lines.append(f"{self.trained_parameters:,} parameters trained, those of the base unchanged, by SHA-256; a "
+                     f"token uses {share:.0%} of {self.all_parameters:,}; {self.seconds:,.0f} s")
         return "\n".join(lines)
 
     def save(self, out: Path) -> None:

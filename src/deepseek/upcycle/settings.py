@@ -29,7 +29,8 @@ class GrowConfig(Settings):
     seq_len: Annotated[int, Option("tokens a row", COUNT)] = 512
     lr: Annotated[float, Option("highest learning rate of the experts", POSITIVE)] = 1e-3
     gate_lr: Annotated[float, Option("that of the gates, as a share of it", NOT_NEGATIVE)] = 0.1
-    guide_weight: Annotated[float, Option("weight of the loss that guides text to its name's group", NOT_NEGATIVE)] = 0.1
+    guide_weight: Annotated[float, Option(
+        "weight of the loss that guides text to its name's group", NOT_NEGATIVE)] = 0.1
     gate_tokens: Annotated[int, Option("tokens of each name that the gates are fitted to before", COUNT)] = 4096
     precision: Annotated[Precision, Option("of activations; auto is BF16 where that is faster")] = "auto"
     valid_fraction: Annotated[float, Option("share of the records held out, by a hash of their text", (
