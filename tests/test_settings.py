@@ -40,6 +40,7 @@ from deepseek.settings import COUNT, Option, Settings, check, declared, is_numbe
 from deepseek.tune.lora import LoRAAdapter
 from deepseek.tune.settings import RunOptions, TuneConfig
 from deepseek.upcycle.carve_settings import CarveConfig
+from deepseek.upcycle.settings import GrowConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
 from tests.helpers import ROOT
 
@@ -57,6 +58,7 @@ TITLES = {
     ProfileOptions: "`deepseek atlas profile`; the sample: `compare`, too", QuantizeOptions: "`deepseek quantize`",
     MergeOptions: "`deepseek merge`", UpcycleOptions: "`deepseek upcycle`",
     PullOptions: "`deepseek pull`",
+    GrowConfig: "Named experts beside the dense FFN: `grow`, `deepseek upcycle --grow`",
     CarveConfig: "Experts out of the dense FFN: `carve`, `deepseek upcycle --carve`",
     FolderOptions: "`deepseek experts install`, `remove`",
     SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",

@@ -24,6 +24,7 @@ from prompts import prompts
 from deepseek import LLM
 from deepseek.data import Document, ReadReport, read_documents
 from deepseek.files import write_atomically, write_json
+from deepseek.tokenizer import Tokenizer
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "text_expert": ("text/books_en/text.jsonl",),
@@ -157,10 +158,7 @@ def write_records(data: Path, base: Path, out: Path) -> None:
 
 def write_calibration(own: list[dict[str, Any]], base: Path, out: Path) -> None:
     """Answers of the base to questions of all names alike, as token ids."""
-    tokenizer = LLM.tokenizer_of(base) if hasattr(LLM, "tokenizer_of") else None
-    from deepseek.tokenizer import Tokenizer
-
-    tokenizer = tokenizer or Tokenizer.load(base)
+    tokenizer = Tokenizer.load(base)
     by_name = [[line for line in own if line["name"] == name] for name in NAMES]
     tokens: list[list[int]] = []
     for lines in zip(*by_name, strict=False):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.engine.sampler import draw, penalise, restrict, sample
+from deepseek.engine.sampler import draw, nucleus, penalise, restrict, sample
 from deepseek.engine.sampling_params import SamplingParams
 from deepseek.errors import MoEDRError, RequestError
 
@@ -184,3 +184,14 @@ def test_impossible_values_name_field_value_and_rule(field: str, value: Any) -> 
 def test_one_stop_string_may_be_bare() -> None:
     assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_the_likeliest_are_the_same_whether_all_are_sorted_or_some() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for vocabulary in (300, 5000):
+        for scale in (0.1, 1.0, 5.0):
+            for top_p in (0.01, 0.5, 0.95, 0.999):
+                logits_V = torch.randn(vocabulary, generator=generator) * scale
+                logits_V[::3] = logits_V[0]  # ties
+                few = nucleus(logits_V, top_p, candidates=64)
+                assert torch.equal(few, nucleus(logits_V, top_p, candidates=vocabulary))

@@ -171,14 +171,13 @@ def test_what_does_not_fit_is_refused_before_any_work(base: Path, tmp_path: Path
 
 def test_the_command_grows_from_a_base(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {name: write_jsonl(tmp_path / f"{name}.jsonl", records) for name, records in NAMES.items()}
-    command = ["upcycle", str(base), str(tmp_path / "run"),
-               "--grow", *(f"{name}={path}" for name, path in data.items()), "--steps", "2", "--first_layer", "1", "--group_experts", "2", "--group_width", "16", "--rows", "2",
-               "--seq_len", "24", "--gate_tokens", "100"]
+    grown = [f"{name}={path}" for name, path in data.items()]
+    shape = "--steps 2 --first_layer 1 --group_experts 2 --group_width 16 --rows 2 --seq_len 24 --gate_tokens 100"
+    command = ["upcycle", str(base), str(tmp_path / "run"), "--grow", *grown, *shape.split()]
     assert main(command) == 0
     assert "fox_expert" in capsys.readouterr().out and (tmp_path / "run" / "model" / "config.json").is_file()
     assert main([*command, "--overwrite"]) == 2
     assert main(["upcycle", str(base), str(tmp_path / "other"), "--steps", "3"]) == 2
-    assert "steps: has a meaning only with grow" in capsys.readouterr().err
-    grown = tmp_path / "run" / "model"
-    assert main(["upcycle", str(grown), str(tmp_path / "again"), "--grow", f"fox_expert={data['fox_expert']}"]) == 2
+    assert "steps = 3: has a meaning only with grow" in capsys.readouterr().err
+    assert main(["upcycle", str(tmp_path / "run" / "model"), str(tmp_path / "again"), "--grow", grown[0]]) == 2
     assert "give the base without them" in capsys.readouterr().err

