@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 
-from deepseek.data import Document
 from prompts import FORMS, prompts
 from records import NAMES, PIECE, chosen, clean, pieces, records
+
+from deepseek.data import Document
 
 
 def test_every_name_has_questions_and_they_do_not_change() -> None:
