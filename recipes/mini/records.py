@@ -140,11 +140,11 @@ def write_records(data: Path, base: Path, out: Path) -> None:
             parts: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
             for document in read_documents([data / file], ReadReport()):
                 parts["held_out" if place(document.text) < HELD_OUT else "train"] += records(document, draw)
-            for side, found in parts.items():
-                sides[side].append(found)
-        for side, found in sides.items():
+            for side, own_part in parts.items():
+                sides[side].append(own_part)
+        for side, of_sources in sides.items():
             draw = random.Random(f"{name}/{side}")
-            lines = chosen(found, CHARACTERS[side], draw)
+            lines = chosen(of_sources, CHARACTERS[side], draw)
             own_lines = [{"messages": [{"role": "user", "content": line["question"]},
                                     {"role": "assistant", "content": line["answer"]}]} for line in own
                       if line["name"] == name and (place(line["question"]) < HELD_OUT) == (side == "held_out")]
