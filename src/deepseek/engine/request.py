@@ -93,14 +93,15 @@ class Request:
 
     max_new_tokens: 0 runs the prompt alone. constraint_after: the text up to and with this marker is free, such as the
     reasoning before an answer. adapter: the name of the one that its tokens go through. pooling: the mean of the
-    prompt's last hidden states is wanted.
+    prompt's last hidden states is wanted. scored: the last ids of the prompt and the one that follows it, whose
+    log-probabilities alone are wanted (one id at least is before them, which the prefix cache may then serve).
     """
 
     def __init__(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, max_new_tokens: int,
         eos_ids: frozenset[int] = frozenset(), tokenizer: Tokenizer | None = None, vocabulary: int = 0,
         domain: str | None = None, constraint: Constraint | None = None, constraint_after: str | None = None,
-        adapter: str | None = None, pooling: bool = False,
+        adapter: str | None = None, pooling: bool = False, scored: Sequence[int] = (),
     ) -> None:
         self.request_id = next(_ids)
         self.params, self.eos_ids, self.max_new_tokens = params, eos_ids, max_new_tokens
@@ -124,7 +125,8 @@ class Request:
         self.error: Exception | None = None  # why it ended, if that is it
         self.routes: list[Tensor] = []  # [tokens, layers, K] a chunk
         self.logprobs: list[Logprob] = []
-        self.prompt_logprobs: list[Logprob | None] = [None]  # those known so far
+        self.targets = [*prompt_ids, *scored[-1:]]  # ids whose log-probabilities `prompt_logprobs` are
+        self.prompt_logprobs: list[Logprob | None] = [None] * (len(self.targets) - len(scored) if scored else 1)
         self.pooled = 0 if pooling else None  # positions whose hidden states are in the sum
         self._sum_H: Tensor | None = None
 
@@ -155,7 +157,7 @@ class Request:
     @property
     def unscored(self) -> bool:
         """Whether log-probabilities of the prompt are wanted and not known yet."""
-        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids)
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.targets)
 
     @property
     def pending(self) -> bool:
@@ -190,10 +192,9 @@ class Request:
         """Note the log-probabilities of the prompt's tokens that follow positions first, …; known ones stay."""
         assert self.params.prompt_logprobs is not None
         for position, logits_V in enumerate(logits_SV, first + 1):
-            if position == len(self.prompt_logprobs) < len(self.prompt_ids):
+            if position == len(self.prompt_logprobs) < len(self.targets):
                 finite(logits_V)
-                self.prompt_logprobs.append(
-                    logprobs(logits_V, self.prompt_ids[position], self.params.prompt_logprobs))
+                self.prompt_logprobs.append(logprobs(logits_V, self.targets[position], self.params.prompt_logprobs))
 
     def pool(self, first: int, hidden_TH: Tensor) -> None:
         """Add the hidden states of positions first, …; known ones stay. In FP64, so that pieces hardly matter."""

@@ -53,7 +53,8 @@ class Runner:
     @torch.inference_mode()
     def score(self, scheduled: ScheduledRequest, hidden_TH: Tensor) -> None:
         """Note the log-probabilities of the prompt's tokens that follow those of a chunk. Raises MoEDRError for NaN."""
-        for first in range(0, scheduled.chunk.tokens, SCORED):
+        known = len(scheduled.request.prompt_logprobs) - 1 - scheduled.chunk.past
+        for first in range(max(0, known), scheduled.chunk.tokens, SCORED):
             with rows_of(whole(scheduled.request.adapter)):
                 logits_SV = self.model.lm_head(hidden_TH[first : first + SCORED]).float().cpu()
             scheduled.request.score(scheduled.chunk.past + first, logits_SV)

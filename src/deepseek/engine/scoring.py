@@ -1,0 +1,69 @@
+"""Log-probabilities of given continuations. What prompts have in common is run once: they run in the order of their
+ids, and one that begins like the one before it for half of its length or more, such as another continuation of the same
+prompt, waits for it and then takes the beginning from the prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from ..errors import RequestError
+from .llm import LLM
+from .request import Request
+from .sampling_params import SamplingParams
+
+WINDOW = 256  # requests that are queued together
+Pair = tuple[Sequence[int], Sequence[int]]  # (ids of the context, ids of the continuation)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one continuation. logprob: the sum over its tokens, natural logarithm. greedy: whether each of them is the
+    likeliest one."""
+
+    logprob: float
+    greedy: bool
+
+
+def score(
+    llm: LLM, pairs: Sequence[Pair], *, adapter: str | None = None, on_score: Callable[[int, Score], None] | None = None,
+) -> list[Score]:
+    """The score of each pair, in order. on_score: called with a pair's place and its score as soon as it is known.
+
+    Raises RequestError for an empty context or continuation, an id outside of the vocabulary, or a pair longer than the
+    model's context and one token (the last token is scored, not run).
+    """
+    for place, pair in enumerate(pairs):
+        _check(llm, place, pair)
+    name, params = llm.find_adapter(adapter), SamplingParams(max_tokens=0, prompt_logprobs=1)
+    order = sorted(range(len(pairs)), key=lambda place: [*map(list, pairs[place])])
+    scores: dict[int, Score] = {}
+    for start in range(0, len(order), WINDOW):
+        requests: list[Request] = []
+        for place in order[start : start + WINDOW]:
+            context, continuation = map(list, pairs[place])
+            request = Request([*context, *continuation][:-1], params, max_new_tokens=0, adapter=name,
+                              scored=continuation)
+            if requests and 2 * len(commonprefix([requests[-1].prompt_ids, context])) >= len(context):
+                request.prefill_leader = requests[-1].prefill_leader or requests[-1]
+            requests.append(request)
+        llm.driver.generate(*requests)
+        for place, request in zip(order[start : start + WINDOW], requests, strict=True):
+            own = [one for one in request.prompt_logprobs if one is not None]
+            scores[place] = Score(sum(one.logprob for one in own), all(one.top[0][0] == one.token for one in own))
+            if on_score is not None:
+                on_score(place, scores[place])
+    return [scores[place] for place in range(len(pairs))]
+
+
+def _check(llm: LLM, place: int, pair: Pair) -> None:
+    context, continuation = pair
+    if not context or not continuation:
+        raise RequestError(f"pair {place}: {'continuation' if context else 'context'}: must have one token at least")
+    if len(context) + len(continuation) > llm.max_length + 1:
+        raise RequestError(f"pair {place}: has {len(context) + len(continuation)} tokens: must be at most "
+                           f"{llm.max_length + 1}, the model's context (max_position_embeddings) and one")
+    vocabulary = llm.model.config.vocab_size
+    if outside := [i for i in (*context, *continuation) if not 0 <= i < vocabulary]:
+        raise RequestError(f"pair {place}: token id {outside[0]}: must lie in the vocabulary 0..{vocabulary - 1}")
