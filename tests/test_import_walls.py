@@ -37,9 +37,10 @@ ABOVE: dict[str, tuple[str, ...]] = {  # and whatever these may
     "upcycle": ("tune", "info"),
     "engine": ("convert",),
     "route": ("engine",),
+    "evaluate": ("engine",),
     "watch": ("atlas",),
     "serve": ("route", "watch"),
-    "cli": (*BOTTOM, "info", "upcycle", "serve"),
+    "cli": (*BOTTOM, "info", "upcycle", "evaluate", "serve"),
     "__main__": ("cli",),
 }
 NEVER: dict[str, set[str]] = {"engine": {"data", "deepopt", "tune"}}

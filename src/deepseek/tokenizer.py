@@ -216,6 +216,13 @@ class Tokenizer:
         begin = self._begin(True)
         return ids if parse_special and begin and ids[:1] == begin else begin + ids
 
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether Hugging Face's tokenizer of these files puts the begin-of-sequence token before a text."""
+        if isinstance(said := self._config.get("add_bos_token"), bool):
+            return said and self.bos_id is not None
+        return self.bos_id is not None and self._full.encode("").ids[:1] == [self.bos_id]
+
     def control_in(self, text: str) -> str | None:
         """The first control token that a text spells out."""
         found = self._control_pattern.search(text)
@@ -315,6 +322,11 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template."""
+        return self._template
 
     def template_knows(self, variable: str) -> bool:
         """Whether the chat template reads a variable, such as `tools`."""
