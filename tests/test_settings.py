@@ -34,6 +34,7 @@ from deepseek.deepopt.trainer import Trainer
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.sampling_params import SamplingParams
 from deepseek.errors import ConfigError, RequestError
+from deepseek.evaluate.options import EvalOptions
 from deepseek.model.adapter import LoraSpec
 from deepseek.serve.options import ServeOptions
 from deepseek.settings import COUNT, Option, Settings, check, declared, is_number, table
@@ -60,6 +61,7 @@ TITLES = {
     PullOptions: "`deepseek pull`",
     GrowConfig: "Named experts beside the dense FFN: `grow`, `deepseek upcycle --grow`",
     CarveConfig: "Experts out of the dense FFN: `carve`, `deepseek upcycle --carve`",
+    EvalOptions: "`deepseek eval`",
     FolderOptions: "`deepseek experts install`, `remove`",
     SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",
     ExportOptions: "`deepseek experts export`", ValidateSettings: "`deepseek data validate`",

@@ -4,16 +4,15 @@ prompt, waits for it and then takes the beginning from the prefix cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from ..errors import RequestError
 from .llm import LLM
 from .request import Request
 from .sampling_params import SamplingParams
 
-WINDOW = 256  # requests that are queued together
+WINDOW = 1 << 14  # tokens that are queued together, about
 Pair = tuple[Sequence[int], Sequence[int]]  # (ids of the context, ids of the continuation)
 
 
@@ -27,7 +26,8 @@ class Score:
 
 
 def score(
-    llm: LLM, pairs: Sequence[Pair], *, adapter: str | None = None, on_score: Callable[[int, Score], None] | None = None,
+    llm: LLM, pairs: Sequence[Pair], *, adapter: str | None = None,
+    on_score: Callable[[int, Score], None] | None = None,
 ) -> list[Score]:
     """The score of each pair, in order. on_score: called with a pair's place and its score as soon as it is known.
 
@@ -37,24 +37,41 @@ def score(
     for place, pair in enumerate(pairs):
         _check(llm, place, pair)
     name, params = llm.find_adapter(adapter), SamplingParams(max_tokens=0, prompt_logprobs=1)
-    order = sorted(range(len(pairs)), key=lambda place: [*map(list, pairs[place])])
     scores: dict[int, Score] = {}
-    for start in range(0, len(order), WINDOW):
+    for places in _windows(pairs):
         requests: list[Request] = []
-        for place in order[start : start + WINDOW]:
+        for place in places:
             context, continuation = map(list, pairs[place])
             request = Request([*context, *continuation][:-1], params, max_new_tokens=0, adapter=name,
                               scored=continuation)
-            if requests and 2 * len(commonprefix([requests[-1].prompt_ids, context])) >= len(context):
+            if requests and _begin_alike(requests[-1].prompt_ids, context):
                 request.prefill_leader = requests[-1].prefill_leader or requests[-1]
             requests.append(request)
         llm.driver.generate(*requests)
-        for place, request in zip(order[start : start + WINDOW], requests, strict=True):
+        for place, request in zip(places, requests, strict=True):
             own = [one for one in request.prompt_logprobs if one is not None]
             scores[place] = Score(sum(one.logprob for one in own), all(one.top[0][0] == one.token for one in own))
             if on_score is not None:
                 on_score(place, scores[place])
     return [scores[place] for place in range(len(pairs))]
+
+
+def _begin_alike(ids: Sequence[int], context: Sequence[int]) -> bool:
+    common = next((i for i, (a, b) in enumerate(zip(ids, context, strict=False)) if a != b), len(ids))
+    return 2 * common >= len(context)
+
+
+def _windows(pairs: Sequence[Pair]) -> Iterator[list[int]]:
+    """The places of the pairs in the order of their ids, cut into parts of WINDOW tokens."""
+    window, tokens = list[int](), 0
+    for place in sorted(range(len(pairs)), key=lambda place: [*map(list, pairs[place])]):
+        window.append(place)
+        tokens += sum(map(len, pairs[place]))
+        if tokens >= WINDOW:
+            yield window
+            window, tokens = [], 0
+    if window:
+        yield window
 
 
 def _check(llm: LLM, place: int, pair: Pair) -> None:

@@ -4,8 +4,8 @@ differ.
 A difference is paired: d_i is what question i adds to it.
 
     means         sum d_i / n, error sqrt(var(d) / n)
-    perplexities  w = sum of log-probabilities / sum of words of each model, figures exp(-w); the error of the difference
-                  of both w is that of a ratio, sqrt(n var(d_i - r w_i)) / sum w_i, and goes through exp's derivative
+    perplexities  a figure is exp(-r), r = sum of log-probabilities / sum of words w_i; the error of the difference of
+                  both r, a ratio d too, is sqrt(n var(d_i - d w_i)) / sum w_i, and goes through exp's derivative
 
 Other figures have no error here.
 """

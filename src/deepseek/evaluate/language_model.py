@@ -81,11 +81,12 @@ class EngineLM(TemplateLM):
                 raise RequestError(f"a continuation has {len(continuation)} tokens: must fit the model's context of "
                                    f"{self.max_length} (max_position_embeddings)")
             pairs.append((context[-(self.max_length + 1 - len(continuation)) :], continuation))
-        with ProgressBar(total=len(pairs), unit="continuation", desc="score", disable=disable_tqdm) as bar:
+        with ProgressBar(total=sum(len(a) + len(b) for a, b in pairs), unit="token", desc="score",
+                         disable=disable_tqdm) as bar:
             def told(place: int, one: Score) -> None:
                 if (texts := requests[place][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, (one.logprob, one.greedy))
-                bar.update(1)
+                bar.update(sum(map(len, pairs[place])))
 
             return [(one.logprob, one.greedy) for one in score(self.llm, pairs, adapter=self.adapter, on_score=told)]
 

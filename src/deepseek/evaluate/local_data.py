@@ -81,7 +81,8 @@ def _mbpp(folder: Path, _: str) -> Splits:
 
 def _wikitext(folder: Path, _: str) -> Splits:
     texts = {"validation": "valid", "test": "test"}
-    splits = {split: _articles(read_text(folder / "wikitext2" / f"wiki.{name}.tokens")) for split, name in texts.items()}
+    splits = {split: _articles(read_text(folder / "wikitext2" / f"wiki.{name}.tokens"))
+              for split, name in texts.items()}
     return {"train": splits["validation"][:1], **splits}  # the task names the split and does not read it
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Sequence
-from functools import partial
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -84,14 +86,8 @@ def load_tasks(names: Sequence[str], data: str | Path | None, *, execute_code: b
             raise ConfigError(f"tasks: {name}: there is no such task{'' if folder is None else ' with local files'}"
                               f"{nearest(name, known)}")
     wanted = [OWN.get(name, name) for name in names]
-    with contextlib.ExitStack() as replaced:
-        if folder is not None:
-            replaced.enter_context(patch.object(datasets, "load_dataset", _local(folder)))
-        if folder is None or any((manager.task_index[name].cfg or {}).get("unsafe_code") for name in names
-                                 if name not in OWN):
-            import evaluate  # with transformers beside it this takes seconds
-
-            replaced.enter_context(patch.object(evaluate, "load", partial(_load_metric, evaluate.load)))
+    with _metrics_are_ours(), (contextlib.nullcontext() if folder is None else
+                               patch.object(datasets, "load_dataset", _local(folder))):
         loaded = _load(manager, wanted, ", ".join(names))
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False):
@@ -121,9 +117,30 @@ def _local(folder: Path) -> Any:
     return load_dataset
 
 
-def _load_metric(load: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    """In the place of evaluate.load, `load`."""
-    return CodeEval() if name == "code_eval" else load(name, *args, **kwargs)
+@contextlib.contextmanager
+def _metrics_are_ours() -> Iterator[None]:
+    """`evaluate.load("code_eval")`, which tasks call when they are loaded, gives CodeEval. The library is loaded for
+    other metrics alone: it takes seconds."""
+    before = sys.modules.get("evaluate")
+
+    def load(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "code_eval":
+            return CodeEval()
+        restore()
+        return import_module("evaluate").load(name, *args, **kwargs)
+
+    def restore() -> None:
+        sys.modules.pop("evaluate", None)
+        if before is not None:
+            sys.modules["evaluate"] = before
+
+    stand_in = ModuleType("evaluate")
+    vars(stand_in)["load"] = load
+    sys.modules["evaluate"] = stand_in
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _limit(task: Any, execute_code: bool) -> None:

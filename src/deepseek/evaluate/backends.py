@@ -1,0 +1,60 @@
+"""What runs a model: our engine, or transformers through the harness' own model class."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import resolve
+from ..errors import ConfigError, NotFoundError
+from ..files import read_json
+from ..settings import Device
+from .options import Backend
+
+BATCH = 8  # texts that transformers runs together
+
+
+def backend_of(model: str, wanted: Backend = "auto") -> Backend:
+    """`engine` or `hf`. Raises NotFoundError for a model that there is not, ConfigError for one that the engine cannot
+    run and is to."""
+    if (path := _gguf(model)) is not None:
+        if not path.is_file():
+            raise NotFoundError(f"{model}: no such file")
+        if wanted == "engine":
+            raise ConfigError(f"{model}: backend = 'engine': must be a folder, as `deepseek upcycle` makes of a "
+                              "GGUF file")
+        return "hf"
+    keys = read_json(resolve(model, weights=False) / "config.json", ConfigError, finite=False)
+    ours = str(kind := keys.get("model_type")).startswith("deepseek")
+    if wanted == "engine" and not ours:
+        raise ConfigError(f"{model}: backend = 'engine': the engine runs DeepSeek's architecture, this is {kind!r}")
+    return wanted if wanted != "auto" else "engine" if ours else "hf"
+
+
+def hf_model(model: str, device: Device = "cpu") -> Any:
+    """The harness' class for models in transformers, in float32. Raises ConfigError without transformers."""
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ConfigError(f"backend = 'hf': needs transformers and accelerate ({error}): pip install "
+                          "'moe-dr[eval]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    path = _gguf(model)
+    where = {"pretrained": str(resolve(model))} if path is None else {
+        "pretrained": str(path.parent), "gguf_file": path.name}
+    return HFLM(**where, dtype="float32", device=device, batch_size=BATCH)
+
+
+def fingerprint(*settings: object, models: tuple[str, ...]) -> str:
+    """Of settings and of the files of models (their sizes and times, not their bytes)."""
+    paths = [_gguf(model) or resolve(model) for model in models]
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    text = repr([settings, [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _gguf(model: str) -> Path | None:
+    path = Path(model).expanduser()
+    return path if path.suffix == ".gguf" else None
