@@ -33,12 +33,12 @@ def direct(model: CausalLM, context: list[int], continuation: list[int]) -> Scor
     {}, {"max_num_batched_tokens": 7}, {"max_num_seqs": 1}, {"cache_tokens": 160, "max_num_batched_tokens": 24},
     {"prefix_cache": False}], ids=lambda options: "-".join(options) or "plain")
 def test_scores_are_those_of_one_pass(model: CausalLM, options: dict) -> None:
-    llm, told = LLM(model, **options), {}
+    llm, noted = LLM(model, **options), {}
     best = direct(model, CONTEXTS[2], [7])
     greedy = [int(model(torch.tensor([CONTEXTS[2]]))[0, -1].argmax())]
     for _ in range(2):  # then with all of it in the prefix cache
-        got = score(llm, [*PAIRS, (CONTEXTS[2], greedy)], on_score=told.__setitem__)
-        assert [told[place] for place in range(len(got))] == got and got[-1].greedy
+        got = score(llm, [*PAIRS, (CONTEXTS[2], greedy)], on_score=noted.__setitem__)
+        assert [noted[place] for place in range(len(got))] == got and got[-1].greedy
         for one, pair in zip(got, PAIRS, strict=False):
             want = direct(model, *pair)
             assert abs(one.logprob - want.logprob) < 1e-4 and one.greedy == want.greedy

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from deepseek.cli import main
+from deepseek.engine import scoring
 
 pytest.importorskip("lm_eval", reason="needs the extra eval (lm-eval)")
 
@@ -72,6 +73,38 @@ def test_two_models_answer_by_answer(
     assert words["value"] == pytest.approx(words["other"], rel=1e-5) and not found["differing"]
     ours, theirs = (json.loads(path.read_text("utf-8")) for path in (out, out.with_suffix(".other.json")))
     assert ours["config"]["model_args"]["backend"] == "engine" and theirs["config"]["model_args"]["backend"] == "hf"
+
+
+def test_a_stopped_run_goes_on(
+    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deepseek.evaluate import language_model
+
+    scored: list[int] = []
+
+    def score(llm: Any, pairs: Any, **options: Any) -> Any:
+        scored.append(len(pairs))
+        done = scoring.score(llm, pairs[:10], **options)
+        if len(pairs) > 10:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(language_model, "score", score)
+    words = [model_folder, "--tasks", "mmlu_anatomy", "--data", data, "--limit", 4, "--out", tmp_path / "out.json"]
+    assert evaluate(*words) == 130 and "the answers so far are kept" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists() and len([*tmp_path.iterdir()]) == 1
+    assert evaluate(*words) == 0 and scored == [16, 6]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_answers_that_leave_no_room_in_the_context(
+    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text("utf-8")) | {"max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    assert evaluate(folder, "--tasks", "mmlu_anatomy,gsm8k", "--data", data) == 2
+    assert "tasks: gsm8k: answers have 256 tokens: must leave room" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "message"), [

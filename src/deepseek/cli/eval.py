@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
 from collections.abc import Sequence
@@ -39,12 +40,19 @@ def run(args: argparse.Namespace) -> None:
     if not options.tasks:
         raise ConfigError("tasks: must be given: names of the harness, such as --tasks mmlu,gsm8k")
     candidates = _candidates(args, options)
+    from ..checkpoint import resolve
+    from ..config import ModelConfig
+
     try:
         from ..evaluate import runs, tasks
     except ImportError as error:
         raise ConfigError(f"eval: needs lm-evaluation-harness ({error}): pip install 'moe-dr[eval]'") from None
 
     loaded, results = tasks.load_tasks(options.tasks, options.data, execute_code=options.execute_code), []
+    for candidate in candidates:
+        if candidate.backend == "engine":
+            config = ModelConfig.from_file(resolve(candidate.name))
+            tasks.check_answers(loaded, candidate.name, config.max_position_embeddings)
     for candidate in candidates:
         how = "the engine" if candidate.backend == "engine" else "transformers, float32"
         print(f"{candidate.name} ({how})", file=sys.stderr)
@@ -97,8 +105,8 @@ def _evaluate(candidate: Candidate, options: EvalOptions, loaded: Sequence[Any])
             llm = make_llm(candidate.args)
             about["dtype"] = str(llm.model.compute_dtype or llm.model.lm_head.weight.dtype).removeprefix("torch.")
             lm = EngineLM(llm, seed=options.seed or 0)
-        with kept("nothing is saved without --out" if answers is None else f"the answers so far are kept beside "
-                  f"{candidate.out}"):
+        with contextlib.nullcontext() if answers is None else kept(
+                f"the answers so far are kept beside {candidate.out}"):
             results = runs.run_tasks(lm, loaded, options, about, answers)
     finally:
         if llm is not None:

@@ -13,7 +13,7 @@ from ..files import read_json
 from ..settings import Device
 from .options import Backend
 
-BATCH = 8  # texts that transformers runs together
+BATCH = 1  # texts that transformers runs together; it keeps the logits of all their tokens
 
 
 def backend_of(model: str, wanted: Backend = "auto") -> Backend:

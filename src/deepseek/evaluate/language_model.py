@@ -16,11 +16,10 @@ from ..engine import LLM, SamplingParams
 from ..engine.scoring import Score, score
 from ..errors import RequestError
 from ..progress import ProgressBar
+from .tasks import LENGTHS, answer_tokens
 
-MAX_NEW = 256  # tokens of an answer where the task does not say
 BATCH = 64  # answers that are asked for together
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one setting
 
 
 class EngineLM(TemplateLM):
@@ -83,12 +82,12 @@ class EngineLM(TemplateLM):
             pairs.append((context[-(self.max_length + 1 - len(continuation)) :], continuation))
         with ProgressBar(total=sum(len(a) + len(b) for a, b in pairs), unit="token", desc="score",
                          disable=disable_tqdm) as bar:
-            def told(place: int, one: Score) -> None:
+            def note(place: int, one: Score) -> None:
                 if (texts := requests[place][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, (one.logprob, one.greedy))
                 bar.update(sum(map(len, pairs[place])))
 
-            return [(one.logprob, one.greedy) for one in score(self.llm, pairs, adapter=self.adapter, on_score=told)]
+            return [(one.logprob, one.greedy) for one in score(self.llm, pairs, adapter=self.adapter, on_score=note)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of the model's context."""
@@ -128,8 +127,7 @@ class EngineLM(TemplateLM):
         given = dict(settings)
         until = given.pop("until", None) or []
         stop = [until] if isinstance(until, str) else [one for one in until if one]
-        lengths = [value for name in LENGTHS if (value := given.pop(name, None)) is not None]
-        most = int(lengths[0]) if lengths else MAX_NEW
+        most = answer_tokens({name: given.pop(name) for name in LENGTHS if name in given})
         if most >= self.max_length:
             raise RequestError(f"an answer of {most} tokens (max_gen_toks): must leave room in the model's context of "
                                f"{self.max_length}")

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import datasets
 import lm_eval.tasks
+from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 
 from ..errors import ConfigError, MoEDRError, NotFoundError, nearest
@@ -24,6 +25,23 @@ from .local_data import READERS, read_splits
 
 FOLDERS = ("mmlu", "gsm8k", "humaneval", "mbpp", "wikitext")  # of the harness' tasks that have local forms
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one setting
+MAX_NEW = 256  # tokens of an answer where the task does not say
+
+
+def answer_tokens(settings: Mapping[str, Any]) -> int:
+    """How long an answer may be, by a task's generation_kwargs."""
+    return int(next((value for name in LENGTHS if (value := settings.get(name)) is not None), MAX_NEW))
+
+
+def check_answers(loaded: Sequence[Any], model: str, context: int) -> None:
+    """Raises ConfigError for a task whose answers leave no room in the context of a model."""
+    for task in (task for one in loaded for task in (one.get_all_tasks() if isinstance(one, Group) else [one])):
+        if task.OUTPUT_TYPE == "generate_until" and (most := answer_tokens(task.config.generation_kwargs)) >= context:
+            raise ConfigError(f"tasks: {task.task_name}: answers have {most} tokens: must leave room in the context of "
+                              f"{model}, {context} tokens (max_position_embeddings)")
 
 
 def number_in(text: str) -> float | None:
