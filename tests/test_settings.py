@@ -40,7 +40,7 @@ from deepseek.serve.options import ServeOptions
 from deepseek.settings import COUNT, Option, Settings, check, declared, is_number, table
 from deepseek.tune.lora import LoRAAdapter
 from deepseek.tune.settings import RunOptions, TuneConfig
-from deepseek.upcycle.carve_settings import CarveConfig
+from deepseek.upcycle.carve_settings import CarveConfig, HealConfig
 from deepseek.upcycle.settings import GrowConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
 from tests.helpers import ROOT
@@ -62,6 +62,7 @@ TITLES = {
     GrowConfig: "Named experts beside the dense FFN: `grow`, `deepseek upcycle --grow`",
     CarveConfig: "Experts out of the dense FFN: `carve`, `deepseek upcycle --carve`",
     EvalOptions: "`deepseek eval`",
+    HealConfig: "Their training: `carve`, `deepseek upcycle --carve --heal`",
     FolderOptions: "`deepseek experts install`, `remove`",
     SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",
     ExportOptions: "`deepseek experts export`", ValidateSettings: "`deepseek data validate`",

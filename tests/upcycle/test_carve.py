@@ -95,7 +95,7 @@ def test_the_fitted_projections_lose_less(dense: Path) -> None:
 
 
 def test_without_text_the_model_writes_some(dense: Path) -> None:
-    found = carve(dense, dense.parent / "v3", asked(dense, calibrate=(), calibration_tokens=200), "bfloat16")
+    found = carve(dense, dense.parent / "v3", asked(dense, calibrate=(), calibration_tokens=200), dtype="bfloat16")
     assert found.share == 0.5 and load_model(found.path).lm_head.weight.dtype == torch.bfloat16
     ids = carving.load_file(dense.parent / "v3.run" / "calibration.safetensors")["ids"]
     assert ids.shape == (4, 64) and len(ids.unique()) > 20
@@ -174,6 +174,8 @@ def test_the_command(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "75.0% of the FFN active: 6 of 10 experts of 8 neurons and 16 shared ones a layer" in said
     for words, message in ((["--carve", "1.5"], "carve = 1.5: must lie in (0, 1]"),
                            (["--expert_width", "8"], "expert_width = 8: has a meaning only with carve"),
+                           (["--heal", "x"], "heal = ['x']: has a meaning only with carve"),
+                           (["--carve", "0.5", "--heal_lr", "1"], "heal_lr = 1.0: has a meaning only with heal"),
                            (["--carve", "0.5", "--check"], "check = True: a model with carved experts")):
         assert main(["upcycle", str(dense), str(dense.parent / "other"), *words]) == 2
         assert message in capsys.readouterr().err

@@ -12,7 +12,7 @@ from ..data.mapping import RecordMap
 from ..data.settings import named_paths
 from ..errors import ConfigError
 from ..settings import COUNT, Option, Settings, declared
-from ..upcycle.carve_settings import CarveConfig
+from ..upcycle.carve_settings import CarveConfig, HealConfig
 from ..upcycle.settings import GrowConfig
 from .common import MachineOptions, add_map_flag
 from .parser import Parser, add_settings, given_settings, make
@@ -28,13 +28,16 @@ class UpcycleOptions(Settings):
     overwrite: Annotated[bool, Option("replace what is in OUT")] = False
 
 
+CARVING = {"experts out of the dense FFN": CarveConfig, "their training": HealConfig}
+
+
 def add_flags(parser: Parser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM: "
                         "a folder, a hub id or a .gguf file")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     add_settings(parser, UpcycleOptions)
-    add_settings(parser, CarveConfig, {"experts out of the dense FFN": " ".join(
-        one.name for one in declared(CarveConfig))})
+    for title, kind in CARVING.items():
+        add_settings(parser, kind, {title: " ".join(one.name for one in declared(kind))})
     parser.group("named experts beside the FFN").add_argument(
         "--grow", nargs="+", action="extend", metavar="NAME=DATA", help="train experts of these names on their "
         "records; OUT is then the folder of the run, and SOURCE may be a dense model in DeepSeek-V3's form already")
@@ -53,11 +56,16 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("grow, carve: exclude each other: grow experts beside the FFN of the dense model")
     if growing and not args.grow:
         raise ConfigError(f"{min(growing)} = {growing[min(growing)]}: has a meaning only with grow")
+    healing = make(args, HealConfig)
+    given = {kind: given_settings(args, kind) for kind in CARVING.values()}
+    for kind, needed in ((HealConfig, "heal"), (CarveConfig, "carve")):
+        for name, value in given[kind].items():
+            if not given[kind].get(needed) or carving.carve is None:
+                raise ConfigError(f"{name} = {value}: has a meaning only with "
+                                  f"{'carve' if carving.carve is None else needed}")
     if carving.carve is not None:
-        _carve(args, options, carving)
+        _carve(args, options, carving, healing)
         return
-    if idle := [*given_settings(args, CarveConfig)]:
-        raise ConfigError(f"{idle[0]} = {getattr(carving, idle[0])}: has a meaning only with carve")
     if args.grow:
         _grow(args, options)
         return
@@ -69,14 +77,16 @@ def run(args: argparse.Namespace) -> None:
     print(f"model: {args.out}\ntry:   deepseek quantize {args.out} {args.out}-int8 --format int8")
 
 
-def _carve(args: argparse.Namespace, options: UpcycleOptions, carving: CarveConfig) -> None:
+def _carve(args: argparse.Namespace, options: UpcycleOptions, carving: CarveConfig, healing: HealConfig) -> None:
     from ..upcycle.carve import carve
 
     if options.check:
         raise ConfigError("check = True: a model with carved experts computes something else than SOURCE (report.json "
                           "says how far off each layer is)")
-    print(carve(args.source, args.out, carving, options.dtype, context=options.context, overwrite=options.overwrite))
-    print(f"model: {args.out}\nreport: {args.out}/report.json\ntry:   deepseek-infer --model {args.out} --prompt '…'")
+    print(carve(args.source, args.out, carving, healing, options.dtype, context=options.context,
+                overwrite=options.overwrite))
+    print(f"model:  {args.out}\nreport: {args.out}/report.md\nrun:    {args.out}.run (may be removed)\n"
+          f"try:    deepseek-infer --model {args.out} --prompt '…'")
 
 
 def _grow(args: argparse.Namespace, options: UpcycleOptions) -> None:

@@ -37,7 +37,7 @@ from ..data.shards import Batch
 from ..errors import CheckpointError, ConfigError
 from ..files import is_file_at, take_lock, to_json, write_atomically, write_json
 from ..interrupts import handled, held, kept
-from ..model import CausalLM, RoutingRecord, max_violation
+from ..model import CausalLM, RoutingRecord, TrainingLoss, max_violation
 from ..ops.loss import IGNORE
 from ..ops.native import fast_bf16, trains_native
 from ..progress import ProgressBar
@@ -170,11 +170,9 @@ class TrainingLoop:
         self._tokens = sum(int(b.ids_BT.numel() if b.real_BT is None else b.real_BT.sum()) for b in batches)
         counts = [int((batch.labels_BT != IGNORE).sum()) for batch in batches]
         self._busy = True
-        for batch, count in zip(batches, counts, strict=True):
+        for number, (batch, count) in enumerate(zip(batches, counts, strict=True), first):
             batch, share = batch.to(model.device), count / max(sum(counts), 1)  # as if all were one batch
-            result = model.loss(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, mtp_weight=config.mtp_weight,
-                                balance_weight=config.balance_weight, guide_weight=config.guide_weight,
-                                group_BT=batch.expert_BT if self.guided else None)
+            result = self._loss(batch, number)
             (result.total * share).backward()
             for key, value in (("loss", result.main), ("mtp_loss", result.mtp), ("balance_loss", result.balance),
                                ("guide_loss", result.guide)):
@@ -231,7 +229,14 @@ class TrainingLoop:
             if parameter in self.optimizer.state:
                 yield name, self.optimizer.state[parameter]
 
-    # what a subclass may keep elsewhere
+    # what a subclass may do otherwise, or keep elsewhere
+
+    def _loss(self, batch: Batch, number: int) -> TrainingLoss:
+        """Losses of a batch on the model's device. number: how many batches of the data came before it."""
+        config = self.config
+        return self.model.loss(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, mtp_weight=config.mtp_weight,
+                               balance_weight=config.balance_weight, guide_weight=config.guide_weight,
+                               group_BT=batch.expert_BT if self.guided else None)
 
     def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
         """Write the state of the model, and what `add` puts beside it, as one folder."""

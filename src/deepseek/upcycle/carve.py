@@ -4,7 +4,8 @@
     OUT.run/dense/             the exact form of the source, all of it active
     OUT.run/calibration.safetensors   token ids, [windows, tokens]
     OUT.run/layers/            the carved FFN of each layer; states.safetensors is what goes into the next one
-    OUT                        the model, with report.json
+    OUT.run/carved/            the model before healing (heal.py says what else is there)
+    OUT                        the model, with report.json and report.md
 
 One layer is in memory at a time, with its states of the calibration text. The text goes through the carved layers, so
 each is fitted to what it will be given. What was stopped goes on at its layer.
@@ -13,8 +14,9 @@ each is fitted to what it will be given. What was stopped goes on at its layer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..atlas.sample import draw
-from ..checkpoint import TORCH_DTYPES, TensorFiles, load_model
+from ..checkpoint import TORCH_DTYPES, TensorFiles, load_model, save_model
 from ..checkpoint.files import divide
 from ..checkpoint.models import plain_keys, stored_dtype, stored_parts
 from ..checkpoint.names import on_disk
@@ -36,7 +38,7 @@ from ..convert.writing import SHARD_BYTES, Part, Writer, copied, free_folder
 from ..data import ReadReport, read_documents
 from ..data.settings import named_paths
 from ..errors import ConfigError, DataError
-from ..files import locked, read_json, write_atomically, write_json
+from ..files import locked, read_json, to_json, write_atomically, write_json
 from ..info import describe
 from ..interrupts import kept
 from ..model import CausalLM
@@ -46,8 +48,9 @@ from ..model.layers import Rotary
 from ..model.mla import AttentionContext
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
-from .carve_settings import CarveConfig
+from .carve_settings import CarveConfig, HealConfig
 from .grouping import Division, divide_layer
+from .heal import heal
 
 WINDOW = 512  # tokens, or the whole context where that is shorter
 ROWS = 8  # windows that go through attention, and texts that are written, at a time
@@ -57,7 +60,8 @@ ROWS = 8  # windows that go through attention, and texts that are written, at a 
 class Carved:
     """Result of `carve`. share: of the FFN's weights that is active, over all layers; errors: of each carved layer's
     output on the calibration text, |y' - y|^2 / |y|^2; parameters, active: of the whole model; flops: a token's, at a
-    context of 512; bytes: that decoding a token reads, by format."""
+    context of 512; bytes: that decoding a token reads, by format; losses: held-out nats a token by name, of the dense
+    model, before and after healing."""
 
     path: Path
     share: float
@@ -72,8 +76,20 @@ class Carved:
     bytes: dict[str, int]
     dense_flops: int
     dense_bytes: dict[str, int]
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return "\n\n".join([self.about(), *([self.table()] if self.losses else [])])
+
+    def table(self) -> str:
+        """Held-out perplexity of each name's text, in Markdown."""
+        lines = ["| perplexity | " + " | ".join(self.losses["dense"]) + " |",
+                 "| --- |" + " --- |" * len(self.losses["dense"])]
+        for kind, losses in self.losses.items():
+            lines.append(f"| {kind} | " + " | ".join(f"{math.exp(loss):.2f}" for loss in losses.values()) + " |")
+        return "\n".join(lines)
+
+    def about(self) -> str:
         saved = ", ".join(f"{name} {self.dense_bytes[name] / 2**20:.1f} -> {self.bytes[name] / 2**20:.1f} MiB"
                           for name in self.bytes)
         return (f"{self.share:.1%} of the FFN active: {self.experts_per_token} of {self.experts} experts of "
@@ -115,25 +131,56 @@ def active_share(config: ModelConfig) -> float:
 
 
 def carve(
-    source: str | Path, out: str | Path, asked: CarveConfig, dtype: Literal["auto", "float32", "bfloat16"] = "auto", *,
-    context: int | None = None, overwrite: bool = False,
+    source: str | Path, out: str | Path, asked: CarveConfig, healing: HealConfig | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto", *, context: int | None = None, overwrite: bool = False,
 ) -> Carved:
-    """Write a dense model as a DeepseekV3ForCausalLM with routed experts made of its own neurons.
+    """Write a dense model as a DeepseekV3ForCausalLM with routed experts made of its own neurons, and train these where
+    `healing` has text.
 
-    Arguments beside `asked` and errors as in `upcycle`; DataError for text that cannot be read. What a stopped call
-    leaves in OUT.run is used by the next one.
+    Other arguments and errors as in `upcycle`; DataError for text that cannot be read. What a stopped call leaves in
+    OUT.run is used by the next one.
     """
+    healing = HealConfig() if healing is None else healing
     with locked(out):
         out = free_folder(out, overwrite, source)
         run = run_folder(out)
-        claim(run, source, asked, dtype, context)
+        claim(run, source, asdict(asked) | asdict(healing) | {"dtype": dtype, "context": context})
         with kept(lambda: f"what is done so far is in {run}"):
             dense = dense_form(source, run, dtype, context)
             files = TensorFiles(dense, verify="small")
             config = carved_config(ModelConfig.from_file(dense), asked)
-            ids_BT = calibration(run, dense, asked)
+            places = named(healing.heal)
+            ids_BT = calibration(run, dense, asked, named(asked.calibrate) or places)
             carve_layers(run, files, config, asked, ids_BT)
-            return publish(out, run, files, config)
+            result = figures(out, files, run / "layers", config)
+            if not places:
+                publish(out, run, files, config, result)
+                return result
+            if not (made := run / "carved").exists():
+                publish(made, run, files, config, result)
+            model, losses = heal(run, dense, made, places, healing, ids_BT.shape[1])
+            result = replace(result, losses=losses)
+            save_model(model, out, tokenizer=Tokenizer.load(dense), extra_files=beside(run), add=partial(
+                add_report, result))
+            return result
+
+
+def beside(run: Path) -> list[Path]:
+    """Files that go along with a healed model."""
+    return [path for path in (run / "dense").iterdir() if path.name.startswith("LICENSE")
+            or path.name == "generation_config.json"] + [run / "heal" / "loss.png"]
+
+
+def add_report(result: Carved, folder: Path) -> None:
+    for name, value in reports(result).items():
+        write_atomically(folder / name, value)
+
+
+def reports(result: Carved) -> dict[str, str]:
+    """Files by name."""
+    keys = asdict(result) | {"errors": {str(layer): error for layer, error in result.errors.items()}}
+    del keys["path"]
+    return {"report.json": to_json(keys, indent=2) + "\n", "report.md": f"{result}\n"}
 
 
 def run_folder(out: Path) -> Path:
@@ -141,12 +188,12 @@ def run_folder(out: Path) -> Path:
     return out.with_name(f"{out.resolve().name}.run")
 
 
-def claim(run: Path, source: str | Path, asked: CarveConfig, dtype: str, context: int | None) -> None:
-    """Raises ConfigError where the folder holds another model, or one that is carved otherwise."""
+def claim(run: Path, source: str | Path, asked: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the folder holds another model, or one that is made otherwise."""
     files, _, _ = open_dense(source)
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
               for file in sorted({files.file(name) for name in files})}
-    key = json.loads(json.dumps(asdict(asked) | {"dtype": dtype, "context": context, "source": stamps}))
+    key = json.loads(json.dumps({**asked, "source": stamps}))
     path = run / "carving.json"
     if path.is_file():
         for name, value in read_json(path, ConfigError).items():
@@ -169,13 +216,12 @@ def dense_form(source: str | Path, run: Path, dtype: Any, context: int | None) -
 # ---- calibration text ---------------------------------------------------------------------------------------------
 
 
-def calibration(run: Path, dense: Path, asked: CarveConfig) -> Tensor:
-    """Windows of token ids, [B, T], drawn once."""
+def calibration(run: Path, dense: Path, asked: CarveConfig, places: Mapping[str, Sequence[str]]) -> Tensor:
+    """Windows of token ids, [B, T], drawn once, or written by the model where no text is given."""
     file = run / "calibration.safetensors"
     if not file.is_file():
         config, tokenizer = ModelConfig.from_file(dense), Tokenizer.load(dense)
         length = min(WINDOW, config.max_position_embeddings)
-        places = named(asked.calibrate)
         ids_BT = (sampled(places, tokenizer, asked.calibration_tokens, length, asked.calibration_seed) if places else
                   written(dense, asked.calibration_tokens, length, asked.calibration_seed))
         write_atomically(file, save({"ids": ids_BT}))
@@ -298,10 +344,9 @@ def block(found: Division, gate_IH: Tensor, up_IH: Tensor, config: ModelConfig) 
 # ---- the result ---------------------------------------------------------------------------------------------------
 
 
-def publish(out: Path, run: Path, files: TensorFiles, config: ModelConfig) -> Carved:
-    """Write OUT: the carved layers, and what the dense form has beside its FFN."""
-    names = [layer_file(number) for number in config.moe_layers]
-    layers = TensorFiles(run / "layers", verify=False, names=names)
+def publish(out: Path, run: Path, files: TensorFiles, config: ModelConfig, result: Carved) -> None:
+    """Write the carved layers, and what the dense form has beside its FFN."""
+    layers = TensorFiles(run / "layers", verify=False, names=[layer_file(number) for number in config.moe_layers])
     kind = next(name for name, dtype in TORCH_DTYPES.items() if dtype == stored_dtype(files))
     parts = []
     for name, disk_name, tensor in stored_parts(CausalLM.on_meta(config)):
@@ -309,20 +354,18 @@ def publish(out: Path, run: Path, files: TensorFiles, config: ModelConfig) -> Ca
         parts.append(Part(disk_name, dtype, tuple(tensor.shape), partial(
             copied, layers if disk_name in layers else files, disk_name, dtype)))
     parts.sort(key=lambda part: part.rank)
-    result = figures(out, files, layers, config)
-    writer = Writer(out, {"carved": asdict(result) | {"path": ""}}, files, True)
+    writer = Writer(out, {"carved": config.to_dict()}, files, True)
     writer.write(divide(parts, Part.size, 5 * SHARD_BYTES), {}, True)
-    report = asdict(result) | {"path": None, "errors": {str(k): v for k, v in result.errors.items()}}
-    writer.publish(plain_keys(config, str(TORCH_DTYPES[kind]).removeprefix("torch.")), {"report.json": report})
-    return result
+    add_report(result, writer.folder)
+    writer.publish(plain_keys(config, str(TORCH_DTYPES[kind]).removeprefix("torch.")), {})
 
 
-def figures(out: Path, files: TensorFiles, layers: TensorFiles, config: ModelConfig) -> Carved:
+def figures(out: Path, files: TensorFiles, layers: Path, config: ModelConfig) -> Carved:
     """The accounts of the carved model and of the dense one."""
     mine, dense = (describe(one, context=WINDOW) for one in (config, ModelConfig.from_file(files.folder)))
     errors = {}
     for number in config.moe_layers:
-        with safe_open(layers.folder / layer_file(number), framework="pt") as file:
+        with safe_open(layers / layer_file(number), framework="pt") as file:
             errors[number] = float(file.metadata()["error"])
     formats = ("BF16", "NF4")
     return Carved(

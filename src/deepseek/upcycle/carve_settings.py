@@ -1,11 +1,11 @@
-"""The settings of `deepseek upcycle --carve`. Imports no torch."""
+"""The settings of `deepseek upcycle --carve [--heal]`. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..settings import ABOVE_ZERO, COUNT, NATURAL, SHARE, Option, Settings
+from ..settings import ABOVE_ZERO, COUNT, NATURAL, POSITIVE, SHARE, UP_TO_ONE, Option, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,30 @@ class CarveConfig(Settings):
         "text by which neurons are grouped: PATH or NAME=PATH; else text that the model writes itself",
         metavar="DATA")] = ()
     calibration_tokens: Annotated[int, Option("tokens of that text", COUNT)] = 16384
-    expert_width: Annotated[int, Option("neurons of an expert", COUNT)] = 16
+    expert_width: Annotated[int, Option("neurons of an expert; 64 where it will be quantized to four bits", COUNT)] = 32
     always_active: Annotated[float, Option("share of a layer's neurons in the shared expert", SHARE)] = 0.125
     dense_layers: Annotated[int, Option("first layers that stay dense", NATURAL)] = 1
     refit: Annotated[bool, Option(
         "fit the experts' down projections to the dense layer's output on the calibration text")] = True
     calibration_seed: Annotated[int, Option("seed of the calibration text", NATURAL)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig(Settings):
+    """How `carve` trains what it made, with the dense model as the teacher. Raises ConfigError naming setting, rule and
+    value."""
+
+    heal: Annotated[tuple[str, ...], Option(
+        "train the experts on this text, PATH or NAME=PATH, the same share of each name; also calibrates",
+        metavar="DATA")] = ()
+    heal_tokens: Annotated[int, Option("tokens to train on", COUNT)] = 2_000_000
+    heal_lr: Annotated[float, Option("highest learning rate", POSITIVE)] = 3e-4
+    heal_batch: Annotated[int, Option("windows of 512 tokens a step", COUNT)] = 4
+    kl_share: Annotated[float, Option(
+        "share of the loss that compares with the dense model; the rest is cross entropy with the text",
+        UP_TO_ONE)] = 0.5
+    anneal: Annotated[float, Option(
+        "share of the steps in which the active share falls from 100 % to what is asked", SHARE)] = 0.0
+    heal_evaluated: Annotated[int, Option("held-out windows of each name in an evaluation", COUNT)] = 8
+    heal_saved: Annotated[int, Option("steps between checkpoints", COUNT)] = 50
+    heal_seed: Annotated[int, Option("seed of the order of the text", NATURAL)] = 0

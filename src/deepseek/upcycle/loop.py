@@ -11,7 +11,7 @@ import torch
 
 from ..atlas import RoutingAccuracy
 from ..data.shards import Batch
-from ..deepopt.loop import held_out_loss
+from ..deepopt.loop import TrainingLoop, held_out_loss
 from ..deepopt.settings import TrainConfig
 from ..files import write_json
 from ..model import CausalLM
@@ -30,12 +30,7 @@ class GrowTrainer(PartialTrainer):
         self.last: dict[str, Any] = {}  # the last evaluation
         super().__init__(model, text, train_config(config), out, tokenizer, settings={"grow": _settings(config)},
                          about=about, extend=False)
-        gates = {id(block.gate.weight) for block in model.moe_blocks().values()}
-        for group in [*self.optimizer.param_groups]:
-            rows = [p for p in group["params"] if id(p) in gates]
-            if rows:
-                group["params"] = [p for p in group["params"] if id(p) not in gates]
-                self.optimizer.param_groups.append({**group, "params": rows, "lr_scale": config.gate_lr})
+        slow_gates(self, config.gate_lr)
 
     def before(self) -> dict[str, Any]:
         """The evaluation before the first step, made once."""
@@ -72,6 +67,16 @@ class _Of:
 
     def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
         return self.text.valid_of(self.place, batch_size, limit)
+
+
+def slow_gates(loop: TrainingLoop, share: float) -> None:
+    """Train the gates at a share of the learning rate."""
+    gates = {id(block.gate.weight) for block in loop.model.moe_blocks().values()}
+    for group in [*loop.optimizer.param_groups]:
+        rows = [p for p in group["params"] if id(p) in gates]
+        if rows:
+            group["params"] = [p for p in group["params"] if id(p) not in gates]
+            loop.optimizer.param_groups.append({**group, "params": rows, "lr_scale": share})
 
 
 def train_config(config: GrowConfig) -> TrainConfig:
