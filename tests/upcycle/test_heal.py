@@ -75,8 +75,8 @@ def test_healing_lowers_every_loss_and_changes_experts_alone(dense: Path) -> Non
     assert {*found.losses} == {"dense", "before", "after"} and {*found.losses["after"]} == {"land", "sea"}
     for name, before in found.losses["before"].items():
         assert found.losses["after"][name] < before - 0.1
-    before, after = (load_model(folder).state_dict() for folder in (run / "carved", out))
-    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    carved, healed = (load_model(folder).state_dict() for folder in (run / "carved", out))
+    changed = {name for name, tensor in healed.items() if not torch.equal(tensor, carved[name])}
     assert changed and all(".mlp." in name and ".layers.0." not in name for name in changed)
     assert any("gate.weight" in name for name in changed) and any(".shared_experts." in name for name in changed)
     log = [json.loads(line) for line in (run / "heal" / "log.jsonl").read_text().splitlines()]

@@ -81,7 +81,7 @@ class HealData:
     def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch:
         assert (seq_len, seed) == (self.seq_len, self.seed), "targets are of these windows"
         rows = [self.window(number) for number in range(step * batch_size, (step + 1) * batch_size)]
-        return Batch(*(torch.cat([row[part] for row in rows]) for part in range(3)))  # type: ignore[misc, arg-type]
+        return Batch(*(torch.cat([row[part] for row in rows]) for part in range(3)))  # type: ignore[misc]
 
     def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
         for shards in self.shards.values():
