@@ -37,7 +37,7 @@ class Running:
 
 def soon(page: Any, expression: str) -> None:
     """Waits until a browser's page says so."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not page.evaluate(expression):
         assert time.monotonic() < end, expression
         page.wait_for_timeout(50)

@@ -32,7 +32,8 @@ HOSTILE = """It **grows** with `x*y` and **<i>hit</i>**, and [so](javascript:ale
 <style>body { display: none }</style>
 ```html
 </code></pre><iframe srcdoc="<script>parent.hit = 3</script>"></iframe>
-""" + "wide" * 10 + "\n```\nEnd ** of `it"
+```
+End ** of `it"""
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,7 @@ class Opened:
     def __init__(self, browser: Any, server: Running, **look: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}} | look)
         self.page = self.context.new_page()
+        self.page.set_default_timeout(90_000)  # milliseconds: the machine may have other work
         self.wrong: list[str] = []
         self.asked: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -182,6 +184,7 @@ def test_answers_stream_with_their_experts(planted: Running, browser: Any) -> No
     page.get_by_label("Temperature").fill("0.25")
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement.id") == "message"
+    tab.force("yes")
     tab.ask("And?")
     system, *said = tab.bodies[-1]["messages"]
     assert system == {"role": "system", "content": "Be brief."} and tab.bodies[-1]["temperature"] == 0.25
@@ -236,7 +239,7 @@ def test_light_dark_and_a_phone(planted: Running, browser: Any) -> None:
         tab = Opened(browser, planted, **look)
         tab.log_in()
         if "viewport" in look:
-            tab.force("(?:a ){200}\n```\n(?:wide){20}")
+            tab.force("(?:a\n\n){25}```\n(?:wide){20}")
             tab.page.get_by_label("Message").fill("word" * 50)
             tab.page.get_by_role("button", name="Send").tap()
             tab.page.get_by_role("button", name="Regenerate").wait_for()
