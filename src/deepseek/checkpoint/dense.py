@@ -29,6 +29,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from ..errors import CheckpointError, ConfigError, printable, shown
 from ..model import CausalLM
 from ..model.layers import inverse_frequencies
 from ..settings import is_int, is_number
-from .files import Tensors, row_blocks
+from .files import TensorFiles, Tensors, row_blocks
 from .models import check_names
 from .names import hf_names
 
@@ -366,6 +367,38 @@ class DenseAsV3:
         if part.endswith("bias") and "o" not in self.dense.biases:
             return iter([torch.zeros(self.dense.hidden)])
         return self._copy(f"{stem}{part}")
+
+
+class DenseFiles(TensorFiles):
+    """The tensors that `DenseAsV3` makes, as conversions read them, without a folder of them in between."""
+
+    def __init__(self, made: DenseAsV3) -> None:
+        self.made, self.folder = made, made.files.folder
+        self._last: tuple[str, Tensor] = "", torch.empty(0)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.made.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.made.shapes[name]
+
+    def dtype(self, name: str) -> str:
+        return "F32"
+
+    def file(self, name: str) -> Path:
+        return self.folder
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.read_rows(name, 0, self.shape(name)[0], dtype)
+
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self._last[0] != name:  # rows are asked for one block after the other
+            self._last = name, torch.cat([*self.made.rows(name)])
+        rows = self._last[1][start:stop]
+        return rows if dtype is None else rows.to(dtype)
 
 
 # the table: V3's tensors of attention -> what they are made from (all others are the source's)

