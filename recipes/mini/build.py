@@ -28,6 +28,7 @@ from deepseek.checkpoint import ready
 from deepseek.checkpoint.packages import read_package
 from deepseek.cli import main as deepseek
 from deepseek.convert import export, install_all, quantize
+from deepseek.convert.packages import calibrate
 from deepseek.convert.pulling import base_file
 from deepseek.files import read_json, read_yaml, replace_folder, sha256, write_atomically, write_json
 from fetch_data import DATA
@@ -57,18 +58,18 @@ def grow(base: Path, records: Path, run: Path, threads: int | None) -> None:
 
 
 def ship(out: Path) -> Path:
-    """OUT/shipped without the card. The packages pass through an NF4 base, which packs them."""
+    """OUT/shipped without the card. The packages pass through an NF4 base, which packs them; their biases are found
+    here, on the exact form, so that an installation need not wait for it."""
     target = out / "shipped"
     calibration = read_json(out / "records" / "calibration.json")
     with replace_folder(target) as staging, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*unsigned")
         quantize(out / "base", staging / "nf4", "nf4")
         install_all([read_package(out / "run" / "packages" / f"{name}.safetensors") for name in NAMES], staging / "nf4")
-        packages = []
-        for name in NAMES:
-            path = staging / f"{name}.safetensors"
-            export(staging / "nf4", name, path)
-            packages.append({"file": path.name, "sha256": sha256(path)})
+        opened = [export(staging / "nf4", name, staging / f"{name}.safetensors") for name in NAMES]
+        biases = calibrate(out / "base", opened, calibration["tokens"])
+        packages = [{"file": package.path.name, "sha256": sha256(package.path), "bias": bias}
+                    for package, bias in zip(opened, biases, strict=True)]
         shutil.rmtree(staging / "nf4")
         write_json(staging / "calibration.json", calibration)
         manifest = read_json(WEIGHTS / "manifest.json") | {
