@@ -14,7 +14,8 @@ from deepseek import Tokenizer
 from deepseek.checkpoint import TensorFiles, load_model
 from deepseek.cli import main
 from deepseek.config import ModelConfig
-from deepseek.errors import ConfigError, DataError
+from deepseek.convert import quantize
+from deepseek.errors import ConfigError, DataError, NotFoundError
 from deepseek.upcycle import carve as carving
 from deepseek.upcycle.carve import active_share, carve, carved_config
 from deepseek.upcycle.carve_settings import CarveConfig
@@ -87,6 +88,14 @@ def test_half_of_it_is_a_plain_checkpoint_of_the_same_neurons(dense: Path) -> No
                           for where in ("shared_experts", *(f"experts.{e}" for e in range(10)))])
         want = source.read(f"model.layers.2.mlp.{part}.weight")
         assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, want.tolist()))
+
+
+def test_it_can_be_quantized(dense: Path) -> None:
+    out = carve(dense, dense.parent / "v3", asked(dense)).path
+    quantize(out, dense.parent / "int8", "int8", progress=False)
+    ids = torch.randint(0, 300, (2, 40))
+    with torch.no_grad():
+        assert far(load_model(dense.parent / "int8")(ids), load_model(out)(ids)) < 0.2
 
 
 def test_the_fitted_projections_lose_less(dense: Path) -> None:
@@ -179,6 +188,9 @@ def test_the_command(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
                            (["--carve", "0.5", "--check"], "check = True: a model with carved experts")):
         assert main(["upcycle", str(dense), str(dense.parent / "other"), *words]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(NotFoundError, match="nowhere"):
+        carve(dense, dense.parent / "other", asked(dense, calibrate=("land=nowhere",)))
+    assert not (dense.parent / "other.run").exists()
     (dense.parent / "text.txt").write_text("too short")
     with pytest.raises(DataError, match="the text of text has less than one window of 64 tokens"):
         carve(dense, dense.parent / "other", asked(dense))

@@ -35,7 +35,7 @@ from ..config import ModelConfig
 from ..convert import upcycle
 from ..convert.upcycling import open_dense
 from ..convert.writing import SHARD_BYTES, Part, Writer, copied, free_folder
-from ..data import ReadReport, read_documents
+from ..data import ReadReport, list_files, read_documents
 from ..data.settings import named_paths
 from ..errors import ConfigError, DataError
 from ..files import locked, read_json, to_json, write_atomically, write_json
@@ -144,12 +144,14 @@ def carve(
     with locked(out):
         out = free_folder(out, overwrite, source)
         run = run_folder(out)
+        places = named(healing.heal)
+        for paths in (*named(asked.calibrate).values(), *places.values()):
+            [*list_files(paths)]  # a wrong one is said before the work
         claim(run, source, asdict(asked) | asdict(healing) | {"dtype": dtype, "context": context})
         with kept(lambda: f"what is done so far is in {run}"):
             dense = dense_form(source, run, dtype, context)
             files = TensorFiles(dense, verify="small")
             config = carved_config(ModelConfig.from_file(dense), asked)
-            places = named(healing.heal)
             ids_BT = calibration(run, dense, asked, named(asked.calibrate) or places)
             carve_layers(run, files, config, asked, ids_BT)
             result = figures(out, files, run / "layers", config)
