@@ -90,7 +90,9 @@ def assembled(out: Path, bits: str) -> Path:
                 path.rename(staging / path.name)
             (staging / "model").rmdir()
             shutil.copyfile(out / "shipped" / "calibration.json", staging / "calibration.json")
-            install_all([read_package(out / "shipped" / f"{name}.safetensors") for name in NAMES], staging)
+            packages = read_json(out / "shipped" / "manifest.json")["packages"]
+            install_all([read_package(out / "shipped" / one["file"]) for one in packages], staging,
+                        biases=[one["bias"] for one in packages])
     return model
 
 
