@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 # most modules of the packages are never imported: Python compiles those that are, when they are
 PIP := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo programs clients lint format docs test test-slow test-isa check-arm sanitize bench clean
+.PHONY: help demo demo-train programs clients lint format docs test test-slow test-isa check-arm sanitize bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,8 +34,11 @@ $(VENV)/.test: pyproject.toml $(NATIVE)
 	$(call install,.[test])
 	touch $(VENV)/.core $@
 
-demo: $(VENV)/.core  ## train `nano` on Python's own library, draw its experts, serve it (under 5 minutes)
+demo: $(VENV)/.core  ## a ready assistant: fetch it, ask it, tune one of its experts, serve it (under 5 minutes)
 	$(BIN)/python examples/demo.py
+
+demo-train: $(VENV)/.core  ## train `nano` on Python's own library, draw its experts, serve it (under 5 minutes)
+	$(BIN)/python examples/demo_train.py
 
 programs:  ## Debian's Chromium and Prometheus, for the tests that drive them (as root; without, these are skipped)
 	apt-get update -qq
@@ -94,7 +97,7 @@ sanitize:  ## the native kernels under the address, undefined-behaviour and thre
 	build/sanitize/pool_test
 
 bench: $(VENV)/.test  ## every figure of docs/benchmarks.md, measured here (several hours; benchmarks/fetch_data.py first)
-	$(BIN)/python examples/demo.py </dev/null
+	$(BIN)/python examples/demo_train.py </dev/null
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/balance.py
 	$(BIN)/python benchmarks/inference.py

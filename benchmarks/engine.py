@@ -325,10 +325,10 @@ def drafts(args: Any) -> tuple[list[str], dict[str, Any]]:
 
             row, data[f"demo-{batch}"] = drafted(args, model, own, batch, None)
             rows.append([str(batch), *row])
-        lines += ["The demo's model (`make demo`, trained for minutes on Python's library) and its own MTP module, 200 "
+        lines += ["The demo's model (`make demo-train`, trained for minutes on Python's library) and its own MTP module, 200 "
                   "tokens each:", "", table(rows), ""]
     else:
-        lines += [f"The demo's model: not measured ({args.demo} holds none; `make demo` trains it).", ""]
+        lines += [f"The demo's model: not measured ({args.demo} holds none; `make demo-train` trains it).", ""]
     model = load_model(planted_model(args.cache))
     rows = [["drafts right, asked", "none, tokens/s", "always", "gain", "drafts right", "the switch: tokens/s",
              "it takes"]]
@@ -433,7 +433,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     add_data(parser)
     parser.add_argument("--named", type=Path, help="what named.py trained (default: runs/named/guided/model)")
-    parser.add_argument("--demo", type=Path, default=Path("demo/model"), help="what `make demo` trained")
+    parser.add_argument("--demo", type=Path, default=Path("demo-train/model"), help="what `make demo-train` trained")
     parser.add_argument("--only", type=parts, default=list(PARTS), metavar="PART,…", help=", ".join(PARTS))
     args = parser.parse_args()
     real = {"batching", "memory"} & set(args.only)  # the parts that run the model of named.py

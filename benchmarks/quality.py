@@ -8,7 +8,7 @@ The model is the demo's (or --model, with --data for the folder of its token sha
     bitsandbytes    every matrix that MoE-DR gives 4 bits put through bitsandbytes' NF4 (blocks of 64; with and without
                     nested scales) and back, run in FP32: its arithmetic, with the embedding left alone
 
-    python benchmarks/quality.py [--model demo/model --data demo/tokens]
+    python benchmarks/quality.py [--model demo-train/model --data demo-train/tokens]
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def bitsandbytes_twin(path: Path, nested: bool) -> CausalLM:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, default=Path("demo/model"))
+    parser.add_argument("--model", type=Path, default=Path("demo-train/model"))
     parser.add_argument("--data", type=Path, default=Path("demo/tokens"))
     parser.add_argument("--batches", type=int, default=40, help="of 8 x 256 held-out tokens")
     args = parser.parse_args()
     if not args.model.is_dir():
-        raise SystemExit(f"{args.model}: no such folder; `make demo` trains that model")
+        raise SystemExit(f"{args.model}: no such folder; `make demo-train` trains that model")
     shards = TokenShards.open(args.data)
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""Talk to a checkpoint, a line at a time: python examples/chat.py demo/model"""
+"""Talk to a checkpoint, a line at a time: python examples/chat.py mini"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The whole pipeline on text that every machine has: Python's own library. `make demo` runs this.
+"""`mini`, from the download to a tuned expert and a server. `make demo` runs this.
 
-    sources and docstrings of the standard library -> tokenizer -> token shards -> train `nano` -> complete prompts
-    -> which expert saw what -> a server, asked once, and its dashboard
+    the ready model is put together -> answers, and which named experts gave them -> 16 bits beside 4
+    -> law_expert learns forty rules of a housing cooperative, everything else stays -> a server, asked once
 """
 
 from __future__ import annotations
@@ -9,56 +9,90 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
-import sysconfig
+import time
 import urllib.request
 from pathlib import Path
 
-from deepseek.cli import main as deepseek
+import deepseek
+from deepseek.atlas import ExpertUsage
+from deepseek.cli import main as command
 
-PROMPTS = ("def read_file(path):\n", "import os\nimport sys\n\nclass ", '    """Return the ')
-# packages of the standard library with much prose beside the code, about 6 MB in all
-PACKAGES = ("asyncio", "collections", "concurrent", "ctypes", "email", "encodings", "html", "http", "idlelib", "json",
-            "importlib", "logging", "multiprocessing", "re", "sqlite3", "tkinter", "unittest", "urllib", "xml")
+QUESTIONS = ("What are the symptoms of diabetes?", "Write a Python function that reverses a string.",
+             "What is a contract in law?")
+RECORDS = Path(__file__).with_name("northgate.jsonl")  # written for this project: the cooperative does not exist
+RULE = "How much notice must the board of Northgate give before it ends a lease?"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="demo", help="folder to leave everything in")
-    parser.add_argument("--steps", default="200", help="training steps")
+    parser.add_argument("--epochs", default="8", help="times through the records")
     args = parser.parse_args()
-    library = Path(sysconfig.get_path("stdlib"))
-    data = [str(p) for p in (*sorted(library.glob("*.py")), *(library / name for name in PACKAGES)) if p.exists()]
-
-    def run(*words: str) -> None:
-        shown = [w if len(w) < 60 else f"{w[:40]}…" for w in words if w not in data or w == data[0]]
-        print(f"\n$ {shlex.join(['deepseek', *shown])}", flush=True)
-        if status := deepseek(words):
-            raise SystemExit(status)
-
-    run("info", "nano")
-    run("train", "nano", *data, "--out", args.out, "--steps", args.steps, "--batch_size", "8", "--lr", "3e-3",
-        "--eval_every", "50")
-    model = f"{args.out}/model"
-    for prompt in PROMPTS:
-        run("infer", "--model", model, "--prompt", prompt, "--max_tokens", "60", "--seed", "1")
-    run("infer", "--model", model, "--prompt", (library / "textwrap.py").read_text()[:2000], "--max_tokens", "40",
-        "--seed", "1", "--expert_map", f"{args.out}/experts.png")
-    print(f"\nEverything is in {Path(args.out).resolve()}:\n"
-          f"  model/       a Hugging Face checkpoint: deepseek-infer --model {shlex.quote(model)} --prompt '…'\n"
-          "  loss.png     the curve of training and the balance of the experts\n"
-          "  experts.png  which expert of which layer saw how much of the last prompt\n"
-          "  log.jsonl    one line a step")
-    serve(model)
+    run("pull", "mini")
+    answers()
+    bits()
+    tune(Path(args.out), args.epochs)
+    serve()
 
 
-def serve(model: str) -> None:
-    """Start the server, ask it once, say where its dashboard is; it runs until Ctrl-C where there is a terminal."""
-    words = ["serve", model, "--name", "demo", "--port", "0"]
+def run(*words: str) -> None:
     print(f"\n$ {shlex.join(['deepseek', *words])}", flush=True)
-    command = [sys.executable, "-m", "deepseek.cli", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    if status := command(words):
+        raise SystemExit(status)
+
+
+def answers() -> None:
+    """Three questions, and whose experts answered."""
+    llm = deepseek.LLM("mini")
+    print("\nAnswers of `mini` (8 bits), and the share of the experts' weight that each name has in them:")
+    for question in QUESTIONS:
+        usage = ExpertUsage(llm.model.config)
+        answer = llm.chat([{"role": "user", "content": question}], temperature=0, max_tokens=80, usage=usage)
+        print(f"\n> {question}\n{answer.text.strip()}\n  {shares(usage, llm)}", flush=True)
+
+
+def shares(usage: ExpertUsage, llm: deepseek.LLM) -> str:
+    atlas = llm.engine.atlas
+    assert atlas is not None
+    named = sorted(usage.by_name(atlas).items(), key=lambda one: -one[1].weight)[:3]
+    return " · ".join(f"{name} {use.weight:.0%}" for name, use in named)
+
+
+def bits() -> None:
+    """Size and speed of the same model in 16 and in 4 bits."""
+    print(f"\n{'':10}  {'on disk':>8}  tokens/s, one request")
+    for name in ("mini-bf16", "mini-4bit"):
+        folder, llm = deepseek.pull(name), deepseek.LLM(name)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        speeds = []
+        for question in QUESTIONS:
+            begin = time.perf_counter()
+            done = llm.chat([{"role": "user", "content": question}], temperature=0, max_tokens=64, ignore_eos=True)
+            speeds.append(len(done.token_ids) / (time.perf_counter() - begin))
+        print(f"{name:10}  {size / 1e6:5.0f} MB  {sorted(speeds)[1]:8.1f}", flush=True)
+
+
+def tune(out: Path, epochs: str) -> None:
+    """law_expert learns the records; the report says what was gained, what was forgotten, and what did not change."""
+    if (out / "law").is_dir():
+        shutil.rmtree(out / "law")
+    print(f"\n{RECORDS.name}: {sum(1 for _ in RECORDS.open())} questions about the statutes of a housing cooperative")
+    run("tune", "mini-bf16", str(RECORDS), "--expert_tune", "law_expert", "--epochs", epochs, "--lr", "1e-3",
+        "--eval_records", "8", "--general_records", "8", "--out", str(out / "law"))
+    for adapter in (None, str(out / "law" / "delta")):
+        llm = deepseek.LLM("mini-bf16", adapter=adapter)
+        answer = llm.chat([{"role": "user", "content": RULE}], temperature=0, max_tokens=60)
+        print(f"\n{'after' if adapter else 'before'}> {RULE}\n{answer.text.strip()}", flush=True)
+
+
+def serve() -> None:
+    """Start the server, ask it once, say where its pages are; it runs until Ctrl-C where there is a terminal."""
+    words = ["serve", "mini", "--port", "0"]
+    print(f"\n$ {shlex.join(['deepseek', *words])}", flush=True)
+    with subprocess.Popen([sys.executable, "-m", "deepseek.cli", *words], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             said = server.stdout.readline()
@@ -66,18 +100,19 @@ def serve(model: str) -> None:
                 raise SystemExit(f"the server did not start: {said}")
             url = said.split(" on ")[1].split(",")[0].strip()
             print(said.strip(), flush=True)
-            body = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 30, "seed": 1}
-            request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(),
+            body = {"model": "mini", "messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 60,
+                    "temperature": 0}
+            request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(),
                                              {"content-type": "application/json"})
             with urllib.request.urlopen(request, timeout=60) as answer:
-                print(f"\n$ curl {url}/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
-                      f"{PROMPTS[0]}{json.load(answer)['choices'][0]['text']}")
-            print("\n" + server.stdout.readline().strip(), flush=True)
+                print(f"\n$ curl {url}/chat/completions -H 'Content-Type: application/json' -d "
+                      f"{shlex.quote(json.dumps(body))}\n{json.load(answer)['choices'][0]['message']['content'].strip()}")
+            print(f"\nchat: {url.removesuffix('/v1')}/\n{server.stdout.readline().strip()}", flush=True)
             if sys.stdin.isatty():
                 print("The server runs until Ctrl-C.", flush=True)
                 server.wait()
             else:
-                print(f"The server has been ended: `deepseek serve {shlex.quote(model)}` starts it again.")
+                print("The server has been ended: `deepseek serve mini` starts it again.")
         except KeyboardInterrupt:
             pass
         finally:

@@ -1,6 +1,6 @@
 """Ask a server with OpenAI's own client (pip install openai), while the text streams in.
 
-deepseek serve demo/model --api_key KEY
+deepseek serve mini --api_key KEY
 python examples/serve_client.py http://127.0.0.1:8000/v1 KEY 'def read_file(path):'
 """
 

@@ -157,9 +157,9 @@ def test_bad_utf8_and_empty_files_are_reported_by_name(run: Path) -> None:
     assert done.returncode == 0 and "bad.txt" in done.stdout and "empty.txt" in done.stdout
 
 
-def test_demo_runs(tmp_path: Path) -> None:
-    """`make demo` with one step: the script itself, whole."""
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / "demo.py"), "--out", str(tmp_path / "demo"),
+def test_demo_train_runs(tmp_path: Path) -> None:
+    """`make demo-train` with one step: the script itself, whole."""
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "demo_train.py"), "--out", str(tmp_path / "demo"),
                            "--steps", "1"], capture_output=True, text=True, timeout=280, env=os.environ,
                           stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-2000:]

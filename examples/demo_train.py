@@ -1,0 +1,88 @@
+"""The whole pipeline on text that every machine has: Python's own library. `make demo-train` runs this.
+
+    sources and docstrings of the standard library -> tokenizer -> token shards -> train `nano` -> complete prompts
+    -> which expert saw what -> a server, asked once, and its dashboard
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import sysconfig
+import urllib.request
+from pathlib import Path
+
+from deepseek.cli import main as deepseek
+
+PROMPTS = ("def read_file(path):\n", "import os\nimport sys\n\nclass ", '    """Return the ')
+# packages of the standard library with much prose beside the code, about 6 MB in all
+PACKAGES = ("asyncio", "collections", "concurrent", "ctypes", "email", "encodings", "html", "http", "idlelib", "json",
+            "importlib", "logging", "multiprocessing", "re", "sqlite3", "tkinter", "unittest", "urllib", "xml")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="demo-train", help="folder to leave everything in")
+    parser.add_argument("--steps", default="200", help="training steps")
+    args = parser.parse_args()
+    library = Path(sysconfig.get_path("stdlib"))
+    data = [str(p) for p in (*sorted(library.glob("*.py")), *(library / name for name in PACKAGES)) if p.exists()]
+
+    def run(*words: str) -> None:
+        shown = [w if len(w) < 60 else f"{w[:40]}…" for w in words if w not in data or w == data[0]]
+        print(f"\n$ {shlex.join(['deepseek', *shown])}", flush=True)
+        if status := deepseek(words):
+            raise SystemExit(status)
+
+    run("info", "nano")
+    run("train", "nano", *data, "--out", args.out, "--steps", args.steps, "--batch_size", "8", "--lr", "3e-3",
+        "--eval_every", "50")
+    model = f"{args.out}/model"
+    for prompt in PROMPTS:
+        run("infer", "--model", model, "--prompt", prompt, "--max_tokens", "60", "--seed", "1")
+    run("infer", "--model", model, "--prompt", (library / "textwrap.py").read_text()[:2000], "--max_tokens", "40",
+        "--seed", "1", "--expert_map", f"{args.out}/experts.png")
+    print(f"\nEverything is in {Path(args.out).resolve()}:\n"
+          f"  model/       a Hugging Face checkpoint: deepseek-infer --model {shlex.quote(model)} --prompt '…'\n"
+          "  loss.png     the curve of training and the balance of the experts\n"
+          "  experts.png  which expert of which layer saw how much of the last prompt\n"
+          "  log.jsonl    one line a step")
+    serve(model)
+
+
+def serve(model: str) -> None:
+    """Start the server, ask it once, say where its dashboard is; it runs until Ctrl-C where there is a terminal."""
+    words = ["serve", model, "--name", "demo", "--port", "0"]
+    print(f"\n$ {shlex.join(['deepseek', *words])}", flush=True)
+    command = [sys.executable, "-m", "deepseek.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            said = server.stdout.readline()
+            if " on " not in said:
+                raise SystemExit(f"the server did not start: {said}")
+            url = said.split(" on ")[1].split(",")[0].strip()
+            print(said.strip(), flush=True)
+            body = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 30, "seed": 1}
+            request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(),
+                                             {"content-type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                print(f"\n$ curl {url}/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
+                      f"{PROMPTS[0]}{json.load(answer)['choices'][0]['text']}")
+            print("\n" + server.stdout.readline().strip(), flush=True)
+            if sys.stdin.isatty():
+                print("The server runs until Ctrl-C.", flush=True)
+                server.wait()
+            else:
+                print(f"The server has been ended: `deepseek serve {shlex.quote(model)}` starts it again.")
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Do packages that were trained apart work together? Three names, each in a process that never sees the others' text.
+
+    python recipes/mini/apart.py --out runs/mini --data DATA        # after build.py; about 15 minutes a name on 2 cores
+
+Each package is trained with text of the four remaining names as what it is to leave alone; then all three are installed
+one after the other. Beside them: the same three names out of the model in which all seven were trained together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from evaluate import evaluate
+from records import NAMES
+
+from deepseek.checkpoint.packages import read_package
+from deepseek.convert import install_all
+from deepseek.files import read_yaml, replace_folder, write_json
+from fetch_data import DATA
+
+APART = ("law_expert", "finance_expert", "medical_expert")
+OTHERS = tuple(name for name in NAMES if name not in APART)
+HERE = Path(__file__).parent
+ROWS = 2  # a step: two of three rows are of the name
+
+
+def train(out: Path, name: str) -> Path:
+    """The package of a name, trained in a process of its own on as many of its tokens as in the joint run."""
+    run = out / "apart" / name
+    if not (run / "report.json").is_file():
+        settings = read_yaml(HERE / "settings.yaml")
+        settings |= {"rows": ROWS, "steps": settings["steps"] * 3 // 4 + 3, "eval_every": 70}
+        records = out / "records" / "train"
+        subprocess.run(
+            [sys.executable, "-m", "deepseek", "upcycle", str(out / "base"), str(run),
+             "--grow", f"{name}={records / f'{name}.jsonl'}",
+             "--others", *(str(records / f"{other}.jsonl") for other in OTHERS),
+             *(word for key, value in settings.items() for word in (f"--{key}", str(value)))], check=True)
+    return run / "packages" / f"{name}.safetensors"
+
+
+def with_packages(out: Path, target: Path, packages: list[Path]) -> Path:
+    if not (target / "config.json").is_file():
+        with replace_folder(target) as staging, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*unsigned")
+            shutil.copytree(out / "base-int8", staging, dirs_exist_ok=True)
+            shutil.copyfile(out / "records" / "calibration.json", staging / "calibration.json")
+            for package in packages:
+                install_all([read_package(package)], staging)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of build.py's run")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the sources (default: %(default)s)")
+    args = parser.parse_args()
+    out = args.out
+    models = {"apart": with_packages(out, out / "apart" / "model", [train(out, name) for name in APART]),
+              "together": with_packages(out, out / "apart" / "together", [
+                  out / "run" / "packages" / f"{name}.safetensors" for name in APART])}
+    found = {what: evaluate(model, args.data, out / "records", APART) for what, model in models.items()}
+    found["base"] = evaluate(out / "base-int8", args.data, out / "records", APART)
+    write_json(out / "apart" / "figures.json", found)
+    print(f"{'':16} {'base':>8} {'together':>8} {'apart':>8} {'apart / together':>17}  routing, apart")
+    for name in APART:
+        base, joint, apart = (math.exp(found[what]["held_out"][name]["loss"]) for what in ("base", "together", "apart"))
+        print(f"{name:16} {base:8.3f} {joint:8.3f} {apart:8.3f} {apart / joint - 1:>+17.1%}  "
+              f"{found['apart']['held_out'][name]['accuracy']:.1%}")
+    base, joint, apart = (math.exp(found[what]["general"]["loss"]) for what in ("base", "together", "apart"))
+    print(f"{'WikiText-2':16} {base:8.3f} {joint:8.3f} {apart:8.3f} {apart / joint - 1:>+17.1%}")
+
+
+if __name__ == "__main__":
+    main()
