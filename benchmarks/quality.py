@@ -69,7 +69,7 @@ def bitsandbytes_twin(path: Path, nested: bool) -> CausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("demo-train/model"))
-    parser.add_argument("--data", type=Path, default=Path("demo/tokens"))
+    parser.add_argument("--data", type=Path, default=Path("demo-train/tokens"))
     parser.add_argument("--batches", type=int, default=40, help="of 8 x 256 held-out tokens")
     args = parser.parse_args()
     if not args.model.is_dir():
