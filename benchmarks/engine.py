@@ -325,7 +325,7 @@ def drafts(args: Any) -> tuple[list[str], dict[str, Any]]:
 
             row, data[f"demo-{batch}"] = drafted(args, model, own, batch, None)
             rows.append([str(batch), *row])
-        lines += ["The demo's model (`make demo-train`, trained for minutes on Python's library), its own MTP module, 200 "
+        lines += ["The model of `make demo-train`, trained on Python's library, and its own MTP module, 200 "
                   "tokens each:", "", table(rows), ""]
     else:
         lines += [f"The demo's model: not measured ({args.demo} holds none; `make demo-train` trains it).", ""]
