@@ -79,28 +79,26 @@ def ship(out: Path) -> Path:
     return target
 
 
-def assembled(out: Path, bits: str) -> Path:
-    """`mini` as `deepseek pull` puts it together, from OUT/shipped."""
-    model = out / f"mini-{bits}"
+def assembled(out: Path, base: Path) -> Path:
+    """`mini` on a quantized base, with the experts and biases that `deepseek pull` installs."""
+    model = out / base.name.replace("base", "mini")
     if not (model / "config.json").is_file():
-        with replace_folder(model) as staging, warnings.catch_warnings():
+        shipped = out / "shipped"
+        biases = [one["bias"] for one in read_json(shipped / "manifest.json")["packages"]]
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*unsigned")
-            quantize(out / "base", staging / "model", bits)  # type: ignore[arg-type]
-            for path in [*(staging / "model").iterdir()]:
-                path.rename(staging / path.name)
-            (staging / "model").rmdir()
-            shutil.copyfile(out / "shipped" / "calibration.json", staging / "calibration.json")
-            packages = read_json(out / "shipped" / "manifest.json")["packages"]
-            install_all([read_package(out / "shipped" / one["file"]) for one in packages], staging,
-                        biases=[one["bias"] for one in packages])
+            install_all([read_package(shipped / f"{name}.safetensors") for name in NAMES], base, out=model, biases=biases,
+                        calibration=read_json(shipped / "calibration.json")["tokens"])
     return model
 
 
 def figures(out: Path, data: Path) -> dict[str, Any]:
     file = out / "figures.json"
     found = read_json(file) if file.is_file() else {}
-    models = {"base FP32": out / "base", "base INT8": out / "base-int8", "mini INT8": assembled(out, "int8"),
-              "mini NF4": assembled(out, "nf4")}
+    eight, four = out / "base-int8", out / "base-nf4"
+    if not (four / "config.json").is_file():
+        quantize(out / "base", four, "nf4")
+    models = {"base INT8": eight, "mini INT8": assembled(out, eight), "base NF4": four, "mini NF4": assembled(out, four)}
     for what, model in models.items():
         if what not in found:
             found[what] = evaluate(model, data, out / "records", NAMES)

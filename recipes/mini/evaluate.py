@@ -24,7 +24,7 @@ from deepseek.tokenizer import Tokenizer
 from deepseek.tune.examples import pad
 from deepseek.tune.records import RecordSet
 
-SEQ_LEN, TOKENS = 512, 12_000  # of a row at most; of a source
+SEQ_LEN, TOKENS = 512, 8_000  # of a row at most; of a source
 ROW_TOKENS = 4096  # of a batch
 GENERAL = ("eval/wikitext2/wiki.test.tokens",)
 
