@@ -87,8 +87,8 @@ def assembled(out: Path, base: Path) -> Path:
         biases = [one["bias"] for one in read_json(shipped / "manifest.json")["packages"]]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*unsigned")
-            install_all([read_package(shipped / f"{name}.safetensors") for name in NAMES], base, out=model, biases=biases,
-                        calibration=read_json(shipped / "calibration.json")["tokens"])
+            install_all([read_package(shipped / f"{name}.safetensors") for name in NAMES], base, out=model,
+                        biases=biases, calibration=read_json(shipped / "calibration.json")["tokens"])
     return model
 
 
@@ -98,7 +98,8 @@ def figures(out: Path, data: Path) -> dict[str, Any]:
     eight, four = out / "base-int8", out / "base-nf4"
     if not (four / "config.json").is_file():
         quantize(out / "base", four, "nf4")
-    models = {"base INT8": eight, "mini INT8": assembled(out, eight), "base NF4": four, "mini NF4": assembled(out, four)}
+    models = {"base INT8": eight, "mini INT8": assembled(out, eight), "base NF4": four,
+              "mini NF4": assembled(out, four)}
     for what, model in models.items():
         if what not in found:
             found[what] = evaluate(model, data, out / "records", NAMES)
