@@ -107,7 +107,7 @@ def serve() -> None:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 print(f"\n$ curl {url}/chat/completions -H 'Content-Type: application/json' -d "
                       f"{shlex.quote(json.dumps(body))}\n{json.load(answer)['choices'][0]['message']['content'].strip()}")
-            print(f"\nchat: {url.removesuffix('/v1')}/\n{server.stdout.readline().strip()}", flush=True)
+            print("\n" + server.stdout.readline().strip(), flush=True)  # where the pages are
             if sys.stdin.isatty():
                 print("The server runs until Ctrl-C.", flush=True)
                 server.wait()
