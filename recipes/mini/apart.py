@@ -22,7 +22,6 @@ from records import NAMES
 from deepseek.checkpoint.packages import read_package
 from deepseek.convert import install_all
 from deepseek.files import read_yaml, replace_folder, write_json
-from fetch_data import DATA
 
 APART = ("law_expert", "finance_expert", "medical_expert")
 OTHERS = tuple(name for name in NAMES if name not in APART)
@@ -59,7 +58,7 @@ def with_packages(out: Path, target: Path, packages: list[Path]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of build.py's run")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of the sources (default: %(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="folder that benchmarks/fetch_data.py filled")
     args = parser.parse_args()
     out = args.out
     models = {"apart": with_packages(out, out / "apart" / "model", [train(out, name) for name in APART]),

@@ -1,7 +1,7 @@
 """`mini` from nothing: base, records, experts, packages, figures, model card. A run that was stopped goes on.
 
-    python benchmarks/fetch_data.py          # the sources: pinned commits, SHA-256, licences
-    python recipes/mini/build.py --out runs/mini
+    python benchmarks/fetch_data.py --out DATA     # the sources: pinned commits, SHA-256, licences
+    python recipes/mini/build.py --out runs/mini --data DATA
 
     OUT/base, OUT/base-int8      the exact form of SmolLM2-135M-Instruct, and the one that answers questions
     OUT/records                  records.py
@@ -31,7 +31,6 @@ from deepseek.convert import export, install_all, quantize
 from deepseek.convert.packages import calibrate
 from deepseek.convert.pulling import base_file
 from deepseek.files import read_json, read_yaml, replace_folder, sha256, write_atomically, write_json
-from fetch_data import DATA
 
 HERE = Path(__file__).parent
 WEIGHTS = ready.WEIGHTS / "mini"
@@ -142,14 +141,13 @@ def quoted(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--data", type=Path, default=DATA,
-                        help="folder that fetch_data.py filled (default: %(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="folder that benchmarks/fetch_data.py filled")
     parser.add_argument("--wheel", type=Path, help="the base's wheel, where there is no network")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--ship", action="store_true", help="copy the result into the package")
     args = parser.parse_args()
     if missing := [file for files in SOURCES.values() for file in files if not (args.data / file).exists()]:
-        raise SystemExit(f"{args.data / missing[0]}: no such file; `python benchmarks/fetch_data.py` fetches it")
+        raise SystemExit(f"{args.data / missing[0]}: no such file; `python benchmarks/fetch_data.py --out {args.data}` fetches it")
     args.out.mkdir(parents=True, exist_ok=True)
     base = exact_form(args.out, args.wheel)
     write_records(args.data, args.out / "base-int8", args.out / "records")
