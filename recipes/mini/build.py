@@ -101,7 +101,7 @@ def figures(out: Path, data: Path) -> dict[str, Any]:
               "mini NF4": assembled(out, four)}
     for what, model in models.items():
         if what not in found:
-            found[what] = evaluate(model, data, out / "records", NAMES)
+            found[what] = evaluate(model, data, out / "records", NAMES, unseen=what == "mini INT8")
             write_json(file, found)
     return found
 
@@ -147,7 +147,8 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="copy the result into the package")
     args = parser.parse_args()
     if missing := [file for files in SOURCES.values() for file in files if not (args.data / file).exists()]:
-        raise SystemExit(f"{args.data / missing[0]}: no such file; `python benchmarks/fetch_data.py --out {args.data}` fetches it")
+        raise SystemExit(f"{args.data / missing[0]}: no such file; `python benchmarks/fetch_data.py --out "
+                         f"{args.data}` fetches it")
     args.out.mkdir(parents=True, exist_ok=True)
     base = exact_form(args.out, args.wheel)
     write_records(args.data, args.out / "base-int8", args.out / "records")

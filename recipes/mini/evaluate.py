@@ -24,7 +24,7 @@ from deepseek.tokenizer import Tokenizer
 from deepseek.tune.examples import pad
 from deepseek.tune.records import RecordSet
 
-SEQ_LEN, TOKENS = 512, 8_000  # of a row at most; of a source
+SEQ_LEN, TOKENS = 512, 4_000  # of a row at most; of a source
 ROW_TOKENS = 4096  # of a batch
 GENERAL = ("eval/wikitext2/wiki.test.tokens",)
 
@@ -96,9 +96,9 @@ def measure(model: CausalLM, names: Sequence[str], name: str | None, batches: Se
 
 
 def evaluate(folder: str | Path, data: Path, records: Path, names: Sequence[str] | None = None,
-             tokens: int = TOKENS) -> dict[str, dict[str, Any]]:
-    """held_out: by name; unseen: by name and source; general: WikiText-2. names: of the records, if the model has no
-    atlas."""
+             tokens: int = TOKENS, *, unseen: bool = True) -> dict[str, dict[str, Any]]:
+    """held_out: by name; unseen: by name and source, if asked for; general: WikiText-2. names: of the records, if the
+    model has no atlas."""
     path = resolve(folder)
     model, tokenizer = load_model(path), Tokenizer.load(path)
     groups: tuple[str, ...] = Atlas.load(path).names if model.config.moe_layers else ()
@@ -111,7 +111,7 @@ def evaluate(folder: str | Path, data: Path, records: Path, names: Sequence[str]
     for name in names or groups:
         out["held_out"][name] = found([records / "held_out" / f"{name}.jsonl"], name, name)
         out["unseen"][name] = {source: found([data / file for file in files], name, source)
-                               for source, files in UNSEEN[name].items()}
+                               for source, files in UNSEEN[name].items() if unseen}
     out["general"] = found([data / file for file in GENERAL], None, "WikiText-2")
     return out
 
@@ -128,15 +128,15 @@ def table(found: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
 
     for name, one in found["held_out"].items():
         lines.append(line(name, one, base and base["held_out"].get(name)))
-        lines += [line(f"  unseen: {source}", own, base and base["unseen"][name][source])
+        lines += [line(f"  unseen: {source}", own, base and base["unseen"].get(name, {}).get(source))
                   for source, own in found["unseen"][name].items()]
     lines.append(line("WikiText-2 (general text)", found["general"], base and base["general"]))
     right = [one["accuracy"] for one in found["held_out"].values() if one["accuracy"] is not None]
     if right:
         beyond = [sum(own["accuracy"] for own in sources.values()) / len(sources)
-                  for sources in found["unseen"].values()]
-        lines.append(f"routing accuracy, mean over names: held out {sum(right) / len(right):.1%}, unseen sources "
-                     f"{sum(beyond) / len(beyond):.1%}")
+                  for sources in found["unseen"].values() if sources]
+        lines.append(f"routing accuracy, mean over names: held out {sum(right) / len(right):.1%}"
+                     + (f", unseen sources {sum(beyond) / len(beyond):.1%}" if beyond else ""))
     return "\n".join(lines)
 
 
