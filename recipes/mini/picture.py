@@ -1,4 +1,4 @@
-"""docs/images/chat.png: the server's chat page with real answers of `mini` (needs the test extra and Chromium).
+"""docs/images/chat.png: the server's chat page with a real answer of `mini` (needs the test extra and Chromium).
 
     python recipes/mini/picture.py OUT.png
 """
@@ -11,7 +11,7 @@ import sys
 
 from playwright.sync_api import sync_playwright
 
-QUESTIONS = ("What are the symptoms of asthma?", "Write a Python function that counts the vowels of a string.")
+QUESTIONS = ("What are the symptoms of asthma?",)
 
 
 def main(out: str) -> None:
@@ -22,7 +22,7 @@ def main(out: str) -> None:
             url = server.stdout.readline().split(" on ")[1].split(",")[0].strip().removesuffix("/v1")
             with sync_playwright() as own:
                 browser = own.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-                page = browser.new_page(viewport={"width": 900, "height": 760}, device_scale_factor=1.5)
+                page = browser.new_page(viewport={"width": 900, "height": 560}, device_scale_factor=1.5)
                 page.set_default_timeout(120_000)  # milliseconds
                 page.goto(f"{url}/")
                 for question in QUESTIONS:
