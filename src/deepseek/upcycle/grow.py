@@ -93,13 +93,14 @@ def base_of(source: str | Path, folder: Path, dtype: Literal["auto", "float32", 
         if dtype != "auto" or context is not None or check:
             raise ConfigError(f"{source}: is in DeepSeek-V3's form already: dtype, context and check have no meaning")
         return resolve(source)
-    note, made_of = folder / "source.json", {"source": str(source), "dtype": dtype, "context": context}
+    note, made_of = folder.parent / "source.json", {"source": str(source), "dtype": dtype, "context": context}
+    if note.is_file() and (known := read_json(note, CheckpointError)) != made_of:
+        raise ConfigError(f"{folder}: was made of {known}, not of {made_of}: remove the run, or choose another OUT")
     if (folder / "config.json").is_file():
-        if (known := read_json(note, CheckpointError)) != made_of:
-            raise ConfigError(f"{folder}: was made of {known}, not of {made_of}: remove the run, or choose another OUT")
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, made_of)  # before the work, which may be stopped
     print(upcycle(source, folder, dtype, context=context))
-    write_json(note, made_of)
     if check:
         print(compare(source, folder))
     return folder
