@@ -28,8 +28,8 @@ from deepseek.convert import quantize
 from deepseek.model import CausalLM
 from deepseek.ops.native import isa
 from deepseek.progress import ProgressBar
-from deepseek.upcycle.carve import Carved, carve, run_folder
-from deepseek.upcycle.carve_settings import CarveConfig, HealConfig
+from deepseek.upcycling.carve import Carved, carve, run_folder
+from deepseek.upcycling.carve_settings import CarveConfig, HealConfig
 from harness import machine, table, versions, write_result
 
 NAMES = {"books": "text/books_en/text.jsonl", "code": "code/code_python/text.jsonl",

@@ -34,13 +34,13 @@ ABOVE: dict[str, tuple[str, ...]] = {  # and whatever these may
     "convert": ("atlas",),
     "deepopt": ("atlas",),
     "tune": ("deepopt", "convert"),
-    "upcycle": ("tune", "info"),
+    "upcycling": ("tune", "info"),
     "engine": ("convert",),
     "route": ("engine",),
     "evaluate": ("engine",),
     "watch": ("atlas",),
     "serve": ("route", "watch"),
-    "cli": (*BOTTOM, "info", "upcycle", "evaluate", "serve"),
+    "cli": (*BOTTOM, "info", "upcycling", "evaluate", "serve"),
     "__main__": ("cli",),
 }
 NEVER: dict[str, set[str]] = {"engine": {"data", "deepopt", "tune"}}

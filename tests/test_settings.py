@@ -40,8 +40,8 @@ from deepseek.serve.options import ServeOptions
 from deepseek.settings import COUNT, Option, Settings, check, declared, is_number, table
 from deepseek.tune.lora import LoRAAdapter
 from deepseek.tune.settings import RunOptions, TuneConfig
-from deepseek.upcycle.carve_settings import CarveConfig, HealConfig
-from deepseek.upcycle.settings import GrowConfig
+from deepseek.upcycling.carve_settings import CarveConfig, HealConfig
+from deepseek.upcycling.settings import GrowConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
 from tests.helpers import ROOT
 

@@ -154,7 +154,7 @@ def ready(name: str) -> Path:
 
 
 def _pulled(name: str) -> Path:
-    command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), name, str(WEIGHTS)]
+    command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path, allow_nan=False), name, str(WEIGHTS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
         try:
             said, _ = child.communicate()

@@ -12,8 +12,8 @@ from ..data.mapping import RecordMap
 from ..data.settings import named_paths
 from ..errors import ConfigError
 from ..settings import COUNT, Option, Settings, declared
-from ..upcycle.carve_settings import CarveConfig, HealConfig
-from ..upcycle.settings import GrowConfig
+from ..upcycling.carve_settings import CarveConfig, HealConfig
+from ..upcycling.settings import GrowConfig
 from .common import MachineOptions, add_map_flag
 from .parser import Parser, add_settings, given_settings, make
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _carve(args: argparse.Namespace, options: UpcycleOptions, carving: CarveConfig, healing: HealConfig) -> None:
-    from ..upcycle.carve import carve
+    from ..upcycling.carve import carve
 
     if options.check:
         raise ConfigError("check = True: a model with carved experts computes something else than SOURCE (report.json "
@@ -90,7 +90,7 @@ def _carve(args: argparse.Namespace, options: UpcycleOptions, carving: CarveConf
 
 
 def _grow(args: argparse.Namespace, options: UpcycleOptions) -> None:
-    from ..upcycle.grow import base_of, grow
+    from ..upcycling.grow import base_of, grow
 
     names, config = named_paths(args.grow, "grow"), make(args, GrowConfig)
     if options.overwrite:

@@ -283,4 +283,4 @@ def main(name: str, weights: str) -> None:
         answer = {"folder": str(pull(name))}
     except MoEDRError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
-    print(json.dumps(answer), end="")
+    print(json.dumps(answer, allow_nan=False), end="")

@@ -17,9 +17,9 @@ from deepseek.convert import install, installed, remove
 from deepseek.errors import ConfigError, DataError
 from deepseek.model import CausalLM
 from deepseek.model.gate import Route, score_guidance_loss
-from deepseek.upcycle.gates import fit_rows
-from deepseek.upcycle.grow import grow
-from deepseek.upcycle.settings import GrowConfig
+from deepseek.upcycling.gates import fit_rows
+from deepseek.upcycling.grow import grow
+from deepseek.upcycling.settings import GrowConfig
 from tests.helpers.expert_packages import hashes, make_base
 from tests.helpers.jsonl import write_jsonl
 
@@ -78,7 +78,7 @@ def test_packages_are_what_was_trained(run: tuple[Path, Any], base: Path, tmp_pa
 
 
 def test_a_stopped_run_goes_on_with_equal_numbers(base: Path, tmp_path: Path, run: tuple[Path, Any]) -> None:
-    from deepseek.upcycle.loop import GrowTrainer
+    from deepseek.upcycling.loop import GrowTrainer
 
     class StoppedError(Exception):
         pass

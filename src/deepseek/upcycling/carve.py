@@ -195,7 +195,7 @@ def claim(run: Path, source: str | Path, asked: Mapping[str, Any]) -> None:
     files, _, _ = open_dense(source)
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
               for file in sorted({files.file(name) for name in files})}
-    key = json.loads(json.dumps({**asked, "source": stamps}))
+    key = json.loads(json.dumps({**asked, "source": stamps}, allow_nan=False))
     path = run / "carving.json"
     if path.is_file():
         for name, value in read_json(path, ConfigError).items():

@@ -42,7 +42,7 @@ class HealConfig(Settings):
         "share of the loss that compares with the dense model; the rest is cross entropy with the text",
         UP_TO_ONE)] = 0.5
     anneal: Annotated[float, Option(
-        "share of the steps in which the active share falls from 100 % to what is asked", SHARE)] = 0.0
+        "share of the steps in which the active share falls from all to what is asked", SHARE)] = 0.0
     heal_evaluated: Annotated[int, Option("held-out windows of each name in an evaluation", COUNT)] = 8
     heal_saved: Annotated[int, Option("steps between checkpoints", COUNT)] = 50
     heal_seed: Annotated[int, Option("seed of the order of the text", NATURAL)] = 0

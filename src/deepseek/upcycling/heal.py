@@ -71,7 +71,7 @@ class HealData:
     @property
     def fingerprint(self) -> str:
         parts = [(name, shards.fingerprint) for name, shards in self.shards.items()]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
 
     def window(self, number: int) -> Batch:
         """The window `number` of the run, as a batch of one."""

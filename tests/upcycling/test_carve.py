@@ -16,10 +16,10 @@ from deepseek.cli import main
 from deepseek.config import ModelConfig
 from deepseek.convert import quantize
 from deepseek.errors import ConfigError, DataError, NotFoundError
-from deepseek.upcycle import carve as carving
-from deepseek.upcycle.carve import active_share, carve, carved_config
-from deepseek.upcycle.carve_settings import CarveConfig
-from deepseek.upcycle.grouping import assign, balanced_clusters, divide_layer
+from deepseek.upcycling import carve as carving
+from deepseek.upcycling.carve import active_share, carve, carved_config
+from deepseek.upcycling.carve_settings import CarveConfig
+from deepseek.upcycling.grouping import assign, balanced_clusters, divide_layer
 
 transformers = pytest.importorskip("transformers", reason="the sources are transformers' own models")
 

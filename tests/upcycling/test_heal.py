@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.upcycle.test_carve import asked, dense  # noqa: F401 - a fixture
 from torch.nn.functional import cross_entropy
 
 from deepseek.checkpoint import load_model
 from deepseek.cli import main
 from deepseek.errors import ConfigError
-from deepseek.upcycle import heal as healing
-from deepseek.upcycle.carve import carve
-from deepseek.upcycle.carve_settings import HealConfig
-from deepseek.upcycle.distil import BEST, best_of, distillation_loss
-from deepseek.upcycle.heal import HealData, HealLoop
-from tests.upcycle.test_carve import asked, dense  # noqa: F401 - a fixture
+from deepseek.upcycling import heal as healing
+from deepseek.upcycling.carve import carve
+from deepseek.upcycling.carve_settings import HealConfig
+from deepseek.upcycling.distil import BEST, best_of, distillation_loss
+from deepseek.upcycling.heal import HealData, HealLoop
 
 
 @pytest.mark.parametrize("kl_share", [0.0, 0.3, 1.0])
