@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.upcycle.test_carve import asked, dense  # noqa: F401 - a fixture
 from torch.nn.functional import cross_entropy
 
 from deepseek.checkpoint import load_model
@@ -21,6 +20,7 @@ from deepseek.upcycling.carve import carve
 from deepseek.upcycling.carve_settings import HealConfig
 from deepseek.upcycling.distil import BEST, best_of, distillation_loss
 from deepseek.upcycling.heal import HealData, HealLoop
+from tests.upcycling.test_carve import asked, dense  # noqa: F401 - a fixture
 
 
 @pytest.mark.parametrize("kl_share", [0.0, 0.3, 1.0])
