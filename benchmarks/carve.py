@@ -2,7 +2,7 @@
 
 For each share of the FFN that stays active: held-out perplexity of each name's text and of WikiText-2 (which is never
 trained on) before and after, bytes and FLOPs of a token, and tokens a second of greedy decoding in INT8, one sequence.
-The work lies in WORK and is resumed: a stopped run, or one with more shares, goes on with the same command.
+The work lies in WORK and is resumed: the same command continues a stopped run, or one with more shares.
 
     python benchmarks/carve.py MODEL --work runs/carve [--shares 0.75 0.5] [--heal_tokens 2000000]
     python benchmarks/carve.py MODEL --work runs/carve --heal_tokens 0            (without healing: minutes)

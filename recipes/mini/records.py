@@ -5,8 +5,8 @@
     OUT/calibration.json                             part of these as token ids: what gates' biases are set on
 
 A domain is to be told by what a text says, not by its form. So prose is shown as plain text half of the time, and else
-as a conversation in which it is gone on with; questions and answers half of the time as a conversation, and else as
-plain text.
+as a conversation in which the assistant continues it; questions and answers half of the time as a conversation, and
+else as plain text.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from deepseek.upcycling.grouping import assign, balanced_clusters, divide_layer
 
 transformers = pytest.importorskip("transformers", reason="the sources are transformers' own models")
 
-WORDS = "the law of the land and a house by the sea where nobody went before the rain came down".split()
+WORDS = "the law of the land and a house by the sea where people went before the rain came down".split()
 
 
 @pytest.fixture

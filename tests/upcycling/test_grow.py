@@ -1,4 +1,4 @@
-"""Growing named experts: nothing of the base moves, the experts learn, a stopped run goes on with equal numbers."""
+"""Growing named experts: nothing of the base moves, the experts learn, a stopped run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deepseek.errors import ConfigError, DataError
 from deepseek.model import CausalLM
 from deepseek.model.gate import Route, score_guidance_loss
 from deepseek.upcycling.gates import fit_rows
-from deepseek.upcycling.grow import grow
+from deepseek.upcycling.grow import base_of, grow
 from deepseek.upcycling.settings import GrowConfig
 from tests.helpers.expert_packages import hashes, make_base
 from tests.helpers.jsonl import write_jsonl
@@ -96,6 +96,31 @@ def test_a_stopped_run_goes_on_with_equal_numbers(base: Path, tmp_path: Path, ru
     for name in NAMES:
         again = read_package(tmp_path / "run" / "packages" / f"{name}.safetensors").info
         assert again.tensors == read_package(run[0] / "packages" / f"{name}.safetensors").info.tensors
+
+
+def test_gates_are_fitted_anew_to_other_text_and_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    one = GrowConfig(**{**vars(SMALL), "others": [], "steps": 1})
+    grow(base, NAMES, tmp_path / "run", one)
+    rows = (tmp_path / "run" / "gates.safetensors").read_bytes()
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / "gates.safetensors").write_bytes(rows)  # what a run leaves that was stopped before its first step
+    grow(base, dict(reversed(NAMES.items())), fresh, one)
+    assert (fresh / "gates.safetensors").read_bytes() != rows
+    with pytest.raises(ConfigError, match="holds a run with fingerprint"):
+        grow(make_base(tmp_path / "other", seed=1), NAMES, tmp_path / "run", one)
+
+
+def test_a_base_is_made_once_and_of_one_source(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert base_of(base, tmp_path / "run" / "base") == base and not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="is in DeepSeek-V3's form already"):
+        base_of(base, tmp_path / "run" / "base", "bfloat16")
+    monkeypatch.setattr("deepseek.upcycling.grow.upcycle", lambda source, out, *_, **own: shutil.copytree(base, out))
+    folder = tmp_path / "run" / "base"
+    for _ in range(2):
+        assert base_of("dense.gguf", folder) == folder
+    with pytest.raises(ConfigError, match="was made of .*dense.gguf.*, not of .*other.gguf"):
+        base_of("other.gguf", folder)
 
 
 def test_nothing_changes_before_the_first_step(base: Path, tmp_path: Path) -> None:

@@ -49,7 +49,13 @@ CHECKPOINT = "checkpoint-{:06d}"
 SETTINGS = "settings.json"
 
 
-class Windows(Protocol):
+class HeldOutBatches(Protocol):
+    """Data to evaluate on."""
+
+    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]: ...
+
+
+class Windows(HeldOutBatches, Protocol):
     """Training data: `TokenShards`, or records (tune.records.RecordSet)."""
 
     experts: tuple[str, ...]
@@ -58,8 +64,6 @@ class Windows(Protocol):
     def fingerprint(self) -> str: ...
 
     def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch: ...
-
-    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]: ...
 
 
 class TrainingLoop:
@@ -391,7 +395,7 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out_loss(
-    model: CausalLM, data: Windows, config: TrainConfig, accuracy: RoutingAccuracy | None = None,
+    model: CausalLM, data: HeldOutBatches, config: TrainConfig, accuracy: RoutingAccuracy | None = None,
     batches: int | None = None, desc: str | None = None,
 ) -> HeldOut:
     """Over `batches` (eval_batches) held-out batches at most; `accuracy` counts their routes too. desc: shows a bar."""

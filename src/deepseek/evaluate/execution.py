@@ -50,7 +50,7 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
 
 
 class CodeEval:
-    """In the place of the metric `code_eval` of the library `evaluate`, which the harness' tasks load by name."""
+    """Replaces the metric `code_eval` of the library `evaluate`, which the harness' tasks load by name."""
 
     def compute(self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,),
                 **_: Any) -> tuple[dict[str, float], dict[int, list[bool]]]:

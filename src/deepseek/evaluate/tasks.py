@@ -125,7 +125,7 @@ def _load(manager: TaskManager, wanted: list[Any], names: str) -> Any:
 
 
 def _local(folder: Path) -> Any:
-    """In the place of datasets.load_dataset: the data set from local files."""
+    """Replaces datasets.load_dataset: the data set from local files."""
     def load_dataset(path: str, name: str | None = None, **_: Any) -> Any:
         if path not in READERS:
             raise ConfigError(f"tasks: the data set {path} cannot be read from local files: leave out --data")

@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..checkpoint import fingerprint, load_model, resolve, tensor_hashes
 from ..checkpoint.packages import PackageInfo, bias_name, gate_name, plain_names, write_package
-from ..convert import compare, install, upcycle
+from ..convert import install, upcycle
 from ..convert.grown import GrownModel, grown_config, start
 from ..data import ReadReport, RecordMap
 from ..errors import CheckpointError, ConfigError
-from ..files import locked, read_json, replace_folder, write_json
+from ..files import locked, read_json, replace_folder, to_json, write_atomically, write_json
 from ..model import CausalLM
 from ..tokenizer import Tokenizer
 from ..tune.records import RecordSet, each_record
@@ -58,7 +59,6 @@ def grow(
     if not names:
         raise ConfigError("names: at least one NAME=DATA must be given")
     out, folder = Path(out), resolve(base)
-    out, folder = Path(out), resolve(base)
     with locked(out):
         there = GrownModel(folder)
         if there.grown is not None:
@@ -73,7 +73,7 @@ def grow(
         model = load_model(folder, dtype=torch.float32)
         before = tensor_hashes(model)
         grown = _grown(model, infos, text, config, out)
-        trainer = GrowTrainer(grown, text, config, out, tokenizer, about={"base": fingerprint(before, model.config)})
+        trainer = GrowTrainer(grown, text, config, out, tokenizer, base=fingerprint(before, model.config))
         first = trainer.before()
         trainer.run()
         _prove(model, grown, before)
@@ -85,13 +85,13 @@ def grow(
 
 
 def base_of(source: str | Path, folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-            context: int | None = None, *, check: bool = False) -> Path:
+            context: int | None = None) -> Path:
     """The base to grow experts in: `source` itself where it is a dense model in DeepSeek-V3's form, else its exact form
-    in `folder`, made once. check: compares the two then. Raises ConfigError where `folder` is of another source."""
+    in `folder`, made once. Raises ConfigError where `folder` is of another source."""
     if Path(source).expanduser().suffix != ".gguf" and (found := resolve(source, weights=False)) and (
             read_json(found / "config.json", ConfigError).get("model_type") == "deepseek_v3"):
-        if dtype != "auto" or context is not None or check:
-            raise ConfigError(f"{source}: is in DeepSeek-V3's form already: dtype, context and check have no meaning")
+        if dtype != "auto" or context is not None:
+            raise ConfigError(f"{source}: is in DeepSeek-V3's form already: dtype and context have no meaning")
         return resolve(source)
     note, made_of = folder.parent / "source.json", {"source": str(source), "dtype": dtype, "context": context}
     if note.is_file() and (known := read_json(note, CheckpointError)) != made_of:
@@ -100,9 +100,7 @@ def base_of(source: str | Path, folder: Path, dtype: Literal["auto", "float32", 
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, made_of)  # before the work, which may be stopped
-    print(upcycle(source, folder, dtype, context=context))
-    if check:
-        print(compare(source, folder))
+    upcycle(source, folder, dtype, context=context)
     return folder
 
 
@@ -181,10 +179,12 @@ def _copied(dense: Any, experts: int, width: int, generator: torch.Generator) ->
 
 def _gate_rows(base: CausalLM, layers: tuple[int, ...], text: NamedText, config: GrowConfig, out: Path) -> dict[
         int, Tensor]:
-    """Layer -> rows [G * E, H]; fitted once and kept in OUT. The rows of a group differ by a little noise, so that its
-    experts need not stay alike."""
+    """Layer -> rows [G * E, H]; fitted once and kept in OUT, with what they were fitted to. The rows of a group differ
+    by a little noise, so that its experts need not stay alike."""
     file, count = out / GATES, len(text.experts) + (text.others is not None)
-    if not file.is_file():
+    key = to_json([text.fingerprint, list(layers), config.group_experts, config.rows, config.seq_len,
+                   config.gate_tokens, config.seed])
+    if not file.is_file() or _fitted_to(file) != key:
         batches, rows = -(-config.gate_tokens * count // (config.rows * config.seq_len)), {}
         sample = (text.batch(step, config.rows, config.seq_len, seed=config.seed) for step in range(batches))
         inputs, label_T = sample_inputs(base, layers, sample, batches)
@@ -193,9 +193,13 @@ def _gate_rows(base: CausalLM, layers: tuple[int, ...], text: NamedText, config:
             row_GH = fit_rows(x_TH, label_T, len(text.experts)).repeat_interleave(config.group_experts, 0)
             noise = torch.randn(row_GH.shape, generator=generator) * row_GH.std(1, keepdim=True)
             rows[f"{layer}"] = (row_GH + 0.01 * noise).contiguous()
-        save_file(rows, file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
+        write_atomically(file, save(rows, {"fitted_to": key}))
     return {int(layer): row for layer, row in load_file(file).items()}
+
+
+def _fitted_to(file: Path) -> str | None:
+    with safe_open(file, framework="pt") as rows:
+        return (rows.metadata() or {}).get("fitted_to")
 
 
 def _prove(base: CausalLM, grown: CausalLM, before: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ class GrowTrainer(PartialTrainer):
     """Trains the experts and gate rows of a grown model; checkpoints hold these alone."""
 
     def __init__(self, model: CausalLM, text: NamedText, config: GrowConfig, out: Path, tokenizer: Tokenizer, *,
-                 about: Mapping[str, Any]) -> None:
+                 base: str) -> None:
+        """base: the fingerprint of the model that the experts are grown in."""
         self.text, self.grow = text, config
         self.last: dict[str, Any] = {}  # the last evaluation
-        super().__init__(model, text, train_config(config), out, tokenizer, settings={"grow": _settings(config)},
-                         about=about, extend=False)
+        super().__init__(model, text, train_config(config), out, tokenizer, settings={
+            "grow": _settings(config), "base": {"fingerprint": base}}, extend=False)
         slow_gates(self, config.gate_lr)
 
     def before(self) -> dict[str, Any]:
@@ -60,10 +61,7 @@ class _Of:
     """The held-out records of one name."""
 
     def __init__(self, text: NamedText, place: int) -> None:
-        self.text, self.place, self.experts, self.fingerprint = text, place, text.experts, text.fingerprint
-
-    def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int) -> Batch:
-        raise NotImplementedError("held-out records alone")
+        self.text, self.place = text, place
 
     def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
         return self.text.valid_of(self.place, batch_size, limit)

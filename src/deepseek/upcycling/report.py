@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atlas.plot import save_png
+from ..deepopt.loop import trained
 from ..files import write_json
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ class GrowReport:
 
     @classmethod
     def of(cls, trainer: GrowTrainer, before: Mapping[str, Any], config: GrowConfig, text: NamedText) -> GrowReport:
-        from ..deepopt.loop import trained
-
         after = trainer.last if trainer.last.get("step") == trainer.step else trainer.evaluate()
         parameters = sum(p.numel() for p in trained(trainer.model).values())
         total = sum(p.numel() for p in trainer.model.parameters())

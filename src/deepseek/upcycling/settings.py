@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..deepopt.settings import Precision
-from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Option, Settings
+from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Option, Settings, is_int, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class GrowConfig(Settings):
     first_layer: Annotated[int | None, Option(
         "first layer with experts; a third of the way up if not given", NATURAL)] = None
     group_experts: Annotated[int, Option("experts of a name in every layer", (
-        "must be an integer >= 2", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 2))] = 4
+        "must be an integer >= 2", lambda v: is_int(v) and v >= 2))] = 4
     group_width: Annotated[int, Option("width of an expert; must divide that of the FFN", COUNT)] = 64
     steps: Annotated[int, Option("optimizer steps", COUNT)] = 240
     rows: Annotated[int, Option("rows of text a step, from the names in turn", COUNT)] = 7
@@ -34,7 +34,7 @@ class GrowConfig(Settings):
     gate_tokens: Annotated[int, Option("tokens of each name that the gates are fitted to before", COUNT)] = 4096
     precision: Annotated[Precision, Option("of activations; auto is BF16 where that is faster")] = "auto"
     valid_fraction: Annotated[float, Option("share of the records held out, by a hash of their text", (
-        "must lie in (0, 1)", lambda v: isinstance(v, int | float) and 0 < v < 1))] = 0.1
+        "must lie in (0, 1)", lambda v: is_number(v) and 0 < v < 1))] = 0.1
     eval_every: Annotated[int, Option("steps between evaluations", COUNT)] = 120
     eval_rows: Annotated[int, Option("held-out records of each name an evaluation", COUNT)] = 24
     save_every: Annotated[int, Option("steps between checkpoints", COUNT)] = 20

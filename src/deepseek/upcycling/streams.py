@@ -4,7 +4,7 @@ Training rows are full: the examples of a name, shuffled anew every epoch, stand
 rows of seq_len tokens. Rows come from the names in turn, and every so often from text of no name (`others`), of which
 nothing counts in the loss: it only says where groups are to stay out. Held-out records stand alone, padded.
 
-Batches are a pure function of (seed, step), so that a killed run goes on with the very batch it would have had.
+Batches are a pure function of (seed, step), so that a killed run resumes with the batch that was next.
 
 Shape letters: B rows, T tokens, N records.
 """
