@@ -96,3 +96,14 @@ def test_what_is_refused_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     package.write_bytes(data)
     assert run("install", base, package) == 2 and f"{package}: altered" in capsys.readouterr().err
     assert hashes(base) == before
+
+
+def test_packages_of_one_command_are_installed_together_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, other = make_base(tmp_path / "base"), make_base(tmp_path / "other", seed=1)
+    before = hashes(base)
+    law, code = make_package(tmp_path, base, "law"), make_package(tmp_path, other, "code")
+    for packages, why in (((law, code), "code"), ((law, law), "a package 'law' is installed already")):
+        assert run("install", base, *packages) == 2 and why in capsys.readouterr().err
+        assert hashes(base) == before

@@ -119,7 +119,7 @@ def test_a_base_is_made_once_and_of_one_source(base: Path, tmp_path: Path, monke
     folder = tmp_path / "run" / "base"
     for _ in range(2):
         assert base_of("dense.gguf", folder) == folder
-    with pytest.raises(ConfigError, match="was made of .*dense.gguf.*, not of .*other.gguf"):
+    with pytest.raises(ConfigError, match=r"was made of .*dense\.gguf.*, not of .*other\.gguf"):
         base_of("other.gguf", folder)
 
 

@@ -81,14 +81,13 @@ def install(args: argparse.Namespace) -> None:
     if given and not text.calibrate:
         raise ConfigError("; ".join(f"{name} = {value!r}" for name, value in given.items())
                           + ": has a meaning only with calibrate")
+    opened = [convert.open_package(package, **vars(signatures)) for package in args.packages]
     ids = _general_text(args, text) if text.calibrate else None
-    model, where = args.model, vars(folder)
-    for package in args.packages:
-        done = convert.install(package, model, calibration=ids, **where, **vars(signatures))
-        model, where = folder.out or model, {}
+    for done in convert.install_all(opened, args.model, calibration=ids, **vars(folder)):
         set_on = (f"bias set on {done.group.calibrated:,} tokens of general text" if done.group.calibrated else
                   "bias as the package has it (give general text with --calibrate)")
         print(f"{done.group.info.name}: group {done.place + 1}, {_summary(done.group)}; {set_on}")
+    model = folder.out or args.model
     print(f"model: {model}\ntry:   deepseek infer --model {model} --prompt '…' --show_experts")
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from .dequantizing import dequantize
 from .grown import Group, Grown
 from .merging import PROVENANCE, Merged, merge
-from .packages import Installed, export, install, install_all, installed, remove, verify_model
+from .packages import Installed, export, install, install_all, installed, open_package, remove, verify_model
 from .pulling import pull
 from .quantizing import Report, quantize, quantize_tensors
 from .upcycling import Comparison, Upcycled, compare, upcycle
@@ -28,6 +28,6 @@ from .writing import GROWN, REPORT
 
 __all__ = [
     "GROWN", "PROVENANCE", "REPORT", "Comparison", "Group", "Grown", "Installed", "Merged", "Report", "Upcycled",
-    "compare", "dequantize", "export", "install", "install_all", "installed", "merge", "pull", "quantize",
-    "quantize_tensors", "remove", "upcycle", "verify_model",
+    "compare", "dequantize", "export", "install", "install_all", "installed", "merge", "open_package", "pull",
+    "quantize", "quantize_tensors", "remove", "upcycle", "verify_model",
 ]

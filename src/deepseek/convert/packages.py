@@ -78,11 +78,19 @@ def install(
     Raises NotFoundError, ConfigError or CheckpointError naming what does not fit: another base, tokenizer or shape than
     those of the model, a name that is there already.
     """
-    opened = read_package(package, trust=trust, require_signature=require_signature)
-    if not opened.trusted:
-        warnings.warn(f"{opened.path}: {opened.info.name}: {opened.signer}", stacklevel=2)
+    opened = open_package(package, trust=trust, require_signature=require_signature)
     done, = install_all([opened], model, out=out, calibration=calibration, overwrite=overwrite)
     return done
+
+
+def open_package(
+    package: str | Path, *, trust: Sequence[str | Path] = (), require_signature: bool = False
+) -> ExpertPackage:
+    """`read_package`, with a warning about a package that no trusted key has signed."""
+    opened = read_package(package, trust=trust, require_signature=require_signature)
+    if not opened.trusted:
+        warnings.warn(f"{opened.path}: {opened.info.name}: {opened.signer}", stacklevel=3)
+    return opened
 
 
 def install_all(
