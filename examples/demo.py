@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import deepseek
 from deepseek.atlas import ExpertUsage
@@ -35,7 +37,9 @@ def main() -> None:
     answers()
     bits()
     tune(Path(args.out), args.epochs)
-    serve()
+    serve(["serve", "mini", "--port", "0"], "chat/completions", {
+        "model": "mini", "messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 60, "temperature": 0},
+        lambda choice: choice["message"]["content"].strip())
 
 
 def run(*words: str) -> None:
@@ -88,9 +92,9 @@ def tune(out: Path, epochs: str) -> None:
         print(f"\n{'after' if adapter else 'before'}> {RULE}\n{answer.text.strip()}", flush=True)
 
 
-def serve() -> None:
-    """Start the server, ask it once, say where its pages are; it runs until Ctrl-C where there is a terminal."""
-    words = ["serve", "mini", "--port", "0"]
+def serve(words: Sequence[str], route: str, body: dict[str, Any], answer: Callable[[Any], str]) -> None:
+    """Start the server, ask it once, say where its pages are; it runs until Ctrl-C where there is a terminal. answer:
+    the text in what it returns."""
     print(f"\n$ {shlex.join(['deepseek', *words])}", flush=True)
     with subprocess.Popen([sys.executable, "-m", "deepseek.cli", *words], stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -98,21 +102,18 @@ def serve() -> None:
             said = server.stdout.readline()
             if " on " not in said:
                 raise SystemExit(f"the server did not start: {said}")
-            url = said.split(" on ")[1].split(",")[0].strip()
+            url = f"{said.split(' on ')[1].split(',')[0].strip()}/{route}"
             print(said.strip(), flush=True)
-            body = {"model": "mini", "messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 60,
-                    "temperature": 0}
-            request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(),
-                                             {"content-type": "application/json"})
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                print(f"\n$ curl {url}/chat/completions -H 'Content-Type: application/json' -d "
-                      f"{shlex.quote(json.dumps(body))}\n{json.load(answer)['choices'][0]['message']['content'].strip()}")
+            request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as found:
+                print(f"\n$ curl {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n"
+                      f"{answer(json.load(found)['choices'][0])}")
             print("\n" + server.stdout.readline().strip(), flush=True)  # where the pages are
             if sys.stdin.isatty():
                 print("The server runs until Ctrl-C.", flush=True)
                 server.wait()
             else:
-                print("The server has been ended: `deepseek serve mini` starts it again.")
+                print(f"The server has been ended: `{shlex.join(['deepseek', *words[:2]])}` starts it again.")
         except KeyboardInterrupt:
             pass
         finally:

@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import subprocess
-import sys
 import sysconfig
-import urllib.request
 from pathlib import Path
+
+from demo import serve
 
 from deepseek.cli import main as deepseek
 
@@ -50,38 +48,8 @@ def main() -> None:
           "  loss.png     the curve of training and the balance of the experts\n"
           "  experts.png  which expert of which layer saw how much of the last prompt\n"
           "  log.jsonl    one line a step")
-    serve(model)
-
-
-def serve(model: str) -> None:
-    """Start the server, ask it once, say where its dashboard is; it runs until Ctrl-C where there is a terminal."""
-    words = ["serve", model, "--name", "demo", "--port", "0"]
-    print(f"\n$ {shlex.join(['deepseek', *words])}", flush=True)
-    command = [sys.executable, "-m", "deepseek.cli", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            said = server.stdout.readline()
-            if " on " not in said:
-                raise SystemExit(f"the server did not start: {said}")
-            url = said.split(" on ")[1].split(",")[0].strip()
-            print(said.strip(), flush=True)
-            body = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 30, "seed": 1}
-            request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(),
-                                             {"content-type": "application/json"})
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                print(f"\n$ curl {url}/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
-                      f"{PROMPTS[0]}{json.load(answer)['choices'][0]['text']}")
-            print("\n" + server.stdout.readline().strip(), flush=True)
-            if sys.stdin.isatty():
-                print("The server runs until Ctrl-C.", flush=True)
-                server.wait()
-            else:
-                print(f"The server has been ended: `deepseek serve {shlex.quote(model)}` starts it again.")
-        except KeyboardInterrupt:
-            pass
-        finally:
-            server.terminate()
+    serve(["serve", model, "--name", "demo", "--port", "0"], "completions", {
+        "model": "demo", "prompt": PROMPTS[0], "max_tokens": 30, "seed": 1}, lambda choice: PROMPTS[0] + choice["text"])
 
 
 if __name__ == "__main__":
