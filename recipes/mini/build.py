@@ -70,7 +70,7 @@ def ship(out: Path) -> Path:
         packages = [{"file": package.path.name, "sha256": sha256(package.path), "bias": bias}
                     for package, bias in zip(opened, biases, strict=True)]
         shutil.rmtree(staging / "nf4")
-        write_json(staging / "calibration.json", calibration)
+        shutil.copyfile(out / "records" / "calibration.json", staging / "calibration.json")
         manifest = read_json(WEIGHTS / "manifest.json") | {
             "calibration": {"file": "calibration.json", "sha256": sha256(staging / "calibration.json")},
             "packages": packages}

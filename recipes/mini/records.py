@@ -23,7 +23,7 @@ from prompts import prompts
 
 from deepseek import LLM
 from deepseek.data import Document, ReadReport, read_documents
-from deepseek.files import write_atomically, write_json
+from deepseek.files import to_json, write_atomically
 from deepseek.tokenizer import Tokenizer
 
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -165,4 +165,4 @@ def write_calibration(own: list[dict[str, Any]], base: Path, out: Path) -> None:
         for line in lines:
             if sum(map(len, tokens)) < CALIBRATION_TOKENS:
                 tokens.append(tokenizer.encode(f"{line['question']}\n{line['answer']}"))
-    write_json(out / "calibration.json", {"format": 1, "tokens": tokens})
+    write_atomically(out / "calibration.json", to_json({"format": 1, "tokens": tokens}, separators=(",", ":")) + "\n")
