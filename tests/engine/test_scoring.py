@@ -56,6 +56,14 @@ def test_a_shared_prompt_runs_once(model: CausalLM) -> None:
     assert llm.engine.stats.computed - begun == len(CONTEXTS[2]) + 10 * 3
 
 
+def test_examples_questions_and_choices_run_once(model: CausalLM) -> None:
+    """Questions behind the same examples: each one's choices share the question, all questions the examples."""
+    llm, examples = LLM(model), [5 + i % 70 for i in range(64)]
+    questions = [examples + [10 + q] * 16 for q in range(3)]
+    score(llm, [(question, [token]) for question in questions for token in range(4, 8)])
+    assert llm.engine.stats.computed == 64 + 3 * 16 + 3 * 3  # of all but the first choice the last token alone
+
+
 def test_the_whole_context_and_one_token(model: CausalLM) -> None:
     ids = [5 + i % 70 for i in range(129)]
     (got,) = score(LLM(model), [(ids[:1], ids[1:])])

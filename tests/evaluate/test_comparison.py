@@ -78,3 +78,25 @@ def test_answers_that_differ_are_listed_with_their_margins(both: tuple[dict[str,
     assert "| 0.75 ± 0.25" in said
     assert found.to_dict()["differing"][0]["margin"] == 0.5
     assert not compare(both[0], both[0]).differing
+
+
+def test_choices_are_told_apart_by_their_number(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Where the choice stands in the question, as in WinoGrande, the same text follows all of them."""
+    ours, theirs = both
+    for one, values in ((ours, [-1, -2, -3]), (theirs, [-2, -1, -3])):
+        sample = one["samples"]["one"][0]
+        sample |= {"arguments": [(f"It is {letter}", " again.") for letter in "ABC"],
+                   "filtered_resps": [(value, False) for value in values]}
+    first = next(one for one in compare(ours, theirs).differing if (one.task, one.question) == ("one", 0))
+    assert (first.answer, first.other, first.target) == ("…It is A", "…It is B", "…It is A")
+
+
+def test_what_is_no_mean_of_its_questions_has_no_error(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for one in both:
+        one["results"]["all"]["acc,none"] += 0.1  # as a mean over tasks of other sizes
+        for sample in one["samples"]["wiki"]:
+            sample["perplexity"] = sample["word_perplexity"][0]
+        one["results"]["wiki"]["perplexity,none"] = 150.0  # exp of their negated mean, say
+    errors = {(one.task, one.metric): one.difference_error for one in compare(*both).figures}
+    assert errors["all", "acc"] is None and errors["wiki", "perplexity"] is None
+    assert errors["sums", "exact_match (strict)"] is not None and errors["wiki", "word_perplexity"] is not None

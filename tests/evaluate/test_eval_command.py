@@ -11,6 +11,7 @@ import pytest
 
 from deepseek.cli import main
 from deepseek.engine import scoring
+from deepseek.errors import ConfigError
 
 pytest.importorskip("lm_eval", reason="needs the extra eval (lm-eval)")
 
@@ -66,12 +67,12 @@ def test_two_models_answer_by_answer(
     assert evaluate(model_folder, "--tasks", "mmlu_anatomy,wikitext,cmath", "--data", data, "--compare", model_folder,
                     "--backend", "hf", "--out", out) == 0
     assert "0 of 9 answers differ" in capsys.readouterr().out
-    found = json.loads(out.with_suffix(".difference.json").read_text("utf-8"))
+    found = json.loads(out.with_name("results.json.difference.json").read_text("utf-8"))
     figures = {(one["task"], one["metric"]): one for one in found["figures"]}
     assert figures["mmlu_anatomy", "acc"]["difference_error"] == 0 and figures["mmlu_anatomy", "acc"]["questions"] == 6
     words = figures["wikitext", "word_perplexity"]
     assert words["value"] == pytest.approx(words["other"], rel=1e-5) and not found["differing"]
-    ours, theirs = (json.loads(path.read_text("utf-8")) for path in (out, out.with_suffix(".other.json")))
+    ours, theirs = (json.loads(path.read_text("utf-8")) for path in (out, out.with_name("results.json.other.json")))
     assert ours["config"]["model_args"]["backend"] == "engine" and theirs["config"]["model_args"]["backend"] == "hf"
 
 
@@ -115,7 +116,10 @@ def test_answers_that_leave_no_room_in_the_context(
     (["--tasks", "gsm8k", "--out", "nowhere/x.json"], "must be a file in a folder that exists"),
     (["--tasks", "gsm8k", "--compare", "nowhere"], "nowhere: no such folder"),
     (["--tasks", "gsm8k", "--compare", "nowhere.gguf"], "nowhere.gguf: no such file"),
-    (["--tasks", "gsm8k", "--backend", "hf", "--adapter", "x"], "adapter: is for models that the engine runs")])
+    (["--tasks", "gsm8k", "--backend", "hf", "--adapter", "x"], "is for models that the engine runs"),
+    (["--tasks", "gsm8k", "--backend", "hf", "--max_num_seqs", "4"], "max_num_seqs = 4: is for models that the engine"),
+    (["--tasks", "gsm8k", "--adapter", "a=x"], "adapter = a=…: one model is measured"),
+    (["--tasks", "gsm8k", "--log_samples"], "log_samples = True: has a meaning only with out")])
 def test_what_is_refused_before_any_work(
     words: list[str], message: str, model_folder: Path, data: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -127,3 +131,34 @@ def test_what_is_refused_before_any_work(
     given = [] if "--data" in words else ["--data", data]
     assert evaluate(model_folder, *given, *words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("execute", [False, True])
+def test_a_task_that_runs_code_in_its_own_way_is_refused(execute: bool) -> None:
+    """Its process_results comes before all metrics, asked for or not."""
+    from deepseek.evaluate.tasks import _limit
+
+    class Task:
+        task_name, UNSAFE_CODE = "compiles", True
+        _metric_fn_list: dict[str, Any] = {}
+
+        class config:
+            @staticmethod
+            def process_results(*_: Any) -> None:
+                raise AssertionError("it is run")
+
+    with pytest.raises(ConfigError, match="tasks: compiles: runs generated code in its own way"):
+        _limit(Task(), execute)
+
+
+def test_answers_so_far_are_no_pickle(model_folder: Path, data: Path, tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pickle")
+
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(pickle, "dumps", refuse)
+    assert evaluate(model_folder, "--tasks", "mmlu_anatomy,cmath", "--data", data, "--limit", 2,
+                    "--out", tmp_path / "out.json") == 0

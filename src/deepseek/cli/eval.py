@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engine.options import EngineOptions
 from ..errors import ConfigError
 from ..evaluate.options import EvalOptions
 from ..interrupts import kept
-from .common import MachineOptions, ModelOptions, add_engine_flags, make_llm
-from .parser import Parser, add_settings, make
+from .common import MachineOptions, ModelOptions, add_engine_flags, make_llm, named_adapters
+from .parser import Parser, add_settings, given_settings, make
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"eval: needs lm-evaluation-harness ({error}): pip install 'moe-dr[eval]'") from None
 
     loaded, results = tasks.load_tasks(options.tasks, options.data, execute_code=options.execute_code), []
+    if options.num_fewshot and (
+            own := [task.task_name for task in tasks.single(loaded) if task.config.num_fewshot == 0]):
+        print(f"num_fewshot: stays 0 for {', '.join(own)}, as these tasks are defined", file=sys.stderr)
     for candidate in candidates:
         if candidate.backend == "engine":
             config = ModelConfig.from_file(resolve(candidate.name))
@@ -68,9 +72,14 @@ def run(args: argparse.Namespace) -> None:
 def _candidates(args: argparse.Namespace, options: EvalOptions) -> list[Candidate]:
     """MODEL, and OTHER if there is one, checked as far as that is quick."""
     from ..checkpoint import resolve
-    from ..evaluate.backends import backend_of
+    from ..evaluate.backends import backend_of, check_hf
     from ..tokenizer import Tokenizer
 
+    _, named = named_adapters(make(args, ModelOptions).adapter)
+    if named:
+        raise ConfigError(f"adapter = {next(iter(named))}=…: one model is measured: give the adapter without a name")
+    if options.log_samples and options.out is None:
+        raise ConfigError("log_samples = True: has a meaning only with out")
     out = None if options.out is None else Path(options.out).expanduser()
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"out = {str(out)!r}: must be a file in a folder that exists")
@@ -80,11 +89,17 @@ def _candidates(args: argparse.Namespace, options: EvalOptions) -> list[Candidat
         backend = backend_of(name, options.backend if last else "auto")
         if backend == "engine" and not Tokenizer.load(resolve(name)).has_chat_template and options.apply_chat_template:
             raise ConfigError(f"apply_chat_template: {name} has no chat template")
-        if backend == "hf" and place == 0 and make(args, ModelOptions).adapter:
-            raise ConfigError("adapter: is for models that the engine runs, not for backend = 'hf'")
+        if backend == "hf":
+            check_hf()
         own = argparse.Namespace(**vars(args) | {"model": name} | ({"adapter": None} if place else {}))
-        path = out if place == 0 or out is None else out.with_suffix(".other.json")
+        path = out if place == 0 or out is None else out.with_name(f"{out.name}.other.json")
         found.append(Candidate(name, backend, own, path))
+    engine = {**given_settings(args, ModelOptions), **given_settings(args, EngineOptions)}
+    if engine and all(one.backend == "hf" for one in found):
+        raise ConfigError(f"{min(engine)} = {engine[min(engine)]}: is for models that the engine runs, not for backend "
+                          "= 'hf', which runs them in float32 as transformers does")
+    if "chat_template_kwargs" in engine and any(one.backend == "hf" for one in found):
+        raise ConfigError("chat_template_kwargs: would change the prompts of one model alone: not with backend = 'hf'")
     return found
 
 
@@ -94,10 +109,11 @@ def _evaluate(candidate: Candidate, options: EvalOptions, loaded: Sequence[Any])
     from ..evaluate.language_model import EngineLM
 
     llm, answers, model = None, None, make(candidate.args, ModelOptions)
+    adapter, _ = named_adapters(model.adapter)
     about = {"pretrained": candidate.name, "backend": candidate.backend, "dtype": "float32"}
     if candidate.out is not None:  # the answers so far, so that the same command goes on
-        places = (candidate.name, *(word.rpartition("=")[2] for word in model.adapter))
-        answers = candidate.out.with_name(f"{candidate.out.name}.{fingerprint(about, model, models=places)}")
+        key = fingerprint(about, model, options.seed, runs.VERSION, model=candidate.name, adapter=adapter)
+        answers = candidate.out.with_name(f"{candidate.out.name}.{key}")
     try:
         if candidate.backend == "hf":
             lm = hf_model(candidate.name, make(candidate.args, MachineOptions).device)
@@ -125,6 +141,6 @@ def _report_comparison(options: EvalOptions, results: Sequence[dict[str, Any]]) 
     found = compare(*results)
     print(found)
     if options.out is not None:
-        path = Path(options.out).expanduser().with_suffix(".difference.json")
-        write_json(path, found.to_dict())
+        out = Path(options.out).expanduser()
+        write_json(path := out.with_name(f"{out.name}.difference.json"), found.to_dict())
         print(f"difference: {path}")

@@ -44,8 +44,10 @@ def score(
             context, continuation = map(list, pairs[place])
             request = Request([*context, *continuation][:-1], params, max_new_tokens=0, adapter=name,
                               scored=continuation)
-            if requests and _begin_alike(requests[-1].prompt_ids, context):
-                request.prefill_leader = requests[-1].prefill_leader or requests[-1]
+            if requests and 2 * _common(requests[-1].prompt_ids, context) >= len(context):
+                before, leader = requests[-1], requests[-1].prefill_leader
+                more = leader is None or _common(before.prompt_ids, context) > _common(leader.prompt_ids, context)
+                request.prefill_leader = before if more else leader
             requests.append(request)
         llm.driver.generate(*requests)
         for place, request in zip(places, requests, strict=True):
@@ -56,9 +58,9 @@ def score(
     return [scores[place] for place in range(len(pairs))]
 
 
-def _begin_alike(ids: Sequence[int], context: Sequence[int]) -> bool:
-    common = next((i for i, (a, b) in enumerate(zip(ids, context, strict=False)) if a != b), len(ids))
-    return 2 * common >= len(context)
+def _common(ids: Sequence[int], context: Sequence[int]) -> int:
+    """Tokens at the beginning that both have."""
+    return next((i for i, (a, b) in enumerate(zip(ids, context, strict=False)) if a != b), min(len(ids), len(context)))
 
 
 def _windows(pairs: Sequence[Pair]) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,29 @@ def backend_of(model: str, wanted: Backend = "auto") -> Backend:
     return wanted if wanted != "auto" else "engine" if ours else "hf"
 
 
+def check_hf() -> None:
+    """Raises ConfigError without the libraries that transformers runs models with."""
+    if missing := [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"backend = 'hf': needs {missing[0]}: pip install 'moe-dr[eval]'")
+
+
 def hf_model(model: str, device: Device = "cpu") -> Any:
-    """The harness' class for models in transformers, in float32. Raises ConfigError without transformers."""
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ConfigError(f"backend = 'hf': needs transformers and accelerate ({error}): pip install "
-                          "'moe-dr[eval]'") from None
+    """The harness' class for models in transformers, in float32. Raises ConfigError for one that it cannot load."""
+    from lm_eval.models.huggingface import HFLM
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     path = _gguf(model)
     where = {"pretrained": str(resolve(model))} if path is None else {
         "pretrained": str(path.parent), "gguf_file": path.name}
-    return HFLM(**where, dtype="float32", device=device, batch_size=BATCH)
+    try:
+        return HFLM(**where, dtype="float32", device=device, batch_size=BATCH)
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"{model}: backend = 'hf': transformers cannot load it: {error!s:.300}") from None
 
 
-def fingerprint(*settings: object, models: tuple[str, ...]) -> str:
-    """Of settings and of the files of models (their sizes and times, not their bytes)."""
-    paths = [_gguf(model) or resolve(model) for model in models]
+def fingerprint(*settings: object, model: str, adapter: str | None = None) -> str:
+    """Of settings and of the files of a model and its adapter (their sizes and times, not their bytes)."""
+    paths = [_gguf(model) or resolve(model), *([] if adapter is None else [Path(adapter).expanduser()])]
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     text = repr([settings, [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -97,13 +97,13 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Comparison:
                 continue
             answers += 1
             if mine[0] != other[0]:
-                differing.append(Differing(task, sample["doc_id"], mine[0], other[0], _target(sample), mine[1],
-                                           other[1]))
+                ours_said, theirs_said, right = (_said(sample, one) for one in (mine[0], other[0], sample["target"]))
+                differing.append(Differing(task, sample["doc_id"], ours_said, theirs_said, right, mine[1], other[1]))
     return Comparison(tuple(figures), tuple(differing), answers)
 
 
-def _answer(sample: Mapping[str, Any]) -> tuple[str, float | None] | None:
-    """(answer, margin) of a question; None where nothing is answered."""
+def _answer(sample: Mapping[str, Any]) -> tuple[str | int, float | None] | None:
+    """(text, or number of the choice; margin) of a question's answer; None where nothing is answered."""
     given = sample["filtered_resps"]
     if all(isinstance(one, str) for one in given):
         return given[0], None
@@ -112,14 +112,17 @@ def _answer(sample: Mapping[str, Any]) -> tuple[str, float | None] | None:
     values = [float(one[0]) for one in given]
     best = max(range(len(values)), key=values.__getitem__)
     second = max(value for i, value in enumerate(values) if i != best)
-    return sample["arguments"][best][1].strip(), values[best] - second
+    return best, values[best] - second
 
 
-def _target(sample: Mapping[str, Any]) -> str:
-    target, choices = sample["target"], sample["arguments"]
-    if isinstance(target, int) and len(choices) > target:
-        return str(choices[target][1]).strip()
-    return str(target)
+def _said(sample: Mapping[str, Any], answer: Any) -> str:
+    """An answer, or the right one, as text: of a choice what follows the question, or, where the same follows several
+    of them, the end of the question."""
+    choices = sample["arguments"]
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        return str(answer)
+    several = len({one[1] for one in choices}) > 1
+    return str(choices[answer][1]).strip() if several else f"…{str(choices[answer][0])[-40:]}"
 
 
 def _figures(ours: Mapping[str, Any], theirs: Mapping[str, Any], task: str) -> Iterator[Figure]:
@@ -153,6 +156,9 @@ def _paired_error(metric: str, pairs: Sequence[tuple[Any, Any]], value: float, o
     if len(pairs) < 2:
         return None
     if all(isinstance(one, int | float) for pair in pairs for one in pair):
+        for figure, values in ((value, [a for a, _ in pairs]), (other, [b for _, b in pairs])):
+            if not math.isclose(figure, sum(values) / len(values), rel_tol=1e-6, abs_tol=1e-9):
+                return None  # not their mean: a median, a perplexity, a mean over tasks of other sizes
         return math.sqrt(variance(float(a) - float(b) for a, b in pairs) / len(pairs))
     if not all(isinstance(one, Sequence) and len(one) == 2 for pair in pairs for one in pair) or not (
             metric.endswith("perplexity") or metric == "bits_per_byte"):

@@ -1,7 +1,8 @@
 """Programs that a model wrote, each in a Python process of its own with limits of time, memory and files.
 
-That keeps a program from filling the machine or running for ever. It is no sandbox: it may read what the user may read
-and use the network, so nothing runs unless it is asked for.
+The limits are those of a process: they stop programs that loop, allocate or write too much by mistake. It is no
+sandbox: a program may read what the user may read, use the network, and leave processes in a session of their own
+behind, each with the same limits; so nothing runs unless it is asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PASSED = 93  # exit status after the program's last line: one that leaves before
 _CODE = f"""
 import os, resource, sys
 for kind, most in ((resource.RLIMIT_AS, {MEMORY}), (resource.RLIMIT_FSIZE, {FILE_BYTES}), (resource.RLIMIT_CORE, 0),
-                   (resource.RLIMIT_NOFILE, {OPEN_FILES})):
+                   (resource.RLIMIT_NOFILE, {OPEN_FILES}), (resource.RLIMIT_CPU, {math.ceil(SECONDS)})):
     hard = resource.getrlimit(kind)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (most, most))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,12 +13,14 @@ from unittest.mock import patch
 import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.evaluator
+import sqlitedict
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from ..files import to_json, write_atomically
 from .options import EvalOptions
 
+VERSION = version("lm-eval")
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 
 
@@ -25,7 +29,7 @@ def run_tasks(lm: Any, tasks: Sequence[Any], options: EvalOptions, about: Mappin
     """The harness' results, with samples. about: what they say of the model. answers: a file that keeps the model's
     answers as they come; those that are in it already are not asked for again."""
     seeds = SEEDS if options.seed is None else dict.fromkeys(SEEDS, options.seed)
-    with _quiet():
+    with _quiet(), patch.object(sqlitedict, "SqliteDict", _Answers):
         return lm_eval.evaluator.simple_evaluate(
             lm, model_args=dict(about), tasks=list(tasks), num_fewshot=options.num_fewshot, limit=options.limit,
             apply_chat_template=options.apply_chat_template, confirm_run_unsafe_code=options.execute_code,
@@ -55,11 +59,19 @@ def save(results: Mapping[str, Any], path: Path, *, samples: bool) -> None:
     write_atomically(path, to_json(kept, indent=2, ensure_ascii=False, default=handle_non_serializable) + "\n")
 
 
+class _Answers(sqlitedict.SqliteDict):
+    """The harness' file of answers, in JSON: its own are pickles, which execute code when they are read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, encode=to_json, decode=json.loads, **kwargs)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars but those of the model: MMLU alone would have 57 others."""
     def same(items: Any, **_: Any) -> Any:
         return items
 
-    with patch.object(lm_eval.api.task, "tqdm", same), patch.object(lm_eval.api.model, "tqdm", same):
+    with (patch.object(lm_eval.api.task, "tqdm", same, create=True),
+          patch.object(lm_eval.api.model, "tqdm", same, create=True)):
         yield

@@ -36,9 +36,14 @@ def answer_tokens(settings: Mapping[str, Any]) -> int:
     return int(next((value for name in LENGTHS if (value := settings.get(name)) is not None), MAX_NEW))
 
 
+def single(loaded: Sequence[Any]) -> list[Any]:
+    """The tasks of groups, and those that stand alone."""
+    return [task for one in loaded for task in (one.get_all_tasks() if isinstance(one, Group) else [one])]
+
+
 def check_answers(loaded: Sequence[Any], model: str, context: int) -> None:
     """Raises ConfigError for a task whose answers leave no room in the context of a model."""
-    for task in (task for one in loaded for task in (one.get_all_tasks() if isinstance(one, Group) else [one])):
+    for task in single(loaded):
         if task.OUTPUT_TYPE == "generate_until" and (most := answer_tokens(task.config.generation_kwargs)) >= context:
             raise ConfigError(f"tasks: {task.task_name}: answers have {most} tokens: must leave room in the context of "
                               f"{model}, {context} tokens (max_position_embeddings)")
@@ -69,7 +74,7 @@ def _generated(task: str, prompt: str, target: str, stop: str) -> dict[str, Any]
 
 OWN: dict[str, dict[str, Any]] = {
     "cmath": _generated("cmath", "问题：{{input}}\n答案：", "golden", "问题："),
-    "svamp": _generated("svamp", "Question: {{Body}}. {{Question}}\nAnswer:", "Answer", "Question:"),
+    "svamp": _generated("svamp", "Question: {{Body.rstrip(' .')}}. {{Question}}\nAnswer:", "Answer", "Question:"),
     "aqua": {
         "task": "aqua", "dataset_path": "aqua", "test_split": "test", "fewshot_split": "validation",
         "fewshot_config": {"sampler": "first_n"}, "output_type": "multiple_choice",
@@ -84,8 +89,8 @@ def load_tasks(names: Sequence[str], data: str | Path | None, *, execute_code: b
     """The tasks and groups of these names, with their data.
 
     Without execute_code, tasks that run generated code collect the texts and score nothing. Raises ConfigError for a
-    name that there is not and for code that cannot be run in a process of its own, NotFoundError and DataError for
-    data that is missing or broken.
+    name that there is not and for tasks that run such code otherwise than by CodeEval, NotFoundError and DataError
+    for data that is missing or broken.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if not names:
@@ -163,6 +168,9 @@ def _metrics_are_ours() -> Iterator[None]:
 
 def _limit(task: Any, execute_code: bool) -> None:
     """See to it that a task runs generated code only where that is asked for, and only by CodeEval."""
+    if callable(task.config.process_results):  # it comes before all metrics, and may run what it likes
+        raise ConfigError(f"tasks: {task.task_name}: runs generated code in its own way, not in a process with limits: "
+                          "leave it out")
     if not execute_code:
         task.override_metric("bypass")
         task.UNSAFE_CODE = False
