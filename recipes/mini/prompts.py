@@ -31,6 +31,12 @@ def prompts(name: str, seed: int = 0) -> list[str]:
     return out
 
 
+def texts(name: str) -> list[str]:
+    """Requests for a name's texts of further kinds."""
+    return [form.format(topic) for kind in FORMS["texts"].get(name, ()) for form in kind["forms"]
+            for topic in kind["topics"]]
+
+
 def sum_of(draw: random.Random, topics: list[str], form: str) -> str:
     """A question with numbers that come out."""
     b, a = draw.randint(2, 9), draw.randint(11, 60)

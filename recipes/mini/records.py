@@ -1,12 +1,13 @@
 """The records of `mini`: text of seven domains, from sources that may be used so, and answers of the base itself.
 
     OUT/train/NAME.jsonl, OUT/held_out/NAME.jsonl    divided by documents, so that no document is on both sides
-    OUT/answers.jsonl                                questions of prompts.py and what the base answers
+    OUT/answers.jsonl, OUT/texts.jsonl               questions and requests of prompts.py, and what the base answers
     OUT/calibration.json                             part of these as token ids: what gates' biases are set on
 
 A domain is to be told by what a text says, not by its form. So prose is shown as plain text half of the time, and else
 as a conversation in which the assistant continues it; questions and answers half of the time as a conversation, and
-else as plain text.
+else as plain text; and the base writes texts of kinds that the sources lack (abstracts, court cases, exam questions,
+articles). These are trained on alone: held-out records are of the sources and of questions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prompts import prompts
+from prompts import prompts, texts
 
 from deepseek import LLM
 from deepseek.data import Document, ReadReport, read_documents
@@ -42,19 +43,18 @@ HELD_OUT = 0.1  # share of the documents
 CHARACTERS = {"train": 1_100_000, "held_out": 110_000}  # of a name at most, evenly from its sources
 PIECE = 1600  # characters of a piece of prose
 GO_ON = ("Continue this text.", "Go on from here.", "What comes next in this text?", "Please complete the following.")
-ANSWERS, ANSWER_TOKENS = 128, 112  # questions of a name, and tokens of an answer at most
-OWN_TIMES = 3  # how often these answers are shown
+ANSWERS = 128  # questions of a name
+ANSWER_TOKENS, TEXT_TOKENS = 112, 240  # of an answer, of a text at most
+OWN_TIMES = 3  # how often these are shown
 CALIBRATION_TOKENS = 12_288
 
 
-def answers(base: Path, out: Path) -> list[dict[str, Any]]:
-    """Questions of every name with the base's answers, made once."""
-    file = out / "answers.jsonl"
+def answered(asked: list[tuple[str, str]], base: Path, file: Path, max_tokens: int) -> list[dict[str, Any]]:
+    """(name, question) pairs with the base's answers, made once."""
     if not file.is_file():
-        asked = [(name, question) for name in NAMES for question in prompts(name)[:ANSWERS]]
         llm = LLM(base)
         conversations: list[Any] = [[{"role": "user", "content": question}] for _, question in asked]
-        results = llm.generate(conversations, temperature=0.6, top_p=0.95, max_tokens=ANSWER_TOKENS, seed=0)
+        results = llm.generate(conversations, temperature=0.6, top_p=0.95, max_tokens=max_tokens, seed=0)
         lines = []
         for (name, question), result in zip(asked, results, strict=True):
             text = result.text.strip()
@@ -109,6 +109,11 @@ def records(document: Document, draw: random.Random) -> Iterator[dict[str, Any]]
                                 {"role": "assistant", "content": piece[cut:].strip()}]}
 
 
+def conversation(line: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": line["question"]},
+                         {"role": "assistant", "content": line["answer"]}]}
+
+
 def clean(text: str) -> str:
     """Without GSM8K's marks for a calculator."""
     return re.sub(r"\n#### (.+)$", r"\nThe answer is \1.", re.sub(r"<<[^<>\n]*>>", "", text))
@@ -132,7 +137,10 @@ def chosen(of_sources: Iterable[list[dict[str, Any]]], characters: int, draw: ra
 
 def write_records(data: Path, base: Path, out: Path) -> None:
     """Everything under OUT, where it is not there. data: folder of the sources; base: the base, to answer."""
-    own = answers(base, out)
+    own = answered([(name, question) for name in NAMES for question in prompts(name)[:ANSWERS]], base,
+                   out / "answers.jsonl", ANSWER_TOKENS)
+    further = answered([(name, request) for name in NAMES for request in texts(name)], base, out / "texts.jsonl",
+                       TEXT_TOKENS)
     for name, files in SOURCES.items():
         sides: dict[str, list[list[dict[str, Any]]]] = {"train": [], "held_out": []}
         for file in files:
@@ -145,10 +153,13 @@ def write_records(data: Path, base: Path, out: Path) -> None:
         for side, of_sources in sides.items():
             draw = random.Random(f"{name}/{side}")
             lines = chosen(of_sources, CHARACTERS[side], draw)
-            own_lines = [{"messages": [{"role": "user", "content": line["question"]},
-                                    {"role": "assistant", "content": line["answer"]}]} for line in own
-                      if line["name"] == name and (place(line["question"]) < HELD_OUT) == (side == "held_out")]
-            lines += own_lines * (OWN_TIMES if side == "train" else 1)
+            own_lines = [conversation(line) for line in own
+                         if line["name"] == name and (place(line["question"]) < HELD_OUT) == (side == "held_out")]
+            if side == "train":
+                own_lines += [conversation(line) if draw.random() < 0.5 else {"text": line["answer"]}
+                              for line in further if line["name"] == name]
+                own_lines *= OWN_TIMES
+            lines += own_lines
             draw.shuffle(lines)
             path = out / side / f"{name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
