@@ -21,30 +21,38 @@ from .linear import to_compute_dtype
 from .native import dense_rows, dtype_code, native, threads, trains_native
 
 BLOCK = 128  # queries a block: one head's [128, 256] scores are 128 KB
-LONGEST_SAVED = 512  # up to here the probabilities are kept for the backward pass; beyond, torch's flash kernel
+LONGEST_SAVED = 512  # up to here in blocks, the probabilities kept for the backward pass; beyond, torch's flash kernel
+
+
+def _in_blocks(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTW: Tensor, scale: float, saved: list[Tensor] | None) -> Tensor:
+    """Exact softmax attention in query blocks; block i sees the keys up to its own end only. saved: takes the
+    probabilities of each block."""
+    batch, heads, length, _ = q_BNTD.shape
+    out = q_BNTD.new_empty(batch, length, heads, v_BNTW.shape[-1])
+    above = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q_BNTD.device).triu_(1)
+    for b in range(batch):
+        q, k, v = to_compute_dtype(q_BNTD[b]) * scale, to_compute_dtype(k_BNTD[b]), to_compute_dtype(v_BNTW[b])
+        for lo in range(0, length, BLOCK):
+            hi = min(lo + BLOCK, length)
+            s = torch.bmm(q[:, lo:hi], k[:, :hi].transpose(1, 2))
+            s[:, :, lo:].masked_fill_(above[: hi - lo, : hi - lo], -math.inf)
+            p = torch.softmax(s, -1, dtype=torch.float32).to(q_BNTD.dtype)
+            out[b, lo:hi] = torch.bmm(to_compute_dtype(p), v[:, :hi]).transpose(0, 1)
+            if saved is not None:
+                saved.append(p)
+    return out.transpose(1, 2)
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Exact softmax attention in query blocks; block i sees the keys up to its own end only."""
+    """`_in_blocks` with a gradient."""
 
     @staticmethod
     def forward(ctx: Any, q_BNTD: Tensor, k_BNTD: Tensor, v_BNTW: Tensor, scale: float) -> Tensor:
-        batch, heads, length, _ = q_BNTD.shape
-        out = q_BNTD.new_empty(batch, length, heads, v_BNTW.shape[-1])
-        above = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q_BNTD.device).triu_(1)
         saved: list[Tensor] = []
-        for b in range(batch):
-            q, k, v = to_compute_dtype(q_BNTD[b]) * scale, to_compute_dtype(k_BNTD[b]), to_compute_dtype(v_BNTW[b])
-            for lo in range(0, length, BLOCK):
-                hi = min(lo + BLOCK, length)
-                s = torch.bmm(q[:, lo:hi], k[:, :hi].transpose(1, 2))
-                s[:, :, lo:].masked_fill_(above[: hi - lo, : hi - lo], -math.inf)
-                p = torch.softmax(s, -1, dtype=torch.float32).to(q_BNTD.dtype)
-                out[b, lo:hi] = torch.bmm(to_compute_dtype(p), v[:, :hi]).transpose(0, 1)
-                saved.append(p)
+        out = _in_blocks(q_BNTD, k_BNTD, v_BNTW, scale, saved)
         ctx.save_for_backward(q_BNTD, k_BNTD, v_BNTW, *saved)
         ctx.scale = scale
-        return out.transpose(1, 2)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -121,8 +129,9 @@ def causal_attention(
     mask: None for plain causal over T == S; else a boolean tensor that broadcasts to [B, N, T, S], True where a query
     may look. A query that may look nowhere (padding) gets finite rubbish, never NaN.
     """
-    needs_grad = torch.is_grad_enabled() and (q_BNTD.requires_grad or k_BNSD.requires_grad or v_BNSW.requires_grad)
-    if mask is None and needs_grad and q_BNTD.device.type == "cpu" and q_BNTD.shape[2] <= LONGEST_SAVED:
+    if mask is None and q_BNTD.device.type == "cpu" and q_BNTD.shape[2] <= LONGEST_SAVED:
+        if not torch.is_grad_enabled() or not (q_BNTD.requires_grad or k_BNSD.requires_grad or v_BNSW.requires_grad):
+            return _in_blocks(q_BNTD, k_BNSD, v_BNSW, scale, None)
         fast = scale > 0 and trains_native(q_BNTD, k_BNSD, v_BNSW)
         return (_NativeAttention if fast else _CausalAttention).apply(q_BNTD, k_BNSD, v_BNSW, scale)
     width = v_BNSW.shape[-1]
