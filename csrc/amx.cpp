@@ -143,7 +143,7 @@ constexpr const char* kName = "amx_emulated";
 constexpr const char* kName = "amx";
 #endif
 const Kernels table = {
-    kName,    quantize_weights, quantize,        panels,        dense_panels<uint16_t>, dense_panels<float>,
+    kName,    quantize_weights, quantize,        panels,        dense_rows<uint16_t>, dense_rows<float>,
     rms_norm, weighted_sum,     attention_block, attention_join};
 
 }  // namespace

@@ -151,15 +151,15 @@ void mla_naive(const float* q, const float* q_rope, const float* cache, const Se
   const int64_t pitch = (divide_up(rope + 15 + nope + wide + 15, 16) | 1) * 16;
   const Panel shape(rank, bits);
 
-  // all visible latents, quantized once for all heads
+  // all visible latents, as the weights want them, once for all heads
   std::vector<int64_t> begin(1, 0);
   for (int64_t s = 0; s < sequences.count; ++s)
     begin.push_back(begin.back() + sequences.seen(s, sequences.size(s) - 1));
-  scratch.reserve(QuantizedRows::room(begin.back(), rank));
-  const QuantizedRows latents(scratch, begin.back(), rank);
+  scratch.reserve(Activations::room(begin.back(), rank, bits));
+  const Activations latents(scratch, begin.back(), rank, bits);
   in_pieces(begin.back(), 8, threads, [&](int64_t i) {
     const int64_t s = std::upper_bound(begin.begin(), begin.end(), i) - begin.begin() - 1;
-    latents.fill(i, cache + sequences.row(s, i - begin[s], rank + rope), rank);
+    latents.fill(i, cache + sequences.row(s, i - begin[s], rank + rope));
   });
 
   // A task is some runs of one head of one sequence, and all of them where that leaves nobody idle: each task rebuilds.

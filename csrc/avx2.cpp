@@ -108,7 +108,7 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
 }
 
 const Kernels table = {
-    "avx2",   quantize_weights, quantize,        panels,        dense_panels<uint16_t>, dense_panels<float>,
+    "avx2", quantize_weights, quantize,     panels,          dense_rows<uint16_t>, dense_rows<float>,
     rms_norm, weighted_sum,     attention_block, attention_join};
 
 }  // namespace

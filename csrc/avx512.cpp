@@ -253,8 +253,8 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
   (bits == 4 ? any_panels<4> : any_panels<8>)(w, count, gated, x, row, tokens, out, ld);
 }
 
-const Kernels table = {"avx512_vnni",       quantize_weights, quantize,     panels,          dense_panels<uint16_t>,
-                       dense_panels<float>, rms_norm,         weighted_sum, attention_block, attention_join};
+const Kernels table = {"avx512_vnni",       quantize_weights, quantize,     panels,          dense_rows<uint16_t>,
+                       dense_rows<float>, rms_norm,         weighted_sum, attention_block, attention_join};
 
 }  // namespace
 const Kernels* const avx512_kernels = &table;

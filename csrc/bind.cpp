@@ -73,13 +73,13 @@ NB_MODULE(_native, m) {
       });
   nb::class_<Ffn>(m, "Ffn").def(
       "__init__", [](Ffn* self, int64_t inner, int64_t shared_inner, int bits, nb::tuple gate, uintptr_t gate_weight,
-                     bool gate_bf16, uintptr_t gate_bias, uintptr_t experts, uintptr_t shared) {
+                     int gate_bits, uintptr_t gate_bias, uintptr_t experts, uintptr_t shared) {
         auto size = [&](int i) { return nb::cast<int64_t>(gate[i]); };
         auto flag = [&](int i) { return nb::cast<bool>(gate[i]); };
         new (self) Ffn{inner, shared_inner, bits,
                        {size(0), size(1), size(2), size(3), (int)size(4), flag(5), flag(6), flag(7),
                         nb::cast<float>(gate[8])},
-                       at<void>(gate_weight), gate_bf16, at<float>(gate_bias), at<const uint8_t*>(experts),
+                       at<uint8_t>(gate_weight), gate_bits, at<float>(gate_bias), at<const uint8_t*>(experts),
                        at<uint8_t>(shared)};
       });
   nb::class_<Layer>(m, "Layer").def(
@@ -158,7 +158,7 @@ NB_MODULE(_native, m) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg("residency").none() = nb::none(), nb::arg("moe_layer") = 0,
         release());
 
-  define(m, "panel_linear", panel_linear);
+  define(m, "plain_linear", plain_linear);
 
   m.def("choose_experts",
         [](uintptr_t logits, int64_t tokens, int64_t experts, int64_t groups, int64_t kept_groups, int64_t top,

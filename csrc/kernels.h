@@ -24,21 +24,23 @@ inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlo
 inline int64_t pitch_of(int64_t blocks) { return (blocks | 1) * kBlock; }
 inline int64_t panels_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
-// Where the parts of a panel lie (docs/formats.md).
+// Where the parts of a panel lie (docs/formats.md). 16 or 32 bits are BF16 and FP32: sixteen rows of a plain matrix.
 struct Panel {
   int64_t blocks, codes, bytes;
   Panel(int64_t columns, int bits)
       : blocks(blocks_of(columns)),
-        codes(64 + (bits == 4 ? (16 * blocks + 63) / 64 * 64 : 0)),
-        bytes(codes + (bits == 4 ? 512 : 1024) * blocks) {}
+        codes(bits > 8 ? 0 : 64 + (bits == 4 ? (16 * blocks + 63) / 64 * 64 : 0)),
+        bytes(bits > 8 ? kRows * columns * bits / 8 : codes + (bits == 4 ? 512 : 1024) * blocks) {}
 };
 
-// Activations quantized by row.
+// Activations quantized by row, or as they are for weights of 16 or 32 bits: then x [rows][columns] alone.
 struct Rows {
   const int8_t* q;         // [rows][pitch_of(blocks)]
   const int32_t* surplus;  // [rows][blocks]: -128 times the sum of q over the block, for unsigned weights
   const float* scale;    // [rows]
   int64_t blocks;
+  const float* x = nullptr;
+  int64_t columns = 0;
 };
 
 // A block of at most kKeys keys and their values: rows `stride` numbers apart; `width` is a multiple of 8.
@@ -64,12 +66,12 @@ struct Kernels {
   void (*panels)(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x, const int32_t* row,
                  int64_t tokens, float* out, int64_t ld);
 
-  // Weights that are not quantized, BF16 or FP32, 16 rows a panel, [panel][columns][16]: out[t * ld + 16 * panel + r]
-  // in FP32, even and odd columns summed apart. `columns` is even.
-  void (*bf16_panels)(const uint16_t* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
-                      float* out, int64_t ld);
-  void (*fp32_panels)(const float* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens,
-                      float* out, int64_t ld);
+  // Plain weights, BF16 or FP32, `rows` rows of x.columns numbers: out[t * ld + r] = w_r · x_row[t], or, where `up` is
+  // not null, silu(w_r · x_row[t]) * (up_r · x_row[t]). Sums are FP32, 64 of every row, added at the end.
+  void (*bf16_rows)(const uint16_t* w, const uint16_t* up, int64_t rows, const Rows& x, const int32_t* row,
+                    int64_t tokens, float* out, int64_t ld);
+  void (*fp32_rows)(const float* w, const float* up, int64_t rows, const Rows& x, const int32_t* row, int64_t tokens,
+                    float* out, int64_t ld);
 
   // out = x / sqrt(mean(x^2) + eps) * w
   void (*rms_norm)(const float* x, const float* w, int64_t width, float eps, float* out);

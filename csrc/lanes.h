@@ -370,40 +370,75 @@ void quantize_weights(const float* w, int64_t columns, int bits, int64_t r, uint
 
 INLINE part widened(const uint16_t* p) { return part_from_bf16(p); }
 INLINE part widened(const float* p) { return load_part(p); }
+INLINE f16 widened_whole(const uint16_t* p) { return from_bf16(p); }
+INLINE f16 widened_whole(const float* p) { return load(p); }
 
+// A row of weights times T rows of activations: y[16 t]. Weights are read in their order, which memory is fastest at.
 template <int T, typename W>
 __attribute__((noinline))  // inlined, its sums land in memory
-void dense_panel(const W* w, int64_t columns, const float* x, int64_t ldx, float* out, int64_t ld) {
+void dense_row(const W* w, int64_t columns, const float* const* x, float* y) {
+  constexpr int U = 4;  // blocks of 16 columns, each with sums of its own
+  const int64_t whole = columns / 16 * 16;
+  alignas(64) float sums[T][U][16];
   for (int lane = 0; lane < 16; lane += kLanes) {
-    part even[T], odd[T];
-#pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) even[t] = odd[t] = part{};
-    for (int64_t k = 0; k < columns; k += 2) {
-      part v0 = widened(w + 16 * k + lane), v1 = widened(w + 16 * (k + 1) + lane);
-#pragma GCC unroll 12
-      for (int t = 0; t < T; ++t) {
-        add_product(even[t], v0, each(x[t * ldx + k]));
-        add_product(odd[t], v1, each(x[t * ldx + k + 1]));
-      }
+    part sum[T][U];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) sum[t][u] = part{};
+    auto block = [&](int64_t k, int u) __attribute__((always_inline)) {
+      const part weight = widened(w + k + lane);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) add_product(sum[t][u], weight, load_part(x[t] + k + lane));
+    };
+    int64_t k = 0;
+    for (; k + 16 * U <= whole; k += 16 * U)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) block(k + 16 * u, u);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u)
+      if (k + 16 * u < whole) block(k + 16 * u, u);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) store_part(sums[t][u] + lane, sum[t][u]);
+  }
+  for (int t = 0; t < T; ++t) {
+    f16 sum = (load(sums[t][0]) + load(sums[t][1])) + (load(sums[t][2]) + load(sums[t][3]));
+    if (whole < columns) {
+      W tail[16] = {};
+      std::memcpy(tail, w + whole, sizeof(W) * (columns - whole));
+      sum = fma(widened_whole(tail), load_some(x[t] + whole, columns - whole), sum);
     }
-#pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) store_part(out + t * ld + lane, even[t] + odd[t]);
+    y[16 * t] = total(sum);
   }
 }
 
 template <typename W>
-void dense_panels(const W* w, int64_t count, int64_t columns, const float* x, int64_t ldx, int64_t tokens, float* out,
-                  int64_t ld) {
-  int64_t t = 0;
-  auto tile = [&](auto n) {  // tokens that stay in the cache while the panels pass
-    constexpr int T = decltype(n)::value;
-    for (; t + T <= tokens; t += T)
-      for (int64_t p = 0; p < count; ++p)
-        dense_panel<T>(w + p * 16 * columns, columns, x + t * ldx, ldx, out + t * ld + 16 * p, ld);
-  };
-  tile(std::integral_constant<int, 12 / kParts>{});
-  tile(std::integral_constant<int, 4>{});
-  tile(std::integral_constant<int, 1>{});
+void dense_rows(const W* w, const W* up, int64_t rows, const Rows& x, const int32_t* row, int64_t tokens, float* out,
+                int64_t ld) {
+  for (int64_t r = 0; r < rows; r += 16) {  // sixteen rows stay in the cache while the tokens pass
+    const int64_t some = rows - r < 16 ? rows - r : 16;
+    int64_t t = 0;
+    auto tile = [&](auto n) {
+      constexpr int T = decltype(n)::value;
+      for (; t + T <= tokens; t += T) {
+        const float* at[T];
+        for (int i = 0; i < T; ++i) at[i] = x.x + (row ? row[t + i] : t + i) * x.columns;
+        f16 y[T] = {}, u[T] = {};
+        for (int64_t i = 0; i < some; ++i) {
+          dense_row<T>(w + (r + i) * x.columns, x.columns, at, (float*)y + i);
+          if (up) dense_row<T>(up + (r + i) * x.columns, x.columns, at, (float*)u + i);
+        }
+        for (int i = 0; i < T; ++i) {
+          if (up) y[i] = silu(y[i]) * u[i];
+          std::memcpy(out + (t + i) * ld + r, &y[i], sizeof(float) * some);
+        }
+      }
+    };
+    tile(std::integral_constant<int, 4 / kParts>{});
+    tile(std::integral_constant<int, 1>{});
+  }
 }
 
 void rms_norm(const float* x, const float* w, int64_t width, float eps, float* out) {

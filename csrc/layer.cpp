@@ -52,9 +52,10 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
     for (int64_t s = naive; s <= sequences.count; ++s) begin[s - naive] = sequences.begin[s] - first;
     const Sequences rest{sequences.count - naive, begin, sequences.past + naive, sequences.block_begin + naive,
                          sequences.blocks};
+    const int key_bits = std::max(m.bits, 8);
     if (m.nope)
       quantized_groups(q + first * width, later, m.heads, m.nope, width, m.nope + m.rope, m.key,
-                       m.rank / kRows * Panel(m.nope, 8).bytes, m.rank, 8, q_latent, threads);
+                       m.rank / kRows * Panel(m.nope, key_bits).bytes, m.rank, key_bits, q_latent, threads);
     mla_absorbed(q_latent, q_rope + first * m.heads * m.rope, cache, rest, m.heads, m.rank, m.rope, m.scale, summed,
                  threads);
     const int64_t panel = Panel(m.rank, m.bits).bytes;
@@ -67,11 +68,8 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
 
 void gate_forward(const Ffn& f, const float* x, int64_t tokens, int64_t hidden, float* scores, int64_t* index,
                   float* weight, int threads) {
-  const int64_t experts = f.gate.experts, rows = panels_of(experts) * kRows;
-  float* logits = block.only(tokens * rows);
-  panel_linear(x, tokens, hidden, f.gate_weight, f.gate_bf16, rows, logits, threads);
-  if (rows != experts)
-    for (int64_t t = 1; t < tokens; ++t) std::copy_n(logits + t * rows, experts, logits + t * experts);
+  float* logits = block.only(tokens * f.gate.experts);
+  plain_linear(x, tokens, hidden, f.gate_weight, f.gate_bits, f.gate.experts, logits, threads);
   choose_experts(logits, tokens, f.gate, f.gate_bias, scores, index, weight, threads);
 }
 

@@ -4,7 +4,7 @@
 
 namespace deepseek {
 
-// Decoder layers whose matrices are quantized: x + attention(norm(x)), then + ffn(norm(…)); step by step they are
+// Decoder layers: x + attention(norm(x)), then + ffn(norm(…)); step by step they are
 // what quant/native_stack.py runs. Pointers to what a model lacks are null; biases are added to their
 // products.
 struct Mla {
@@ -13,7 +13,8 @@ struct Mla {
   const uint8_t *q_a, *q_b, *kv_a, *kv_b, *o;
   const float *q_norm, *kv_norm, *q_a_bias, *kv_a_bias, *o_bias;
   float q_eps, kv_eps, scale;
-  // the key half of kv_b, transposed for absorbed attention: per head [rank, nope] in 8 bits, or null
+  // the key half of kv_b, transposed for absorbed attention: per head [rank, nope], or null; in 8 bits where the weights
+  // are quantized
   const uint8_t* key;
   bool interleaved;
 };
@@ -21,8 +22,8 @@ struct Ffn {
   int64_t inner, shared_inner;
   int bits;
   Gate gate;                // no experts: a dense layer, whose MLP is `shared`
-  const void* gate_weight;  // panels, [ceil(experts / 16)][hidden][16]
-  bool gate_bf16;
+  const uint8_t* gate_weight;  // plain
+  int gate_bits;
   const float* gate_bias;
   const uint8_t* const* experts;
   const uint8_t* shared;

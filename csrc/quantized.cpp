@@ -51,9 +51,9 @@ void quantize_panels(const float* w, int64_t rows, int64_t columns, int bits, ui
 void quantized_linears(const float* x, int64_t tokens, int64_t columns, const std::vector<Product>& products, int bits,
                        int threads) {
   const Panel shape(columns, bits);
-  scratch.reserve(QuantizedRows::room(tokens, columns));
-  const QuantizedRows a(scratch, tokens, columns);
-  in_pieces(tokens, rows_a_task(columns), threads, [&](int64_t t) { a.fill(t, x + t * columns, columns); });
+  scratch.reserve(Activations::room(tokens, columns, bits));
+  const Activations a(scratch, tokens, columns, bits);
+  in_pieces(tokens, rows_a_task(columns), threads, [&](int64_t t) { a.fill(t, x + t * columns); });
   int64_t panels = 0, tasks = 0;
   for (const Product& p : products) panels += panels_of(p.rows);
   const int64_t piece = panels_a_task(panels, pieces_of(tokens) * threads);
@@ -71,10 +71,10 @@ void quantized_groups(const float* x, int64_t tokens, int64_t groups, int64_t co
                       int64_t group_stride, const uint8_t* w, int64_t stride, int64_t rows, int bits, float* out,
                       int threads) {
   const Panel shape(columns, bits);
-  scratch.reserve(QuantizedRows::room(tokens * groups, columns));
-  const QuantizedRows a(scratch, tokens * groups, columns);  // [group][token]
+  scratch.reserve(Activations::room(tokens * groups, columns, bits));
+  const Activations a(scratch, tokens * groups, columns, bits);  // [group][token]
   in_pieces(tokens * groups, rows_a_task(columns), threads,
-            [&](int64_t i) { a.fill(i, x + i % tokens * token_stride + i / tokens * group_stride, columns); });
+            [&](int64_t i) { a.fill(i, x + i % tokens * token_stride + i / tokens * group_stride); });
   parallel(groups, threads, [&](int64_t g) {
     panels_into(w + g * stride, shape, 0, panels_of(rows), bits, a.rows(g * tokens), tokens,
                 {out + g * rows, groups * rows, rows});
@@ -115,14 +115,29 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
   const bool crowded = 8 * all >= kCrowd * mlps_in_all && mlps_in_all >= 4 * threads;
   const int64_t routed_rows = crowded ? 0 : pairs, own_rows = crowded || !shared ? 0 : tokens;
   const int64_t h_room = crowded ? 0 : pairs * padded(inner) + own_rows * padded(shared_inner);
-  scratch.reserve(QuantizedRows::room(tokens, hidden) + Scratch::room<float>(all * hp) + Scratch::room<float>(h_room) +
-                  QuantizedRows::room(routed_rows, inner) + QuantizedRows::room(own_rows, shared_inner));
-  const QuantizedRows a(scratch, tokens, hidden);
+  scratch.reserve(Activations::room(tokens, hidden, bits) + Scratch::room<float>(all * hp) +
+                  Scratch::room<float>(h_room) + Activations::room(routed_rows, inner, bits) +
+                  Activations::room(own_rows, shared_inner, bits));
+  const Activations a(scratch, tokens, hidden, bits);
   float* y = scratch.take<float>(all * hp);
   float* h = scratch.take<float>(h_room);
-  const QuantizedRows routed(scratch, routed_rows, inner), own(scratch, own_rows, shared_inner);
+  const Activations routed(scratch, routed_rows, inner, bits), own(scratch, own_rows, shared_inner, bits);
 
-  in_pieces(tokens, rows_a_task(hidden), threads, [&](int64_t t) { a.fill(t, x + t * hidden, hidden); });
+  in_pieces(tokens, rows_a_task(hidden), threads, [&](int64_t t) { a.fill(t, x + t * hidden); });
+
+  // `count` of the panels of gate and up, which count in turns, from panel `from` on: rows of x -> rows of h
+  auto gate_up = [&](const Mlp& m, int64_t from, int64_t count, const int32_t* row, int64_t n, float* h) {
+    const int64_t ld = padded(m.inner), begin = from / 2 * kRows;
+    if (bits <= 8) return k.panels(m.w + from * in.bytes, count, bits, true, a.rows(), row, n, h + begin, ld);
+    const auto part = reinterpret_cast<const uint8_t* const*>(m.w);
+    plain_rows(part[0] + from / 2 * in.bytes, part[1] + from / 2 * in.bytes,
+               std::min(count / 2 * kRows, m.inner - begin), bits, a.rows(), row, n, h + begin, ld);
+  };
+  auto down = [&](const Mlp& m, int64_t from, int64_t count, const Rows& rows, int64_t n, float* to) {
+    const uint8_t* w = bits <= 8 ? m.w + 2 * panels_of(m.inner) * in.bytes
+                                 : reinterpret_cast<const uint8_t* const*>(m.w)[2];
+    panels_into(w, Panel(m.inner, bits), from, count, bits, rows, n, {to, hp, bits <= 8 ? hp : hidden});
+  };
 
   auto in_crowds = [&](const std::vector<Mlp>& mlps) {
     struct Crowd {
@@ -139,13 +154,12 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
       const Crowd& c = crowds[i];
       const Mlp& m = *c.mlp;
       const int64_t wide = padded(m.inner);
-      local.reserve(Scratch::room<float>(c.count * wide) + QuantizedRows::room(c.count, m.inner));
+      local.reserve(Scratch::room<float>(c.count * wide) + Activations::room(c.count, m.inner, bits));
       float* h = local.take<float>(c.count * wide);
-      const QuantizedRows rows(local, c.count, m.inner);
-      k.panels(m.w, 2 * panels_of(m.inner), bits, true, a.rows(), token.data() + c.first, c.count, h, wide);
-      for (int64_t t = 0; t < c.count; ++t) rows.fill(t, h + t * wide, m.inner);
-      k.panels(m.w + 2 * panels_of(m.inner) * in.bytes, panels_of(hidden), bits, false, rows.rows(), nullptr, c.count,
-               y + c.first * hp, hp);
+      const Activations rows(local, c.count, m.inner, bits);
+      gate_up(m, 0, 2 * panels_of(m.inner), token.data() + c.first, c.count, h);
+      for (int64_t t = 0; t < c.count; ++t) rows.fill(t, h + t * wide);
+      down(m, 0, panels_of(hidden), rows.rows(), c.count, y + c.first * hp);
     });
   };
 
@@ -168,8 +182,7 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
     parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
       const Task& task = tasks[i];
       const Mlp& m = *task.mlp;
-      k.panels(m.w + task.from * in.bytes, task.count, bits, true, a.rows(), token.data() + m.first, m.count,
-               h + m.h + task.from / 2 * kRows, padded(m.inner));
+      gate_up(m, task.from, task.count, token.data() + m.first, m.count, h + m.h);
     });
     // rows of h are padded to whole blocks; what lies beyond `inner` is ignored
     in_pieces(mlps.back().row + mlps.back().count, rows_a_task(inner), threads, [&](int64_t i) {
@@ -178,17 +191,13 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
       const int64_t pair = m.first + i - m.row;
       const bool is_routed = pair < pairs;
       (is_routed ? routed : own)
-          .fill(is_routed ? pair : pair - pairs, h + m.h + (i - m.row) * padded(m.inner), m.inner);
+          .fill(is_routed ? pair : pair - pairs, h + m.h + (i - m.row) * padded(m.inner));
     });
     tasks = cut([&](const Mlp&) { return panels_of(hidden); });
     parallel((int64_t)tasks.size(), threads, [&](int64_t i) {
       const Task& task = tasks[i];
       const Mlp& m = *task.mlp;
-      const Panel shape(m.inner, bits);
-      const uint8_t* down = m.w + 2 * panels_of(m.inner) * in.bytes;
-      bool is_routed = m.first < pairs;
-      k.panels(down + task.from * shape.bytes, task.count, bits, false, is_routed ? routed.rows(m.first) : own.rows(),
-               nullptr, m.count, y + m.first * hp + task.from * kRows, hp);
+      down(m, task.from, task.count, m.first < pairs ? routed.rows(m.first) : own.rows(), m.count, y + m.first * hp);
     });
   };
 
@@ -222,23 +231,22 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
   });
 }
 
-void panel_linear(const float* x, int64_t tokens, int64_t columns, const void* w, bool bf16, int64_t rows, float* out,
+void plain_linear(const float* x, int64_t tokens, int64_t columns, const uint8_t* w, int bits, int64_t rows, float* out,
                   int threads) {
-  const int64_t panels = rows / kRows;
-  auto run = [&](int64_t p, int64_t count, int64_t t, int64_t n) {
-    const int64_t at = p * kRows * columns;
-    const float* from = x + t * columns;
-    float* to = out + t * rows + p * kRows;
-    if (bf16)
-      kernels().bf16_panels(static_cast<const uint16_t*>(w) + at, count, columns, from, columns, n, to, rows);
-    else
-      kernels().fp32_panels(static_cast<const float*>(w) + at, count, columns, from, columns, n, to, rows);
-  };
-  const int64_t piece = 48;
-  if (tokens >= piece)  // many: share them out
-    return parallel(divide_up(tokens, piece), threads,
-                    [&](int64_t task) { run(0, panels, task * piece, std::min(piece, tokens - task * piece)); });
-  parallel(panels, threads, [&](int64_t p) { run(p, 1, 0, tokens); });
+  const Rows all{nullptr, nullptr, nullptr, 0, x, columns};
+  const int64_t many = 48;
+  if (tokens >= many)  // share them out
+    return parallel(divide_up(tokens, many), threads, [&](int64_t task) {
+      Rows part = all;
+      part.x += task * many * columns;
+      plain_rows(w, nullptr, rows, bits, part, nullptr, std::min(many, tokens - task * many), out + task * many * rows,
+                 rows);
+    });
+  const int64_t piece = panels_a_task(panels_of(rows), pieces_of(tokens) * threads) * kRows;
+  parallel(divide_up(rows, piece), threads, [&](int64_t task) {
+    const int64_t r = task * piece;
+    plain_rows(w + r * columns * bits / 8, nullptr, std::min(piece, rows - r), bits, all, nullptr, tokens, out + r, rows);
+  });
 }
 
 namespace {

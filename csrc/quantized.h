@@ -1,5 +1,5 @@
 // Operations on quantized weights, for whole batches, on all threads. Pointers are not checked here: ops/ did that.
-// x and out are FP32, rows contiguous.
+// x and out are FP32, rows contiguous. 16 or 32 bits: plain weights in BF16 or FP32, row after row.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -27,7 +27,7 @@ void quantized_groups(const float* x, int64_t tokens, int64_t groups, int64_t co
                       int threads);
 
 // out[t] = sum over k of weight[t, k] * mlp(expert index[t, k])(x[t]), k ascending, plus shared(x[t]) where given.
-// experts[e]: one packed gated MLP each. top = 0 and a shared MLP: that MLP alone. fetch, where given: makes some of the
+// experts[e]: one packed gated MLP each; where weights are plain, the addresses of its gate, up and down. top = 0 and a shared MLP: that MLP alone. fetch, where given: makes some of the
 // experts asked for ready, at least one, and returns them; it is asked for the others when those are done with.
 using Fetch = std::function<std::vector<int64_t>(const std::vector<int64_t>& wanted)>;
 void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
@@ -35,8 +35,8 @@ void quantized_experts(const float* x, int64_t tokens, int64_t hidden, const int
                        const uint8_t* shared, int64_t shared_inner, int bits, float* out, int threads,
                        const Fetch& fetch = nullptr);
 
-// out[t, :] = W x[t, :] with BF16 or FP32 weights in panels (kernels.h), `rows` a multiple of 16.
-void panel_linear(const float* x, int64_t tokens, int64_t columns, const void* w, bool bf16, int64_t rows, float* out,
+// out[t, :] = W x[t, :] with plain weights of 16 or 32 bits.
+void plain_linear(const float* x, int64_t tokens, int64_t columns, const uint8_t* w, int bits, int64_t rows, float* out,
                   int threads);
 
 // What a gate decides from its logits [tokens, experts] (model/gate.py has the formulas).

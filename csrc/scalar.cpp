@@ -43,7 +43,7 @@ void panels(const uint8_t* w, int64_t count, int bits, bool gated, const Rows& x
 }
 
 const Kernels table = {
-    "scalar", quantize_weights, quantize,        panels,        dense_panels<uint16_t>, dense_panels<float>,
+    "scalar", quantize_weights, quantize,     panels,          dense_rows<uint16_t>, dense_rows<float>,
     rms_norm, weighted_sum,     attention_block, attention_join};
 
 }  // namespace

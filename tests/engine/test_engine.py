@@ -19,7 +19,9 @@ from deepseek.engine import LLM, RequestOutput, SamplingParams, request
 from deepseek.engine.text_stream import StopStringMatcher
 from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.model import CausalLM, RoutingRecord
+from deepseek.quant.native_stack import NativeStack
 from deepseek.tokenizer import Tokenizer
+from tests.helpers.operations import natively
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 TEXT = "naïve café 世界 – 🙂! 한국어"
@@ -299,6 +301,23 @@ def test_bf16_weights_generate(tiny_config: Callable[..., ModelConfig], random_m
     model = random_model(tiny_config()).to(torch.bfloat16)
     outputs = LLM(model).generate([[5, 6, 7], [8]], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
     assert [len(output.token_ids) for output in outputs] == [5, 5]
+
+
+@natively
+def test_plain_weights_run_natively_and_as_the_model_says(
+    tiny_config: Callable[..., ModelConfig], random_model: Callable[..., CausalLM]
+) -> None:
+    """Prompts of more tokens than a native step takes, then steps of few; the model itself runs as before."""
+    model = random_model(tiny_config(qk_nope_head_dim=16, v_head_dim=16, num_nextn_predict_layers=1))
+    llm = LLM(model)
+    assert isinstance(llm.engine.runner.layers, NativeStack) and model.layer_runner is None
+    prompts = [[*range(5, 40)], [8], [7, 9, 11]]
+    for prompt, output in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
+        ids = torch.tensor([[*prompt, *output.token_ids[:-1]]])
+        with torch.no_grad():
+            logits_TV = model(ids)[0, len(prompt) - 1 :]
+        chosen_T = logits_TV[torch.arange(len(logits_TV)), torch.tensor(output.token_ids)]
+        torch.testing.assert_close(chosen_T, logits_TV.amax(-1), rtol=0, atol=1e-4)
 
 
 def test_usage_counts_every_token_that_ran_and_no_padding(llm: LLM) -> None:

@@ -162,8 +162,7 @@ def results() -> Iterator[tuple[str, Tensor]]:
             yield f"mlp {bits} {tokens}", ops.quantized_mlp(case.x_TH, case.shared, SHARED, bits=bits)
         yield f"crowd {bits}", random_experts(60, bits, only=5).run()
     for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 3, 4, 9, 50)):
-        packed = ops.pack_panels(randn(50, 36).to(dtype))
-        yield f"panels {dtype} {tokens}", ops.panel_linear(randn(tokens, 36), packed)
+        yield f"plain {dtype} {tokens}", ops.plain_linear(randn(tokens, 100), randn(50, 100).to(dtype))
     for heads, rank, tokens in itertools.product((1, 5, 16, 20), (16, 48), (1, 3, 40)):
         yield f"attention {heads} {rank} {tokens}", random_attention(heads, rank, tokens, batch=4).run()
     for bits, heads, tokens in itertools.product((4, 8), (1, 3), (1, 16, 17, 40, 150)):

@@ -1,5 +1,6 @@
 // Every table of kernels against the scalar one, and the operations against themselves on other numbers of threads. Built
 // with sanitizers (`make sanitize`); every buffer ends where its data ends, so that a read too far is seen.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -154,22 +155,44 @@ void test_panels(const Kernels& table) {
         }
 }
 
-void test_dense_panels(const Kernels& table) {
-  for (int64_t columns : {4, 36, 64})
-    for (int64_t count : {1, 3})
-      for (int64_t tokens : {1, 3, 4, 9}) {
-        const int64_t ldx = columns + below(5), ld = count * kRows + below(3);
-        Exact<float> x((tokens - 1) * ldx + columns, 1), w32(count * kRows * columns);
-        Exact<uint16_t> w16(count * kRows * columns);
-        x.fill(normal), w32.fill(normal), w16.fill([] { return (uint16_t)(0x3f00 + below(256)); });
-        Exact<float> out((tokens - 1) * ld + count * kRows, 1), want((tokens - 1) * ld + count * kRows);
-        table.bf16_panels(w16.get(), count, columns, x.get(), ldx, tokens, out.get(), ld);
-        scalar_kernels->bf16_panels(w16.get(), count, columns, x.get(), ldx, tokens, want.get(), ld);
-        same(out, want, "bf16_panels", at(table, {columns, count, tokens}));
-        table.fp32_panels(w32.get(), count, columns, x.get(), ldx, tokens, out.get(), ld);
-        scalar_kernels->fp32_panels(w32.get(), count, columns, x.get(), ldx, tokens, want.get(), ld);
-        same(out, want, "fp32_panels", at(table, {columns, count, tokens}));
-      }
+// Plain weights of 16 or 32 bits.
+void random_plain(uint8_t* w, int64_t count, int bits) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = normal();
+    std::memcpy(w + i * bits / 8, (const char*)&x + (bits == 16 ? 2 : 0), bits / 8);
+  }
+}
+
+void test_plain_rows(const Kernels& table) {
+  for (int64_t columns : {1, 4, 16, 36, 64, 113, 200})
+    for (int64_t rows : {1, 15, 16, 50})
+      for (int64_t tokens : {1, 3, 4, 9})
+        for (bool gated : {false, true})
+          for (bool chosen : {false, true}) {
+            const int64_t known = tokens + below(3), ld = rows + below(3);
+            Exact<float> x(known * columns, 1);
+            Exact<uint8_t> w16(rows * columns * 2, 2), up16(w16.size()), w32(rows * columns * 4, 4), up32(w32.size());
+            x.fill(normal);
+            for (auto* w : {&w16, &up16}) random_plain(w->get(), rows * columns, 16);
+            for (auto* w : {&w32, &up32}) random_plain(w->get(), rows * columns, 32);
+            Exact<int32_t> row(tokens);
+            row.fill([&] { return (int32_t)below(known); });
+            const Rows rows_of_x{nullptr, nullptr, nullptr, 0, x.get(), columns};
+            Exact<float> out((tokens - 1) * ld + rows, 1), want(out.size());
+            auto run = [&](const Kernels& k, int bits, float* to) {
+              const int32_t* which = chosen ? row.get() : nullptr;
+              if (bits == 16)
+                k.bf16_rows((uint16_t*)w16.get(), gated ? (uint16_t*)up16.get() : nullptr, rows, rows_of_x, which, tokens,
+                            to, ld);
+              else
+                k.fp32_rows((float*)w32.get(), gated ? (float*)up32.get() : nullptr, rows, rows_of_x, which, tokens, to,
+                            ld);
+            };
+            for (int bits : {16, 32}) {
+              run(table, bits, out.get()), run(*scalar_kernels, bits, want.get());
+              same(out, want, "plain rows", at(table, {bits, columns, rows, tokens, gated, chosen}));
+            }
+          }
 }
 
 void test_rows(const Kernels& table) {
@@ -226,6 +249,17 @@ void test_attention(const Kernels& table) {
 
 // ---- operations ----------------------------------------------------------------------------------------------------
 
+int64_t matrix_bytes(int64_t rows, int64_t columns, int bits) {
+  return bits > 8 ? rows * columns * bits / 8 : panels_of(rows) * Panel(columns, bits).bytes;
+}
+
+void random_matrix(uint8_t* w, int64_t rows, int64_t columns, int bits) {
+  if (bits > 8)
+    random_plain(w, rows * columns, bits);
+  else
+    random_panels(w, panels_of(rows), Panel(columns, bits), bits);
+}
+
 // run(out, threads) on one, two and five threads.
 template <typename Run>
 void on_threads(const char* what, int64_t size, const Run& run) {
@@ -258,14 +292,13 @@ struct Pages {
 };
 
 void test_operations() {
-  for (int bits : {4, 8})
+  for (int bits : {4, 8, 16, 32})
     for (int64_t tokens : {0, 1, 5, 8, 65}) {
       for (int64_t rows : {1, 16, 50})
         for (int64_t columns : {30, 64, 130}) {
-          const Panel shape(columns, bits);
-          const int64_t groups = 1 + below(3), stride = panels_of(rows) * shape.bytes;
+          const int64_t groups = 1 + below(3), stride = matrix_bytes(rows, columns, bits);
           Exact<uint8_t> w(groups * stride);
-          random_panels(w.get(), groups * panels_of(rows), shape, bits);
+          for (int64_t g = 0; g < groups; ++g) random_matrix(w.get() + g * stride, rows, columns, bits);
           Exact<float> x(tokens * groups * columns, 1);
           x.fill(normal);
           on_threads("quantized_groups", tokens * groups * rows, [&](float* out, int threads) {
@@ -273,27 +306,28 @@ void test_operations() {
                              out, threads);
           });
           on_threads("quantized_linears", tokens * (rows + 16), [&](float* out, int threads) {
-            quantized_linears(x.get(), tokens, columns, {{w.get(), rows, out}, {w.get(), 16, out + tokens * rows}},
+            const int64_t few = std::min<int64_t>(rows, 16);
+            quantized_linears(x.get(), tokens, columns, {{w.get(), rows, out}, {w.get(), few, out + tokens * rows}},
                               bits, threads);
           });
         }
       const int64_t hidden = 72, inner = 40, shared_inner = 70, experts = 6;
-      const Panel in(hidden, bits);
-      auto mlp_bytes = [&](int64_t n) {
-        return 2 * panels_of(n) * in.bytes + panels_of(hidden) * Panel(n, bits).bytes;
-      };
-      auto random_mlp = [&](Exact<uint8_t>& w, int64_t n) {
-        random_panels(w.get(), 2 * panels_of(n), in, bits);
-        random_panels(w.get() + 2 * panels_of(n) * in.bytes, panels_of(hidden), Panel(n, bits), bits);
-      };
       std::vector<std::unique_ptr<Exact<uint8_t>>> packed;
+      std::vector<std::unique_ptr<Exact<const uint8_t*>>> plain;
+      auto random_mlp = [&](int64_t n) -> const uint8_t* {
+        const int64_t in = matrix_bytes(n, hidden, bits), out = matrix_bytes(hidden, n, bits);
+        packed.push_back(std::make_unique<Exact<uint8_t>>(2 * in + out));
+        uint8_t* w = packed.back()->get();
+        random_matrix(w, n, hidden, bits), random_matrix(w + in, n, hidden, bits);
+        random_matrix(w + 2 * in, hidden, n, bits);
+        if (bits <= 8) return w;
+        plain.push_back(std::make_unique<Exact<const uint8_t*>>(3));
+        for (int64_t i = 0; i < 3; ++i) (*plain.back())[i] = w + i * in;
+        return reinterpret_cast<const uint8_t*>(plain.back()->get());
+      };
       Exact<const uint8_t*> table(experts);
-      for (int64_t e = 0; e < experts; ++e) {
-        packed.push_back(std::make_unique<Exact<uint8_t>>(mlp_bytes(inner)));
-        random_mlp(*packed.back(), inner), table[e] = packed.back()->get();
-      }
-      Exact<uint8_t> shared(mlp_bytes(shared_inner));
-      random_mlp(shared, shared_inner);
+      for (int64_t e = 0; e < experts; ++e) table[e] = random_mlp(inner);
+      const uint8_t* shared = random_mlp(shared_inner);
       for (int64_t top : {0, 1, 3})
         for (bool with_shared : {false, true})
           for (int64_t visited : {int64_t(1), experts}) {
@@ -302,19 +336,20 @@ void test_operations() {
             x.fill(normal), weight.fill(normal), index.fill([&] { return experts - 1 - below(visited); });
             on_threads("quantized_experts", tokens * hidden, [&](float* out, int threads) {
               quantized_experts(x.get(), tokens, hidden, index.get(), weight.get(), top, table.get(), experts, inner,
-                                with_shared ? shared.get() : nullptr, with_shared ? shared_inner : 0, bits, out,
-                                threads);
+                                with_shared ? shared : nullptr, with_shared ? shared_inner : 0, bits, out, threads);
             });
           }
     }
-  for (int64_t tokens : {0, 1, 9, 50}) {
-    const int64_t columns = 36, rows = 64;
-    Exact<float> x(tokens * columns), w(rows * columns);
-    x.fill(normal), w.fill(normal);
-    on_threads("panel_linear", tokens * rows, [&](float* out, int threads) {
-      panel_linear(x.get(), tokens, columns, w.get(), false, rows, out, threads);
-    });
-  }
+  for (int bits : {16, 32})
+    for (int64_t tokens : {0, 1, 9, 50}) {
+      const int64_t columns = 37, rows = 65;
+      Exact<float> x(tokens * columns);
+      Exact<uint8_t> w(matrix_bytes(rows, columns, bits));
+      x.fill(normal), random_matrix(w.get(), rows, columns, bits);
+      on_threads("plain_linear", tokens * rows, [&](float* out, int threads) {
+        plain_linear(x.get(), tokens, columns, w.get(), bits, rows, out, threads);
+      });
+    }
   for (int64_t heads : {1, 5, 20})
     for (int64_t tokens : {1, 3, 40}) {
       const int64_t batch = 3, rank = 32, rope = 6, width = rank + rope;
@@ -325,11 +360,10 @@ void test_operations() {
         mla_absorbed(q.get(), r.get(), cache.get(), pages.sequences, heads, rank, rope, 0.2f, out, threads);
       });
       for (int64_t value : {16, 21})
-        for (int bits : {4, 8}) {
+        for (int bits : {4, 8, 16, 32}) {
           const int64_t nope = 12, rows = heads * (nope + value);
-          const Panel shape(rank, bits);
-          Exact<uint8_t> w(panels_of(rows) * shape.bytes);
-          random_panels(w.get(), panels_of(rows), shape, bits);
+          Exact<uint8_t> w(matrix_bytes(rows, rank, bits));
+          random_matrix(w.get(), rows, rank, bits);
           Exact<float> x(batch * tokens * heads * (nope + rope));
           x.fill(normal);
           on_threads("mla_naive", batch * tokens * heads * value, [&](float* out, int threads) {
@@ -483,7 +517,7 @@ int main() {
   for (const Kernels* table : {scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels}) {
     if (!runs_here(table)) continue;
     const int64_t before = compared;
-    test_quantize(*table), test_quantize_weights(*table), test_panels(*table), test_dense_panels(*table);
+    test_quantize(*table), test_quantize_weights(*table), test_panels(*table), test_plain_rows(*table);
     test_rows(*table), test_attention(*table);
     std::printf("%s: %lld results as the scalar kernels have them\n", table->name, (long long)(compared - before));
   }

@@ -18,7 +18,7 @@ X, W = randn(3, 100), pack(random_matrix(20, 100, 4))
 MLP = random_mlp(HIDDEN, INNER, 4)
 TABLE = ops.ExpertTable([MLP, MLP], HIDDEN, INNER)
 INDEX, WEIGHT = torch.tensor([[0], [1], [1]]), torch.ones(3, 1)
-PANELS, X8 = ops.pack_panels(randn(20, 8)), randn(2, 8)
+PLAIN, X8 = randn(20, 8), randn(2, 8)
 LATENTS: dict[str, Any] = dict(q_BTND=randn(2, 5, 3, 12), kv_BTC=randn(2, 5, 24), norm_R=randn(16), eps=1e-6,
                                cos_BTP=randn(1, 5, 4), sin_BTP=randn(1, 5, 4), interleave=True,
                                rows_BSC=torch.zeros(2, 9, 24), past=4)
@@ -97,13 +97,9 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ops.grouped_quantized_linear(X.view(3, 1, 100), W, -64, 0, 5), "got -64 and 0"),
     "grouped: x of another dtype": (
         lambda: ops.grouped_quantized_linear(X.view(3, 1, 100).half(), W, 0, 0, 20), "x must be float32"),
-    "panels: columns": (lambda: ops.pack_panels(randn(16, 6)), "columns a multiple of 4"),
-    "panels: dtype": (lambda: ops.pack_panels(randn(16, 8).half()), "must be bfloat16 or float32"),
-    "panels: x of another dtype": (lambda: ops.panel_linear(X8.bfloat16(), PANELS), "x must be float32"),
-    "panels: other columns": (lambda: ops.panel_linear(X8[:, :4], PANELS), "weights must be [P, 4, 16]"),
-    "panels: weights of another dtype": (lambda: ops.panel_linear(X8, PANELS.half()), "got torch.float16"),
-    "panels: columns that four do not divide": (
-        lambda: ops.panel_linear(X8[:, :6], PANELS[:, :6].contiguous()), "columns a multiple of 4"),
+    "plain: x of another dtype": (lambda: ops.plain_linear(X8.bfloat16(), PLAIN), "x must be float32"),
+    "plain: other columns": (lambda: ops.plain_linear(X8[:, :4], PLAIN), "weights must be [rows, 4]"),
+    "plain: weights of another dtype": (lambda: ops.plain_linear(X8, PLAIN.half()), "got torch.float16"),
     "bits that there are not": (lambda: ops.quantized_linear(X, W, 20, bits=5), "bits = 5: must be 4 or 8"),
     "attention: query of another dtype": (
         lambda: attention(q_latent=randn(3, 3, 5, 16).half()), "q_latent must be float32"),

@@ -46,8 +46,8 @@ def grouped(tokens: int, bits: Bits) -> Call:
     return (randn(tokens, 3, 70), packed, 0, matrix_bytes(20, 70, bits), 20), {"bits": bits}
 
 
-def panels(dtype: torch.dtype) -> Call:
-    return (randn(5, 36), ops.pack_panels(randn(50, 36).to(dtype))), {}
+def plain(dtype: torch.dtype) -> Call:
+    return (randn(5, 36), randn(50, 36).to(dtype)), {}
 
 
 def attention(heads: int, rank: int, tokens: int) -> Call:
@@ -80,7 +80,7 @@ CALLS: dict[str, list[Call]] = {
     "quantized_mlp": [mlp(3, 4), mlp(9, 8), apart(mlp(3, 4))],
     "quantized_experts": [experts(3, 4, shared=True), experts(9, 8, shared=False), apart(experts(3, 4, shared=True))],
     "grouped_quantized_linear": [grouped(3, 4), grouped(9, 8), apart(grouped(3, 4))],
-    "panel_linear": [panels(torch.float32), panels(torch.bfloat16), apart(panels(torch.float32))],
+    "plain_linear": [plain(torch.float32), plain(torch.bfloat16), apart(plain(torch.float32))],
     "naive_attention": [naive(3, 2, 4), naive(1, 20, 8), apart(naive(3, 2, 4))],
     "choose_experts": [gate(None, sigmoid=False), gate(randn(32), sigmoid=True), apart(gate(None, sigmoid=True))],
     "latent_attention": [attention(3, 16, 2), attention(3, 12, 2), apart(attention(3, 16, 2))],

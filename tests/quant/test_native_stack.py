@@ -21,7 +21,7 @@ from deepseek.convert import dequantize, quantize
 from deepseek.model import CausalLM, RoutingRecord
 from deepseek.model.mla import AttentionContext
 from deepseek.quant.linear import QuantizedLinear
-from deepseek.quant.native_stack import NativeLayer, NativeStack
+from deepseek.quant.native_stack import FEW, NativeLayer, NativeStack
 from tests.helpers.operations import natively
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ def test_logits_are_near_those_of_the_same_weights(
     model = quantized(format, **changes)
     plain = load_model(dequantize(tmp_path / "q", tmp_path / "plain", "float32", progress=False))
     assert all(layer.attention is not None for layer in own_layers(model))
-    assert {i for i, layer in enumerate(own_layers(model)) if layer.gate_panels is not None} == {*model.moe_blocks()}
+    assert all(layer.quantized for layer in own_layers(model))
     ids_BT, ours, theirs = ids(4, 60), RoutingRecord(), RoutingRecord()
     with torch.no_grad():
         got_BTV, want_BTV = model(ids_BT, routing=ours), plain(ids_BT, routing=theirs)
@@ -218,6 +218,78 @@ def test_a_layer_that_is_moved_alone_is_run_as_it_is_then(quantized: Callable) -
     model.model.layers[0].to("meta")
     with pytest.raises(RuntimeError, match="meta"):
         model(ids_BT)
+
+
+# ---- plain weights --------------------------------------------------------------------------------------------------
+
+
+@natively
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_layers_are_near_the_modules(
+    random_model: Callable, tiny_config: Callable, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Prompts and single tokens of several sequences, in either order; the modules compute in FP32 on equal weights. A
+    step of more tokens runs by the modules."""
+    model = random_model(tiny_config(**changes)).to(dtype).eval()
+    widened, takes = copy.deepcopy(model).float(), changes is not VARIANTS["a rank that no vector divides"] and (
+        model.config.qk_nope_head_dim % 16 == 0 and model.config.v_head_dim % 16 == 0)
+    stack = NativeStack.beside(model)
+    assert (stack is not None) == takes
+    if stack is None:
+        return
+    calls = count_calls(stack)
+    caches = model.new_cache(3, 16), model.new_cache(3, 16)
+    for tokens, attn_impl in ((4, "naive"), (1, "absorbed"), (1, "naive"), (5, "absorbed"), (30, "naive")):
+        ids_T, ours, theirs = ids(1, 3 * tokens)[0], RoutingRecord(), RoutingRecord()
+        packs = [cache.pack([tokens] * 3, attn_impl, None) for cache in caches]
+        with torch.inference_mode():
+            got_TH = model.packed(ids_T, packs[0], ours, stack)
+            want_TH = widened.packed(ids_T, packs[1], theirs)
+        for cache in caches:
+            cache.advance([tokens] * 3)
+        assert got_TH.dtype == dtype and calls == [1] * (3 * tokens <= FEW)
+        if calls or dtype == torch.float32:
+            bound = 1e-5 if dtype == torch.float32 else 0.01  # the result is rounded to BF16
+            assert (got_TH.float() - want_TH).norm() < bound * want_TH.norm(), (tokens, attn_impl)
+            for layer, route in ours.routes.items():
+                torch.testing.assert_close(route, theirs.routes[layer], rtol=1e-3, atol=1e-5)
+        calls.clear()
+
+
+def count_calls(stack: NativeStack) -> list[int]:
+    """Grows by one with each native call."""
+    [own], calls = stack.stacks.values(), list[int]()
+    run = own.run
+    own.run = lambda *args: calls.append(1) or run(*args)  # type: ignore[method-assign]
+    return calls
+
+
+@natively
+def test_plain_layers_are_read_where_they_lie(random_model: Callable, tiny_config: Callable) -> None:
+    """No copy of a matrix is made but the key half of kv_b_proj; a model that is changed is run as it is then."""
+    model = random_model(tiny_config(qk_nope_head_dim=0, v_head_dim=16)).bfloat16()
+    stack, ids_T = NativeStack.beside(model), ids(1, 3)[0]
+    assert stack is not None and not list(stack.buffers()) and model.layer_runner is None
+
+    def run(runner: NativeStack | None) -> Tensor:
+        with torch.inference_mode():
+            return model.packed(ids_T, model.new_cache(1).pack([3], "absorbed", None), None, runner)
+
+    before = run(stack)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert not torch.allclose(run(stack), before, rtol=0.05, atol=0.05)
+    model.model.layers[0].self_attn.o_proj.weight.data = model.model.layers[0].self_attn.o_proj.weight.data * -1
+    assert torch.equal(run(stack), run(NativeStack.beside(model)))
+
+
+def test_models_that_plain_layers_are_not_for(random_model: Callable, tiny_config: Callable) -> None:
+    changes = dict(qk_nope_head_dim=16, v_head_dim=16)
+    for model in (random_model(tiny_config(**changes)).half(), random_model(tiny_config(**changes)).double(),
+                  CausalLM.on_meta(tiny_config(**changes))):
+        assert NativeStack.beside(model) is None
 
 
 # ---- the same bits --------------------------------------------------------------------------------------------------

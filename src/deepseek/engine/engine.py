@@ -71,16 +71,17 @@ class Engine:
         self.residency = residency
         model.check_gates()
         config = model.config
-        dtype = model.compute_dtype or model.lm_head.weight.dtype
+        beside = NativeStack.beside(model)
+        dtype = torch.float32 if beside else model.compute_dtype or model.lm_head.weight.dtype
         count = _pool_pages(model, self.options, dtype)
         speculate = self.options.speculate and len(model.model.mtp) > 0
         layers = config.num_hidden_layers + speculate
         pool = LatentPool(config, count, layers=layers, dtype=dtype, device=model.device)
-        self.drafter = Drafter(model, pool) if speculate else None
+        self.drafter = Drafter(model, pool, beside) if speculate else None
         self.block_manager = BlockManager(pool, prefix_cache=self.options.prefix_cache)
         self.affinity = ExpertAffinity(config, atlas)
         self.scheduler = Scheduler(self.block_manager, self.affinity, self.options)
-        self.runner = Runner(model, pool)
+        self.runner = Runner(model, pool, beside)
         self.adapters = names_on(model)
         stack = NativeStack.of(model)
         self._absorbed = {name for name, targets in self.adapters.items() if stack and stack.absorbs(targets)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..model import CausalLM, RoutingRecord
 from ..model.adapters import rows_of, side_by_side, whole
 from ..model.cache import LatentPool, PackedBatch
+from ..model.decoder import LayerRunner
 from .routing_override import combine_overrides
 from .step_output import ScheduledRequest, StepOutput
 
@@ -22,8 +23,10 @@ SCORED = 64  # rows of logits at a time: with a large vocabulary they are many b
 
 
 class Runner:
-    def __init__(self, model: CausalLM, pool: LatentPool) -> None:
-        self.model, self.pool = model, pool
+    """layers: runs the model's layers, None for its own way."""
+
+    def __init__(self, model: CausalLM, pool: LatentPool, layers: LayerRunner | None = None) -> None:
+        self.model, self.pool, self.layers = model, pool, layers
 
     @torch.inference_mode()
     def run(self, batch: Sequence[ScheduledRequest], record: bool) -> StepOutput:
@@ -39,7 +42,7 @@ class Runner:
             control = combine_overrides([(c.tokens, c.past, own) for c, own in zip(chunks, overrides, strict=True)])
         routing = RoutingRecord() if record else None
         pack = PackedBatch(self.pool, chunks, control)
-        hidden_TH = self.model.packed(torch.tensor(ids, device=self.model.device), pack, routing)
+        hidden_TH = self.model.packed(torch.tensor(ids, device=self.model.device), pack, routing, self.layers)
         counts = [chunk.tokens for chunk in chunks]
         hidden = hidden_TH.split(counts)
         wanted = [scheduled.samples + (scheduled.draft is not None) for scheduled in batch]

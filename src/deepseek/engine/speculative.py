@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..model import CausalLM
 from ..model.cache import Chunk, LatentPool, PackedBatch
+from ..model.decoder import LayerRunner
 from .request import Request
 from .step_output import StepOutput
 
@@ -87,8 +88,8 @@ class AdaptiveDrafting:
 class Drafter:
     """Runs a model's first MTP module over what the model has run."""
 
-    def __init__(self, model: CausalLM, pool: LatentPool) -> None:
-        self.model, self.pool = model, pool
+    def __init__(self, model: CausalLM, pool: LatentPool, layers: LayerRunner | None = None) -> None:
+        self.model, self.pool, self.layers = model, pool, layers
         self.stats, self.adaptive = DraftStats(), AdaptiveDrafting()
 
     def after_step(self, output: StepOutput, running: Sequence[Request], sampled: int) -> None:
@@ -123,7 +124,7 @@ class Drafter:
                      for token in request.sequence.tokens(c.past + 1, c.past + c.tokens + 1)]
         h_TH = self.model.mtp_packed(0, torch.cat([hidden for *_, hidden in run]),
                                      torch.tensor(following, device=self.model.device),
-                                     PackedBatch(self.pool, [chunk for _, chunk, _ in run]))
+                                     PackedBatch(self.pool, [chunk for _, chunk, _ in run]), self.layers)
         rows, end = [], -1
         for request, chunk, _ in run:
             end += chunk.tokens

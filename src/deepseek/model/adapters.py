@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .. import ops
 from ..errors import ConfigError
@@ -74,33 +73,26 @@ def of_all_rows() -> str | None:
 
 
 class LowRank(nn.Module):
-    """x -> s B A x, [T, O] in the dtype of x. a: A [R, K], b: s B [O, R] in FP32, or panels of them."""
+    """x -> s B A x, [T, O] in the dtype of x. a: A [R, K], b: s B [O, R] in FP32."""
 
     a: Tensor
     b: Tensor
 
-    def __init__(self, a_RK: Tensor, b_OR: Tensor, scale: float, panels: bool) -> None:
+    def __init__(self, a_RK: Tensor, b_OR: Tensor, scale: float, exact: bool) -> None:
+        """exact: a token's bits are the same in any company."""
         super().__init__()
-        a, b = a_RK.detach().float(), b_OR.detach().float() * scale
-        self.out_features, (self.rank, self.in_features) = len(b), a.shape
-        self.panels = panels and self.in_features % 4 == 0
-        if self.panels:  # rows of panels come in sixteens: so many columns the next matrix has
-            a, b = ops.pack_panels(a), ops.pack_panels(pad(b, (0, -self.rank % 16)))
-        self.register_buffer("a", a, persistent=False)
-        self.register_buffer("b", b, persistent=False)
+        self.out_features, (self.rank, self.in_features) = len(b_OR), a_RK.shape
+        self.exact = exact
+        self.register_buffer("a", a_RK.detach().float().contiguous(), persistent=False)
+        self.register_buffer("b", (b_OR.detach().float() * scale).contiguous(), persistent=False)
 
     def forward(self, x_TK: Tensor) -> Tensor:
-        if self.panels and x_TK.dtype == torch.float32:
-            return ops.panel_linear(ops.panel_linear(x_TK, self.a), self.b)[:, : self.out_features]
-        a_RK, b_OR = self.matrices()
-        return ops.linear(ops.linear(x_TK, a_RK), b_OR)
+        product = ops.plain_linear if self.exact and x_TK.dtype == torch.float32 else ops.linear
+        return product(product(x_TK, self.a), self.b)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A [R, K] and s B [O, R] in FP32."""
-        if not self.panels:
-            return self.a, self.b
-        a, b = (panels.transpose(1, 2).flatten(0, 1) for panels in (self.a, self.b))
-        return a[: self.rank], b[: self.out_features, : self.rank]
+        return self.a, self.b
 
 
 class Adapted(nn.Module):

@@ -147,11 +147,14 @@ class CausalLM(nn.Module):
         x = self._embed(ids_BT)
         return self.model.norm(self._run_batch(self.model.layers, x, mask_BT, positions_BT, cache, routing, attn_impl))
 
-    def packed(self, ids_T: Tensor, pack: PackedBatch, routing: RoutingRecord | None = None) -> Tensor:
-        """Hidden states after the final norm of a pack's tokens, [T, H]; their rows of the pool are written."""
+    def packed(self, ids_T: Tensor, pack: PackedBatch, routing: RoutingRecord | None = None,
+               runner: LayerRunner | None = None) -> Tensor:
+        """Hidden states after the final norm of a pack's tokens, [T, H]; their rows of the pool are written. runner:
+        runs the layers instead of the model's own."""
         assert len(ids_T) == pack.tokens
         with rows_of(pack.spans):
-            x = self._run(self.model.layers, self._embed(ids_T[None]), pack.positions[None], pack, routing)
+            x = self._run(self.model.layers, self._embed(ids_T[None]), pack.positions[None], pack, routing,
+                          runner=runner)
         return self.model.norm(x)[0]
 
     def _run_batch(
@@ -196,11 +199,12 @@ class CausalLM(nn.Module):
         return x_TH.unflatten(0, (batch, tokens)) if mask_BT is None else _with_padding(x_TH, mask_BT)
 
     def _run(self, layers: Any, x: Tensor, positions_BT: Tensor, visible: AttentionMask | PackedBatch | None,
-             routing: RoutingRecord | None, attn_impl: Impl = "naive") -> Tensor:
+             routing: RoutingRecord | None, attn_impl: Impl = "naive", runner: LayerRunner | None = None) -> Tensor:
         cos, sin = self.model.rotary(positions_BT)
         context = AttentionContext(cos, sin, visible, attn_impl)
-        if self.layer_runner is not None:
-            return self.layer_runner(layers, x, context, routing)
+        runner = self.layer_runner if runner is None else runner
+        if runner is not None:
+            return runner(layers, x, context, routing)
         return run_layers(self._run_layer, layers, x, context, routing)
 
     def _run_layer(self, layer: nn.Module, x: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
@@ -250,11 +254,12 @@ class CausalLM(nn.Module):
         x = block.input(self._embed(next_ids_BT), previous_BTH)
         return block.shared_head.norm(self._run_batch([block], x, mask_BT, None, None, routing))
 
-    def mtp_packed(self, depth: int, previous_TH: Tensor, next_ids_T: Tensor, pack: PackedBatch) -> Tensor:
-        """The same for a pack's tokens, [T, H]; the module's rows of the pool are written."""
+    def mtp_packed(self, depth: int, previous_TH: Tensor, next_ids_T: Tensor, pack: PackedBatch,
+                   runner: LayerRunner | None = None) -> Tensor:
+        """The same for a pack's tokens, [T, H]; the module's rows of the pool are written. runner: as of `packed`."""
         block: MTPLayer = self.model.mtp[depth]  # type: ignore[assignment]
         x = block.input(self._embed(next_ids_T[None]), previous_TH[None])
-        return block.shared_head.norm(self._run([block], x, pack.positions[None], pack, None))[0]
+        return block.shared_head.norm(self._run([block], x, pack.positions[None], pack, None, runner=runner))[0]
 
     def loss(
         self, ids_BT: Tensor, labels_BT: Tensor, *, mask_BT: Tensor | None = None, mtp_weight: float = 0.0,

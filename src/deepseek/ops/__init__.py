@@ -15,8 +15,7 @@ from .norm import rms_norm
 from .quantized import (
     ExpertTable,
     grouped_quantized_linear,
-    pack_panels,
-    panel_linear,
+    plain_linear,
     quantized_experts,
     quantized_linear,
     quantized_mlp,
@@ -25,7 +24,7 @@ from .rotary import rotate
 
 __all__ = [
     "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "grouped_quantized_linear",
-    "latent_attention", "linear", "linear_cross_entropy", "naive_attention", "pack_panels", "panel_linear",
+    "latent_attention", "linear", "linear_cross_entropy", "naive_attention", "plain_linear",
     "prepare_latents", "quantized_experts", "quantized_linear", "quantized_mlp", "rms_norm", "rotate", "swiglu",
     "swiglu_rows",
 ]

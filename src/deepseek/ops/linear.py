@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .native import dense_rows, dtype_code, fast_bf16, native, threads, trains_native
+from .native import CHOSEN, dense_rows, dtype_code, fast_bf16, native, runs_native, threads, trains_native
+from .quantized import plain_linear
+
+FEW = 8  # rows whose BF16 product takes as long as reading the weights; of fewer, torch's takes several times that
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:
@@ -84,6 +87,11 @@ class Linear(torch.autograd.Function):
 
 def linear(x: Tensor, w_OK: Tensor, b_O: Tensor | None = None) -> Tensor:
     """x[..., K] -> [..., O] in the dtype of x: `torch.nn.functional.linear(x, w.to(x.dtype), b.to(x.dtype))`."""
+    rows = x.numel() // x.shape[-1]
+    if (x.dtype == w_OK.dtype == torch.bfloat16 and 0 < rows <= FEW and CHOSEN and runs_native(w_OK)
+            and not (torch.is_grad_enabled() and (x.requires_grad or w_OK.requires_grad))):
+        y = plain_linear(x.reshape(rows, -1).float(), w_OK).view(*x.shape[:-1], len(w_OK))
+        return (y if b_O is None else y + b_O).to(x.dtype)
     if x.dtype == w_OK.dtype and (x.dtype == torch.float32 or fast_bf16(x.device.type)):
         return torch.nn.functional.linear(x, w_OK, b_O)
     y = Linear.apply(x.reshape(-1, x.shape[-1]), w_OK, b_O)

@@ -1,5 +1,5 @@
-"""The decoder layers of a quantized model in one native call: what takes 25 operations a layer from Python, ten
-microseconds each, takes one. The operations themselves (ops/quantized.py, ops/latent.py) are the reference, and what
+"""Decoder layers in one native call: what takes 25 operations a layer from Python, ten microseconds each, takes one.
+The operations themselves (ops/quantized.py, ops/latent.py), of plain weights the modules, are the reference, and what
 runs where this cannot.
 
 Shape letters: T tokens, H hidden, P rotary angles, K experts a token, E experts.
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from .latent import Sequences
 from .native import address, native, runs_native, threads
-from .quantized import ExpertTable
+from .quantized import PLAIN_BITS
 
 
 class Attention(NamedTuple):
-    """csrc/quantized.h, `Mla`. sizes: hidden, heads, nope, rope, rank, value, q_rank (0: none). weights: q_a, q_b,
-    kv_a, kv_b, o, packed. vectors: q_norm, kv_norm, q_a_bias, kv_a_bias, o_bias, float32. key: the key half of
-    kv_b_proj, transposed, [rank, nope] of every head in 8 bits."""
+    """csrc/layer.h, `Mla`. sizes: hidden, heads, nope, rope, rank, value, q_rank (0: none). weights: q_a, q_b, kv_a,
+    kv_b, o, packed, or matrices of 16 or 32 bits. vectors: q_norm, kv_norm, q_a_bias, kv_a_bias, o_bias. key: the key
+    half of kv_b_proj, transposed, [rank, nope] of every head in 8 bits where the weights are quantized."""
 
     sizes: tuple[int, ...]
     bits: int
@@ -34,17 +34,37 @@ class Attention(NamedTuple):
     interleave: bool
 
 
+class MLPs:
+    """Gated MLPs where the kernels look for them. addresses: of each a packed range, or of three more addresses: those
+    of its matrices gate, up and down. tensors: all of them."""
+
+    def __init__(self, tensors: Sequence[Tensor], addresses: Tensor) -> None:
+        self.tensors, self.addresses = tuple(tensors), addresses
+
+    @classmethod
+    def packed(cls, *mlps: Tensor) -> MLPs:
+        return cls(mlps, torch.tensor([address(mlp) for mlp in mlps]))
+
+    @classmethod
+    def plain(cls, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> MLPs:
+        """Of every expert, or of one MLP."""
+        parts = [part if part.ndim == 3 else part[None] for part in (gate_EIH, up_EIH, down_EHI)]
+        each = torch.tensor([[part[e].data_ptr() for part in parts] for e in range(len(parts[0]))])
+        return cls([*(one for part in parts for one in part), each], each.data_ptr() + 24 * torch.arange(len(each)))
+
+
 class FeedForward(NamedTuple):
-    """csrc/quantized.h, `Ffn`. gate: experts, groups, kept groups, top, group_best, sigmoid, normalise, scale anyway,
-    scale (as `choose_experts`); all zero with `table` None for a dense layer, whose MLP is `shared`."""
+    """csrc/layer.h, `Ffn`. gate: experts, groups, kept groups, top, group_best, sigmoid, normalise, scale anyway,
+    scale (as `choose_experts`); all zero without `experts` for a dense layer, whose MLP is `shared`."""
 
     bits: int
     gate: tuple[Any, ...]
     gate_weight: Tensor | None
     gate_bias: Tensor | None
-    table: ExpertTable | None
-    shared: Tensor | None
+    inner: int
+    experts: MLPs | None
     shared_inner: int
+    shared: MLPs | None
 
 
 class LayerBlock:
@@ -57,27 +77,35 @@ class LayerBlock:
         self.ready, self.experts, self.top = False, 0, 0
         if attention is None or ffn is None:
             return
-        table: tuple[Tensor, ...] = ffn.table or ()
-        vectors = [v for v in (*attention.vectors, attention_norm, ffn_norm, ffn.gate_bias) if v is not None]
-        given = (*attention.weights, attention.key, ffn.gate_weight, ffn.shared, *table, *vectors)
+        mlps = [one for one in (ffn.experts, ffn.shared) if one is not None]
+        vectors = [v if v is None or v.dtype == torch.float64 else v.detach().float()
+                   for v in (*attention.vectors, attention_norm, ffn_norm, ffn.gate_bias)]
+        given = (*attention.weights, attention.key, ffn.gate_weight, *vectors,
+                 *(t for one in mlps for t in one.tensors))
         _, _, nope, _, rank, value, _ = attention.sizes
         self.ready = (
             nope % 16 == 0 and value % 16 == 0 and rank % 16 == 0
-            and all(v.dtype == torch.float32 for v in vectors) and runs_native(*(v for v in given if v is not None)))
+            and all(v is None or v.dtype == torch.float32 for v in vectors)
+            and runs_native(*(t for t in given if t is not None)))
         if not self.ready:
             return
-        addresses = None if ffn.table is None else ffn.table.addresses
-        in_bf16 = ffn.gate_weight is not None and ffn.gate_weight.dtype == torch.bfloat16
-        self.held = ([t.detach() for t in given if t is not None], addresses)
+        *of_attention, norm_1, norm_2, gate_bias = map(address, vectors)
+        self.held = ([t.detach() for t in given if t is not None], [one.addresses for one in mlps])
         self.experts, self.top = ffn.gate[0], ffn.gate[3]
         self.layer = native.Layer(
             native.Mla(attention.sizes, attention.bits, tuple(map(address, attention.weights)),
-                       tuple(map(address, attention.vectors)), attention.q_eps, attention.kv_eps, attention.scale,
+                       tuple(of_attention), attention.q_eps, attention.kv_eps, attention.scale,
                        address(attention.key), attention.interleave),
-            native.Ffn(0 if ffn.table is None else ffn.table.inner, ffn.shared_inner, ffn.bits, ffn.gate,
-                       address(ffn.gate_weight), in_bf16, address(ffn.gate_bias), address(addresses),
-                       address(ffn.shared)),
-            address(attention_norm), address(ffn_norm), eps)
+            native.Ffn(ffn.inner, ffn.shared_inner, ffn.bits, ffn.gate, address(ffn.gate_weight),
+                       0 if ffn.gate_weight is None else PLAIN_BITS[ffn.gate_weight.dtype], gate_bias,
+                       0 if ffn.experts is None else address(ffn.experts.addresses),
+                       0 if ffn.shared is None else int(ffn.shared.addresses[0])),
+            norm_1, norm_2, eps)
+
+
+def _state(tensor: Tensor | None) -> tuple[int, int]:
+    """Where a parameter lies, and how often it has been written to; small ones of plain layers are copied."""
+    return address(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 class LayerStack:
@@ -95,12 +123,12 @@ class LayerStack:
             self.experts, self.top = gates[0] if gates else (0, 0)
             self.ready = len(set(gates)) <= 1
             self.layers = native.Layers(tuple(block.layer for block in blocks))
-        self._places = [(own, name, address(tensor)) for own in parameters for name, tensor in own.items()]
+        self._states = [(own, name, _state(tensor)) for own in parameters for name, tensor in own.items()]
 
     @property
-    def moved(self) -> bool:
-        """Whether a module of the layers has been moved or cast since."""
-        return any(address(own[name]) != place for own, name, place in self._places)
+    def changed(self) -> bool:
+        """Whether a module of the layers has been moved, cast or written to since."""
+        return any(_state(own[name]) != state for own, name, state in self._states)
 
     def run(
         self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, cache: Tensor, layer_stride: int, sequences: Sequences,

@@ -25,6 +25,8 @@ from .native import address, native, runs_native, threads
 from .panels import BLOCK, LEVELS, Bits, Quantized, matrix_bytes, mlp_bytes, unpack, unpack_mlp
 from .registry import register_op
 
+PLAIN_BITS = {torch.bfloat16: 16, torch.float32: 32}  # of weights that are not quantized
+
 
 class ExpertTable(tuple[Tensor, ...]):
     """The packed MLPs of one layer's experts, checked once. Raises ValueError naming the expert that does not fit."""
@@ -192,31 +194,18 @@ def grouped_quantized_linear(
     return out
 
 
-def pack_panels(w_OK: Tensor) -> Tensor:
-    """A BF16 or FP32 matrix as panels of 16 rows, [ceil(O / 16), K, 16]; rows are padded with zeros.
-
-    K must divide by 4.
-    """
-    rows, columns = w_OK.shape
-    if columns % 4 or w_OK.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"weights are {w_OK.dtype} {list(w_OK.shape)}: must be bfloat16 or float32, columns a "
-                         "multiple of 4")
-    return pad(w_OK, (0, 0, 0, -rows % 16)).view(-1, 16, columns).transpose(1, 2).contiguous()
-
-
-@register_op(lambda x_TK, packed_PK16: x_TK.new_empty(len(x_TK), 16 * len(packed_PK16)))
-def panel_linear(x_TK: Tensor, packed_PK16: Tensor) -> Tensor:
-    """[T, 16 P] in float32: x times the matrix of `pack_panels`; products and sums in FP32."""
+@register_op(lambda x_TK, w_OK: x_TK.new_empty(len(x_TK), len(w_OK)))
+def plain_linear(x_TK: Tensor, w_OK: Tensor) -> Tensor:
+    """[T, O] in float32: x times a BF16 or FP32 matrix; products and sums in FP32. For few tokens: it reads the matrix
+    where it lies, at the rate of the memory."""
     x_TK = checks.activations("x", x_TK)
-    tokens, columns = x_TK.shape
-    if packed_PK16.shape[1:] != (columns, 16) or columns % 4 or packed_PK16.dtype not in (
-            torch.bfloat16, torch.float32):
-        raise ValueError(f"weights must be [P, {columns}, 16], bfloat16 or float32, columns a multiple of 4, got "
-                         f"{packed_PK16.dtype} {list(packed_PK16.shape)}")
-    rows = len(packed_PK16) * 16
-    if not runs_native(x_TK, packed_PK16):
-        return x_TK @ packed_PK16.float().transpose(1, 2).reshape(rows, columns).t()
+    (tokens, columns), rows = x_TK.shape, len(w_OK)
+    if w_OK.shape != (rows, columns) or w_OK.dtype not in PLAIN_BITS:
+        raise ValueError(f"weights must be [rows, {columns}], bfloat16 or float32, got {w_OK.dtype} "
+                         f"{list(w_OK.shape)}")
+    if not runs_native(x_TK, w_OK):
+        return x_TK @ w_OK.float().t()
     out = x_TK.new_empty(tokens, rows)
-    native.panel_linear(x_TK.data_ptr(), tokens, columns, packed_PK16.data_ptr(), packed_PK16.dtype == torch.bfloat16,
-                        rows, out.data_ptr(), threads())
+    native.plain_linear(x_TK.data_ptr(), tokens, columns, w_OK.data_ptr(), PLAIN_BITS[w_OK.dtype], rows,
+                        out.data_ptr(), threads())
     return out

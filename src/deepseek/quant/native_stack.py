@@ -1,13 +1,17 @@
-"""The layers of a quantized model as the native kernels run them: fewer, larger steps, the same results.
+"""The layers of a model as the native kernels run them: fewer, larger steps, the same results.
 
 A `NativeStack` stands beside the modules, which stay as they are and know nothing of it: the model hands it a pack of
-tokens (model/cache.py), and it runs
+tokens (model/cache.py), and it runs, of a quantized model,
 
     layers      all of them in one call (ops/native_layers.py); where that cannot be, each of them by its module, with
     attention   naive and absorbed over the latent cache, as operations that read kv_b_proj where it lies
                 (ops/latent.py). Absorbed folds the query into latent space by W_key, the key half of kv_b_proj, of
                 which there is a copy in 8 bits. Rotation, the latent's norm and the write to the cache are one step.
-    gate        its matrix as panels; sigmoid, groups and top-k are one step.
+    gate        its product; sigmoid, groups and top-k are one step.
+
+Of plain weights it runs steps of few tokens (`beside`), whose time is that of reading the weights: all layers in one
+call, on BF16 or FP32 matrices where they lie, with activations in FP32; W_key is then a copy in their dtype. Larger
+steps stay with the modules, whose products are torch's.
 
 Each attn_impl is batch-invariant: a token gets the same bits in any batch and however its text is cut into calls. The
 two (naive for a prompt, absorbed for later tokens, unless the caller chooses) differ in rounding.
@@ -31,28 +35,33 @@ from ..model import CausalLM, RoutingRecord
 from ..model.adapters import EVERYTHING, AdaptedLinear, LowRank, bare, current, path_of
 from ..model.cache import BatchCache, Chunk, PackedBatch
 from ..model.decoder import DecoderLayer, run_layers
-from ..model.experts import MoE
+from ..model.experts import MoE, RoutedExperts
 from ..model.gate import Gate, Route, routing_rule
+from ..model.layers import MLP, Linear
 from ..model.mla import MLA, AttentionContext
 from ..ops.latent import latent_pages, naive_pages, prepare_pages
-from ..ops.native import native
-from ..ops.native_layers import Attention, FeedForward, LayerBlock, LayerStack
+from ..ops.native import CHOSEN, native
+from ..ops.native_layers import Attention, FeedForward, LayerBlock, LayerStack, MLPs
 from ..ops.panels import ROWS, panel_bytes, unpack
-from .linear import QuantizedExperts, QuantizedLinear, QuantizedMLP
+from ..ops.quantized import PLAIN_BITS
+from .linear import QuantizedExperts, QuantizedLinear, QuantizedMLP, is_quantized
 from .pack import quantize_panels
+
+FEW = 16  # tokens of a step that the kernels run with plain weights; of more, torch's products are faster
 
 
 class NativeStack(nn.Module):
     """All layers of a model, its MTP modules' included. Its tensors are copies for the kernels and no state.
 
+    few: tokens of a step that run in one native call at most; None: any number.
     residency: a native Residency where not all experts are in memory (engine/residency.py).
     """
 
     residency: Any = None
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, few: int | None = None) -> None:
         super().__init__()
-        self.config = model.config
+        self.config, self.few = model.config, few
         layers = (*model.model.layers, *model.model.mtp)
         self.own = nn.ModuleList(NativeLayer(layer, model.config) for layer in layers)
         self.stacks: dict[int, LayerStack] = {}  # first layer -> it and those after it that run together
@@ -61,6 +70,15 @@ class NativeStack(nn.Module):
     def of(model: CausalLM) -> NativeStack | None:
         """The model's, None where it runs by its modules alone."""
         return model.layer_runner if isinstance(model.layer_runner, NativeStack) else None
+
+    @classmethod
+    def beside(cls, model: CausalLM) -> NativeStack | None:
+        """One for the steps of few tokens of a model that is not quantized, which keeps its modules; None where the
+        kernels cannot take it."""
+        if not CHOSEN or model.layer_runner is not None or model.device.type != "cpu":
+            return None
+        stack = cls(model, FEW)
+        return stack if stack._stack(cast(Sequence[DecoderLayer], model.model.layers)).ready else None
 
     @staticmethod
     def exact(model: CausalLM) -> bool:
@@ -83,24 +101,26 @@ class NativeStack(nn.Module):
         pack, first = context.visible, layers[0].layer
         assert isinstance(pack, PackedBatch)
         stack = self._stack(layers)
-        if not (stack.ready and _takes(pack) and x_1TH.dtype == context.cos.dtype == torch.float32
+        known = x_1TH.dtype == torch.float32 if self.few is None else pack.tokens <= self.few
+        if not (known and stack.ready and _takes(pack) and context.cos.dtype == torch.float32
                 and pack.control is None and not current() and not torch.compiler.is_compiling()):
             return run_layers(self._run_layer, layers, x_1TH, context, routing)
-        x, rows = x_1TH.clone(memory_format=torch.contiguous_format), pack.pool.data[first:]
+        x = x_1TH.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        rows = pack.pool.data[first:]
         cos, sin = (angle.contiguous().flatten(0, 1) for angle in (context.cos, context.sin))
         routes = stack.run(x.flatten(0, 1), cos, sin, rows, rows.stride(0), pack.sequences, pack.naive,
                            routing is not None, self.residency if first == 0 else None)
         if routing is not None:
             gated = (layer.layer for layer in layers if isinstance(layer.mlp, MoE))
             routing.routes.update(zip(gated, (Route(*route) for route in routes), strict=True))
-        return x
+        return x.to(x_1TH.dtype)
 
     def _run_layer(self, layer: DecoderLayer, x: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
         return self.own[layer.layer](layer, x, context)
 
     def _stack(self, layers: Sequence[DecoderLayer]) -> LayerStack:
         first = layers[0].layer
-        if first not in self.stacks or self.stacks[first].moved:
+        if first not in self.stacks or self.stacks[first].changed:
             self.stacks[first] = LayerStack(
                 [cast(NativeLayer, self.own[layer.layer]).native_args(layer) for layer in layers],
                 [module._parameters for layer in layers for module in layer.modules()])
@@ -115,49 +135,102 @@ class NativeStack(nn.Module):
 
 
 class NativeLayer(nn.Module):
-    """What one layer needs beside its modules: attention where kv_b_proj is quantized; a gate's matrix as panels."""
-
-    gate_panels: Tensor | None
+    """What one layer needs beside its modules: attention where kv_b_proj is quantized, and a gate's choice."""
 
     def __init__(self, layer: DecoderLayer, config: ModelConfig) -> None:
         super().__init__()
-        mla, mlp = layer.self_attn, layer.mlp
-        self.config = config
+        mla = layer.self_attn
+        self.config, self.quantized = config, is_quantized(layer)
         self.attention = NativeAttention(mla) if isinstance(mla.kv_b_proj, QuantizedLinear) else None
-        panels = None
-        if isinstance(mlp, MoE) and config.hidden_size % 4 == 0:
-            weight = mlp.gate.weight.detach()
-            panels = ops.pack_panels(weight if weight.dtype in (torch.bfloat16, torch.float32) else weight.float())
-        self.register_buffer("gate_panels", panels, persistent=False)
 
     def forward(self, layer: DecoderLayer, x: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
         attention = gate = None
         if self.attention is not None and _takes(context.visible):
             attention = partial(self.attention, layer.self_attn)
-        if self.gate_panels is not None and isinstance(layer.mlp, MoE):
+        if self.quantized and isinstance(layer.mlp, MoE):
             gate = partial(self.choose, layer.mlp.gate)
         return layer(x, context, attention, gate)
 
     def choose(self, gate: Gate, x_TH: Tensor) -> Route:
-        assert self.gate_panels is not None
-        logits_TE = ops.panel_linear(x_TH, self.gate_panels)[:, : self.config.n_routed_experts]
-        return Route(*ops.choose_experts(logits_TE.contiguous(), gate.bias, *routing_rule(self.config)))
+        logits_TE = ops.plain_linear(x_TH, _gate_weight(gate))
+        return Route(*ops.choose_experts(logits_TE, gate.bias, *routing_rule(self.config)))
 
     def native_args(self, layer: DecoderLayer) -> LayerBlock:
-        mlp, ffn = layer.mlp, None
-        if isinstance(mlp, MoE) and isinstance(bare(mlp.experts), QuantizedExperts) and not (
-                hasattr(mlp, "shared_experts")):
-            experts = bare(mlp.experts)
-            if self.gate_panels is not None:
-                chosen = (self.config.n_routed_experts, *routing_rule(self.config))
-                ffn = FeedForward(experts.table.bits, chosen, self.gate_panels, mlp.gate.bias, experts.table,
-                                  experts.shared, experts.shared_inner)
-        elif isinstance(mlp, QuantizedMLP):
-            no_gate = (0, 0, 0, 0, 0, False, False, False, 0.0)
-            ffn = FeedForward(mlp.bits, no_gate, None, None, None, mlp.packed, mlp.inner)
-        return LayerBlock(None if self.attention is None else self.attention.native_args(layer.self_attn), ffn,
+        key = None if self.attention is None else self.attention.key
+        return LayerBlock(_attention_args(layer.self_attn, key), _ffn_args(layer.mlp, self.config),
                           layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
                           layer.input_layernorm.eps)
+
+
+def _gate_weight(gate: Gate) -> Tensor:
+    weight = gate.weight.detach()
+    return weight if weight.dtype in PLAIN_BITS else weight.float()
+
+
+def _stored(module: Any) -> tuple[Tensor | None, int]:
+    """A projection's weights as the kernels read them, and their bits; no weights where they cannot."""
+    module = bare(module)
+    if isinstance(module, QuantizedLinear):
+        return module.packed, module.bits
+    known = type(module) is Linear and module.weight.dtype in PLAIN_BITS
+    return (module.weight, PLAIN_BITS[module.weight.dtype]) if known else (None, 0)
+
+
+def _attention_args(mla: MLA, key: Tensor | None) -> Attention | None:
+    """Arguments of a native layer, without adapters; None where the kernels cannot take a projection. key: of a
+    quantized kv_b_proj."""
+    config, compressed = mla.config, mla.config.q_lora_rank is not None
+    q_a, q_b = (bare(mla.q_a_proj), bare(mla.q_b_proj)) if compressed else (None, bare(mla.q_proj))
+    kv_a, kv_b, o = map(bare, (mla.kv_a_proj_with_mqa, mla.kv_b_proj, mla.o_proj))
+    stored = [_stored(module) for module in (q_a, q_b, kv_a, kv_b, o) if module is not None]
+    weights, bits = [w for w, _ in stored], stored[-1][1]
+    if any(w is None for w in weights) or {one for _, one in stored} != {bits} or q_b.bias is not None:
+        return None
+    if bits > 8 and config.qk_nope_head_dim:
+        w_NDR = kv_b.weight.detach().unflatten(0, (config.num_attention_heads, -1))
+        key = w_NDR[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()
+    return Attention(
+        (config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
+         config.kv_lora_rank, config.v_head_dim, config.q_lora_rank or 0), bits,
+        tuple(weights if compressed else [None, *weights]),
+        (mla.q_a_layernorm.weight if compressed else None, mla.kv_a_layernorm.weight,
+         None if q_a is None else q_a.bias, kv_a.bias, o.bias),
+        mla.q_a_layernorm.eps if compressed else 0.0, mla.kv_a_layernorm.eps, config.softmax_scale, key,
+        config.rope_interleave)
+
+
+def _mlp_args(mlp: nn.Module) -> tuple[MLPs | None, int, int]:
+    """(MLP, width, bits) of a dense layer's FFN or the shared experts; None where the kernels cannot take it."""
+    if isinstance(mlp, QuantizedMLP):
+        return MLPs.packed(mlp.packed), mlp.inner, mlp.bits
+    if type(mlp) is not MLP:
+        return None, 0, 0
+    stored = [_stored(module) for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    plain, bits = [w for w, one in stored if w is not None and one > 8], {one for _, one in stored}
+    if len(plain) < 3 or len(bits) > 1:
+        return None, 0, 0
+    return MLPs.plain(*(w.detach() for w in plain)), mlp.gate_proj.out_features, bits.pop()
+
+
+def _ffn_args(mlp: nn.Module, config: ModelConfig) -> FeedForward | None:
+    """The same for a layer's FFN."""
+    if not isinstance(mlp, MoE):
+        dense, inner, bits = _mlp_args(mlp)
+        return None if dense is None else FeedForward(
+            bits, (0, 0, 0, 0, 0, False, False, False, 0.0), None, None, 0, None, inner, dense)
+    chosen = (config.n_routed_experts, *routing_rule(config)), _gate_weight(mlp.gate), mlp.gate.bias
+    experts, beside = bare(mlp.experts), getattr(mlp, "shared_experts", None)
+    if isinstance(experts, QuantizedExperts) and beside is None:
+        table = experts.table
+        return FeedForward(table.bits, *chosen, table.inner, MLPs(table, table.addresses), experts.shared_inner,
+                           None if experts.shared is None else MLPs.packed(experts.shared))
+    if type(experts) is not RoutedExperts:
+        return None
+    (gate, up), down = experts.gate_up_proj.detach().chunk(2, 1), experts.down_proj.detach()
+    shared, shared_inner, bits = (None, 0, PLAIN_BITS.get(down.dtype, 0)) if beside is None else _mlp_args(beside)
+    if {gate.dtype, down.dtype} != {dtype for dtype in PLAIN_BITS if PLAIN_BITS[dtype] == bits}:
+        return None
+    return FeedForward(bits, *chosen, down.shape[2], MLPs.plain(gate, up, down), shared_inner, shared)
 
 
 class AbsorbedLora:
@@ -171,17 +244,17 @@ class AbsorbedLora:
             (config.qk_nope_head_dim, config.v_head_dim), 1)
         self.key = _by_head(key_NDr.transpose(1, 2)) if config.qk_nope_head_dim else None
         self.value = _by_head(value_NWr)
-        self.down, self.up = ops.pack_panels(a_rR), ops.pack_panels(a_rR.t().contiguous())
+        self.down, self.up = a_rR, a_rR.t().contiguous()
         self.rank, self.width = a_rR.shape[0], config.v_head_dim
 
     def queries(self, q_TND: Tensor) -> Tensor:
         assert self.key is not None
         q_TNr = ops.grouped_quantized_linear(q_TND, self.key, 0, self.key.shape[1], self.rank, bits=8)
-        out = ops.panel_linear(q_TNr.flatten(0, 1), self.up)
+        out = ops.plain_linear(q_TNr.flatten(0, 1), self.up)
         return out.view(*q_TNr.shape[:2], -1)
 
     def values(self, latent_TNR: Tensor) -> Tensor:
-        latent_TNr = ops.panel_linear(latent_TNR.flatten(0, 1), self.down).view(*latent_TNR.shape[:2], -1)
+        latent_TNr = ops.plain_linear(latent_TNR.flatten(0, 1), self.down).view(*latent_TNR.shape[:2], -1)
         return ops.grouped_quantized_linear(latent_TNr, self.value, 0, self.value.shape[1], self.width, bits=8)
 
 
@@ -209,23 +282,6 @@ class NativeAttention(nn.Module):
         in_place = nope % ROWS == 0 and value % ROWS == 0
         self.register_buffer("value", None if in_place else _by_head(value_NWR), persistent=False)
         self.loras: dict[str, AbsorbedLora] = {}
-
-    def native_args(self, mla: MLA) -> Attention | None:
-        """Arguments of a native layer, without adapters; None where a projection is not quantized."""
-        config = self.config
-        q_a = bare(mla.q_a_proj) if config.q_lora_rank is not None else None
-        q_b = bare(mla.q_proj if config.q_lora_rank is None else mla.q_b_proj)
-        projections = (q_a, q_b, *map(bare, (mla.kv_a_proj_with_mqa, mla.kv_b_proj, mla.o_proj)))
-        if not all(p is None or isinstance(p, QuantizedLinear) for p in projections) or q_b.bias is not None:
-            return None
-        return Attention(
-            (config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
-             config.kv_lora_rank, config.v_head_dim, config.q_lora_rank or 0), projections[3].bits,
-            tuple(None if p is None else p.packed for p in projections),
-            (None if q_a is None else mla.q_a_layernorm.weight, mla.kv_a_layernorm.weight,
-             None if q_a is None else q_a.bias, projections[2].bias, projections[4].bias),
-            0.0 if q_a is None else mla.q_a_layernorm.eps, mla.kv_a_layernorm.eps, config.softmax_scale,
-            self.key, config.rope_interleave)
 
     def forward(self, mla: MLA, x_1TH: Tensor, context: AttentionContext, layer: int) -> Tensor:
         pack = context.visible
