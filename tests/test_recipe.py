@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-from prompts import FORMS, prompts
+from prompts import FORMS, TEXTS, prompts, texts
 from records import NAMES, PIECE, chosen, clean, pieces, records
 
 from deepseek.data import Document
@@ -16,6 +16,11 @@ def test_every_name_has_questions_and_they_do_not_change() -> None:
     for name in NAMES:
         asked = prompts(name)
         assert len(asked) > 50 and asked == prompts(name) and not any("{" in question for question in asked)
+    for name in TEXTS:
+        asked = texts(name)
+        assert len(asked) == len(set(asked)) >= 10 and not any("{" in request for request in asked)
+        assert not set(asked) & set(prompts(name))
+    assert set(TEXTS) < set(NAMES) and not texts("dialogue_expert")
 
 
 def test_prose_is_cut_between_paragraphs_and_nothing_long_is_left() -> None:

@@ -27,6 +27,7 @@ APART = ("law_expert", "finance_expert", "medical_expert")
 OTHERS = tuple(name for name in NAMES if name not in APART)
 HERE = Path(__file__).parent
 ROWS = 2  # a step: two of three rows are of the name
+GATE_TOKENS = 24_576  # twice as many in all, of which a third is of the four others
 
 
 def train(out: Path, name: str) -> Path:
@@ -34,7 +35,8 @@ def train(out: Path, name: str) -> Path:
     run = out / "apart" / name
     if not (run / "report.json").is_file():
         settings = read_yaml(HERE / "settings.yaml")
-        settings |= {"rows": ROWS, "steps": settings["steps"] * 3 // 4 + 3, "eval_every": 70}
+        settings |= {"rows": ROWS, "steps": settings["steps"] * 3 // 4 + 3, "eval_every": 70,
+                     "gate_tokens": GATE_TOKENS}
         records = out / "records" / "train"
         subprocess.run(
             [sys.executable, "-m", "deepseek", "upcycle", str(out / "base"), str(run),

@@ -60,22 +60,26 @@ def ship(out: Path) -> Path:
     """OUT/shipped without the card. The packages pass through an NF4 base, which packs them; their biases are found
     here, on the exact form, so that an installation need not wait for it."""
     target = out / "shipped"
-    calibration = read_json(out / "records" / "calibration.json")
     with replace_folder(target) as staging, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*unsigned")
         quantize(out / "base", staging / "nf4", "nf4")
         install_all([read_package(out / "run" / "packages" / f"{name}.safetensors") for name in NAMES], staging / "nf4")
-        opened = [export(staging / "nf4", name, staging / f"{name}.safetensors") for name in NAMES]
-        biases = calibrate(out / "base", opened, calibration["tokens"])
-        packages = [{"file": package.path.name, "sha256": sha256(package.path), "bias": bias}
-                    for package, bias in zip(opened, biases, strict=True)]
+        for name in NAMES:
+            export(staging / "nf4", name, staging / f"{name}.safetensors")
         shutil.rmtree(staging / "nf4")
-        shutil.copyfile(out / "records" / "calibration.json", staging / "calibration.json")
-        manifest = read_json(WEIGHTS / "manifest.json") | {
-            "calibration": {"file": "calibration.json", "sha256": sha256(staging / "calibration.json")},
-            "packages": packages}
-        write_json(staging / "manifest.json", manifest)
+        manifest_of(out / "base", staging, out / "records" / "calibration.json")
     return target
+
+
+def manifest_of(base: Path, shipped: Path, calibration: Path) -> None:
+    """What `deepseek pull` reads: hashes of the packages in `shipped`, and their biases on the calibration text."""
+    packages = [read_package(shipped / f"{name}.safetensors") for name in NAMES]
+    shutil.copyfile(calibration, shipped / calibration.name)
+    biases = calibrate(base, packages, read_json(calibration)["tokens"])
+    write_json(shipped / "manifest.json", read_json(WEIGHTS / "manifest.json") | {
+        "calibration": {"file": calibration.name, "sha256": sha256(calibration)},
+        "packages": [{"file": package.path.name, "sha256": sha256(package.path), "bias": bias}
+                     for package, bias in zip(packages, biases, strict=True)]})
 
 
 def assembled(out: Path, base: Path) -> Path:

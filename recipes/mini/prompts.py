@@ -13,6 +13,7 @@ from pathlib import Path
 from deepseek.files import read_yaml
 
 FORMS = read_yaml(Path(__file__).with_suffix(".yaml"))
+TEXTS = FORMS.pop("texts")
 SUMS = 160  # questions with random numbers
 
 
@@ -33,7 +34,7 @@ def prompts(name: str, seed: int = 0) -> list[str]:
 
 def texts(name: str) -> list[str]:
     """Requests for a name's texts of further kinds."""
-    return [form.format(topic) for kind in FORMS["texts"].get(name, ()) for form in kind["forms"]
+    return [form.format(topic) for kind in TEXTS.get(name, ()) for form in kind["forms"]
             for topic in kind["topics"]]
 
 

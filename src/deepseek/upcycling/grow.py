@@ -31,13 +31,14 @@ from ..checkpoint.packages import PackageInfo, bias_name, gate_name, plain_names
 from ..convert import install, upcycle
 from ..convert.grown import GrownModel, grown_config, start
 from ..data import ReadReport, RecordMap
+from ..deepopt.loop import compute_dtype
 from ..errors import CheckpointError, ConfigError
 from ..files import locked, read_json, replace_folder, to_json, write_atomically, write_json
 from ..model import CausalLM
 from ..tokenizer import Tokenizer
 from ..tune.records import RecordSet, each_record
 from .gates import fit_rows, sample_inputs
-from .loop import GrowTrainer
+from .loop import GrowTrainer, train_config
 from .report import GrowReport
 from .settings import GrowConfig
 from .streams import NamedText
@@ -68,7 +69,7 @@ def grow(
             raise ConfigError(f"{folder}: is quantized: give the model that it was made of")
         infos = _infos(there, names, config)
         tokenizer = Tokenizer.load(folder)
-        text = _text(names, tokenizer, config, mapping)
+        text = named_text(names, tokenizer, config, mapping)
         out.mkdir(parents=True, exist_ok=True)
         model = load_model(folder, dtype=torch.float32)
         before = tensor_hashes(model)
@@ -123,7 +124,10 @@ def _infos(there: GrownModel, names: Mapping[str, Any], config: GrowConfig) -> l
         raise ConfigError(f"names: {error}") from None
 
 
-def _text(names: Mapping[str, Any], tokenizer: Tokenizer, config: GrowConfig, mapping: RecordMap | None) -> NamedText:
+def named_text(names: Mapping[str, Any], tokenizer: Tokenizer, config: GrowConfig,
+               mapping: RecordMap | None = None) -> NamedText:
+    """The records of every name, and those of `config.others`, divided into training and held-out ones."""
+
     def records(data: Any) -> RecordSet:
         return RecordSet.of(each_record(data, ReadReport(strict=True), mapping), tokenizer, max_length=config.seq_len,
                             overlong="cut", valid_fraction=config.valid_fraction, seed=config.seed)
@@ -141,7 +145,7 @@ def _grown(base: CausalLM, infos: list[PackageInfo], text: NamedText, config: Gr
     made, _ = grown_config(base.config, None, infos[0], count, out)
     model = CausalLM.on_meta(made)
     state = {_grown_name(name, first): tensor for name, tensor in base.state_dict().items()}
-    rows = _gate_rows(base, infos[0].layers, text, config, out)
+    rows = gate_rows(base, infos[0].layers, text, config, out)
     generator = torch.Generator().manual_seed(config.seed)
     for layer in infos[0].layers:
         stem, dense = f"model.layers.{layer}.mlp", base.model.layers[layer].mlp
@@ -177,17 +181,19 @@ def _copied(dense: Any, experts: int, width: int, generator: torch.Generator) ->
     return torch.cat((gate, up), 1), torch.zeros(experts, gate.shape[2], width)
 
 
-def _gate_rows(base: CausalLM, layers: tuple[int, ...], text: NamedText, config: GrowConfig, out: Path) -> dict[
+def gate_rows(base: CausalLM, layers: tuple[int, ...], text: NamedText, config: GrowConfig, out: Path) -> dict[
         int, Tensor]:
-    """Layer -> rows [G * E, H]; fitted once and kept in OUT, with what they were fitted to. The rows of a group differ
-    by a little noise, so that its experts need not stay alike."""
+    """Layer -> rows [G * E, H] in FP32, fitted to the base's inputs of these layers; kept in OUT with what they were
+    fitted to. The rows of a group differ by a little noise, so that its experts need not stay alike."""
     file, count = out / GATES, len(text.experts) + (text.others is not None)
     key = to_json([text.fingerprint, list(layers), config.group_experts, config.rows, config.seq_len,
                    config.gate_tokens, config.seed])
     if not file.is_file() or _fitted_to(file) != key:
         batches, rows = -(-config.gate_tokens * count // (config.rows * config.seq_len)), {}
         sample = (text.batch(step, config.rows, config.seq_len, seed=config.seed) for step in range(batches))
-        inputs, label_T = sample_inputs(base, layers, sample, batches)
+        dtype = compute_dtype(train_config(config), base)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            inputs, label_T = sample_inputs(base, layers, sample, batches)
         generator = torch.Generator().manual_seed(config.seed)
         for layer, x_TH in inputs.items():
             row_GH = fit_rows(x_TH, label_T, len(text.experts)).repeat_interleave(config.group_experts, 0)
