@@ -57,42 +57,62 @@ def quiet_rounds(rounds: int, one: Callable[[], Round]) -> tuple[list[Round], li
     return [result for _, _, result in kept], [share for share, _, _ in kept]
 
 
-def _serve(build: Build, name: str, threads: int, calls: Connection) -> None:
+class Worker:
+    """What `make(*args)` returns, in a process of its own, so that no contender inherits another's heap or thread pool.
+    Calling it calls that. Raises EOFError if the process died."""
+
+    def __init__(self, make: Callable[..., Callable[..., Any]], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(make, args, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __call__(self, *args: Any) -> Any:
+        self._pipe.send(args)
+        return self._pipe.recv()
+
+    def stop(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def _serve(make: Callable[..., Callable[..., Any]], args: tuple[Any, ...], calls: Connection) -> None:
+    work = make(*args)
+    while (given := calls.recv()) is not None:
+        calls.send(work(*given))
+
+
+def _timed(build: Build, name: str, threads: int) -> Callable[[], float]:
     torch.set_num_threads(threads)
     work = build(name, threads)
-    while calls.recv():
+
+    def run() -> float:
         began = time.perf_counter()
         work()
-        calls.send(time.perf_counter() - began)
+        return time.perf_counter() - began
+
+    return run
 
 
 def alternate(
     build: Build, names: Sequence[str], threads: int, rounds: int, warmup: int = 2
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """(seconds of every contender in every round, share of time stolen in each). Each lives in a process of its own, so
-    that none inherits another's heap or thread pool; one works at a time."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(build, name, threads, theirs), daemon=True))
-        processes[-1].start()
+    """(seconds of every contender in every round, share of time stolen in each). One works at a time."""
+    workers = {name: Worker(_timed, build, name, threads) for name in names}
 
     def one() -> dict[str, float]:
         took = {}
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            took[name] = pipe.recv()
+        for name, worker in workers.items():
+            took[name] = worker()
             print(f"  {name:<34}{took[name]:8.2f} s", flush=True)
         return took
 
     for _ in range(warmup):
         one()
     kept, shares = quiet_rounds(rounds, one)
-    for pipe in pipes.values():
-        pipe.send(False)
-    for process in processes:
-        process.join()
+    for worker in workers.values():
+        worker.stop()
     return {name: [took[name] for took in kept] for name in names}, shares
 
 

@@ -15,11 +15,9 @@ The bound of decoding is memory: bytes of the weights that a step reads, over th
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from deepseek.convert import quantize
 from deepseek.info.machine import read_bandwidth
 from deepseek.ops.native import isa
 from deepseek.ops.panels import matrix_bytes, mlp_bytes
-from harness import arguments, machine, quiet_rounds, ratio, table, versions, write_result
+from harness import Worker, arguments, machine, quiet_rounds, ratio, table, versions, write_result
 from peers import RELEASE, LlamaCpp
 from shape import CACHE, CONFIG, write_model
 
@@ -63,8 +61,8 @@ def transformers_step(checkpoint: str) -> Step:
     return step
 
 
-def serve(build: Callable[[str], Step], checkpoint: str, threads: int, calls: Connection) -> None:
-    """Answers (batch, steps) with tokens/s; one measurement each, after a shorter one of the same kind."""
+def speeds(build: Callable[[str], Step], checkpoint: str, threads: int, steps: int) -> Callable[[int], float]:
+    """batch (0: prefill) -> tokens/s; one measurement, after a shorter one of the same kind."""
     torch.set_num_threads(threads)
     step = build(checkpoint)
     ids = torch.randint(0, CONFIG.vocab_size, (64, 512), generator=torch.Generator().manual_seed(0))
@@ -81,34 +79,15 @@ def serve(build: Callable[[str], Step], checkpoint: str, threads: int, calls: Co
             logits, cache = step(logits.argmax(-1, keepdim=True), cache)
         return batch * steps / (time.perf_counter() - began)
 
-    with torch.inference_mode():
-        while call := calls.recv():
-            batch, steps = call
-            if batch:
-                decode(batch, 2)
-                calls.send(decode(batch, steps))
-            else:
-                prefill(64)
-                calls.send(prefill(512))
+    @torch.inference_mode()
+    def run(batch: int) -> float:
+        if batch:
+            decode(batch, 2)
+            return decode(batch, steps)
+        prefill(64)
+        return prefill(512)
 
-
-class Worker:
-    """A contender in a process of its own."""
-
-    def __init__(self, build: Callable[[str], Step], checkpoint: Path, threads: int, steps: int = STEPS) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.steps = steps
-        self.process = context.Process(target=serve, args=(build, str(checkpoint), threads, theirs), daemon=True)
-        self.process.start()
-
-    def run(self, batch: int) -> float:
-        self.pipe.send((batch, self.steps))
-        return self.pipe.recv()
-
-    def stop(self) -> None:
-        self.pipe.send(None)
-        self.process.join()
+    return run
 
 
 def bytes_a_step(batch: int) -> float:
@@ -156,17 +135,17 @@ def main() -> None:
     if not packed.is_dir():
         quantize(plain, packed)
     llama = LlamaCpp.install(args.cache, plain, args.threads)
-    own = Worker(own_step, packed, args.threads)
+    own = Worker(speeds, own_step, str(packed), args.threads, STEPS)
 
     def run_llama(variant: LlamaCpp, batch: int) -> float:
         return variant.decode(batch, STEPS, PROMPT) if batch else variant.prefill(512)
 
     contenders: dict[str, Callable[[int], float]] = {
-        "MoE-DR NF4": own.run, "llama.cpp Q4_0": lambda batch: run_llama(chosen[WORK_OF[batch]], batch)}
+        "MoE-DR NF4": own, "llama.cpp Q4_0": lambda batch: run_llama(chosen[WORK_OF[batch]], batch)}
     workers = [own]
     if not args.without_transformers:
-        workers.append(Worker(transformers_step, plain, args.threads, steps=8))
-        contenders["transformers BF16"] = workers[-1].run
+        workers.append(Worker(speeds, transformers_step, str(plain), args.threads, 8))
+        contenders["transformers BF16"] = workers[-1]
 
     speed: dict[str, dict[str, list[float]]] = {}
     bandwidth: dict[str, list[float]] = {}

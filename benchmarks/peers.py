@@ -1,7 +1,7 @@
 """llama.cpp as a contender: built here from source, given our weights, measured by its own tools.
 
     build(cache)                    llama-cpp-python's source package -> the llama.cpp tree inside -> its tools
-    gguf(cache, checkpoint)         our checkpoint -> BF16 GGUF (llama.cpp's converter) -> Q4_0 (llama-quantize)
+    gguf(cache, source)             our checkpoint -> BF16 GGUF (llama.cpp's converter) -> Q4_0 (llama-quantize)
     LlamaCpp.prefill(), .decode()   one run of llama-bench or llama-batched-bench each -> tokens/s
 
 Everything is kept in the cache folder and reused. What was chosen on llama.cpp's behalf, each for its speed:
@@ -84,23 +84,26 @@ def build(cache: Path = CACHE) -> Path:
     return binaries
 
 
-def gguf(cache: Path, checkpoint: Path) -> Path:
-    """`checkpoint` as a Q4_0 GGUF file: what `llama-quantize … Q4_0` makes of the same BF16 weights.
+def gguf(cache: Path, source: Path, pure: bool = False) -> Path:
+    """A checkpoint, or a GGUF file, as a Q4_0 GGUF file: what `llama-quantize … Q4_0` makes of the same weights. pure:
+    embedding and head, too, have 4 bits.
 
-    A file that is newer than the checkpoint is reused. Raises PeerError when a step fails.
+    A file that is newer than the source is reused. Raises PeerError when a step fails.
     """
-    home = _home(cache)
-    target = home / f"{checkpoint.name}-q4_0.gguf"
-    if target.is_file() and target.stat().st_mtime > (checkpoint / "config.json").stat().st_mtime:
+    home, is_file = _home(cache), source.suffix == ".gguf"
+    target = home / f"{source.name.removesuffix('.gguf')}-q4_0{'-pure' if pure else ''}.gguf"
+    made = (source if is_file else source / "config.json").stat().st_mtime
+    if target.is_file() and target.stat().st_mtime > made:
         return target
     binaries, tree = build(cache), _fetch(home)
-    print(f"converting {checkpoint} to {target}", flush=True)
+    print(f"converting {source} to {target}", flush=True)
     with tempfile.TemporaryDirectory(dir=home, prefix="convert-") as name:  # the BF16 file (5 GB) goes with it
-        wide, narrow = Path(name) / "bf16.gguf", Path(name) / "q4_0.gguf"
-        _run([sys.executable, "-c", _CONVERT, str(tree), str(checkpoint), "--outtype", "bf16", "--outfile", str(wide)],
-             "converting to GGUF")
-        _run([str(binaries / "llama-quantize"), str(wide), str(narrow), "Q4_0", str(os.cpu_count() or 1)],
-             "quantizing to Q4_0")
+        wide, narrow = source if is_file else Path(name) / "bf16.gguf", Path(name) / "q4_0.gguf"
+        if not is_file:
+            _run([sys.executable, "-c", _CONVERT, str(tree), str(source), "--outtype", "bf16", "--outfile", str(wide)],
+                 "converting to GGUF")
+        _run([str(binaries / "llama-quantize"), "--allow-requantize", *(["--pure"] if pure else []), str(wide),
+              str(narrow), "Q4_0", str(os.cpu_count() or 1)], "quantizing to Q4_0")
         narrow.replace(target)
     return target
 
@@ -205,7 +208,7 @@ def _fetch(home: Path) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     print(f"fetching the source package of llama-cpp-python {RELEASE}", flush=True)
     with tempfile.TemporaryDirectory(dir=home, prefix="fetch-") as name:
-        _run([sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "--dest", name,
+        _run([sys.executable, "-m", "pip", "download", "--no-binary", "llama-cpp-python", "--no-deps", "--dest", name,
               f"llama-cpp-python=={RELEASE}"], "fetching llama-cpp-python's source package")
         with tarfile.open(next(Path(name).glob("*.tar.gz"))) as archive:
             archive.extractall(Path(name) / "source", filter="data")
