@@ -19,6 +19,7 @@ attention and as many parameters, both with random weights, in NF4, on the same 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import time
@@ -47,6 +48,7 @@ from shape import CACHE, CONFIG
 
 PRICE = 0.10  # USD an hour; EC2's m7g.large, 2 cores and 8 GiB, was 0.0816 in us-east-1 in June 2026
 ASKED = "2.9x", "1/4"  # by the project's user: latency and cost beside a dense model of as many parameters
+SPINS = "GOMP_SPINCOUNT"
 FORMATS: tuple[Literal["int8", "nf4"], ...] = ("int8", "nf4")
 Pass = Callable[[int, int, int], tuple[float, float]]  # (batch, prompt, new) -> seconds to the first token, and after
 Contender = Callable[[str], float]  # name of the work -> tokens/s
@@ -229,8 +231,10 @@ def upcycled(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     where = {"pretrained_model_name_or_path": str(args.model)}
     if args.model.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": str(args.model.parent), "gguf_file": args.model.name}
+    os.environ.pop(SPINS, None)  # libgomp's own, as its users have it
     for name, dtype in (("FP32", torch.float32), ("BF16", torch.bfloat16)):
         contenders[f"transformers {name}"] = Worker(speeds, partial(transformers, dtype, where), asked, args.threads)
+    os.environ[SPINS] = "1000"  # what `import deepseek` sets
     chosen: dict[str, dict[str, LlamaCpp]] = {}
     if not args.without_llama:
         for name, pure in (("llama.cpp Q4_0", False), ("llama.cpp Q4_0 --pure", True)):
@@ -280,6 +284,7 @@ def compared(speed: Speeds, bandwidth: Mapping[str, list[float]], sizes: Mapping
 def twin(args: argparse.Namespace, config: ModelConfig = CONFIG) -> tuple[list[str], dict[str, Any]]:
     asked = works(args.prefill, args.prompt, min(args.new, 32))
     dense = dense_twin(config)
+    os.environ[SPINS] = "1000"
     folders = {"MoE": random_model(config, args.cache / "twin-moe-nf4"),
                "dense": random_model(dense, args.cache / "twin-dense-nf4")}
     about = {"MoE": describe(config), "dense": describe(dense)}

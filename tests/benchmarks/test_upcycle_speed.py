@@ -35,11 +35,16 @@ def test_contenders_run_what_is_asked_and_know_their_bytes(tmp_path: Path) -> No
     assert (folder / "config.json").stat().st_mtime_ns == made, "made again although nothing had changed"
     where = {"pretrained_model_name_or_path": str(tmp_path / "dense")}
     for make in (partial(bench.transformers, torch.float32, where), partial(bench.own, str(folder))):
-        calls: list[tuple[int, int, int]] = []
+        calls: list[tuple[int, ...]] = []
 
-        def counted(make: Callable[[], bench.Pass] = make, calls: list[tuple[int, int, int]] = calls) -> bench.Pass:
+        def counted(make: Callable[[], bench.Pass] = make, calls: list[tuple[int, ...]] = calls) -> bench.Pass:
             run = make()
-            return lambda *asked: calls.append(asked) or run(*asked)  # type: ignore[func-returns-value]
+
+            def one(*asked: int) -> tuple[float, float]:
+                calls.append(asked)
+                return run(*asked)
+
+            return one
 
         contender = bench.speeds(counted, ASKED, 1)
         assert all(contender(work) > 0 for work in ("decode 8", "prefill", "prefill"))
