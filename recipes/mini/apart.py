@@ -3,7 +3,8 @@
     python recipes/mini/apart.py --out runs/mini --data DATA        # after build.py; about 15 minutes a name on 2 cores
 
 Each package is trained with text of the four remaining names as what it is to leave alone; then all three are installed
-one after the other. Beside them: the same three names out of the model in which all seven were trained together.
+one after the other. Beside them the same three names out of OUT/shipped, where all seven were trained together. In both
+the experts are in NF4 and the base is in INT8.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from evaluate import evaluate
 from records import NAMES
 
+from build import pack
 from deepseek.checkpoint.packages import read_package
 from deepseek.convert import install_all
 from deepseek.files import read_yaml, replace_folder, write_json
@@ -63,11 +65,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that benchmarks/fetch_data.py filled")
     args = parser.parse_args()
     out = args.out
-    models = {"apart": with_packages(out, out / "apart" / "model", [train(out, name) for name in APART]),
-              "together": with_packages(out, out / "apart" / "together", [
-                  out / "run" / "packages" / f"{name}.safetensors" for name in APART])}
-    found = {what: evaluate(model, args.data, out / "records", APART) for what, model in models.items()}
-    found["base"] = evaluate(out / "base-int8", args.data, out / "records", APART)
+    trained, packed = [train(out, name) for name in APART], out / "apart" / "packed"
+    if not packed.is_dir():
+        with replace_folder(packed) as staging:
+            pack(out / "base", trained, staging)
+    models = {what: with_packages(out, out / "apart" / what, [folder / f"{name}.safetensors" for name in APART])
+              for what, folder in (("apart", packed), ("together", out / "shipped"))}
+    models["base"] = out / "base-int8"
+    found = {what: evaluate(model, args.data, out / "records", APART, unseen=False) for what, model in models.items()}
     write_json(out / "apart" / "figures.json", found)
     print(f"{'':16} {'base':>8} {'together':>8} {'apart':>8} {'apart / together':>17}  routing, apart")
     for name in APART:

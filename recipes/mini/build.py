@@ -60,15 +60,21 @@ def ship(out: Path) -> Path:
     """OUT/shipped without the card. The packages pass through an NF4 base, which packs them; their biases are found
     here, on the exact form, so that an installation need not wait for it."""
     target = out / "shipped"
-    with replace_folder(target) as staging, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*unsigned")
-        quantize(out / "base", staging / "nf4", "nf4")
-        install_all([read_package(out / "run" / "packages" / f"{name}.safetensors") for name in NAMES], staging / "nf4")
-        for name in NAMES:
-            export(staging / "nf4", name, staging / f"{name}.safetensors")
-        shutil.rmtree(staging / "nf4")
+    with replace_folder(target) as staging:
+        pack(out / "base", [out / "run" / "packages" / f"{name}.safetensors" for name in NAMES], staging)
         manifest_of(out / "base", staging, out / "records" / "calibration.json")
     return target
+
+
+def pack(base: Path, packages: list[Path], folder: Path) -> None:
+    """Packages of the same names with their experts in NF4, in FOLDER."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*unsigned")
+        quantize(base, folder / "nf4", "nf4")
+        install_all([read_package(package) for package in packages], folder / "nf4")
+        for package in packages:
+            export(folder / "nf4", package.stem, folder / package.name)
+    shutil.rmtree(folder / "nf4")
 
 
 def manifest_of(base: Path, shipped: Path, calibration: Path) -> None:
