@@ -358,6 +358,36 @@ def test_both_forms_are_the_reference(form: Callable[..., Tensor], kind: str) ->
     assert_agree(call(form), call(experts.expert_mlp_reference), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_wide_ffn_is_the_reference_too(kind: str) -> None:
+    index = choice(kind).clamp(min=0)
+    index[:, 1:] = (index[:, :1] + torch.arange(1, K)) % E  # distinct again
+    forms = [with_grads(lambda x, *w, f=f: f(x, index, *w), *inputs_for(index))  # type: ignore[misc]
+             for f in (experts.all_experts, experts.expert_mlp_reference)]
+    assert_agree(*forms, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_taken_for_most_of_the_narrow_experts_on_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    form = experts.all_experts
+
+    def seen(*args: Tensor) -> Tensor:
+        taken.append(args[1].shape[1])
+        return form(*args)
+
+    monkeypatch.setattr(experts, "all_experts", seen)
+    index = torch.arange(E).repeat(5, 1)
+    x, weight, gate_up, down = inputs_for(index, torch.bfloat16)
+    gate_up.requires_grad_()
+    for fast in (True, False):
+        monkeypatch.setattr(experts, "fast_bf16", lambda _, fast=fast: fast)
+        for top in range(1, E + 1):
+            ops.expert_mlp(x, index[:, :top], weight[:, :top], gate_up, down)
+        with torch.no_grad():
+            ops.expert_mlp(x, index, weight, gate_up, down)
+    assert taken == [top for top in range(1, E + 1) if 2 * top >= E]
+
+
 @pytest.mark.parametrize("kind", ["no token", "all are elsewhere"])
 def test_no_pair_at_all(kind: str) -> None:
     index = choice(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from ..deepopt.settings import Precision
 from ..settings import ABOVE_ZERO, COUNT, NATURAL, POSITIVE, SHARE, UP_TO_ONE, Option, Settings
 
 
@@ -36,13 +37,15 @@ class HealConfig(Settings):
         "train the experts on this text, PATH or NAME=PATH, the same share of each name; also calibrates",
         metavar="DATA")] = ()
     heal_tokens: Annotated[int, Option("tokens to train on", COUNT)] = 2_000_000
-    heal_lr: Annotated[float, Option("highest learning rate", POSITIVE)] = 3e-4
-    heal_batch: Annotated[int, Option("windows of 512 tokens a step", COUNT)] = 4
+    heal_lr: Annotated[float, Option("highest learning rate", POSITIVE)] = 4e-4
+    heal_batch: Annotated[int, Option("windows of 512 tokens a step", COUNT)] = 2
     kl_share: Annotated[float, Option(
         "share of the loss that compares with the dense model; the rest is cross entropy with the text",
-        UP_TO_ONE)] = 0.5
+        UP_TO_ONE)] = 0.8
     anneal: Annotated[float, Option(
         "share of the steps in which the active share falls from all to what is asked", SHARE)] = 0.0
+    heal_precision: Annotated[Precision, Option(
+        "of activations; auto is BF16 where there are units for it; weights and moments stay FP32")] = "auto"
     heal_evaluated: Annotated[int, Option("held-out windows of each name in an evaluation", COUNT)] = 8
-    heal_saved: Annotated[int, Option("steps between checkpoints", COUNT)] = 50
+    heal_saved: Annotated[int, Option("steps between checkpoints", COUNT)] = 20
     heal_seed: Annotated[int, Option("seed of the order of the text", NATURAL)] = 0

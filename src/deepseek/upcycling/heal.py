@@ -5,8 +5,8 @@
     OUT.run/heal/              deepopt's run: checkpoints of what is trained, log.jsonl, loss.png
 
 Each name gives every n-th window. The active share falls from 100 % to what is asked over the first `anneal` of the
-steps, evaluations are always at the latter. Weights and moments are FP32. Everything is resumable: a killed run goes
-on at its last checkpoint, or at its last 64 windows of targets.
+steps, evaluations are always at the latter. Weights and moments are FP32, activations BF16 where the machine has units
+for it. Everything is resumable: a killed run goes on at its last checkpoint, or at its last 64 windows of targets.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..deepopt.settings import TrainConfig
 from ..errors import ConfigError
 from ..files import read_json, write_atomically, write_json
 from ..model import CausalLM, RoutingRecord, TrainingLoss, expert_load
+from ..ops import fast_bf16
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
 from ..tune.loop import PartialTrainer
@@ -39,6 +40,8 @@ from .distil import Targets, best_of, distillation_loss
 from .loop import slow_gates
 
 CHUNK = 64  # windows of targets a file
+ASKED = 4  # windows that the teacher reads at a time
+EVALUATIONS = 2  # in a run: each window is trained on once, so the losses of the steps tell as much
 VALID = 0.02  # share of each text that is held out
 GATE_LR = 0.1  # of the gates, as a share of the experts': their logits are small (grouping.py)
 
@@ -115,9 +118,12 @@ class HealData:
                 if file.is_file():
                     continue
                 found: list[Targets] = []
-                for window in range(number * CHUNK, min((number + 1) * CHUNK, windows)):
-                    found.append(best_of(teacher(self.window(window).ids_BT)[0]))
-                    bar.update()
+                last = min((number + 1) * CHUNK, windows)
+                for window in range(number * CHUNK, last, ASKED):
+                    ids_BT = torch.cat([self.window(one).ids_BT for one in range(window, min(window + ASKED, last))])
+                    h_BTH = teacher.hidden(ids_BT)
+                    found += [best_of(teacher.lm_head(h_TH).float()) for h_TH in h_BTH]
+                    bar.update(len(ids_BT))
                 narrow = torch.uint16 if teacher.config.vocab_size <= 1 << 16 else torch.int32
                 write_atomically(file, save({"ids": torch.stack([one.ids for one in found]).to(narrow),
                                              "log_p": torch.stack([one.log_p for one in found]).half()}))
@@ -133,12 +139,16 @@ class HealLoop(PartialTrainer):
         self.asked_config = model.config
         steps = max(1, asked.heal_tokens // (asked.heal_batch * data.seq_len))
         config = TrainConfig(
-            steps=steps, batch_size=asked.heal_batch, seq_len=data.seq_len, lr=asked.heal_lr, seed=asked.heal_seed,
+            steps=steps, batch_size=asked.heal_batch, seq_len=data.seq_len, lr=asked.heal_lr, min_lr_ratio=0.0,
             warmup_steps=max(1, steps // 20), weight_decay=0.0, balance_weight=0.0, bias_speed=0.0, guide_weight=0.0,
-            precision="fp32", eval_every=max(1, steps // 10), eval_batches=-(-asked.heal_evaluated // asked.heal_batch),
-            save_every=asked.heal_saved, keep=1)
+            precision=asked.heal_precision, eval_every=-(-steps // EVALUATIONS), seed=asked.heal_seed,
+            eval_batches=-(-asked.heal_evaluated // asked.heal_batch), save_every=asked.heal_saved, keep=1)
         kept = {"heal": {"kl_share": asked.kl_share, "anneal": asked.anneal}}
         super().__init__(model, data, config, out, settings=kept, extend=False)
+        # narrow experts gain from BF16 units in a narrow model too (ops/experts.py)
+        bf16 = fast_bf16(model.device.type) if asked.heal_precision == "auto" else asked.heal_precision == "bf16"
+        model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        self.losses: dict[str, float] = {}  # of the last evaluation, by name
         slow_gates(self, GATE_LR)
 
     def active(self, step: int) -> int:
@@ -173,7 +183,7 @@ class HealLoop(PartialTrainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        losses = domain_losses(self.model, self.data, self.config)
+        self.losses = losses = domain_losses(self.model, self.data, self.config)
         return {"step": self.step, "eval_loss": sum(losses.values()) / len(losses)} | {
             f"eval_loss_{name}": loss for name, loss in losses.items()}
 
@@ -193,12 +203,14 @@ def heal(run: Path, dense: Path, carved: Path, places: Mapping[str, Sequence[str
     for block in model.moe_blocks().values():
         block.requires_grad_(True)
     loop = HealLoop(model, data, asked, run / "heal")
-    teacher, file = load_model(dense, torch.float32), run / "losses.json"
+    file = run / "losses.json"
+    teacher = load_model(dense, model.compute_dtype)
     if not file.is_file():
         write_json(file, {"dense": domain_losses(teacher, data, loop.config),
                           "before": domain_losses(model, data, loop.config)})
     data.ask(teacher, loop.config.steps * asked.heal_batch)
     del teacher
     loop.run()
-    losses = read_json(file, ConfigError) | {"after": domain_losses(model, data, loop.config)}
+    losses = read_json(file, ConfigError) | {"after": loop.losses or domain_losses(model, data, loop.config)}
+    model.compute_dtype = None
     return to_dtype(model, stored_dtype(TensorFiles(carved, verify=False))), losses
