@@ -37,7 +37,7 @@ NAMES = {"books": "text/books_en/text.jsonl", "code": "code/code_python/text.jso
          "medical": "medicine/medicine_medquad/qa.jsonl", "math": "math/math_tal/en_train.jsonl",
          "dialogue": "dialogue/dialogue_taskmaster/tm3.jsonl"}  # none of them share-alike
 WIKITEXT = "eval/wikitext2/wiki.test.tokens"
-LENGTH, NEW = 512, 64
+LENGTH, NEW, WINDOWS = 512, 64, 24
 
 
 @torch.inference_mode()
@@ -73,9 +73,15 @@ def carved(model: Path, share: float, args: argparse.Namespace) -> Carved:
                                          calibration_tokens=args.calibration_tokens), healing)
 
 
+def healed_with(one: Carved) -> int:
+    """Tokens of the run that healed a model."""
+    run = json.loads((run_folder(one.path) / "heal" / "settings.json").read_text(encoding="utf-8"))["train"]
+    return run["steps"] * run["batch_size"] * run["seq_len"]
+
+
 def figures(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Of a checkpoint, kept beside it."""
-    file = folder.with_name(f"{folder.name}.figures.json")
+    file = folder.with_name(f"{folder.name}.figures-{args.windows}.json")
     if not file.is_file():
         text = (args.data / WIKITEXT).read_text(encoding="utf-8")
         ids = Tokenizer.load(folder).encode(text[: 8 * LENGTH * args.windows])
@@ -103,7 +109,7 @@ def main() -> None:
     parser.add_argument("--heal_evaluated", type=int, default=HealConfig().heal_evaluated)
     parser.add_argument("--calibration_tokens", type=int, default=CarveConfig().calibration_tokens)
     parser.add_argument("--expert_width", type=int, default=CarveConfig().expert_width)
-    parser.add_argument("--windows", type=int, default=64, help=f"of {LENGTH} tokens of WikiText-2")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"of {LENGTH} tokens of WikiText-2")
     args = parser.parse_args()
     found = {share: carved(args.model, share, args) for share in args.shares}
     first = next(iter(found.values()))
@@ -114,7 +120,9 @@ def main() -> None:
     for share, one in found.items():
         if one.losses:
             folders[f"{share:.0%}, before healing"] = one, run_folder(one.path) / "carved", False
-        folders[f"{share:.0%}, {'after' if one.losses else 'without'} healing"] = one, one.path, False
+            folders[f"{share:.0%}, after {healed_with(one):,} tokens"] = one, one.path, False
+        else:
+            folders[f"{share:.0%}, without healing"] = one, one.path, False
     for name, (one, folder, dense) in folders.items():
         kind = "dense" if dense else next((kind for kind in ("before", "after") if kind in name), "")
         losses = one.losses.get(kind, {})
@@ -123,10 +131,9 @@ def main() -> None:
         data[name] |= {"losses": losses, "errors": one.errors}
     text = "\n\n".join([
         f"# {args.model.stem}: a share of its FFN active", f"Perplexity of held-out text ({args.windows} windows of "
-        f"{LENGTH} tokens of WikiText-2); experts of {args.expert_width} neurons; {args.heal_tokens:,} tokens of "
-        f"healing; kernels {isa()}.", table(rows)])
+        f"{LENGTH} tokens of WikiText-2); experts of {args.expert_width} neurons; kernels {isa()}.", table(rows)])
     write_result("carve", text, {"figures": data, "machine": machine(torch.get_num_threads()),
-                                 "versions": versions("torch")}, args.windows >= 64)
+                                 "versions": versions("torch")}, args.windows >= WINDOWS)
 
 
 if __name__ == "__main__":

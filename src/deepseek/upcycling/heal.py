@@ -41,7 +41,7 @@ from .loop import slow_gates
 
 CHUNK = 64  # windows of targets a file
 ASKED = 4  # windows that the teacher reads at a time
-EVALUATIONS = 2  # in a run: each window is trained on once, so the losses of the steps tell as much
+EVALUATED = 200  # steps between evaluations at least: windows come once, so the losses of the steps tell as much
 VALID = 0.02  # share of each text that is held out
 GATE_LR = 0.1  # of the gates, as a share of the experts': their logits are small (grouping.py)
 
@@ -141,7 +141,7 @@ class HealLoop(PartialTrainer):
         config = TrainConfig(
             steps=steps, batch_size=asked.heal_batch, seq_len=data.seq_len, lr=asked.heal_lr, min_lr_ratio=0.0,
             warmup_steps=max(1, steps // 20), weight_decay=0.0, balance_weight=0.0, bias_speed=0.0, guide_weight=0.0,
-            precision=asked.heal_precision, eval_every=-(-steps // EVALUATIONS), seed=asked.heal_seed,
+            precision=asked.heal_precision, eval_every=max(EVALUATED, steps // 10), seed=asked.heal_seed,
             eval_batches=-(-asked.heal_evaluated // asked.heal_batch), save_every=asked.heal_saved, keep=1)
         kept = {"heal": {"kl_share": asked.kl_share, "anneal": asked.anneal}}
         super().__init__(model, data, config, out, settings=kept, extend=False)
