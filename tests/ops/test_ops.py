@@ -362,7 +362,7 @@ def test_both_forms_are_the_reference(form: Callable[..., Tensor], kind: str) ->
 def test_one_wide_ffn_is_the_reference_too(kind: str) -> None:
     index = choice(kind).clamp(min=0)
     index[:, 1:] = (index[:, :1] + torch.arange(1, K)) % E  # distinct again
-    forms = [with_grads(lambda x, *w, f=f: f(x, index, *w), *inputs_for(index))  # type: ignore[misc]
+    forms = [with_grads(lambda x, *w, f=f: f(x, index, *w), *inputs_for(index))
              for f in (experts.all_experts, experts.expert_mlp_reference)]
     assert_agree(*forms, rtol=1e-4, atol=1e-5)
 

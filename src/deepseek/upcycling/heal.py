@@ -204,7 +204,7 @@ def heal(run: Path, dense: Path, carved: Path, places: Mapping[str, Sequence[str
         block.requires_grad_(True)
     loop = HealLoop(model, data, asked, run / "heal")
     file = run / "losses.json"
-    teacher = load_model(dense, model.compute_dtype)
+    teacher = load_model(dense, model.compute_dtype or torch.float32)
     if not file.is_file():
         write_json(file, {"dense": domain_losses(teacher, data, loop.config),
                           "before": domain_losses(model, data, loop.config)})
