@@ -26,6 +26,7 @@ QUESTIONS = ("What are the symptoms of diabetes?", "Write a Python function that
              "What is a contract in law?")
 RECORDS = Path(__file__).with_name("northgate.jsonl")  # written for this project: the cooperative does not exist
 RULE = "How much notice must the board of Northgate give before it ends a lease?"
+BEGAN = time.perf_counter()
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def run(*words: str) -> None:
-    print(f"\n$ {shlex.join(['deepseek', *words])}", flush=True)
+    print(f"\n[{time.perf_counter() - BEGAN:.0f} s] $ {shlex.join(['deepseek', *words])}", flush=True)
     if status := command(words):
         raise SystemExit(status)
 
@@ -67,7 +68,7 @@ def shares(usage: ExpertUsage, llm: deepseek.LLM) -> str:
 
 def bits() -> None:
     """Size and speed of the same model in 16 and in 4 bits."""
-    print(f"\n{'':10}  {'on disk':>8}  tokens/s, one request")
+    print(f"\n[{time.perf_counter() - BEGAN:.0f} s]\n{'':10}  {'on disk':>8}  tokens/s, one request")
     for name in ("mini-bf16", "mini-4bit"):
         folder, llm = deepseek.pull(name), deepseek.LLM(name)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -85,7 +86,7 @@ def tune(out: Path, epochs: str) -> None:
         shutil.rmtree(out / "law")
     print(f"\n{RECORDS.name}: {sum(1 for _ in RECORDS.open())} questions about the statutes of a housing cooperative")
     run("tune", "mini-bf16", str(RECORDS), "--expert_tune", "law_expert", "--epochs", epochs, "--lr", "1e-3",
-        "--eval_records", "8", "--general_records", "8", "--out", str(out / "law"))
+        "--eval_records", "8", "--general_records", "4", "--out", str(out / "law"))
     for adapter in (None, str(out / "law" / "delta")):
         llm = deepseek.LLM("mini-bf16", adapter=adapter)
         answer = llm.chat([{"role": "user", "content": RULE}], temperature=0, max_tokens=60)
@@ -95,7 +96,7 @@ def tune(out: Path, epochs: str) -> None:
 def serve(words: Sequence[str], route: str, body: dict[str, Any], answer: Callable[[Any], str]) -> None:
     """Start the server, ask it once, say where its pages are; it runs until Ctrl-C where there is a terminal. answer:
     the text in what it returns."""
-    print(f"\n$ {shlex.join(['deepseek', *words])}", flush=True)
+    print(f"\n[{time.perf_counter() - BEGAN:.0f} s] $ {shlex.join(['deepseek', *words])}", flush=True)
     with subprocess.Popen([sys.executable, "-m", "deepseek.cli", *words], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
