@@ -54,8 +54,9 @@ class PeerError(RuntimeError):
     """A peer could not be fetched, built or run; the message says which step and shows the end of its output."""
 
 
-def build(cache: Path = CACHE) -> Path:
-    """The folder of llama.cpp's tools, fetched and compiled where it is not there yet (about ten minutes on 2 cores).
+def build(cache: Path = CACHE, tools: Sequence[str] = TOOLS) -> Path:
+    """The folder of llama.cpp's tools, fetched and compiled where they are not there yet (ten minutes on 2 cores);
+    what was stopped goes on.
 
     Raises PeerError when a compiler or CMake is missing, or a step fails.
     """
@@ -65,22 +66,22 @@ def build(cache: Path = CACHE) -> Path:
     if platform.machine() in ("x86_64", "AMD64"):
         no_amx = "-mno-amx-int8 -mno-amx-bf16 -mno-amx-tile"
         options += [f"-DCMAKE_C_FLAGS={no_amx}", f"-DCMAKE_CXX_FLAGS={no_amx}"]
-    made = home / "built.json"  # written last
+    made = home / "built.json"  # what the tree is configured for
     recipe = json.dumps({"options": options, "cpu": _cpu_flags()})
-    if made.is_file() and made.read_text(encoding="utf-8") == recipe:
-        return binaries
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     if missing := [tool for tool in ("cmake", compiler) if not shutil.which(tool)]:
         raise PeerError(f"llama.cpp is built from source, which needs CMake and a C++ compiler; "
                         f"not found: {', '.join(missing)}")
-    tree = _fetch(home)
-    shutil.rmtree(home / "build", ignore_errors=True)
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    print(f"building llama.cpp in {home} (about ten minutes on two cores)", flush=True)
-    _run(["cmake", *generator, "-S", str(tree), "-B", str(home / "build"), *options], "configuring llama.cpp")
-    _run(["cmake", "--build", str(home / "build"), "--parallel", str(os.cpu_count() or 1), "--target", *TOOLS],
+    if not made.is_file() or made.read_text(encoding="utf-8") != recipe:
+        tree = _fetch(home)
+        shutil.rmtree(home / "build", ignore_errors=True)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        _run(["cmake", *generator, "-S", str(tree), "-B", str(home / "build"), *options], "configuring llama.cpp")
+        made.write_text(recipe, encoding="utf-8")
+    if not all((binaries / tool).is_file() for tool in tools):
+        print(f"building llama.cpp in {home} (about ten minutes on two cores)", flush=True)
+    _run(["cmake", "--build", str(home / "build"), "--parallel", str(os.cpu_count() or 1), "--target", *tools],
          "building llama.cpp")
-    made.write_text(recipe, encoding="utf-8")
     return binaries
 
 
@@ -95,7 +96,7 @@ def gguf(cache: Path, source: Path, pure: bool = False) -> Path:
     made = (source if is_file else source / "config.json").stat().st_mtime
     if target.is_file() and target.stat().st_mtime > made:
         return target
-    binaries, tree = build(cache), _fetch(home)
+    binaries, tree = build(cache, ("llama-quantize",)), _fetch(home)
     print(f"converting {source} to {target}", flush=True)
     with tempfile.TemporaryDirectory(dir=home, prefix="convert-") as name:  # the BF16 file (5 GB) goes with it
         wide, narrow = source if is_file else Path(name) / "bf16.gguf", Path(name) / "q4_0.gguf"

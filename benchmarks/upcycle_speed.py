@@ -237,8 +237,9 @@ def upcycled(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     os.environ[SPINS] = "1000"  # what `import deepseek` sets
     chosen: dict[str, dict[str, LlamaCpp]] = {}
     if not args.without_llama:
+        binaries = build(args.cache, ("llama-bench", "llama-batched-bench"))
         for name, pure in (("llama.cpp Q4_0", False), ("llama.cpp Q4_0 --pure", True)):
-            peer, chosen[name] = LlamaCpp(build(args.cache), gguf(args.cache, args.model, pure), args.threads), {}
+            peer, chosen[name] = LlamaCpp(binaries, gguf(args.cache, args.model, pure), args.threads), {}
             contenders[name] = partial(llama_speed, peer, asked, chosen[name])
             sizes[name] = peer.model.stat().st_size  # its head is its embedding
     for name, folder in models.items():
