@@ -4,7 +4,8 @@ All contenders are measured in turn, each in a process of its own, with the same
 
     transformers    the dense model, sdpa and its cache, FP32 and BF16; greedy decoding by a bare loop
     llama.cpp       the dense model in Q4_0, as llama-quantize makes it and with `--pure` (then its embedding and head
-                    have 4 bits, too, as our head in NF4), in the fastest of its settings (peers.py)
+                    have 4 bits, too, as our head in NF4), in the fastest of its settings (peers.py; its build knows
+                    no AMX, so on processors that have it, it could be faster on dense models)
     MoE-DR          INT8 and NF4 through `LLM`: the exact form, the ready model `mini`, carved models (--carved)
 
     prefill         the first token of one prompt of 512
@@ -46,6 +47,7 @@ from harness import Worker, arguments, machine, quiet_rounds, ratio, table, vers
 from peers import RELEASE, LlamaCpp, build, gguf
 from shape import CACHE, CONFIG
 
+SECONDS = 1.5  # of a measurement at least
 PRICE = 0.10  # USD an hour; EC2's m7g.large, 2 cores and 8 GiB, was 0.0816 in us-east-1 in June 2026
 ASKED = "2.9x", "1/4"  # by the project's user: latency and cost beside a dense model of as many parameters
 SPINS = "GOMP_SPINCOUNT"
@@ -107,7 +109,7 @@ def transformers(dtype: torch.dtype, source: Mapping[str, Any]) -> Pass:
 
 
 def speeds(make: Callable[[], Pass], asked: Mapping[str, Work], threads: int) -> Contender:
-    """Measures once, after a shorter run of the same kind when it is asked for the first time."""
+    """Measures for SECONDS at least, after a shorter run of the same kind when it is asked for the first time."""
     torch.set_num_threads(threads)
     run, warm = make(), set[str]()
 
@@ -116,9 +118,10 @@ def speeds(make: Callable[[], Pass], asked: Mapping[str, Work], threads: int) ->
         if work not in warm:
             run(max(batch, 1), prompt, min(new, 8))
             warm.add(work)
-        if not batch:
-            return prompt / run(1, prompt, 1)[0]
-        return batch * new / run(batch, prompt, new + 1)[1]
+        rates, end = list[float](), time.perf_counter() + SECONDS
+        while not rates or time.perf_counter() < end:
+            rates.append(batch * new / run(batch, prompt, new + 1)[1] if batch else prompt / run(1, prompt, 1)[0])
+        return statistics.harmonic_mean(rates)
 
     return speed
 
@@ -283,7 +286,7 @@ def compared(speed: Speeds, bandwidth: Mapping[str, list[float]], sizes: Mapping
 
 
 def twin(args: argparse.Namespace, config: ModelConfig = CONFIG) -> tuple[list[str], dict[str, Any]]:
-    asked = works(args.prefill, args.prompt, min(args.new, 32))
+    asked = works(args.prefill, min(args.prompt, 32), min(args.new, 32))  # more would take minutes
     dense = dense_twin(config)
     os.environ[SPINS] = "1000"
     folders = {"MoE": random_model(config, args.cache / "twin-moe-nf4"),
@@ -312,9 +315,9 @@ def twin(args: argparse.Namespace, config: ModelConfig = CONFIG) -> tuple[list[s
         "## A MoE and its dense twin", "",
         f"{about['MoE'].total / 1e9:.2f} B parameters, {about['MoE'].active_beyond_lookup / 1e9:.2f} B of them active "
         f"beyond the embedding; the dense twin has {about['dense'].total / 1e9:.2f} B. NF4, random weights, the same "
-        f"kernels; decoding {asked['decode 1'].new} tokens after {args.prompt}. Decoding one sequence reads "
-        f"{sizes['dense'] / sizes['MoE']:.2f} times fewer bytes, at {share['MoE']:.0%} and {share['dense']:.0%} of the "
-        "memory bound.", "", table(rows)]
+        f"kernels; decoding {asked['decode 1'].new} tokens after {asked['decode 1'].prompt}. One sequence reads "
+        f"{sizes['dense'] / sizes['MoE']:.2f} times fewer bytes a token, at {share['MoE']:.0%} and "
+        f"{share['dense']:.0%} of the memory bound.", "", table(rows)]
     return lines, {"tokens_per_second": speed, "bandwidth": bandwidth, "bytes": sizes, "gains": gains, "stolen": taken}
 
 
