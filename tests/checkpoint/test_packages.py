@@ -163,6 +163,8 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "offsets beyond the file": (lambda k, h: h[FIRST].update(data_offsets=[0, 1 << 62]), f"{FIRST}: .*must lie at"),
     "offsets that overlap": (lambda k, h: h[FIRST].update(data_offsets=[4096, 8192]), f"{FIRST}: .*must lie at"),
     "an entry that is none": (lambda k, h: h.update({FIRST: 5}), "not in their order|not an object"),
+    "a last entry that is none": (lambda k, h: h.update({max(h): 5}), "is 5: must be F32"),
+    "a last entry without a dtype": (lambda k, h: h[max(h)].pop("dtype"), "is None .*: must be F32"),
     "another dtype": (lambda k, h: h[FIRST].update(dtype="F8_E4M3"), "not in their order"),
     "a nested card": (lambda k, h: k.update(card=json.loads("{\"a\":" * 70 + "1" + "}" * 70)), "at most 64 deep"),
     "metadata of another kind": (lambda k, h: h["__metadata__"].update(x="y"), "not an expert package: its metadata"),

@@ -276,14 +276,14 @@ def _check_sizes(info: PackageInfo, entries: Mapping[str, Any], size: int) -> No
     shapes, end = info.shapes(), 0
     if odd := sorted({*shapes} ^ {*info.tensors}) or sorted({*shapes} ^ {*entries}):
         raise ValueError(f"{odd[0]!r:.80}: {'is missing' if odd[0] in shapes else 'is no tensor of such a package'}")
-    if list(entries) != _ordered({name: entry.get("dtype") if isinstance(entry, dict) else None
-                                  for name, entry in entries.items()}):
+    kinds = {name: entry.get("dtype") if isinstance(entry, dict) else None for name, entry in entries.items()}
+    if list(entries) != _ordered(kinds):
         raise ValueError("its tensors are not in their order")
     for name, entry in entries.items():
         dtypes, shape = shapes[name]
-        if entry["dtype"] not in dtypes or entry.get("shape") != list(shape):
-            raise ValueError(f"{name} is {shown(entry['dtype'])} {shown(entry.get('shape'))}: must be "
-                             f"{' or '.join(dtypes)} {list(shape)}")
+        if kinds[name] not in dtypes or entry.get("shape") != list(shape):
+            found = f"{shown(kinds[name])} {shown(entry.get('shape'))}" if isinstance(entry, dict) else shown(entry)
+            raise ValueError(f"{name} is {found}: must be {' or '.join(dtypes)} {list(shape)}")
         stop = end + math.prod(shape) * TORCH_DTYPES[entry["dtype"]].itemsize
         if {**entry} != {"dtype": entry["dtype"], "shape": list(shape), "data_offsets": [end, stop]}:
             raise ValueError(f"{name}: {shown(entry)}: must lie at {[end, stop]}")
