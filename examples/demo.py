@@ -82,7 +82,7 @@ def bits() -> None:
 
 def tune(out: Path, epochs: str) -> None:
     """law_expert learns the records; the report says what was gained, what was forgotten, and what did not change."""
-    if (out / "law").is_dir():
+    if (out / "law" / "settings.json").is_file():  # of an earlier demo, and nothing else of that name
         shutil.rmtree(out / "law")
     print(f"\n{RECORDS.name}: {sum(1 for _ in RECORDS.open())} questions about the statutes of a housing cooperative")
     run("tune", "mini-bf16", str(RECORDS), "--expert_tune", "law_expert", "--epochs", epochs, "--lr", "1e-3",
