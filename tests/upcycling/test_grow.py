@@ -14,7 +14,7 @@ from deepseek.atlas import Atlas
 from deepseek.checkpoint import load_model, read_package
 from deepseek.cli import main
 from deepseek.convert import install, installed, remove
-from deepseek.errors import ConfigError, DataError
+from deepseek.errors import ConfigError, DataError, NotFoundError
 from deepseek.model import CausalLM
 from deepseek.model.gate import Route, score_guidance_loss
 from deepseek.upcycling.gates import fit_rows
@@ -116,11 +116,33 @@ def test_a_base_is_made_once_and_of_one_source(base: Path, tmp_path: Path, monke
     with pytest.raises(ConfigError, match="is in DeepSeek-V3's form already"):
         base_of(base, tmp_path / "run" / "base", "bfloat16")
     monkeypatch.setattr("deepseek.upcycling.grow.upcycle", lambda source, out, *_, **own: shutil.copytree(base, out))
-    folder = tmp_path / "run" / "base"
+    folder, source, other = (tmp_path / name for name in ("run/base", "dense.gguf", "other.gguf"))
+    with pytest.raises(NotFoundError, match=r"dense\.gguf: no such file"):
+        base_of(source, folder)
+    for file in (source, other):
+        file.write_bytes(b"GGUF")
     for _ in range(2):
-        assert base_of("dense.gguf", folder) == folder
+        assert base_of(source, folder) == folder
     with pytest.raises(ConfigError, match=r"was made of .*dense\.gguf.*, not of .*other\.gguf"):
-        base_of("other.gguf", folder)
+        base_of(other, folder)
+    source.write_bytes(b"GGUF of another model")
+    with pytest.raises(ConfigError, match=r"was made of .* remove the run"):
+        base_of(source, folder)
+
+
+def test_the_records_are_looked_for_before_the_base_is_made(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dense.gguf").write_bytes(b"GGUF")
+    for words in (["fox=nowhere.txt"], [f"fox={base / 'config.json'}", "--others", "nowhere.txt"]):
+        assert main(["upcycle", str(tmp_path / "dense.gguf"), str(tmp_path / "run"), "--grow", *words])
+        assert "nowhere.txt" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_losses_before_and_after_are_of_the_same_records(run: tuple[Path, Any], base: Path, tmp_path: Path) -> None:
+    shutil.copytree(run[0], tmp_path / "run")
+    with pytest.raises(ConfigError, match=f"eval_rows = 5: .*is of {SMALL.eval_rows}"):
+        grow(base, NAMES, tmp_path / "run", GrowConfig(**{**vars(SMALL), "eval_rows": 5}))
 
 
 def test_nothing_changes_before_the_first_step(base: Path, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def _carve(args: argparse.Namespace, options: UpcycleOptions, carving: CarveConf
 
 def _grow(args: argparse.Namespace, options: UpcycleOptions) -> None:
     from ..convert.upcycling import compare, transformers_library
+    from ..data import list_files
     from ..upcycling.grow import base_of, grow
 
     if options.check:
@@ -98,14 +99,16 @@ def _grow(args: argparse.Namespace, options: UpcycleOptions) -> None:
     names, config = named_paths(args.grow, "grow"), make(args, GrowConfig)
     if options.overwrite:
         raise ConfigError("overwrite = True: a run is continued; remove its folder to begin anew")
-    out = Path(args.out)
+    mapping, out = RecordMap.of(args.map), Path(args.out)
+    for paths in (*names.values(), config.others):
+        [*list_files(paths)]  # a wrong one is said before the work
     base = base_of(args.source, out / "base", options.dtype, options.context)
     print(f"base: {base}")
     if options.check:
         if base != out / "base":
             raise ConfigError(f"check = True: {args.source} is in DeepSeek-V3's form already: nothing to compare")
         print(compare(args.source, base))
-    report = grow(base, dict[str, Any](names), out, config, mapping=RecordMap.of(args.map))
+    report = grow(base, dict[str, Any](names), out, config, mapping=mapping)
     print(f"{report.table()}\nmodel:    {out / 'model'}\npackages: {out / 'packages'}\n"
           f"pictures: {out / 'loss.png'}, {out / 'names.png'}\n"
           f"try:      deepseek infer --model {out / 'model'} --prompt '…' --show_experts")

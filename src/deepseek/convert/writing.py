@@ -80,9 +80,9 @@ class Writer:
         converted = TIKTOKEN in names and not names & {"tokenizer.json", "tokenizer.json.gz"}
         self.tokenizer = Tokenizer.load(files.folder) if converted else None
         self.folder = self.out.with_name(f"{self.out.name}.partial")
-        self.key = key | {"source": _stamps(files.folder, "config.json")}
+        self.key = key | {"source": stamps(files.folder, "config.json")}
         if isinstance(files, AdaptedFiles):
-            self.key["adapter"] = _stamps(files.adapter.folder, files.adapter.about)
+            self.key["adapter"] = stamps(files.adapter.folder, files.adapter.about)
         self.done: dict[str, dict[str, Any]] = {}
         self.squares: dict[str, list[float]] = {}
         if not resume and self.folder.exists():
@@ -154,7 +154,7 @@ class Writer:
         self.folder.rmdir()
 
 
-def _stamps(folder: Path, about: str) -> dict[str, list[int]]:
+def stamps(folder: Path, about: str) -> dict[str, list[int]]:
     """Size and time of the files that a conversion reads: a folder's, or a file alone."""
     paths = [folder / about, *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [folder]
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}

@@ -30,9 +30,10 @@ from ..checkpoint import fingerprint, load_model, resolve, tensor_hashes
 from ..checkpoint.packages import PackageInfo, bias_name, gate_name, plain_names, write_package
 from ..convert import install, upcycle
 from ..convert.grown import GrownModel, grown_config, start
+from ..convert.writing import stamps
 from ..data import ReadReport, RecordMap
 from ..deepopt.loop import compute_dtype
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, NotFoundError
 from ..files import locked, read_json, replace_folder, to_json, write_atomically, write_json
 from ..model import CausalLM
 from ..tokenizer import Tokenizer
@@ -88,13 +89,19 @@ def grow(
 def base_of(source: str | Path, folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
             context: int | None = None) -> Path:
     """The base to grow experts in: `source` itself where it is a dense model in DeepSeek-V3's form, else its exact form
-    in `folder`, made once. Raises ConfigError where `folder` is of another source."""
+    in `folder`, made once. Raises ConfigError where `folder` is of another source, or of one that has changed since."""
     if Path(source).expanduser().suffix != ".gguf" and (found := resolve(source, weights=False)) and (
             read_json(found / "config.json", ConfigError).get("model_type") == "deepseek_v3"):
         if dtype != "auto" or context is not None:
             raise ConfigError(f"{source}: is in DeepSeek-V3's form already: dtype and context have no meaning")
         return resolve(source)
-    note, made_of = folder.parent / "source.json", {"source": str(source), "dtype": dtype, "context": context}
+    place = Path(source).expanduser()
+    if place.suffix != ".gguf":
+        place = resolve(source)
+    elif not place.is_file():
+        raise NotFoundError(f"{place}: no such file")
+    note, made_of = folder.parent / "source.json", {
+        "source": str(source), "dtype": dtype, "context": context, "files": stamps(place, "config.json")}
     if note.is_file() and (known := read_json(note, CheckpointError)) != made_of:
         raise ConfigError(f"{folder}: was made of {known}, not of {made_of}: remove the run, or choose another OUT")
     if (folder / "config.json").is_file():

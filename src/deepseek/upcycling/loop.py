@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from ..atlas import RoutingAccuracy
 from ..data.shards import Batch
 from ..deepopt.loop import TrainingLoop, held_out_loss
 from ..deepopt.settings import TrainConfig
-from ..files import write_json
+from ..errors import CheckpointError, ConfigError
+from ..files import read_json, write_json
 from ..model import CausalLM
 from ..tokenizer import Tokenizer
 from ..tune.loop import PartialTrainer
@@ -34,11 +34,15 @@ class GrowTrainer(PartialTrainer):
         slow_gates(self, config.gate_lr)
 
     def before(self) -> dict[str, Any]:
-        """The evaluation before the first step, made once."""
-        path = self.out / "before.json"
+        """The evaluation before the first step, made once. Raises ConfigError where it was of other records than those
+        after will be."""
+        path, rows = self.out / "before.json", self.grow.eval_rows
         if not path.is_file():
-            write_json(path, self.evaluate())
-        return json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, self.evaluate() | {"eval_rows": rows})
+        found = read_json(path, CheckpointError)
+        if (known := found.get("eval_rows", rows)) != rows:
+            raise ConfigError(f"eval_rows = {rows}: {path} is of {known}: give that number, or remove the run")
+        return found
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
