@@ -40,7 +40,7 @@ from deepseek.serve.options import ServeOptions
 from deepseek.settings import COUNT, Option, Settings, check, declared, is_number, table
 from deepseek.tune.lora import LoRAAdapter
 from deepseek.tune.settings import RunOptions, TuneConfig
-from deepseek.upcycling.carve_settings import CarveConfig, HealConfig
+from deepseek.upcycling.carve_settings import CalibrationConfig, CarveConfig, HealConfig, LatentConfig
 from deepseek.upcycling.settings import GrowConfig
 from deepseek.watch.options import TerminalOptions, WatchOptions
 from tests.helpers import ROOT
@@ -60,9 +60,10 @@ TITLES = {
     MergeOptions: "`deepseek merge`", UpcycleOptions: "`deepseek upcycle`",
     PullOptions: "`deepseek pull`",
     GrowConfig: "Named experts beside the dense FFN: `grow`, `deepseek upcycle --grow`",
+    LatentConfig: "A compressed latent, lossy: `latent_form`, `deepseek upcycle --latent`",
     CarveConfig: "Experts out of the dense FFN: `carve`, `deepseek upcycle --carve`",
     EvalOptions: "`deepseek eval`",
-    HealConfig: "Their training: `carve`, `deepseek upcycle --carve --heal`",
+    HealConfig: "Their training: `carve`, `latent_form`, `deepseek upcycle --carve|--latent --heal`",
     FolderOptions: "`deepseek experts install`, `remove`",
     SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",
     ExportOptions: "`deepseek experts export`", ValidateSettings: "`deepseek data validate`",
@@ -106,7 +107,7 @@ def test_no_class_of_options_is_left_out_of_the_page() -> None:
     def under(kind: type) -> set[type]:
         return {kind}.union(*map(under, kind.__subclasses__()))
 
-    bases = {Settings, TrainConfig, SampleOptions, StageOptions, PipelineConfig, LoraSpec, Trainer}
+    bases = {Settings, CalibrationConfig, TrainConfig, SampleOptions, StageOptions, PipelineConfig, LoraSpec, Trainer}
     assert {kind for kind in under(Settings) if kind.__module__.startswith("deepseek.")} - bases == {*TITLES} - {
         SamplingParams}
 

@@ -48,8 +48,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 WIDEST_KEY = 512  # of the rotary key; wider ones cost more than they give
 _REFUSED = {"Qwen3ForCausalLM": "its queries and keys pass an RMS norm of every head (q_norm, k_norm) before they are "
                                 "rotated, and DeepSeek-V3's attention has none there: there is no exact form"}
-_M, _SHARE = 4096, 16  # the constant, and one channel in so many has it
-_SPREAD = [(64 + sign * (2 * j + 1)) / 64 for j in range(16) for sign in (1, -1)]  # add up to 32
+CONSTANT, CONSTANT_SHARE = 4096, 16  # one channel in so many has it
+SPREAD = [(64 + sign * (2 * j + 1)) / 64 for j in range(16) for sign in (1, -1)]  # add up to 32
 _KEYS = frozenset(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
     "num_key_value_heads rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings hidden_act "
@@ -145,8 +145,9 @@ class DenseConfig:
             vocab_size=self.vocab, hidden_size=self.hidden, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, intermediate_size=self.inner, moe_intermediate_size=self.inner,
             n_routed_experts=1, num_experts_per_tok=1, first_k_dense_replace=self.layers,
-            q_lora_rank=_rank(max(self.hidden, len(_SPREAD) * (_SHARE - 1))) if "q" in self.biases else None,
-            kv_lora_rank=_rank(width), qk_nope_head_dim=0, qk_rope_head_dim=width, v_head_dim=self.head_dim,
+            q_lora_rank=None if "q" not in self.biases else latent_width(
+                max(self.hidden, len(SPREAD) * (CONSTANT_SHARE - 1))),
+            kv_lora_rank=latent_width(width), qk_nope_head_dim=0, qk_rope_head_dim=width, v_head_dim=self.head_dim,
             attention_bias=True, rope_theta=self.rope_theta, max_position_embeddings=self.context,
             longrope=LongRope(tuple(factors), self.context, attention_factor=self.rotary_scale * self._query_scale[1]),
             rms_norm_eps=self.eps, tie_word_embeddings=self.tied, **tokens)
@@ -158,9 +159,9 @@ class DenseConfig:
         return power, (self.key_heads / power**2) ** 0.25
 
 
-def _rank(channels: int) -> int:
+def latent_width(channels: int) -> int:
     """Width of a latent that holds so many channels beside its constant ones; a multiple of 16."""
-    return -(-channels * _SHARE // (_SHARE - 1) // 16) * 16
+    return -(-channels * CONSTANT_SHARE // (CONSTANT_SHARE - 1) // 16) * 16
 
 
 def _check_other_keys(keys: Mapping[str, Any], origin: str) -> None:
@@ -313,8 +314,8 @@ class DenseAsV3:
             mine = rows[at : at + dense.head_dim]
             mine[:, : dense.hidden] = self._head(f"{stem}q_proj.weight", head)
             if "q" in dense.biases:
-                bias = self._head(f"{stem}q_proj.bias", head) / (4 * len(_SPREAD))
-                mine[:, dense.hidden : dense.hidden + len(_SPREAD)] = bias.unsqueeze(1)
+                bias = self._head(f"{stem}q_proj.bias", head) / (4 * len(SPREAD))
+                mine[:, dense.hidden : dense.hidden + len(SPREAD)] = bias.unsqueeze(1)
             yield rows.mul_(dense._query_scale[0])
 
     def _latents_and_keys(self, stem: str, part: str) -> Iterator[Tensor]:
@@ -323,7 +324,7 @@ class DenseAsV3:
         if kind == "weight":
             yield from self._copy(f"{stem}v_proj.weight")
         else:
-            rest[-(rank // _SHARE):] = _M
+            rest[-(rank // CONSTANT_SHARE):] = CONSTANT
             yield (self._read(f"{stem}v_proj.bias", 0, self.dense.key_width) if "v" in self.dense.biases
                    else torch.zeros(self.dense.key_width))
         yield rest
@@ -333,7 +334,7 @@ class DenseAsV3:
 
     def _latent_norm(self, stem: str, part: str) -> Iterator[Tensor]:
         weight = torch.zeros(self.config.kv_lora_rank)
-        weight[: self.dense.key_width] = _M / _SHARE**0.5
+        weight[: self.dense.key_width] = CONSTANT / CONSTANT_SHARE**0.5
         yield weight
 
     def _values(self, stem: str, part: str) -> Iterator[Tensor]:
@@ -354,13 +355,13 @@ class DenseAsV3:
     def _constants(self, stem: str, part: str) -> Iterator[Tensor]:
         rank = self.shapes[f"{stem}{part}"][0]
         bias = torch.zeros(rank)
-        bias[self.dense.hidden : self.dense.hidden + rank // _SHARE] = _M
+        bias[self.dense.hidden : self.dense.hidden + rank // CONSTANT_SHARE] = CONSTANT
         yield bias
 
     def _query_norm(self, stem: str, part: str) -> Iterator[Tensor]:
         weight, hidden = torch.zeros(self.shapes[f"{stem}{part}"]), self.dense.hidden
-        weight[:hidden] = _M / _SHARE**0.5
-        weight[hidden : hidden + len(_SPREAD)] = torch.tensor(_SPREAD)  # constants come out of the norm as 4
+        weight[:hidden] = CONSTANT / CONSTANT_SHARE**0.5
+        weight[hidden : hidden + len(SPREAD)] = torch.tensor(SPREAD)  # constants come out of the norm as 4
         yield weight
 
     def _output(self, stem: str, part: str) -> Iterator[Tensor]:

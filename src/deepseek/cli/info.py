@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..config import PRESETS, ModelConfig
 from ..errors import ConfigError, printable
+from ..files import read_json
 from ..settings import COUNT, NOT_NEGATIVE, POSITIVE, Option, Settings
 from .parser import Parser, add_settings, make
 
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
         from ..files import to_json
 
         loads = None if judged is None else {"yes": judged.because is None, "because": judged.because or judged.about}
-        print(to_json(accounting.to_json(described, **extra) | {"loads_here": loads}, indent=2))
+        print(to_json(accounting.to_json(described, **extra) | {"loads_here": loads, "lossy": _lossy(args.model)},
+                      indent=2))
         return
     print(accounting.render(described, **extra))
     if judged is None:
@@ -56,6 +58,14 @@ def run(args: argparse.Namespace) -> None:
     if judged.because is None:
         print(f"try:   deepseek infer --model {args.model} --prompt '…'")
     print(printable(str(judged)))
+    if _lossy(args.model):
+        print("lossy: computes something else than the dense model that it was made of (report.md)")
+
+
+def _lossy(name: str) -> bool:
+    """Whether the report beside a checkpoint says so."""
+    report = Path(name).expanduser() / "report.json"
+    return report.is_file() and read_json(report, ConfigError).get("lossy") is True
 
 
 def _judged(name: str) -> tuple[ModelConfig, Verdict | None]:

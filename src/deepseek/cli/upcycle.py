@@ -1,5 +1,5 @@
-"""`deepseek upcycle`: a dense model as a DeepSeek-V3 that computes the same, or with experts carved out of its FFN
-or grown beside it."""
+"""`deepseek upcycle`: a dense model as a DeepSeek-V3 that computes the same, or with a compressed latent, or with
+experts carved out of its FFN or grown beside it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..data.mapping import RecordMap
 from ..data.settings import named_paths
 from ..errors import ConfigError
 from ..settings import COUNT, Option, Settings, declared
-from ..upcycling.carve_settings import CarveConfig, HealConfig
+from ..upcycling.carve_settings import CalibrationConfig, CarveConfig, HealConfig, LatentConfig
 from ..upcycling.settings import GrowConfig
 from .common import MachineOptions, add_map_flag
-from .parser import Parser, add_settings, given_settings, make
+from .parser import Parser, add_settings, make
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class UpcycleOptions(Settings):
     overwrite: Annotated[bool, Option("replace what is in OUT")] = False
 
 
-CARVING = {"experts out of the dense FFN": CarveConfig, "their training": HealConfig}
+GROUPS: dict[str, type] = {
+    "a compressed latent (lossy)": LatentConfig, "experts out of the dense FFN": CarveConfig,
+    "calibration text of both": CalibrationConfig, "their training": HealConfig}
 
 
 def add_flags(parser: Parser) -> None:
@@ -36,8 +38,8 @@ def add_flags(parser: Parser) -> None:
                         "a folder, a hub id or a .gguf file")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     add_settings(parser, UpcycleOptions)
-    for title, kind in CARVING.items():
-        add_settings(parser, kind, {title: " ".join(one.name for one in declared(kind))})
+    for title, kind in GROUPS.items():
+        add_settings(parser, kind, {title: " ".join(names(kind))})
     parser.group("named experts beside the FFN").add_argument(
         "--grow", nargs="+", action="extend", metavar="NAME=DATA", help="train experts of these names on their "
         "records; OUT is then the folder of the run, and SOURCE may be a dense model in DeepSeek-V3's form already")
@@ -46,25 +48,20 @@ def add_flags(parser: Parser) -> None:
     add_settings(parser, MachineOptions, {"machine": "threads"})
 
 
+def names(kind: type) -> list[str]:
+    """The settings of a group: those of the calibration text are one of their own."""
+    shared = {one.name for one in declared(CalibrationConfig)} if kind is not CalibrationConfig else set()
+    return [one.name for one in declared(kind) if one.name not in shared]
+
+
 def run(args: argparse.Namespace) -> None:
     from .. import convert
     from ..convert.upcycling import transformers_library
 
-    options, carving = make(args, UpcycleOptions), make(args, CarveConfig)
-    growing = given_settings(args, GrowConfig) | ({} if args.map is None else {"map": args.map})
-    if args.grow and carving.carve is not None:
-        raise ConfigError("grow, carve: exclude each other: grow experts beside the FFN of the dense model")
-    if growing and not args.grow:
-        raise ConfigError(f"{min(growing)} = {growing[min(growing)]}: has a meaning only with grow")
-    healing = make(args, HealConfig)
-    given = {kind: given_settings(args, kind) for kind in CARVING.values()}
-    for kind, needed in ((HealConfig, "heal"), (CarveConfig, "carve")):
-        for name, value in given[kind].items():
-            if not given[kind].get(needed) or carving.carve is None:
-                raise ConfigError(f"{name} = {value}: has a meaning only with "
-                                  f"{'carve' if carving.carve is None else needed}")
-    if carving.carve is not None:
-        _carve(args, options, carving, healing)
+    options = make(args, UpcycleOptions)
+    check_combination(args)
+    if args.carve is not None or args.latent is not None:
+        _calibrated(args, options)
         return
     if args.grow:
         _grow(args, options)
@@ -77,14 +74,32 @@ def run(args: argparse.Namespace) -> None:
     print(f"model: {args.out}\ntry:   deepseek quantize {args.out} {args.out}-int8 --format int8")
 
 
-def _carve(args: argparse.Namespace, options: UpcycleOptions, carving: CarveConfig, healing: HealConfig) -> None:
+def check_combination(args: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that exclude each other, or have a meaning only with one that is not given."""
+    def is_given(name: str) -> bool:
+        return getattr(args, name) not in (None, [])
+
+    if len(forms := [name for name in ("grow", "carve", "latent") if is_given(name)]) > 1:
+        raise ConfigError(f"{', '.join(forms)}: exclude each other: a dense model is given one of them")
+    for those, needed in (
+            ([*names(GrowConfig), "map"], ("grow",)), (names(LatentConfig), ("latent",)),
+            (names(CarveConfig), ("carve",)), (names(HealConfig), ("heal",)), (["anneal"], ("carve",)),
+            (names(CalibrationConfig) + names(HealConfig), ("carve", "latent"))):
+        for name in filter(is_given, those):
+            if not any(map(is_given, needed)):
+                raise ConfigError(f"{name} = {getattr(args, name)}: has a meaning only with {' or '.join(needed)}")
+
+
+def _calibrated(args: argparse.Namespace, options: UpcycleOptions) -> None:
     from ..upcycling.carve import carve
+    from ..upcycling.latent import latent_form
 
     if options.check:
-        raise ConfigError("check = True: a model with carved experts computes something else than SOURCE (report.json "
-                          "says how far off each layer is)")
-    print(carve(args.source, args.out, carving, healing, options.dtype, context=options.context,
-                overwrite=options.overwrite))
+        raise ConfigError(f"check = True: a model with {'carved experts' if args.carve else 'a compressed latent'} "
+                          "computes something else than SOURCE (report.json says how far off each layer is)")
+    made = carve if args.carve is not None else latent_form
+    print(made(args.source, args.out, make(args, CarveConfig if made is carve else LatentConfig),
+               make(args, HealConfig), options.dtype, context=options.context, overwrite=options.overwrite))
     print(f"model:  {args.out}\nreport: {args.out}/report.md\nrun:    {args.out}.run (may be removed)\n"
           f"try:    deepseek-infer --model {args.out} --prompt '…'")
 

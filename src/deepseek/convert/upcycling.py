@@ -64,8 +64,6 @@ def upcycle(
     if not all. Other arguments as in `quantize`. Raises ConfigError for what has no exact form, by name, and
     CheckpointError for tensors that are missing, damaged or of another shape.
     """
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"dtype = {dtype!r}: must be auto, float32 or bfloat16")
     with locked(out):
         out = free_folder(out, overwrite, source)
         files, keys, texts = open_dense(source)
@@ -74,9 +72,9 @@ def upcycle(
         if (width := dense.key_width) > WIDEST_KEY:
             warnings.warn(f"{files.folder}: {dense.key_heads} key heads of {dense.head_dim} numbers make a rotary key "
                           f"of {width}, more than {WIDEST_KEY}: each head's scores cost {dense.key_heads} times the "
-                          f"source's, and so do the queries' weights", stacklevel=2)
-        stored = files.dtype("model.embed_tokens.weight")
-        name = dtype if dtype != "auto" else "bfloat16" if stored in ("BF16", "F8_E4M3", "I4") else "float32"
+                          f"source's, and so do the queries' weights. --latent RANK keeps less: lossy, needs healing",
+                          stacklevel=2)
+        name = dtype_name(files, dtype)
         kind = DTYPES[name]
         parts = [Part(tensor, kind, shape, partial(_rows, made, tensor, TORCH_DTYPES[kind]))
                  for tensor, shape in made.shapes.items()]
@@ -85,6 +83,14 @@ def upcycle(
         writer.write(divide(parts, Part.size, shard_bytes), {}, progress)
         writer.publish(plain_keys(made.config, name), texts)
     return Upcycled(out, name, made.source_parameters, made.parameters, width)
+
+
+def dtype_name(files: Tensors, dtype: str) -> str:
+    """Of the weights to write. Raises ConfigError for one that is not offered."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"dtype = {dtype!r}: must be auto, float32 or bfloat16")
+    stored = files.dtype("model.embed_tokens.weight")
+    return dtype if dtype != "auto" else "bfloat16" if stored in ("BF16", "F8_E4M3", "I4") else "float32"
 
 
 def open_dense(source: str | Path) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """A dense model -> a DeepSeek-V3 of which a share of the FFN is active for a token (grouping.py has the mathematics).
 
-    OUT.run/carving.json       what is carved, and how; another one in the same folder is refused
+    OUT.run/asked.json         what is carved, and how; another one in the same folder is refused
     OUT.run/dense/             the exact form of the source, all of it active
     OUT.run/calibration.safetensors   token ids, [windows, tokens]
     OUT.run/layers/            the carved FFN of each layer; states.safetensors is what goes into the next one
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from ..model.layers import Rotary
 from ..model.mla import AttentionContext
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
-from .carve_settings import CarveConfig, HealConfig
+from .carve_settings import CalibrationConfig, CarveConfig, HealConfig
 from .grouping import Division, divide_layer
 from .heal import heal
 
@@ -152,7 +152,8 @@ def carve(
             dense = dense_form(source, run, dtype, context)
             files = TensorFiles(dense, verify="small")
             config = carved_config(ModelConfig.from_file(dense), asked)
-            ids_BT = calibration(run, dense, asked, named(asked.calibrate) or places)
+            ids_BT = calibration(run, asked, named(asked.calibrate) or places, Tokenizer.load(dense),
+                                 ModelConfig.from_file(dense), partial(load_model, dense, torch.float32))
             carve_layers(run, files, config, asked, ids_BT)
             result = figures(out, files, run / "layers", config)
             if not places:
@@ -160,16 +161,17 @@ def carve(
                 return result
             if not (made := run / "carved").exists():
                 publish(made, run, files, config, result)
-            model, losses = heal(run, dense, made, places, healing, ids_BT.shape[1])
+            model, losses = heal(run, partial(load_model, dense), made, places, healing, ids_BT.shape[1],
+                                 lambda model: [p for block in model.moe_blocks().values() for p in block.parameters()])
             result = replace(result, losses=losses)
-            save_model(model, out, tokenizer=Tokenizer.load(dense), extra_files=beside(run), add=partial(
+            save_model(model, out, tokenizer=Tokenizer.load(dense), extra_files=beside(dense, run), add=partial(
                 add_report, result))
             return result
 
 
-def beside(run: Path) -> list[Path]:
+def beside(model: Path, run: Path) -> list[Path]:
     """Files that go along with a healed model."""
-    return [path for path in (run / "dense").iterdir() if path.name.startswith("LICENSE")
+    return [path for path in model.iterdir() if path.name.startswith("LICENSE")
             or path.name == "generation_config.json"] + [run / "heal" / "loss.png"]
 
 
@@ -196,7 +198,7 @@ def claim(run: Path, source: str | Path, asked: Mapping[str, Any]) -> None:
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
               for file in sorted({files.file(name) for name in files})}
     key = json.loads(json.dumps({**asked, "source": stamps}, allow_nan=False))
-    path = run / "carving.json"
+    path = run / "asked.json"
     if path.is_file():
         for name, value in read_json(path, ConfigError).items():
             if key.get(name) != value:
@@ -218,14 +220,14 @@ def dense_form(source: str | Path, run: Path, dtype: Any, context: int | None) -
 # ---- calibration text ---------------------------------------------------------------------------------------------
 
 
-def calibration(run: Path, dense: Path, asked: CarveConfig, places: Mapping[str, Sequence[str]]) -> Tensor:
-    """Windows of token ids, [B, T], drawn once, or written by the model where no text is given."""
+def calibration(run: Path, asked: CalibrationConfig, places: Mapping[str, Sequence[str]], tokenizer: Tokenizer,
+                config: ModelConfig, load: Callable[[], CausalLM]) -> Tensor:
+    """Windows of token ids, [B, T], drawn once, or written by the model that `load` loads where no text is given."""
     file = run / "calibration.safetensors"
     if not file.is_file():
-        config, tokenizer = ModelConfig.from_file(dense), Tokenizer.load(dense)
         length = min(WINDOW, config.max_position_embeddings)
         ids_BT = (sampled(places, tokenizer, asked.calibration_tokens, length, asked.calibration_seed) if places else
-                  written(dense, asked.calibration_tokens, length, asked.calibration_seed))
+                  written(load(), tokenizer, asked.calibration_tokens, length, asked.calibration_seed))
         write_atomically(file, save({"ids": ids_BT}))
     return load_file(file)["ids"]
 
@@ -250,9 +252,8 @@ def sampled(places: Mapping[str, Sequence[str]], tokenizer: Tokenizer, tokens: i
 
 
 @torch.inference_mode()
-def written(dense: Path, tokens: int, length: int, seed: int) -> Tensor:
+def written(model: CausalLM, tokenizer: Tokenizer, tokens: int, length: int, seed: int) -> Tensor:
     """Windows that the model writes from the beginning of text, at temperature 1."""
-    model, tokenizer = load_model(dense, torch.float32), Tokenizer.load(dense)
     generator = torch.Generator().manual_seed(seed)
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     windows = -(-tokens // length)

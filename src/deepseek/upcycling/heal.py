@@ -1,4 +1,5 @@
-"""Healing: the experts, shared experts and gates of a carved model are trained with its dense model as the teacher.
+"""Healing: the experts, shared experts and gates of a carved model, or the attention of a latent form, are trained with
+the dense model as the teacher.
 
     OUT.run/tokens/NAME/       the text of each name, packed
     OUT.run/targets/           the teacher's 16 best logits at every position of the training windows, in their order
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,8 @@ class HealLoop(PartialTrainer):
             h_MH, model.lm_head.weight, batch.labels_BT.flatten(), Targets(ids, log_p), self.asked.kl_share)
         self.kl += float(kl) / self.config.accumulation
         experts = model.config.n_routed_experts
-        load_LE = torch.stack([expert_load(route.index_TK, experts) for route in routing.routes.values()])
+        loads = [expert_load(route.index_TK, experts) for route in routing.routes.values()]
+        load_LE = torch.stack(loads) if loads else torch.zeros(0, experts, dtype=torch.long)
         return TrainingLoss(total, entropy, None, None, None, load_LE)
 
     @torch.no_grad()
@@ -195,16 +197,18 @@ def domain_losses(model: CausalLM, data: HealData, config: TrainConfig) -> dict[
     return {name: loss for name, loss in found.items() if loss is not None}
 
 
-def heal(run: Path, dense: Path, carved: Path, places: Mapping[str, Sequence[str]], asked: HealConfig, seq_len: int
+def heal(run: Path, teacher_of: Callable[[torch.dtype], CausalLM], made: Path, places: Mapping[str, Sequence[str]],
+         asked: HealConfig, seq_len: int, trained: Callable[[CausalLM], Iterable[Tensor]]
          ) -> tuple[CausalLM, dict[str, dict[str, float]]]:
-    """Train the model in `carved`; returns it and held-out losses by name: of the dense model, before and after."""
-    data = HealData.pack(places, Tokenizer.load(dense), run, seq_len, asked.heal_seed)
-    model = load_model(carved, torch.float32).requires_grad_(False)
-    for block in model.moe_blocks().values():
-        block.requires_grad_(True)
+    """Train what `trained` chooses of the model in `made`; returns it and held-out losses by name: of the dense model,
+    before and after. teacher_of: loads the dense model in a dtype."""
+    data = HealData.pack(places, Tokenizer.load(made), run, seq_len, asked.heal_seed)
+    model = load_model(made, torch.float32).requires_grad_(False)
+    for parameter in trained(model):
+        parameter.requires_grad_(True)
     loop = HealLoop(model, data, asked, run / "heal")
     file = run / "losses.json"
-    teacher = load_model(dense, model.compute_dtype or torch.float32)
+    teacher = teacher_of(model.compute_dtype or torch.float32)
     if not file.is_file():
         write_json(file, {"dense": domain_losses(teacher, data, loop.config),
                           "before": domain_losses(model, data, loop.config)})
@@ -213,4 +217,4 @@ def heal(run: Path, dense: Path, carved: Path, places: Mapping[str, Sequence[str
     loop.run()
     losses = read_json(file, ConfigError) | {"after": loop.losses or domain_losses(model, data, loop.config)}
     model.compute_dtype = None
-    return to_dtype(model, stored_dtype(TensorFiles(carved, verify=False))), losses
+    return to_dtype(model, stored_dtype(TensorFiles(made, verify=False))), losses
