@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,20 @@ def test_what_was_stopped_goes_on_bit_for_bit(dense: Callable[..., Path], monkey
                for name in TensorFiles(whole.path))
 
 
+def test_one_layer_is_in_memory_at_a_time(dense: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, load = dense(num_hidden_layers=3), DenseSource.layer
+    loaded: list[weakref.ref[Any]] = []
+
+    def layer(self: DenseSource, number: int) -> Any:
+        assert not any(ref() for ref in loaded)
+        loaded.append(weakref.ref(found := load(self, number)))
+        return found
+
+    monkeypatch.setattr(DenseSource, "layer", layer)
+    latent_form(source, source.parent / "v3", asked(source, 24))
+    assert len(loaded) == 6
+
+
 def test_healing_trains_attention_alone_and_lowers_the_loss(dense: Callable[..., Path]) -> None:
     source = dense("Qwen2", num_key_value_heads=4)
     text = (source.parent / "text.txt").read_text().splitlines()
@@ -235,9 +250,12 @@ def test_what_makes_no_sense_is_refused_by_name(dense: Callable[..., Path], keys
 
 
 def test_too_little_text_is_said(dense: Callable[..., Path]) -> None:
-    source = dense()
+    source, text = dense(), ""
+    while len(Tokenizer.load(source).encode(text)) < 80:
+        text += f"{WORDS[len(text) % len(WORDS)]} "
+    (source.parent / "text.txt").write_text(text)
     with pytest.raises(DataError, match="has 1 window of 64 tokens: must have at least 2"):
-        latent_form(source, source.parent / "v3", asked(source, 16, calibration_tokens=64))
+        latent_form(source, source.parent / "v3", asked(source, 16))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -97,9 +97,12 @@ def _calibrated(args: argparse.Namespace, options: UpcycleOptions) -> None:
     if options.check:
         raise ConfigError(f"check = True: a model with {'carved experts' if args.carve else 'a compressed latent'} "
                           "computes something else than SOURCE (report.json says how far off each layer is)")
-    made = carve if args.carve is not None else latent_form
-    print(made(args.source, args.out, make(args, CarveConfig if made is carve else LatentConfig),
-               make(args, HealConfig), options.dtype, context=options.context, overwrite=options.overwrite))
+    healing = make(args, HealConfig)
+    rest: dict[str, Any] = {"context": options.context, "overwrite": options.overwrite}
+    if args.carve is not None:
+        print(carve(args.source, args.out, make(args, CarveConfig), healing, options.dtype, **rest))
+    else:
+        print(latent_form(args.source, args.out, make(args, LatentConfig), healing, options.dtype, **rest))
     print(f"model:  {args.out}\nreport: {args.out}/report.md\nrun:    {args.out}.run (may be removed)\n"
           f"try:    deepseek-infer --model {args.out} --prompt '…'")
 

@@ -76,7 +76,7 @@ def upcycle(
                           stacklevel=2)
         name = dtype_name(files, dtype)
         kind = DTYPES[name]
-        parts = [Part(tensor, kind, shape, partial(_rows, made, tensor, TORCH_DTYPES[kind]))
+        parts = [Part(tensor, kind, shape, partial(made_rows, made, tensor, TORCH_DTYPES[kind]))
                  for tensor, shape in made.shapes.items()]
         key = {"upcycle": name, "context": dense.context, "shard_bytes": shard_bytes}
         writer = Writer(out, key, files, resume)
@@ -109,7 +109,7 @@ def open_dense(source: str | Path) -> tuple[Tensors, dict[str, Any], dict[str, A
     return files, keys, {}
 
 
-def _rows(made: DenseAsV3, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+def made_rows(made: DenseAsV3, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
     return (rows.to(dtype) for rows in made.rows(name))
 
 

@@ -246,6 +246,6 @@ def fit_output(mla: MLA, x_BTH: Tensor, target_BTH: Tensor, context: AttentionCo
     square_OO = centred_MO.t() @ centred_MO
     square_OO.diagonal().add_(RIDGE * square_OO.diagonal().mean().clamp(min=1e-30))
     change_OH = torch.linalg.solve(square_OO, centred_MO.t() @ (missing_MH - mean_H))
-    output.weight += change_OH.t()
-    output.bias += mean_H - mean_O @ change_OH
+    output.weight.add_(change_OH.t())
+    output.bias.add_(mean_H - mean_O @ change_OH)
     return output(heads_BTO)

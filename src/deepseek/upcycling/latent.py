@@ -32,7 +32,7 @@ from ..checkpoint.files import divide
 from ..checkpoint.models import plain_keys
 from ..config import ModelConfig
 from ..convert.dequantizing import DTYPES
-from ..convert.upcycling import dtype_name
+from ..convert.upcycling import dtype_name, made_rows
 from ..convert.writing import SHARD_BYTES, Part, Writer, copied, free_folder
 from ..data import list_files
 from ..errors import ConfigError, DataError
@@ -148,9 +148,8 @@ def latent_form(
 
 def attention_of(model: CausalLM) -> list[Tensor]:
     """What healing trains: all projections of attention that are no constants."""
-    return [parameter for layer in model.model.layers for name, parameter in layer.self_attn.named_parameters()
-            if name.endswith(("q_proj.weight", "q_b_proj.weight", "mqa.weight", "kv_b_proj.weight", "o_proj.weight",
-                              "o_proj.bias"))]
+    ends = ("q_proj.weight", "q_b_proj.weight", "mqa.weight", "kv_b_proj.weight", "o_proj.weight", "o_proj.bias")
+    return [parameter for name, parameter in model.model.layers.named_parameters() if name.endswith(ends)]
 
 
 def tokenizer_of(source: DenseSource, run: Path) -> Tokenizer:
@@ -265,8 +264,9 @@ def publish(out: Path, run: Path, source: DenseSource, config: ModelConfig, dtyp
     parts = []
     for name, tensor in CausalLM.on_meta(config).state_dict(keep_vars=True).items():
         if name != "lm_head.weight" or not source.dense.tied:
-            parts.append(Part(name, kind, tuple(tensor.shape), partial(copied, layers, name, kind) if name in layers
-                              else lambda name=name: (rows.to(TORCH_DTYPES[kind]) for rows in source.exact.rows(name))))
+            rows = partial(copied, layers, name, kind) if name in layers else partial(
+                made_rows, source.exact, name, TORCH_DTYPES[kind])
+            parts.append(Part(name, kind, tuple(tensor.shape), rows))
     writer = Writer(out, {"latent": config.to_dict(), "dtype": dtype}, source.files, True)
     writer.write(divide(parts, Part.size, 5 * SHARD_BYTES), {}, True)
     add_report(result, writer.folder)

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ..checkpoint.dense import DenseAsV3, DenseConfig
 from ..checkpoint.files import Tensors
+from ..config import ModelConfig
 from ..convert.upcycling import open_dense
 from ..model import CausalLM
 from ..model.cache import PackedBatch
@@ -30,6 +31,11 @@ PARTS = ("q", "k", "v", "o")
 
 class GroupedAttention(nn.Module):
     """Attention in which some heads share keys and values, arXiv 2305.13245."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
 
     def __init__(self, dense: DenseConfig) -> None:
         super().__init__()
@@ -77,6 +83,14 @@ class GroupedAttention(nn.Module):
         return self.o_proj(out.reshape(*x_BTH.shape[:2], -1))
 
 
+class DenseLayer(DecoderLayer):
+    self_attn: GroupedAttention  # type: ignore[assignment]
+
+    def __init__(self, config: ModelConfig, layer: int, dense: DenseConfig) -> None:
+        super().__init__(config, layer)
+        self.self_attn = GroupedAttention(dense)
+
+
 class DenseSource:
     """A dense model's tensors, by layer or all together. source: as `upcycle` takes it."""
 
@@ -85,11 +99,10 @@ class DenseSource:
         self.dense = DenseConfig.from_dict(keys, str(self.files.folder), context)
         self.exact = DenseAsV3(self.dense, self.files)
 
-    def layer(self, number: int) -> DecoderLayer:
+    def layer(self, number: int) -> DenseLayer:
         """A layer in float32."""
         with torch.device("meta"):
-            layer = DecoderLayer(self.exact.config, number)
-            layer.self_attn = GroupedAttention(self.dense)  # type: ignore[assignment]
+            layer = DenseLayer(self.exact.config, number, self.dense)
         self._fill(layer, f"model.layers.{number}.")
         return layer.requires_grad_(False).eval()
 
