@@ -64,6 +64,7 @@ def upcycle(
     if not all. Other arguments as in `quantize`. Raises ConfigError for what has no exact form, by name, and
     CheckpointError for tensors that are missing, damaged or of another shape.
     """
+    check_dtype(dtype)
     with locked(out):
         out = free_folder(out, overwrite, source)
         files, keys, texts = open_dense(source)
@@ -85,10 +86,14 @@ def upcycle(
     return Upcycled(out, name, made.source_parameters, made.parameters, width)
 
 
-def dtype_name(files: Tensors, dtype: str) -> str:
-    """Of the weights to write. Raises ConfigError for one that is not offered."""
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError for one that is not offered."""
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}: must be auto, float32 or bfloat16")
+
+
+def dtype_name(files: Tensors, dtype: str) -> str:
+    """Of the weights to write."""
     stored = files.dtype("model.embed_tokens.weight")
     return dtype if dtype != "auto" else "bfloat16" if stored in ("BF16", "F8_E4M3", "I4") else "float32"
 

@@ -32,7 +32,7 @@ from ..checkpoint.files import divide
 from ..checkpoint.models import plain_keys
 from ..config import ModelConfig
 from ..convert.dequantizing import DTYPES
-from ..convert.upcycling import dtype_name, made_rows
+from ..convert.upcycling import check_dtype, dtype_name, made_rows
 from ..convert.writing import SHARD_BYTES, Part, Writer, copied, free_folder
 from ..data import list_files
 from ..errors import ConfigError, DataError
@@ -116,6 +116,7 @@ def latent_form(
     a stopped call leaves in OUT.run is used by the next one.
     """
     healing = HealConfig() if healing is None else healing
+    check_dtype(dtype)
     with locked(out):
         out = free_folder(out, overwrite, source)
         run, places = run_folder(out), named(healing.heal)
