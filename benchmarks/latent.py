@@ -59,7 +59,7 @@ def truncated(source: DenseSource, rank: int) -> CausalLM:
         raise ValueError("truncation: of models without biases alone")
     model = source.model()
     for layer in model.model.layers:
-        layer.self_attn = Truncated(layer.self_attn, rank)  # type: ignore[arg-type, assignment]
+        layer.self_attn = Truncated(layer.self_attn, rank)  # type: ignore[arg-type]
     return model
 
 
