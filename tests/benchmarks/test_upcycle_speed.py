@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -110,20 +113,50 @@ def test_llama_cpp_runs_in_its_fastest_setting() -> None:
     assert chosen == {"prefill": variants[1], "decode 8": variants[0]}
 
 
-def _sum_from(start: int) -> Callable[[int], int]:
-    def add(number: int) -> int:
-        if number < 0:
-            raise SystemExit(3)
-        return start + number
+class InProcess:
+    """In a worker's place: a speed a contender."""
 
-    return add
+    def __init__(self, make: Callable[..., Any], run: partial[bench.Pass], asked: Any, threads: int) -> None:
+        self.speed = 10.0 if run.func is bench.transformers else 20.0 if "dense" in str(run.args) else 40.0
+
+    def __call__(self, work: str) -> float:
+        return self.speed
+
+    def stop(self) -> None:
+        self.speed = 0.0
+
+
+def test_one_command_prints_both_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "q4.gguf").write_bytes(bytes(50))
+    written: list[Any] = []
+    replaced: dict[str, Any] = {
+        "Worker": InProcess, "own_models": lambda args: {"exact form NF4": tmp_path / "v3-nf4"},
+        "random_model": lambda config, folder: folder,
+        "token_bytes": lambda folder: 300 if "dense" in folder.name else 100,
+        "build": lambda cache, tools: tmp_path, "gguf": lambda cache, source, pure: tmp_path / "q4.gguf",
+        "read_bandwidth": lambda device, size: 8000.0, "write_result": lambda *given: written.append(given)}
+    for name, new in replaced.items():
+        monkeypatch.setattr(bench, name, new)
+    monkeypatch.setattr(bench.LlamaCpp, "prefill", lambda self, tokens: 20.0)
+    monkeypatch.setattr(bench.LlamaCpp, "decode", lambda self, batch, steps, prompt: 80.0 - 10 * self.flash_attention)
+    monkeypatch.setenv(bench.SPINS, "7")
+    monkeypatch.setattr(sys, "argv", ["upcycle_speed.py", str(tmp_path / "model.gguf"), "--rounds", "2"])
+    threads = torch.get_num_threads()
+    bench.main()
+    assert torch.get_num_threads() == threads
+    (name, text, data, whole), = written
+    assert name == "upcycle_speed" and not whole, "two rounds are not the whole benchmark"
+    assert "| decode 1 | exact form NF4 | 40.0 | 40.0 to 40.0 | 69.4 | 4.00x, -75% | 0.50x, +100% | 50% |" in text
+    assert "| first token of a prompt of 512 (ms) | 12800.0 | 25600.0 | 2.00x faster | 2.9x |" in text
+    assert "| 10^8 tokens, decode 8 (USD) | 69 | 139 | 0.50 | 1/4 |" in text
+    assert "decode 1: llama.cpp Q4_0, plain attention, long spins" in text
+    assert data["twin"]["gains"] == {"prefill": 2.0, "decode 1": 2.0, "decode 8": 2.0}
 
 
 def test_a_worker_answers_and_its_death_is_seen() -> None:
-    worker = Worker(_sum_from, 40)
+    worker = Worker(partial, operator.add, 40)
     assert (worker(2), worker(3)) == (42, 43)
-    with pytest.raises(EOFError):
-        worker(-1)
-    worker = Worker(_sum_from, 1)
     worker.stop()
-    assert worker._process.exitcode == 0
+    worker = Worker(partial, os._exit)
+    with pytest.raises(EOFError):
+        worker(3)
