@@ -95,7 +95,7 @@ def test_it_can_be_quantized(dense: Path) -> None:
     quantize(out, dense.parent / "int8", "int8", progress=False)
     ids = torch.randint(0, 300, (2, 40))
     with torch.no_grad():
-        assert far(load_model(dense.parent / "int8")(ids), load_model(out)(ids)) < 0.3  # some tokens choose others
+        assert far(load_model(dense.parent / "int8")(ids), load_model(out)(ids)) < 0.2
 
 
 def test_the_fitted_projections_lose_less(dense: Path) -> None:

@@ -10,7 +10,7 @@ The FFN is y = D h, h = silu(G x) * (U x). The layer's neurons are divided once,
               quarter of its logit there, so a bias outside of it acts as one inside, and the normalised weights, times
               K, are all about 1
     refit     D' minimises |D h - D' (w h)|^2 + lambda |D' - D|^2, w the weight of each neuron's expert, 0 where it was
-              not chosen: what is present makes up for what is absent; lambda falls with the number of tokens
+              not chosen: what is present makes up for what is absent
 
 Markers and balanced clusters are CMoE's (arXiv 2502.04416), which groups neurons by the tokens that they fire for;
 grouping by what the gate can predict lost less here, and so did the mean square against the rate of being among the ten
@@ -32,7 +32,7 @@ from ..model.gate import choose
 
 LOGIT_STD = 0.1  # of a gate's logits over tokens
 RIDGE = 1e-2  # of the regressions on x, as a share of the mean variance
-REFIT_TOKENS = 6.0  # what the dense projection is worth in the fit of another one: so many tokens a neuron
+REFIT_RIDGE = 0.3  # of the down projection's, as a share of the mean square of an active neuron
 FLOOR = 0.05  # added to |y_e| within the logarithm, as a share of a token's mean
 ROUNDS = 10  # of k-means
 
@@ -156,7 +156,6 @@ def refitted(h_TI: Tensor, weight_TI: Tensor, down_HI: Tensor) -> Tensor:
     weights are 1."""
     present_TI = h_TI * weight_TI
     square_II = present_TI.t() @ present_TI
-    known = REFIT_TOKENS * len(square_II) / len(h_TI)
-    square_II.diagonal().add_(known * square_II.diagonal().mean().clamp(min=1e-30))
+    square_II.diagonal().add_(REFIT_RIDGE * square_II.diagonal().mean().clamp(min=1e-30))
     lost_TH = (h_TI - present_TI) @ down_HI.t()
     return down_HI + torch.linalg.solve(square_II, present_TI.t() @ lost_TH).t()
