@@ -37,7 +37,7 @@ NAMES = {"books": "text/books_en/text.jsonl", "code": "code/code_python/text.jso
          "medical": "medicine/medicine_medquad/qa.jsonl", "math": "math/math_tal/en_train.jsonl",
          "dialogue": "dialogue/dialogue_taskmaster/tm3.jsonl"}  # none of them share-alike
 WIKITEXT = "eval/wikitext2/wiki.test.tokens"
-LENGTH, NEW, WINDOWS = 512, 64, 24
+LENGTH, NEW, WINDOWS = 512, 64, 64
 
 
 @torch.inference_mode()
