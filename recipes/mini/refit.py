@@ -4,8 +4,8 @@
 
 FOLDER has NAME.safetensors for every name; OUT/base and OUT/records are build.py's. The rows are those that
 `deepseek upcycle --grow` fits before its first step, with settings.yaml. Then OUT/shipped has the packages and their
-manifest, and build.py goes on with figures and card; called once more, the packages say these figures. The weights in
-src/deepseek/weights/mini are made so: their experts were trained before records.py wrote texts of further kinds.
+manifest, and build.py adds figures and card; called once more, this writes these figures into the packages. The weights
+in src/deepseek/weights/mini are made so: their experts were trained before records.py wrote texts of further kinds.
 """
 
 from __future__ import annotations
