@@ -135,6 +135,21 @@ def test_other_text_in_the_same_folder_is_refused(dense: Path, monkeypatch: pyte
         carve(dense, dense.parent / "v3", asked(dense), settings)
 
 
+def test_a_carved_model_can_be_healed_later(dense: Path) -> None:  # noqa: F811
+    out, run, settings = dense.parent / "v3", dense.parent / "v3.run", training(dense)
+    text = settings.heal
+    carve(dense, out, asked(dense, calibrate=text))
+    layers = {file: file.stat().st_mtime_ns for file in (run / "layers").iterdir()}
+    with pytest.raises(ConfigError, match="must be a new or an empty folder"):
+        carve(dense, out, asked(dense, calibrate=text), settings)
+    found = carve(dense, out, asked(dense, calibrate=text), settings, overwrite=True)
+    assert {*found.losses} == {"dense", "before", "after"}
+    assert {file: file.stat().st_mtime_ns for file in (run / "layers").iterdir()} == layers
+    (dense.parent / "sea.jsonl").write_text(json.dumps({"text": "the land " * 90}) + "\n")
+    with pytest.raises(ConfigError, match=r"v3\.run: holds the beginning of another model, of calibrate = "):
+        carve(dense, out, asked(dense, calibrate=text), overwrite=True)
+
+
 def test_windows_come_from_each_name_in_turn(dense: Path) -> None:  # noqa: F811
     from deepseek import Tokenizer
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -145,14 +145,13 @@ def carve(
         out = free_folder(out, overwrite, source)
         run = run_folder(out)
         places = named(healing.heal)
-        for paths in (*named(asked.calibrate).values(), *places.values()):
-            [*list_files(paths)]  # a wrong one is said before the work
-        claim(run, source, asdict(asked) | asdict(healing) | {"dtype": dtype, "context": context})
+        texts = named(asked.calibrate) or places
+        claim(run, source, texts, asked, dtype, context, places)
         with kept(lambda: f"what is done so far is in {run}"):
             dense = dense_form(source, run, dtype, context)
             files = TensorFiles(dense, verify="small")
             config = carved_config(ModelConfig.from_file(dense), asked)
-            ids_BT = calibration(run, asked, named(asked.calibrate) or places, Tokenizer.load(dense),
+            ids_BT = calibration(run, asked, texts, Tokenizer.load(dense),
                                  ModelConfig.from_file(dense), partial(load_model, dense, torch.float32))
             carve_layers(run, files, config, asked, ids_BT)
             result = figures(out, files, run / "layers", config)
@@ -192,13 +191,21 @@ def run_folder(out: Path) -> Path:
     return out.with_name(f"{out.resolve().name}.run")
 
 
-def claim(run: Path, source: str | Path, asked: Mapping[str, Any]) -> None:
-    """Raises ConfigError where the folder holds another model, or one that is made otherwise."""
+def claim(run: Path, source: str | Path, texts: Mapping[str, Sequence[str]], asked: CalibrationConfig, dtype: str,
+          context: int | None, heal: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError where the folder holds another model, or one that is made otherwise or of other text, and
+    DataError where a text is not there. What trains it is not asked: the loop of `heal` asks that."""
+
+    def about(files: Iterable[Path]) -> dict[str, list[int]]:
+        return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+    for paths in heal.values():
+        [*list_files(paths)]  # a wrong one is said before the work
     files, _, _ = open_dense(source)
-    stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-              for file in sorted({files.file(name) for name in files})}
-    key = json.loads(json.dumps({**asked, "source": stamps}, allow_nan=False))
-    path = run / "asked.json"
+    key = asdict(asked) | {
+        "calibrate": {name: about(list_files(paths)) for name, paths in texts.items()}, "dtype": dtype,
+        "context": context, "source": about(sorted({files.file(name) for name in files}))}
+    key, path = json.loads(json.dumps(key, allow_nan=False)), run / "asked.json"
     if path.is_file():
         for name, value in read_json(path, ConfigError).items():
             if key.get(name) != value:

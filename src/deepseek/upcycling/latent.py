@@ -34,7 +34,6 @@ from ..config import ModelConfig
 from ..convert.dequantizing import DTYPES
 from ..convert.upcycling import check_dtype, dtype_name, made_rows
 from ..convert.writing import SHARD_BYTES, Part, Writer, copied, free_folder
-from ..data import list_files
 from ..errors import ConfigError, DataError
 from ..files import locked, replace_folder, to_json, write_atomically, write_json
 from ..interrupts import kept
@@ -120,14 +119,13 @@ def latent_form(
     with locked(out):
         out = free_folder(out, overwrite, source)
         run, places = run_folder(out), named(healing.heal)
-        for paths in (*named(asked.calibrate).values(), *places.values()):
-            [*list_files(paths)]  # a wrong one is said before the work
+        texts = named(asked.calibrate) or places
         model = DenseSource(source, context)
         rank, width = check_latent(model.dense, asked, str(model.files.folder))
         kind = dtype_name(model.files, dtype)
-        claim(run, source, asdict(asked) | asdict(healing) | {"dtype": dtype, "context": context})
+        claim(run, source, texts, asked, dtype, context, places)
         with kept(lambda: f"what is done so far is in {run}"):
-            ids_BT = calibration(run, asked, named(asked.calibrate) or places, tokenizer_of(model, run),
+            ids_BT = calibration(run, asked, texts, tokenizer_of(model, run),
                                  model.exact.config, model.model)
             if len(ids_BT) < 2:
                 raise DataError(f"the calibration text has {len(ids_BT)} window of {ids_BT.shape[1]} tokens: must have "
