@@ -76,6 +76,21 @@ def test_two_models_answer_by_answer(
     assert ours["config"]["model_args"]["backend"] == "engine" and theirs["config"]["model_args"]["backend"] == "hf"
 
 
+def test_texts_are_scored_in_windows_of_the_length_asked_for(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate", reason="needs the extra eval (accelerate)")
+    found = {}
+    for length in (24, 1536):
+        out = tmp_path / f"{length}.json"
+        assert evaluate(model_folder, "--tasks", "wikitext", "--data", data, "--compare", model_folder, "--backend",
+                        "hf", "--max_length", length, "--out", out) == 0
+        figures = json.loads(out.with_name(f"{out.name}.difference.json").read_text("utf-8"))["figures"]
+        found[length] = next(one for one in figures if one["metric"] == "word_perplexity")
+        assert found[length]["value"] == pytest.approx(found[length]["other"], rel=1e-5)
+    assert found[24]["value"] != pytest.approx(found[1536]["value"], rel=1e-3)
+
+
 def test_a_stopped_run_goes_on(
     model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -113,6 +128,9 @@ def test_answers_that_leave_no_room_in_the_context(
     (["--tasks", "mmlu_anatomy,mmlu_virology"], "virology_dev.csv: no such file"), ([], "tasks: must be given"),
     (["--tasks", "gsm8k", "--limit", "0"], "limit = 0: must be an integer >= 1"),
     (["--tasks", "gsm8k", "--data", "nowhere"], "data = 'nowhere': no such folder"),
+    (["--tasks", "gsm8k", "--max_length", "1"], "max_length = 1: must be an integer >= 2"),
+    (["--tasks", "gsm8k", "--max_length", "1537"], "max_length = 1537: must be at most the context of"),
+    (["--tasks", "gsm8k", "--max_length", "256"], "gsm8k: answers have 256 tokens: must leave room in the context"),
     (["--tasks", "gsm8k", "--out", "nowhere/x.json"], "must be a file in a folder that exists"),
     (["--tasks", "gsm8k", "--compare", "nowhere"], "nowhere: no such folder"),
     (["--tasks", "gsm8k", "--compare", "nowhere.gguf"], "nowhere.gguf: no such file"),

@@ -29,8 +29,7 @@ class Instance:
 @pytest.fixture(scope="module")
 def lm(model_folder: Path) -> Iterator[EngineLM]:
     llm = LLM(model_folder, max_num_batched_tokens=48)
-    lm = EngineLM(llm)
-    lm.max_length = 128  # its windows
+    lm = EngineLM(llm, max_length=128)
     yield lm
     llm.close()
 

@@ -56,7 +56,11 @@ def run(args: argparse.Namespace) -> None:
     for candidate in candidates:
         if candidate.backend == "engine":
             config = ModelConfig.from_file(resolve(candidate.name))
-            tasks.check_answers(loaded, candidate.name, config.max_position_embeddings)
+            context = config.max_position_embeddings
+            if options.max_length is not None and options.max_length > context:
+                raise ConfigError(f"max_length = {options.max_length}: must be at most the context of "
+                                  f"{candidate.name}, {context} tokens")
+            tasks.check_answers(loaded, candidate.name, options.max_length or context)
     for candidate in candidates:
         how = "the engine" if candidate.backend == "engine" else "transformers, float32"
         print(f"{candidate.name} ({how})", file=sys.stderr)
@@ -112,15 +116,16 @@ def _evaluate(candidate: Candidate, options: EvalOptions, loaded: Sequence[Any])
     adapter, _ = named_adapters(model.adapter)
     about = {"pretrained": candidate.name, "backend": candidate.backend, "dtype": "float32"}
     if candidate.out is not None:  # the answers so far, so that the same command goes on
-        key = fingerprint(about, model, options.seed, runs.VERSION, model=candidate.name, adapter=adapter)
+        key = fingerprint(about, model, options.seed, options.max_length, runs.VERSION, model=candidate.name,
+                          adapter=adapter)
         answers = candidate.out.with_name(f"{candidate.out.name}.{key}")
     try:
         if candidate.backend == "hf":
-            lm = hf_model(candidate.name, make(candidate.args, MachineOptions).device)
+            lm = hf_model(candidate.name, make(candidate.args, MachineOptions).device, options.max_length)
         else:
             llm = make_llm(candidate.args)
             about["dtype"] = str(llm.model.compute_dtype or llm.model.lm_head.weight.dtype).removeprefix("torch.")
-            lm = EngineLM(llm, seed=options.seed or 0)
+            lm = EngineLM(llm, seed=options.seed or 0, max_length=options.max_length)
         with contextlib.nullcontext() if answers is None else kept(
                 f"the answers so far are kept beside {candidate.out}"):
             results = runs.run_tasks(lm, loaded, options, about, answers)

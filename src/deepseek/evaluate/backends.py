@@ -40,8 +40,9 @@ def check_hf() -> None:
         raise ConfigError(f"backend = 'hf': needs {missing[0]}: pip install 'moe-dr[eval]'")
 
 
-def hf_model(model: str, device: Device = "cpu") -> Any:
-    """The harness' class for models in transformers, in float32. Raises ConfigError for one that it cannot load."""
+def hf_model(model: str, device: Device = "cpu", max_length: int | None = None) -> Any:
+    """The harness' class for models in transformers, in float32. max_length: tokens that the model sees at a time, if
+    not its whole context. Raises ConfigError for a model that it cannot load."""
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -49,7 +50,7 @@ def hf_model(model: str, device: Device = "cpu") -> Any:
     where = {"pretrained": str(resolve(model))} if path is None else {
         "pretrained": str(path.parent), "gguf_file": path.name}
     try:
-        return HFLM(**where, dtype="float32", device=device, batch_size=BATCH)
+        return HFLM(**where, dtype="float32", device=device, batch_size=BATCH, max_length=max_length)
     except (ImportError, OSError, ValueError) as error:
         raise ConfigError(f"{model}: backend = 'hf': transformers cannot load it: {error!s:.300}") from None
 

@@ -25,14 +25,16 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 class EngineLM(TemplateLM):
     """An LLM with a tokenizer, as lm-evaluation-harness asks models."""
 
-    def __init__(self, llm: LLM, *, adapter: str | None = None, seed: int = 0) -> None:
-        """adapter: the one that answers. seed: of tasks that sample."""
+    def __init__(self, llm: LLM, *, adapter: str | None = None, seed: int = 0, max_length: int | None = None
+                 ) -> None:
+        """adapter: the one that answers. seed: of tasks that sample. max_length: tokens that the model sees at a time,
+        if not its whole context."""
         super().__init__()
         if llm.tokenizer is None:
             raise RequestError("a model to be evaluated: must have a tokenizer")
         self.llm, self.adapter, self.seed = llm, adapter, seed
         self.text_tokenizer = llm.tokenizer  # the harness reads `tokenizer` as one of transformers
-        self.max_length = llm.max_length
+        self.max_length = max_length or llm.max_length
 
     # ---- texts and ids ------------------------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class EngineLM(TemplateLM):
         for _texts, context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise RequestError(f"a continuation has {len(continuation)} tokens: must fit the model's context of "
-                                   f"{self.max_length} (max_position_embeddings)")
+                                   f"{self.max_length} (max_position_embeddings, or max_length)")
             pairs.append((context[-(self.max_length + 1 - len(continuation)) :], continuation))
         with ProgressBar(total=sum(len(a) + len(b) for a, b in pairs), unit="token", desc="score",
                          disable=disable_tqdm) as bar:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ..settings import COUNT, NATURAL, Option, Settings
+from ..settings import COUNT, NATURAL, Option, Settings, is_int
 
 Backend = Literal["auto", "engine", "hf"]
 
@@ -22,6 +22,10 @@ class EvalOptions(Settings):
     limit: Annotated[int | None, Option("the first questions of each task alone; else all", COUNT)] = None
     num_fewshot: Annotated[int | None, Option(
         "examples in front of a question; else the task's own number", NATURAL)] = None
+    max_length: Annotated[int | None, Option(
+        "tokens that a model sees at a time: longer texts are scored in windows, longer prompts lose their beginning; "
+        "else the model's own context", (
+            "must be an integer >= 2", lambda v: is_int(v) and v >= 2))] = None
     apply_chat_template: Annotated[bool, Option("put prompts into the model's chat template")] = False
     seed: Annotated[int | None, Option(
         "of the choice of examples and of sampling; else the harness' own (0 and 1234)", NATURAL)] = None

@@ -46,7 +46,7 @@ def check_answers(loaded: Sequence[Any], model: str, context: int) -> None:
     for task in single(loaded):
         if task.OUTPUT_TYPE == "generate_until" and (most := answer_tokens(task.config.generation_kwargs)) >= context:
             raise ConfigError(f"tasks: {task.task_name}: answers have {most} tokens: must leave room in the context of "
-                              f"{model}, {context} tokens (max_position_embeddings)")
+                              f"{model}, {context} tokens (max_position_embeddings, or max_length)")
 
 
 def number_in(text: str) -> float | None:
