@@ -67,7 +67,8 @@ def carved(model: Path, share: float, args: argparse.Namespace) -> Carved:
     if (out / "report.json").is_file():
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         return Carved(out, **report | {"errors": {int(layer): error for layer, error in report["errors"].items()}})
-    healing = HealConfig(heal=words, heal_tokens=args.heal_tokens, heal_evaluated=args.heal_evaluated)
+    healing = HealConfig(heal=words, heal_tokens=args.heal_tokens, heal_evaluated=args.heal_evaluated,
+                         kl_share=args.kl_share)
     healing = healing if args.heal_tokens else HealConfig()
     return carve(model, out, CarveConfig(carve=share, calibrate=words, expert_width=args.expert_width,
                                          calibration_tokens=args.calibration_tokens), healing)
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5])
     parser.add_argument("--heal_tokens", type=int, default=2_000_000)
     parser.add_argument("--heal_evaluated", type=int, default=HealConfig().heal_evaluated)
+    parser.add_argument("--kl_share", type=float, default=HealConfig().kl_share)
     parser.add_argument("--calibration_tokens", type=int, default=CarveConfig().calibration_tokens)
     parser.add_argument("--expert_width", type=int, default=CarveConfig().expert_width)
     parser.add_argument("--windows", type=int, default=WINDOWS, help=f"of {LENGTH} tokens of WikiText-2")
