@@ -10,8 +10,9 @@ import pytest
 
 import deepseek
 
-PUBLIC = ["Atlas", "ExpertId", "LLM", "LoRAAdapter", "MoEFineTuner", "ModelConfig", "SamplingParams", "Tokenizer",
-          "Trainer", "dynamic_batching", "load_model", "pull", "quantize", "save_model", "select_experts", "upcycle"]
+PUBLIC = ["Atlas", "ExpertId", "KnowledgeBase", "LLM", "LoRAAdapter", "MoEFineTuner", "ModelConfig", "SamplingParams",
+          "Tokenizer", "Trainer", "dynamic_batching", "load_model", "pull", "quantize", "save_model", "select_experts",
+          "upcycle"]
 
 
 def test_the_public_names_are_this_sorted_list() -> None:

@@ -16,6 +16,7 @@ from deepseek.cli.common import AnswerOptions, MachineOptions, ModelOptions
 from deepseek.cli.experts import CalibrationOptions, ExportOptions, FolderOptions, SignatureOptions
 from deepseek.cli.infer import PromptOptions
 from deepseek.cli.info import InfoOptions
+from deepseek.cli.knowledge import AddOptions, SearchOptions
 from deepseek.cli.merge import MergeOptions
 from deepseek.cli.pull import PullOptions
 from deepseek.cli.quantize import QuantizeOptions
@@ -66,7 +67,8 @@ TITLES = {
     HealConfig: "Their training: `carve`, `latent_form`, `deepseek upcycle --carve|--latent --heal`",
     FolderOptions: "`deepseek experts install`, `remove`",
     SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",
-    ExportOptions: "`deepseek experts export`", ValidateSettings: "`deepseek data validate`",
+    ExportOptions: "`deepseek experts export`", AddOptions: "`deepseek knowledge add`",
+    SearchOptions: "`deepseek knowledge search`", ValidateSettings: "`deepseek data validate`",
     DedupSettings: "`deepseek data dedup`", LabelSettings: "`deepseek data label`",
     SplitSettings: "`deepseek data split`", PackSettings: "`deepseek data pack`",
     MachineOptions: "Machine: commands that run a model"}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .engine import SamplingParams as SamplingParams
     from .engine import dynamic_batching as dynamic_batching
     from .ids import ExpertId as ExpertId
+    from .route import KnowledgeBase as KnowledgeBase
     from .tokenizer import Tokenizer as Tokenizer
     from .tune import LoRAAdapter as LoRAAdapter
     from .tune import MoEFineTuner as MoEFineTuner
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Atlas": "atlas",
     "ExpertId": "ids",
+    "KnowledgeBase": "route",
     "LLM": "engine",
     "LoRAAdapter": "tune",
     "MoEFineTuner": "tune",
