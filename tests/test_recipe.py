@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
+from typing import Any
 
+import pytest
+import records as recipe
 from prompts import FORMS, TEXTS, prompts, texts
 from records import NAMES, PIECE, chosen, clean, pieces, records
 
@@ -48,3 +52,24 @@ def test_sources_share_the_room_and_a_small_one_leaves_its_rest() -> None:
     taken = chosen([large, small], 20_000, random.Random(0))
     assert sum("s" in record["text"] for record in taken) == 3
     assert 19_000 < sum(len(json.dumps(record)) for record in taken) < 20_300
+
+
+def test_gates_learn_from_texts_that_experts_are_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": f"book {n} " + "of many words " * 20}) + "\n"
+                                                  for n in range(40)), "utf-8")
+
+    def answered(asked: list[tuple[str, str]], base: Path, file: Path, tokens: int) -> list[dict[str, Any]]:
+        return [{"name": name, "question": question, "answer": f"{file.stem} {i}"}
+                for i, (name, question) in enumerate(asked)]
+
+    monkeypatch.setattr(recipe, "SOURCES", {"law_expert": ("books.jsonl",)})
+    monkeypatch.setattr(recipe, "answered", answered)
+    monkeypatch.setattr(recipe, "write_calibration", lambda *_: None)
+    recipe.write_records(tmp_path, tmp_path, out := tmp_path / "out")
+    read = {side: (out / side / "law_expert.jsonl").read_text("utf-8").splitlines()
+            for side in ("train", "held_out", "gates")}
+    assert set(read["train"]) < set(read["gates"]) and not set(read["held_out"]) & set(read["gates"])
+    assert [side for side, lines in read.items() if any('"texts ' in line for line in lines)] == ["gates"]
+    assert all(any('"answers ' in line for line in lines) for lines in read.values())

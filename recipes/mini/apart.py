@@ -29,7 +29,7 @@ APART = ("law_expert", "finance_expert", "medical_expert")
 OTHERS = tuple(name for name in NAMES if name not in APART)
 HERE = Path(__file__).parent
 ROWS = 2  # a step: two of three rows are of the name
-GATE_TOKENS = 24_576  # twice as many in all, of which a third is of the four others
+GATE_TOKENS = 12_288  # 24,576 in all, of which a third is of the four others
 
 
 def train(out: Path, name: str) -> Path:

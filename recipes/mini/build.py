@@ -6,8 +6,9 @@
     OUT/base, OUT/base-int8      the exact form of SmolLM2-135M-Instruct, and the one that answers questions
     OUT/records                  records.py
     OUT/run                      `deepseek upcycle --grow`: checkpoints, packages in BF16, loss.png, names.png
-    OUT/shipped                  what goes into src/deepseek/weights/mini (--ship copies it there): packages with
-                                 experts in NF4, calibration.json, manifest.json, MODEL_CARD.md
+    OUT/packed                   these packages with experts in NF4
+    OUT/shipped                  the same with gates fitted to OUT/records/gates, calibration.json, manifest.json and
+                                 MODEL_CARD.md: what goes into src/deepseek/weights/mini (--ship copies it there)
     OUT/figures.json             of the base and of `mini` in 8 and 4 bits, as shipped
 """
 
@@ -17,20 +18,25 @@ import argparse
 import math
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from evaluate import evaluate, table
 from records import NAMES, SOURCES, write_records
 
 from deepseek import LLM
-from deepseek.checkpoint import ready
-from deepseek.checkpoint.packages import read_package
+from deepseek.checkpoint import load_model, ready
+from deepseek.checkpoint.packages import PackageInfo, gate_name, read_package, write_package
 from deepseek.cli import main as deepseek
 from deepseek.convert import export, install_all, quantize
 from deepseek.convert.packages import calibrate
 from deepseek.convert.pulling import base_file
 from deepseek.files import read_json, read_yaml, replace_folder, sha256, write_atomically, write_json
+from deepseek.tokenizer import Tokenizer
+from deepseek.upcycling.grow import gate_rows, named_text
+from deepseek.upcycling.settings import GrowConfig
 
 HERE = Path(__file__).parent
 WEIGHTS = ready.WEIGHTS / "mini"
@@ -56,18 +62,9 @@ def grow(base: Path, records: Path, run: Path, threads: int | None) -> None:
         raise SystemExit(2)
 
 
-def ship(out: Path) -> Path:
-    """OUT/shipped without the card. The packages pass through an NF4 base, which packs them; their biases are found
-    here, on the exact form, so that an installation need not wait for it."""
-    target = out / "shipped"
-    with replace_folder(target) as staging:
-        pack(out / "base", [out / "run" / "packages" / f"{name}.safetensors" for name in NAMES], staging)
-        manifest_of(out / "base", staging, out / "records" / "calibration.json")
-    return target
-
-
 def pack(base: Path, packages: list[Path], folder: Path) -> None:
-    """Packages of the same names with their experts in NF4, in FOLDER."""
+    """Packages of the same names with their experts in NF4, in FOLDER. They pass through an NF4 base, which packs
+    them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*unsigned")
         quantize(base, folder / "nf4", "nf4")
@@ -75,6 +72,42 @@ def pack(base: Path, packages: list[Path], folder: Path) -> None:
         for package in packages:
             export(folder / "nf4", package.stem, folder / package.name)
     shutil.rmtree(folder / "nf4")
+
+
+def ship(out: Path) -> None:
+    """OUT/shipped without the card: the packages in OUT/packed with other gates, and with the figures that OUT has.
+
+    The rows are those that `deepseek upcycle --grow` fits before its first step, fitted to more kinds of text than
+    training has time for. The experts stay as they are. Biases are found here, on the exact form, so that an
+    installation need not wait for it.
+    """
+    base, config = out / "base", GrowConfig(**read_yaml(SETTINGS))
+    packages = [read_package(out / "packed" / f"{name}.safetensors") for name in NAMES]
+    text = named_text({name: out / "records" / "gates" / f"{name}.jsonl" for name in NAMES}, Tokenizer.load(base),
+                      config)
+    layers = packages[0].info.layers
+    rows = gate_rows(load_model(base, dtype=torch.float32), layers, text, config, out)
+    with replace_folder(out / "shipped") as staging, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*unsigned")
+        for place, package in enumerate(packages):
+            own = slice(place * config.group_experts, (place + 1) * config.group_experts)
+            tensors = {name: package.files.read(name) for name in package.info.tensors}
+            tensors |= {gate_name(layer): rows[layer][own] for layer in layers}
+            write_package(staging / package.path.name, measured(package.info, out / "figures.json"), tensors)
+        manifest_of(base, staging, out / "records" / "calibration.json")
+
+
+def measured(info: PackageInfo, file: Path) -> PackageInfo:
+    """With the figures of `figures` in place of those of training, or with none."""
+    if not file.is_file():
+        return replace(info, evidence={})
+    found: dict[str, Any] = read_json(file)
+    base, here = (found[what]["held_out"][info.name] for what in ("base INT8", "mini INT8"))
+    before, after = math.exp(base["loss"]), math.exp(here["loss"])
+    return replace(
+        info, card={**info.card, "summary": f"perplexity {after / before - 1:+.1%} on held-out records"},
+        evidence={"perplexity_before": round(before, 4), "perplexity_after": round(after, 4),
+                  "routing_accuracy": round(here["accuracy"], 4)})
 
 
 def manifest_of(base: Path, shipped: Path, calibration: Path) -> None:
@@ -164,9 +197,13 @@ def main() -> None:
     write_records(args.data, args.out / "base-int8", args.out / "records")
     if not (args.out / "run" / "report.json").is_file():
         grow(base, args.out / "records", args.out / "run", args.threads)
+    if not (args.out / "packed").is_dir():
+        with replace_folder(args.out / "packed") as staging:
+            pack(base, [args.out / "run" / "packages" / f"{name}.safetensors" for name in NAMES], staging)
     if not (args.out / "shipped" / "manifest.json").is_file():
         ship(args.out)
     found = figures(args.out, args.data)
+    ship(args.out)  # the same tensors, now with these figures
     print(table(found["mini INT8"], found["base INT8"]))
     write_atomically(args.out / "shipped" / "MODEL_CARD.md", card(args.out, found))
     if args.ship:

@@ -1,13 +1,14 @@
 """The records of `mini`: text of seven domains, from sources that may be used so, and answers of the base itself.
 
     OUT/train/NAME.jsonl, OUT/held_out/NAME.jsonl    divided by documents, so that no document is on both sides
+    OUT/gates/NAME.jsonl                             those of train and the base's own texts: what gates are fitted to
     OUT/answers.jsonl, OUT/texts.jsonl               questions and requests of prompts.py, and what the base answers
     OUT/calibration.json                             part of these as token ids: what gates' biases are set on
 
 A domain is to be told by what a text says, not by its form. So prose is shown as plain text half of the time, and else
 as a conversation in which the assistant continues it; questions and answers half of the time as a conversation, and
 else as plain text; and the base writes texts of kinds that the sources lack (abstracts, court cases, exam questions,
-articles). These are trained on alone: held-out records are of the sources and of questions.
+articles). Gates learn from these, experts do not: there is little in them that the base does not know.
 """
 
 from __future__ import annotations
@@ -155,16 +156,20 @@ def write_records(data: Path, base: Path, out: Path) -> None:
             lines = chosen(of_sources, CHARACTERS[side], draw)
             own_lines = [conversation(line) for line in own
                          if line["name"] == name and (place(line["question"]) < HELD_OUT) == (side == "held_out")]
-            if side == "train":
-                own_lines += [conversation(line) if draw.random() < 0.5 else {"text": line["answer"]}
-                              for line in further if line["name"] == name]
-                own_lines *= OWN_TIMES
-            lines += own_lines
+            lines += own_lines * (OWN_TIMES if side == "train" else 1)
             draw.shuffle(lines)
-            path = out / side / f"{name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            write(out / side / f"{name}.jsonl", lines)
+            if side == "train":
+                lines += OWN_TIMES * [conversation(line) if draw.random() < 0.5 else {"text": line["answer"]}
+                                      for line in further if line["name"] == name]
+                draw.shuffle(lines)
+                write(out / "gates" / f"{name}.jsonl", lines)
     write_calibration(own, base, out)
+
+
+def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def write_calibration(own: list[dict[str, Any]], base: Path, out: Path) -> None:
