@@ -89,6 +89,7 @@ def parse(data: bytes, kind: str, name: str, encoding: str = "utf-8") -> Documen
     except ValueError as error:
         raise error.__class__(f"{name}: {error}") if isinstance(error, MoEDRError) else DataError(
             f"{name}: {error}") from None
+    text = text.encode("utf-8", "replace").decode()  # lone surrogates, which a broken font of a PDF may give
     if not any(text[block.start : block.end].strip() for block in blocks):
         raise DataError(f"{name}: holds no text" + (" (pages that are pictures need text recognition first)"
                                                     if kind == "pdf" else ""))
@@ -154,8 +155,8 @@ def _markdown(data: bytes, encoding: str) -> tuple[str, list[Block]]:
             level, title, since = 1 if underline[1][0] == "=" else 2, before, at - len(before) - 1
         if level:
             blocks += _paragraphs(text, start, since, tuple(titles.values()))
-            if level in titles and blocks[-1].heading:  # directly below another of its level: a second line of it
-                level += 0.5
+            if level == 1 and 1 in titles and blocks[-1].heading:  # directly below another: a second line of the title
+                level = 1.5
             titles = {one: said for one, said in titles.items() if one < level} | {level: _line(title)}
             blocks.append(Block(since, end, tuple(titles.values()), True))
             start = end
