@@ -18,7 +18,8 @@ from tests.helpers import ROOT
 from tests.helpers.jsonl import write_jsonl
 
 EXAMPLES = ROOT / "examples"
-SHORT = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "demo.py", EXAMPLES / "demo_train.py"})
+SHORT = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "demo.py", EXAMPLES / "demo_train.py",
+                                                  EXAMPLES / "edge_router.py"})
 NAMES = ("law_expert", "code_expert", "text_expert", "math_expert")
 
 

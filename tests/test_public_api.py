@@ -10,8 +10,9 @@ import pytest
 
 import deepseek
 
-PUBLIC = ["Atlas", "ExpertId", "KnowledgeBase", "LLM", "LoRAAdapter", "MoEFineTuner", "ModelConfig", "SamplingParams",
-          "Tokenizer", "Trainer", "dynamic_batching", "load_model", "pull", "quantize", "save_model", "select_experts",
+PUBLIC = ["Atlas", "ExpertId", "ExpertPool", "KnowledgeBase", "LLM", "LoRAAdapter", "MoEFineTuner", "ModelConfig",
+          "SamplingParams", "Tokenizer", "Trainer", "calculate_relevance", "dynamic_batching", "dynamic_routing",
+          "extract_keywords", "fuse_expert_outputs", "load_model", "pull", "quantize", "save_model", "select_experts",
           "upcycle"]
 
 

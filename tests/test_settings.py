@@ -20,6 +20,7 @@ from deepseek.cli.knowledge import AddOptions, SearchOptions
 from deepseek.cli.merge import MergeOptions
 from deepseek.cli.pull import PullOptions
 from deepseek.cli.quantize import QuantizeOptions
+from deepseek.cli.route import RouteOptions, SeedOptions
 from deepseek.cli.upcycle import UpcycleOptions
 from deepseek.data.settings import (
     DedupSettings,
@@ -68,7 +69,8 @@ TITLES = {
     FolderOptions: "`deepseek experts install`, `remove`",
     SignatureOptions: "`deepseek experts install`, `verify`", CalibrationOptions: "`deepseek experts install`",
     ExportOptions: "`deepseek experts export`", AddOptions: "`deepseek knowledge add`",
-    SearchOptions: "`deepseek knowledge search`", ValidateSettings: "`deepseek data validate`",
+    SearchOptions: "`deepseek knowledge search`", RouteOptions: "`deepseek route text`",
+    SeedOptions: "`deepseek route distill`", ValidateSettings: "`deepseek data validate`",
     DedupSettings: "`deepseek data dedup`", LabelSettings: "`deepseek data label`",
     SplitSettings: "`deepseek data split`", PackSettings: "`deepseek data pack`",
     MachineOptions: "Machine: commands that run a model"}

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from .engine import SamplingParams as SamplingParams
     from .engine import dynamic_batching as dynamic_batching
     from .ids import ExpertId as ExpertId
+    from .route import ExpertPool as ExpertPool
     from .route import KnowledgeBase as KnowledgeBase
+    from .route import calculate_relevance as calculate_relevance
+    from .route import dynamic_routing as dynamic_routing
+    from .route import extract_keywords as extract_keywords
+    from .route import fuse_expert_outputs as fuse_expert_outputs
     from .tokenizer import Tokenizer as Tokenizer
     from .tune import LoRAAdapter as LoRAAdapter
     from .tune import MoEFineTuner as MoEFineTuner
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Atlas": "atlas",
     "ExpertId": "ids",
+    "ExpertPool": "route",
     "KnowledgeBase": "route",
     "LLM": "engine",
     "LoRAAdapter": "tune",
@@ -42,7 +48,11 @@ _WHERE = {
     "SamplingParams": "engine",
     "Tokenizer": "tokenizer",
     "Trainer": "deepopt",
+    "calculate_relevance": "route",
     "dynamic_batching": "engine",
+    "dynamic_routing": "route",
+    "extract_keywords": "route",
+    "fuse_expert_outputs": "route",
     "load_model": "checkpoint",
     "pull": "convert",
     "quantize": "convert",

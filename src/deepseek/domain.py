@@ -258,7 +258,7 @@ class DomainClassifier:
         if len(labels) < 2:
             raise DataError(f"a classifier needs at least two names, got {', '.join(labels) or 'none'}")
         y_N = np.searchsorted(np.array(labels), np.array(names))
-        out_N = _held_out_rows(texts, y_N, labels, held_out)
+        out_N = held_out_rows(texts, y_N, labels, held_out)
         rng = np.random.default_rng(seed)
         model = cls(labels, np.zeros((1 << bits, len(labels)), np.float32), np.zeros(len(labels), np.float32), 1.0)
         model._fit(texts, y_N, np.flatnonzero(~out_N), rng, epochs, learning_rate, progress)
@@ -269,12 +269,12 @@ class DomainClassifier:
         half = np.zeros(len(held), bool)
         for k in range(len(labels)):
             half[np.flatnonzero(y_N[held] == k)[::2]] = True
-        model.temperature = _fit_temperature(logits_NK[half], y_N[held][half])
+        model.temperature = fit_temperature(logits_NK[half], y_N[held][half])
         coincide = coincidences({name: [texts[int(i)] for i in np.flatnonzero(y_N == k)[np.linspace(
             0, (y_N == k).sum() - 1, LOOKED_AT, dtype=int)]] for k, name in enumerate(labels)})
         if coincide:
             warnings.warn(language_warning(coincide), stacklevel=2)
-        return model, _report(labels, _softmax(logits_NK[~half] / model.temperature), y_N[held][~half], coincide)
+        return model, _report(labels, softmax(logits_NK[~half] / model.temperature), y_N[held][~half], coincide)
 
     def _fit(self, texts: Sequence[str], y_N: np.ndarray, train: np.ndarray, rng: np.random.Generator, epochs: int,
              learning_rate: float, progress: Callable[[int, int], None] | None) -> None:
@@ -293,7 +293,7 @@ class DomainClassifier:
                 rows = order[start : start + BATCH]
                 pieces = [_piece(texts[int(i)], rng.random(), rng.random()) for i in rows]
                 idx_S, starts_N, scale_N = sequences(pieces, bits)
-                p_NK = _softmax(self._logits(idx_S, starts_N, scale_N))
+                p_NK = softmax(self._logits(idx_S, starts_N, scale_N))
                 p_NK[np.arange(len(rows)), y_N[rows]] -= 1.0
                 p_NK *= (class_weight[y_N[rows]] / len(rows))[:, None]
                 owner_S = np.repeat(np.arange(len(rows)), np.diff(np.append(starts_N, len(idx_S))))
@@ -323,6 +323,11 @@ class DomainClassifier:
 
     def probabilities(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(p_NK in the order of `names`, empty_N: which texts are too short to say anything)."""
+        logits_NK, empty_N = self.logits(texts)
+        return softmax(logits_NK / self.temperature), empty_N
+
+    def logits(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(logits_NK in the order of `names`, before the temperature; empty_N as of `probabilities`)."""
         import numpy as np
 
         bits = len(self.weights_SK).bit_length() - 1
@@ -331,7 +336,7 @@ class DomainClassifier:
             idx_S, starts_N, scale_N = sequences([text[:READ] for text in texts[i : i + 512]], bits)
             logits.append(self._logits(idx_S, starts_N, scale_N))
             empty.append(scale_N == 0)
-        return _softmax(np.concatenate(logits) / self.temperature), np.concatenate(empty)
+        return np.concatenate(logits), np.concatenate(empty)
 
     def _logits(self, idx_S: np.ndarray, starts_N: np.ndarray, scale_N: np.ndarray) -> np.ndarray:
         import numpy as np
@@ -375,7 +380,7 @@ class DomainClassifier:
             raise DataError(f"{path}: not a domain classifier: {error}") from None
 
 
-def _held_out_rows(texts: Sequence[str], y_N: np.ndarray, labels: Sequence[str], share: float) -> np.ndarray:
+def held_out_rows(texts: Sequence[str], y_N: np.ndarray, labels: Sequence[str], share: float) -> np.ndarray:
     """Which texts are held out, bool [N]: by rank of hash, so that every name has its share."""
     import numpy as np
 
@@ -424,14 +429,14 @@ def sequences(texts: Sequence[str], bits: int) -> tuple[np.ndarray, np.ndarray, 
     return rows_CL[use_CL], first_N, np.where(blank_N, 0, 1 / np.sqrt(count_N)).astype(np.float32)
 
 
-def _softmax(logits_NK: np.ndarray) -> np.ndarray:
+def softmax(logits_NK: np.ndarray) -> np.ndarray:
     import numpy as np
 
     e = np.exp(logits_NK - logits_NK.max(1, keepdims=True)) if len(logits_NK) else logits_NK
     return e / e.sum(1, keepdims=True)
 
 
-def _fit_temperature(logits_NK: np.ndarray, y_N: np.ndarray) -> float:
+def fit_temperature(logits_NK: np.ndarray, y_N: np.ndarray) -> float:
     """The temperature of least cross-entropy, by golden-section search over its logarithm. As in Platt's scaling the
     targets keep 1 / (N + 2) back, or N texts without an error would make the classifier certain of everything."""
     import numpy as np
@@ -442,7 +447,7 @@ def _fit_temperature(logits_NK: np.ndarray, y_N: np.ndarray) -> float:
     target_NK[np.arange(len(y_N)), y_N] = 1 - kept_back
 
     def loss(log_t: float) -> float:
-        return float(-(target_NK * np.log(np.maximum(_softmax(logits_NK / np.exp(log_t)), 1e-12))).sum(1).mean())
+        return float(-(target_NK * np.log(np.maximum(softmax(logits_NK / np.exp(log_t)), 1e-12))).sum(1).mean())
 
     low, high, golden = -3.0, 3.0, (5**0.5 - 1) / 2
     for _ in range(40):

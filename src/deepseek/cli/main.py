@@ -33,6 +33,7 @@ COMMANDS = {  # in the order of the help
     "pull": "put a ready model (mini) together in the user's cache",
     "experts": "install, remove, export, list and verify packages of named experts",
     "knowledge": "put files into knowledge bases, and search in them",
+    "route": "who of a pool of experts, adapters and knowledge bases serves a text",
     "eval": "measure a model on the tasks of lm-evaluation-harness, alone or beside another",
     "infer": "complete a prompt, printing text as it comes",
     "chat": "chat with a model in the terminal",

@@ -1,6 +1,24 @@
-"""What serves a request: knowledge bases that answer it with passages."""
+"""What serves a request: members of a pool that fit it, and knowledge bases that answer it with passages.
+
+Nothing here needs torch.
+"""
 
 from .grounding import Citation, Grounded, ground, question
 from .knowledge import KnowledgeBase, Passage
+from .member import PoolMember
+from .pool import ExpertPool
+from .routing import (
+    BASE,
+    Fusion,
+    RoutingDecision,
+    calculate_relevance,
+    dynamic_routing,
+    extract_keywords,
+    fuse_expert_outputs,
+)
 
-__all__ = ["Citation", "Grounded", "KnowledgeBase", "Passage", "ground", "question"]
+__all__ = [
+    "BASE", "Citation", "ExpertPool", "Fusion", "Grounded", "KnowledgeBase", "Passage", "PoolMember",
+    "RoutingDecision", "calculate_relevance", "dynamic_routing", "extract_keywords", "fuse_expert_outputs", "ground",
+    "question",
+]

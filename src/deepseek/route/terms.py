@@ -22,9 +22,10 @@ _UNITS = {"十": 10, "百": 100, "千": 1000, "万": 10_000}
 _CLAUSE = re.compile(r"第([零〇一二两三四五六七八九十百千万]{1,12}|\d{1,6})条(?:之([一二三四五六七八九十]))?"
                      r"|\b(?:article|section|§) ?(\d{1,6})(?![\w.])")
 _MARK = "clause"  # 264clause
-_ENDINGS = ("ements", "ement", "ments", "ment", "ations", "ation", "ings", "ions", "ing", "ion", "ed",
+ENDINGS = ("ements", "ement", "ments", "ment", "ations", "ation", "ings", "ions", "ing", "ion", "ed",
             "es", "is", "e", "s")
-_PIECE = re.compile(r"([㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]+)|[^\W_]+")
+PIECE = r"([㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]+)|[^\W_]+"
+_PIECE = re.compile(PIECE)
 
 
 def terms(text: str) -> list[str]:
@@ -69,7 +70,7 @@ def _stem(word: str) -> str:
     """Without the first of a few English endings that leaves four letters: diagnosis and diagnosed become diagnos."""
     if not word.isascii() or not word.isalpha():
         return word
-    for ending in _ENDINGS:
+    for ending in ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 4 and not (ending == "s" and word[-2] in "su"):
             return word[: -len(ending)]
     return word

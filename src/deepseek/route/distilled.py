@@ -1,0 +1,123 @@
+"""The classifier of a pool as one small file that decides with numpy alone.
+
+An .npz without pickled objects, at most MOST bytes:
+
+    about       JSON: format, names, temperature, threshold, and what makes terms and sequences of a text
+    sequence    int8 [2^bits, M], sequence_scale [M], bias [M]: the linear classifier over hashed character sequences
+    term        uint32 [T]: CRC-32 of the terms' UTF-8, sorted; weight uint8 [T, M], weight_scale [M]: their weights
+
+The weights are the pool's in 8 bits; of its terms those are kept that change most logits. examples/edge_router.py reads
+it without this package.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ..domain import LENGTHS, sequences, softmax
+from ..domain import READ as CLASSIFIED
+from ..errors import ConfigError, DataError, NotFoundError
+from ..files import write_atomically
+from .pool import ExpertPool
+from .routing import MIN_WEIGHT, READ, TOP
+from .scorers import BITS, K1, SAMPLES, TRAINED, Progress, Sequences, held_out, make_scorer, trained
+from .terms import ENDINGS, PIECE, STOP, terms
+
+MOST = 1_000_000  # bytes of a file
+SEQUENCES = 0.6  # of them for the sequences' weights
+
+
+def distill(pool: ExpertPool, path: str | Path, progress: Progress | None = None) -> float:
+    """Write the classifier of a pool as a file of at most MOST bytes; returns on which share of the pool's held-out
+    samples file and classifier choose the same. Raises ConfigError where a member has too few samples for a
+    classifier, or there are too many members. progress: called with (batches done, batches)."""
+    if not trained(pool.members):
+        few = [f"{member.name}: {len(member.samples)} samples: each member must have at least {SAMPLES}"
+               for member in pool.members if len(member.samples) < SAMPLES]
+        raise ConfigError(few[0] if few else f"a pool of {len(pool)} members: must have 2 to {TRAINED}")
+    members = len(pool)
+    bits = min(BITS, int(np.log2(SEQUENCES * MOST / members)))
+    teacher = make_scorer(pool.members, "classifier", pool.seed, progress)
+    scorer = teacher if bits == BITS else make_scorer(pool.members, "classifier", pool.seed, progress, bits)
+    [evidence] = scorer.more
+    assert isinstance(evidence, Sequences)
+    model = evidence.model
+    sequence, sequence_scale = _rounded(model.weights_SK, 127)
+    weights = scorer.terms
+    dense_VM = np.zeros((len(weights.vocabulary), members), np.float32)
+    dense_VM[np.repeat(np.arange(len(dense_VM)), np.diff(weights.first_V)), weights.member_P] = weights.weight_P
+    texts, _, out_N = held_out(pool.members)
+    seen = Counter(term for text, out in zip(texts, out_N, strict=True) if not out for term in set(terms(text[:READ])))
+    seen_V = np.array([1 + seen[term] for term in weights.words])
+    most = (MOST - sequence.size - 20_000) // (members + 4)
+    kept = np.argsort(-(np.ptp(dense_VM, axis=1) * seen_V), kind="stable")[:most]
+    hash_T = np.array([zlib.crc32(weights.words[i].encode()) for i in kept], np.uint32)
+    order = np.argsort(hash_T, kind="stable")
+    weight, weight_scale = _rounded(dense_VM[kept[order]], 255)
+    about = {"format": 1, "names": [member.name for member in pool.members], "temperature": scorer.temperature,
+             "threshold": scorer.threshold, "top": TOP, "min_weight": MIN_WEIGHT, "k1": K1, "read": READ,
+             "sequences_read": CLASSIFIED, "lengths": LENGTHS, "stop": sorted(STOP), "endings": ENDINGS, "piece": PIECE}
+    buffer = io.BytesIO()
+    np.savez(buffer, about=np.frombuffer(json.dumps(about, ensure_ascii=False).encode(), np.uint8), sequence=sequence,
+             sequence_scale=sequence_scale, bias=model.bias_K.astype(np.float32), term=hash_T[order], weight=weight,
+             weight_scale=weight_scale)
+    if (size := buffer.tell()) > MOST:
+        raise ConfigError(f"{path}: {size:,} bytes: must be at most {MOST:,}; names are too long")
+    write_atomically(path, buffer.getvalue())
+    router = DistilledRouter.load(path)
+    asked = [texts[i] for i in np.flatnonzero(out_N)]
+    return float(np.mean([router.probabilities(text).argmax() == teacher.probabilities(text).argmax()
+                          for text in asked]))
+
+
+def _rounded(weights: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(integers, scales by column) of weights."""
+    scale = np.maximum(np.abs(weights).max(0, initial=0), 1e-9) / most
+    return np.rint(weights / scale).astype(np.int8 if most == 127 else np.uint8), scale.astype(np.float32)
+
+
+class DistilledRouter:
+    """What `distill` wrote: probabilities of the members, `names`, for a text. threshold: below it the base answers."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        about = json.loads(arrays["about"].tobytes())
+        if about["format"] != 1 or tuple(about["lengths"]) != LENGTHS:
+            raise DataError("a router of another format")
+        self.names = tuple(about["names"])
+        self.temperature, self.threshold = float(about["temperature"]), float(about["threshold"])
+        self._row = {int(h): i for i, h in enumerate(arrays["term"])}
+        self._arrays = arrays
+        self._bits = len(arrays["sequence"]).bit_length() - 1
+
+    @classmethod
+    def load(cls, path: str | Path) -> DistilledRouter:
+        """Raises NotFoundError, or DataError naming the file."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(dict(file))
+        except FileNotFoundError:
+            raise NotFoundError(f"{path}: no such file") from None
+        except Exception as error:  # zip, JSON and numpy each have their own for a damaged file
+            raise DataError(f"{path}: not a distilled router: {error}") from None
+
+    def probabilities(self, text: str) -> np.ndarray:
+        """Of the members, in the order of `names`; 0 for all where the text says nothing."""
+        arrays = self._arrays
+        row_S, _, scale_N = sequences([text[:CLASSIFIED]], self._bits)
+        sums_M = np.take(arrays["sequence"], row_S, axis=0).sum(0, dtype=np.int32)
+        logits_M = sums_M * arrays["sequence_scale"] * scale_N[0] + arrays["bias"]
+        counts = Counter(row for term in terms(text[:READ])
+                         if (row := self._row.get(zlib.crc32(term.encode()))) is not None)
+        if counts:
+            n_T = np.fromiter(counts.values(), np.float32)
+            weight_TM = np.take(arrays["weight"], np.fromiter(counts, np.int64), axis=0)
+            logits_M = logits_M + (n_T / (n_T + K1)) @ weight_TM * arrays["weight_scale"] / np.sqrt(len(counts))
+        elif not scale_N[0]:
+            return np.zeros(len(self.names))
+        return softmax(logits_M[None] / self.temperature)[0]

@@ -1,0 +1,59 @@
+"""A member of a pool, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from ..errors import ConfigError, nearest, shown
+from ..settings import is_number
+from .routing import BASE
+
+MemberKind = Literal["experts", "adapter", "knowledge"]
+KINDS = get_args(MemberKind)
+
+
+@dataclass(frozen=True)
+class PoolMember:
+    """An expert of a pool. kind: `experts` (a named group of the model's atlas, by its name), `adapter` (a LoRA adapter
+    or an expert delta) or `knowledge` (a knowledge base); the last two lie at `path`. domain: what it is for, in words.
+    keywords: {keyword: weight}, or those of weight None, which follows from how many members share them. samples: texts
+    as requests of its domain look. Raises ConfigError naming key, rule and value."""
+
+    name: str
+    domain: str
+    kind: MemberKind = "experts"
+    path: Path | None = None
+    keywords: Mapping[str, float | None] = field(default_factory=dict)
+    samples: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("name", "domain"):
+            if not isinstance(value := getattr(self, key), str) or not value.strip():
+                raise ConfigError(f"{key} = {shown(value)}: must be a text that is not empty")
+        if not self.name.isprintable() or self.name == BASE.name:
+            raise ConfigError(f"name = {self.name!r}: must be printable, and not {BASE.name!r}, the model "
+                              "itself")
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind = {shown(self.kind)}: must be {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+                              f"{nearest(str(self.kind), KINDS)}")
+        if self.kind == "experts" and self.path is not None:
+            raise ConfigError(f"path = {shown(str(self.path))}: must not be given with kind experts, which the model "
+                              "itself holds")
+        if self.kind != "experts" and self.path is None:
+            raise ConfigError(f"path: must be given with kind {self.kind}")
+        words = self.keywords
+        if not isinstance(words, Mapping | list | tuple):
+            raise ConfigError(f"keywords = {shown(words)}: must be a list of texts, or of texts with weights")
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                raise ConfigError(f"keywords: {shown(word)}: must be a text that is not empty")
+        words = words if isinstance(words, Mapping) else dict.fromkeys(words)
+        for word, weight in words.items():
+            if weight is not None and (not is_number(weight) or weight <= 0):
+                raise ConfigError(f"keywords: {word} = {shown(weight)}: must be a positive number")
+        object.__setattr__(self, "keywords", words)
+        if not isinstance(self.samples, list | tuple) or not all(isinstance(text, str) for text in self.samples):
+            raise ConfigError(f"samples = {shown(self.samples)}: must be a list of texts")

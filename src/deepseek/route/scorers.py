@@ -1,0 +1,251 @@
+"""Text -> the probability of each member of a pool. Two scorers, both calibrated on samples that they have not seen.
+
+keywords    BM25 with weights of its own for each member. Of term t (terms.py) and member m
+
+                weight_tm = max(0, logit(share of m's samples with t) - logit(mean share of the other members'))
+                            + GIVEN * (the weight that is given, or the inverse frequency of t among the members'
+                                       keywords and descriptions, for the terms of these)
+                logit_m   = sum over t in the text of weight_tm * n_t / (n_t + K1), / sqrt(number of these terms)
+
+            (Robertson and Sparck Jones' relevance weight where there are samples, plain TF-IDF where there are none).
+            A text without a known term has no member.
+
+classifier  the same, plus the logits of a linear classifier over hashed character sequences (deepseek.domain), trained
+            on the samples: the one knows what words mean for a domain, the other the form of its texts. In a pool of
+            more than TRAINED members, or where a member has fewer than SAMPLES samples, centroids take its place:
+            hashed sequences with inverse frequencies, added up with signs into WIDTH numbers, and cosines with the
+            members' means.
+
+Probabilities are softmax(logits / temperature). Temperature and threshold come from HELD_OUT of the samples: the
+temperature of least cross-entropy, and the threshold that COVERAGE of them reach, at most ENOUGH: a member that is
+likelier than all others together always answers. With too few samples the temperature is 1 and the threshold 0.
+
+Shape letters: M members, T terms, P (term, member) pairs, V vocabulary, D numbers of a centroid, N texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ..domain import READ as CLASSIFIED
+from ..domain import DomainClassifier, fit_temperature, held_out_rows, sequences, softmax
+from .routing import READ
+from .terms import terms
+
+if TYPE_CHECKING:
+    from .member import PoolMember
+
+K1 = 1.2  # BM25's
+GIVEN = 3.0
+HELD_OUT = 0.1
+COVERAGE, ENOUGH = 0.98, 0.5
+SAMPLES = 4  # of a member, to hold some out
+TRAINED = 64  # members that a classifier tells apart
+BITS = 16  # of the classifier's hash
+CENTROID_BITS, WIDTH, COSINE = 18, 512, 10.0  # COSINE: what one is worth in logits
+Progress = Callable[[int, int], None]
+
+
+class Scorer(Protocol):
+    """What a pool asks: probabilities, 0 for all where a text says nothing; and which terms spoke for a member."""
+
+    threshold: float
+
+    def probabilities(self, text: str) -> np.ndarray: ...
+
+    def keywords(self, text: str, member: int) -> dict[str, float]: ...
+
+
+class Evidence(Protocol):
+    """Logits of every member, and whether the text says anything."""
+
+    def logits(self, text: str) -> tuple[np.ndarray, bool]: ...
+
+
+class TermWeights:
+    """The keywords' evidence. samples: of every member, those that may be looked at."""
+
+    def __init__(self, members: Sequence[PoolMember], samples: Sequence[Sequence[str]]) -> None:
+        weights = _sample_weights(samples)
+        given: list[dict[str, float | None]] = []
+        for member in members:
+            own: dict[str, float | None] = dict.fromkeys(terms(member.domain))
+            for word, weight in member.keywords.items():
+                own.update(dict.fromkeys(terms(word), weight))
+            given.append(own)
+        shared = Counter(term for own in given for term in own)
+        rarest = _inverse(1, len(members))
+        for own, of_member in zip(given, weights, strict=True):
+            for term, weight in own.items():
+                weight = _inverse(shared[term], len(members)) / rarest if weight is None else weight
+                of_member[term] = of_member.get(term, 0.0) + GIVEN * weight
+        postings: dict[str, list[tuple[int, float]]] = {}
+        for m, of_member in enumerate(weights):
+            for term, weight in of_member.items():
+                postings.setdefault(term, []).append((m, weight))
+        self.members = len(members)
+        self.words = list(postings)
+        self.vocabulary = {term: i for i, term in enumerate(self.words)}
+        pairs = [pair for own in postings.values() for pair in own]
+        self.member_P = np.array([m for m, _ in pairs], np.int64)
+        self.weight_P = np.array([weight for _, weight in pairs], np.float32)
+        self.first_V = np.cumsum([0, *map(len, postings.values())])
+
+    def _found(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers of the known terms in a text, what their counts make of their weights)."""
+        counts = Counter(filter(self.vocabulary.__contains__, terms(text[:READ])))
+        id_T = np.fromiter(map(self.vocabulary.__getitem__, counts), np.int64, len(counts))
+        n_T = np.fromiter(counts.values(), np.float32, len(counts))
+        return id_T, n_T / (n_T + K1)
+
+    def logits(self, text: str) -> tuple[np.ndarray, bool]:
+        id_T, saturated_T = self._found(text)
+        if not len(id_T):
+            return np.zeros(self.members), False
+        first_T = self.first_V[id_T]
+        size_T = self.first_V[id_T + 1] - first_T
+        at_P = np.arange(size_T.sum()) + np.repeat(first_T - (np.cumsum(size_T) - size_T), size_T)
+        value_P = self.weight_P[at_P] * np.repeat(saturated_T, size_T)
+        return np.bincount(self.member_P[at_P], value_P, self.members) / math.sqrt(len(id_T)), True
+
+    def keywords(self, text: str, member: int, most: int = 10) -> dict[str, float]:
+        """The terms that speak most for a member against the mean of all, with what they add to its logit."""
+        id_T, saturated_T = self._found(text)
+        found: dict[str, float] = {}
+        for i, saturated in zip(id_T, saturated_T, strict=True):
+            of = slice(self.first_V[i], self.first_V[i + 1])
+            own = self.weight_P[of][self.member_P[of] == member].sum()
+            if (more := float(own - self.weight_P[of].sum() / self.members)) > 0:
+                found[self.words[i]] = more * float(saturated) / math.sqrt(len(id_T))
+        return dict(sorted(found.items(), key=lambda one: (-one[1], one[0]))[:most])
+
+
+def _inverse(shared: int, members: int) -> float:
+    """BM25's inverse frequency of a term that so many members share."""
+    return math.log(1 + (members - shared + 0.5) / (shared + 0.5))
+
+
+def _sample_weights(samples: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """{term: relevance weight} of each member, of the terms in its samples that are rarer elsewhere."""
+    counted = [Counter(term for text in own for term in set(terms(text[:READ]))) for own in samples]
+    shares: dict[str, float] = {}  # summed over the members
+    for own, counts in zip(samples, counted, strict=True):
+        for term, n in counts.items():
+            shares[term] = shares.get(term, 0.0) + n / len(own)
+    texts, others = sum(map(len, samples)), max(1, sum(map(bool, samples)) - 1)
+    out: list[dict[str, float]] = []
+    for own, counts in zip(samples, counted, strict=True):
+        weights = {}
+        for term, n in counts.items():
+            elsewhere = max(shares[term] - n / len(own), 0.0) / others + 0.5 / (texts - len(own) + 1)
+            if (weight := _logit((n + 0.1) / (len(own) + 0.2)) - _logit(elsewhere)) > 0:
+                weights[term] = weight
+        out.append(weights)
+    return out
+
+
+def _logit(share: float) -> float:
+    share = min(share, 0.999)
+    return math.log(share / (1 - share))
+
+
+class Sequences:
+    """The trained classifier's evidence."""
+
+    def __init__(self, members: Sequence[PoolMember], seed: int = 0, progress: Progress | None = None,
+                 bits: int = BITS) -> None:
+        texts = [text for member in members for text in member.samples]
+        names = [f"{m:06d}" for m, member in enumerate(members) for _ in member.samples]  # sorted as members are
+        self.model, _ = DomainClassifier.train(texts, names, bits=bits, held_out=HELD_OUT, seed=seed, progress=progress)
+
+    def logits(self, text: str) -> tuple[np.ndarray, bool]:
+        logits_NM, empty_N = self.model.logits([text])
+        return logits_NM[0], not empty_N[0]
+
+
+class Centroids:
+    """Cosines with the means of the members' texts, as evidence."""
+
+    def __init__(self, members: Sequence[PoolMember], samples: Sequence[Sequence[str]]) -> None:
+        texts = [[member.domain, *member.keywords, *own] for member, own in zip(members, samples, strict=True)]
+        shared_R = np.zeros(1 << CENTROID_BITS, np.int32)
+        for own in texts:
+            shared_R[np.unique(sequences([text[:CLASSIFIED] for text in own], CENTROID_BITS)[0])] += 1
+        self.inverse_R = np.log1p(len(members) / (1.0 + shared_R)).astype(np.float32)
+        self.centroid_MD = np.stack([_unit(np.sum([self._sketch(text) for text in own], axis=0)) for own in texts])
+
+    def _sketch(self, text: str) -> np.ndarray:
+        row_S = sequences([text[:CLASSIFIED]], CENTROID_BITS)[0]
+        sign_S = np.where(row_S & WIDTH, np.float32(1), np.float32(-1))
+        return _unit(np.bincount(row_S % WIDTH, sign_S * self.inverse_R[row_S], WIDTH).astype(np.float32))
+
+    def logits(self, text: str) -> tuple[np.ndarray, bool]:
+        return self.centroid_MD @ self._sketch(text) * np.float32(COSINE), bool(text.strip())
+
+
+def _unit(v_D: np.ndarray) -> np.ndarray:
+    return v_D / max(float(np.sqrt(v_D @ v_D)), 1e-9)
+
+
+class SummedScorer:
+    """Evidence added up, calibrated. terms: the first of it."""
+
+    def __init__(self, terms: TermWeights, *more: Evidence) -> None:
+        self.terms, self.more = terms, more
+        self.temperature, self.threshold = 1.0, 0.0
+
+    def logits(self, text: str) -> tuple[np.ndarray, bool]:
+        logits_M, said = self.terms.logits(text)
+        for one in self.more:
+            also_M, spoken = one.logits(text)
+            logits_M, said = logits_M + also_M, said or spoken
+        return logits_M, said
+
+    def probabilities(self, text: str) -> np.ndarray:
+        logits_M, said = self.logits(text)
+        return softmax(logits_M[None] / self.temperature)[0] if said else np.zeros(len(logits_M))
+
+    def keywords(self, text: str, member: int) -> dict[str, float]:
+        return self.terms.keywords(text, member)
+
+    def calibrate(self, texts: Sequence[str], member_N: np.ndarray) -> None:
+        """Set temperature and threshold by texts that were not looked at, and their members."""
+        logits_NM = np.stack([self.logits(text)[0] for text in texts])
+        self.temperature = fit_temperature(logits_NM, member_N)
+        sure_N = softmax(logits_NM / self.temperature).max(1)
+        self.threshold = min(ENOUGH, float(np.quantile(sure_N, 1 - COVERAGE)))
+
+
+def trained(members: Sequence[PoolMember]) -> bool:
+    """Whether the samples suffice for a trained classifier and for calibration."""
+    return 1 < len(members) <= TRAINED and all(len(member.samples) >= SAMPLES for member in members)
+
+
+def held_out(members: Sequence[PoolMember]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(texts_N of all samples, member_N, out_N: those that no scorer looks at before it is calibrated)."""
+    member_N = np.array([m for m, member in enumerate(members) for _ in member.samples], np.int64)
+    texts = [text for member in members for text in member.samples]
+    return texts, member_N, held_out_rows(texts, member_N, [member.name for member in members], HELD_OUT)
+
+
+def make_scorer(members: Sequence[PoolMember], name: str, seed: int = 0, progress: Progress | None = None,
+                bits: int = BITS) -> SummedScorer:
+    """A calibrated scorer of some members. name: `keywords` or `classifier`. bits: of the classifier's hash."""
+    enough = trained(members)
+    if enough:
+        texts, member_N, out_N = held_out(members)
+        seen = [[texts[i] for i in np.flatnonzero((member_N == m) & ~out_N)] for m in range(len(members))]
+    else:
+        seen = [list(member.samples) for member in members]
+    more: list[Evidence] = []
+    if name == "classifier":
+        more = [Sequences(members, seed, progress, bits) if enough else Centroids(members, seen)]
+    scorer = SummedScorer(TermWeights(members, seen), *more)
+    if enough:
+        scorer.calibrate([texts[i] for i in np.flatnonzero(out_N)], member_N[out_N])
+    return scorer
