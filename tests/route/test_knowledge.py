@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
@@ -289,3 +290,55 @@ def test_a_base_without_passages_finds_nothing(base: KnowledgeBase, tmp_path: Pa
     assert base.search("gout") == []
     assert base.add([tmp_path / "law.md"]) == (1, 0, 0)
     assert base.search("肖像权")
+
+
+# ---- an embedding model of the user's choice ------------------------------------------------------------------------
+
+
+def by_letters(texts: list[str]) -> list[list[float]]:
+    return [[text.lower().count(letter) + 0.01 for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+
+
+def test_an_embedding_function(tmp_path: Path) -> None:
+    (tmp_path / "medicine.md").write_text(MEDICINE, encoding="utf-8")
+    path = tmp_path / "base.knowledge"
+    base = KnowledgeBase(path, embedding=by_letters)
+    base.add([tmp_path / "medicine.md"])
+    assert base.search("symptoms of gout")[0].section == "Gout > Symptoms"
+    by_cosine = base.search("zzz", mode="dense")  # no word of it is there; the function has vectors all the same
+    assert len(by_cosine) == 3 and 0 < by_cosine[0].similarity <= 1.001
+    with pytest.raises(ConfigError, match="was made with an embedding function, which must be given"):
+        KnowledgeBase(path).search("gout")
+    with pytest.raises(ConfigError, match="embedding = 'model2vec:x': the base has function"):
+        KnowledgeBase(path, embedding="model2vec:x").search("gout")
+    with pytest.raises(ConfigError, match=r"array of shape \(1, 3\) for 1 texts: must be \(1, 26\)"):
+        KnowledgeBase(path, embedding=lambda texts: [[1, 2, 3] for _ in texts]).search("gout")
+
+
+def test_embeddings_that_cannot_be(base: KnowledgeBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "model2vec", None)
+    with pytest.raises(ConfigError, match="embedding = 'function': the base has vectors of its own"):
+        KnowledgeBase(base.path, embedding=by_letters).search("gout")
+    for name, message in (("bert", "must be a function, or LIBRARY:MODEL"),
+                          ("model2vec:x", "model2vec is not installed")):
+        with pytest.raises(ConfigError, match=message):
+            KnowledgeBase(tmp_path / "other.knowledge", embedding=name).add([tmp_path / "law.md"])
+    assert not (tmp_path / "other.knowledge").exists()
+
+
+def test_vectors_that_are_missing_after_a_failure_are_made_by_the_next_add(tmp_path: Path) -> None:
+    (tmp_path / "medicine.md").write_text(MEDICINE, encoding="utf-8")
+    calls = []
+
+    def failing(texts: list[str]) -> list[list[float]]:
+        calls.append(len(texts))
+        if len(calls) == 1:
+            raise RuntimeError("no more memory")
+        return by_letters(texts)
+
+    base = KnowledgeBase(tmp_path / "base.knowledge", embedding=failing)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        base.add([tmp_path / "medicine.md"])
+    assert base.search("symptoms of gout")[0].section == "Gout > Symptoms", "BM25 has it"
+    base.add([tmp_path / "medicine.md"])
+    assert base.search("symptoms of gout")[0].similarity > 0

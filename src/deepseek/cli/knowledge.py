@@ -23,6 +23,9 @@ class AddOptions(Settings):
     encoding: Annotated[str, Option("of text and HTML that do not say theirs")] = "utf-8"
     passage_size: Annotated[int | None, Option(
         "characters of a passage at most, of a new base; 1000 if not given", COUNT)] = None
+    embedding: Annotated[str | None, Option(
+        "embedding model of a new base, model2vec:MODEL or sentence-transformers:MODEL (a folder or a hub id); else "
+        "vectors are fitted on the base", metavar="LIBRARY:MODEL")] = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def add(args: argparse.Namespace) -> None:
     from ..route import KnowledgeBase
 
     options = make(args, AddOptions)
-    base = KnowledgeBase(args.name, passage_size=options.passage_size)
+    base = KnowledgeBase(args.name, passage_size=options.passage_size, embedding=options.embedding)
     done = base.add(args.files, encoding=options.encoding, progress=True)
     files = base.files()
     print(f"{done.new} new, {done.changed} changed, {done.unchanged} unchanged; the base has {len(files):,} files, "

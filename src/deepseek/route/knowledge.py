@@ -7,7 +7,7 @@
 
 Two rankings are joined (retrieval.py): BM25, which knows names and numbers of clauses, and vectors, which know that
 words belong together. The vectors are TF-IDF through a truncated SVD of the base itself, which is fitted again when the
-base has doubled.
+base has doubled, or those of an embedding model of the user's choice.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..errors import ConfigError, DataError, MoEDRError, NotFoundError, RequestE
 from ..files import locked, sha256
 from ..progress import ProgressBar
 from .documents import read_document
+from .embedding import OWN, Embedding, embed, load
 from .passages import passages
 from .retrieval import BM25, Counts, Floats, Projection, alone, best, fuse
 from .store import FileEntry, PassageRow, Store
@@ -39,8 +40,10 @@ from .terms import clauses, terms
 Mode = Literal["hybrid", "rrf", "bm25", "dense"]
 SUFFIX = ".knowledge"
 SIZE = 1000  # characters of a passage at most
+_terms = lru_cache(256)(terms)  # of titles, which many passages share
 DEPTH = 100  # passages of each ranking that are looked at
-DENSE = 0.1  # of a cosine beside BM25
+DENSE, EMBEDDED = 0.1, 1.0  # of a cosine beside BM25: of own vectors, of an embedding model
+_BATCH = 256  # texts for an embedding model at a time
 HEADINGS = 6  # how often a title above a passage counts
 _COMMIT = 0.5  # seconds between two of them
 _RECENT = 2 * 10**9  # nanoseconds: a file that is so new may change again without a new time
@@ -97,14 +100,19 @@ class KnowledgeBase:
     """Passages of files, and search in them. Threads may share one; one process at a time writes.
 
     name: of a base in the user's data folder, or a path (with a `/`, or one that ends in `.knowledge`). The file is
-    made by the first `add`. passage_size: characters of a passage at most, 1,000 if the base is new.
+    made by the first `add`. passage_size: characters of a passage at most, 1,000 if the base is new. embedding: of a
+    new base, a function of a list of texts that returns (N, D) numbers, or a model, such as `model2vec:FOLDER` or
+    `sentence-transformers:HUB_ID`, which the base remembers.
 
-    Raises ConfigError for a name that cannot be one, and for a size that is not the base's.
+    Raises ConfigError for a name that cannot be one, and for a size or an embedding that is not the base's.
     """
 
-    def __init__(self, name: str | Path, *, passage_size: int | None = None) -> None:
+    def __init__(self, name: str | Path, *, passage_size: int | None = None,
+                 embedding: Embedding | str | None = None) -> None:
         self.path = _path_of(name)
         self.passage_size = passage_size
+        self._given = embedding
+        self._embedding: Embedding | None = None if isinstance(embedding, str) else embedding
         self._lock = threading.RLock()
         self._store: Store | None = None
         self._index: _Index | None = None
@@ -133,13 +141,14 @@ class KnowledgeBase:
             index = self._loaded()
             ids, named = self._opened().ids_of(said), self._opened().ids_of(clauses(said))
         bm25 = index.bm25.scores(ids)
-        similarity = self._similarity(index, ids)
+        similarity = self._similarity(index, ids, query)
         depth = max(DEPTH, 2 * top_k)
         if mode == "rrf":
             scores = fuse([best(bm25, depth), best(similarity, depth),
                            *([best(bm25 * index.bm25.has(named), depth)] if named else [])], len(bm25))
         elif mode == "hybrid":
-            scores = bm25 / max(float(bm25.max(initial=0)), 1e-9) + DENSE * similarity + index.bm25.has(named)
+            scores = bm25 / max(float(bm25.max(initial=0)), 1e-9) + (
+                EMBEDDED if self._embedding else DENSE) * similarity + index.bm25.has(named)
         else:
             scores = bm25 if mode == "bm25" else similarity
         return self._read(index, scores, best(scores, depth), bm25, similarity, top_k)
@@ -156,14 +165,16 @@ class KnowledgeBase:
                     found[row[-1]] = Passage(*row, float(scores[place]), float(bm25[place]), float(similarity[place]))
         return list(found.values())
 
-    def _similarity(self, index: _Index, ids: Sequence[int]) -> Floats:
+    def _similarity(self, index: _Index, ids: Sequence[int], query: str) -> Floats:
+        if self._embedding is not None and query.strip() and index.vectors.shape[1]:
+            return index.vectors @ embed(self._embedding, [query], index.vectors.shape[1])[0]
         if index.projection is None:
             return np.zeros(len(index.ids), np.float32)
         counted = sorted(Counter(ids).items())
-        query = Counts(np.array([one for one, _ in counted], np.int32), np.array([n for _, n in counted], np.int32),
+        asked = Counts(np.array([one for one, _ in counted], np.int32), np.array([n for _, n in counted], np.int32),
                        np.array([len(counted)]))
         with alone():
-            return index.vectors @ index.projection.project(query)[0]
+            return index.vectors @ index.projection.project(asked)[0]
 
     def _opened(self) -> Store:
         if self._store is None:
@@ -180,13 +191,15 @@ class KnowledgeBase:
             self._version = store.version
             rows = store.rows()
             counts = _counts(rows)
+            self._check_embedding(store)
             projection = _projection(store)
-            if projection is None and rows:  # killed before the first one was written
+            if projection is None and rows and self._embedding is None:  # killed before the first one was written
                 projection = Projection.fit(counts)
-            dims = projection.vectors.shape[1] if projection else 0
+            dims = projection.vectors.shape[1] if projection else store.fact("dimensions") or 0
             there = np.array([row[3] is not None for row in rows], bool)
             vectors = np.zeros((len(rows), dims), np.float32)
-            vectors[there] = np.frombuffer(b"".join(row[3] or b"" for row in rows), np.float16).reshape(-1, dims)
+            if there.any():
+                vectors[there] = np.frombuffer(b"".join(row[3] or b"" for row in rows), np.float16).reshape(-1, dims)
             if projection is not None and not there.all():
                 vectors[~there] = projection.project(_counts([row for row in rows if row[3] is None]))
             self._index = _Index(np.array([row[0] for row in rows], np.int64), BM25(counts), projection, vectors)
@@ -205,11 +218,14 @@ class KnowledgeBase:
             codecs.lookup(encoding)
         except LookupError:
             raise ConfigError(f"encoding = {encoding!r}: no such encoding") from None
+        if isinstance(self._given, str) and self._embedding is None:
+            self._embedding = load(self._given)  # before there is a base that needs it
         with self._lock, locked(self.path), alone():
             if self._store is None:
                 self._store = Store(self.path, create=True)
             store = self._store
             size = self._size(store)
+            self._check_embedding(store)
             done, failed = self._add(store, paths, encoding, size, progress)
             self._finish(store)
             self._index = None
@@ -224,10 +240,36 @@ class KnowledgeBase:
         if stored is None:
             stored = SIZE if self.passage_size is None else self.passage_size
             with store.transaction():
-                store.set_facts(passage_size=stored)
+                store.set_facts(passage_size=stored, embedding=self._name() or "")
         elif self.passage_size not in (None, stored):
             raise ConfigError(f"passage_size = {self.passage_size}: the base has {stored}; a new base may have another")
         return stored
+
+    def _name(self) -> str | None:
+        return self._given if isinstance(self._given, str) else None if self._given is None else OWN
+
+    def _check_embedding(self, store: Store) -> None:
+        """Have the embedding of the base. Raises ConfigError where another is given, or a function that is needed is
+        not."""
+        stored = store.fact("embedding") or None
+        if self._given is not None and self._name() != stored:
+            raise ConfigError(f"embedding = {self._name()!r}: the base has {stored or 'vectors of its own'}; a new "
+                              "base may have another")
+        if stored == OWN and self._given is None:
+            raise ConfigError(f"{self.path}: was made with an embedding function, which must be given: embedding")
+        if stored is not None and self._embedding is None:
+            self._embedding = load(stored)
+
+    def _embed(self, store: Store, embedding: Embedding) -> None:
+        """Vectors of the embedding model for the passages that have none, a transaction a batch."""
+        todo = [row[0] for row in store.rows(unfinished=True)]
+        for start in range(0, len(todo), _BATCH):
+            found = {row[0]: f"{row[2]}\n{row[5]}" for row in store.passages(todo[start : start + _BATCH])}
+            vectors = embed(embedding, [*found.values()], store.fact("dimensions"))
+            with store.transaction():
+                store.set_facts(dimensions=vectors.shape[1])
+                store.set_vectors((vector.astype(np.float16).tobytes(), one)
+                                  for one, vector in zip(found, vectors, strict=True))
 
     def _add(self, store: Store, paths: list[Path], encoding: str, size: int, progress: bool,
              ) -> tuple[Added, list[str]]:
@@ -270,6 +312,8 @@ class KnowledgeBase:
 
     def _finish(self, store: Store) -> None:
         """Vectors for the passages that have none; for all, if as many are new as were there at the last fit."""
+        if self._embedding is not None:
+            return self._embed(store, self._embedding)
         unfinished = store.rows(unfinished=True)
         if not unfinished:
             return
@@ -341,11 +385,6 @@ def _rows(text: str, cuts: Iterable[tuple[tuple[str, ...], int, int]], vocabular
         ids = sorted(counted)
         yield PassageRow(section, start, end, said, np.array(ids, np.int32).tobytes(),
                          np.array([counted[one] for one in ids], np.int32).tobytes(), None)
-
-
-@lru_cache(256)
-def _terms(section: str) -> tuple[str, ...]:
-    return tuple(terms(section))
 
 
 def _counts(rows: Sequence[tuple[int, bytes, bytes, bytes | None]]) -> Counts:
