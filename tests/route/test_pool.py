@@ -16,7 +16,7 @@ from deepseek.cli import main
 from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.route import PoolMember
 from deepseek.route.distilled import DistilledRouter, distill
-from deepseek.route.scorers import TRAINED, Centroids, Sequences, SummedScorer
+from deepseek.route.scorers import TRAINED, Centroids, Sequences
 from tests.helpers import ROOT
 
 WORDS = {"law": "court judge appeal verdict plaintiff statute 法院 判决 原告 合同".split(),
@@ -191,17 +191,16 @@ def test_many_members_or_few_samples_take_centroids() -> None:
     words = ["".join(draw.choices("bcdfghklmnprst", k=6)) for _ in range(3 * (TRAINED + 40))]
     many = [PoolMember(f"m{i}", " ".join(words[3 * i : 3 * i + 3])) for i in range(TRAINED + 40)]
     pool = ExpertPool(many, "classifier")
-    assert isinstance(pool.scorer, SummedScorer) and isinstance(pool.scorer.more[0], Centroids)
+    assert isinstance(pool.scorer.more[0], Centroids)
     assert [pool.route(f"about {words[3 * i]} and {words[3 * i + 1]}").fusion.names[0] for i in range(0, 100, 7)] == [
         f"m{i}" for i in range(0, 100, 7)]
     few = ExpertPool([PoolMember("a", "x", samples=["court"]), PoolMember("b", "y")], "classifier")
-    assert isinstance(few.scorer, SummedScorer) and isinstance(few.scorer.more[0], Centroids)
+    assert isinstance(few.scorer.more[0], Centroids)
     assert few.route("court").fusion.names[0] == "a"
 
 
 def test_logits_of_the_sparse_weights_equal_the_formula() -> None:
     scorer = ExpertPool(members()).scorer
-    assert isinstance(scorer, SummedScorer)
     weights = scorer.terms
     dense = np.zeros((len(weights.vocabulary), 3))
     for v in range(len(dense)):
@@ -275,7 +274,7 @@ def test_what_cannot_be_distilled_or_read_is_said(tmp_path: Path) -> None:
 
 def test_the_trained_classifier_is_the_one_of_the_data_pipeline(pools: dict[str, ExpertPool]) -> None:
     scorer = pools["classifier"].scorer
-    assert isinstance(scorer, SummedScorer) and isinstance(scorer.more[0], Sequences)
+    assert isinstance(scorer.more[0], Sequences)
     texts = samples("law", 3, seed=5)
     for text in texts:
         terms, _ = scorer.terms.logits(text)

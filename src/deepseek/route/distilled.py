@@ -43,7 +43,8 @@ def distill(pool: ExpertPool, path: str | Path, progress: Progress | None = None
         raise ConfigError(few[0] if few else f"a pool of {len(pool)} members: must have 2 to {TRAINED}")
     members = len(pool)
     bits = min(BITS, int(np.log2(SEQUENCES * MOST / members)))
-    teacher = make_scorer(pool.members, "classifier", pool.seed, progress)
+    teacher = pool.scorer if pool.scorer_name == "classifier" else (
+        make_scorer(pool.members, "classifier", pool.seed, progress))
     scorer = teacher if bits == BITS else make_scorer(pool.members, "classifier", pool.seed, progress, bits)
     [evidence] = scorer.more
     assert isinstance(evidence, Sequences)

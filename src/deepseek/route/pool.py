@@ -25,7 +25,7 @@ from .knowledge import SUFFIX
 from .knowledge import folder as knowledge_folder
 from .member import PoolMember
 from .routing import READ, TOP, Fusion, RoutingDecision, fuse_expert_outputs
-from .scorers import Scorer, make_scorer
+from .scorers import SummedScorer, make_scorer
 
 ScorerName = Literal["keywords", "classifier"]
 SCORERS = get_args(ScorerName)
@@ -71,7 +71,7 @@ class ExpertPool:
                               f"{nearest(str(name), known)}") from None
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def scorer(self) -> SummedScorer:
         """What gives every member its probability."""
         return make_scorer(self.members, self.scorer_name, self.seed)
 

@@ -51,16 +51,6 @@ CENTROID_BITS, WIDTH, COSINE = 18, 512, 10.0  # COSINE: what one is worth in log
 Progress = Callable[[int, int], None]
 
 
-class Scorer(Protocol):
-    """What a pool asks: probabilities, 0 for all where a text says nothing; and which terms spoke for a member."""
-
-    threshold: float
-
-    def probabilities(self, text: str) -> np.ndarray: ...
-
-    def keywords(self, text: str, member: int) -> dict[str, float]: ...
-
-
 class Evidence(Protocol):
     """Logits of every member, and whether the text says anything."""
 
@@ -193,7 +183,8 @@ def _unit(v_D: np.ndarray) -> np.ndarray:
 
 
 class SummedScorer:
-    """Evidence added up, calibrated. terms: the first of it."""
+    """Evidence added up, calibrated: the interface of both scorers. terms: the first of it. threshold: the probability
+    below which no member fits."""
 
     def __init__(self, terms: TermWeights, *more: Evidence) -> None:
         self.terms, self.more = terms, more
@@ -207,6 +198,7 @@ class SummedScorer:
         return logits_M, said
 
     def probabilities(self, text: str) -> np.ndarray:
+        """Of every member; 0 for all where the text says nothing."""
         logits_M, said = self.logits(text)
         return softmax(logits_M[None] / self.temperature)[0] if said else np.zeros(len(logits_M))
 
