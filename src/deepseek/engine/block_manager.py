@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from ..model.adapters import Adapter
 from ..model.cache import PAGE, LatentPool
 from .prefix_tree import PrefixNode, PrefixTree, Token
 
@@ -77,7 +78,7 @@ class BlockManager:
         del self.evictable[page]
         return page
 
-    def match_prefix(self, table: BlockTable, tokens: Sequence[Token], adapter: str | None = None) -> int:
+    def match_prefix(self, table: BlockTable, tokens: Sequence[Token], adapter: Adapter | None = None) -> int:
         """Fill an empty table with the cached pages of the longest known prefix of `tokens`; returns its positions."""
         assert not table.pages
         if not self.prefix_cache:
@@ -100,7 +101,7 @@ class BlockManager:
             node, at = child, at + PAGE
         return at
 
-    def insert_prefix(self, table: BlockTable, tokens: Sequence[Token], adapter: str | None = None) -> None:
+    def insert_prefix(self, table: BlockTable, tokens: Sequence[Token], adapter: Adapter | None = None) -> None:
         """Insert computed pages; on a duplicate, switch to the cached page, which holds the same numbers, and free
         ours."""
         if not self.prefix_cache:

@@ -30,7 +30,7 @@ from ..atlas.atlas import Shape
 from ..config import ModelConfig
 from ..errors import ConfigError, RequestError
 from ..model import CausalLM
-from ..model.adapters import names_on
+from ..model.adapters import names_on, parts_of
 from ..model.cache import PAGE, LatentPool
 from ..quant.native_stack import NativeStack
 from .block_manager import BlockManager, pages_needed
@@ -113,10 +113,11 @@ class Engine:
                                f"{self.block_manager.count * PAGE} (cache_tokens)")
         for request in requests:
             self._check_ids(request)
-            if request.adapter is not None and request.adapter not in self.adapters:
-                raise RequestError(f"adapter = {request.adapter!r}: there is "
+            members = [name for name, _ in parts_of(request.adapter)]
+            if unknown := [name for name in members if name not in self.adapters]:
+                raise RequestError(f"adapter = {unknown[0]!r}: there is "
                                    f"{', '.join(map(repr, self.adapters)) or 'none'}")
-            request.sequence.attn_impl = "absorbed" if request.adapter in self._absorbed else "naive"
+            request.sequence.attn_impl = "naive" if self._absorbed.isdisjoint(members) else "absorbed"
             if request.params.routed and not self.model.config.moe_layers:
                 raise RequestError("routed = True: this model has no routed experts")
             if request.params.experts is not None and request.routing_override is None:

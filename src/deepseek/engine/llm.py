@@ -22,9 +22,11 @@ from ..checkpoint.ready import is_folder, with_bits
 from ..conversation import normalize
 from ..deprecation import warn
 from ..domain import DomainClassifier, KeywordRules
-from ..errors import ConfigError, DataError, RequestError
+from ..errors import ConfigError, DataError, RequestError, shown
 from ..model import CausalLM, describe
+from ..model.adapters import Adapter, Mixture
 from ..quant.linear import QuantConfig, is_quantized
+from ..settings import is_number
 from ..tokenizer import Tokenizer
 from .constraint import Constraints
 from .driver import EngineDriver
@@ -39,6 +41,7 @@ MIN_CONFIDENCE = 0.6  # as in `deepseek data label`
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Sequence[Message]
+AdapterChoice = str | Mapping[str, float]  # a name, or weights by name
 
 
 class LLM:
@@ -130,7 +133,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
         usage: ExpertUsage | None = None, domains: Sequence[str | None] | None = None, parse_special: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        adapter: str | Sequence[str | None] | None = None, **sampling: Unpack[SamplingOptions],
+        adapter: AdapterChoice | Sequence[AdapterChoice | None] | None = None, **sampling: Unpack[SamplingOptions],
     ) -> list[RequestOutput]:
         """Continue every prompt; one result a prompt, in order.
 
@@ -140,8 +143,9 @@ class LLM:
         prompt is about, for batching by expert; keyword rules guess the missing ones. parse_special: control tokens
         spelled out in a text count as such (a prompt from a template of one's own, FIM); else they are ordinary text.
         chat_template_kwargs: variables of the chat template for the conversations among the prompts, beside and over
-        those of this LLM. tools: OpenAI's, for them too. adapter: the name of the one that answers, for all or one a
-        prompt; None is the base.
+        those of this LLM. tools: OpenAI's, for them too. adapter: the name of the one that answers, or weights of
+        several that answer together (their terms add up: W x + sum_i w_i s_i B_i A_i x), for all or one a prompt; None
+        is the base.
         Raises RequestError, before any prompt runs, for a prompt that is empty, too long or of another kind.
         """
         if isinstance(prompts, str) or (prompts and all(isinstance(part, int | Mapping) for part in prompts)):
@@ -170,7 +174,7 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
         parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        adapter: str | None = None, **sampling: Unpack[SamplingOptions],
+        adapter: AdapterChoice | None = None, **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the text of one prompt piece by piece; the pieces together are what `generate` returns.
 
@@ -209,7 +213,8 @@ class LLM:
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None, adapter: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
+        adapter: AdapterChoice | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
         """The assistant's answer to a conversation of messages, as OpenAI's clients write them, and so its tools. The
@@ -220,7 +225,7 @@ class LLM:
     def generate_ensemble(
         self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None,
         *, parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Tools | None = None, adapter: str | Sequence[str | None] | None = None,
+        tools: Tools | None = None, adapter: AdapterChoice | Sequence[AdapterChoice | None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
         """Continue several prompts with one text: they advance together, and each token is drawn from the weighted mean
@@ -255,7 +260,7 @@ class LLM:
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, *, domain: str | None = None,
         parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        adapter: str | None = None, **sampling: Unpack[SamplingOptions],
+        adapter: AdapterChoice | None = None, **sampling: Unpack[SamplingOptions],
     ) -> AsyncIterator[Request]:
         """Yields the request whenever it has new tokens, until it has ended; its `text` and `token_ids` grow. Any
         number may run at once. Leaving the iteration aborts the request. Raises what went wrong with it on the way.
@@ -304,13 +309,13 @@ class LLM:
         if self.engine.residency is not None:
             self.engine.residency.close()
 
-    def embed(self, prompts: Sequence[Prompt], adapter: str | None = None) -> tuple[list[Tensor], int]:
+    def embed(self, prompts: Sequence[Prompt], adapter: AdapterChoice | None = None) -> tuple[list[Tensor], int]:
         """(the mean of the last hidden states of each prompt, FP32 [H]; tokens in all). adapter: as in `generate`."""
         requests = [self.pooling_request(prompt, adapter) for prompt in prompts]
         self.driver.generate(*requests)
         return [request.mean_H for request in requests], sum(len(request.prompt_ids) for request in requests)
 
-    def pooling_request(self, prompt: Prompt, adapter: str | None = None) -> Request:
+    def pooling_request(self, prompt: Prompt, adapter: AdapterChoice | None = None) -> Request:
         """The request that `embed` makes of a prompt. Raises RequestError for a prompt that cannot be run."""
         return Request(self.encode(prompt), SamplingParams(max_tokens=1), max_new_tokens=0,
                        adapter=self.find_adapter(adapter), pooling=True)
@@ -343,14 +348,13 @@ class LLM:
     def requests(
         self, prompt: Prompt, params: SamplingParams, *, domain: str | None = None, parse_special: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None, constraint_after: str | None = None,
-        adapter: str | None = None, **chat: Any,
+        adapter: AdapterChoice | None = None, **chat: Any,
     ) -> list[Request]:
         """The prompt as `params.n` requests for the engine, checked. constraint_after: a schema, regex or grammar
-        applies to the text after this marker. adapter: its name, None for the base. The other keywords as in
-        `encode`."""
+        applies to the text after this marker. adapter: as in `generate`. The other keywords as in `encode`."""
         if params.stop:
             self._need_tokenizer("a stop string")
-        adapter = self.find_adapter(adapter)
+        found = self.find_adapter(adapter)
         ids = self.encode(prompt, parse_special=parse_special, chat_template_kwargs=chat_template_kwargs, **chat)
         if domain is None and (text := _routing_text(prompt)):
             domain = self.domain_of(text)
@@ -362,7 +366,7 @@ class LLM:
             request = Request(
                 ids, own, max_new_tokens=min(params.max_tokens, self.max_length - len(ids)), eos_ids=self.eos_ids,
                 tokenizer=self.tokenizer, vocabulary=self.model.config.vocab_size, domain=domain,
-                constraint=self._constraints.of(params), constraint_after=constraint_after, adapter=adapter)
+                constraint=self._constraints.of(params), constraint_after=constraint_after, adapter=found)
             request.prefill_leader = out[0] if out else None
             self.engine.check(request)
             out.append(request)
@@ -396,12 +400,22 @@ class LLM:
                                f"context (max_position_embeddings = {self.max_length})")
         return ids
 
-    def find_adapter(self, name: str | None) -> str | None:
-        """As the engine knows it. Raises RequestError for a name that there is not, listing those there are."""
-        if name is not None and name not in self.adapters:
-            raise RequestError(f"adapter = {name!r}: is no adapter that was loaded; there are "
-                               f"{', '.join(self.adapters) or 'none'}")
-        return self.default_adapter if name is None else name
+    def find_adapter(self, choice: AdapterChoice | None) -> Adapter | None:
+        """As the engine knows it: a name, or weights of several. Raises RequestError for a name that there is not,
+        listing those there are, and for a weight that is no number or 0."""
+        if choice is None:
+            return self.default_adapter
+        weights = {choice: 1.0} if isinstance(choice, str) else choice
+        if not isinstance(weights, Mapping) or not weights:
+            raise RequestError(f"adapter = {shown(choice)}: must be a name, or weights by name, one at least")
+        for name, weight in weights.items():
+            if name not in self.adapters:
+                raise RequestError(f"adapter = {name!r}: is no adapter that was loaded; there are "
+                                   f"{', '.join(self.adapters) or 'none'}")
+            if not is_number(weight) or not weight:
+                raise RequestError(f"adapter: {name}: weight = {shown(weight)}: must be a finite number other than 0")
+        mixture = Mixture.of(weights)
+        return mixture.parts[0][0] if mixture.parts == ((mixture.parts[0][0], 1.0),) else mixture
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a `model` of clients means, None for the base's own name.
@@ -447,7 +461,7 @@ def names_of(model: str | Path) -> tuple[str, ...]:
 
 def _for_each(what: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:
     """What was given for each prompt, or for all of them. Raises RequestError where the numbers differ."""
-    if given is None or isinstance(given, str | SamplingParams):
+    if given is None or isinstance(given, str | Mapping | SamplingParams):
         return [given] * len(prompts)
     if len(given) != len(prompts):
         raise RequestError(f"{what} has {len(given)} entries: must be one for all or one for each of the "

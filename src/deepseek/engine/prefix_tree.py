@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..model.adapters import Adapter
 from ..model.cache import PAGE
 
 Token = tuple[int, bool]
@@ -26,13 +27,13 @@ class PrefixNode:
 
 class PrefixTree:
     def __init__(self) -> None:
-        self.roots: dict[str | None, PrefixNode] = {}  # by adapter
+        self.roots: dict[Adapter | None, PrefixNode] = {}  # by adapter
         self.nodes: dict[int, PrefixNode] = {}  # by page
 
     def __contains__(self, page: int) -> bool:
         return page in self.nodes
 
-    def root(self, adapter: str | None) -> PrefixNode:
+    def root(self, adapter: Adapter | None) -> PrefixNode:
         return self.roots.setdefault(adapter, PrefixNode(-1, (), None))
 
     def is_leaf(self, page: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MoEDRError
+from ..model.adapters import Adapter
 from ..tokenizer import Tokenizer
 from .sampler import Adjustment, Logprob, finite, logprobs, penalise, sample
 from .sampling_params import SamplingParams
@@ -92,7 +93,7 @@ class Request:
     """A continuation in the making.
 
     max_new_tokens: 0 runs the prompt alone. constraint_after: the text up to and with this marker is free, such as the
-    reasoning before an answer. adapter: the name of the one that its tokens go through. pooling: the mean of the
+    reasoning before an answer. adapter: the one that its tokens go through, or a mixture. pooling: the mean of the
     prompt's last hidden states is wanted. scored: the last ids of the prompt and the one that follows it, whose
     log-probabilities alone are wanted (one id at least is before them, which the prefix cache may then serve).
     """
@@ -101,7 +102,7 @@ class Request:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, max_new_tokens: int,
         eos_ids: frozenset[int] = frozenset(), tokenizer: Tokenizer | None = None, vocabulary: int = 0,
         domain: str | None = None, constraint: Constraint | None = None, constraint_after: str | None = None,
-        adapter: str | None = None, pooling: bool = False, scored: Sequence[int] = (),
+        adapter: Adapter | None = None, pooling: bool = False, scored: Sequence[int] = (),
     ) -> None:
         self.request_id = next(_ids)
         self.params, self.eos_ids, self.max_new_tokens = params, eos_ids, max_new_tokens

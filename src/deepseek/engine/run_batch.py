@@ -27,7 +27,7 @@ from ..atlas.usage import ExpertUsage
 from ..errors import DataError, RequestError
 from ..files import is_file_at, take_lock, to_json
 from ..interrupts import kept
-from .llm import LLM, to_output
+from .llm import LLM, AdapterChoice, to_output
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
 
@@ -41,7 +41,7 @@ OF_MESSAGES: dict[str, tuple[type, str]] = {
 
 def run_file(
     llm: LLM, source: Path, target: Path, params: SamplingParams, progress: Callable[[int, int], None] | None = None,
-    usage: ExpertUsage | None = None, *, parse_special: bool = False, adapter: str | None = None,
+    usage: ExpertUsage | None = None, *, parse_special: bool = False, adapter: AdapterChoice | None = None,
 ) -> tuple[int, int]:
     """Answer the lines that have no answer yet; returns (answers, errors among them). progress: gets (done, all lines).
     usage: counts the experts of what runs. parse_special, adapter: as in `LLM.generate`, for lines that do not say.
@@ -139,7 +139,7 @@ def _name(number: int, line: bytes) -> tuple[dict[str, Any], dict[str, Any] | st
 
 
 def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: ExpertUsage | None,
-           parse_special: bool, adapter: str | None) -> tuple[dict[str, Any], list[Request] | str]:
+           parse_special: bool, adapter: AdapterChoice | None) -> tuple[dict[str, Any], list[Request] | str]:
     """A line's id (or number), and its requests, under way, or what is wrong with it."""
     name, keys = _name(number, line)
     try:
@@ -162,11 +162,12 @@ def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: Ex
             raise RequestError(f"messages = {prompt!r:.60}: must be a list of objects, one at least")
         if domain is not None and not isinstance(domain, str):
             raise RequestError(f"domain = {domain!r}: must be a name")
-        for key, find in (("model", llm.adapter_of), ("adapter", llm.find_adapter)):
-            if key in keys:
-                if not isinstance(keys[key], str):
-                    raise RequestError(f"{key} = {keys[key]!r:.60}: must be a name")
-                adapter = find(keys[key])
+        if "model" in keys:
+            if not isinstance(keys["model"], str):
+                raise RequestError(f"model = {keys['model']!r:.60}: must be a name")
+            adapter = llm.adapter_of(keys["model"])
+        if "adapter" in keys:
+            llm.find_adapter(adapter := keys["adapter"])
         if {"model", "adapter"} <= set(keys) and llm.adapter_of(keys["model"]) not in (None, adapter):
             raise RequestError(f"model = {keys['model']!r} and adapter = {keys['adapter']!r}: are two adapters")
         own = {key: value for key, value in keys.items() if key in KNOWN}

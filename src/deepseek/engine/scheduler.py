@@ -97,7 +97,7 @@ class Scheduler:
                 break
         assert batch or not ready
         # an adapter's tokens side by side, so that they are one product
-        return sorted(batch, key=lambda one: (one.chunk.attn_impl != "naive", one.chunk.adapter or ""))
+        return sorted(batch, key=lambda one: (one.chunk.attn_impl != "naive", str(one.chunk.adapter or "")))
 
     def _scheduled(self, request: Request, budget: int) -> ScheduledRequest:
         sequence = request.sequence

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import RequestError
-from .llm import LLM
+from .llm import LLM, AdapterChoice
 from .request import Request
 from .sampling_params import SamplingParams
 
@@ -26,7 +26,7 @@ class Score:
 
 
 def score(
-    llm: LLM, pairs: Sequence[Pair], *, adapter: str | None = None,
+    llm: LLM, pairs: Sequence[Pair], *, adapter: AdapterChoice | None = None,
     on_score: Callable[[int, Score], None] | None = None,
 ) -> list[Score]:
     """The score of each pair, in order. on_score: called with a pair's place and its score as soon as it is known.

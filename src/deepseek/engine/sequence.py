@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from ..model.adapters import Adapter
 from ..model.cache import Chunk
 from .block_manager import BlockTable
 from .prefix_tree import Token
@@ -14,7 +15,7 @@ class SequenceState:
     """A prompt's tokens, then the sampled ones. The latents of the first `num_computed_tokens` positions are in the
     pages of `block_table`; later ones are still to be run."""
 
-    def __init__(self, prompt_ids: Sequence[int], adapter: str | None) -> None:
+    def __init__(self, prompt_ids: Sequence[int], adapter: Adapter | None) -> None:
         self.prompt_ids, self.adapter = list(prompt_ids), adapter
         self.token_ids: list[int] = []
         self.attn_impl: Literal["naive", "absorbed"] = "naive"  # of its prompt's tokens (model/mla.py)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import UNNAMED
 from ..model import RoutingRecord
+from ..model.adapters import parts_of
 from ..model.cache import Chunk
 from .request import Request
 
@@ -83,7 +84,7 @@ class StepListener(Protocol):
 
 
 class UsageRecorder:
-    """Counts the experts that tokens visit in `request.usage`, and in its adapter's part of that."""
+    """Counts the experts that tokens visit in `request.usage`, and in its adapters' parts of that."""
 
     def wants_routes(self, batch: Sequence[ScheduledRequest]) -> bool:
         return any(scheduled.request.usage is not None for scheduled in batch)
@@ -96,7 +97,8 @@ class UsageRecorder:
             usage, adapter = scheduled.request.usage, scheduled.request.adapter
             if usage is None:
                 continue
-            for own in [usage] if adapter in (None, UNNAMED) else [usage, usage.part(adapter)]:
+            members = [name for name, _ in parts_of(adapter) if name != UNNAMED]
+            for own in [usage, *map(usage.part, members)]:
                 usages[id(own)] = own
                 masks.setdefault(id(own), torch.zeros(output.tokens, dtype=torch.bool))[start:stop] = True
         for place, own in usages.items():

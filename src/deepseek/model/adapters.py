@@ -1,8 +1,12 @@
-"""Several adapters beside one base: each row of a pass goes through its own low-rank adapter, or through none.
+"""Several adapters beside one base: each row of a pass goes through its own low-rank adapter, through a mixture of
+several, or through none.
 
-    AdaptedLinear    W x, and + s B A x for the rows of an adapter that has A and B here
-    AdaptedExperts   the same on gate, up and down of the experts that a row's adapter has. The adapter sits inside
+    AdaptedLinear    W x + sum_i w_i s_i B_i A_i x, the sum over the adapters of a row that have A and B here
+    AdaptedExperts   the same on gate, up and down of the experts that a row's adapters have. The adapters sit inside
                      their nonlinearity, so such pairs are computed here, all others in the one call
+
+A pass makes one product with each adapter, for all of its rows, whatever mixtures these belong to; a row's terms are
+summed in the order of the adapters' names. So neither cost nor bits depend on how many mixtures there are in a batch.
 
 They stand in the places of those they hold as `base` and are for inference alone: no parameters, nothing to train or to
 merge (model/adapter.py does that). Whose rows are whose is said around a pass (`rows_of`); without it, and for rows of
@@ -18,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,29 +32,91 @@ from .. import ops
 from ..errors import ConfigError
 from .gate import Route
 
-Spans = tuple[tuple[str, slice], ...]  # an adapter and rows of it; a name may come several times, rows once
+
+class Mixture(NamedTuple):
+    """Adapters that rows go through side by side. parts: (adapter, weight), in the order of the names."""
+
+    parts: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float]) -> Mixture:
+        return cls(tuple(sorted((name, float(weight)) for name, weight in weights.items())))
+
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:g} {name}" for name, weight in self.parts)
+
+
+Adapter = str | Mixture
+Spans = tuple[tuple[Adapter, slice], ...]  # an adapter and rows of it; it may come several times, a row once
 EVERYTHING = slice(None)
-_rows: ContextVar[Spans] = ContextVar("rows", default=())
+
+
+class Share(NamedTuple):
+    """The rows that an adapter has a part in, in a pass, and its weight: of all of them, or of each, [rows, 1]."""
+
+    rows: slice | Tensor
+    weight: float | Tensor
+
+    def add(self, y: Tensor, term: Tensor) -> None:
+        """Add a term of each of the rows, weighted, to theirs of y."""
+        if isinstance(self.weight, Tensor):
+            weight = self.weight.to(term.device).view(-1, *[1] * (term.dim() - 1))
+            term = (term * weight).to(term.dtype)
+        elif self.weight != 1:
+            term = term * self.weight
+        y[self.rows] += term
+
+
+class _Pass(NamedTuple):
+    spans: Spans
+    shares: Mapping[str, Share]
+
+
+_pass: ContextVar[_Pass] = ContextVar("pass", default=_Pass((), MappingProxyType({})))  # noqa: B039 - a frozen one
+
+
+def parts_of(adapter: Adapter | None) -> tuple[tuple[str, float], ...]:
+    """(adapter, weight) of each member of a mixture."""
+    if adapter is None:
+        return ()
+    return adapter.parts if isinstance(adapter, Mixture) else ((adapter, 1.0),)
+
+
+def shares(spans: Spans) -> dict[str, Share]:
+    """The rows of each adapter, by name and in the order of the names."""
+    found: dict[str, list[tuple[slice, float]]] = {}
+    for adapter, rows in spans:
+        for name, weight in parts_of(adapter):
+            found.setdefault(name, []).append((rows, weight))
+    out: dict[str, Share] = {}
+    for name, own in sorted(found.items()):
+        if len(own) == 1:
+            out[name] = Share(*own[0])
+            continue
+        index = torch.cat([torch.arange(rows.start, rows.stop) for rows, _ in own])
+        weights = [weight for rows, weight in own for _ in range(rows.start, rows.stop)]
+        out[name] = Share(index, weights[0] if len({*weights}) == 1 else torch.tensor(weights).unsqueeze(1))
+    return out
 
 
 @contextmanager
 def rows_of(spans: Spans) -> Iterator[None]:
     """Within, the rows of every adapted module's input are these adapters'."""
-    token = _rows.set(spans)
+    token = _pass.set(_Pass(spans, shares(spans)))
     try:
         yield
     finally:
-        _rows.reset(token)
+        _pass.reset(token)
 
 
-def whole(adapter: str | None) -> Spans:
+def whole(adapter: Adapter | None) -> Spans:
     """All rows are one adapter's, or the base's."""
     return () if adapter is None else ((adapter, EVERYTHING),)
 
 
-def side_by_side(parts: Iterable[tuple[str | None, int]]) -> Spans:
+def side_by_side(parts: Iterable[tuple[Adapter | None, int]]) -> Spans:
     """Spans of rows that stand side by side: (adapter, how many) of each part."""
-    spans: list[tuple[str, slice]] = []
+    spans: list[tuple[Adapter, slice]] = []
     start = 0
     for adapter, count in parts:
         stop = start + count
@@ -63,12 +130,12 @@ def side_by_side(parts: Iterable[tuple[str | None, int]]) -> Spans:
 
 
 def current() -> Spans:
-    return _rows.get()
+    return _pass.get().spans
 
 
-def of_all_rows() -> str | None:
+def of_all_rows() -> Adapter | None:
     """The adapter of every row of this pass, None where it is the base, or differs."""
-    spans = _rows.get()
+    spans = current()
     return spans[0][0] if len(spans) == 1 and spans[0][1] == EVERYTHING else None
 
 
@@ -89,6 +156,13 @@ class LowRank(nn.Module):
     def forward(self, x_TK: Tensor) -> Tensor:
         product = ops.plain_linear if self.exact and x_TK.dtype == torch.float32 else ops.linear
         return product(product(x_TK, self.a), self.b)
+
+    @classmethod
+    def joined(cls, paths: list[tuple[LowRank, float]]) -> LowRank:
+        """The weighted sum of several: their ranks stacked."""
+        a_RK = torch.cat([path.a for path, _ in paths])
+        b_OR = torch.cat([path.b * weight for path, weight in paths], 1)
+        return cls(a_RK, b_OR, 1.0, all(path.exact for path, _ in paths))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A [R, K] and s B [O, R] in FP32."""
@@ -112,13 +186,13 @@ class Adapted(nn.Module):
         self.names[name] = len(self.paths)
         self.paths.append(path)
 
-    def path(self, name: str | None) -> Any:
+    def path(self, name: str) -> Any:
         """The matrices of an adapter, None where it has none here."""
-        return None if name is None or name not in self.names else self.paths[self.names[name]]
+        return self.paths[self.names[name]] if name in self.names else None
 
-    def here(self) -> list[tuple[Any, slice]]:
+    def here(self) -> list[tuple[Any, Share]]:
         """The matrices of this pass, and their rows."""
-        return [(self.paths[self.names[name]], rows) for name, rows in _rows.get() if name in self.names]
+        return [(self.path(name), share) for name, share in _pass.get().shares.items() if name in self.names]
 
     def train(self, mode: bool = True) -> Adapted:
         if mode:
@@ -142,8 +216,8 @@ class AdaptedLinear(Adapted):
         y, here = self.base(x), self.here()
         if here:
             x_TK, y_TO = x.flatten(0, -2), y.view(-1, self.out_features)
-            for path, rows in here:
-                y_TO[rows] += path(x_TK[rows])
+            for path, share in here:
+                share.add(y_TO, path(x_TK[share.rows]))
         return y
 
 
@@ -160,6 +234,10 @@ class ExpertPaths(nn.Module):
         place_E[list(self.chosen)] = torch.arange(len(self.chosen), device=device)
         self.register_buffer("place_E", place_E, persistent=False)
 
+    def of(self, expert: int) -> Any:
+        """The matrices on an expert that it has."""
+        return self.parts[int(self.place_E[expert])]
+
 
 class AdaptedExperts(Adapted):
     """The experts of a layer, plain or quantized, with LoRA adapters."""
@@ -168,25 +246,38 @@ class AdaptedExperts(Adapted):
         here = self.here()
         if not here:
             return self.base(x_TH, route)
-        index_TK, places = route.index_TK.clone(), []
-        for paths, rows in here:
-            own_TK = index_TK[rows]
-            place_TK = torch.where(own_TK < 0, -1, paths.place_E[own_TK])
-            index_TK[rows] = torch.where(place_TK < 0, own_TK, -1)
-            places.append(place_TK)
-        out_TH = self.base(x_TH, route._replace(index_TK=index_TK))
-        for (paths, rows), place_TK in zip(here, places, strict=True):
-            x, weight_TK, out = x_TH[rows], route.weight_TK[rows], out_TH[rows]
-            for place in torch.unique(place_TK[place_TK >= 0]).tolist():
-                token_P, k_P = (place_TK == place).nonzero(as_tuple=True)
-                y_PH = self._expert(paths.chosen[place], paths.parts[place], x[token_P])
-                out.index_add_(0, token_P, y_PH * weight_TK[token_P, k_P].unsqueeze(1).to(y_PH.dtype))
+        index_TK, adapted_TK = route.index_TK, torch.zeros_like(route.index_TK, dtype=torch.bool)
+        for paths, share in here:
+            own_TK = index_TK[share.rows]
+            adapted_TK[share.rows] |= (own_TK >= 0) & (paths.place_E[own_TK] >= 0)
+        out_TH = self.base(x_TH, route._replace(index_TK=torch.where(adapted_TK, -1, index_TK)))
+        for expert in torch.unique(index_TK[adapted_TK]).tolist():
+            token_P, k_P = (adapted_TK & (index_TK == expert)).nonzero(as_tuple=True)
+            sides = [(paths.of(expert), _among(share, token_P, len(x_TH))) for paths, share in here
+                     if paths.place_E[expert] >= 0]
+            y_PH = self._expert(expert, sides, x_TH[token_P])
+            out_TH.index_add_(0, token_P, y_PH * route.weight_TK[token_P, k_P].unsqueeze(1).to(y_PH.dtype))
         return out_TH
 
-    def _expert(self, expert: int, side: Any, x_PH: Tensor) -> Tensor:
-        gate, up = self.base.gate_up(expert, x_PH)
-        h = ops.swiglu_rows(gate + side["gate"](x_PH), up + side["up"](x_PH))
-        return self.base.down(expert, h) + side["down"](h)
+    def _expert(self, expert: int, sides: list[tuple[Any, Share]], x_PH: Tensor) -> Tensor:
+        gate, up = (part.contiguous() for part in self.base.gate_up(expert, x_PH))  # as the native SwiGLU wants them
+        for side, share in sides:
+            share.add(gate, side["gate"](x_PH[share.rows]))
+            share.add(up, side["up"](x_PH[share.rows]))
+        h = ops.swiglu_rows(gate, up)
+        y_PH = self.base.down(expert, h)
+        for side, share in sides:
+            share.add(y_PH, side["down"](h[share.rows]))
+        return y_PH
+
+
+def _among(share: Share, token_P: Tensor, tokens: int) -> Share:
+    """The share of an adapter among some of a pass's tokens."""
+    weight_T = torch.zeros(tokens)
+    weight_T[share.rows] = share.weight.squeeze(1) if isinstance(share.weight, Tensor) else share.weight
+    weight_P = weight_T[token_P.cpu()]
+    rows = weight_P.nonzero().squeeze(1)
+    return Share(rows.to(token_P.device), weight_P[rows].unsqueeze(1))
 
 
 def bare(module: Any) -> Any:
@@ -203,9 +294,19 @@ def names_on(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def path_of(module: Any, adapter: str | None) -> LowRank | None:
-    """An adapter's matrices on a linear module, None where it has none."""
-    return module.path(adapter) if isinstance(module, AdaptedLinear) else None
+def paths_of(module: Any, adapter: Adapter | None) -> list[tuple[str, LowRank, float]]:
+    """(adapter, matrices, weight) of the members of a mixture that have matrices on a linear module."""
+    if not isinstance(module, AdaptedLinear):
+        return []
+    return [(name, module.path(name), weight) for name, weight in parts_of(adapter) if name in module.names]
+
+
+def path_of(module: Any, adapter: Adapter | None) -> LowRank | None:
+    """An adapter's matrices on a linear module, those of a mixture as one of a higher rank; None where it has none."""
+    found = paths_of(module, adapter)
+    if len(found) == 1 and found[0][2] == 1:
+        return found[0][1]
+    return LowRank.joined([(path, weight) for _, path, weight in found]) if found else None
 
 
 def add(model: Any, name: str, linears: Mapping[str, LowRank],

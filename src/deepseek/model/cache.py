@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..deprecation import renamed
 from ..ops.latent import BLOCK, Sequences
-from .adapters import Spans, side_by_side
+from .adapters import Adapter, Share, Spans, shares, side_by_side
 from .gate import Route
 
 Impl = Literal["naive", "absorbed"]  # of attention (model/mla.py)
@@ -63,14 +63,14 @@ class Chunk:
     """The next `tokens` tokens of a sequence of which `past` positions are in its pages; the pages have room for both.
 
     attn_impl: naive for a prompt's tokens, absorbed for generated ones; a token's bits depend on it (model/mla.py).
-    adapter: the LoRA adapter of its tokens (model/adapters.py), None for the base alone.
+    adapter: the LoRA adapter of its tokens, or a mixture (model/adapters.py), None for the base alone.
     """
 
     tokens: int
     past: int
     pages: Sequence[int]
     attn_impl: Impl
-    adapter: str | None = None
+    adapter: Adapter | None = None
 
 
 class PackedBatch:
@@ -96,6 +96,11 @@ class PackedBatch:
     def spans(self) -> Spans:
         """The tokens of each adapter."""
         return side_by_side((chunk.adapter, chunk.tokens) for chunk in self.chunks)
+
+    @cached_property
+    def absorbed_shares(self) -> dict[str, Share]:
+        """The rows of each adapter among the tokens of absorbed attention."""
+        return shares(side_by_side((chunk.adapter, chunk.tokens) for chunk in self.chunks[self.naive :]))
 
     @cached_property
     def positions(self) -> Tensor:
@@ -178,7 +183,7 @@ class BatchCache:
         """Positions of the longest sequence."""
         return max(self.lengths, default=0)
 
-    def pack(self, counts: Sequence[int], attn_impl: Impl, adapter: str | None) -> PackedBatch:
+    def pack(self, counts: Sequence[int], attn_impl: Impl, adapter: Adapter | None) -> PackedBatch:
         """The sequences' next tokens, `counts` of each; one without any has no chunk. `advance` counts them in."""
         need = -(-max(map(add, self.lengths, counts)) // PAGE)
         if need > self._pages:

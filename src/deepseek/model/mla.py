@@ -27,7 +27,7 @@ from ..config import ModelConfig
 from ..ops import causal_attention, rotate
 from ..ops.linear import mm
 from .adapter import LoRALinear
-from .adapters import LowRank, bare, of_all_rows, path_of
+from .adapters import Adapter, LowRank, bare, of_all_rows, path_of
 from .cache import Impl, PackedBatch
 from .layers import Linear, RMSNorm
 
@@ -112,7 +112,7 @@ class MLA(nn.Module):
         return q.unflatten(-1, (-1, self.config.qk_head_dim))
 
     def _attend(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, attn_impl: str, mask: Tensor | None,
-                adapter: str | None) -> Tensor:
+                adapter: Adapter | None) -> Tensor:
         """rows: latents and rotary keys of all positions, [B, S, R + rope]. adapter: whose they are."""
         latent, k_rope = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
         # LoRA on kv_b_proj is a call, not a matrix that could be absorbed

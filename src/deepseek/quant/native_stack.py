@@ -32,7 +32,7 @@ from torch.nn.functional import pad
 from .. import ops
 from ..config import ModelConfig
 from ..model import CausalLM, RoutingRecord
-from ..model.adapters import EVERYTHING, AdaptedLinear, LowRank, bare, current, path_of
+from ..model.adapters import EVERYTHING, Adapter, LowRank, Share, bare, current, paths_of
 from ..model.cache import BatchCache, Chunk, PackedBatch
 from ..model.decoder import DecoderLayer, run_layers
 from ..model.experts import MoE, RoutedExperts
@@ -258,7 +258,7 @@ class AbsorbedLora:
         return ops.grouped_quantized_linear(latent_TNr, self.value, 0, self.value.shape[1], self.width, bits=8)
 
 
-AbsorbedLoras = Sequence[tuple[AbsorbedLora, slice]]
+AbsorbedLoras = Sequence[tuple[AbsorbedLora, Share]]
 
 
 class NativeAttention(nn.Module):
@@ -287,8 +287,7 @@ class NativeAttention(nn.Module):
         pack = context.visible
         assert isinstance(pack, PackedBatch)
         # LoRA on kv_b_proj is unknown to the kernels of naive attention
-        adapted = isinstance(mla.kv_b_proj, AdaptedLinear) and any(
-            mla.kv_b_proj.path(chunk.adapter) for chunk in pack.chunks[: pack.naive])
+        adapted = any(paths_of(mla.kv_b_proj, chunk.adapter) for chunk in pack.chunks[: pack.naive])
         by_pages = native is not None and self.config.kv_lora_rank % ROWS == 0 and not adapted
         attend = self._by_pages if by_pages else self._by_chunks
         values = attend(mla, mla.queries(x_1TH), mla.kv_a_proj_with_mqa(x_1TH), context, pack, layer)
@@ -308,14 +307,13 @@ class NativeAttention(nn.Module):
 
     def _attend(self, mla: MLA, q_GTND: Tensor, q_rope: Tensor, rows_GSC: Tensor, chunk: Chunk) -> Tensor:
         """[G, T, N, W] of chunks that are alike; with LoRA on kv_b_proj attention is absorbed, whatever is asked."""
-        config, kv_b, lora = self.config, bare(mla.kv_b_proj), self._absorbed_lora(mla, chunk.adapter)
+        config, kv_b, loras = self.config, bare(mla.kv_b_proj), self._absorbed_loras(mla, chunk.adapter)
         q_GTND, q_rope = q_GTND.contiguous(), q_rope.contiguous()
         past_G = torch.full((len(rows_GSC),), chunk.past, device=rows_GSC.device)
         span = torch.zeros_like(past_G), past_G
-        if chunk.attn_impl == "naive" and lora is None:
+        if chunk.attn_impl == "naive" and not loras:
             return ops.naive_attention(q_GTND, q_rope, rows_GSC, kv_b.packed, config.v_head_dim, *span,
                                        config.softmax_scale, bits=kv_b.bits)
-        loras = [] if lora is None else [(lora, EVERYTHING)]
         q_latent = self._queries(q_GTND.flatten(0, 1), loras).unflatten(0, q_GTND.shape[:2])
         latent = ops.latent_attention(q_latent, q_rope, rows_GSC, *span, config.softmax_scale)
         return self._values(mla, latent.flatten(0, 1), loras).unflatten(0, q_GTND.shape[:2])
@@ -333,8 +331,8 @@ class NativeAttention(nn.Module):
             parts.append(naive_pages(q_TND[:first], q_rope[:first], cache, kv_b.packed, config.v_head_dim, prompts,
                                      config.softmax_scale, kv_b.bits))
         if first < len(q_TND):
-            loras = [(lora, slice(rows.start - first, rows.stop - first)) for name, rows in pack.spans
-                     if (lora := self._absorbed_lora(mla, name)) is not None]
+            loras = [(lora, share) for name, share in pack.absorbed_shares.items()
+                     for lora, _ in self._absorbed_loras(mla, name)]
             latent = latent_pages(self._queries(q_TND[first:], loras), q_rope[first:], cache, later.moved(),
                                   config.softmax_scale)
             parts.append(self._values(mla, latent, loras))
@@ -347,25 +345,25 @@ class NativeAttention(nn.Module):
             return q_TND.new_zeros(*q_TND.shape[:2], config.kv_lora_rank)
         q_TND = q_TND[..., : config.qk_nope_head_dim]
         out_TNR = ops.grouped_quantized_linear(q_TND, self.key, 0, self.key.shape[1], config.kv_lora_rank, bits=8)
-        for lora, rows in loras:
-            out_TNR[rows] += lora.queries(q_TND[rows])
+        for lora, share in loras:
+            share.add(out_TNR, lora.queries(q_TND[share.rows]))
         return out_TNR
 
     def _values(self, mla: MLA, latent_TNR: Tensor, loras: AbsorbedLoras) -> Tensor:
         """Each head's summed latent through the value half of kv_b_proj, [T, N, W]."""
         out_TNW = self._base_values(mla, latent_TNR)
-        for lora, rows in loras:
-            out_TNW[rows] += lora.values(latent_TNR[rows])
+        for lora, share in loras:
+            share.add(out_TNW, lora.values(latent_TNR[share.rows]))
         return out_TNW
 
-    def _absorbed_lora(self, mla: MLA, adapter: str | None) -> AbsorbedLora | None:
-        """An adapter's matrices on kv_b_proj as absorbed attention needs them, made when first used; None without."""
-        path = path_of(mla.kv_b_proj, adapter)
-        if path is None or adapter is None:
-            return None
-        if adapter not in self.loras:
-            self.loras[adapter] = AbsorbedLora(path, self.config)
-        return self.loras[adapter]
+    def _absorbed_loras(self, mla: MLA, adapter: Adapter | None) -> AbsorbedLoras:
+        """The matrices on kv_b_proj of an adapter, or of a mixture's members, as absorbed attention needs them, made
+        when first used; for all rows."""
+        found = paths_of(mla.kv_b_proj, adapter)
+        for name, path, _ in found:
+            if name not in self.loras:
+                self.loras[name] = AbsorbedLora(path, self.config)
+        return [(self.loras[name], Share(EVERYTHING, weight)) for name, _, weight in found]
 
     def _base_values(self, mla: MLA, latent_TNR: Tensor) -> Tensor:
         config, kv_b = self.config, bare(mla.kv_b_proj)

@@ -93,7 +93,7 @@ class Watch:
         client = "".join(c if c.isprintable() else "?" for c in (user or key_name(http))[:CLIENT])
         tags = {"client": client, "language": self.language_of(text)}
         if self.llm.adapters:
-            tags["adapter"] = requests[0].adapter or self.monitor.model
+            tags["adapter"] = str(requests[0].adapter or self.monitor.model)
         for request in requests:
             request.metric_labels = tags
             if self.texts:
