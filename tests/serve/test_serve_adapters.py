@@ -166,4 +166,5 @@ def test_the_command_line_chooses_by_name(folders: dict[str, Path], texts: dict[
     assert [line["error"] for line in got[6:]] == [
         "model = 'tax': there are tiny, law, team/med-v2",
         "adapter = 'tax': is no adapter that was loaded; there are law, team/med-v2",
-        "adapter = 3: must be a name", "model = 'law' and adapter = 'team/med-v2': are two adapters"]
+        "adapter = 3: must be a name, or weights by name, one at least",
+        "model = 'law' and adapter = 'team/med-v2': are two adapters"]

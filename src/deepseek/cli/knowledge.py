@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import printable
+from ..files import to_json
 from ..settings import COUNT, Option, Settings
 from .parser import Parser, add_command, add_settings, add_steps, make
 
@@ -101,7 +101,7 @@ def search(args: argparse.Namespace) -> None:
         print("no passage has a word of the query", file=sys.stderr)
     for number, passage in enumerate(found, 1):
         if options.json:
-            print(json.dumps(vars(passage), ensure_ascii=False))
+            print(to_json(vars(passage), ensure_ascii=False))
             continue
         print(printable(f"[{number}] {passage.citation}  (score {passage.score:.3f})"))
         print("\n".join(f"    {printable(line)}" for line in passage.text.splitlines()) + "\n")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from ..errors import printable
+from ..files import to_json
 from ..progress import ProgressBar
 from ..settings import NATURAL, Option, Settings
 from .parser import Parser, add_command, add_settings, add_steps, make
@@ -50,7 +50,7 @@ def text(args: argparse.Namespace) -> None:
     pool = ExpertPool.load(options.pool, options.scorer, seed=options.seed)
     decision = pool.route(sys.stdin.read() if args.text == "-" else args.text)
     if options.json:
-        print(json.dumps(decision.to_dict(), ensure_ascii=False))
+        print(to_json(decision.to_dict(), ensure_ascii=False))
         return
     if options.trace:
         for title, table in (("keywords", decision.keywords), ("scores", decision.scores)):

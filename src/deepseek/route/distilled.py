@@ -23,7 +23,7 @@ import numpy as np
 from ..domain import LENGTHS, sequences, softmax
 from ..domain import READ as CLASSIFIED
 from ..errors import ConfigError, DataError, NotFoundError
-from ..files import write_atomically
+from ..files import to_json, write_atomically
 from .pool import ExpertPool
 from .routing import MIN_WEIGHT, READ, TOP
 from .scorers import BITS, K1, SAMPLES, TRAINED, Progress, Sequences, held_out, make_scorer, trained
@@ -65,7 +65,7 @@ def distill(pool: ExpertPool, path: str | Path, progress: Progress | None = None
              "threshold": scorer.threshold, "top": TOP, "min_weight": MIN_WEIGHT, "k1": K1, "read": READ,
              "sequences_read": CLASSIFIED, "lengths": LENGTHS, "stop": sorted(STOP), "endings": ENDINGS, "piece": PIECE}
     buffer = io.BytesIO()
-    np.savez(buffer, about=np.frombuffer(json.dumps(about, ensure_ascii=False).encode(), np.uint8), sequence=sequence,
+    np.savez(buffer, about=np.frombuffer(to_json(about, ensure_ascii=False).encode(), np.uint8), sequence=sequence,
              sequence_scale=sequence_scale, bias=model.bias_K.astype(np.float32), term=hash_T[order], weight=weight,
              weight_scale=weight_scale)
     if (size := buffer.tell()) > MOST:
