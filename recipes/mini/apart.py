@@ -2,34 +2,44 @@
 
     python recipes/mini/apart.py --out runs/mini --data DATA        # after build.py; about 20 minutes a name on 2 cores
 
-Each package is trained with text of the four remaining names as what it is to leave alone; then all three are installed
-one after the other. Beside them the same three names out of OUT/shipped, where all seven were trained together. In both
-the experts are in NF4 and the base is in INT8.
+Each package is trained with text of the four remaining names as what it is to leave alone. Then its gates are fitted
+anew, also against what the base itself writes about all other names (records.py): whoever has the base has that, and no
+package sees another's records. All three are installed one after the other. Beside them the same three names out of
+OUT/shipped, where all seven were trained together. In both the experts are in NF4 and the base is in INT8.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from evaluate import evaluate
-from records import NAMES
+from records import NAMES, conversation, write
 
 from build import pack
-from deepseek.checkpoint.packages import read_package
+from deepseek.checkpoint import load_model
+from deepseek.checkpoint.packages import gate_name, read_package, write_package
 from deepseek.convert import install_all
 from deepseek.files import read_yaml, replace_folder, write_json
+from deepseek.tokenizer import Tokenizer
+from deepseek.upcycling.grow import gate_rows, named_text
+from deepseek.upcycling.settings import GrowConfig
 
 APART = ("law_expert", "finance_expert", "medical_expert")
 OTHERS = tuple(name for name in NAMES if name not in APART)
 HERE = Path(__file__).parent
 ROWS = 2  # a step: two of three rows are of the name
 GATE_TOKENS = 12_288  # 24,576 in all, of which a third is of the four others
+REFIT_TOKENS = 28_672  # of the name, and as many of all else
+OWN_TIMES = 8  # how often the base's own texts stand beside the records of the four others: half of all, about
 
 
 def train(out: Path, name: str) -> Path:
@@ -45,6 +55,24 @@ def train(out: Path, name: str) -> Path:
              "--others", *(str(records / f"{other}.jsonl") for other in OTHERS),
              *(word for key, value in settings.items() for word in (f"--{key}", str(value)))], check=True)
     return run / "packages" / f"{name}.safetensors"
+
+
+def refit(out: Path, packed: Path, target: Path) -> None:
+    """The package in PACKED with other gates."""
+    package, folder, others = read_package(packed), out / "apart" / packed.stem, out / "records" / "train"
+    lines = [json.loads(line) for file in ("answers", "texts")
+             for line in (out / "records" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()]
+    own = [conversation(line) for line in lines if line["name"] != package.info.name]
+    write(folder / "written.jsonl", OWN_TIMES * own)
+    names = {package.info.name: out / "records" / "gates" / f"{package.info.name}.jsonl",
+             "others": [*(others / f"{other}.jsonl" for other in OTHERS), folder / "written.jsonl"]}
+    (folder / "refit").mkdir(exist_ok=True)
+    config = GrowConfig(**read_yaml(HERE / "settings.yaml") | {"rows": ROWS, "gate_tokens": REFIT_TOKENS})
+    text, layers = named_text(names, Tokenizer.load(out / "base"), config), package.info.layers
+    rows = gate_rows(load_model(out / "base", dtype=torch.float32), layers, text, config, folder / "refit")
+    tensors = {name: package.files.read(name) for name in package.info.tensors}
+    tensors |= {gate_name(layer): rows[layer][: config.group_experts].contiguous() for layer in layers}
+    write_package(target, replace(package.info, evidence={}), tensors)
 
 
 def with_packages(out: Path, target: Path, packages: list[Path]) -> Path:
@@ -67,7 +95,10 @@ def main() -> None:
     trained, packed = [train(out, name) for name in APART], out / "apart" / "packed"
     if not packed.is_dir():
         with replace_folder(packed) as staging:
-            pack(out / "base", trained, staging)
+            pack(out / "base", trained, staging / "trained")
+            for name in APART:
+                refit(out, staging / "trained" / f"{name}.safetensors", staging / f"{name}.safetensors")
+            shutil.rmtree(staging / "trained")
     models = {what: with_packages(out, out / "apart" / what, [folder / f"{name}.safetensors" for name in APART])
               for what, folder in (("apart", packed), ("together", out / "shipped"))}
     models["base"] = out / "base-int8"
