@@ -3,8 +3,8 @@
     python recipes/mini/apart.py --out runs/mini --data DATA        # after build.py; about 20 minutes a name on 2 cores
 
 Each package is trained with text of the four remaining names as what it is to leave alone. Then its gates are fitted
-anew, also against what the base itself writes about all other names (records.py): anyone who has the base has that, and no
-package sees another's records. All three are installed one after the other. Beside them the same three names out of
+anew, also against what the base itself writes about all other names (records.py): anyone who has the base has that, and
+no package sees another's records. All three are installed one after the other. Beside them the same three names out of
 OUT/shipped, where all seven were trained together. In both the experts are in NF4 and the base is in INT8.
 """
 
