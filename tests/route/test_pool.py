@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek import ExpertPool, dynamic_routing
+from deepseek import ExpertPool, KnowledgeBase, dynamic_routing
 from deepseek.cli import main
 from deepseek.errors import ConfigError, NotFoundError, RequestError
 from deepseek.route import PoolMember
@@ -66,6 +66,26 @@ members:
     assert cook.samples == ["oven", "butter", "salt"] and cook.path == tmp_path / "base.knowledge"
     assert law.samples == ["court\njudge", "appeal"] and law.keywords == {"court": 2.5}
     assert code.path is None and code.keywords == {"def": None} and pool["law"] is law
+
+
+def test_passages_of_a_member(tmp_path: Path) -> None:
+    base = KnowledgeBase(tmp_path / "law.knowledge")
+    base.add([write(tmp_path / "a.md", "# Deposit\n\nThe landlord returns the deposit within a month.\n")])
+    member = PoolMember("law", "Law", "knowledge", base.path)
+    question = "When does the landlord return the deposit?"
+    found, = member.passages(question)
+    assert found.section == "Deposit" and member.passages("zebra") == []
+    base.add([write(tmp_path / "b.md", "# Zebra\n\nA striped animal.\n")])
+    assert member.passages("zebra")[0].section == "Zebra", "additions count"
+    base.remove([tmp_path / "a.md"])
+    assert member.passages(question) == []
+    base.remove()
+    with pytest.raises(NotFoundError, match="no such knowledge base"):
+        member.passages(question)
+    KnowledgeBase(base.path).add([tmp_path / "a.md"])
+    assert member.passages(question) == [found], "a new base in its place"
+    with pytest.raises(ConfigError, match="member = 'code': has no passages: its kind is experts, must be knowledge"):
+        PoolMember("code", "Code").passages("x")
 
 
 @pytest.mark.parametrize(("text", "said"), [

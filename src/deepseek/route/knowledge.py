@@ -177,6 +177,9 @@ class KnowledgeBase:
             return index.vectors @ index.projection.project(asked)[0]
 
     def _opened(self) -> Store:
+        if self._store is not None and not self._store.there:
+            self._store.close()
+            self._store = self._index = None
         if self._store is None:
             try:
                 self._store = Store(self.path)

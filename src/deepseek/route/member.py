@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from ..errors import ConfigError, nearest, shown
 from ..settings import is_number
+from .knowledge import KnowledgeBase, Passage
 from .routing import BASE
 
 MemberKind = Literal["experts", "adapter", "knowledge"]
@@ -57,3 +58,15 @@ class PoolMember:
         object.__setattr__(self, "keywords", words)
         if not isinstance(self.samples, list | tuple) or not all(isinstance(text, str) for text in self.samples):
             raise ConfigError(f"samples = {shown(self.samples)}: must be a list of texts")
+        if self.kind == "knowledge":
+            object.__setattr__(self, "_base", KnowledgeBase(Path(self.path or "")))
+
+    def passages(self, text: str, top_k: int = 3) -> list[Passage]:
+        """What a member of kind knowledge has to say to a text: the passages that fit it best, the best first, none
+        where no term of it stands in the base. The base is opened by the first call; what is added to it or removed
+        from it later counts. Threads may call it. Raises ConfigError for a member of another kind, NotFoundError where
+        there is no base (any more)."""
+        base: KnowledgeBase | None = getattr(self, "_base", None)
+        if base is None:
+            raise ConfigError(f"member = {self.name!r}: has no passages: its kind is {self.kind}, must be knowledge")
+        return base.search(text, top_k)

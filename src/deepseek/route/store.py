@@ -7,6 +7,7 @@ that is killed leaves what was committed; SQLite takes the rest back when the fi
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -75,6 +76,15 @@ class Store:
                 raise DataError(f"{path}: not a knowledge base")
             elif version != FORMAT:
                 raise DataError(f"{path}: is of format {version}, this version reads {FORMAT}: make it anew")
+            self._file = path.stat()
+
+    @property
+    def there(self) -> bool:
+        """Whether the path still leads to the file that is open: another process may have removed the base."""
+        try:
+            return os.path.samestat(self.path.stat(), self._file)
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         self.db.close()
