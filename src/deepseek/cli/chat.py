@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import RequestError
 from ..settings import Option, Settings
@@ -17,8 +17,12 @@ from .common import (
     make_llm,
     report_usage,
     sampling_params,
+    trace_text,
 )
 from .parser import Parser, add_settings
+
+if TYPE_CHECKING:
+    from ..engine.routing import Answer
 
 COMMANDS = "/reset forgets the conversation, /experts shows who answered, /exit (or Ctrl-D) ends it"
 
@@ -64,10 +68,13 @@ def run(args: argparse.Namespace) -> None:
             continue
         messages.append({"role": "user", "content": line.rstrip("\n")})
         answer = ""
-        for piece in llm.stream(messages, params, usage=usage, adapter=args.use_adapter):
+        answers: list[Answer] = []
+        for piece in llm.stream(messages, params, usage=usage, adapter=args.use_adapter, on_answer=answers.append):
             answer += piece
             print(piece, end="", flush=True)
         print()
+        if args.trace:
+            print(trace_text(answers[0].trace), file=sys.stderr)
         messages.append({"role": "assistant", "content": answer})
     if not (args.show_experts or args.expert_map) and llm.engine.atlas is not None and (
             table := usage.named(llm.engine.atlas)):

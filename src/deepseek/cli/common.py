@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..engine.options import EngineOptions
 from ..engine.sampling_params import SamplingParams
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from ..settings import COUNT, JSON, Device, Option, Settings
 from .parser import Parser, add_settings, given_settings, make
 
@@ -35,6 +35,9 @@ class ModelOptions(Settings):
         "a delta or LoRA adapter, made part of the model; NAME=DIR keeps a LoRA adapter beside the base, for the "
         "requests that choose its name", metavar="[NAME=]DIR")] = ()
     dtype: Annotated[Dtype, Option("of the weights in memory; auto is the checkpoint's")] = "auto"
+    pool: Annotated[Path | None, Option(
+        "a pool of named experts, adapters and knowledge bases; each request is routed to the members that fit it",
+        metavar="FILE")] = None
     chat_template_kwargs: Annotated[Mapping[str, Any] | None, Option(
         """variables of the chat template, such as '{"thinking": true}'""", JSON)] = None
 
@@ -45,6 +48,8 @@ class AnswerOptions(Settings):
 
     use_adapter: Annotated[str | None, Option(
         "which of the adapters with names answers; else the base", metavar="NAME")] = None
+    trace: Annotated[bool, Option(
+        "print how a pool's members were chosen: parts, keywords, scores, weights, passages, experts")] = False
     show_experts: Annotated[bool, Option("print the experts' use, by name and by layer")] = False
     expert_map: Annotated[str | Path | None, Option("save that table as a heat map", metavar="PNG")] = None
 
@@ -106,13 +111,21 @@ def make_llm(args: argparse.Namespace) -> LLM:
     """The LLM of the engine's flags."""
     from ..engine.llm import LLM
 
-    options = make(args, ModelOptions)
+    options, answers = make(args, ModelOptions), make(args, AnswerOptions)
     adapter, adapters = named_adapters(options.adapter)
-    if (use := make(args, AnswerOptions).use_adapter) is not None and use not in adapters:
-        raise ConfigError(f"use_adapter = {use!r}: must be one of the names given with --adapter NAME=DIR: "
-                          f"{', '.join(adapters) or 'there are none'}")
+    pool = None
+    if options.pool is not None:
+        from ..route import ExpertPool
+
+        pool = ExpertPool.load(options.pool)
+    elif answers.trace:
+        raise ConfigError("trace: tells how a pool was asked: --pool must be given")
+    there = {**adapters, **(pool.adapters if pool is not None else {})}
+    if (use := answers.use_adapter) is not None and use not in there:
+        raise ConfigError(f"use_adapter = {use!r}: must be one of the names given with --adapter NAME=DIR, or an "
+                          f"adapter of the pool: {', '.join(there) or 'there are none'}")
     llm = LLM(args.model, dtype=options.dtype, device=make(args, MachineOptions).device, adapter=adapter,
-              adapters=adapters, chat_template_kwargs=options.chat_template_kwargs,
+              adapters=adapters, pool=pool, chat_template_kwargs=options.chat_template_kwargs,
               **given_settings(args, EngineOptions))
     if llm.warmup is not None:
         print(llm.warmup, file=sys.stderr)
@@ -136,7 +149,7 @@ def expert_usage(args: argparse.Namespace, llm: LLM, named: bool = False) -> Any
     they are to be `named`."""
     from ..atlas import ExpertUsage
 
-    wanted = (named or args.show_experts or args.expert_map or llm.warmup is not None
+    wanted = (named or args.trace or args.show_experts or args.expert_map or llm.warmup is not None
               or llm.engine.residency is not None)
     return ExpertUsage(llm.model.config) if wanted else None
 
@@ -146,6 +159,38 @@ def experts_text(llm: LLM, usage: Any) -> str:
     named = "" if llm.engine.atlas is None else usage.named(llm.engine.atlas)
     text = f"{named}\n\n{usage.table()}" if named else usage.table()
     return "\n\n".join([text, *(f"adapter {name}\n{experts_text(llm, own)}" for name, own in usage.adapters.items())])
+
+
+def named_shares(llm: LLM, usage: Any) -> dict[str, float]:
+    """Share of the gates' weight that each named group had, the largest first."""
+    if usage is None or llm.engine.atlas is None:
+        return {}
+    shares = {name: use.weight for name, use in usage.by_name(llm.engine.atlas).items()}
+    return dict(sorted(shares.items(), key=lambda one: -one[1]))
+
+
+def trace_text(trace: Sequence[Mapping[str, Any]], experts: Mapping[str, float] | None = None) -> str:
+    """How the parts of a request were routed, for the terminal. experts: share of the gates' weight by name."""
+    lines = []
+    for number, part in enumerate(trace, 1):
+        if len(trace) > 1:
+            lines.append(f"part {number}: {part.get('text', '')}")
+        if "error" in part:
+            lines.append(f"  not answered: {part['error']}")
+            continue
+        why = f": {part['abstained']}" if part["abstained"] else ""
+        lines.append("  members:  " + ", ".join(
+            f"{one['name']} {one['weight']:.3f}{'' if why else ' (' + one['kind'] + ')'}"
+            for one in part["members"]) + why)
+        for title in ("keywords", "scores"):
+            table = ", ".join(f"{key} {value:.3f}" for key, value in part[title].items())
+            lines.append(f"  {title + ':':<9} {table or 'none'}")
+        lines.append(f"  threshold: {part['threshold']:.3f} ({part['scorer']})")
+        lines += [f"  [{one['number']}] {one['file']}{', ' + one['section'] if one['section'] else ''} "
+                  f"({one['start']}-{one['end']})" for one in part.get("passages", ())]
+    if experts:
+        lines.append("  experts:  " + ", ".join(f"{name} {share:.3f}" for name, share in experts.items()))
+    return "\n".join(map(printable, lines))
 
 
 def report_usage(args: argparse.Namespace, llm: LLM, usage: Any) -> None:

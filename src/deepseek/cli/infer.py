@@ -6,12 +6,23 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import ConfigError, RequestError
 from ..settings import Option, Settings
-from .common import add_model_flags, expert_usage, make_llm, report_usage, sampling_params
+from .common import (
+    add_model_flags,
+    expert_usage,
+    make_llm,
+    named_shares,
+    report_usage,
+    sampling_params,
+    trace_text,
+)
 from .parser import Parser, add_settings
+
+if TYPE_CHECKING:
+    from ..engine.routing import Answer
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,14 @@ def run(args: argparse.Namespace) -> None:
         raise RequestError("prompt = '': must not be empty (give --prompt or text on standard input)")
     params, llm = sampling_params(args), make_llm(args)
     usage = expert_usage(args, llm)
+    answers: list[Answer] = []
     for piece in llm.stream([{"role": "user", "content": prompt}] if args.chat else prompt, params, usage=usage,
-                            parse_special=bool(args.parse_special), adapter=args.use_adapter):
+                            parse_special=bool(args.parse_special), adapter=args.use_adapter,
+                            on_answer=answers.append):
         print(piece, end="", flush=True)
     print()
+    if args.trace:
+        print(trace_text(answers[0].trace, named_shares(llm, usage)), file=sys.stderr)
     report_usage(args, llm, usage)
     if sys.stdout.isatty():  # text in a pipe is the answer alone
         print(f"try:   deepseek infer --model {args.model} --show_experts --prompt '…'" if not args.show_experts else

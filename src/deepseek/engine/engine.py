@@ -38,7 +38,7 @@ from .expert_affinity import ExpertAffinity
 from .options import EngineOptions
 from .request import Request
 from .residency import Residency
-from .routing_override import RoutingOverride
+from .routing_override import RoutingOverride, named
 from .runner import Runner
 from .scheduler import Scheduler
 from .speculative import Drafter
@@ -141,6 +141,15 @@ class Engine:
             for request in requests:
                 if request.finish_reason is None:  # else its caller has left already
                     self.scheduler.add(request)
+                    self._read_ahead(request.ahead)
+
+    def _read_ahead(self, names: Sequence[str]) -> None:
+        """Begin to read the experts of named groups, in the order of the layers."""
+        if self.residency is None or not names:
+            return
+        rows = {layer: row for row, layer in enumerate(self.model.config.moe_layers)}
+        for layer, experts in sorted(item for name in names for item in named(name, self.atlas).by_layer().items()):
+            self.residency.prefetch(rows[layer], experts)
 
     def abort(self, *requests: Request) -> None:
         """End requests at once, and their ensembles with them, and free their pages. Nothing happens to those that have

@@ -7,7 +7,7 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,6 +34,7 @@ from .engine import Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
 from .request import Ensemble, Request, RequestOutput
 from .residency import Residency
+from .routing import JOINT, Answer, Router, Routing
 from .sampling_params import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
@@ -42,6 +43,7 @@ Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Sequence[Message]
 AdapterChoice = str | Mapping[str, float]  # a name, or weights by name
+RoutingChoice = Routing | bool | None
 
 
 class LLM:
@@ -52,7 +54,8 @@ class LLM:
     tokenizer: instead of the one beside the checkpoint; a CausalLM without one takes token ids only and gives no text.
     adapter: a folder that tuning left, a delta or a LoRA adapter: the model is then the base with it. adapters:
     name -> folder of a LoRA adapter; they stand beside the base, and the `adapter` of a prompt says which of them it
-    goes through, none if it does not say. chat_template_kwargs: variables of the chat template, such as V3.1's
+    goes through, none if it does not say. pool: an ExpertPool, which decides who answers a prompt that does not say;
+    its adapters are loaded, too. chat_template_kwargs: variables of the chat template, such as V3.1's
     `{"thinking": True}`, for conversations that do not say otherwise. engine_options: those of EngineOptions.
     Raises what `load_model` and `Tokenizer.load` raise, and ConfigError for an impossible option.
     """
@@ -60,8 +63,8 @@ class LLM:
     def __init__(
         self, path_or_model: str | Path | CausalLM, *, tokenizer: Tokenizer | None = None, dtype: Dtype = "auto",
         device: torch.device | str = "cpu", bits: Literal[4, 8, 16] | None = None, adapter: str | Path | None = None,
-        adapters: Mapping[str, str | Path] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
-        **engine_options: Unpack[EngineSettings],
+        adapters: Mapping[str, str | Path] | None = None, pool: Router | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, **engine_options: Unpack[EngineSettings],
     ) -> None:
         options = EngineOptions.of(engine_options)
         atlas = folder = None
@@ -69,7 +72,11 @@ class LLM:
             path_or_model = with_bits(path_or_model, bits)
         elif bits is not None:
             raise ConfigError(f"bits = {bits!r}: has a meaning only with a ready model, not with a model in memory")
-        delta, beside = sort_out(adapter, adapters)
+        if pool is not None and not isinstance(pool, Router):
+            raise ConfigError(f"pool = {shown(pool)}: must be a pool, such as ExpertPool.load(FILE)")
+        if twice := set(adapters or ()) & set(pool.adapters if pool is not None else ()):
+            raise ConfigError(f"adapters: {min(twice)}: the pool has an adapter of that name: must have another")
+        delta, beside = sort_out(adapter, {**(pool.adapters if pool is not None else {}), **(adapters or {})})
         self.names = ("model",) if isinstance(path_or_model, CausalLM) else names_of(path_or_model)
         if taken := set(self.names) & set(beside):
             raise ConfigError(f"adapters: {min(taken)} is the base's own name: must have another")
@@ -96,8 +103,12 @@ class LLM:
         self.engine = Engine(self.model, options, atlas=atlas, residency=residency)
         self.driver = EngineDriver(self.engine)
         weakref.finalize(self, self.driver.release)
+        if pool is not None and (missing := set(pool.groups) - set(atlas or ())):
+            raise ConfigError(f"pool: {min(missing)}: is no named group of the model's atlas, which has "
+                              f"{', '.join(atlas or ()) or 'none'}")
+        self.pool = pool
         there = self.engine.adapters
-        self.adapters = tuple(name for name in dict.fromkeys([*(adapters or ()), *there]) if name != UNNAMED)
+        self.adapters = tuple(name for name in dict.fromkeys([*beside, *there]) if name != UNNAMED)
         self.default_adapter = UNNAMED if UNNAMED in there else None
         self.tokenizer, self._folder, self._adapter = tokenizer, folder, adapter
         config = self.model.config
@@ -133,7 +144,8 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
         usage: ExpertUsage | None = None, domains: Sequence[str | None] | None = None, parse_special: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        adapter: AdapterChoice | Sequence[AdapterChoice | None] | None = None, **sampling: Unpack[SamplingOptions],
+        adapter: AdapterChoice | Sequence[AdapterChoice | None] | None = None,
+        routing: RoutingChoice | Sequence[RoutingChoice] = None, **sampling: Unpack[SamplingOptions],
     ) -> list[RequestOutput]:
         """Continue every prompt; one result a prompt, in order.
 
@@ -145,7 +157,9 @@ class LLM:
         chat_template_kwargs: variables of the chat template for the conversations among the prompts, beside and over
         those of this LLM. tools: OpenAI's, for them too. adapter: the name of the one that answers, or weights of
         several that answer together (their terms add up: W x + sum_i w_i s_i B_i A_i x), for all or one a prompt; None
-        is the base.
+        is the base. routing: who answers, as `dynamic_routing` or `pool.route` returns it, for all or one a prompt;
+        None leaves it to the LLM's pool, if it has one and no adapter is given; False is the base.
+        `RequestOutput.routing` says what was decided.
         Raises RequestError, before any prompt runs, for a prompt that is empty, too long or of another kind.
         """
         if isinstance(prompts, str) or (prompts and all(isinstance(part, int | Mapping) for part in prompts)):
@@ -157,33 +171,49 @@ class LLM:
         else:
             params = [self._params(one, sampling) for one in params]
         each = zip(every, _for_each("params", params, every), _for_each("domains", domains, every),
-                   _for_each("adapter", adapter, every), strict=True)
-        groups = []
-        for i, (prompt, one, domain, name) in enumerate(each):
+                   _for_each("adapter", adapter, every), _for_each("routing", routing, every), strict=True)
+        answers = []
+        for i, (prompt, one, domain, name, way) in enumerate(each):
             try:
-                groups.append(self.requests(prompt, one, domain=domain, parse_special=parse_special, tools=tools,
-                                            chat_template_kwargs=chat_template_kwargs, adapter=name))
+                answers.append(Answer(self, prompt, one, routing=way, adapter=name, usage=usage, domain=domain,
+                                      parse_special=parse_special, tools=tools,
+                                      chat_template_kwargs=chat_template_kwargs))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
-        requests = [request for group in groups for request in group]
-        for request in requests:
-            request.usage = usage
-        self.driver.generate(*requests)
-        return [to_output(group) for group in groups]
+        requests = [request for answer in answers for request in answer.requests]
+        while requests:
+            self.driver.generate(*requests)
+            requests = [request for answer in answers for request in answer.advance()]
+        return [answer.output() for answer in answers]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
         parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        adapter: AdapterChoice | None = None, **sampling: Unpack[SamplingOptions],
+        adapter: AdapterChoice | None = None, routing: RoutingChoice = None,
+        on_answer: Callable[[Answer], None] | None = None, **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the text of one prompt piece by piece; the pieces together are what `generate` returns.
 
         The prompt is checked at once, and run when the first piece is asked for; closing the iterator aborts it.
+        on_answer: gets the Answer, whose `trace` says who of a pool answers. The other keywords as in `generate`.
         """
-        request, *_ = self.requests(prompt, replace(self._params(params, sampling), n=1), parse_special=parse_special,
-                                    chat_template_kwargs=chat_template_kwargs, tools=tools, adapter=adapter)
-        request.usage = usage
+        answer = Answer(self, prompt, replace(self._params(params, sampling), n=1), usage=usage, routing=routing,
+                        parse_special=parse_special, chat_template_kwargs=chat_template_kwargs, tools=tools,
+                        adapter=adapter)
+        if on_answer is not None:
+            on_answer(answer)
 
+        def pieces() -> Iterator[str]:
+            requests, joint = answer.requests, ""
+            while requests:
+                yield from filter(None, (joint,))
+                yield from self._pieces(requests[0])
+                requests, joint = answer.advance(), JOINT
+
+        return pieces()
+
+    def _pieces(self, request: Request) -> Iterator[str]:
+        """The text of a request, piece by piece."""
         news, sent = SimpleQueue[bool](), 0  # whether the request has ended, when it has, and when its text has grown
 
         def tell(one: Request) -> None:
@@ -193,34 +223,29 @@ class LLM:
 
         request.on_token = tell
 
-        def pieces() -> Iterator[str]:
-            nonlocal sent
-            try:
-                self.driver.submit(request)
-                ended = False
-                while not ended:
-                    ended = news.get()
-                    if len(text := request.text) > sent:
-                        start, sent = sent, len(text)
-                        yield text[start:]
-                    self.driver.resume(request)
-                if request.error is not None:
-                    raise request.error
-            finally:
-                self.driver.abort(request)
-
-        return pieces()
+        try:
+            self.driver.submit(request)
+            ended = False
+            while not ended:
+                ended = news.get()
+                if len(text := request.text) > sent:
+                    start, sent = sent, len(text)
+                    yield text[start:]
+                self.driver.resume(request)
+            if request.error is not None:
+                raise request.error
+        finally:
+            self.driver.abort(request)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, usage: ExpertUsage | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        adapter: AdapterChoice | None = None,
-        **sampling: Unpack[SamplingOptions],
+        adapter: AdapterChoice | None = None, routing: RoutingChoice = None, **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
         """The assistant's answer to a conversation of messages, as OpenAI's clients write them, and so its tools. The
         output is the text as it is; the server reads calls out of it."""
         return self.generate([messages], params, usage=usage, chat_template_kwargs=chat_template_kwargs, tools=tools,
-                             adapter=adapter, **sampling)[0]
+                             adapter=adapter, routing=routing, **sampling)[0]
 
     def generate_ensemble(
         self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None,
@@ -461,7 +486,7 @@ def names_of(model: str | Path) -> tuple[str, ...]:
 
 def _for_each(what: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:
     """What was given for each prompt, or for all of them. Raises RequestError where the numbers differ."""
-    if given is None or isinstance(given, str | Mapping | SamplingParams):
+    if given is None or isinstance(given, str | bool | Mapping | SamplingParams) or not isinstance(given, Sequence):
         return [given] * len(prompts)
     if len(given) != len(prompts):
         raise RequestError(f"{what} has {len(given)} entries: must be one for all or one for each of the "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,9 +37,10 @@ class RequestOutput:
     stop string), "length" (max_tokens, or the end of the model's context), "abort" or "error". logprobs: one entry a
     token, where they were asked for.
     prompt_logprobs: one entry a token of the prompt, None for the first. routed: the experts each token of prompt and
-    output visited, int64 [tokens, MoE
-    layers, K], where asked for; the last token, which was never run, is not among them. choices: all `n`
-    continuations, this one first. cached_tokens: of the prompt, found in the prefix cache.
+    output visited, int64 [tokens, MoE layers, K], where asked for; the last token, which was never run, is not among
+    them. choices: all `n` continuations, this one first. cached_tokens: of the prompt, found in the prefix cache.
+    routing: how a pool's members were chosen, and the passages that were quoted, an entry for each part of the request;
+    None where none was asked.
     """
 
     text: str
@@ -51,6 +52,7 @@ class RequestOutput:
     cached_tokens: int = field(default=0, compare=False)
     others: tuple[RequestOutput, ...] = ()
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
+    routing: tuple[Mapping[str, Any], ...] | None = field(default=None, compare=False)
 
     @property
     def choices(self) -> tuple[RequestOutput, ...]:
@@ -109,6 +111,7 @@ class Request:
         self.domain, self.constraint, self.adapter = domain, constraint, adapter
         self.metric_labels: dict[str, str] = {}  # labels that monitoring counts it under
         self.usage: ExpertUsage | None = None  # counts the experts of what runs
+        self.ahead: Sequence[str] = ()  # named groups whose experts are read ahead, where not all are in memory
         self.routing_override: RoutingOverride | None = None
         self.ensemble: Ensemble | None = None
         self.prefill_leader: Request | None = None  # of one prompt's continuations the first, whose pages serve all

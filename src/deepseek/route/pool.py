@@ -1,6 +1,7 @@
 """A pool of experts: one YAML file (docs/routing.md) -> members, and who of them serves a text.
 
     scorer: keywords                  # or classifier
+    bias: 0                           # added to the gates' choice of the experts of a named group; inexact
     include: [more.yaml]              # other pool files, relative to this one
     members:
       - name: law
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError, MoEDRError, RequestError, nearest, shown
 from ..files import read_text, read_yaml
+from ..settings import is_number
 from .knowledge import SUFFIX
 from .knowledge import folder as knowledge_folder
 from .member import PoolMember
@@ -30,18 +33,23 @@ from .scorers import SummedScorer, make_scorer
 ScorerName = Literal["keywords", "classifier"]
 SCORERS = get_args(ScorerName)
 KEYS = ("name", "kind", "domain", "path", "keywords", "samples")
+MOST_BIAS = 10.0  # gates' scores lie between 0 and 1
 SHOWN_SCORES = 10  # of a decision, in a pool of many
 
 
 class ExpertPool:
     """Experts of a pool, and who of them serves a text. scorer: `keywords`, or `classifier`, which is trained on the
-    members' samples when it is first used (seconds). Raises ConfigError for a name that two members bear."""
+    members' samples when it is first used (seconds). bias: of the decisions (`Fusion.bias`). Raises ConfigError for a
+    name that two members bear."""
 
-    def __init__(self, members: Sequence[PoolMember] = (), scorer: ScorerName = "keywords", *, seed: int = 0) -> None:
+    def __init__(self, members: Sequence[PoolMember] = (), scorer: ScorerName = "keywords", *, bias: float = 0.0,
+                 seed: int = 0) -> None:
         if scorer not in SCORERS:
             raise ConfigError(f"scorer = {shown(scorer)}: must be keywords or classifier"
                               f"{nearest(str(scorer), SCORERS)}")
-        self.members, self.scorer_name, self.seed = tuple(members), scorer, seed
+        if not is_number(bias) or not 0 <= bias <= MOST_BIAS:
+            raise ConfigError(f"bias = {shown(bias)}: must be a number from 0 to {MOST_BIAS:g}")
+        self.members, self.scorer_name, self.bias, self.seed = tuple(members), scorer, float(bias), seed
         self._by_name: dict[str, PoolMember] = {}
         for member in self.members:
             if member.name in self._by_name:
@@ -54,8 +62,26 @@ class ExpertPool:
         or ConfigError naming file, key, rule and value."""
         path = Path(path).expanduser()
         members: dict[str, PoolMember] = {}
-        chosen = _read(path, (), members)
-        return cls(tuple(members.values()), scorer or chosen or "keywords", seed=seed)
+        table = _read(path, (), members)
+        try:
+            return cls(tuple(members.values()), scorer or table.get("scorer") or "keywords",
+                       bias=0.0 if table.get("bias") is None else table["bias"], seed=seed)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Name -> folder of the adapters among the members."""
+        return {one.name: one.path for one in self.members if one.kind == "adapter" and one.path is not None}
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The members that are named groups of a model."""
+        return tuple(one.name for one in self.members if one.kind == "experts")
+
+    def only(self, name: str) -> Fusion:
+        """One member alone answers. Raises ConfigError for a name that there is not."""
+        return replace(fuse_expert_outputs([self[name]]), bias=self.bias)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -100,7 +126,8 @@ class ExpertPool:
         chance = (1 - 1e-6) / len(p_M)  # a member that is no likelier takes no part
         fusion = Fusion() if reason else fuse_expert_outputs(
             [(self.members[m], float(p_M[m])) for m in order[:TOP] if p_M[m] >= chance])
-        return RoutingDecision(fusion, keywords, scores, scorer.threshold, self.scorer_name, reason)
+        return RoutingDecision(replace(fusion, bias=self.bias), keywords, scores, scorer.threshold, self.scorer_name,
+                               reason)
 
 
 def _best(p_M: Any, most: int) -> Any:
@@ -110,8 +137,8 @@ def _best(p_M: Any, most: int) -> Any:
     return some[np.lexsort((some, -p_M[some]))]
 
 
-def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember]) -> ScorerName | None:
-    """Add the members of a file and of those that it includes, in their order; returns the scorer that it names."""
+def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember]) -> dict[str, Any]:
+    """Add the members of a file and of those that it includes, in their order; returns the file's own table."""
     here = path.resolve()
     if here in including:
         circle = " -> ".join(str(one) for one in (*including[including.index(here):], here))
@@ -119,7 +146,7 @@ def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember
     table = read_yaml(path)
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: must be a table with `members`, got {type(table).__name__}")
-    _no_others(table, ("members", "include", "scorer"), f"{path}: ")
+    _no_others(table, ("members", "include", "scorer", "bias"), f"{path}: ")
     for other in _list(table, "include", f"{path}: "):
         if not isinstance(other, str) or not (file := path.parent / Path(other).expanduser()).is_file():
             raise ConfigError(f"{path}: include = {shown(other)}: must be a pool file; there is none")
@@ -143,7 +170,7 @@ def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember
     if (scorer := table.get("scorer")) is not None and scorer not in SCORERS:
         raise ConfigError(f"{path}: scorer = {shown(scorer)}: must be keywords or classifier"
                           f"{nearest(str(scorer), SCORERS)}")
-    return scorer
+    return table
 
 
 def _member(entry: Mapping[str, Any], folder: Path) -> PoolMember:

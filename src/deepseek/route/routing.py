@@ -14,9 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from ..errors import ConfigError, RequestError, shown
+from .grounding import MOST, Grounded, ground
+from .grounding import question as last_question
 from .terms import STOP, terms
 
 TOP = 3  # members that are fused at most
@@ -43,15 +46,26 @@ BASE = Base()
 class Fusion:
     """Who answers, and with which weight. members: of a pool, or the objects that were given; BASE alone where none
     fits. weights: as many, the largest first, with sum 1. kind: of the members, `mixed` where they differ, `callable`
-    where they are objects that answer themselves, `base` for the base alone."""
+    where they are objects that answer themselves, `base` for the base alone. bias: added to the gates' choice of a
+    named group's experts, times its weight; 0 is exact."""
 
     members: tuple[Any, ...] = (BASE,)
     weights: tuple[float, ...] = (1.0,)
     kind: Kind = "base"
+    bias: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name_of(member) for member in self.members)
+
+    def ground(self, messages: Sequence[Mapping[str, Any]], most: int = MOST, question: str | None = None) -> Grounded:
+        """The messages with passages of the members' knowledge bases quoted in front of the user's last one, `most`
+        characters at most, and what they quote. question: what is searched for, in place of that message. Each base
+        gives its best, the heaviest first."""
+        asked = last_question(messages) if question is None else question
+        found = [member.passages(asked) for member in self.members if getattr(member, "kind", "") == "knowledge"]
+        ranks = zip_longest(*found)  # the best of every base, then the second
+        return ground(messages, [one for rank in ranks for one in rank if one is not None], most=most)
 
     def outputs(self, prompt: str) -> list[tuple[Any, float, Any]]:
         """(member, weight, what it returns for the prompt), of members that are callable or have `.generate`. Raises

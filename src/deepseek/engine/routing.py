@@ -1,0 +1,265 @@
+"""A routing decision, run: who of a pool answers a prompt, or each part of it.
+
+    adapters       the decision's weights over them, scaled to a sum of 1: one mixture beside the base
+    named groups   requests of a name run together (batching by expert), and its experts are read ahead where not all
+                   are in memory; with a bias, gates prefer them, which is inexact
+    knowledge      passages in front of the question, as quoted text
+    parts          of a composite request: answered in their order, each by its own decision, in one conversation, so
+                   that each knows the answers before it and parts that run alike share the prefix
+
+Pools and decisions are known by their form alone (`Router`, `Decision`, `Fusion`); route/ has those that decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
+
+from ..conversation import normalize
+from ..errors import RequestError, shown
+from .request import Request, RequestOutput
+from .routing_override import ExpertControl
+from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from ..atlas.usage import ExpertUsage
+    from .llm import LLM, AdapterChoice, Prompt
+
+JOINT = "\n\n"  # between the answers to the parts
+PASSAGES = 6000  # characters of passages in a prompt at most, and half as many as the context has tokens
+_CHINESE = re.compile("[\u3400-\u9fff]")
+_ASK = {"en": "Answer part {number} of {count} now, and only this part:\n{text}",
+        "zh": "现在只回答第 {number} 部分（共 {count} 部分）：\n{text}"}
+
+
+class Fusion(Protocol):
+    """Who answers. members: each with `name` and `kind` (base, experts, adapter, knowledge); weights: as many, with sum
+    1; bias: added to the gates' choice of the experts of named groups, times the weight."""
+
+    @property
+    def members(self) -> Sequence[Any]: ...
+
+    @property
+    def weights(self) -> Sequence[float]: ...
+
+    @property
+    def bias(self) -> float: ...
+
+    def ground(self, messages: Sequence[Mapping[str, Any]], most: int, question: str | None = None) -> Any:
+        """(the messages with passages of the members' knowledge in them, `most` characters at most; citations)."""
+
+
+class Decision(Protocol):
+    """A fusion, and how it came about."""
+
+    @property
+    def fusion(self) -> Fusion: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Part(Protocol):
+    """A part of a request that is answered on its own."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def decision(self) -> Decision: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Router(Protocol):
+    """A pool. adapters: name -> folder of those among its members; groups: names of the atlas among them."""
+
+    @property
+    def adapters(self) -> Mapping[str, str | Path]: ...
+
+    @property
+    def groups(self) -> Sequence[str]: ...
+
+    def route(self, text: str) -> Decision: ...
+
+    def parts(self, text: str) -> Sequence[Part]: ...
+
+
+Routing = Fusion | Decision
+
+
+class Routed(NamedTuple):
+    """A prompt, ready to run by a decision. names: of groups, the heaviest first."""
+
+    prompt: Prompt
+    adapter: AdapterChoice | None
+    names: tuple[str, ...]
+    bias: Mapping[str, float]
+    citations: tuple[Any, ...]
+
+
+def apply(llm: LLM, prompt: Prompt, routing: Routing, question: str | None = None) -> Routed:
+    """Raises RequestError for a member that this LLM cannot run, and for passages in a prompt of token ids."""
+    fusion: Fusion = getattr(routing, "fusion", routing)  # type: ignore[arg-type]
+    if not hasattr(fusion, "members") or not hasattr(fusion, "weights"):
+        raise RequestError(f"routing = {shown(routing)}: must be a Fusion or a decision of a pool")
+    weights: dict[str, dict[str, float]] = {"base": {}, "experts": {}, "adapter": {}, "knowledge": {}}
+    for member, weight in zip(fusion.members, fusion.weights, strict=True):
+        if (own := weights.get(getattr(member, "kind", ""))) is None:
+            raise RequestError(f"routing: member {shown(getattr(member, 'name', member))}: must be of kind "
+                               f"{', '.join(weights)}; fusion.text(prompt) runs what is callable")
+        own[member.name] = weight
+    total, atlas = sum(weights["adapter"].values()), llm.engine.atlas
+    for name in weights["experts"]:
+        if atlas is None or name not in atlas:
+            raise RequestError(f"routing: {name}: must be a named group of the model's atlas, which has "
+                               f"{', '.join(atlas or ()) or 'none'}")
+    adapter = {name: weight / total for name, weight in weights["adapter"].items()} or None
+    llm.find_adapter(adapter)  # said before passages are looked for
+    prompt, citations = _grounded(llm, prompt, fusion, question) if weights["knowledge"] else (prompt, ())
+    bias = {name: weight * fusion.bias for name, weight in weights["experts"].items()} if fusion.bias else {}
+    return Routed(prompt, adapter, tuple(weights["experts"]), bias, citations)
+
+
+def _grounded(llm: LLM, prompt: Prompt, fusion: Fusion, question: str | None) -> tuple[Prompt, tuple[Any, ...]]:
+    if not isinstance(prompt, str) and not _is_conversation(prompt):
+        raise RequestError("routing: passages of a knowledge base go into a text or a conversation, not token ids")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages, citations = fusion.ground(
+        cast(Sequence[Mapping[str, Any]], turns), min(PASSAGES, llm.max_length // 2), question)
+    return messages[0]["content"] if isinstance(prompt, str) else messages, tuple(citations)
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
+
+
+def question_of(prompt: Prompt) -> str:
+    """The text that a prompt is routed by: itself, or the last message of the user; empty where there is none."""
+    if isinstance(prompt, str):
+        return prompt
+    for message in reversed(prompt) if _is_conversation(prompt) else ():
+        if isinstance(message, Mapping) and message.get("role") == "user":
+            return normalize([message])[0]["content"] or ""
+    return ""
+
+
+class Answer:
+    """The answer to a prompt: its requests, part by part, each made when those before have ended.
+
+    routing: who answers; None leaves it to the LLM's pool, if it has one and no adapter is chosen, and False to the
+    base. Raises RequestError for what cannot run, before anything does.
+    """
+
+    def __init__(self, llm: LLM, prompt: Prompt, params: SamplingParams, *, routing: Routing | bool | None = None,
+                 adapter: AdapterChoice | None = None, usage: ExpertUsage | None = None, **asked: Any) -> None:
+        if routing is True:
+            if llm.pool is None:
+                raise RequestError("routing = True: this LLM has no pool")
+            routing = None
+        if routing not in (None, False) and adapter is not None:
+            raise RequestError(f"adapter = {shown(adapter)}: must not stand beside routing, which chooses adapters")
+        self.llm, self.prompt, self.params, self.adapter, self.usage, self.asked = (
+            llm, prompt, params, adapter, usage, asked)
+        self.groups: list[list[Request]] = []
+        self.trace: list[dict[str, Any]] = []
+        self._parts: Sequence[Part] = ()
+        self._routing: Routing | None = routing or None  # of the whole prompt
+        if routing is None and adapter is None and llm.pool is not None and (text := question_of(prompt)):
+            self._parts = llm.pool.parts(text) if self._divisible else ()
+            if len(self._parts) < 2:
+                self._parts, self._routing = (), llm.pool.route(text)
+        self._turns: list[Mapping[str, Any]] = []  # the conversation so far, of several parts
+        self.cut = False  # parts are left for which there is no room
+        self._begin()
+
+    @property
+    def _divisible(self) -> bool:
+        """Whether it may be answered in parts: a conversation whose user spoke last, answered by one free text."""
+        one, asked = self.params, self.asked
+        return (_is_conversation(self.prompt) and cast(Any, self.prompt)[-1].get("role") == "user" and one.n == 1
+                and not any((one.json_schema, one.regex, one.grammar, one.routed, one.experts, asked.get("tools")))
+                and one.prompt_logprobs is None and not asked.get("continue_final_message"))
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those of the part that is under way."""
+        return self.groups[-1]
+
+    @property
+    def text(self) -> str:
+        """So far, of the first continuation."""
+        return JOINT.join(group[0].text for group in self.groups)
+
+    def advance(self) -> list[Request]:
+        """The requests of the next part, once those of the last have ended; none where the answer is complete, at its
+        end of tokens, or broken off."""
+        last = self.requests[0]
+        if last.finish_reason != "stop" or len(self.groups) >= len(self._parts):
+            return []
+        self._turns.append({"role": "assistant", "content": last.text})
+        try:
+            self._begin()
+        except RequestError as error:  # the conversation has become too long
+            self.trace.append({"text": self._parts[len(self.groups)].text, "error": str(error)})
+            self._parts = self._parts[: len(self.groups)]
+            self.cut = True
+            return []
+        return self.requests
+
+    def _begin(self) -> None:
+        prompt, routing, params, question = self.prompt, self._routing, self.params, None
+        about: dict[str, Any] = {}
+        if self._parts:
+            part = self._parts[len(self.groups)]
+            routing, question, about = part.decision, part.text, part.to_dict()
+            spent = sum(len(group[0].token_ids) for group in self.groups)
+            params = replace(params, max_tokens=params.max_tokens - spent,
+                             min_tokens=max(0, params.min_tokens - spent))
+            prompt = self._next_turn(part.text)
+        elif routing is not None and hasattr(routing, "to_dict"):
+            about = routing.to_dict()
+        adapter, asked = self.adapter, self.asked
+        names, citations = tuple[str, ...](), tuple[Any, ...]()
+        if routing is not None:
+            prompt, adapter, names, bias, citations = apply(self.llm, prompt, routing, question)
+            if bias and params.experts is None:
+                params = replace(params, experts=ExpertControl(bias=bias))
+            if names and asked.get("domain") is None:
+                asked = asked | {"domain": names[0]}
+        group = self.llm.requests(prompt, params, adapter=adapter, **asked)
+        for request in group:
+            request.ahead, request.usage = names, self.usage
+        if self._parts:
+            self._turns = list(cast(Sequence[Mapping[str, Any]], prompt))
+        self.groups.append(group)
+        if routing is not None:
+            if citations:
+                about["passages"] = [one.to_json() for one in citations]
+            self.trace.append(about)
+
+    def _next_turn(self, text: str) -> list[Mapping[str, Any]]:
+        number = len(self.groups) + 1
+        ask = _ASK["zh" if _CHINESE.search(text) else "en"].format(number=number, count=len(self._parts), text=text)
+        if self._turns:
+            return [*self._turns, {"role": "user", "content": ask}]
+        *before, last = cast(Sequence[Mapping[str, Any]], self.prompt)
+        return [*before, {"role": "user", "content": f"{normalize([last])[0]['content']}{JOINT}{ask}"}]
+
+    def output(self) -> RequestOutput:
+        """Of all parts. prompt_tokens, cached_tokens: of what ran, all parts together."""
+        from .llm import to_output
+
+        outputs = [to_output(group) for group in self.groups]
+        trace = tuple(self.trace) or None
+        if len(outputs) == 1:
+            return replace(outputs[0], routing=trace)
+        logprobs = [one.logprobs for one in outputs]
+        return RequestOutput(
+            self.text, tuple(token for one in outputs for token in one.token_ids),
+            "length" if self.cut else outputs[-1].finish_reason, sum(one.prompt_tokens for one in outputs),
+            None if logprobs[0] is None else tuple(one for own in logprobs for one in own or ()),
+            cached_tokens=sum(one.cached_tokens for one in outputs), routing=trace)
