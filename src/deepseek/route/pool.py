@@ -27,7 +27,7 @@ from ..settings import is_number
 from .knowledge import SUFFIX
 from .knowledge import folder as knowledge_folder
 from .member import PoolMember
-from .routing import READ, TOP, Fusion, RoutingDecision, fuse_expert_outputs
+from .routing import READ, TOP, Fusion, RoutedPart, RoutingDecision, fuse_expert_outputs
 from .scorers import SummedScorer, make_scorer
 
 ScorerName = Literal["keywords", "classifier"]
@@ -100,6 +100,11 @@ class ExpertPool:
     def scorer(self) -> SummedScorer:
         """What gives every member its probability."""
         return make_scorer(self.members, self.scorer_name, self.seed)
+
+    def parts(self, text: str) -> list[RoutedPart]:
+        """The parts of a composite request that are answered on their own, each with who serves it; one part where the
+        request is not composite. Raises RequestError for what is not a text."""
+        return [RoutedPart(text, self.route(text))]
 
     def route(self, text: str) -> RoutingDecision:
         """Who serves a text, and why. Same pool, seed and text: same decision. The first 2,000 characters count. Raises

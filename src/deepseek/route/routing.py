@@ -115,6 +115,18 @@ class RoutingDecision:
                 "keywords": {word: round(weight, 4) for word, weight in self.keywords.items()}}
 
 
+@dataclass(frozen=True)
+class RoutedPart:
+    """A part of a request, and who serves it."""
+
+    text: str
+    decision: RoutingDecision
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"text": self.text} | self.decision.to_dict()
+
+
 @runtime_checkable
 class Router(Protocol):
     """What decides for itself who serves a text: an ExpertPool."""
