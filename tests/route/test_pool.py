@@ -90,7 +90,7 @@ def test_passages_of_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "said"), [
     ("[]", "must be a table with `members`, got list"),
-    ("member: []", "unknown key 'member'; there are members, include, scorer; did you mean members?"),
+    ("member: []", "unknown key 'member'; there are members, include, scorer, bias; did you mean members?"),
     ("members: {}", "members = {}: must be a list"),
     ("members: [3]", "members[0] = 3: must be a table with name, kind"),
     ("scorer: keyword", "scorer = 'keyword': must be keywords or classifier; did you mean keywords?"),
