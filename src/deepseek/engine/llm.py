@@ -32,17 +32,14 @@ from .constraint import Constraints
 from .driver import EngineDriver
 from .engine import Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
-from .request import Ensemble, Request, RequestOutput
+from .request import AdapterChoice, Ensemble, Message, Prompt, Request, RequestOutput
 from .residency import Residency
 from .routing import JOINT, Answer, Router, Routing
 from .sampling_params import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
 MIN_CONFIDENCE = 0.6  # as in `deepseek data label`
-Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
-Prompt = str | Sequence[int] | Sequence[Message]
-AdapterChoice = str | Mapping[str, float]  # a name, or weights by name
 RoutingChoice = Routing | bool | None
 
 
@@ -517,9 +514,3 @@ def _with_variables(tokenizer: Tokenizer | None, variables: Mapping[str, Any] | 
         return None if tokenizer is None else tokenizer.with_variables(variables)
     except RequestError as error:
         raise ConfigError(str(error)) from None
-
-
-def to_output(group: Sequence[Request]) -> RequestOutput:
-    """The output of a prompt's continuations."""
-    first, *others = (request.output() for request in group)
-    return replace(first, others=tuple(others)) if others else first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .constraint import Constraint
     from .routing_override import RoutingOverride
 
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+AdapterChoice = str | Mapping[str, float]  # a name, or weights by name
 FinishReason = Literal["stop", "length", "abort", "error"]
 _ids = count()
 
@@ -269,3 +272,9 @@ class Request:
             tuple(self.logprobs) if self.params.logprobs is not None else None,
             torch.cat(self.routes) if self.routes else None, self.sequence.cached_tokens,
             prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs))
+
+
+def to_output(group: Sequence[Request]) -> RequestOutput:
+    """The output of a prompt's continuations."""
+    first, *others = (request.output() for request in group)
+    return replace(first, others=tuple(others)) if others else first

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_check
 
 from ..conversation import normalize
 from ..errors import RequestError, shown
-from .request import Request, RequestOutput
+from .request import AdapterChoice, Message, Prompt, Request, RequestOutput, to_output
 from .routing_override import ExpertControl
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from ..atlas.usage import ExpertUsage
-    from .llm import LLM, AdapterChoice, Prompt
+    from .engine import Engine
 
 JOINT = "\n\n"  # between the answers to the parts
 PASSAGES = 6000  # characters of passages in a prompt at most, and half as many as the context has tokens
@@ -48,7 +48,7 @@ class Fusion(Protocol):
     @property
     def bias(self) -> float: ...
 
-    def ground(self, messages: Sequence[Mapping[str, Any]], most: int, question: str | None = None) -> Any:
+    def ground(self, messages: Sequence[Message], most: int, question: str | None = None) -> Any:
         """(the messages with passages of the members' knowledge in them, `most` characters at most; citations)."""
 
 
@@ -91,6 +91,18 @@ class Router(Protocol):
 Routing = Fusion | Decision
 
 
+class Model(Protocol):
+    """What answers: an LLM."""
+
+    engine: Engine
+    max_length: int
+    pool: Router | None
+
+    def find_adapter(self, choice: AdapterChoice | None) -> Any: ...
+
+    def requests(self, prompt: Prompt, params: SamplingParams, **asked: Any) -> list[Request]: ...
+
+
 class Routed(NamedTuple):
     """A prompt, ready to run by a decision. names: of groups, the heaviest first."""
 
@@ -101,7 +113,7 @@ class Routed(NamedTuple):
     citations: tuple[Any, ...]
 
 
-def apply(llm: LLM, prompt: Prompt, routing: Routing, question: str | None = None) -> Routed:
+def apply(llm: Model, prompt: Prompt, routing: Routing, question: str | None = None) -> Routed:
     """Raises RequestError for a member that this LLM cannot run, and for passages in a prompt of token ids."""
     fusion: Fusion = getattr(routing, "fusion", routing)  # type: ignore[arg-type]
     if not hasattr(fusion, "members") or not hasattr(fusion, "weights"):
@@ -124,12 +136,12 @@ def apply(llm: LLM, prompt: Prompt, routing: Routing, question: str | None = Non
     return Routed(prompt, adapter, tuple(weights["experts"]), bias, citations)
 
 
-def _grounded(llm: LLM, prompt: Prompt, fusion: Fusion, question: str | None) -> tuple[Prompt, tuple[Any, ...]]:
+def _grounded(llm: Model, prompt: Prompt, fusion: Fusion, question: str | None) -> tuple[Prompt, tuple[Any, ...]]:
     if not isinstance(prompt, str) and not _is_conversation(prompt):
         raise RequestError("routing: passages of a knowledge base go into a text or a conversation, not token ids")
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages, citations = fusion.ground(
-        cast(Sequence[Mapping[str, Any]], turns), min(PASSAGES, llm.max_length // 2), question)
+        cast(Sequence[Message], turns), min(PASSAGES, llm.max_length // 2), question)
     return messages[0]["content"] if isinstance(prompt, str) else messages, tuple(citations)
 
 
@@ -154,7 +166,7 @@ class Answer:
     base. Raises RequestError for what cannot run, before anything does.
     """
 
-    def __init__(self, llm: LLM, prompt: Prompt, params: SamplingParams, *, routing: Routing | bool | None = None,
+    def __init__(self, llm: Model, prompt: Prompt, params: SamplingParams, *, routing: Routing | bool | None = None,
                  adapter: AdapterChoice | None = None, usage: ExpertUsage | None = None, **asked: Any) -> None:
         if routing is True:
             if llm.pool is None:
@@ -172,7 +184,7 @@ class Answer:
             self._parts = llm.pool.parts(text) if self._divisible else ()
             if len(self._parts) < 2:
                 self._parts, self._routing = (), llm.pool.route(text)
-        self._turns: list[Mapping[str, Any]] = []  # the conversation so far, of several parts
+        self._turns: list[Message] = []  # the conversation so far, of several parts
         self.cut = False  # parts are left for which there is no room
         self._begin()
 
@@ -234,25 +246,23 @@ class Answer:
         for request in group:
             request.ahead, request.usage = names, self.usage
         if self._parts:
-            self._turns = list(cast(Sequence[Mapping[str, Any]], prompt))
+            self._turns = list(cast(Sequence[Message], prompt))
         self.groups.append(group)
         if routing is not None:
             if citations:
                 about["passages"] = [one.to_json() for one in citations]
             self.trace.append(about)
 
-    def _next_turn(self, text: str) -> list[Mapping[str, Any]]:
+    def _next_turn(self, text: str) -> list[Message]:
         number = len(self.groups) + 1
         ask = _ASK["zh" if _CHINESE.search(text) else "en"].format(number=number, count=len(self._parts), text=text)
         if self._turns:
             return [*self._turns, {"role": "user", "content": ask}]
-        *before, last = cast(Sequence[Mapping[str, Any]], self.prompt)
+        *before, last = cast(Sequence[Message], self.prompt)
         return [*before, {"role": "user", "content": f"{normalize([last])[0]['content']}{JOINT}{ask}"}]
 
     def output(self) -> RequestOutput:
         """Of all parts. prompt_tokens, cached_tokens: of what ran, all parts together."""
-        from .llm import to_output
-
         outputs = [to_output(group) for group in self.groups]
         trace = tuple(self.trace) or None
         if len(outputs) == 1:

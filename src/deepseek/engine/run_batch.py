@@ -27,8 +27,8 @@ from ..atlas.usage import ExpertUsage
 from ..errors import DataError, RequestError
 from ..files import is_file_at, take_lock, to_json
 from ..interrupts import kept
-from .llm import LLM, AdapterChoice, to_output
-from .request import Request, RequestOutput
+from .llm import LLM
+from .request import AdapterChoice, Request, RequestOutput, to_output
 from .sampling_params import SamplingParams
 
 AHEAD = 4  # lines in flight, as a multiple of max_num_seqs: what batching by expert can choose from

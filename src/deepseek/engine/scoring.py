@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import RequestError
-from .llm import LLM, AdapterChoice
-from .request import Request
+from .llm import LLM
+from .request import AdapterChoice, Request
 from .sampling_params import SamplingParams
 
 WINDOW = 1 << 14  # tokens that are queued together, about
