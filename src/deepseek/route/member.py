@@ -27,8 +27,8 @@ class PoolMember:
     domain: str
     kind: MemberKind = "experts"
     path: Path | None = None
-    keywords: Mapping[str, float | None] = field(default_factory=dict)
-    samples: Sequence[str] = ()
+    keywords: Mapping[str, float | None] = field(default_factory=dict, hash=False)
+    samples: Sequence[str] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
         for key in ("name", "domain"):

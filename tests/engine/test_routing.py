@@ -1,0 +1,261 @@
+"""Decisions of a pool, run: adapters, named groups, passages, and parts one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek import KnowledgeBase
+from deepseek.atlas import Atlas
+from deepseek.engine import LLM, ExpertControl
+from deepseek.engine.routing import JOINT, Answer
+from deepseek.errors import ConfigError, RequestError
+from deepseek.model import CausalLM
+from deepseek.ops.native import native
+from deepseek.route import BASE, ExpertPool, Fusion, PoolMember, fuse_expert_outputs
+from deepseek.route.routing import RoutedPart, RoutingDecision
+from tests.engine.test_adapters import Served, served  # noqa: F401 - a fixture
+from tests.helpers.chat_templates import with_template
+from tests.helpers.engines import nf4, params
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant] "
+TOKENIZER = with_template(TEMPLATE)
+NAMES = ["law_expert", "code_expert", "med_expert", "math_expert"]
+
+
+def member(name: str, kind: Any = "experts", **more: Any) -> PoolMember:
+    return PoolMember(name, {"law": "law contracts courts", "med": "fever disease doctor"}.get(
+        name.partition("_")[0], f"only {name}"), kind, **more)
+
+
+@dataclass
+class Parts:
+    """A router for which every line is a part, served by the member of its first word."""
+
+    pool: ExpertPool
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def adapters(self) -> Mapping[str, Any]:
+        return self.pool.adapters
+
+    @property
+    def groups(self) -> Sequence[str]:
+        return self.pool.groups
+
+    def route(self, text: str) -> RoutingDecision:
+        self.asked.append(text)
+        return RoutingDecision(self.pool.only(text.split()[0]))
+
+    def parts(self, text: str) -> list[RoutedPart]:
+        return [RoutedPart(line, self.route(line)) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config: Callable, random_model: Callable) -> CausalLM:
+    config = tiny_config(vocab_size=TOKENIZER.vocab_size, num_hidden_layers=4, n_routed_experts=16, n_group=4,
+                         topk_group=2, num_experts_per_tok=3, max_position_embeddings=1024, qk_nope_head_dim=16,
+                         v_head_dim=16)
+    return random_model(config)
+
+
+@pytest.fixture(scope="module")
+def folder(model: CausalLM, tmp_path_factory: Any) -> Path:
+    """A quantized model with a chat template and an atlas of four names."""
+    folder = nf4(model, tmp_path_factory.mktemp("routing"), TOKENIZER)
+    Atlas.built_in(model.config, NAMES).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: Any) -> KnowledgeBase:
+    place = tmp_path_factory.mktemp("books")
+    (place / "law.md").write_text("# Ends of contracts\n\nA contract ends with notice of seven weeks.\n")
+    (place / "med.md").write_text("# Fever\n\nA fever of two days wants a doctor.\n")
+    base = KnowledgeBase(place / "books.knowledge")
+    base.add([place / "law.md", place / "med.md"])
+    return base
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_of_a_decision_answer_as_the_mixture_of_their_weights(
+        served: Callable[..., Served]) -> None:  # noqa: F811
+    own, prompt = served(), list(range(5, 60))
+    asked = params(max_tokens=4, logprobs=1)
+    here = {name: PoolMember(name, name, "adapter", path) for name, path in own.adapters.items()}
+    fusion = fuse_expert_outputs({here["law"]: 0.6, here["med"]: 0.2, here["code"]: 0.05, member("x"): 0.0})
+    assert fusion.names == ("law", "med")
+    llm = own.llm()
+    got, = llm.generate([prompt], asked, routing=fusion)
+    want, = llm.generate([prompt], asked, adapter={"law": 0.75, "med": 0.25})
+    assert got.token_ids == want.token_ids and got.logprobs == want.logprobs
+    base, through = llm.generate([prompt] * 2, asked, routing=[False, RoutingDecision(fusion)])
+    assert base.logprobs != through.logprobs == want.logprobs
+    assert base.routing is None and through.routing is not None
+    assert [one["weight"] for one in through.routing[0]["members"]] == [0.75, 0.25]
+
+
+def test_a_pool_decides_where_nothing_else_is_said(served: Callable[..., Served]) -> None:  # noqa: F811
+    own, asked = served(), params(max_tokens=4, logprobs=1)
+    pool = ExpertPool([replace(member("law", "adapter", path=own.adapters["law"])),
+                       replace(member("med", "adapter", path=own.adapters["med"]))])
+    llm = LLM(own.four, pool=pool)
+    assert llm.adapters == ("law", "med")
+    texts = ["contracts of the law", "0123456789", "a doctor for the fever"]
+    got = llm.generate(texts, asked)
+    want = llm.generate(texts, asked, adapter=["law", None, "med"], routing=[None, False, None])
+    assert [one.logprobs for one in got] == [one.logprobs for one in want]
+    assert [one.routing and one.routing[0]["members"][0]["name"] for one in got] == ["law", "base", "med"]
+    assert all(one.routing is None for one in want)
+    ids = llm.encode(texts[0])
+    assert llm.generate([ids], asked)[0].routing is None, "token ids are not read"
+    assert "".join(llm.stream(texts[0], asked)) == got[0].text
+    with pytest.raises(RequestError, match="adapter = 'law': must not stand beside routing"):
+        llm.generate(texts, asked, adapter="law", routing=pool.only("med"))
+
+
+# ---- named groups ---------------------------------------------------------------------------------------------------
+
+
+def test_named_groups_are_a_hint_and_with_a_bias_a_preference(folder: Path) -> None:
+    members = [member(name) for name in NAMES]
+    llm, asked = LLM(folder, pool=ExpertPool(members)), params(max_tokens=3, logprobs=1, routed=True)
+    exact, base = llm.generate(["law contracts"] * 2, asked, routing=[None, False])
+    assert exact.routing is not None and exact.routing[0]["kind"] == "experts"
+    assert exact.logprobs == base.logprobs and torch.equal(exact.routed, base.routed)  # type: ignore[arg-type]
+    request, = Answer(llm, "law contracts", asked).requests
+    assert (request.domain, request.ahead) == ("law_expert", ("law_expert",))
+    biased = LLM(folder, pool=ExpertPool(members, bias=5.0)).generate("law contracts", asked)[0]
+    asked = replace(asked, experts=ExpertControl(bias={"law_expert": 5.0}))
+    want = llm.generate("law contracts", asked, routing=False)[0]
+    assert biased.logprobs == want.logprobs != base.logprobs
+    assert want.routed is not None and (want.routed < 4).sum() > (base.routed < 4).sum()  # type: ignore[operator]
+
+
+@pytest.mark.skipif(native is None, reason="experts are left on disk by the native kernels")
+def test_experts_of_a_decision_are_read_ahead(folder: Path) -> None:
+    llm = LLM(folder, pool=ExpertPool([member(name) for name in NAMES]), expert_memory="1MiB")
+    own = llm.engine.residency
+    assert own is not None and not own.stats.prefetched
+    answer = Answer(llm, "fever", params(max_tokens=0))
+    assert answer.requests[0].ahead == ("med_expert",)
+    with llm.engine.lock:
+        llm.engine.add(*answer.requests)
+    assert own.stats.prefetched == 3 * 4
+    with own._changed:
+        assert own._changed.wait_for(lambda: not any(layer.in_flight for layer in own.layers), 10)
+    assert own.loaded(0).nonzero().flatten().tolist() == [8, 9, 10, 11]
+
+
+# ---- knowledge ------------------------------------------------------------------------------------------------------
+
+
+def test_passages_stand_in_the_prompt_and_are_cited(folder: Path, books: KnowledgeBase) -> None:
+    knows = PoolMember("books", "contracts, notice, fever", "knowledge", books.path)
+    llm, asked = LLM(folder, pool=ExpertPool([knows])), params(max_tokens=2, logprobs=1)
+    text = "what notice has a contract?"
+    for prompt in (text, user(text)):
+        got, without = llm.generate([prompt, prompt], asked, routing=[None, False])
+        assert got.routing is not None and got.prompt_tokens > without.prompt_tokens + 40
+        first = got.routing[0]["passages"][0]
+        assert first["number"] == 1 and "seven weeks" in first["text"] and first["file"].endswith("law.md")
+        decoded = llm.tokenizer.decode(Answer(llm, prompt, asked).requests[0].prompt_ids)  # type: ignore[union-attr]
+        assert "> A contract ends with notice of seven weeks." in decoded
+    empty = Fusion((knows,), (1.0,), "knowledge")
+    with pytest.raises(RequestError, match="not token ids"):
+        llm.generate([[5, 6]], asked, routing=empty)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_answered_one_after_the_other(folder: Path) -> None:
+    pool = Parts(ExpertPool([member(name) for name in NAMES]))
+    llm, asked = LLM(folder, pool=pool), params(max_tokens=400, stop=("a", "e", "o", "i", "u", "0", "1"))
+    text = "law_expert contracts\nmed_expert 发烧怎么办\ncode_expert c"
+    got, = llm.generate([user(text)], asked)
+    assert got.routing is not None
+    assert [one["text"] for one in got.routing] == text.splitlines()
+    assert [one["members"][0]["name"] for one in got.routing] == ["law_expert", "med_expert", "code_expert"]
+    answer = Answer(llm, user(text), asked)
+    said = []
+    while requests := answer.requests if not said else answer.advance():
+        llm.driver.generate(*requests)
+        said.append(requests[0].text)
+    assert got.text == JOINT.join(said) == answer.output().text and len(said) == 3
+    prompts = [llm.tokenizer.decode(group[0].prompt_ids) for group in answer.groups]  # type: ignore[union-attr]
+    assert prompts[0].endswith(f"{text}\n\nAnswer part 1 of 3 now, and only this part:\n{text[:20]}\n[assistant] ")
+    for number in (1, 2):
+        assert prompts[number].startswith(f"{prompts[number - 1]}{said[number - 1]}\n[user] ")
+    assert "现在只回答第 2 部分（共 3 部分）：\nmed_expert 发烧怎么办" in prompts[1]
+    assert [group[0].domain for group in answer.groups] == ["law_expert", "med_expert", "code_expert"]
+    assert answer.groups[1][0].sequence.cached_tokens > 0, "they share the conversation"
+    assert got.prompt_tokens == sum(len(group[0].prompt_ids) for group in answer.groups)
+    assert "".join(llm.stream(user(text), asked)) == got.text
+    many = llm.generate([user(text), "law_expert", user("med_expert x")], asked)
+    assert many[0].text == got.text and [len(one.routing or ()) for one in many] == [3, 1, 1]
+
+
+@pytest.mark.parametrize("changes", [dict(n=2), dict(regex="a"), dict(routed=True), dict(prompt_logprobs=0)], ids=str)
+def test_what_asks_for_one_text_is_answered_whole(folder: Path, changes: dict[str, Any]) -> None:
+    llm = LLM(folder, pool=Parts(ExpertPool([member(name) for name in NAMES])))
+    got = Answer(llm, user("law_expert a\nmed_expert b"), params(max_tokens=2, **changes))
+    assert len(got.trace) == 1 and got.trace[0]["members"][0]["name"] == "law_expert"
+    assert not Answer(llm, [*user("x"), {"role": "assistant", "content": "y"}], params(), routing=False)._divisible
+
+
+def test_parts_share_max_tokens_and_end_where_the_context_does(folder: Path) -> None:
+    pool = Parts(ExpertPool([member(name) for name in NAMES]))
+    llm = LLM(folder, pool=pool)
+    text = "law_expert\nmed_expert"
+    got, = llm.generate([user(text)], params(max_tokens=9, ignore_eos=True))
+    assert (got.finish_reason, len(got.token_ids), len(got.routing or ())) == ("length", 9, 1)
+    long = "law_expert\nmed_expert " + "x7" * 300
+    got, = llm.generate([user(long)], params(max_tokens=300, stop_token_ids=tuple(range(llm.model.config.vocab_size))))
+    assert got.finish_reason == "length" and got.routing is not None and len(got.routing) == 2
+    assert "must leave room" in got.routing[1]["error"] and got.routing[1]["text"].startswith("med_expert")
+
+
+# ---- what cannot be -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("routing", "said"), [
+    (Fusion((member("none", "adapter", path=Path("x")),)), "adapter = 'none': is no adapter that was loaded"),
+    (Fusion((member("poet_expert"),)), "poet_expert: must be a named group of the model's atlas, which has law_expert"),
+    (Fusion((print,), (1.0,), "callable"), "must be of kind base, experts, adapter, knowledge"),
+    ({"law": 1.0}, "must be a Fusion or a decision"), (True, "this LLM has no pool")], ids=str)
+def test_wrong_decisions_are_refused(folder: Path, routing: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        LLM(folder).generate("x", params(), routing=routing)
+    with pytest.raises(RequestError, match="routing has 3 entries"):
+        LLM(folder).generate(["x", "y"], params(), routing=[False, False, None])
+
+
+def test_a_pool_that_does_not_fit_the_model_is_refused_at_the_start(folder: Path, model: CausalLM) -> None:
+    with pytest.raises(ConfigError, match="pool: poet_expert: is no named group of the model's atlas, which has law"):
+        LLM(folder, pool=ExpertPool([member("poet_expert"), member("law_expert")]))
+    with pytest.raises(ConfigError, match="atlas, which has none"):
+        LLM(model, pool=ExpertPool([member("law_expert")]))
+    with pytest.raises(ConfigError, match=r"pool = 'pool.yaml': must be a pool"):
+        LLM(folder, pool="pool.yaml")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="adapters: a: the pool has an adapter of that name"):
+        LLM(folder, adapters={"a": folder}, pool=ExpertPool([member("a", "adapter", path=folder)]))
+
+
+def test_the_base_alone_is_the_base(folder: Path) -> None:
+    llm = LLM(folder, pool=ExpertPool())
+    alone, pooled = llm.generate(["x law"] * 2, params(logprobs=0), routing=[False, None])
+    assert alone.logprobs == pooled.logprobs and pooled.routing is not None
+    assert pooled.routing[0]["members"][0]["name"] == BASE.name
+    assert pooled.routing[0]["abstained"] == "the pool is empty"
