@@ -133,14 +133,14 @@ def test_named_groups_are_a_hint_and_with_a_bias_a_preference(folder: Path) -> N
     llm, asked = LLM(folder, pool=ExpertPool(members)), params(max_tokens=3, logprobs=1, routed=True)
     exact, base = llm.generate(["law contracts"] * 2, asked, routing=[None, False])
     assert exact.routing is not None and exact.routing[0]["kind"] == "experts"
-    assert exact.logprobs == base.logprobs and torch.equal(exact.routed, base.routed)  # type: ignore[arg-type]
+    assert exact.logprobs == base.logprobs and torch.equal(exact.routed, base.routed)
     request, = Answer(llm, "law contracts", asked).requests
     assert (request.domain, request.ahead) == ("law_expert", ("law_expert",))
     biased = LLM(folder, pool=ExpertPool(members, bias=5.0)).generate("law contracts", asked)[0]
     asked = replace(asked, experts=ExpertControl(bias={"law_expert": 5.0}))
     want = llm.generate("law contracts", asked, routing=False)[0]
     assert biased.logprobs == want.logprobs != base.logprobs
-    assert want.routed is not None and (want.routed < 4).sum() > (base.routed < 4).sum()  # type: ignore[operator]
+    assert want.routed is not None and (want.routed < 4).sum() > (base.routed < 4).sum()
 
 
 @pytest.mark.skipif(native is None, reason="experts are left on disk by the native kernels")
@@ -170,7 +170,7 @@ def test_passages_stand_in_the_prompt_and_are_cited(folder: Path, books: Knowled
         assert got.routing is not None and got.prompt_tokens > without.prompt_tokens + 40
         first = got.routing[0]["passages"][0]
         assert first["number"] == 1 and "seven weeks" in first["text"] and first["file"].endswith("law.md")
-        decoded = llm.tokenizer.decode(Answer(llm, prompt, asked).requests[0].prompt_ids)  # type: ignore[union-attr]
+        decoded = llm.tokenizer.decode(Answer(llm, prompt, asked).requests[0].prompt_ids)
         assert "> A contract ends with notice of seven weeks." in decoded
     empty = Fusion((knows,), (1.0,), "knowledge")
     with pytest.raises(RequestError, match="not token ids"):
@@ -194,16 +194,17 @@ def test_parts_are_answered_one_after_the_other(folder: Path) -> None:
         llm.driver.generate(*requests)
         said.append(requests[0].text)
     assert got.text == JOINT.join(said) == answer.output().text and len(said) == 3
-    prompts = [llm.tokenizer.decode(group[0].prompt_ids) for group in answer.groups]  # type: ignore[union-attr]
-    assert prompts[0].endswith(f"{text}\n\nAnswer part 1 of 3 now, and only this part:\n{text[:20]}\n[assistant] ")
+    seen = [llm.tokenizer.decode(group[0].prompt_ids) for group in answer.groups]
+    assert seen[0].endswith(f"{text}\n\nAnswer part 1 of 3 now, and only this part:\n{text[:20]}\n[assistant] ")
     for number in (1, 2):
-        assert prompts[number].startswith(f"{prompts[number - 1]}{said[number - 1]}\n[user] ")
-    assert "现在只回答第 2 部分（共 3 部分）：\nmed_expert 发烧怎么办" in prompts[1]
+        assert seen[number].startswith(f"{seen[number - 1]}{said[number - 1]}\n[user] ")
+    assert "现在只回答第 2 部分（共 3 部分）：\nmed_expert 发烧怎么办" in seen[1]
     assert [group[0].domain for group in answer.groups] == ["law_expert", "med_expert", "code_expert"]
     assert answer.groups[1][0].sequence.cached_tokens > 0, "they share the conversation"
     assert got.prompt_tokens == sum(len(group[0].prompt_ids) for group in answer.groups)
     assert "".join(llm.stream(user(text), asked)) == got.text
-    many = llm.generate([user(text), "law_expert", user("med_expert x")], asked)
+    prompts: list[Any] = [user(text), "law_expert", user("med_expert x")]
+    many = llm.generate(prompts, asked)
     assert many[0].text == got.text and [len(one.routing or ()) for one in many] == [3, 1, 1]
 
 

@@ -266,7 +266,7 @@ class Answer:
         outputs = [to_output(group) for group in self.groups]
         trace = tuple(self.trace) or None
         if len(outputs) == 1:
-            return replace(outputs[0], routing=trace)
+            return replace(outputs[0], routing=trace, **({"finish_reason": "length"} if self.cut else {}))
         logprobs = [one.logprobs for one in outputs]
         return RequestOutput(
             self.text, tuple(token for one in outputs for token in one.token_ids),
