@@ -265,11 +265,12 @@ class Answer:
         """Of all parts. prompt_tokens, cached_tokens: of what ran, all parts together."""
         outputs = [to_output(group) for group in self.groups]
         trace = tuple(self.trace) or None
+        reason = "length" if self.cut else outputs[-1].finish_reason
         if len(outputs) == 1:
-            return replace(outputs[0], routing=trace, **({"finish_reason": "length"} if self.cut else {}))
+            return replace(outputs[0], routing=trace, finish_reason=reason)
         logprobs = [one.logprobs for one in outputs]
         return RequestOutput(
-            self.text, tuple(token for one in outputs for token in one.token_ids),
-            "length" if self.cut else outputs[-1].finish_reason, sum(one.prompt_tokens for one in outputs),
+            self.text, tuple(token for one in outputs for token in one.token_ids), reason,
+            sum(one.prompt_tokens for one in outputs),
             None if logprobs[0] is None else tuple(one for own in logprobs for one in own or ()),
             cached_tokens=sum(one.cached_tokens for one in outputs), routing=trace)
