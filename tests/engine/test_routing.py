@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from deepseek import KnowledgeBase
 from deepseek.atlas import Atlas
 from deepseek.engine import LLM, ExpertControl
 from deepseek.engine.routing import JOINT, Answer
+from deepseek.engine.run_batch import run_file
 from deepseek.errors import ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
@@ -22,6 +24,7 @@ from deepseek.route.routing import RoutedPart, RoutingDecision
 from tests.engine.test_adapters import Served, served  # noqa: F401 - a fixture
 from tests.helpers.chat_templates import with_template
 from tests.helpers.engines import nf4, params
+from tests.helpers.jsonl import write_jsonl
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant] "
 TOKENIZER = with_template(TEMPLATE)
@@ -260,3 +263,17 @@ def test_the_base_alone_is_the_base(folder: Path) -> None:
     assert alone.logprobs == pooled.logprobs and pooled.routing is not None
     assert pooled.routing[0]["members"][0]["name"] == BASE.name
     assert pooled.routing[0]["abstained"] == "the pool is empty"
+
+
+def test_a_file_of_prompts_is_routed_line_by_line(folder: Path, tmp_path: Path) -> None:
+    llm, asked = LLM(folder, pool=Parts(ExpertPool([member(name) for name in NAMES]))), params(max_tokens=3)
+    lines: list[dict[str, Any]] = [
+        {"prompt": "law_expert a"}, {"messages": user("med_expert b\ncode_expert c"), "max_tokens": 400, "stop": "a"},
+        {"prompt": "law_expert a", "pool": False}, {"prompt": "law_expert a", "pool": "no"}, {"prompt": "x", "model": "poet"}]
+    write_jsonl(tmp_path / "in.jsonl", lines)
+    assert run_file(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", asked) == (5, 2)
+    one, two, base, *wrong = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert one["routing"][0]["members"][0]["name"] == "law_expert" and "routing" not in base
+    assert [part["members"][0]["name"] for part in two["routing"]] == ["med_expert", "code_expert"]
+    assert two["text"] == llm.generate([user("med_expert b\ncode_expert c")], params(max_tokens=400, stop="a"))[0].text
+    assert "pool = 'no': must be true or false" in wrong[0]["error"] and "poet" in wrong[1]["error"]

@@ -168,12 +168,14 @@ class Answer:
 
     def __init__(self, llm: Model, prompt: Prompt, params: SamplingParams, *, routing: Routing | bool | None = None,
                  adapter: AdapterChoice | None = None, usage: ExpertUsage | None = None, **asked: Any) -> None:
+        if routing not in (None, False) and adapter is not None:
+            raise RequestError(f"adapter = {shown(adapter)}: must not stand beside routing, which chooses adapters")
         if routing is True:
             if llm.pool is None:
                 raise RequestError("routing = True: this LLM has no pool")
+            if not isinstance(prompt, str) and not _is_conversation(prompt):
+                raise RequestError("routing = True: must be a text or a conversation: token ids are not read")
             routing = None
-        if routing not in (None, False) and adapter is not None:
-            raise RequestError(f"adapter = {shown(adapter)}: must not stand beside routing, which chooses adapters")
         self.llm, self.prompt, self.params, self.adapter, self.usage, self.asked = (
             llm, prompt, params, adapter, usage, asked)
         self.groups: list[list[Request]] = []

@@ -1,9 +1,9 @@
 """A file of prompts -> a file of answers, line for line.
 
-    in    {"id"?, "prompt" | "messages", "domain"?, "adapter"? | "model"?, any of SamplingParams by name; with a prompt
-          "parse_special"?; with messages "tools"?, "chat_template_kwargs"?, "continue_final_message"?}; null is "not
-          given"
-    out   {"id" | "line", "text", "finish_reason", "usage", "choices"?, "logprobs"?, "prompt_logprobs"?}, or
+    in    {"id"?, "prompt" | "messages", "domain"?, "adapter"? | "model"?, "pool"?, any of SamplingParams by name; with
+          a prompt "parse_special"?; with messages "tools"?, "chat_template_kwargs"?, "continue_final_message"?}; null
+          is "not given"; "pool": false is answered by the base though the LLM has a pool
+    out   {"id" | "line", "text", "finish_reason", "usage", "choices"?, "logprobs"?, "prompt_logprobs"?, "routing"?}, or
           {"id" | "line", "error"}
 
 Answers are in the order of the prompts. A bad line gives one error line, a blank one none. An existing output file is
@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..atlas.usage import ExpertUsage
-from ..errors import DataError, RequestError
+from ..errors import DataError, RequestError, shown
 from ..files import is_file_at, take_lock, to_json
 from ..interrupts import kept
 from .llm import LLM
-from .request import AdapterChoice, Request, RequestOutput, to_output
+from .request import AdapterChoice, RequestOutput
+from .routing import Answer
 from .sampling_params import SamplingParams
 
 AHEAD = 4  # lines in flight, as a multiple of max_num_seqs: what batching by expert can choose from
@@ -51,7 +52,7 @@ def run_file(
     """
     llm.requests([0], params, adapter=adapter)
     written = errors = 0
-    flight: deque[tuple[dict[str, Any], list[Request] | str]] = deque()
+    flight: deque[tuple[dict[str, Any], Answer | str]] = deque()
     with _opened(source, target) as (out, total, done), kept(
             lambda: f"{done + written:,} of {total:,} answers are in {target}"), _aborting(llm, flight):
         lines = islice(_lines(source), done, None)
@@ -60,32 +61,43 @@ def run_file(
                 flight.append(_begin(llm, *line, params, usage, parse_special, adapter))
             if not flight:
                 return written, errors
-            name, group = flight[0]
-            for request in () if isinstance(group, str) else group:
-                request.done.wait()
+            name, found = flight[0]
+            if isinstance(found, Answer):
+                found = _finish(llm, found)
             flight.popleft()
-            if failed := [request.error for request in group if not isinstance(request, str) and request.error]:
-                if not isinstance(failed[0], RequestError):
-                    raise failed[0]
-                group = str(failed[0])  # what this line asks for came to a limit on the way
-            answer = {"error": group} if isinstance(group, str) else _answer(to_output(group))
+            answer = {"error": found} if isinstance(found, str) else _answer(found.output())
             write_answer(out, name | answer)
             if not is_file_at(out, target):
                 raise DataError(f"{target}: was deleted or replaced while answers were written to it, and they are "
                                 "lost: the same command answers from what is there now")
-            written, errors = written + 1, errors + isinstance(group, str)
+            written, errors = written + 1, errors + isinstance(found, str)
             if progress is not None:
                 progress(done + written, total)
 
 
+def _finish(llm: LLM, answer: Answer) -> Answer | str:
+    """Wait for an answer, with its further parts; or what is wrong with the line. Raises what is not its fault."""
+    requests = answer.requests
+    while requests:
+        for request in requests:
+            request.done.wait()
+        for request in requests:
+            if isinstance(request.error, RequestError):
+                return str(request.error)  # what this line asks for came to a limit on the way
+            if request.error:
+                raise request.error
+        llm.driver.submit(*(requests := answer.advance()))
+    return answer
+
+
 @contextmanager
-def _aborting(llm: LLM, flight: Iterable[tuple[dict[str, Any], list[Request] | str]]) -> Iterator[None]:
+def _aborting(llm: LLM, flight: Iterable[tuple[dict[str, Any], Answer | str]]) -> Iterator[None]:
     """What is still in flight at the end is aborted."""
     try:
         yield
     finally:
-        for _, group in flight:
-            llm.driver.abort(*(() if isinstance(group, str) else group))
+        for _, answer in flight:
+            llm.driver.abort(*(() if isinstance(answer, str) else answer.requests))
 
 
 def check_files(source: Path, target: Path) -> tuple[int, int]:
@@ -139,13 +151,13 @@ def _name(number: int, line: bytes) -> tuple[dict[str, Any], dict[str, Any] | st
 
 
 def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: ExpertUsage | None,
-           parse_special: bool, adapter: AdapterChoice | None) -> tuple[dict[str, Any], list[Request] | str]:
+           parse_special: bool, adapter: AdapterChoice | None) -> tuple[dict[str, Any], Answer | str]:
     """A line's id (or number), and its requests, under way, or what is wrong with it."""
     name, keys = _name(number, line)
     try:
         if isinstance(keys, str):
             raise RequestError(keys)
-        everywhere = KNOWN | {"domain", "adapter", "model"}
+        everywhere = KNOWN | {"domain", "adapter", "model", "pool"}
         if unknown := set(keys) - everywhere - {"id", "prompt", "messages", *OF_PROMPT, *OF_MESSAGES}:
             raise RequestError(f"{min(unknown)!r} is no field of a request; there are "
                                f"{', '.join(sorted({*everywhere, *OF_PROMPT, *OF_MESSAGES}))}")
@@ -170,13 +182,13 @@ def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: Ex
             llm.find_adapter(adapter := keys["adapter"])
         if {"model", "adapter"} <= set(keys) and llm.adapter_of(keys["model"]) not in (None, adapter):
             raise RequestError(f"model = {keys['model']!r} and adapter = {keys['adapter']!r}: are two adapters")
+        if not isinstance(pool := keys.get("pool", adapter is None and llm.pool is not None), bool):
+            raise RequestError(f"pool = {shown(pool)}: must be true or false")
         own = {key: value for key, value in keys.items() if key in KNOWN}
-        group = llm.requests(prompt, replace(params, **own), domain=domain, adapter=adapter,
-                             **{"parse_special": parse_special, **_beside(keys, given[0])})
-        for request in group:
-            request.usage = usage
-        llm.driver.submit(*group)
-        return name, group
+        answer = Answer(llm, prompt, replace(params, **own), routing=pool, domain=domain, adapter=adapter, usage=usage,
+                        **{"parse_special": parse_special, **_beside(keys, given[0])})
+        llm.driver.submit(*answer.requests)
+        return name, answer
     except RequestError as error:
         return name, str(error)
 
@@ -202,7 +214,8 @@ def _answer(output: RequestOutput) -> dict[str, Any]:
                               for p in values]
         return out
 
-    answer = one(output) | {"usage": output.usage}
+    answer = one(output) | {"usage": output.usage} | (
+        {"routing": list(output.routing)} if output.routing is not None else {})
     return answer | {"choices": [one(choice) for choice in output.choices]} if output.others else answer
 
 
