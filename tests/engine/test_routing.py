@@ -128,6 +128,27 @@ def test_a_pool_decides_where_nothing_else_is_said(served: Callable[..., Served]
         llm.generate(texts, asked, adapter="law", routing=pool.only("med"))
 
 
+def test_members_answer_as_an_ensemble_whose_weights_follow_the_text(
+        served: Callable[..., Served]) -> None:  # noqa: F811
+    own, prompt = served(), list(range(5, 40))
+    here = {name: PoolMember(name, name, "adapter", path) for name, path in own.adapters.items()}
+    fusion, llm = fuse_expert_outputs({here["law"]: 0.7, here["med"]: 0.3}), own.llm(own.plain)
+    asked = params(max_tokens=3, logprobs=0, ignore_eos=True)
+    for posterior in (False, True):
+        got = llm.generate_ensemble([prompt], params=asked, routing=fusion, posterior=posterior)
+        weight, ids = torch.tensor([0.7, 0.3], dtype=torch.float64), list(prompt)
+        for token, said in zip(got.token_ids, got.logprobs or (), strict=True):
+            alone = [llm.generate([ids], params(max_tokens=1, logit_bias={token: 100.0}, logprobs=0), adapter=name)[0]
+                     for name in ("law", "med")]
+            p = torch.tensor([one.logprobs[0].logprob for one in alone], dtype=torch.float64).exp()
+            assert said.logprob == pytest.approx(float((weight * p).sum().log()), abs=1e-4)
+            weight = weight * p / (weight * p).sum() if posterior else weight
+            ids.append(token)
+        assert not posterior or abs(float(weight[0]) - 0.7) > 1e-3
+    with pytest.raises(RequestError, match="must be with one prompt in a list and without weights"):
+        llm.generate_ensemble([prompt, prompt], routing=fusion)
+
+
 # ---- named groups ---------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +290,7 @@ def test_a_file_of_prompts_is_routed_line_by_line(folder: Path, tmp_path: Path) 
     llm, asked = LLM(folder, pool=Parts(ExpertPool([member(name) for name in NAMES]))), params(max_tokens=3)
     lines: list[dict[str, Any]] = [
         {"prompt": "law_expert a"}, {"messages": user("med_expert b\ncode_expert c"), "max_tokens": 400, "stop": "a"},
-        {"prompt": "law_expert a", "pool": False}, {"prompt": "law_expert a", "pool": "no"}, {"prompt": "x", "model": "poet"}]
+        {"prompt": "law_expert a", "pool": False}, {"prompt": "x", "pool": "no"}, {"prompt": "x", "model": "poet"}]
     write_jsonl(tmp_path / "in.jsonl", lines)
     assert run_file(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", asked) == (5, 2)
     one, two, base, *wrong = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())

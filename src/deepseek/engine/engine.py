@@ -317,6 +317,8 @@ class Engine:
                 return []
             logits_V = mixed_V
         token = advanced[0].sample(logits_V)
+        if request.ensemble is not None:
+            request.ensemble.drew(token)
         for one in advanced:
             one.append(token)
         self.stats.sampled += len(advanced)

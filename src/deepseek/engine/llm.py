@@ -34,7 +34,7 @@ from .engine import Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
 from .request import AdapterChoice, Ensemble, Message, Prompt, Request, RequestOutput
 from .residency import Residency
-from .routing import JOINT, Answer, Router, Routing
+from .routing import JOINT, Answer, Fusion, Router, Routing
 from .sampling_params import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
@@ -248,22 +248,34 @@ class LLM:
         self, prompts: Sequence[Prompt], weights: Sequence[float] | None = None, params: SamplingParams | None = None,
         *, parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Tools | None = None, adapter: AdapterChoice | Sequence[AdapterChoice | None] | None = None,
-        **sampling: Unpack[SamplingOptions],
+        routing: Routing | None = None, posterior: bool = False, **sampling: Unpack[SamplingOptions],
     ) -> RequestOutput:
         """Continue several prompts with one text: they advance together, and each token is drawn from the weighted mean
-        of their distributions (weights: positive, all equal if not given). The output is the first prompt's. The
-        other keywords as in `generate`."""
+        of their distributions (weights: positive, all equal if not given). The output is the first prompt's.
+
+        routing: one prompt is then answered by each member of a Fusion or decision on its own, with its weights.
+        posterior: weigh members anew after each token, by how likely it was to them. The other keywords as in
+        `generate`. Raises RequestError, before anything runs, for what cannot.
+        """
+        ways: Sequence[Routing | bool] = [False] * len(prompts)
+        if routing is not None:
+            fusion: Fusion = getattr(routing, "fusion", routing)  # type: ignore[arg-type]
+            if isinstance(prompts, str) or len(prompts) != 1 or weights is not None:
+                raise RequestError("routing: must be with one prompt in a list and without weights, got "
+                                   f"{len(prompts)}")
+            ways, weights, prompts = fusion.each(), fusion.weights, [*prompts] * len(fusion.members)
         weights = [1.0] * len(prompts) if weights is None else list(weights)
         if not prompts or len(weights) != len(prompts) or not all(
                 isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights):
             raise RequestError(f"weights = {weights}: must be positive numbers, one for each of {len(prompts)} "
                                "prompts, one at least")
         params = replace(self._params(params, sampling), n=1)
-        requests = [self.requests(prompt, params, parse_special=parse_special, tools=tools, adapter=own,
-                                  chat_template_kwargs=chat_template_kwargs)[0]
-                    for prompt, own in zip(prompts, _for_each("adapter", adapter, prompts), strict=True)]
+        answers = [Answer(self, prompt, params, parse_special=parse_special, tools=tools, adapter=own, routing=way,
+                          chat_template_kwargs=chat_template_kwargs)
+                   for prompt, own, way in zip(prompts, _for_each("adapter", adapter, prompts), ways, strict=True)]
+        requests = [answer.requests[0] for answer in answers]
         shortest = min(request.max_new_tokens for request in requests)
-        ensemble = Ensemble(weights)
+        ensemble = Ensemble(weights, posterior)
         for request in requests:
             request.ensemble, request.max_new_tokens = ensemble, shortest
             ensemble.members.append(request)
@@ -272,7 +284,7 @@ class LLM:
                                f"({self.engine.options.max_num_seqs}) at most")
         self.engine.check(*requests)
         self.driver.generate(*requests)
-        return requests[0].output()
+        return replace(requests[0].output(), routing=tuple(part for one in answers for part in one.trace) or None)
 
     def mix(self, *args: Any, **kwargs: Any) -> RequestOutput:
         """The old name of `generate_ensemble`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -73,13 +74,16 @@ class Ensemble:
     goes to all of them. The first one's parameters and random numbers are used.
 
     For prompts that put one question in several ways, or to several experts. Mixtures of experts' opinions by the
-    arithmetic mean of probabilities, as in the product's linear opinion pool (Stone 1961).
+    arithmetic mean of probabilities, as in the product's linear opinion pool (Stone 1961). posterior: weights are those
+    that Bayes' rule gives after each token, w_i p_i(token) scaled to a sum of 1 (as in DEMix, arXiv 2108.05036).
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], posterior: bool = False) -> None:
         total = sum(weights)
-        self.weights = [weight / total for weight in weights]
+        self.weights, self.posterior = [weight / total for weight in weights], posterior
         self.members: list[Request] = []
+        self._alive: list[Request] = []
+        self._parts_MV: Tensor | None = None  # log-probabilities of those alive in this step
         self.waiting: dict[int, Tensor] = {}  # logits of members that have reached the step
 
     def offer(self, request: Request, logits_V: Tensor) -> Tensor | None:
@@ -90,8 +94,19 @@ class Ensemble:
             return None
         weight_M = torch.tensor([w for w, m in zip(self.weights, self.members, strict=True) if m in alive])
         parts_MV = torch.stack([self.waiting[member.request_id].double().log_softmax(-1) for member in alive])
-        self.waiting = {}
+        self.waiting, self._alive, self._parts_MV = {}, alive, parts_MV
         return (parts_MV + weight_M.double().log().unsqueeze(1)).logsumexp(0).float()
+
+    def drew(self, token: int) -> None:
+        """Weigh the members anew by the token that was drawn."""
+        if not self.posterior:
+            return
+        assert self._parts_MV is not None
+        log_p = dict(zip(self._alive, self._parts_MV[:, token].tolist(), strict=True))
+        new = [weight * math.exp(log_p.get(member, -math.inf)) for weight, member in zip(
+            self.weights, self.members, strict=True)]
+        if (total := math.fsum(new)) > 0:  # else the token has no chance with any, by a constraint or a bias
+            self.weights = [weight / total for weight in new]
 
 
 class Request:

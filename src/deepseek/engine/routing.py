@@ -48,6 +48,9 @@ class Fusion(Protocol):
     @property
     def bias(self) -> float: ...
 
+    def each(self) -> Sequence[Fusion]:
+        """A fusion for each member alone."""
+
     def ground(self, messages: Sequence[Message], most: int, question: str | None = None) -> Any:
         """(the messages with passages of the members' knowledge in them, `most` characters at most; citations)."""
 

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -57,6 +57,10 @@ class Fusion:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name_of(member) for member in self.members)
+
+    def each(self) -> list[Fusion]:
+        """A fusion for each member alone, such as `LLM.generate_ensemble` answers with."""
+        return [replace(fuse_expert_outputs([member]), bias=self.bias) for member in self.members]
 
     def ground(self, messages: Sequence[Mapping[str, Any]], most: int = MOST, question: str | None = None) -> Grounded:
         """The messages with passages of the members' knowledge bases quoted in front of the user's last one, `most`
