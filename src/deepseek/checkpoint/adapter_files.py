@@ -128,11 +128,15 @@ class Delta(Adapter):
     def where(self, name: str) -> Path:
         return self.tensors.file(self.names[name])
 
+    def tensor(self, name: str) -> Tensor:
+        """A changed tensor by its name on disk, in float32."""
+        return self._number(self.names[name])
+
     @torch.no_grad()
     def put_into(self, model: CausalLM) -> None:
         places = base_tensors(model)
-        for name, stored in self.names.items():
-            places[name].copy_(self._number(stored))
+        for name in self.names:
+            places[name].copy_(self.tensor(name))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..deprecation import warn
 from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, RequestError, shown
 from ..model import CausalLM, describe
-from ..model.adapters import Adapter, Mixture
+from ..model.adapters import Adapter, Mixture, bytes_on
 from ..quant.linear import QuantConfig, is_quantized
 from ..settings import is_number
 from ..tokenizer import Tokenizer
@@ -50,10 +50,10 @@ class LLM:
     evaluation mode; `dtype` and `device` then do not apply). bits: of a ready model, where its name does not say them.
     tokenizer: instead of the one beside the checkpoint; a CausalLM without one takes token ids only and gives no text.
     adapter: a folder that tuning left, a delta or a LoRA adapter: the model is then the base with it. adapters:
-    name -> folder of a LoRA adapter; they stand beside the base, and the `adapter` of a prompt says which of them it
-    goes through, none if it does not say. pool: an ExpertPool, which decides who answers a prompt that does not say;
-    its adapters are loaded, too. chat_template_kwargs: variables of the chat template, such as V3.1's
-    `{"thinking": True}`, for conversations that do not say otherwise. engine_options: those of EngineOptions.
+    name -> folder of a LoRA adapter or a delta of experts; they stand beside the base, and the `adapter` of a prompt
+    says which of them it goes through, none if it does not say. pool: an ExpertPool, which decides who answers a prompt
+    that does not say; its adapters are loaded, too. chat_template_kwargs: variables of the chat template, such as
+    V3.1's `{"thinking": True}`, for conversations that do not say otherwise. engine_options: those of EngineOptions.
     Raises what `load_model` and `Tokenizer.load` raise, and ConfigError for an impossible option.
     """
 
@@ -130,7 +130,9 @@ class LLM:
         if self._adapter is not None:
             lines.append(f"  adapter: {self._adapter}")
         if self.adapters:
-            lines.append(f"  adapters beside it: {', '.join(self.adapters)}")
+            sizes = bytes_on(model)
+            beside = [f"{name} ({sizes[name] / 2**20:.1f} MiB)" for name in self.adapters]
+            lines.append(f"  adapters beside it: {', '.join(beside)}")
         if self.engine.residency is not None:
             lines.append(f"  expert memory: {self.engine.options.expert_memory} bytes, the other experts on disk")
         return "\n".join([*lines, *(["  closed"] if self.driver.closed else [])])

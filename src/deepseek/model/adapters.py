@@ -1,9 +1,10 @@
-"""Several adapters beside one base: each row of a pass goes through its own low-rank adapter, through a mixture of
-several, or through none.
+"""Several adapters beside one base: each row of a pass goes through its own adapter, through a mixture of several, or
+through none.
 
     AdaptedLinear    W x + sum_i w_i s_i B_i A_i x, the sum over the adapters of a row that have A and B here
-    AdaptedExperts   the same on gate, up and down of the experts that a row's adapters have. The adapters sit inside
-                     their nonlinearity, so such pairs are computed here, all others in the one call
+    AdaptedExperts   the same on gate, up and down of the experts that a row's adapters have; of a delta the term is
+                     w_i (W_i - W) x. The adapters sit inside their nonlinearity, so such pairs are computed here, all
+                     others in the one call
 
 A pass makes one product with each adapter, for all of its rows, whatever mixtures these belong to; a row's terms are
 summed in the order of the adapters' names. So neither cost nor bits depend on how many mixtures there are in a batch.
@@ -139,23 +140,32 @@ def of_all_rows() -> Adapter | None:
     return spans[0][0] if len(spans) == 1 and spans[0][1] == EVERYTHING else None
 
 
-class LowRank(nn.Module):
-    """x -> s B A x, [T, O] in the dtype of x. a: A [R, K], b: s B [O, R] in FP32."""
+class AdapterPath(nn.Module):
+    """x [T, K] -> what an adapter adds to W x, [T, O] in the dtype of x. exact: a token's bits are the same in any
+    company."""
+
+    def __init__(self, exact: bool, **matrices: Tensor) -> None:
+        super().__init__()
+        self.exact = exact
+        for name, matrix in matrices.items():
+            self.register_buffer(name, matrix.detach().float().contiguous(), persistent=False)
+
+    def product(self, x_TK: Tensor, w_OK: Tensor) -> Tensor:
+        return (ops.plain_linear if self.exact and x_TK.dtype == torch.float32 else ops.linear)(x_TK, w_OK)
+
+
+class LowRank(AdapterPath):
+    """x -> s B A x. a: A [R, K], b: s B [O, R] in FP32."""
 
     a: Tensor
     b: Tensor
 
     def __init__(self, a_RK: Tensor, b_OR: Tensor, scale: float, exact: bool) -> None:
-        """exact: a token's bits are the same in any company."""
-        super().__init__()
-        self.out_features, (self.rank, self.in_features) = len(b_OR), a_RK.shape
-        self.exact = exact
-        self.register_buffer("a", a_RK.detach().float().contiguous(), persistent=False)
-        self.register_buffer("b", (b_OR.detach().float() * scale).contiguous(), persistent=False)
+        super().__init__(exact, a=a_RK, b=b_OR.detach().float() * scale)
+        self.rank = len(a_RK)
 
     def forward(self, x_TK: Tensor) -> Tensor:
-        product = ops.plain_linear if self.exact and x_TK.dtype == torch.float32 else ops.linear
-        return product(product(x_TK, self.a), self.b)
+        return self.product(self.product(x_TK, self.a), self.b)
 
     @classmethod
     def joined(cls, paths: list[tuple[LowRank, float]]) -> LowRank:
@@ -169,8 +179,20 @@ class LowRank(nn.Module):
         return self.a, self.b
 
 
+class FullRank(AdapterPath):
+    """x -> (W' - W) x, of a matrix W' that a delta has in the place of W. d: W' - W [O, K] in FP32."""
+
+    d: Tensor
+
+    def __init__(self, tuned_OK: Tensor, base_OK: Tensor, exact: bool) -> None:
+        super().__init__(exact, d=tuned_OK.float() - base_OK.detach().float())
+
+    def forward(self, x_TK: Tensor) -> Tensor:
+        return self.product(x_TK, self.d)
+
+
 class Adapted(nn.Module):
-    """Holds `base`, and the LoRA matrices of adapters by name, which may hold any characters."""
+    """Holds `base`, and the matrices of adapters by name, which may hold any characters."""
 
     base: Any
 
@@ -221,12 +243,16 @@ class AdaptedLinear(Adapted):
         return y
 
 
+ExpertMatrices = Mapping[int, Mapping[str, AdapterPath]]  # expert -> "gate", "up", "down" -> matrices
+
+
 class ExpertPaths(nn.Module):
-    """The matrices of one adapter on some experts of a layer: gate, up, down of each, in the order of `chosen`."""
+    """The matrices of one adapter on some experts of a layer: gate, up, down of each, of a delta those that it has; in
+    the order of `chosen`."""
 
     place_E: Tensor
 
-    def __init__(self, experts: int, paths: Mapping[int, Mapping[str, LowRank]], device: torch.device) -> None:
+    def __init__(self, experts: int, paths: ExpertMatrices, device: torch.device) -> None:
         super().__init__()
         self.chosen = tuple(paths)
         self.parts = nn.ModuleList(nn.ModuleDict(dict(own)) for own in paths.values())
@@ -240,7 +266,7 @@ class ExpertPaths(nn.Module):
 
 
 class AdaptedExperts(Adapted):
-    """The experts of a layer, plain or quantized, with LoRA adapters."""
+    """The experts of a layer, plain or quantized, with LoRA adapters and deltas."""
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         here = self.here()
@@ -261,14 +287,18 @@ class AdaptedExperts(Adapted):
 
     def _expert(self, expert: int, sides: list[tuple[Any, Share]], x_PH: Tensor) -> Tensor:
         gate, up = (part.contiguous() for part in self.base.gate_up(expert, x_PH))  # as the native SwiGLU wants them
-        for side, share in sides:
-            share.add(gate, side["gate"](x_PH[share.rows]))
-            share.add(up, side["up"](x_PH[share.rows]))
+        _add_part("gate", sides, x_PH, gate)
+        _add_part("up", sides, x_PH, up)
         h = ops.swiglu_rows(gate, up)
         y_PH = self.base.down(expert, h)
-        for side, share in sides:
-            share.add(y_PH, side["down"](h[share.rows]))
+        _add_part("down", sides, h, y_PH)
         return y_PH
+
+
+def _add_part(part: str, sides: list[tuple[Any, Share]], x_PK: Tensor, y_PO: Tensor) -> None:
+    for side, share in sides:
+        if part in side:
+            share.add(y_PO, side[part](x_PK[share.rows]))
 
 
 def _among(share: Share, token_P: Tensor, tokens: int) -> Share:
@@ -294,6 +324,15 @@ def names_on(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+def bytes_on(model: nn.Module) -> dict[str, int]:
+    """Adapter -> the bytes of its matrices."""
+    def size(target: str, name: str) -> int:
+        adapted: Any = model.get_submodule(target)
+        return sum(tensor.nbytes for tensor in adapted.path(name).buffers())
+
+    return {name: sum(size(target, name) for target in targets) for name, targets in names_on(model).items()}
+
+
 def paths_of(module: Any, adapter: Adapter | None) -> list[tuple[str, LowRank, float]]:
     """(adapter, matrices, weight) of the members of a mixture that have matrices on a linear module."""
     if not isinstance(module, AdaptedLinear):
@@ -309,8 +348,7 @@ def path_of(module: Any, adapter: Adapter | None) -> LowRank | None:
     return LowRank.joined([(path, weight) for _, path, weight in found]) if found else None
 
 
-def add(model: Any, name: str, linears: Mapping[str, LowRank],
-        experts: Mapping[str, Mapping[int, Mapping[str, LowRank]]]) -> None:
+def add(model: Any, name: str, linears: Mapping[str, LowRank], experts: Mapping[str, ExpertMatrices]) -> None:
     """Add an adapter to the model, in place. linears: module -> matrices; experts: module of a layer's experts ->
     expert -> "gate", "up", "down" -> matrices."""
     for target, path in linears.items():
