@@ -180,7 +180,7 @@ class LowRank(AdapterPath):
 
 
 class FullRank(AdapterPath):
-    """x -> (W' - W) x, of a matrix W' that a delta has in the place of W. d: W' - W [O, K] in FP32."""
+    """x -> (W' - W) x, of a matrix W' that a delta has in place of W. d: W' - W [O, K] in FP32."""
 
     d: Tensor
 
