@@ -333,3 +333,25 @@ def test_route_distill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["route", "distill", str(file), str(tmp_path / "router.npz")]) == 0
     assert re.search(r"router.npz, \d+,\d+ bytes; on \d+\.\d% of the held-out samples", capsys.readouterr().out)
     assert DistilledRouter.load(tmp_path / "router.npz").names == ("law", "code", "cook")
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("law", "Who may end a contract?"), ("law", "房东不退押金，合同怎么写才有效？"), ("code", "这个函数为什么报错？"),
+    ("code", "Write a Python function that reverses a string."), ("math", "一个三角形的面积怎么计算？"),
+    ("math", "A train travels 60 miles in 2 hours. How many miles does it travel in 5 hours?"),
+    ("medical", "What are the symptoms of diabetes?"), ("medical", "孩子发烧三天了怎么办"),
+    ("finance", "Should I invest in a bond when interest rates rise?"), ("finance", "贷款利率上升会影响投资吗"),
+    ("dialogue", "I'd like to book a table for two at seven."), ("text", "Tell me about the history of the Roman Empire.")])
+def test_the_pool_of_the_examples(name: str, text: str, example: ExpertPool) -> None:
+    assert example.route(text).fusion.names[0] == f"{name}_expert"
+
+
+@pytest.fixture(scope="module")
+def example() -> ExpertPool:
+    return ExpertPool.load(ROOT / "examples" / "pool.yaml")
+
+
+@pytest.mark.parametrize("bias", [-1, 11, "much", float("nan"), True])
+def test_a_wrong_bias_is_refused(bias: object) -> None:
+    with pytest.raises(ConfigError, match="bias = .*: must be a number from 0 to 10"):
+        ExpertPool(bias=bias)  # type: ignore[arg-type]
