@@ -341,7 +341,7 @@ def test_route_distill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("math", "A train travels 60 miles in 2 hours. How many miles does it travel in 5 hours?"),
     ("medical", "What are the symptoms of diabetes?"), ("medical", "孩子发烧三天了怎么办"),
     ("finance", "Should I invest in a bond when interest rates rise?"), ("finance", "贷款利率上升会影响投资吗"),
-    ("dialogue", "I'd like to book a table for two at seven."), ("text", "Tell me about the history of the Roman Empire.")])
+    ("dialogue", "I'd like to book a table for two at seven."), ("text", "Tell me the history of the Roman Empire.")])
 def test_the_pool_of_the_examples(name: str, text: str, example: ExpertPool) -> None:
     assert example.route(text).fusion.names[0] == f"{name}_expert"
 
@@ -353,5 +353,5 @@ def example() -> ExpertPool:
 
 @pytest.mark.parametrize("bias", [-1, 11, "much", float("nan"), True])
 def test_a_wrong_bias_is_refused(bias: object) -> None:
-    with pytest.raises(ConfigError, match="bias = .*: must be a number from 0 to 10"):
+    with pytest.raises(ConfigError, match=r"bias = .*: must be a number from 0 to 10"):
         ExpertPool(bias=bias)  # type: ignore[arg-type]
