@@ -12,19 +12,22 @@ import pytest
 import torch
 
 from deepseek import KnowledgeBase
-from deepseek.atlas import Atlas
+from deepseek.atlas.atlas import Atlas, NamedGroup, Shape
 from deepseek.engine import LLM, ExpertControl
-from deepseek.engine.routing import JOINT, Answer
+from deepseek.engine.routing import JOINT, Answer, GateReader
 from deepseek.engine.run_batch import run_file
 from deepseek.errors import ConfigError, RequestError
+from deepseek.ids import ExpertSet
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
 from deepseek.route import BASE, ExpertPool, Fusion, PoolMember, fuse_expert_outputs
 from deepseek.route.routing import RoutedPart, RoutingDecision
+from deepseek.route.scorers import make_scorer
 from tests.engine.test_adapters import Served, served  # noqa: F401 - a fixture
 from tests.helpers.chat_templates import with_template
 from tests.helpers.engines import nf4, params
 from tests.helpers.jsonl import write_jsonl
+from tests.helpers.planted import LETTERS, plant, text
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant] "
 TOKENIZER = with_template(TEMPLATE)
@@ -182,14 +185,41 @@ def test_experts_of_a_decision_are_read_ahead(folder: Path) -> None:
     assert own.loaded(0).nonzero().flatten().tolist() == [8, 9, 10, 11]
 
 
+def test_the_gates_themselves_may_decide(tmp_path: Path) -> None:
+    planted, names = plant(tmp_path), list(LETTERS)
+    folder = planted.folder
+    Atlas(Shape.of(planted.model.config),
+          [NamedGroup(name, "measured", ExpertSet(planted.experts[name])) for name in names]).save(folder)
+    for samples in (12, 0):
+        pool = ExpertPool([PoolMember(name, f"only {name}", samples=[one.text for one in text(name, samples, seed=3)])
+                           for name in names], "gate")
+        with pytest.raises(ConfigError, match="must be used with one"):
+            pool.route("abc")
+        llm = LLM(folder, pool=pool)
+        for name in names:
+            decision = pool.route(text(name, 1, 80, seed=4)[0].text)
+            assert decision.fusion.names[0] == name and decision.scorer == "gate", (samples, decision)
+        spent = llm.engine.stats.routing_tokens
+        answer, = llm.generate("abcdefgh", params(max_tokens=1))
+        assert answer.routing is not None and answer.routing[0]["members"][0]["name"] == "early"
+        assert llm.engine.stats.routing_tokens - spent == answer.prompt_tokens and llm.engine.stats.routing_seconds > 0
+        with pytest.raises(ConfigError, match="each model must have its own"):
+            LLM(folder, pool=pool)
+        share_LE = GateReader(llm).histogram("abcdefgh" * 4).reshape(2, 16)
+        assert {*share_LE[0].nonzero()[0]} == {e.index for e in planted.experts["early"] if e.layer == 1}
+        assert share_LE.sum(1) == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match="other: must have samples, or be a named group"):
+        make_scorer([PoolMember("other", "x", "adapter", folder)], "gate", gates=GateReader(llm))
+
+
 # ---- knowledge ------------------------------------------------------------------------------------------------------
 
 
 def test_passages_stand_in_the_prompt_and_are_cited(folder: Path, books: KnowledgeBase) -> None:
     knows = PoolMember("books", "contracts, notice, fever", "knowledge", books.path)
     llm, asked = LLM(folder, pool=ExpertPool([knows])), params(max_tokens=2, logprobs=1)
-    text = "what notice has a contract?"
-    for prompt in (text, user(text)):
+    asks = "what notice has a contract?"
+    for prompt in (asks, user(asks)):
         got, without = llm.generate([prompt, prompt], asked, routing=[None, False])
         assert got.routing is not None and got.prompt_tokens > without.prompt_tokens + 40
         first = got.routing[0]["passages"][0]

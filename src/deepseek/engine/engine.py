@@ -52,7 +52,8 @@ CACHE_SHARE = 0.25  # of the memory that is free at the start, for the latent po
 @dataclass
 class EngineStats:
     """Since the engine began. computed: tokens that ran through the model; cached: prompt tokens served from the prefix
-    cache; sampled: new ones."""
+    cache; sampled: new ones. routing_tokens, routing_seconds: of prompts that ran for a pool's scorer `gate` alone,
+    which are computed, too."""
 
     steps: int = 0
     computed: int = 0
@@ -60,6 +61,8 @@ class EngineStats:
     sampled: int = 0
     finished: int = 0
     aborted: int = 0
+    routing_tokens: int = 0
+    routing_seconds: float = 0.0
 
 
 class Engine:

@@ -34,7 +34,7 @@ from .engine import Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
 from .request import AdapterChoice, Ensemble, Message, Prompt, Request, RequestOutput
 from .residency import Residency
-from .routing import JOINT, Answer, Fusion, Router, Routing
+from .routing import JOINT, Answer, Fusion, GateReader, Router, Routing
 from .sampling_params import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
@@ -104,6 +104,8 @@ class LLM:
             raise ConfigError(f"pool: {min(missing)}: is no named group of the model's atlas, which has "
                               f"{', '.join(atlas or ()) or 'none'}")
         self.pool = pool
+        if pool is not None and hasattr(pool, "bind"):
+            pool.bind(GateReader(self))
         there = self.engine.adapters
         self.adapters = tuple(name for name in dict.fromkeys([*beside, *there]) if name != UNNAMED)
         self.default_adapter = UNNAMED if UNNAMED in there else None

@@ -13,10 +13,15 @@ Pools and decisions are known by their form alone (`Router`, `Decision`, `Fusion
 from __future__ import annotations
 
 import re
+import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
 
 from ..conversation import normalize
 from ..errors import RequestError, shown
@@ -26,6 +31,7 @@ from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from ..atlas.usage import ExpertUsage
+    from .driver import EngineDriver
     from .engine import Engine
 
 JOINT = "\n\n"  # between the answers to the parts
@@ -98,6 +104,7 @@ class Model(Protocol):
     """What answers: an LLM."""
 
     engine: Engine
+    driver: EngineDriver
     max_length: int
     pool: Router | None
 
@@ -160,6 +167,46 @@ def question_of(prompt: Prompt) -> str:
         if isinstance(message, Mapping) and message.get("role") == "user":
             return normalize([message])[0]["content"] or ""
     return ""
+
+
+class GateReader:
+    """What a model's gates do with a text: a prefill for each, which `stats` counts apart from what answers."""
+
+    def __init__(self, llm: Model) -> None:
+        self._llm = weakref.ref(llm)  # the LLM holds the pool that holds this
+
+    @property
+    def llm(self) -> Model:
+        llm = self._llm()
+        assert llm is not None, "the pool is used by its LLM"
+        return llm
+
+    def histogram(self, text: str) -> np.ndarray:
+        """The share of each (MoE layer, expert) in the choices of its layer, over the text's tokens: [L E]."""
+        llm, began = self.llm, time.perf_counter()
+        request, = llm.requests(text, SamplingParams(max_tokens=0, routed=True))
+        llm.driver.generate(request)
+        counts_LE = self._zeros()
+        for row, index_TK in enumerate(torch.cat(request.routes).unbind(1)):
+            counts_LE[row] += np.bincount(index_TK[index_TK >= 0].flatten().numpy(), minlength=counts_LE.shape[1])
+        stats = llm.engine.stats
+        stats.routing_tokens += len(request.prompt_ids)
+        stats.routing_seconds += time.perf_counter() - began
+        return (counts_LE / np.maximum(counts_LE.sum(1, keepdims=True), 1)).ravel()
+
+    def group(self, name: str) -> np.ndarray | None:
+        """The same of a named group, all of its experts alike; None where the atlas has none of that name."""
+        atlas, share_LE = self.llm.engine.atlas, self._zeros()
+        if atlas is None or name not in atlas:
+            return None
+        rows = {layer: row for row, layer in enumerate(self.llm.engine.model.config.moe_layers)}
+        for layer, experts in atlas[name].by_layer().items():
+            share_LE[rows[layer], experts] = 1 / len(experts)
+        return share_LE.ravel()
+
+    def _zeros(self) -> np.ndarray:
+        config = self.llm.engine.model.config
+        return np.zeros((len(config.moe_layers), config.n_routed_experts), np.float32)
 
 
 class Answer:

@@ -1,6 +1,6 @@
 """A pool of experts: one YAML file (docs/routing.md) -> members, and who of them serves a text.
 
-    scorer: keywords                  # or classifier
+    scorer: keywords                  # or classifier, or gate
     bias: 0                           # added to the gates' choice of the experts of a named group; inexact
     include: [more.yaml]              # other pool files, relative to this one
     members:
@@ -23,14 +23,15 @@ from typing import Any, Literal, get_args
 
 from ..errors import ConfigError, MoEDRError, RequestError, nearest, shown
 from ..files import read_text, read_yaml
+from ..progress import ProgressBar
 from ..settings import is_number
 from .knowledge import SUFFIX
 from .knowledge import folder as knowledge_folder
 from .member import PoolMember
 from .routing import READ, TOP, Fusion, RoutedPart, RoutingDecision, fuse_expert_outputs
-from .scorers import SummedScorer, make_scorer
+from .scorers import Gates, SummedScorer, make_scorer
 
-ScorerName = Literal["keywords", "classifier"]
+ScorerName = Literal["keywords", "classifier", "gate"]
 SCORERS = get_args(ScorerName)
 KEYS = ("name", "kind", "domain", "path", "keywords", "samples")
 MOST_BIAS = 10.0  # gates' scores lie between 0 and 1
@@ -38,18 +39,19 @@ SHOWN_SCORES = 10  # of a decision, in a pool of many
 
 
 class ExpertPool:
-    """Experts of a pool, and who of them serves a text. scorer: `keywords`, or `classifier`, which is trained on the
-    members' samples when it is first used (seconds). bias: of the decisions (`Fusion.bias`). Raises ConfigError for a
-    name that two members bear."""
+    """Experts of a pool, and who of them serves a text. scorer: `keywords`; `classifier`, which is trained on the
+    members' samples when it is first used (seconds); or `gate`, which asks the gates of the model that uses the pool.
+    bias: of the decisions (`Fusion.bias`). Raises ConfigError for a name that two members bear."""
 
     def __init__(self, members: Sequence[PoolMember] = (), scorer: ScorerName = "keywords", *, bias: float = 0.0,
                  seed: int = 0) -> None:
         if scorer not in SCORERS:
-            raise ConfigError(f"scorer = {shown(scorer)}: must be keywords or classifier"
+            raise ConfigError(f"scorer = {shown(scorer)}: must be {', '.join(SCORERS[:-1])} or {SCORERS[-1]}"
                               f"{nearest(str(scorer), SCORERS)}")
         if not is_number(bias) or not 0 <= bias <= MOST_BIAS:
             raise ConfigError(f"bias = {shown(bias)}: must be a number from 0 to {MOST_BIAS:g}")
         self.members, self.scorer_name, self.bias, self.seed = tuple(members), scorer, float(bias), seed
+        self.gates: Gates | None = None  # of the model that uses the pool, for the scorer `gate`
         self._by_name: dict[str, PoolMember] = {}
         for member in self.members:
             if member.name in self._by_name:
@@ -68,6 +70,12 @@ class ExpertPool:
                        bias=0.0 if table.get("bias") is None else table["bias"], seed=seed)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+
+    def bind(self, gates: Gates) -> None:
+        """Take the gates of the model that uses this pool. Raises ConfigError where the scorer asks another's."""
+        if self.scorer_name == "gate" and self.gates is not None:
+            raise ConfigError("pool: another model uses it: with the scorer gate each model must have its own")
+        self.gates = gates
 
     @property
     def adapters(self) -> dict[str, Path]:
@@ -98,8 +106,11 @@ class ExpertPool:
 
     @cached_property
     def scorer(self) -> SummedScorer:
-        """What gives every member its probability."""
-        return make_scorer(self.members, self.scorer_name, self.seed)
+        """What gives every member its probability. Raises ConfigError for `gate` without a model."""
+        if self.scorer_name != "gate":
+            return make_scorer(self.members, self.scorer_name, self.seed)
+        with ProgressBar(desc="gate", unit=" samples") as bar:
+            return make_scorer(self.members, "gate", self.seed, bar.advance_to, gates=self.gates)
 
     def parts(self, text: str) -> list[RoutedPart]:
         """The parts of a composite request that are answered on their own, each with who serves it; one part where the
@@ -173,7 +184,7 @@ def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember
             raise ConfigError(f"{where}name = {member.name!r}: another member bears it: must be unique")
         members[member.name] = member
     if (scorer := table.get("scorer")) is not None and scorer not in SCORERS:
-        raise ConfigError(f"{path}: scorer = {shown(scorer)}: must be keywords or classifier"
+        raise ConfigError(f"{path}: scorer = {shown(scorer)}: must be {', '.join(SCORERS[:-1])} or {SCORERS[-1]}"
                           f"{nearest(str(scorer), SCORERS)}")
     return table
 

@@ -16,11 +16,18 @@ classifier  the same, plus the logits of a linear classifier over hashed charact
             hashed sequences with inverse frequencies, added up with signs into WIDTH numbers, and cosines with the
             members' means.
 
+gate        the terms' logits plus what a model's own gates say: which experts of each layer they choose for the tokens
+            of the text, as shares h, and COSINE times a ridge regression of the members on sqrt(h); or, where a member
+            has fewer than SAMPLES samples, cosines with the members' means, for a named group without any with its
+            experts. It costs a prefill of the text for each decision, and one for each of GATE_SAMPLES samples at the
+            start.
+
 Probabilities are softmax(logits / temperature). Temperature and threshold come from HELD_OUT of the samples: the
 temperature of least cross-entropy, and the threshold that COVERAGE of them reach, at most ENOUGH: a member that is
 likelier than all others together always answers. With too few samples the temperature is 1 and the threshold 0.
 
-Shape letters: M members, T terms, P (term, member) pairs, V vocabulary, D numbers of a centroid, N texts.
+Shape letters: M members, T terms, P (term, member) pairs, V vocabulary, D numbers of a centroid or of (layer, expert)
+pairs, N texts.
 """
 
 from __future__ import annotations
@@ -28,12 +35,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..domain import READ as CLASSIFIED
 from ..domain import DomainClassifier, fit_temperature, held_out_rows, sequences, softmax
+from ..errors import ConfigError
 from .routing import READ
 from .terms import terms
 
@@ -48,7 +57,17 @@ SAMPLES = 4  # of a member, to hold some out
 TRAINED = 64  # members that a classifier tells apart
 BITS = 16  # of the classifier's hash
 CENTROID_BITS, WIDTH, COSINE = 18, 512, 10.0  # COSINE: what one is worth in logits
+GATE_SAMPLES, GATE_READ, RIDGE = 48, 500, 0.03  # of a member; characters of one; of the mean square of sqrt(h)
 Progress = Callable[[int, int], None]
+
+
+class Gates(Protocol):
+    """A model's gates. histogram: of the tokens of a text, the share of each (layer, expert) in its layer, [D]; group:
+    the same of a named group's experts, None where the model has none of that name."""
+
+    def histogram(self, text: str) -> np.ndarray: ...
+
+    def group(self, name: str) -> np.ndarray | None: ...
 
 
 class Evidence(Protocol):
@@ -178,6 +197,47 @@ class Centroids:
         return self.centroid_MD @ self._sketch(text) * np.float32(COSINE), bool(text.strip())
 
 
+class GateEvidence:
+    """What a model's gates do with the text, as evidence. Raises ConfigError for a member of which nothing is known."""
+
+    def __init__(self, members: Sequence[PoolMember], samples: Sequence[Sequence[str]], gates: Gates,
+                 progress: Progress | None = None) -> None:
+        self.gates = gates
+        total, done, rows_MND = sum(map(len, samples)), 0, list[np.ndarray]()
+        for member, own in zip(members, samples, strict=True):
+            group_D = None if own else gates.group(member.name)
+            if not own and group_D is None:
+                raise ConfigError(f"scorer = gate: {member.name}: must have samples, or be a named group of the model")
+            rows = [_unit(np.sqrt(group_D))] if group_D is not None else []
+            for text in own:
+                rows.append(self._features(text))
+                if progress is not None:
+                    progress(done := done + 1, total)
+            rows_MND.append(np.stack(rows))
+        self.bias_M = np.zeros(len(members), np.float32)
+        if trained(members):
+            member_N = np.repeat(np.arange(len(members)), [len(own) for own in rows_MND])
+            x_ND, y_NM = np.concatenate(rows_MND), np.eye(len(members), dtype=np.float32)[member_N]
+            y_NM = y_NM / y_NM.sum(0)  # every member counts the same
+            weight_N = y_NM.sum(1)
+            mean_D, mean_M = weight_N @ x_ND / weight_N.sum(), y_NM.sum(0) / weight_N.sum()
+            centred_ND = x_ND - mean_D
+            gram_DD = (centred_ND * weight_N[:, None]).T @ centred_ND
+            ridge = RIDGE * np.trace(gram_DD) / len(gram_DD)
+            target_NM = y_NM - weight_N[:, None] * mean_M
+            w_DM = np.linalg.solve(gram_DD + ridge * np.eye(len(gram_DD)), centred_ND.T @ target_NM)
+            self.weight_MD = w_DM.T.astype(np.float32)
+            self.bias_M = (mean_M - mean_D @ w_DM).astype(np.float32)
+        else:
+            self.weight_MD = np.stack([_unit(rows.mean(0)) for rows in rows_MND])
+
+    def _features(self, text: str) -> np.ndarray:
+        return _unit(np.sqrt(self.gates.histogram(text[:GATE_READ])))
+
+    def logits(self, text: str) -> tuple[np.ndarray, bool]:
+        return (self.weight_MD @ self._features(text) + self.bias_M) * np.float32(COSINE), bool(text.strip())
+
+
 def _unit(v_D: np.ndarray) -> np.ndarray:
     return v_D / max(float(np.sqrt(v_D @ v_D)), 1e-9)
 
@@ -225,9 +285,20 @@ def held_out(members: Sequence[PoolMember]) -> tuple[list[str], np.ndarray, np.n
     return texts, member_N, held_out_rows(texts, member_N, [member.name for member in members], HELD_OUT)
 
 
+def _some(samples: Sequence[str]) -> list[str]:
+    """GATE_SAMPLES of a member's samples, spread over all."""
+    step = max(1.0, len(samples) / GATE_SAMPLES)
+    return [samples[int(i * step)] for i in range(min(len(samples), GATE_SAMPLES))]
+
+
 def make_scorer(members: Sequence[PoolMember], name: str, seed: int = 0, progress: Progress | None = None,
-                bits: int = BITS) -> SummedScorer:
-    """A calibrated scorer of some members. name: `keywords` or `classifier`. bits: of the classifier's hash."""
+                bits: int = BITS, gates: Gates | None = None) -> SummedScorer:
+    """A calibrated scorer of some members. name: `keywords`, `classifier` or `gate`. bits: of the classifier's hash.
+    gates: of the model, for `gate`; raises ConfigError without."""
+    if name == "gate":
+        if gates is None:
+            raise ConfigError("scorer = gate: asks the gates of a model: must be used with one, as LLM(MODEL, pool=…)")
+        members = [replace(one, samples=_some(one.samples)) for one in members]
     enough = trained(members)
     if enough:
         texts, member_N, out_N = held_out(members)
@@ -237,6 +308,8 @@ def make_scorer(members: Sequence[PoolMember], name: str, seed: int = 0, progres
     more: list[Evidence] = []
     if name == "classifier":
         more = [Sequences(members, seed, progress, bits) if enough else Centroids(members, seen)]
+    elif gates is not None and name == "gate":
+        more = [GateEvidence(members, seen, gates, progress)]
     scorer = SummedScorer(TermWeights(members, seen), *more)
     if enough:
         scorer.calibrate([texts[i] for i in np.flatnonzero(out_N)], member_N[out_N])
