@@ -152,7 +152,7 @@ def test_the_command_line_chooses_by_name(folders: dict[str, Path], texts: dict[
                      *([] if name == "tiny" else ["--use_adapter", name])]) == 0
         assert capsys.readouterr().out.rstrip("\n") == text.rstrip("\n")
     assert main([*flags, "--prompt", "x", "--use_adapter", "tax"]) == 2
-    assert "must be one of the names given with --adapter NAME=DIR: law, team/med-v2" in capsys.readouterr().err
+    assert "an adapter of the pool: law, team/med-v2" in capsys.readouterr().err
     source = tmp_path / "in.jsonl"
     lines: list[dict[str, Any]] = [{}, {"model": "law"}, {"adapter": "law"}, {"model": "tiny", "adapter": "law"},
                                    {"model": "tiny"}, {"adapter": None}, {"model": "tax"}, {"adapter": "tax"},

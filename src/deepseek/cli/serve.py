@@ -18,6 +18,7 @@ from ..watch.options import WatchOptions
 from .common import ModelOptions, add_engine_flags, make_llm, named_adapters
 from .parser import Parser, add_settings, make
 
+SHOWN = 20  # names in the first line
 SWITCH = 2e-4  # seconds that a thread may keep the interpreter from others
 
 
@@ -27,6 +28,7 @@ def add_flags(parser: Parser) -> None:
     add_settings(parser, ServeOptions, {
         "network": "host port api_key api_key_file cors_origin allowed_host name",
         "limits": "max_waiting max_body timeout max_connections receive_timeout read_timeout shutdown_timeout",
+        "routing": "pool_on_request",
         "monitoring": "classifier log log_texts"})
     add_settings(parser, WatchOptions, "monitoring")
     add_engine_flags(parser)
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
                       api_key=tuple(find_keys(options.api_key)))
     if options.name in named_adapters(make(args, ModelOptions).adapter)[1]:
         raise ConfigError(f"adapter {options.name}: is what the base is called: must have another name")
+    if options.pool_on_request and args.pool is None:
+        raise ConfigError("pool_on_request: --pool must be given")
     # what cannot be is said before a large model is loaded
     from ..watch.history import History
 
@@ -56,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     app = create_app(llm, options)
     address = "http://{}:{}".format(*listener.getsockname()[:2])
-    beside = f" with {', '.join(llm.adapters)}" if llm.adapters else ""
+    names = app.state.server.models[1:]
+    beside = f" with {', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''}" if names else ""
     admits = "" if options.api_key else ", open to anyone who can reach it: no API key"
     print(f"serving {options.name}{beside} on {address}/v1{admits}\n"
           f"chat: {address}/   dashboard: {address}/dashboard", flush=True)

@@ -34,13 +34,12 @@ from .engine import Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
 from .request import AdapterChoice, Ensemble, Message, Prompt, Request, RequestOutput
 from .residency import Residency
-from .routing import JOINT, Answer, Fusion, GateReader, Router, Routing
+from .routing import JOINT, Answer, Fusion, GateReader, Router, Routing, RoutingChoice
 from .sampling_params import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
 MIN_CONFIDENCE = 0.6  # as in `deepseek data label`
 Tools = Sequence[Mapping[str, Any]]
-RoutingChoice = Routing | bool | None
 
 
 class LLM:
@@ -158,8 +157,9 @@ class LLM:
         chat_template_kwargs: variables of the chat template for the conversations among the prompts, beside and over
         those of this LLM. tools: OpenAI's, for them too. adapter: the name of the one that answers, or weights of
         several that answer together (their terms add up: W x + sum_i w_i s_i B_i A_i x), for all or one a prompt; None
-        is the base. routing: who answers, as `dynamic_routing` or `pool.route` returns it, for all or one a prompt;
-        None leaves it to the LLM's pool, if it has one and no adapter is given; False is the base.
+        is the base. routing: who answers, as `dynamic_routing` or `pool.route` returns it, or a pool that decides,
+        such as `pool.among(NAMES)`, for all or one a prompt; None leaves it to the LLM's pool, if it has one and no
+        adapter is given; False is the base.
         `RequestOutput.routing` says what was decided.
         Raises RequestError, before any prompt runs, for a prompt that is empty, too long or of another kind.
         """
@@ -334,12 +334,15 @@ class LLM:
         self.driver.submit(*requests)
 
     def preload(self) -> None:
-        """Load what the first chat and the first JSON schema would wait for: the template, the tokenizer's tables."""
+        """Load what the first chat and the first JSON schema would wait for: the template, the tokenizer's tables, the
+        pool's scorer."""
         if self.tokenizer is not None and self.tokenizer.has_chat_template:
             with contextlib.suppress(RequestError):  # of a template that wants more than one turn of a user
                 self.tokenizer.chat([{"role": "user", "content": ""}])
         with contextlib.suppress(RequestError):  # without a byte-level tokenizer there are no constraints
             self._constraints.load()
+        if self.pool is not None:
+            self.pool.route("?")
 
     def close(self) -> None:
         """End what runs, and the threads behind it."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -98,6 +98,7 @@ class Router(Protocol):
 
 
 Routing = Fusion | Decision
+RoutingChoice = Routing | Router | bool | None
 
 
 class Model(Protocol):
@@ -212,30 +213,41 @@ class GateReader:
 class Answer:
     """The answer to a prompt: its requests, part by part, each made when those before have ended.
 
-    routing: who answers; None leaves it to the LLM's pool, if it has one and no adapter is chosen, and False to the
-    base. Raises RequestError for what cannot run, before anything does.
+    routing: who answers, or a pool that decides; None leaves it to the LLM's pool, if it has one and no adapter is
+    chosen, and False to the base. usage: counts the experts, of all continuations together or of each. make: makes a
+    part's requests, as LLM.requests does. seconds: spent on decisions and passages so far. Raises RequestError for
+    what cannot run, before anything does.
     """
 
-    def __init__(self, llm: Model, prompt: Prompt, params: SamplingParams, *, routing: Routing | bool | None = None,
-                 adapter: AdapterChoice | None = None, usage: ExpertUsage | None = None, **asked: Any) -> None:
+    def __init__(self, llm: Model, prompt: Prompt, params: SamplingParams, *, routing: RoutingChoice = None,
+                 adapter: AdapterChoice | None = None,
+                 usage: ExpertUsage | Sequence[ExpertUsage] | None = None,
+                 make: Callable[..., list[Request]] | None = None, **asked: Any) -> None:
         if routing not in (None, False) and adapter is not None:
             raise RequestError(f"adapter = {shown(adapter)}: must not stand beside routing, which chooses adapters")
+        pool = llm.pool
         if routing is True:
-            if llm.pool is None:
+            if pool is None:
                 raise RequestError("routing = True: this LLM has no pool")
+            routing = pool
+        if isinstance(routing, Router):
             if not isinstance(prompt, str) and not _is_conversation(prompt):
-                raise RequestError("routing = True: must be a text or a conversation: token ids are not read")
-            routing = None
+                raise RequestError("routing by a pool: must be a text or a conversation: token ids are not read")
+            pool, routing = routing, None
         self.llm, self.prompt, self.params, self.adapter, self.usage, self.asked = (
             llm, prompt, params, adapter, usage, asked)
+        self.make = make or llm.requests
         self.groups: list[list[Request]] = []
         self.trace: list[dict[str, Any]] = []
+        self.seconds = 0.0
         self._parts: Sequence[Part] = ()
         self._routing: Routing | None = routing or None  # of the whole prompt
-        if routing is None and adapter is None and llm.pool is not None and (text := question_of(prompt)):
-            self._parts = llm.pool.parts(text) if self._divisible else ()
+        began = time.perf_counter()
+        if routing is None and adapter is None and pool is not None and (text := question_of(prompt)):
+            self._parts = pool.parts(text) if self._divisible else ()
             if len(self._parts) < 2:
-                self._parts, self._routing = (), llm.pool.route(text)
+                self._parts, self._routing = (), pool.route(text)
+        self.seconds += time.perf_counter() - began
         self._turns: list[Message] = []  # the conversation so far, of several parts
         self.cut = False  # parts are left for which there is no room
         self._begin()
@@ -243,10 +255,21 @@ class Answer:
     @property
     def _divisible(self) -> bool:
         """Whether it may be answered in parts: a conversation whose user spoke last, answered by one free text."""
-        one, asked = self.params, self.asked
+        one, asked = self.params, {**self.asked, **(self.asked.get("chat_template_kwargs") or {})}
         return (_is_conversation(self.prompt) and cast(Any, self.prompt)[-1].get("role") == "user" and one.n == 1
                 and not any((one.json_schema, one.regex, one.grammar, one.routed, one.experts, asked.get("tools")))
-                and one.prompt_logprobs is None and not asked.get("continue_final_message"))
+                and one.prompt_logprobs is None and not asked.get("continue_final_message")
+                and asked.get("add_generation_prompt") is not False)
+
+    @property
+    def divided(self) -> bool:
+        """Whether it is given in parts."""
+        return bool(self._parts)
+
+    @property
+    def more(self) -> bool:
+        """Whether a part follows on the one under way, which has ended."""
+        return self.requests[0].finish_reason == "stop" and len(self.groups) < len(self._parts)
 
     @property
     def requests(self) -> list[Request]:
@@ -262,7 +285,7 @@ class Answer:
         """The requests of the next part, once those of the last have ended; none where the answer is complete, at its
         end of tokens, or broken off."""
         last = self.requests[0]
-        if last.finish_reason != "stop" or len(self.groups) >= len(self._parts):
+        if not self.more:
             return []
         self._turns.append({"role": "assistant", "content": last.text})
         try:
@@ -289,14 +312,17 @@ class Answer:
         adapter, asked = self.adapter, self.asked
         names, citations = tuple[str, ...](), tuple[Any, ...]()
         if routing is not None:
+            began = time.perf_counter()
             prompt, adapter, names, bias, citations = apply(self.llm, prompt, routing, question)
+            self.seconds += time.perf_counter() - began
             if bias and params.experts is None:
                 params = replace(params, experts=ExpertControl(bias=bias))
             if names and asked.get("domain") is None:
                 asked = asked | {"domain": names[0]}
-        group = self.llm.requests(prompt, params, adapter=adapter, **asked)
-        for request in group:
-            request.ahead, request.usage = names, self.usage
+        group = self.make(prompt, params, adapter=adapter, **asked)
+        usages = self.usage if isinstance(self.usage, Sequence) else [self.usage] * len(group)
+        for request, usage in zip(group, usages, strict=True):
+            request.ahead, request.usage = names, usage
         if self._parts:
             self._turns = list(cast(Sequence[Message], prompt))
         self.groups.append(group)

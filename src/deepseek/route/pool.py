@@ -15,7 +15,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,7 @@ class ExpertPool:
             raise ConfigError(f"bias = {shown(bias)}: must be a number from 0 to {MOST_BIAS:g}")
         self.members, self.scorer_name, self.bias, self.seed = tuple(members), scorer, float(bias), seed
         self.gates: Gates | None = None  # of the model that uses the pool, for the scorer `gate`
+        self._among: frozenset[str] | None = None  # those that may answer; else all
         self._by_name: dict[str, PoolMember] = {}
         for member in self.members:
             if member.name in self._by_name:
@@ -91,6 +93,16 @@ class ExpertPool:
         """One member alone answers. Raises ConfigError for a name that there is not."""
         return replace(fuse_expert_outputs([self[name]]), bias=self.bias)
 
+    def among(self, names: Collection[str]) -> ExpertPool:
+        """The pool, of which these members alone may answer: a text that others fit better is the base's. Raises
+        ConfigError for a name that there is not, and for none."""
+        if isinstance(names, str) or not names:
+            raise ConfigError(f"members = {shown(names)}: must be a list of names, one at least")
+        among = frozenset(self[name].name for name in names)
+        out = copy(self)
+        out.__dict__["scorer"], out._among = self.scorer, among  # the scorer is not made anew
+        return out
+
     def __len__(self) -> int:
         return len(self.members)
 
@@ -127,6 +139,8 @@ class ExpertPool:
                                    abstained="the pool is empty" if not self.members else "the text is empty")
         scorer, text = self.scorer, text[:READ]
         p_M = scorer.probabilities(text)
+        if self._among is not None:
+            p_M = p_M * [member.name in self._among for member in self.members]
         order = sorted(range(len(p_M)), key=lambda m: (-p_M[m], m)) if len(p_M) <= 64 else [
             int(m) for m in _best(p_M, SHOWN_SCORES)]
         scores = {self.members[m].name: float(p_M[m]) for m in order[:SHOWN_SCORES] if p_M[m] > 0}

@@ -22,7 +22,7 @@ from ..errors import DataError, MoEDRError
 from ..files import to_json
 from ..model.cache import PAGE
 from .bodies import describe, takes
-from .chat import Chat, chat_prompt
+from .chat import Chat, chat_prompt, conversation
 from .completions import Completion
 from .middleware import Guard, ServeError, to_serve_error
 from .monitoring import add_routes
@@ -83,8 +83,8 @@ def _add_answers(app: FastAPI, server: Server) -> None:
 
     async def answer(http: Request, body: GenerationRequest, make: Callable[..., Chat | Completion | Response],
                      count: int = 1) -> Any:
-        adapter = server.admit(body, count)
-        one = await server.prepare(http, make, server, http, body, adapter)
+        server.admit(body, count)
+        one = await server.prepare(http, make, server, http, body)
         if not body.stream:
             return await one.complete(http)
         stream = one.stream(http)
@@ -119,11 +119,15 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
     @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
     async def embeddings(http: Request) -> Plain:
         body = await server.read(http, EmbeddingRequest)
-        adapter = server.admit(body)
+        server.admit(body)
+        if body.model not in (server.options.name, *server.llm.adapters):
+            raise ServeError(400, f"model = {body.model!r}: must be the base or an adapter, to embed with",
+                             param="model")
         if body.dimensions not in (None, size := server.llm.model.config.hidden_size):
             raise ServeError(400, f"dimensions = {body.dimensions}: must be {size}, what the model has",
                              param="dimensions")
-        vectors, tokens = await server.embed(http, body.inputs, adapter)
+        vectors, tokens = await server.embed(
+            http, body.inputs, None if body.model == server.options.name else body.model)
 
         def write() -> bytes:  # one by one: a text of megabytes made at once holds up everybody
             data = (to_json({"object": "embedding", "index": i, "embedding": vector.tolist() if (
@@ -140,12 +144,13 @@ def _add_tokens(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(http: Request) -> dict[str, Any]:
         body = await server.read(http, TokenizeRequest)
-        server.adapter_of(body.model if body.model is not None else server.options.name)
+        server.check_model(body.model if body.model is not None else server.options.name)
         tokenizer, prompt = server.tokenizer, body.prompt
 
         def work() -> dict[str, Any]:
             if prompt is None:
-                ids = chat_prompt(server.llm, body)
+                messages, asked = conversation(server.llm, body)
+                ids = chat_prompt(server.llm, messages, **asked)
             else:
                 server.llm.check_length(prompt)
                 ids = tokenizer.encode(prompt, bos=body.add_special_tokens, special=body.parse_special)
@@ -160,7 +165,7 @@ def _add_tokens(app: FastAPI, server: Server) -> None:
     @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
     async def detokenize(http: Request) -> dict[str, Any]:
         body = await server.read(http, DetokenizeRequest)
-        server.adapter_of(body.model if body.model is not None else server.options.name)
+        server.check_model(body.model if body.model is not None else server.options.name)
         tokenizer = server.tokenizer
 
         def work() -> dict[str, Any]:
@@ -178,7 +183,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        server.adapter_of(name)
+        server.check_model(name)
         return _model(server, name)
 
     @app.post("/v1/deepseek/warm", openapi_extra=takes(WarmRequest))
@@ -203,7 +208,10 @@ def _add_models(app: FastAPI, server: Server) -> None:
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:
-    """An entry of /v1/models in vLLM's form: an adapter has a parent."""
-    atlas, parent = server.llm.engine.atlas, None if server.adapter_of(name) is None else server.options.name
-    return {"id": name, "object": "model", "created": server.began, "owned_by": "moe-dr", "parent": parent,
-            "max_model_len": server.llm.max_length, "deepseek": {"experts": [] if atlas is None else list(atlas)}}
+    """An entry of /v1/models in vLLM's form: an adapter, or another member of the pool, has a parent."""
+    atlas, member, base = server.llm.engine.atlas, server.members.get(name), server.options.name
+    kind = {"kind": "base" if name == base else "adapter"} if member is None else {
+        "kind": member.kind, "domain": member.domain}
+    return {"id": name, "object": "model", "created": server.began, "owned_by": "moe-dr",
+            "parent": None if name == base else base, "max_model_len": server.llm.max_length,
+            "deepseek": {"experts": [] if atlas is None else list(atlas), **kind}}

@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from ..engine.request import Request as Generation
+from ..engine.routing import Answer
 from ..engine.sampler import Logprob
 from ..errors import RequestError
 from .protocol import CompletionRequest
@@ -20,7 +21,7 @@ from .service import Server, event, floored, usage
 class Completion:
     """One request to /v1/completions, with one prompt or several."""
 
-    def __init__(self, server: Server, http: Request, body: CompletionRequest, adapter: str | None) -> None:
+    def __init__(self, server: Server, http: Request, body: CompletionRequest) -> None:
         self.server, self.body = server, body
         self.id, self.created = f"cmpl-{secrets.token_hex(14)}", int(time.time())
         asked = body.sampling.get("prompt_logprobs")
@@ -28,20 +29,19 @@ class Completion:
             asked = max(asked or 0, body.logprobs)
         params = server.params(body, max_tokens=16 if body.max_tokens is None else body.max_tokens,
                                logprobs=body.logprobs, prompt_logprobs=asked)
-        self.groups: list[list[Generation]] = []
+        self.answers: list[Answer] = []
         self.echoes: list[tuple[str, list[int]]] = []  # of each request
         for i, prompt in enumerate(body.prompts):
             try:
-                self.groups.append(server.requests(
-                    body, prompt, params, domain=body.deepseek.domain, parse_special=body.parse_special,
-                    adapter=adapter))
+                self.answers.append(server.answer(body, prompt, params, parse_special=body.parse_special))
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}" if len(body.prompts) > 1 else str(error)) from None
-            server.watch.begin(self.id, http, body.user, prompt if isinstance(prompt, str) else "", self.groups[-1])
-            echo = self._echo(prompt, self.groups[-1][0].prompt_ids, params.skip_special_tokens) if body.echo else (
-                "", [])
+            requests, quoted = self.answers[-1].requests, any("passages" in part for part in self.answers[-1].trace)
+            server.watch.begin(self.id, http, body.user, prompt if isinstance(prompt, str) else "", requests)
+            ids = requests[0].prompt_ids
+            echo = self._echo(ids if quoted else prompt, ids, params.skip_special_tokens) if body.echo else ("", [])
             self.echoes += [echo] * body.n
-        self.requests = [request for group in self.groups for request in group]
+        self.requests = [request for answer in self.answers for request in answer.requests]
         self.place = {request.request_id: i for i, request in enumerate(self.requests)}
 
     def _echo(self, prompt: str | list[int], ids: Sequence[int], skip_special: bool) -> tuple[str, list[int]]:
@@ -75,8 +75,7 @@ class Completion:
         said: list[tuple[int, Logprob | None, int]] = [
             (p.token, p, len(text) + p.offset) for p in request.logprobs[start:]]
         if self.body.echo and not start:
-            first = next(group[0] for group in self.groups if request in group)
-            said[:0] = zip(request.prompt_ids, first.prompt_logprobs, offsets, strict=True)
+            said[:0] = zip(request.prompt_ids, self.first(request).prompt_logprobs, offsets, strict=True)
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, p, offset in said:
             out["tokens"].append(self.name(token))
@@ -90,27 +89,26 @@ class Completion:
         request = self.requests[i]
         out = {"index": i, "text": text, "finish_reason": request.finish_reason, "logprobs": self.logprobs(i, start)}
         if self.body.sampling.get("prompt_logprobs") is not None and request.finish_reason is not None:
-            out["prompt_logprobs"] = self.server.prompt_logprobs(
-                next(group[0] for group in self.groups if request in group))
+            out["prompt_logprobs"] = self.server.prompt_logprobs(self.first(request))
         return out
+
+    def first(self, request: Generation) -> Generation:
+        """The first of the continuations of a request's prompt, which has the prompt's log-probabilities."""
+        return next(answer.requests[0] for answer in self.answers if request in answer.requests)
 
     def head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.body.model}
 
-    def usage(self) -> dict[str, Any]:
-        parts = [usage(group) for group in self.groups]
-        return {key: sum(part[key] for part in parts) for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
-
     async def complete(self, http: Request) -> JSONResponse:
-        async for _ in self.server.run(http, self.requests):
+        async for _ in self.server.run_answers(http, self.answers):
             pass
         choices = [self.choice(i, self.echoes[i][0] + request.text) for i, request in enumerate(self.requests)]
-        return JSONResponse(self.head() | {"choices": choices, "usage": self.usage()}
-                            | self.server.extra(self.body, self.requests))
+        return JSONResponse(self.head() | {"choices": choices, "usage": usage(self.answers)}
+                            | self.server.extra(self.body, self.answers))
 
     async def stream(self, http: Request) -> AsyncIterator[bytes]:
         sent, reported = [0] * len(self.requests), [0] * len(self.requests)
-        async for request in self.server.run(http, self.requests):
+        async for request in self.server.run_answers(http, self.answers):
             i = self.place[request.request_id]
             ended, text = request.finish_reason is not None, self.echoes[i][0] + request.text
             count = len(request.logprobs)
@@ -119,5 +117,5 @@ class Completion:
             choice = self.choice(i, text[sent[i] :], reported[i])
             yield event(self.head() | {"choices": [choice | ({} if ended else {"finish_reason": None})]})
             sent[i], reported[i] = len(text), count
-        if last := self.server.last(self.body, self.requests, self.usage()):
+        if last := self.server.last(self.body, self.answers, usage(self.answers)):
             yield event(self.head() | last)

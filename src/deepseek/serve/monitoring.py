@@ -34,6 +34,7 @@ from .pages import page
 from .protocol import FeedbackRequest
 
 ANSWERS = 4096  # the last ones, which can be rated
+MIXTURE = "mixture"  # what any mixture of adapters is counted as
 CLIENT = 256  # characters of a client's name that are kept
 
 
@@ -45,7 +46,7 @@ class Watch:
         self.llm, self.texts = llm, texts
         self.known: dict[int, dict[str, str]] = {}  # the rest of a request's line in the log of texts
         self.counters = ServingCounters(llm.model.config, llm.engine.atlas,
-                                        (name, *llm.adapters) if llm.adapters else ())
+                                        (name, *llm.adapters, MIXTURE) if llm.adapters else ())
         self.monitor = Monitor(name, self.counters, self._engine, options, resident=self._resident,
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
@@ -93,7 +94,8 @@ class Watch:
         client = "".join(c if c.isprintable() else "?" for c in (user or key_name(http))[:CLIENT])
         tags = {"client": client, "language": self.language_of(text)}
         if self.llm.adapters:
-            tags["adapter"] = str(requests[0].adapter or self.monitor.model)
+            adapter = requests[0].adapter or self.monitor.model
+            tags["adapter"] = adapter if isinstance(adapter, str) else MIXTURE
         for request in requests:
             request.metric_labels = tags
             if self.texts:

@@ -46,6 +46,8 @@ class ServeOptions(Settings):
     classifier: Annotated[str | Path | None, Option(
         "classifier.npz of `deepseek data`: finds the domain of requests that name none and have no keywords",
         metavar="FILE")] = None
+    pool_on_request: Annotated[bool, Option(
+        "the pool answers only the requests that ask for it (deepseek.pool); else all that name the base")] = False
     log: Annotated[bool, Option("log every request as a line of JSON, without its text")] = False
     log_texts: Annotated[bool, Option(
         "the same with the prompt (of a chat, its last message) and the answer")] = False

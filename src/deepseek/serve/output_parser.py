@@ -46,14 +46,20 @@ class ParsedOutput:
 class OutputParser:
     """Parses text in pieces; `push` returns a delta of OpenAI's stream, empty while nothing is certain."""
 
-    def __init__(self, *, thinking: bool, tools: Sequence[Tool] = (), forced: bool = False,
+    def __init__(self, *, thinking: bool = False, tools: Sequence[Tool] = (), forced: bool = False,
                  parallel: bool = True) -> None:
         """parallel: whether more than one call may be made; otherwise only the first counts."""
         self.answer, self.forced = ParsedOutput(), forced
         self.required = {tool.function.name: (tool.function.parameters or {}).get("required", []) for tool in tools}
         self.parallel = parallel
+        self.begin(thinking)
+
+    def begin(self, thinking: bool, joint: str = "") -> None:
+        """A text begins: the first, or that of a further part, which a joint sets apart from what there is.
+        thinking: whether the template opened its reasoning."""
         self._state = "thinking" if thinking else "start"
         self._held = ""
+        self._joints = dict.fromkeys(("content", "reasoning"), joint)
 
     def push(self, piece: str) -> dict[str, Any]:
         self._held += piece
@@ -101,7 +107,9 @@ class OutputParser:
 
     def _put(self, delta: dict[str, Any], where: str, text: str) -> None:
         if text:
-            setattr(self.answer, where, getattr(self.answer, where) + text)
+            before, joint = getattr(self.answer, where), self._joints.pop(where, "")
+            text = joint + text if before else text
+            setattr(self.answer, where, before + text)
             key = "reasoning_content" if where == "reasoning" else "content"
             delta[key] = delta.get(key, "") + text
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 Each = Annotated[list[T], Field(fail_fast=True)]  # a list with a million wrong items reports the first
 Ids = Annotated[Each[Id], Field(min_length=1)]
 MESSAGES, PROMPTS, STOPS, STOP_LENGTH = 4096, 2048, 64, 1024  # of one request; characters
+CHOSEN = 256  # members of the pool that a request may name
 Prompts = Text | Annotated[Each[Text], Field(min_length=1, max_length=PROMPTS)] | Ids | Annotated[
     Each[Ids], Field(min_length=1, max_length=PROMPTS)]
 Stop = Annotated[str, Field(strict=True, max_length=STOP_LENGTH)]
@@ -154,11 +155,15 @@ class Experts(Body):
 class DeepseekOptions(Sampling):
     """Our own options. domain: the subject of the request, for batching by expert and for measuring routing. routed:
     return how many of the request's tokens visited each expert. show_experts: return each named group's share of the
-    gate's weight. The others are SamplingParams by name."""
+    gate's weight. pool: whether the server's pool decides who answers, or which of its members it may choose. trace:
+    return how it decided. adapter: an adapter, or weights of several. The others are SamplingParams by name."""
 
     domain: Annotated[str, Field(strict=True, min_length=1, max_length=64)] | None = None
     routed: Flag = False
     show_experts: Flag = False
+    pool: Flag | Annotated[Each[Text], Field(min_length=1, max_length=CHOSEN)] | None = None
+    trace: Flag = False
+    adapter: Text | Annotated[dict[Text, Number], Field(min_length=1), _numbers(r".*", "names")] | None = None
     experts: Experts | None = None
     regex: Text | None = None
     grammar: Text | None = None

@@ -38,7 +38,7 @@ from .protocol import (
     ToolCall,
     join_parts,
 )
-from .service import Server
+from .service import Server, usage
 
 KEPT, KEPT_CHARACTERS = 1024, 64 << 20  # responses in memory
 
@@ -128,8 +128,7 @@ def to_chat(body: ResponsesRequest, messages: Sequence[Message]) -> ChatRequest:
 class Response:
     """One request to /v1/responses."""
 
-    def __init__(self, store: Store, server: Server, http: Request, body: ResponsesRequest,
-                 adapter: str | None) -> None:
+    def __init__(self, store: Store, server: Server, http: Request, body: ResponsesRequest) -> None:
         self.server, self.store, self.body = server, store, body
         before = [] if body.previous_response_id is None else store.find(
             body.previous_response_id, "previous_response_id").messages
@@ -142,16 +141,16 @@ class Response:
         self.created = int(time.time())
         self.names: dict[str, str] = {}  # of output items
         self.number = 0
-        self.chat = Chat(server, http, self.chat_body, adapter, self.id)
+        self.chat = Chat(server, http, self.chat_body, self.id)
 
     # ---- what is sent -------------------------------------------------------------------------------------------
 
     def body_of(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
-        body, request = self.body, self.chat.requests[0]
+        body, reason = self.body, self.chat.reason(0)
         given = body.model_dump(by_alias=True, exclude_none=True, include={"text", "tools", "tool_choice"})
         out = {"id": self.id, "object": "response", "created_at": self.created, "status": status, "error": None,
                "incomplete_details": None if status != "incomplete" else {
-                   "reason": "max_output_tokens" if request.finish_reason == "length" else request.finish_reason},
+                   "reason": "max_output_tokens" if reason == "length" else reason},
                "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": body.model,
                "output": output, "parallel_tool_calls": body.parallel_tool_calls, "background": False,
                "previous_response_id": body.previous_response_id, "reasoning": {
@@ -160,13 +159,14 @@ class Response:
                "tool_choice": given.get("tool_choice", "auto"), "tools": given["tools"], "top_p": body.top_p,
                "truncation": "disabled", "usage": None, "user": body.user, "metadata": body.metadata}
         if status in ("completed", "incomplete"):
-            new, thoughts = len(request.token_ids), self.chat.parsers[0].answer.reasoning
+            counts, thoughts = usage([self.chat.answer]), self.chat.parsers[0].answer.reasoning
+            new = counts["completion_tokens"]
             out["usage"] = {
-                "input_tokens": len(request.prompt_ids),
-                "input_tokens_details": {"cached_tokens": request.sequence.cached_tokens}, "output_tokens": new,
+                "input_tokens": counts["prompt_tokens"], "input_tokens_details": counts["prompt_tokens_details"],
+                "output_tokens": new,
                 "output_tokens_details": {"reasoning_tokens": min(new, len(self.server.tokenizer.encode(thoughts)))},
-                "total_tokens": len(request.prompt_ids) + new}
-            out |= self.chat.prompt_logprobs() | self.server.extra(self.chat_body, self.chat.requests)
+                "total_tokens": counts["total_tokens"]}
+            out |= self.chat.prompt_logprobs() | self.server.extra(self.chat_body, [self.chat.answer])
         return out
 
     def item(self, kind: str, text: str, done: bool = True) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Response:
         if answer.content or not answer.calls:
             output.append(self.item("message", answer.content))
         output += [self.call(call) for call in answer.calls]
-        reason = self.chat.requests[0].finish_reason
+        reason = "length" if self.chat.answer.cut else self.chat.answer.requests[0].finish_reason
         if reason != "stop" and output[-1]["type"] != "function_call":
             output[-1]["status"] = "incomplete"
         body = self.body_of("completed" if reason == "stop" else "incomplete", output)
@@ -206,7 +206,7 @@ class Response:
         return body
 
     async def complete(self, http: Request) -> JSONResponse:
-        async for request in self.server.run(http, self.chat.requests):
+        async for request in self.server.run_answers(http, [self.chat.answer]):
             self.chat.advance(request)
         return JSONResponse(self.end())
 
@@ -244,7 +244,7 @@ class Response:
                     self.event("response.content_part.done", **place, part=self.part(open_kind, text)),
                     self.event("response.output_item.done", output_index=index, item=item)]
 
-        async for request in self.server.run(http, self.chat.requests):
+        async for request in self.server.run_answers(http, [self.chat.answer]):
             delta = self.chat.advance(request)
             ended = request.finish_reason is not None
             for kind, key in (("reasoning", "reasoning_content"), ("message", "content")):
@@ -263,7 +263,7 @@ class Response:
                     own: dict[str, Any] = {} if kind == "reasoning" else {"logprobs": []}
                     yield self.event(f"response.{self._kind(kind)}.delta", item_id=self.names[kind],
                                      output_index=index, content_index=0, delta=text, **own)
-            if ended:
+            if ended and not self.chat.answer.more:
                 break
         for part in close():
             yield part

@@ -10,8 +10,10 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +23,12 @@ from torch import Tensor
 from ..atlas import ExpertUsage
 from ..domain import DomainClassifier
 from ..engine import LLM, ExpertControl, SamplingParams
+from ..engine.request import Prompt
 from ..engine.request import Request as Generation
-from ..errors import ConfigError, MoEDRError, RequestError
+from ..engine.routing import Answer
+from ..errors import ConfigError, MoEDRError, RequestError, shown
 from ..files import to_json
+from ..route import ExpertPool, PoolMember, RoutingDecision
 from ..tokenizer import Tokenizer
 from .bodies import SMALL, B, parse
 from .bodies import read as read_body
@@ -35,6 +40,7 @@ from .protocol import Common, DeepseekOptions, EmbeddingRequest, GenerationReque
 T = TypeVar("T")
 POLL_SECONDS = 0.25  # seconds between two checks that the client is still connected
 MAX_AHEAD = 16  # tokens that are generated ahead of a slow client
+SHOWN_NAMES = 20  # in an error
 EMBED_BATCH = 8  # prompts of one request for embeddings that run at once
 SHUTDOWN_GRACE = 5.0  # seconds for answers that were told to end
 DONE = b"data: [DONE]\n\n"
@@ -45,8 +51,15 @@ class Server:
 
     def __init__(self, llm: LLM, options: ServeOptions) -> None:
         self.llm, self.options = llm, options
-        if options.name in llm.adapters:
-            raise ConfigError(f"adapter {options.name}: is what the base is called: must have another name")
+        if llm.pool is not None and not isinstance(llm.pool, ExpertPool):
+            raise ConfigError(f"pool = {shown(llm.pool)}: must be an ExpertPool to be served")
+        if options.pool_on_request and llm.pool is None:
+            raise ConfigError("pool_on_request: the LLM must have a pool")
+        self.pool: ExpertPool | None = llm.pool
+        self.members: dict[str, PoolMember] = {one.name: one for one in self.pool.members} if self.pool else {}
+        for kind, names in (("adapter", llm.adapters), ("member", self.members)):
+            if options.name in names:
+                raise ConfigError(f"{kind} {options.name}: is what the base is called: must have another name")
         if options.classifier is not None:
             llm.classifier = DomainClassifier.load(options.classifier)
         self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts)
@@ -69,26 +82,25 @@ class Server:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names of the base model and of its adapters."""
-        return self.options.name, *self.llm.adapters
+        """Names of the base model, of its adapters, and of the pool's other members."""
+        return self.options.name, *dict.fromkeys([*self.llm.adapters, *self.members])
 
-    def adapter_of(self, model: str) -> str | None:
-        """The adapter that a model name stands for, None for the base. Raises ServeError for an unknown name."""
-        if model not in self.models:
-            there = ", ".join(map(repr, self.models))
-            raise ServeError(404, f"model = {model!r}: there {'are' if self.llm.adapters else 'is'} {there}",
+    def check_model(self, model: str) -> None:
+        """Raises ServeError for a name that no model has."""
+        if model != self.options.name and model not in self.members and model not in self.llm.adapters:
+            names = self.models
+            there = ", ".join(map(repr, names[:SHOWN_NAMES])) + (", …" if len(names) > SHOWN_NAMES else "")
+            raise ServeError(404, f"model = {model!r}: there {'are' if len(names) > 1 else 'is'} {there}",
                              param="model", code="model_not_found")
-        return None if model == self.options.name else model
 
-    def admit(self, body: GenerationRequest | EmbeddingRequest, count: int = 1) -> str | None:
-        """The adapter of a request with `count` answers. Raises ServeError for an unknown model or a full queue."""
-        adapter = self.adapter_of(body.model)
+    def admit(self, body: GenerationRequest | EmbeddingRequest, count: int = 1) -> None:
+        """Raises ServeError for an unknown model, and where the queue has no room for `count` answers."""
+        self.check_model(body.model)
         if self.closing:
             raise ServeError(503, "the server is shutting down", kind="server_error", headers={"retry-after": "10"})
         waiting = len(self.llm.engine.scheduler.waiting)
         if waiting + count > self.options.max_waiting:
             raise busy(f"{waiting} requests are waiting: {self.options.max_waiting} may")
-        return adapter
 
     async def read(self, http: Request, form: type[B]) -> B:
         """Read and check the body of a request. Large ones are parsed one at a time, in a thread."""
@@ -141,15 +153,39 @@ class Server:
             "grammar": own.grammar, "routed": own.routed, "experts": experts} | body.sampling
         return SamplingParams(**(fields | {key: value for key, value in more.items() if value is not None}))
 
-    def requests(self, body: Common, prompt: str | list[int], params: SamplingParams, **more: Any) -> list[Generation]:
-        """A prompt's requests, as by LLM.requests. Raises RequestError for named experts where no expert has a name."""
-        if body.deepseek.show_experts and not self.llm.engine.atlas:
+    def answer(self, body: Common, prompt: Prompt, params: SamplingParams, **more: Any) -> Answer:
+        """The Answer to a prompt, by whom the body asks for. Raises RequestError for named experts where no expert has
+        a name, and for what cannot be run."""
+        own, atlas = body.deepseek, self.llm.engine.atlas
+        if own.show_experts and not atlas:
             raise RequestError("show_experts = true: this model has no atlas, so none of its experts has a name")
-        requests = self.llm.requests(prompt, params, **more)
-        if body.deepseek.show_experts:
-            for request in requests:
-                request.usage = ExpertUsage(self.llm.model.config)
-        return requests
+        usage = [ExpertUsage(self.llm.model.config) for _ in range(body.n)] if own.show_experts or (
+            own.trace and atlas) else None
+        return Answer(self.llm, prompt, params, usage=usage, domain=own.domain, **self._chosen(body), **more)
+
+    def _chosen(self, body: Common) -> dict[str, Any]:
+        """Who answers, as Answer takes it: the model by its name, adapters, or those that the pool chooses."""
+        own, pool = body.deepseek, self.pool
+        if pool is None and (own.pool or own.trace):
+            raise RequestError(f"deepseek.{'pool' if own.pool else 'trace'}: this server has no pool (--pool)")
+        model = None if body.model == self.options.name else body.model
+        ways = {"model": model, "deepseek.adapter": own.adapter, "deepseek.pool": own.pool or None}
+        given = [f"{key} = {shown(value)}" for key, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise RequestError(f"{given[0]} and {given[1]}: each says who answers: must be one of them")
+        if pool is not None and model in self.members:
+            return {"routing": RoutingDecision(pool.only(model), scorer="model")}
+        if model is not None or own.adapter is not None:
+            return {"adapter": model if own.adapter is None else own.adapter}
+        if isinstance(own.pool, list):
+            assert pool is not None
+            try:
+                return {"routing": pool.among(own.pool)}
+            except ConfigError as error:
+                raise RequestError(f"deepseek.pool: {error}") from None
+        if own.pool is None:
+            return {"routing": False if self.options.pool_on_request else None}
+        return {"routing": own.pool}
 
     def prompt_logprobs(self, request: Generation) -> list[dict[str, Any] | None]:
         """Log-probabilities of the prompt, in vLLM's form. Only the likeliest tokens have a rank."""
@@ -162,7 +198,24 @@ class Server:
             str(token): one(token, value, rank) for rank, (token, value) in enumerate(p.top, 1)}
             for p in request.prompt_logprobs]
 
-    async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncIterator[Generation]:
+    async def run_answers(self, http: Request, answers: Sequence[Answer]) -> AsyncIterator[Generation]:
+        """As `run`, with the requests of all parts of the answers, part after part."""
+        requests = [request for answer in answers for request in answer.requests]
+        self.open += 1
+        try:
+            while requests:
+                async with aclosing(self.run(http, requests)) as moved:
+                    async for request in moved:
+                        yield request
+                requests = await self.prepare(http, self._advance, answers) if any(
+                    answer.divided for answer in answers) else []
+        finally:
+            self.open -= 1
+
+    def _advance(self, answers: Sequence[Answer]) -> list[Generation]:
+        return [request for answer in answers for request in answer.advance()]
+
+    async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncGenerator[Generation]:
         """Yield a request whenever it has new tokens, until all have ended. Closing the generator aborts them."""
         loop, moved = asyncio.get_running_loop(), asyncio.Queue[Generation | None]()
         known = {request.request_id: 0 for request in requests}  # tokens that have been yielded
@@ -250,26 +303,35 @@ class Server:
         await asyncio.to_thread(self.llm.close)
         await asyncio.to_thread(self.watch.close)
 
-    def extra(self, body: Common, requests: Sequence[Generation]) -> dict[str, Any]:
-        """The answer's `deepseek` key, with an entry a choice; no key where nothing was asked for."""
+    def extra(self, body: Common, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The answers' `deepseek` key: what was asked for, with an entry a choice, and the passages that were quoted;
+        no key where there is neither."""
         out: dict[str, Any] = {}
         if body.deepseek.routed:
-            out["routed"] = self._routed(requests)
+            out["routed"] = self._routed([request for answer in answers for request in answer.requests])
+        usages = [usage for answer in answers if isinstance(answer.usage, list) for usage in answer.usage]
+        experts = {"experts": [self._named_experts(usage) for usage in usages]} if usages else {}
         if body.deepseek.show_experts:
-            out["experts"] = [self._named_experts(request) for request in requests]
+            out |= experts
+        parts = [({"prompt": i} if len(answers) > 1 else {}) | _without_folders(part)
+                 for i, answer in enumerate(answers) for part in answer.trace]
+        if body.deepseek.trace:
+            out["routing"] = {"parts": parts} | experts
+        if cited := [{"part": i} | passage for i, part in enumerate(parts) for passage in part.get("passages", ())]:
+            out["citations"] = cited
         return {"deepseek": out} if out else {}
 
-    def last(self, body: Common, requests: Sequence[Generation], counts: Mapping[str, int]) -> dict[str, Any]:
+    def last(self, body: Common, answers: Sequence[Answer], counts: Mapping[str, int]) -> dict[str, Any]:
         """What a stream's last chunk holds beside its head: usage and the `deepseek` key; empty where neither was asked
         for."""
         asked = body.stream_options is not None and body.stream_options.include_usage
-        out = ({"usage": counts} if asked else {}) | self.extra(body, requests)
+        out = ({"usage": counts} if asked else {}) | self.extra(body, answers)
         return {"choices": []} | out if out else {}
 
-    def _named_experts(self, request: Generation) -> dict[str, float]:
-        """Each named group's share of the gate's weight, the largest first, over the request's tokens that ran."""
-        usage, atlas = request.usage, self.llm.engine.atlas
-        assert usage is not None and atlas is not None
+    def _named_experts(self, usage: ExpertUsage) -> dict[str, float]:
+        """Each named group's share of the gate's weight, the largest first, over the tokens that ran."""
+        atlas = self.llm.engine.atlas
+        assert atlas is not None
         shares = {name: round(use.weight, 4) for name, use in usage.by_name(atlas).items()}
         return dict(sorted(shares.items(), key=lambda own: -own[1]))
 
@@ -287,10 +349,20 @@ class Server:
         return choices
 
 
-def usage(requests: Sequence[Generation]) -> dict[str, Any]:
-    prompt, new = len(requests[0].prompt_ids), sum(len(request.token_ids) for request in requests)
+def _without_folders(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a trace that names files without their folders, which are the server's own."""
+    passages = [passage | {"file": Path(passage["file"]).name} for passage in part.get("passages", ())]
+    return {**part, **({"passages": passages} if passages else {})}
+
+
+def usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Tokens of the answers, all parts together."""
+    groups = [group for answer in answers for group in answer.groups]
+    prompt, new, cached = (sum(counts) for counts in zip(*(
+        (len(group[0].prompt_ids), sum(len(request.token_ids) for request in group), group[0].sequence.cached_tokens)
+        for group in groups), strict=True))
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": requests[0].sequence.cached_tokens}}
+            "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def floored(logprob: float) -> float:
