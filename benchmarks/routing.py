@@ -1,11 +1,12 @@
 """Who serves a request: top-1, top-3, abstention and confusion of every scorer, and microseconds a request.
 
-    python benchmarks/routing.py [--data FOLDER]
+    python benchmarks/routing.py [--data FOLDER] [--model mini]
 
 Eight names of routing.yaml with training texts of domains.py as samples; asked are held-out records of the same
 sources, and a source each that training never saw. Beside the scorers: the best single member for all requests, and the
 oracle. The distilled router is read by examples/edge_router.py. With --members, also as many members as texts: each
-knows the first half of one, and is asked with the second.
+knows the first half of one, and is asked with the second. With --model, also the scorer that asks that model's gates,
+on fewer of the requests, beside the others on the same.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from deepseek import LLM
 from deepseek.data import ReadReport, read_documents
+from deepseek.domain import softmax
+from deepseek.engine.routing import GateReader
 from deepseek.files import read_yaml
 from deepseek.route import ExpertPool, PoolMember
 from deepseek.route.distilled import distill
@@ -132,12 +136,35 @@ def many(train: dict[str, list[str]], count: int, asked: int, rounds: int) -> li
     return rows
 
 
+def by_gates(model: str, members: Sequence[PoolMember], known: dict[str, Probabilities], parts: Sequence[Requests],
+             count: int) -> tuple[list[list[str]], str]:
+    """(rows of top-1 of the known scorers and of the model's gates, on `count` requests of each name; their cost)."""
+    names = [member.name for member in members]
+    some = [[one for name in names for one in [own for own in part if own[0] == name][:count]] for part in parts]
+    pool = ExpertPool(members, "gate")
+    llm = LLM(model)
+    pool.bind(GateReader(llm))  # names that the model has no experts for may be among them
+    began = time.perf_counter()
+    scorer = pool.scorer
+    built, stats = time.perf_counter() - began, llm.engine.stats
+    gates = scorer.more[0]
+    spent, seconds = stats.routing_tokens, stats.routing_seconds
+    known = known | {"gate": scorer.probabilities,
+                     "gate, no terms": lambda text: softmax(gates.logits(text)[0][None])[0]}
+    rows = [[label, *(f"{measured(names, p, part)['top1']:.1%}" for part in some)] for label, p in known.items()]
+    asked = 2 * sum(map(len, some))
+    return rows, (f"{(stats.routing_tokens - spent) / asked:.0f} tokens and "
+                  f"{(stats.routing_seconds - seconds) / asked * 1e3:.0f} ms a decision, {built:.0f} s at the start")
+
+
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
     add_data(parser)
     parser.add_argument("--members", type=int, default=10_000, help="of the large pool; 0 leaves it out")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"of a name at most (default: {SAMPLES})")
     parser.add_argument("--records", type=int, default=RECORDS, help=f"to ask of a name at most (default: {RECORDS})")
+    parser.add_argument("--model", help="whose gates are asked, too")
+    parser.add_argument("--gate_records", type=int, default=40, help="of a name, for that (default: 40)")
     args = parser.parse_args()
     data, kind = data_folder(args.data)
     train, held_out, unseen = read(data, args.samples, args.records)
@@ -203,6 +230,11 @@ def main() -> None:
         large = many(train, args.members, 300, args.rounds)
         text += ["", "A member a text; it knows the first half and is asked with the second:", "", table(
             [["scorer", "top-1", "top-3", "us a request", "99 %", "built in"], *large])]
+    gates = None
+    if args.model:
+        gates, cost = by_gates(args.model, members, scorers, (held_out, unseen), args.gate_records)
+        text += ["", f"With the gates of {args.model}, on {args.gate_records} requests of each name ({cost}):", "",
+                 table([["scorer", "top-1, held out", "top-1, unseen sources"], *gates])]
     failed = []
     for scorer, (top, beyond, us) in REQUIRED.items():
         own = found[scorer]
@@ -212,7 +244,7 @@ def main() -> None:
     text += ["", "All that is required is met." if not failed else f"Not met: {'; '.join(failed)}."]
     write_result("routing", "\n".join(text), {
         "machine": machine(args.threads), "found": found, "speed_us": speed, "built_s": built, "distilled_bytes": size,
-        "distilled_same": same}, keep=not kind and args.samples >= SAMPLES and args.records >= RECORDS)
+        "distilled_same": same, "gates": gates}, keep=not kind and args.samples >= SAMPLES and args.records >= RECORDS)
 
 
 if __name__ == "__main__":

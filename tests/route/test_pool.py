@@ -93,7 +93,7 @@ def test_passages_of_a_member(tmp_path: Path) -> None:
     ("member: []", "unknown key 'member'; there are members, include, scorer, bias; did you mean members?"),
     ("members: {}", "members = {}: must be a list"),
     ("members: [3]", "members[0] = 3: must be a table with name, kind"),
-    ("scorer: keyword", "scorer = 'keyword': must be keywords or classifier; did you mean keywords?"),
+    ("scorer: keyword", "scorer = 'keyword': must be keywords, classifier or gate; did you mean keywords?"),
     (f"members:\n{LAW}{LAW}", "members[1] (law): name = 'law': another member bears it: must be unique"),
     ("members: [{name: x, domain: y}]", "members[0] (x): kind: must be given"),
     ("members: [{kind: experts, domain: y}]", "members[0]: name: must be given"),
