@@ -16,7 +16,7 @@ from deepseek.atlas.atlas import Atlas, NamedGroup, Shape
 from deepseek.engine import LLM, ExpertControl
 from deepseek.engine.routing import JOINT, Answer, GateReader
 from deepseek.engine.run_batch import run_file
-from deepseek.errors import ConfigError, RequestError
+from deepseek.errors import ConfigError, MoEDRError, RequestError
 from deepseek.ids import ExpertSet
 from deepseek.model import CausalLM
 from deepseek.ops.native import native
@@ -328,3 +328,10 @@ def test_a_file_of_prompts_is_routed_line_by_line(folder: Path, tmp_path: Path) 
     assert [part["members"][0]["name"] for part in two["routing"]] == ["med_expert", "code_expert"]
     assert two["text"] == llm.generate([user("med_expert b\ncode_expert c")], params(max_tokens=400, stop="a"))[0].text
     assert "pool = 'no': must be true or false" in wrong[0]["error"] and "poet" in wrong[1]["error"]
+
+
+def test_an_adapter_of_another_base_is_refused_at_the_start(
+        folder: Path, served: Callable[..., Served]) -> None:  # noqa: F811
+    pool = ExpertPool([PoolMember("law", "law", "adapter", served().adapters["law"])])
+    with pytest.raises(MoEDRError, match="law: made for a base of other sizes"):
+        LLM(folder, pool=pool)
