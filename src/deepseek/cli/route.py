@@ -6,13 +6,16 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import printable
 from ..files import to_json
 from ..progress import ProgressBar
 from ..settings import NATURAL, Option, Settings
 from .parser import Parser, add_command, add_settings, add_steps, make
+
+if TYPE_CHECKING:
+    from ..route import RoutingDecision
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class RouteOptions(SeedOptions):
     pool: Annotated[Path | None, Option("the pool file", metavar="FILE")] = None
     scorer: Annotated[Literal["keywords", "classifier"] | None, Option(
         "what gives members their probabilities; else what the pool file says, or keywords")] = None
+    composite: Annotated[bool, Option("split a request into its sub-tasks, and route each")] = False
     trace: Annotated[bool, Option("print keywords, scores and threshold, too")] = False
     json: Annotated[bool, Option("print all of it as JSON")] = False
 
@@ -48,18 +52,40 @@ def text(args: argparse.Namespace) -> None:
     if options.pool is None:
         raise ConfigError("pool: must be given: --pool FILE")
     pool = ExpertPool.load(options.pool, options.scorer, seed=options.seed)
-    decision = pool.route(sys.stdin.read() if args.text == "-" else args.text)
-    if options.json:
-        print(to_json(decision.to_dict(), ensure_ascii=False))
+    asked = sys.stdin.read() if args.text == "-" else args.text
+    if not options.composite:
+        decision = pool.route(asked)
+        if options.json:
+            print(to_json(decision.to_dict(), ensure_ascii=False))
+        else:
+            _show(decision, options.trace)
         return
-    if options.trace:
+    parts = pool.parts(asked)
+    if options.json:
+        print(to_json({"context": parts[0].context, "parts": [one.to_dict() for one in parts]}, ensure_ascii=False))
+        return
+    if options.trace and parts[0].context:
+        print(f"context: {_line(parts[0].context)}")
+    for number, one in enumerate(parts, 1):
+        reason = f", {one.reason}" if one.reason else ""
+        print(f"{number}. {_line(one.text)} (characters {one.start} to {one.start + len(one.text)}{reason})")
+        _show(one.decision, options.trace, "   ")
+
+
+def _line(text: str, most: int = 72) -> str:
+    line = " ".join(text[:1000].split())
+    return printable(line if len(line) <= most else line[:most - 1] + "…")
+
+
+def _show(decision: RoutingDecision, trace: bool, indent: str = "") -> None:
+    if trace:
         for title, table in (("keywords", decision.keywords), ("scores", decision.scores)):
             words = ", ".join(printable(f"{key} {value:.3f}") for key, value in table.items())
-            print(f"{title + ':':<10} {words or 'none'}")
-        print(f"threshold: {decision.threshold:.3f} ({decision.scorer})")
+            print(f"{indent}{title + ':':<10} {words or 'none'}")
+        print(f"{indent}threshold: {decision.threshold:.3f} ({decision.scorer})")
     reason = f": {decision.abstained}" if decision.abstained else ""
     for member, weight in zip(decision.fusion.members, decision.fusion.weights, strict=True):
-        print(f"{weight:.3f}  {member.name}{'' if reason else f' ({member.kind})'}{reason}")
+        print(f"{indent}{weight:.3f}  {member.name}{'' if reason else f' ({member.kind})'}{reason}")
 
 
 def distill(args: argparse.Namespace) -> None:

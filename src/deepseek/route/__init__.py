@@ -3,6 +3,7 @@
 Nothing here needs torch.
 """
 
+from .composite import Segment, route_segments, split
 from .grounding import Citation, Grounded, ground, question
 from .knowledge import KnowledgeBase, Passage
 from .member import PoolMember
@@ -10,6 +11,7 @@ from .pool import ExpertPool
 from .routing import (
     BASE,
     Fusion,
+    RoutedPart,
     RoutingDecision,
     calculate_relevance,
     dynamic_routing,
@@ -19,6 +21,6 @@ from .routing import (
 
 __all__ = [
     "BASE", "Citation", "ExpertPool", "Fusion", "Grounded", "KnowledgeBase", "Passage", "PoolMember",
-    "RoutingDecision", "calculate_relevance", "dynamic_routing", "extract_keywords", "fuse_expert_outputs", "ground",
-    "question",
+    "RoutedPart", "RoutingDecision", "Segment", "calculate_relevance", "dynamic_routing", "extract_keywords",
+    "fuse_expert_outputs", "ground", "question", "route_segments", "split",
 ]

@@ -26,6 +26,7 @@ from ..errors import ConfigError, MoEDRError, RequestError, nearest, shown
 from ..files import read_text, read_yaml
 from ..progress import ProgressBar
 from ..settings import is_number
+from .composite import route_segments
 from .knowledge import SUFFIX
 from .knowledge import folder as knowledge_folder
 from .member import PoolMember
@@ -127,7 +128,9 @@ class ExpertPool:
     def parts(self, text: str) -> list[RoutedPart]:
         """The parts of a composite request that are answered on their own, each with who serves it; one part where the
         request is not composite. Raises RequestError for what is not a text."""
-        return [RoutedPart(text, self.route(text))]
+        if not isinstance(text, str):
+            raise RequestError(f"text = {shown(text)}: must be a text")
+        return route_segments(self, text)
 
     def route(self, text: str) -> RoutingDecision:
         """Who serves a text, and why. Same pool, seed and text: same decision. The first 2,000 characters count. Raises

@@ -121,14 +121,18 @@ class RoutingDecision:
 
 @dataclass(frozen=True)
 class RoutedPart:
-    """A part of a request, and who serves it."""
+    """A part of a request, and who serves it. start, context, reason: as of a Segment (deepseek.route.split)."""
 
     text: str
     decision: RoutingDecision
+    start: int = 0
+    context: str = ""
+    reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"text": self.text} | self.decision.to_dict()
+        """As JSON values, without the context."""
+        about = {"text": self.text, "start": self.start, "end": self.start + len(self.text), "reason": self.reason}
+        return about | self.decision.to_dict()
 
 
 @runtime_checkable
