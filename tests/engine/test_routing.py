@@ -41,7 +41,8 @@ def member(name: str, kind: Any = "experts", **more: Any) -> PoolMember:
 
 @dataclass
 class Parts:
-    """A router for which every line is a part, served by the member of its first word."""
+    """A router for which every line after the first is a part, served by the member of its first word; the first is the
+    context of all."""
 
     pool: ExpertPool
     asked: list[str] = field(default_factory=list)
@@ -59,7 +60,8 @@ class Parts:
         return RoutingDecision(self.pool.only(text.split()[0]))
 
     def parts(self, text: str) -> list[RoutedPart]:
-        return [RoutedPart(line, self.route(line)) for line in text.splitlines()]
+        context, *lines = text.splitlines()
+        return [RoutedPart(line, self.route(line), context=context) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +239,10 @@ def test_passages_stand_in_the_prompt_and_are_cited(folder: Path, books: Knowled
 def test_parts_are_answered_one_after_the_other(folder: Path) -> None:
     pool = Parts(ExpertPool([member(name) for name in NAMES]))
     llm, asked = LLM(folder, pool=pool), params(max_tokens=400, stop=("a", "e", "o", "i", "u", "0", "1"))
-    text = "law_expert contracts\nmed_expert 发烧怎么办\ncode_expert c"
+    text = "our clause\nlaw_expert contracts\nmed_expert 发烧怎么办\ncode_expert c"
     got, = llm.generate([user(text)], asked)
     assert got.routing is not None
-    assert [one["text"] for one in got.routing] == text.splitlines()
+    assert [one["text"] for one in got.routing] == text.splitlines()[1:]
     assert [one["members"][0]["name"] for one in got.routing] == ["law_expert", "med_expert", "code_expert"]
     answer = Answer(llm, user(text), asked)
     said = []
@@ -249,10 +251,10 @@ def test_parts_are_answered_one_after_the_other(folder: Path) -> None:
         said.append(requests[0].text)
     assert got.text == JOINT.join(said) == answer.output().text and len(said) == 3
     seen = [llm.tokenizer.decode(group[0].prompt_ids) for group in answer.groups]
-    assert seen[0].endswith(f"{text}\n\nAnswer part 1 of 3 now, and only this part:\n{text[:20]}\n[assistant] ")
+    assert seen[0].endswith("[user] our clause\n\nlaw_expert contracts\n[assistant] ")
     for number in (1, 2):
-        assert seen[number].startswith(f"{seen[number - 1]}{said[number - 1]}\n[user] ")
-    assert "现在只回答第 2 部分（共 3 部分）：\nmed_expert 发烧怎么办" in seen[1]
+        line = text.splitlines()[number + 1]
+        assert seen[number] == f"{seen[number - 1]}{said[number - 1]}\n[user] {line}\n[assistant] "
     assert [group[0].domain for group in answer.groups] == ["law_expert", "med_expert", "code_expert"]
     assert answer.groups[1][0].sequence.cached_tokens > 0, "they share the conversation"
     assert got.prompt_tokens == sum(len(group[0].prompt_ids) for group in answer.groups)
@@ -273,10 +275,10 @@ def test_what_asks_for_one_text_is_answered_whole(folder: Path, changes: dict[st
 def test_parts_share_max_tokens_and_end_where_the_context_does(folder: Path) -> None:
     pool = Parts(ExpertPool([member(name) for name in NAMES]))
     llm = LLM(folder, pool=pool)
-    text = "law_expert\nmed_expert"
+    text = "law_expert\nlaw_expert\nmed_expert"
     got, = llm.generate([user(text)], params(max_tokens=9, ignore_eos=True))
     assert (got.finish_reason, len(got.token_ids), len(got.routing or ())) == ("length", 9, 1)
-    long = "law_expert\nmed_expert " + "x7" * 300
+    long = "x7\nlaw_expert\nmed_expert " + "x7" * 500
     got, = llm.generate([user(long)], params(max_tokens=300, stop_token_ids=tuple(range(llm.model.config.vocab_size))))
     assert got.finish_reason == "length" and got.routing is not None and len(got.routing) == 2
     assert "must leave room" in got.routing[1]["error"] and got.routing[1]["text"].startswith("med_expert")
@@ -318,15 +320,17 @@ def test_the_base_alone_is_the_base(folder: Path) -> None:
 
 def test_a_file_of_prompts_is_routed_line_by_line(folder: Path, tmp_path: Path) -> None:
     llm, asked = LLM(folder, pool=Parts(ExpertPool([member(name) for name in NAMES]))), params(max_tokens=3)
+    parts = {"max_tokens": 400, "stop": ("a", "e", "o", "i", "u", "0", "1")}
+    composite = user("law_expert a\nmed_expert b\ncode_expert c")
     lines: list[dict[str, Any]] = [
-        {"prompt": "law_expert a"}, {"messages": user("med_expert b\ncode_expert c"), "max_tokens": 400, "stop": "a"},
+        {"prompt": "law_expert a"}, {"messages": composite, **parts},
         {"prompt": "law_expert a", "pool": False}, {"prompt": "x", "pool": "no"}, {"prompt": "x", "model": "poet"}]
     write_jsonl(tmp_path / "in.jsonl", lines)
     assert run_file(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", asked) == (5, 2)
     one, two, base, *wrong = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert one["routing"][0]["members"][0]["name"] == "law_expert" and "routing" not in base
     assert [part["members"][0]["name"] for part in two["routing"]] == ["med_expert", "code_expert"]
-    assert two["text"] == llm.generate([user("med_expert b\ncode_expert c")], params(max_tokens=400, stop="a"))[0].text
+    assert two["text"] == llm.generate([composite], params(**parts))[0].text
     assert "pool = 'no': must be true or false" in wrong[0]["error"] and "poet" in wrong[1]["error"]
 
 

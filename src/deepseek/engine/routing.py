@@ -4,15 +4,14 @@
     named groups   requests of a name run together (batching by expert), and its experts are read ahead where not all
                    are in memory; with a bias, gates prefer them, which is inexact
     knowledge      passages in front of the question, as quoted text
-    parts          of a composite request: answered in their order, each by its own decision, in one conversation, so
-                   that each knows the answers before it and parts that run alike share the prefix
+    parts          of a composite request: answered in their order, each by its own decision, as the turns of one
+                   conversation, so that each knows the answers before it and parts that run alike share the prefix
 
 Pools and decisions are known by their form alone (`Router`, `Decision`, `Fusion`); route/ has those that decide.
 """
 
 from __future__ import annotations
 
-import re
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
 
 JOINT = "\n\n"  # between the answers to the parts
 PASSAGES = 6000  # characters of passages in a prompt at most, and half as many as the context has tokens
-_CHINESE = re.compile("[\u3400-\u9fff]")
-_ASK = {"en": "Answer part {number} of {count} now, and only this part:\n{text}",
-        "zh": "现在只回答第 {number} 部分（共 {count} 部分）：\n{text}"}
 
 
 class Fusion(Protocol):
@@ -71,10 +67,13 @@ class Decision(Protocol):
 
 
 class Part(Protocol):
-    """A part of a request that is answered on its own."""
+    """A part of a request that is answered on its own. context: what it and other parts are about."""
 
     @property
     def text(self) -> str: ...
+
+    @property
+    def context(self) -> str: ...
 
     @property
     def decision(self) -> Decision: ...
@@ -306,7 +305,7 @@ class Answer:
             spent = sum(len(group[0].token_ids) for group in self.groups)
             params = replace(params, max_tokens=params.max_tokens - spent,
                              min_tokens=max(0, params.min_tokens - spent))
-            prompt = self._next_turn(part.text)
+            prompt = self._next_turn(part)
         elif routing is not None and hasattr(routing, "to_dict"):
             about = routing.to_dict()
         adapter, asked = self.adapter, self.asked
@@ -331,13 +330,11 @@ class Answer:
                 about["passages"] = [one.to_json() for one in citations]
             self.trace.append(about)
 
-    def _next_turn(self, text: str) -> list[Message]:
-        number = len(self.groups) + 1
-        ask = _ASK["zh" if _CHINESE.search(text) else "en"].format(number=number, count=len(self._parts), text=text)
-        if self._turns:
-            return [*self._turns, {"role": "user", "content": ask}]
-        *before, last = cast(Sequence[Message], self.prompt)
-        return [*before, {"role": "user", "content": f"{normalize([last])[0]['content']}{JOINT}{ask}"}]
+    def _next_turn(self, part: Part) -> list[Message]:
+        """The conversation up to a part, which stands with its context, unless that stood there before."""
+        known = any(one.context == part.context for one in self._parts[: len(self.groups)])
+        said = {"role": "user", "content": JOINT.join(filter(None, ("" if known else part.context, part.text)))}
+        return [*(self._turns or cast(Sequence[Message], self.prompt)[:-1]), said]
 
     def output(self) -> RequestOutput:
         """Of all parts. prompt_tokens, cached_tokens: of what ran, all parts together."""
