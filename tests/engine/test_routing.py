@@ -320,7 +320,7 @@ def test_the_base_alone_is_the_base(folder: Path) -> None:
 
 def test_a_file_of_prompts_is_routed_line_by_line(folder: Path, tmp_path: Path) -> None:
     llm, asked = LLM(folder, pool=Parts(ExpertPool([member(name) for name in NAMES]))), params(max_tokens=3)
-    parts = {"max_tokens": 400, "stop": ("a", "e", "o", "i", "u", "0", "1")}
+    parts: dict[str, Any] = {"max_tokens": 400, "stop": ("a", "e", "o", "i", "u", "0", "1")}
     composite = user("law_expert a\nmed_expert b\ncode_expert c")
     lines: list[dict[str, Any]] = [
         {"prompt": "law_expert a"}, {"messages": composite, **parts},
