@@ -3,8 +3,8 @@
     loss    held-out records of law, code and medicine, for each of which there is an adapter, and of text, mathematics
             and conversation, for which there is none: nats a token of the answer under the base, each adapter for
             everything, their equal mixture, the pool's decision by keywords and by the classifier (made from the prompt
-            alone, with training records as samples), the adapter of the record's own name, and the best of base and
-            adapters in hindsight
+            alone, with training records as samples), a choice of each token in each matrix (Arrow), the adapter of the
+            record's own name, and the best of base and adapters in hindsight
     speed   8 requests of 64 + 64 tokens at once with 8 different mixtures against 8 with one, on INT8 and NF4, of three
             adapters and of eight in pairs; the adapters are random, of the same shape
 
@@ -128,10 +128,13 @@ def loss(args: Any) -> None:
     found["equal mixture"] = losses("equal mixture", [equal] * len(stream))
     decided: dict[str, list[str]] = {}
     for scorer in ("keywords", "classifier"):
-        pool = ExpertPool(members, scorer)  # type: ignore[arg-type]
+        pool = ExpertPool(members, scorer)
         choices = [apply(llm, one.prompt, pool.route(one.prompt)).adapter for one in stream]
         decided[scorer] = ["base" if choice is None else str(choice) for choice in choices]
         found[f"routed, {scorer}"] = losses(f"routed, {scorer}", choices)
+    for top in (1, 2):
+        own = {"arrow": [*ADAPTED], "top": top}
+        found[f"tokens choose {top}"] = losses(f"tokens choose {top}", [own] * len(stream))
     found["adapter of its name"] = losses("own", [name if name in ADAPTED else None for name in names])
     single = ("base", *ADAPTED)
     found["best in hindsight"] = [min(found[name][i] for name in single) for i in range(len(stream))]
@@ -141,18 +144,18 @@ def loss(args: Any) -> None:
         places = [i for i, name in enumerate(names) if wanted(name)]
         return sum(own[i] for i in places) / sum(tokens[i] for i in places)
 
-    means = {title: {"all": mean(own), **{name: mean(own, name.__eq__) for name in ADAPTED},
-                     "others": mean(own, lambda name: name in OTHERS)} for title, own in found.items()}
+    means = {title: {"all": mean(nats), **{name: mean(nats, name.__eq__) for name in ADAPTED},
+                     "others": mean(nats, lambda name: name in OTHERS)} for title, nats in found.items()}
     columns = ["all", *ADAPTED, "others"]
-    rows = [["nats a token", *columns], *([title, *(f"{own[column]:.4f}" for column in columns)]
-                                          for title, own in means.items())]
+    rows = [["nats a token", *columns], *([title, *(f"{nats[column]:.4f}" for column in columns)]
+                                          for title, nats in means.items())]
     oracle, verdicts = means["best in hindsight"]["all"], []
     for scorer in decided:
-        own = means[f"routed, {scorer}"]["all"]
-        below = all(own < means[name]["all"] for name in single)
+        routed = means[f"routed, {scorer}"]["all"]
+        below = all(routed < means[name]["all"] for name in single)
         abstained = sum(d == "base" for d, name in zip(decided[scorer], names, strict=True) if name in OTHERS)
         verdicts.append(f"{scorer}: {'below' if below else 'NOT below'} the base and every single adapter, "
-                        f"{own / oracle - 1:+.2%} from the best in hindsight; of the text that no adapter is for the "
+                        f"{routed / oracle - 1:+.2%} from the best in hindsight; of the text that no adapter is for the "
                         f"base answers {abstained} of {sum(name in OTHERS for name in names)}")
     text = ["# A pool of adapters on mini: loss", "",
             f"{len(stream)} held-out records, {sum(tokens):,} tokens of answers; LoRA of rank {SHAPE['r']} on "

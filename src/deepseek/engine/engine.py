@@ -30,7 +30,7 @@ from ..atlas.atlas import Shape
 from ..config import ModelConfig
 from ..errors import ConfigError, RequestError
 from ..model import CausalLM
-from ..model.adapters import names_on, parts_of
+from ..model.adapters import names_in, names_on
 from ..model.cache import PAGE, LatentPool
 from ..quant.native_stack import NativeStack
 from .block_manager import BlockManager, pages_needed
@@ -116,7 +116,7 @@ class Engine:
                                f"{self.block_manager.count * PAGE} (cache_tokens)")
         for request in requests:
             self._check_ids(request)
-            members = [name for name, _ in parts_of(request.adapter)]
+            members = names_in(request.adapter)
             if unknown := [name for name in members if name not in self.adapters]:
                 raise RequestError(f"adapter = {unknown[0]!r}: there is "
                                    f"{', '.join(map(repr, self.adapters)) or 'none'}")

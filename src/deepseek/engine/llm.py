@@ -24,10 +24,10 @@ from ..deprecation import warn
 from ..domain import DomainClassifier, KeywordRules
 from ..errors import ConfigError, DataError, RequestError, shown
 from ..model import CausalLM, describe
-from ..model.adapters import Adapter, Mixture, bytes_on
+from ..model.adapters import Adapter, bytes_on
 from ..quant.linear import QuantConfig, is_quantized
-from ..settings import is_number
 from ..tokenizer import Tokenizer
+from . import adapter_choice
 from .constraint import Constraints
 from .driver import EngineDriver
 from .engine import Engine, atlas_beside
@@ -442,21 +442,11 @@ class LLM:
         return ids
 
     def find_adapter(self, choice: AdapterChoice | None) -> Adapter | None:
-        """As the engine knows it: a name, or weights of several. Raises RequestError for a name that there is not,
-        listing those there are, and for a weight that is no number or 0."""
+        """As the engine knows it: a name, weights of several, or several among which tokens choose. Raises RequestError
+        for a name that there is not, listing those there are, and for what is no such choice."""
         if choice is None:
             return self.default_adapter
-        weights = {choice: 1.0} if isinstance(choice, str) else choice
-        if not isinstance(weights, Mapping) or not weights:
-            raise RequestError(f"adapter = {shown(choice)}: must be a name, or weights by name, one at least")
-        for name, weight in weights.items():
-            if name not in self.adapters:
-                raise RequestError(f"adapter = {name!r}: is no adapter that was loaded; there are "
-                                   f"{', '.join(self.adapters) or 'none'}")
-            if not is_number(weight) or not weight:
-                raise RequestError(f"adapter: {name}: weight = {shown(weight)}: must be a finite number other than 0")
-        mixture = Mixture.of(weights)
-        return mixture.parts[0][0] if mixture.parts == ((mixture.parts[0][0], 1.0),) else mixture
+        return adapter_choice.find(choice, self.adapters, self.engine.adapters)
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a `model` of clients means, None for the base's own name.

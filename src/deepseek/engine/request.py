@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-AdapterChoice = str | Mapping[str, float]  # a name, or weights by name
+AdapterChoice = str | Mapping[str, Any]  # a name, weights by name, or {"arrow": names, "top": 2}
 FinishReason = Literal["stop", "length", "abort", "error"]
 _ids = count()
 

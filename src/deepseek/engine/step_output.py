@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import UNNAMED
 from ..model import RoutingRecord
-from ..model.adapters import parts_of
+from ..model.adapters import names_in
 from ..model.cache import Chunk
 from .request import Request
 
@@ -97,7 +97,7 @@ class UsageRecorder:
             usage, adapter = scheduled.request.usage, scheduled.request.adapter
             if usage is None:
                 continue
-            members = [name for name, _ in parts_of(adapter) if name != UNNAMED]
+            members = [name for name in names_in(adapter) if name != UNNAMED]
             for own in [usage, *map(usage.part, members)]:
                 usages[id(own)] = own
                 masks.setdefault(id(own), torch.zeros(output.tokens, dtype=torch.bool))[start:stop] = True

@@ -6,6 +6,8 @@ through none.
                      w_i (W_i - W) x. The adapters sit inside their nonlinearity, so such pairs are computed here, all
                      others in the one call
 
+Or each token chooses among several, in each matrix anew (`Arrow`, `ArrowPath`).
+
 A pass makes one product with each adapter, for all of its rows, whatever mixtures these belong to; a row's terms are
 summed in the order of the adapters' names. So neither cost nor bits depend on how many mixtures there are in a batch.
 
@@ -20,9 +22,10 @@ Shape letters: T tokens, K experts a token (of a matrix: columns), R rank, O row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -47,7 +50,18 @@ class Mixture(NamedTuple):
         return " + ".join(f"{weight:g} {name}" for name, weight in self.parts)
 
 
-Adapter = str | Mixture
+class Arrow(NamedTuple):
+    """Adapters of which every token takes, in every matrix, the `top` that answer it most (`ArrowPath`)."""
+
+    names: tuple[str, ...]
+    top: int
+
+    def __str__(self) -> str:
+        return f"arrow top {self.top} of {', '.join(self.names)}"
+
+
+Member = str | Arrow  # what has one path through a matrix
+Adapter = Member | Mixture
 Spans = tuple[tuple[Adapter, slice], ...]  # an adapter and rows of it; it may come several times, a row once
 EVERYTHING = slice(None)
 
@@ -70,27 +84,32 @@ class Share(NamedTuple):
 
 class _Pass(NamedTuple):
     spans: Spans
-    shares: Mapping[str, Share]
+    shares: Mapping[Member, Share]
 
 
 _pass: ContextVar[_Pass] = ContextVar("pass", default=_Pass((), MappingProxyType({})))  # noqa: B039 - a frozen one
 
 
-def parts_of(adapter: Adapter | None) -> tuple[tuple[str, float], ...]:
+def parts_of(adapter: Adapter | None) -> tuple[tuple[Member, float], ...]:
     """(adapter, weight) of each member of a mixture."""
     if adapter is None:
         return ()
     return adapter.parts if isinstance(adapter, Mixture) else ((adapter, 1.0),)
 
 
-def shares(spans: Spans) -> dict[str, Share]:
-    """The rows of each adapter, by name and in the order of the names."""
-    found: dict[str, list[tuple[slice, float]]] = {}
+def names_in(adapter: Adapter | None) -> tuple[str, ...]:
+    """The adapters that may answer."""
+    return adapter.names if isinstance(adapter, Arrow) else tuple(str(member) for member, _ in parts_of(adapter))
+
+
+def shares(spans: Spans) -> dict[Member, Share]:
+    """The rows of each adapter, in the order of the names."""
+    found: dict[Member, list[tuple[slice, float]]] = {}
     for adapter, rows in spans:
         for name, weight in parts_of(adapter):
             found.setdefault(name, []).append((rows, weight))
-    out: dict[str, Share] = {}
-    for name, own in sorted(found.items()):
+    out: dict[Member, Share] = {}
+    for name, own in sorted(found.items(), key=lambda each: str(each[0])):
         if len(own) == 1:
             out[name] = Share(*own[0])
             continue
@@ -144,14 +163,24 @@ class AdapterPath(nn.Module):
     """x [T, K] -> what an adapter adds to W x, [T, O] in the dtype of x. exact: a token's bits are the same in any
     company."""
 
-    def __init__(self, exact: bool, **matrices: Tensor) -> None:
+    def __init__(self, exact: bool, out_features: int, **matrices: Tensor) -> None:
         super().__init__()
-        self.exact = exact
+        self.exact, self.out_features = exact, out_features
         for name, matrix in matrices.items():
             self.register_buffer(name, matrix.detach().float().contiguous(), persistent=False)
 
     def product(self, x_TK: Tensor, w_OK: Tensor) -> Tensor:
         return (ops.plain_linear if self.exact and x_TK.dtype == torch.float32 else ops.linear)(x_TK, w_OK)
+
+    @cached_property
+    def direction(self) -> Tensor:
+        """The top right singular vector of the whole matrix, [K]: the unit x for which most is added."""
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.linalg.svd(self._reduced(), full_matrices=False).Vh[0].contiguous()
+
+    def _reduced(self) -> Tensor:
+        """A matrix with the same right singular vectors, as small as there is."""
+        raise NotImplementedError
 
 
 class LowRank(AdapterPath):
@@ -161,11 +190,14 @@ class LowRank(AdapterPath):
     b: Tensor
 
     def __init__(self, a_RK: Tensor, b_OR: Tensor, scale: float, exact: bool) -> None:
-        super().__init__(exact, a=a_RK, b=b_OR.detach().float() * scale)
+        super().__init__(exact, len(b_OR), a=a_RK, b=b_OR.detach().float() * scale)
         self.rank = len(a_RK)
 
     def forward(self, x_TK: Tensor) -> Tensor:
         return self.product(self.product(x_TK, self.a), self.b)
+
+    def _reduced(self) -> Tensor:
+        return torch.linalg.qr(self.b).R @ self.a
 
     @classmethod
     def joined(cls, paths: list[tuple[LowRank, float]]) -> LowRank:
@@ -185,10 +217,32 @@ class FullRank(AdapterPath):
     d: Tensor
 
     def __init__(self, tuned_OK: Tensor, base_OK: Tensor, exact: bool) -> None:
-        super().__init__(exact, d=tuned_OK.float() - base_OK.detach().float())
+        super().__init__(exact, len(tuned_OK), d=tuned_OK.float() - base_OK.detach().float())
 
     def forward(self, x_TK: Tensor) -> Tensor:
         return self.product(x_TK, self.d)
+
+    def _reduced(self) -> Tensor:
+        return self.d
+
+
+class ArrowPath:
+    """x -> sum_i w_i path_i(x), the weights each token's own: the softmax of |v_i . x| over the `top` highest, v_i the
+    direction in which path_i adds most (arXiv 2405.11157). Of equal ones the first counts."""
+
+    def __init__(self, paths: Sequence[AdapterPath], top: int) -> None:
+        self.paths, self.top = paths, top
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        first = self.paths[0]
+        score_TN = first.product(x_TK, torch.stack([path.direction for path in self.paths])).abs()
+        score_TN, order_TN = (part[:, : self.top] for part in score_TN.sort(dim=-1, descending=True, stable=True))
+        weight_TN = score_TN.float().softmax(-1)
+        y_TO = x_TK.new_zeros(len(x_TK), first.out_features)
+        for i, path in enumerate(self.paths):
+            token_P, place_P = (order_TN == i).nonzero(as_tuple=True)
+            y_TO[token_P] += (path(x_TK[token_P]) * weight_TN[token_P, place_P].unsqueeze(1)).to(y_TO.dtype)
+        return y_TO
 
 
 class Adapted(nn.Module):
@@ -208,13 +262,21 @@ class Adapted(nn.Module):
         self.names[name] = len(self.paths)
         self.paths.append(path)
 
-    def path(self, name: str) -> Any:
+    def path(self, member: Member) -> Any:
         """The matrices of an adapter, None where it has none here."""
-        return self.paths[self.names[name]] if name in self.names else None
+        if isinstance(member, Arrow):
+            own = [self.path(name) for name in member.names if name in self.names]
+            return self.chosen(own, member.top) if own else None
+        return self.paths[self.names[member]] if member in self.names else None
+
+    def chosen(self, paths: list[Any], top: int) -> Any:
+        """The path of tokens that choose among several."""
+        raise NotImplementedError
 
     def here(self) -> list[tuple[Any, Share]]:
         """The matrices of this pass, and their rows."""
-        return [(self.path(name), share) for name, share in _pass.get().shares.items() if name in self.names]
+        found = ((self.path(member), share) for member, share in _pass.get().shares.items())
+        return [(path, share) for path, share in found if path is not None]
 
     def train(self, mode: bool = True) -> Adapted:
         if mode:
@@ -233,6 +295,9 @@ class AdaptedLinear(Adapted):
     def weight(self) -> Tensor:
         """The base's."""
         return self.base.weight
+
+    def chosen(self, paths: list[Any], top: int) -> Any:
+        return ArrowPath(paths, top)
 
     def forward(self, x: Tensor) -> Tensor:
         y, here = self.base(x), self.here()
@@ -260,13 +325,35 @@ class ExpertPaths(nn.Module):
         place_E[list(self.chosen)] = torch.arange(len(self.chosen), device=device)
         self.register_buffer("place_E", place_E, persistent=False)
 
+    def has(self, expert: int | Tensor) -> Tensor:
+        """Whether it has matrices on an expert, of each of some."""
+        return self.place_E[expert] >= 0
+
     def of(self, expert: int) -> Any:
         """The matrices on an expert that it has."""
         return self.parts[int(self.place_E[expert])]
 
 
+class ArrowExperts:
+    """The same of several adapters among which tokens choose, in gate, up and down each."""
+
+    def __init__(self, paths: Sequence[ExpertPaths], top: int) -> None:
+        self.paths, self.top = paths, top
+
+    def has(self, expert: int | Tensor) -> Tensor:
+        return torch.stack([paths.has(expert) for paths in self.paths]).any(0)
+
+    def of(self, expert: int) -> dict[str, ArrowPath]:
+        sides = [paths.of(expert) for paths in self.paths if paths.has(expert)]
+        own = {part: [side[part] for side in sides if part in side] for part in ("gate", "up", "down")}
+        return {part: ArrowPath(paths, self.top) for part, paths in own.items() if paths}
+
+
 class AdaptedExperts(Adapted):
     """The experts of a layer, plain or quantized, with LoRA adapters and deltas."""
+
+    def chosen(self, paths: list[Any], top: int) -> Any:
+        return ArrowExperts(paths, top)
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         here = self.here()
@@ -275,12 +362,12 @@ class AdaptedExperts(Adapted):
         index_TK, adapted_TK = route.index_TK, torch.zeros_like(route.index_TK, dtype=torch.bool)
         for paths, share in here:
             own_TK = index_TK[share.rows]
-            adapted_TK[share.rows] |= (own_TK >= 0) & (paths.place_E[own_TK] >= 0)
+            adapted_TK[share.rows] |= (own_TK >= 0) & paths.has(own_TK)
         out_TH = self.base(x_TH, route._replace(index_TK=torch.where(adapted_TK, -1, index_TK)))
         for expert in torch.unique(index_TK[adapted_TK]).tolist():
             token_P, k_P = (adapted_TK & (index_TK == expert)).nonzero(as_tuple=True)
             sides = [(paths.of(expert), _among(share, token_P, len(x_TH))) for paths, share in here
-                     if paths.place_E[expert] >= 0]
+                     if paths.has(expert)]
             y_PH = self._expert(expert, sides, x_TH[token_P])
             out_TH.index_add_(0, token_P, y_PH * route.weight_TK[token_P, k_P].unsqueeze(1).to(y_PH.dtype))
         return out_TH
@@ -337,7 +424,8 @@ def paths_of(module: Any, adapter: Adapter | None) -> list[tuple[str, LowRank, f
     """(adapter, matrices, weight) of the members of a mixture that have matrices on a linear module."""
     if not isinstance(module, AdaptedLinear):
         return []
-    return [(name, module.path(name), weight) for name, weight in parts_of(adapter) if name in module.names]
+    return [(name, module.path(name), weight) for name, weight in parts_of(adapter)
+            if isinstance(name, str) and name in module.names]
 
 
 def path_of(module: Any, adapter: Adapter | None) -> LowRank | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..deprecation import renamed
 from ..ops.latent import BLOCK, Sequences
-from .adapters import Adapter, Share, Spans, shares, side_by_side
+from .adapters import Adapter, Member, Share, Spans, shares, side_by_side
 from .gate import Route
 
 Impl = Literal["naive", "absorbed"]  # of attention (model/mla.py)
@@ -98,7 +98,7 @@ class PackedBatch:
         return side_by_side((chunk.adapter, chunk.tokens) for chunk in self.chunks)
 
     @cached_property
-    def absorbed_shares(self) -> dict[str, Share]:
+    def absorbed_shares(self) -> dict[Member, Share]:
         """The rows of each adapter among the tokens of absorbed attention."""
         return shares(side_by_side((chunk.adapter, chunk.tokens) for chunk in self.chunks[self.naive :]))
 
