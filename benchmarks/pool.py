@@ -16,6 +16,7 @@ that are not in WORK are trained first, which goes on where it was stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,11 @@ from deepseek.checkpoint.ready import with_bits
 from deepseek.engine.request import AdapterChoice
 from deepseek.engine.routing import apply
 from deepseek.engine.scoring import score
-from deepseek.files import read_yaml
+from deepseek.errors import DataError
+from deepseek.files import read_json, read_yaml, sha256, to_json, write_json
 from deepseek.model.adapter import lora_modules
+from deepseek.model.adapters import names_in
+from deepseek.progress import ProgressBar
 from deepseek.route import PoolMember
 from harness import alternate, arguments, machine, ratio, table, versions, write_result
 
@@ -77,6 +81,34 @@ def asked(llm: LLM, records: Path, name: str, count: int) -> list[Asked]:
     return found[:count]
 
 
+class Losses:
+    """Nats of each record's answer under adapters. What was asked before is in `file` and not run again."""
+
+    def __init__(self, llm: LLM, stream: Sequence[Asked], folders: Mapping[str, Path], file: Path) -> None:
+        self.llm, self.stream, self.file = llm, stream, file
+        self.made = {name: sha256(folder / "manifest.json") for name, folder in folders.items()}
+        self.known: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def key(self, one: Asked, choice: AdapterChoice | None) -> str:
+        names = [] if choice is None else names_in(self.llm.find_adapter(choice))
+        made = [self.made[name] for name in names]
+        return hashlib.sha256(to_json([one.context, one.answer, choice, made], sort_keys=True).encode()).hexdigest()
+
+    def __call__(self, title: str, choices: Sequence[AdapterChoice | None]) -> list[float]:
+        keys = [self.key(one, choice) for one, choice in zip(self.stream, choices, strict=True)]
+        todo: dict[str, list[int]] = {}
+        for i, choice in enumerate(choices):
+            if keys[i] not in self.known:
+                todo.setdefault(str(choice), []).append(i)
+        for places in todo.values():
+            pairs = [(self.stream[i].context, self.stream[i].answer) for i in places]
+            with ProgressBar(total=len(places), desc=title, unit="record") as bar:
+                scores = score(self.llm, pairs, adapter=choices[places[0]], on_score=lambda *_, bar=bar: bar.update())
+            self.known.update({keys[i]: -one.logprob for i, one in zip(places, scores, strict=True)})
+            write_json(self.file, self.known)
+        return [self.known[key] for key in keys]
+
+
 def sample(record: Mapping[str, Any]) -> str:
     return record.get("text") or "\n".join(turn["content"] for turn in record["messages"])
 
@@ -107,20 +139,7 @@ def loss(args: Any) -> None:
                                   samples=[sample(record) for record in train[:SAMPLES]]))
     stream = [one for name in (*ADAPTED, *OTHERS) for one in asked(
         llm, args.records, name, args.asked if name in ADAPTED else args.asked // len(OTHERS))]
-    known: dict[tuple[int, str], float] = {}
-
-    def losses(title: str, choices: Sequence[AdapterChoice | None]) -> list[float]:
-        """Nats of each record's answer; a record that was asked the same before is not run again."""
-        todo: dict[str, list[int]] = {}
-        for i, choice in enumerate(choices):
-            if (i, str(choice)) not in known:
-                todo.setdefault(str(choice), []).append(i)
-        for key, places in todo.items():
-            scores = score(llm, [(stream[i].context, stream[i].answer) for i in places], adapter=choices[places[0]])
-            known.update({(i, key): -one.logprob for i, one in zip(places, scores, strict=True)})
-        print(f"{title}: done", flush=True)
-        return [known[i, str(choice)] for i, choice in enumerate(choices)]
-
+    losses = Losses(llm, stream, folders, args.work / "scores.json")
     names = [one.name for one in stream]
     equal = dict.fromkeys(ADAPTED, 1 / len(ADAPTED))
     found = {"base": losses("base", [None] * len(stream))}
@@ -155,11 +174,12 @@ def loss(args: Any) -> None:
         below = all(routed < means[name]["all"] for name in single)
         abstained = sum(d == "base" for d, name in zip(decided[scorer], names, strict=True) if name in OTHERS)
         verdicts.append(f"{scorer}: {'below' if below else 'NOT below'} the base and every single adapter, "
-                        f"{routed / oracle - 1:+.2%} from the best in hindsight; of the text that no adapter is for the "
+                        f"{routed / oracle - 1:+.2%} from the best in hindsight; of the records without an adapter the "
                         f"base answers {abstained} of {sum(name in OTHERS for name in names)}")
+    trained = ", ".join(str(read_json(args.work / name / "report.json", DataError)["steps"]) for name in ADAPTED)
     text = ["# A pool of adapters on mini: loss", "",
             f"{len(stream)} held-out records, {sum(tokens):,} tokens of answers; LoRA of rank {SHAPE['r']} on "
-            f"{', '.join(SHAPE['target_modules'])}, {args.steps} steps of {TRAINING['batch_size']} records at most. "
+            f"{', '.join(SHAPE['target_modules'])}, trained for {trained} steps of {TRAINING['batch_size']} records. "
             f"{machine(args.threads)['cpu']}, torch {versions('torch')['torch']}.", "", table(rows), "",
             *(f"- {verdict}." for verdict in verdicts)]
     write_result("pool-loss", "\n".join(text), {"machine": machine(args.threads), "means": means, "decided": decided,
