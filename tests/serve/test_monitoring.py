@@ -308,7 +308,7 @@ def test_a_real_prometheus_scrapes_it_and_its_alert_fires(watched: Watched, tmp_
     try:
         watched.drive(EVEN, lambda: any(t["health"] == "up" for t in ask("targets").get("activeTargets", ())))
         group, = ask("rules")["groups"]
-        assert len(group["rules"]) == 6 and all(rule["health"] != "err" for rule in group["rules"])
+        assert len(group["rules"]) == 8 and all(rule["health"] != "err" for rule in group["rules"])
         began = time.monotonic()
         watched.drive(EVEN, lambda: time.monotonic() - began > 1.5)
         assert not firing()

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from deepseek import ExpertPool, KnowledgeBase
 from deepseek.atlas import Atlas, NamedGroup
 from deepseek.atlas.atlas import Shape
 from deepseek.cli import main
 from deepseek.engine import LLM
+from deepseek.engine.routing import JOINT
 from deepseek.errors import ConfigError
 from deepseek.ids import ExpertSet
 from deepseek.route import PoolMember
+from deepseek.route.routing import RoutedPart
 from deepseek.serve.app import create_app
 from deepseek.serve.options import ServeOptions
+from deepseek.watch import terminal
+from deepseek.watch.metrics import key
 from tests.helpers.adapters import save_adapter
 from tests.helpers.planted import plant
 from tests.helpers.servers import AUTH, KEY, Running
@@ -203,6 +211,155 @@ def test_without_a_pool(running: Running) -> None:
         assert answer.status_code == 400 and f"deepseek.{next(iter(own))}: this server has no pool" in answer.text
     body = {"model": "tiny", "prompt": "fox", "max_tokens": 1}
     assert post(running, "completions", body, pool=False).status_code == 200
+
+
+# ---- in parts --------------------------------------------------------------------------------------------------------
+
+
+class Lines(ExpertPool):
+    """A pool for which every line is a part."""
+
+    def parts(self, text: str) -> list[RoutedPart]:
+        return [RoutedPart(line, self.route(line)) for line in text.splitlines()]
+
+
+THREE = f"{COURT}\n{GOUT}\n{PORT}"
+ENDS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "seed": 5, "max_tokens": 200, "min_tokens": 4,
+                        "stop": list("abcdefghijklmnop0123")}
+
+
+@pytest.fixture(scope="module")
+def divided(llm: LLM) -> Iterator[Running]:
+    assert isinstance(llm.pool, ExpertPool)
+    own = LLM(llm._folder or "", pool=Lines(llm.pool.members), max_num_seqs=8, prefix_cache=False)
+    running = Running(own, ServeOptions("planted", api_key=(KEY,)))
+    yield running
+    running.stop()
+
+
+def test_parts_come_one_after_the_other(divided: Running) -> None:
+    messages = [{"role": "user", "content": THREE}]
+    body = {"messages": messages, **ENDS}
+    plain = post(divided, "chat/completions", body, trace=True).json()
+    want = divided.llm.generate([messages], **ENDS)[0]
+    text = said(plain)
+    assert text == want.text and text.count(JOINT) == 2 and len(text) > 4 + 2 * len(JOINT)
+    assert names(plain) == [["law_expert"], ["health"], ["port"]]
+    parts = plain["deepseek"]["routing"]["parts"]
+    assert [part["text"] for part in parts] == THREE.splitlines()
+    assert [(one["part"], one["number"]) for one in plain["deepseek"]["citations"]] == [(1, 1)]
+    assert {name: plain["usage"][name] for name in want.usage} == want.usage
+    assert plain["choices"][0]["finish_reason"] == "stop"
+
+    chunks = [json.loads(line[6:]) for line in post(divided, "chat/completions", body | {
+        "stream": True, "logprobs": True, "stream_options": {"include_usage": True}}, trace=True).text.splitlines()
+        if line.startswith("data: {")]
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == text
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["stop"]
+    assert choices[-1]["finish_reason"] == "stop"
+    assert sum(len(choice["logprobs"]["content"]) for choice in choices if choice["logprobs"]) == len(want.token_ids)
+    assert chunks[-1]["deepseek"] == plain["deepseek"] and chunks[-1]["usage"] == plain["usage"]
+
+    asked = {"input": THREE, "max_output_tokens": 9}
+    answer = post(divided, "responses", asked, trace=True).json()
+    assert answer["status"] == "incomplete" and answer["deepseek"]["routing"]["parts"][0]["text"] == COURT
+
+
+def test_what_is_not_divided(divided: Running) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": THREE}], "max_tokens": 3}
+    tool = {"type": "function", "function": {"name": "look"}}
+    for more in ({"n": 2}, {"tools": [tool]}, {"response_format": {"type": "json_object"}},
+                 {"add_generation_prompt": False}, {"prompt_logprobs": 0}):
+        parts = post(divided, "chat/completions", body | more, trace=True).json()["deepseek"]["routing"]["parts"]
+        assert len(parts) == 1 and "text" not in parts[0], more
+    for own, count in (({"pool": False}, 0), ({"pool": ["port"]}, 3), ({"regex": "x+"}, 1), ({"routed": True}, 1)):
+        parts = post(divided, "chat/completions", body | ENDS, trace=True, **own).json()["deepseek"]["routing"]["parts"]
+        assert len(parts) == count, own
+    parts = post(divided, "completions", {"prompt": THREE, "max_tokens": 3}, trace=True).json()["deepseek"]["routing"]
+    assert len(parts["parts"]) == 1
+
+
+def test_a_client_that_leaves_in_the_second_part_ends_it(divided: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, advance = divided.app.state.server, divided.app.state.server._advance
+
+    def parts() -> float:
+        return float(own.watch.counters.snapshot()[key("pool_parts_total")])
+
+    def until(what: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not what():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def held(answers: Any) -> Any:
+        requests = advance(answers)
+        for request in requests:
+            request.paused = True  # it does not run
+        return requests
+
+    monkeypatch.setattr(own, "_advance", held)
+    before, aborted = parts(), divided.llm.engine.stats.aborted
+    with httpx.stream("POST", f"{divided.url}/v1/chat/completions", headers=AUTH, timeout=60, json={
+            "model": "planted", "stream": True, "messages": [{"role": "user", "content": THREE}], **ENDS}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        until(lambda: parts() == before + 2)
+    until(lambda: divided.llm.engine.stats.aborted == aborted + 1 and not own.open)
+    assert parts() == before + 2 and divided.llm.engine.idle
+
+
+def test_no_part_follows_where_time_is_up(divided: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = divided.app.state.server
+    monkeypatch.setattr(own, "_advance", lambda _: time.sleep(30))
+    monkeypatch.setattr(own, "options", replace(own.options, timeout=1.5))
+    answer = post(divided, "chat/completions", {"messages": [{"role": "user", "content": THREE}], **ENDS})
+    assert answer.status_code == 504 and divided.llm.engine.idle and not own.open
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_decisions_are_counted(server: Running) -> None:
+    def figures() -> dict[tuple[str, ...], float]:
+        found = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", headers=AUTH, timeout=60).text)
+        return {(sample.name.removeprefix("moe_dr_pool_").removesuffix("_total"), *sample.labels.values()): sample.value
+                for family in found for sample in family.samples if "_pool_" in sample.name}
+
+    before = figures()
+    for text, own in ((COURT, {"domain": "law"}), (BOTH, {}), (PORT, {"domain": "law_expert"}), (NOBODY, {}),
+                      (GOUT, {"domain": "cooking"}), (COURT, {"pool": False}), (COURT, {"pool": ["port"]})):
+        chat(server, text, **own)
+    chat(server, "nothing that stands there", model="health")
+    chat(server, COURT, model="sea")
+    now = figures()
+    grown = {own: value - before[own] for own, value in now.items() if value != before[own]}
+    assert grown.pop(("seconds",)) > 0
+    assert sum(value for own, value in grown.items() if own[0] == "weight") == pytest.approx(6, abs=1e-3)
+    assert {own: value for own, value in grown.items() if own[0] != "weight"} == {
+        ("decisions", "law_expert"): 2, ("decisions", "port"): 1, ("decisions", "base"): 2, ("decisions", "health"): 1,
+        ("labelled", "law_expert"): 2, ("correct", "law_expert"): 1, ("retrievals", "hit"): 1,
+        ("retrievals", "empty"): 1}
+
+    server.app.state.server.watch.monitor.sample()
+    state = httpx.get(f"{server.url}/dashboard/state", headers=AUTH, timeout=60).json()["pool"]
+    assert {one["name"]: one["kind"] for one in state["members"]} == {
+        "base": "base", "law_expert": "experts", "port": "adapter", "health": "knowledge"}
+    assert state["decisions"] >= 6 and sum(one["share"] for one in state["members"]) == pytest.approx(1)
+    assert 0 < state["abstained"] < 1 and state["hits"] is not None and state["seconds"] > 0
+    series = httpx.get(f"{server.url}/dashboard/series", headers=AUTH, timeout=60).json()
+    assert {"law_expert", "base"} <= set(series["pool"])
+    assert all(len(values) == len(series["time"]) for values in series["pool"].values())
+    view = terminal.view(httpx.get(f"{server.url}/dashboard/state", headers=AUTH, timeout=60).json())
+    assert re.search(r"pool +\d+ decisions, .* left to the base", view) and re.search(r"law_expert +experts", view)
+
+
+def test_without_a_pool_nothing_is_said_of_one(running: Running) -> None:
+    assert "_pool_" not in httpx.get(f"{running.url}/metrics", headers=AUTH, timeout=60).text
+    assert httpx.get(f"{running.url}/dashboard/state", headers=AUTH, timeout=60).json()["pool"] is None
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def test_only_those_that_ask(llm: LLM) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
 
-from deepseek.watch.alerts import Alert, AlertLimits, Alerts
+from deepseek.watch.alerts import Alert, AlertLimits, Alerts, shares
 from deepseek.watch.metrics import MetricKey, key
 
 EVEN = {"code_expert": 0.25, "law_expert": 0.25, "text_expert": 0.5}
@@ -105,3 +107,51 @@ def test_the_other_rules(rule: str, counts: dict[str, Any]) -> None:
     for _ in range(4):
         found = alerts.evaluate(*traffic.go(1000, HEALTHY, **counts))
     assert [alert.rule for alert in found] == [rule] and "over 2 minutes" in found[0].message
+
+
+def mix(**shares: float) -> dict[str, Any]:
+    return {f"pool_decisions_total__{member}": 100 * share for member, share in shares.items()}
+
+
+def test_a_pool_whose_members_change() -> None:
+    told: list[tuple[Alert, bool]] = []
+    alerts, traffic = Alerts(AlertLimits(minutes=5), [lambda *what: told.append(what)]), Traffic()
+    for _ in range(12):
+        assert alerts.evaluate(*traffic.go(1000, HEALTHY, **mix(law=0.5, med=0.4, base=0.1))) == []
+    for _ in range(5):
+        found = alerts.evaluate(*traffic.go(1000, HEALTHY, client="b", **mix(law=0.05, med=0.85, base=0.1)))
+    alert, = found
+    assert (alert.rule, alert.value, alert.limit) == ("pool_drift", pytest.approx(0.45), 0.25)
+    assert "45% of the decisions moved over 5 minutes (limit 25%)" in alert.message
+    assert "law went from 50% to 5% of the decisions" in alert.message and "med went from 40% to 85%" in alert.message
+    assert "client=b went from 0% to 100% of the tokens" in alert.message
+    for _ in range(9):  # it is what it was: the mix has changed for good
+        alerts.evaluate(*traffic.go(1000, HEALTHY, **mix(law=0.05, med=0.85, base=0.1)))
+    assert [begins for _, begins in told] == [True, False]
+
+
+@pytest.mark.parametrize("after", [0.0, 0.4])
+def test_a_pool_that_abstains_more_or_less_often(after: float) -> None:
+    alerts, traffic = Alerts(AlertLimits(minutes=5)), Traffic()
+    for _ in range(11):
+        alerts.evaluate(*traffic.go(1000, HEALTHY, **mix(law=0.8, base=0.2)))
+    for _ in range(5):
+        found = alerts.evaluate(*traffic.go(1000, HEALTHY, **mix(law=1 - after, base=after)))
+    assert [(alert.rule, alert.value) for alert in found] == [("abstention_drift", pytest.approx(0.2))]
+    assert f"base went from 20% to {after:.0%} of the decisions" in found[0].message
+
+
+def test_chance_moves_a_mix_of_few_decisions() -> None:
+    """Shares of twenty members in a hundred decisions differ by a third from one hundred to the next."""
+    draw, alerts, traffic = random.Random(0), Alerts(AlertLimits(minutes=5)), Traffic()
+    moved = 0.0
+    for _ in range(60):
+        counts = Counter(f"m{draw.randrange(20)}" for _ in range(21))
+        time, now = traffic.go(1000, HEALTHY, **mix(**{name: n / 100 for name, n in counts.items()}))
+        assert alerts.evaluate(time, now) == []
+        if len(alerts.past) > 10:
+            (_, before), *_ = alerts.past
+            edge = alerts.past[5][1]
+            was, own = shares(edge, before), shares(now, edge)
+            moved = max(moved, sum(abs(own.get(name, 0.0) - was.get(name, 0.0)) for name in {*was, *own}) / 2)
+    assert moved > AlertLimits.pool_drift

@@ -55,7 +55,8 @@ def test_the_rules_have_the_limits_of_the_server() -> None:
     assert f"[{limits.minutes:g}m]" in rules["ExpertShareLow"]["expr"]
     for name, limit in (("ExpertConflictsHigh", limits.conflict_high), ("ExpertStallsHigh", limits.stall_high),
                         ("RequestErrorsHigh", limits.errors_high),
-                        ("NegativeFeedbackHigh", limits.negative_feedback_high)):
+                        ("NegativeFeedbackHigh", limits.negative_feedback_high),
+                        ("PoolDrift", limits.pool_drift), ("AbstentionDrift", limits.abstention_drift)):
         assert f"> {limit:g}" in rules[name]["expr"]
 
 

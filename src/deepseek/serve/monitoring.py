@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..engine import LLM
 from ..engine.request import Request as Generation
+from ..engine.routing import Answer
 from ..files import to_json
 from ..language import NONE, language
 from ..model.cache import PAGE
@@ -34,6 +35,7 @@ from .pages import page
 from .protocol import FeedbackRequest
 
 ANSWERS = 4096  # the last ones, which can be rated
+BY_NAME = "model"  # the scorer of a trace whose member was named by the client
 MIXTURE = "mixture"  # what any mixture of adapters is counted as
 CLIENT = 256  # characters of a client's name that are kept
 
@@ -41,12 +43,13 @@ CLIENT = 256  # characters of a client's name that are kept
 class Watch:
     """Counts the requests and steps of a server until it is closed."""
 
-    def __init__(self, llm: LLM, name: str, options: WatchOptions, *, texts: bool = False) -> None:
-        """texts: prompts and answers go to the log."""
+    def __init__(self, llm: LLM, name: str, options: WatchOptions, *, texts: bool = False,
+                 members: Mapping[str, str] | None = None) -> None:
+        """texts: prompts and answers go to the log. members: as of ServingCounters."""
         self.llm, self.texts = llm, texts
         self.known: dict[int, dict[str, str]] = {}  # the rest of a request's line in the log of texts
         self.counters = ServingCounters(llm.model.config, llm.engine.atlas,
-                                        (name, *llm.adapters, MIXTURE) if llm.adapters else ())
+                                        (name, *llm.adapters, MIXTURE) if llm.adapters else (), members)
         self.monitor = Monitor(name, self.counters, self._engine, options, resident=self._resident,
                                missed=self._missed)
         self.answers: OrderedDict[str, str | None] = OrderedDict()  # id -> domain
@@ -103,6 +106,26 @@ class Watch:
         self.answers[answer] = requests[0].domain
         if len(self.answers) > ANSWERS:
             self.answers.popitem(last=False)
+
+    def routed(self, answer: Answer, domain: str | None, seconds: float) -> None:
+        """Count the last decision of an answer. domain: what the client said that it is about. seconds: it took."""
+        part, add = answer.trace[-1], self.counters.add
+        if any(member["kind"] == "knowledge" for member in part["members"]):
+            add("pool_retrievals_total", "hit" if part.get("passages") else "empty")
+        add("pool_seconds_total", by=seconds)
+        if part["scorer"] == BY_NAME:
+            return
+        chosen = part["members"][0]["name"]
+        add("pool_decisions_total", chosen)
+        for member in part["members"]:
+            add("pool_weight_total", member["name"], by=member["weight"])
+        if answer.divided:
+            add("pool_parts_total")
+            if len(answer.trace) == 1:
+                add("pool_composite_total")
+        elif (label := self.counters.member(domain)) is not None:
+            add("pool_labelled_total", label)
+            add("pool_correct_total", label, by=float(label == chosen))
 
     def language_of(self, text: str) -> str:
         """The text's language, "und" while the table is being loaded."""

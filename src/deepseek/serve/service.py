@@ -33,7 +33,7 @@ from ..tokenizer import Tokenizer
 from .bodies import SMALL, B, parse
 from .bodies import read as read_body
 from .middleware import ServeError, busy, to_serve_error
-from .monitoring import Watch
+from .monitoring import BY_NAME, Watch
 from .options import ServeOptions
 from .protocol import Common, DeepseekOptions, EmbeddingRequest, GenerationRequest
 
@@ -62,7 +62,9 @@ class Server:
                 raise ConfigError(f"{kind} {options.name}: is what the base is called: must have another name")
         if options.classifier is not None:
             llm.classifier = DomainClassifier.load(options.classifier)
-        self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts)
+        kinds = {"base": "base"} | {name: member.kind for name, member in self.members.items()}
+        self.watch = Watch(llm, options.name, options.watch, texts=options.log_texts,
+                           members=None if self.pool is None else kinds)
         self.began = int(time.time())
         self.closing = False  # new requests are refused
         self.ending = False  # open answers end now
@@ -161,7 +163,10 @@ class Server:
             raise RequestError("show_experts = true: this model has no atlas, so none of its experts has a name")
         usage = [ExpertUsage(self.llm.model.config) for _ in range(body.n)] if own.show_experts or (
             own.trace and atlas) else None
-        return Answer(self.llm, prompt, params, usage=usage, domain=own.domain, **self._chosen(body), **more)
+        answer = Answer(self.llm, prompt, params, usage=usage, domain=own.domain, **self._chosen(body), **more)
+        if answer.trace:
+            self.watch.routed(answer, own.domain, answer.seconds)
+        return answer
 
     def _chosen(self, body: Common) -> dict[str, Any]:
         """Who answers, as Answer takes it: the model by its name, adapters, or those that the pool chooses."""
@@ -174,7 +179,7 @@ class Server:
         if len(given) > 1:
             raise RequestError(f"{given[0]} and {given[1]}: each says who answers: must be one of them")
         if pool is not None and model in self.members:
-            return {"routing": RoutingDecision(pool.only(model), scorer="model")}
+            return {"routing": RoutingDecision(pool.only(model), scorer=BY_NAME)}
         if model is not None or own.adapter is not None:
             return {"adapter": model if own.adapter is None else own.adapter}
         if isinstance(own.pool, list):
@@ -213,7 +218,13 @@ class Server:
             self.open -= 1
 
     def _advance(self, answers: Sequence[Answer]) -> list[Generation]:
-        return [request for answer in answers for request in answer.advance()]
+        requests = []
+        for answer in answers:
+            before = answer.seconds
+            if more := answer.advance():
+                self.watch.routed(answer, None, answer.seconds - before)
+            requests += more
+        return requests
 
     async def run(self, http: Request, requests: Sequence[Generation]) -> AsyncGenerator[Generation]:
         """Yield a request whenever it has new tokens, until all have ended. Closing the generator aborts them."""

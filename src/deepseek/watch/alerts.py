@@ -1,30 +1,35 @@
 """Alerts without Prometheus: rules over the last minutes of snapshots, with what may have caused them.
 
-When a named group is used less than LOW of its expected share, the traffic has changed more often than the router: so
-the message names the slices (domain, client, language, adapter) whose part of the tokens changed most between the time
-before the window and the window itself. alerts.yml holds the same rules for Prometheus.
+When a named group is used less than LOW of its expected share, or a pool chooses other members than before, the traffic
+has changed more often than the router: so the message names the slices (domain, client, language, adapter) whose part
+of the tokens changed most between the time before the window and the window itself. alerts.yml holds the same rules for
+Prometheus.
 
     share_low                 a named group below LOW of its share under uniform routing
     conflict_high             tokens whose two strongest groups are close
     stall_high                share of the steps' time in which the engine waited for the disk
     errors_high               requests that ended in an error
     negative_feedback_high    feedback that is mostly bad
+    pool_drift                the members that a pool chooses are others than before
+    abstention_drift          a pool leaves the base alone more, or less, often than before
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from .metrics import Snapshot, delta, values
+from .metrics import BASE, Snapshot, delta, total_delta, values
 
 log = logging.getLogger("deepseek.watch")
 LOW = 0.30
 LEAST_TOKENS = 1000  # of a window: fewer say nothing
 CLEAR = 0.1  # an alert is over when its value has left the limit by this share of it
 LEAST_REQUESTS = 20
+LEAST_DECISIONS = 100  # of a pool, in the window and before it
 CHANGED = 0.05  # a slice is named when its part of the tokens moved by more
 
 
@@ -48,6 +53,8 @@ class AlertLimits:
     stall_high: float = 0.5
     errors_high: float = 0.05
     negative_feedback_high: float = 0.5
+    pool_drift: float = 0.25
+    abstention_drift: float = 0.15
 
 
 class Alerts:
@@ -112,6 +119,22 @@ class Alerts:
             if whole >= least and part / whole > limit * (1 - CLEAR * ((rule, "") in self.firing)):
                 yield Alert(rule, "", part / whole, limit,
                             f"{part / whole:.0%} {words}, {over} (limit {limit:.0%})", time)
+        decided = [total_delta(*pair, "pool_decisions_total") for pair in ((edge, before), (now, edge))]
+        if min(decided) >= LEAST_DECISIONS:
+            was, own = shares(edge, before), shares(now, edge)
+            whole = sum(1 / count for count in decided)
+            for rule, names, what in (("pool_drift", {*was, *own}, "the pool chooses other members than before"),
+                                      ("abstention_drift", {BASE}, "the pool leaves the base alone more or less often "
+                                                                   "than before")):
+                pairs = [(was.get(name, 0.0), own.get(name, 0.0)) for name in names]
+                half = 1 if names == {BASE} else 2  # of a whole mix, what some lost others won
+                moved = sum(abs(a - b) for a, b in pairs) / half
+                chance = sum(math.sqrt((a + b) / 2 * (1 - (a + b) / 2) * whole * 2 / math.pi) for a, b in pairs) / half
+                limit = getattr(limits, rule)
+                if moved > max(limit, 2 * chance) * (1 - CLEAR * ((rule, "") in self.firing)):
+                    yield Alert(rule, "", moved, limit, f"{what}: {moved:.0%} of the decisions moved {over} (limit "
+                                f"{limit:.0%})" + "".join(_changes(was, own, "decisions")) + _cause(before, edge, now),
+                                time)
 
 
 def ratios(now: Snapshot, old: Snapshot) -> dict[str, float]:
@@ -124,6 +147,20 @@ def ratios(now: Snapshot, old: Snapshot) -> dict[str, float]:
     return {group: slots / expected for group, (slots, expected) in sums.items() if expected}
 
 
+def shares(now: Snapshot, old: Snapshot) -> dict[str, float]:
+    """Each member's share of the pool's decisions since the older snapshot; empty where there were none."""
+    counts = {name: delta(now, old, "pool_decisions_total", name) for name, in values(now, "pool_decisions_total")}
+    whole = sum(counts.values())
+    return {name: count / whole for name, count in counts.items() if count}
+
+
+def _changes(was: Mapping[str, float], own: Mapping[str, float], what: str) -> list[str]:
+    """The two shares that changed most, in words."""
+    moved = sorted({*was, *own}, key=lambda name: (-abs(own.get(name, 0.0) - was.get(name, 0.0)), name))
+    return [f"; {name} went from {was.get(name, 0.0):.0%} to {own.get(name, 0.0):.0%} of the {what}"
+            for name in moved[:2] if abs(own.get(name, 0.0) - was.get(name, 0.0)) > CHANGED]
+
+
 def _cause(before: Snapshot, edge: Snapshot, now: Snapshot) -> str:
     """The two slices of each kind whose part of the tokens changed most, in words; where none did, the largest ones."""
     changed, largest = [], []
@@ -134,12 +171,10 @@ def _cause(before: Snapshot, edge: Snapshot, now: Snapshot) -> str:
         old = {name: delta(edge, before, "slice_tokens_total", kind, name) for name in names}
         if not any(new.values()):
             continue
-        parts = [(old[name] / (sum(old.values()) or 1.0), new[name] / sum(new.values()), f"{kind}={name}")
-                 for name in names]
+        was, own = ({f"{kind}={name}": count / (sum(counts.values()) or 1.0) for name, count in counts.items()}
+                    for counts in (old, new))
         if any(old.values()):
-            parts.sort(key=lambda part: (-abs(part[1] - part[0]), part[2]))
-            changed += [f"; {name} went from {was:.0%} to {share:.0%} of the tokens"
-                        for was, share, name in parts[:2] if abs(share - was) > CHANGED]
-        _, share, name = max(parts, key=lambda part: part[1])
-        largest.append(f"; {name} has {share:.0%} of the tokens")
+            changed += _changes(was, own, "tokens")
+        name = max(own, key=lambda name: own[name])
+        largest.append(f"; {name} has {own[name]:.0%} of the tokens")
     return "".join(changed or largest)

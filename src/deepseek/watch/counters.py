@@ -41,6 +41,7 @@ REASONS, RATINGS = ("stop", "length", "abort", "error"), ("up", "down")
 CLOSE = 0.05  # of the stronger one's strength: two groups that near are in conflict
 BANDS = 3  # bands of layers that have metrics of their own
 GATHERED = 2048  # tokens whose routes wait to be counted
+MEMBERS = 64  # of a pool that are counted from the start; of a larger one others follow when they are chosen
 SLICES = 256  # values of a kind of slice that are kept: those seen last
 
 
@@ -174,15 +175,21 @@ class Groups:
         """The name that a domain is counted under: one of a few, whatever clients send."""
         if domain is None:
             return "unknown"
-        same = (domain, f"{domain}_expert", domain.removesuffix("_expert"))
-        return next((name for known in (self.names, NAMES) for name in same if name in known), "other")
+        return next((name for known in (self.names, NAMES) for name in same_name(domain) if name in known), "other")
+
+
+def same_name(domain: str | None) -> tuple[str, ...]:
+    """The names that stand for a domain."""
+    return () if domain is None else (domain, f"{domain}_expert", domain.removesuffix("_expert"))
 
 
 class ServingCounters:
     """The counts of one server since it began. Thread-safe."""
 
-    def __init__(self, config: ModelConfig, atlas: Atlas | None = None, adapters: Sequence[str] = ()) -> None:
-        """adapters: what the tag `adapter` of a request may say, the base's name among them; empty without any."""
+    def __init__(self, config: ModelConfig, atlas: Atlas | None = None, adapters: Sequence[str] = (),
+                 members: Mapping[str, str] | None = None) -> None:
+        """adapters: what the tag `adapter` of a request may say, the base's name among them; empty without any.
+        members: name -> kind of those of the pool and of the base; None without a pool."""
         self.config, self.atlas, self.groups = config, atlas, Groups(config, atlas)
         layers, experts, named = len(self.groups.layers), self.groups.experts, len(self.groups.names)
         self.lock = threading.Lock()
@@ -192,7 +199,7 @@ class ServingCounters:
             (named + 1, layers, experts), (named,), (named, named), (named, named))))
         self.wanted_LE = torch.zeros(layers, experts, dtype=torch.int64)  # once a step
         self.strength: dict[int, Tensor] = {}  # of requests under way, [R]
-        self._events: deque[_End | MetricKey] = deque()  # requests that ended, and counters that grow by one
+        self._events: deque[_End | tuple[MetricKey, float]] = deque()  # requests that ended, and counters that grow
         self.steps = 0
         self.step_seconds = self.inline_seconds = self.settle_seconds = 0.0
         self.numbers: dict[MetricKey, float] = defaultdict(float)
@@ -204,6 +211,13 @@ class ServingCounters:
         for adapter in adapters:
             self.numbers |= {key("adapter_requests_total", adapter, reason): 0.0 for reason in REASONS}
             self.numbers[key("adapter_tokens_total", adapter)] = 0.0
+        self.members = members
+        if members is not None:
+            for name in ("pool_composite_total", "pool_parts_total", "pool_seconds_total"):
+                self.numbers[key(name)] = 0.0
+            self.numbers |= {key("pool_retrievals_total", outcome): 0.0 for outcome in ("hit", "empty")}
+            self.numbers |= {key(f"pool_{what}_total", member): 0.0 for member in list(members)[:MEMBERS]
+                             for what in ("decisions", "weight", "labelled", "correct")}
         self.first_token = Histogram("time_to_first_token_seconds")
         self.per_token = Histogram("request_time_per_output_token_seconds")
 
@@ -248,8 +262,8 @@ class ServingCounters:
         if routed := [step for step in steps if step.index]:
             self._routes(routed, requests)
         for end in ended:
-            if isinstance(end, MetricKey):
-                self.numbers[end] += 1
+            if isinstance(end, tuple):
+                self.numbers[end[0]] += end[1]
                 continue
             self.numbers[end.counter] += 1
             if end.first is not None:
@@ -322,15 +336,23 @@ class ServingCounters:
                  each: float | None, adapter: str | None = None) -> None:
         """Count a request that has ended. first: seconds to its first token; each: mean seconds per further token."""
         if adapter is not None:
-            self._events.append(key("adapter_requests_total", adapter, reason))
+            self.add("adapter_requests_total", adapter, reason)
         self._events.append(_End(number, key("requests_total", self.groups.label(domain), reason), first, each))
 
     def count(self, name: str, domain: str | None, outcome: str) -> None:
         """Increment a counter by domain and outcome: tool_calls_total, schema_answers_total, feedback_total."""
-        self._events.append(key(name, self.groups.label(domain), outcome))
+        self.add(name, self.groups.label(domain), outcome)
 
     def refused(self, status: int) -> None:
-        self._events.append(key("refused_total", str(status)))
+        self.add("refused_total", str(status))
+
+    def add(self, name: str, *labels: str, by: float = 1.0) -> None:
+        """Let a counter grow."""
+        self._events.append((key(name, *labels), by))
+
+    def member(self, domain: str | None) -> str | None:
+        """The member of the pool that bears a domain's name."""
+        return next((name for name in same_name(domain) if name in (self.members or ())), None)
 
     # ---- figures ------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 PREFIX = "moe_dr_"
+BASE = "base"  # the label `member` where a pool left the base alone
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 EACH = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
@@ -114,8 +115,8 @@ MODEL = (
 )
 BUSINESS = (
     _counter("requests", "Requests that ended, by finish reason (stop, length, abort, error)", "domain", "reason"),
-    _counter("adapter_requests", "Requests that ended, by the adapter they went through, or the base, where there are "
-             "several", "adapter", "reason"),
+    _counter("adapter_requests", "Requests that ended, by the adapter they went through (mixture: several at once), or "
+             "the base, where there are several", "adapter", "reason"),
     _counter("adapter_tokens", "Tokens that ran through the model, by adapter or base", "adapter"),
     _counter("refused", "Requests that were refused, by status", "status"),
     Metric("time_to_first_token_seconds", "histogram", ("le",), "From a request's arrival to its first token",
@@ -129,7 +130,19 @@ BUSINESS = (
     _counter("slice_tokens", "Tokens by domain, client, language and adapter of their requests", "kind", "value",
              exported=False),
 )
-METRICS = {metric.name: metric for metric in (*SYSTEM, *MODEL, *BUSINESS)}
+POOL = (
+    _counter("pool_decisions", "Decisions of the pool on a request or a part of one, by the member with the largest "
+             "weight; base: none fitted", "member"),
+    _counter("pool_weight", "Weights of members and the base, summed over the decisions", "member"),
+    _counter("pool_labelled", "Decisions on requests whose domain bears a member's name, by that member", "member"),
+    _counter("pool_correct", "Those of them that gave it the largest weight", "member"),
+    _counter("pool_retrievals", "Searches of knowledge bases for an answer: hit where passages were quoted, else empty",
+             "outcome"),
+    _counter("pool_composite", "Requests that were answered in parts"),
+    _counter("pool_parts", "Parts of them that were begun"),
+    _counter("pool_seconds", "Seconds spent on decisions and passages"),
+)
+METRICS = {metric.name: metric for metric in (*SYSTEM, *MODEL, *BUSINESS, *POOL)}
 RENAMED = {metric.formerly: metric.name for metric in METRICS.values() if metric.formerly}  # served until 0.2
 
 

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 import urllib.request
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,17 +26,18 @@ import torch
 from torch import Tensor
 
 from ..files import to_json
-from .alerts import Alert, AlertLimits, Alerts, ratios
+from .alerts import Alert, AlertLimits, Alerts, ratios, shares
 from .counters import Counts, ServingCounters
 from .history import History
 from .metrics import METRICS, RENAMED, MetricKey, Snapshot, delta, exposition, key, total_delta, values
 from .options import WatchOptions
 from .power import MachineSampler
-from .state import GroupState, MonitorState, business, rates, ratio, residency, slices
+from .state import GroupState, MonitorState, business, pool, rates, ratio, residency, slices
 
 MINUTE = 60.0
 COUNTS = 12  # copies of what was counted of routes that are kept of a window: its begin is that exact
 DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99")  # of Rates, as curves
+CURVES = 10  # members of a pool
 log = logging.getLogger("deepseek.watch")
 
 
@@ -178,7 +179,7 @@ class Monitor:
             conflicts=ratio(grown("conflict_tokens_total"), grown("judged_tokens_total")),
             conflict_requests=ratio(grown("conflict_requests_total"), grown("judged_requests_total")),
             conflict=recent.conflict_GG.tolist(), confusion=recent.confusion_GG.tolist(),
-            residency=residency(snapshot, old), energy={
+            residency=residency(snapshot, old), pool=pool(snapshot, old, self.counters.members), energy={
                 source: grown("energy_joules_total", source) for (source,) in values(snapshot, "energy_joules_total")},
             business=business(snapshot, old), comments=self.history.comments(),
             alerts=[asdict(alert) for alert in self.alerts.firing.values()], past_alerts=self.history.alerts(),
@@ -221,10 +222,16 @@ class Monitor:
     def series(self, minutes: float = 60.0) -> dict[str, Any]:
         """Curves: the rates between any two successive snapshots of the history; null where nothing ran."""
         past = self.history.snapshots(time.time() - MINUTE * minutes)
-        times, curves, own = [], [], []
+        times, curves, own, mixes = [], [], [], []
         for (start, old), (end, now) in pairwise(past):
             times.append(end)
             curves.append(rates(start, old, end, now))
             own.append(ratios(now, old))
+            mixes.append(shares(now, old))
+        chosen = Counter[str]()
+        for mix in mixes:
+            chosen.update(mix)
         return {"time": times, "rates": {name: [getattr(curve, name) for curve in curves] for name in DRAWN},
-                "groups": {name: [at.get(name) for at in own] for name in self.counters.groups.names}}
+                "groups": {name: [at.get(name) for at in own] for name in self.counters.groups.names},
+                "pool": {name: [at.get(name, 0.0) if at else None for at in mixes]
+                         for name, _ in chosen.most_common(CURVES)}}

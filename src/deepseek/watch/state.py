@@ -5,10 +5,11 @@ Ratios and shares are 0..1, times are seconds; None is what cannot be said, as w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .metrics import Snapshot, delta, key, quantile, values
+from .metrics import BASE, Snapshot, delta, key, quantile, total_delta, values
 
 HUNDRED_MILLION = 1e8
 
@@ -72,6 +73,38 @@ class DomainState:
 
 
 @dataclass(frozen=True)
+class MemberState:
+    """A member of the pool, or the base. decisions: in which it had the largest weight; share: of all of them; weight:
+    its part of all weights; accuracy: of the `labelled` decisions, which it should have had."""
+
+    name: str
+    kind: str
+    decisions: float
+    share: float | None
+    weight: float | None
+    labelled: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """What a pool decided. abstained: share of the decisions that left the base alone. composite: requests answered in
+    parts. hits: share of the searches of knowledge bases that found passages. seconds: of a decision, with its
+    passages. members: the most chosen first."""
+
+    decisions: float
+    abstained: float | None
+    composite: float
+    parts: float
+    labelled: float
+    accuracy: float | None
+    retrievals: float
+    hits: float | None
+    seconds: float | None
+    members: list[MemberState]
+
+
+@dataclass(frozen=True)
 class MonitorState:
     """Everything on the dashboard but the heat map and the curves.
 
@@ -100,6 +133,7 @@ class MonitorState:
     conflict: list[list[int]]
     confusion: list[list[int]]
     residency: Residency | None
+    pool: PoolState | None
     energy: dict[str, float]
     business: list[DomainState]
     comments: list[dict[str, object]]
@@ -135,6 +169,26 @@ def residency(now: Snapshot, old: Snapshot) -> Residency | None:
         prefetch_hits=ratio(delta(now, old, "prefetch_hits_total"), delta(now, old, "experts_prefetched_total")),
         stall=ratio(delta(now, old, "expert_stall_seconds_total"), delta(now, old, "step_seconds_total")),
         read_bytes=delta(now, old, "expert_read_bytes_total"))
+
+
+def pool(now: Snapshot, old: Snapshot, kinds: Mapping[str, str] | None, most: int = 20) -> PoolState | None:
+    """None without a pool. kinds: of its members and the base."""
+    if kinds is None:
+        return None
+    decisions, weight, labelled, correct = (
+        {name: delta(now, old, f"pool_{what}_total", name) for name, in values(now, f"pool_{what}_total")}
+        for what in ("decisions", "weight", "labelled", "correct"))
+    whole, weights, known = sum(decisions.values()), sum(weight.values()), sum(labelled.values())
+    retrieved = total_delta(now, old, "pool_retrievals_total")
+    members = [MemberState(
+        name, kinds[name], count, ratio(count, whole), ratio(weight.get(name, 0.0), weights), labelled.get(name, 0.0),
+        ratio(correct.get(name, 0.0), labelled.get(name, 0.0)))
+        for name, count in sorted(decisions.items(), key=lambda own: -own[1])[:most]]
+    return PoolState(
+        whole, ratio(decisions.get(BASE, 0.0), whole), delta(now, old, "pool_composite_total"),
+        delta(now, old, "pool_parts_total"), known, ratio(sum(correct.values()), known), retrieved,
+        ratio(delta(now, old, "pool_retrievals_total", "hit"), retrieved),
+        ratio(delta(now, old, "pool_seconds_total"), whole), members)
 
 
 def business(now: Snapshot, old: Snapshot) -> list[DomainState]:

@@ -64,6 +64,11 @@ def view(state: dict[str, Any]) -> str:
               f"routing      accuracy {_share(state['accuracy'])} (chance {_share(state['chance'])}), conflicts "
               f"{_share(state['conflicts'])} of tokens, {_share(state['conflict_requests'])} of requests"]
     lines.append(f"experts      {_share(state['distinct'])} of the distinct ones that uniform routing would ask for")
+    if (pool := state.get("pool")) is not None:
+        lines += [f"pool         {pool['decisions']:.0f} decisions, {_share(pool['abstained'])} left to the base, "
+                  f"accuracy {_share(pool['accuracy'])} of {pool['labelled']:.0f}, {_seconds(pool['seconds'])} each",
+                  f"             {pool['composite']:.0f} composite requests, {pool['parts']:.0f} parts; passages for "
+                  f"{_share(pool['hits'])} of {pool['retrievals']:.0f} searches"]
     if residency is not None:
         lines.append(f"residency    hits {_share(residency['hits'])}, stalled {_share(residency['stall'])}, "
                      f"{residency['read_bytes'] / 2**20:,.0f} MiB read")
@@ -83,6 +88,11 @@ def view(state: dict[str, Any]) -> str:
             [[group["name"], _bar(group["ratio"]), _ratio(group["ratio"]),
               *(_ratio(group["bands"][band]) for band in bands), _share(group["accuracy"]), _share(group["drift"])]
              for group in groups])]
+    if pool is not None:
+        lines += ["", *_table(
+            ["member", "kind", "decisions", "share", "of the weights", "accuracy"],
+            [[own["name"], own["kind"], f"{own['decisions']:.0f}", _share(own["share"]), _share(own["weight"]),
+              _share(own["accuracy"])] for own in pool["members"]])]
     if state["business"]:
         lines += ["", *_table(
             ["domain", "requests", "completed", "tools right", "schema valid", "satisfied"],
