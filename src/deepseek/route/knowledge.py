@@ -13,6 +13,7 @@ base has doubled, or those of an embedding model of the user's choice.
 from __future__ import annotations
 
 import codecs
+import heapq
 import os
 import re
 import threading
@@ -42,7 +43,9 @@ SUFFIX = ".knowledge"
 SIZE = 1000  # characters of a passage at most
 _terms = lru_cache(256)(terms)  # of titles, which many passages share
 DEPTH = 100  # passages of each ranking that are looked at
-DENSE, EMBEDDED = 0.1, 1.0  # of a cosine beside BM25: of own vectors, of an embedding model
+DENSE, EMBEDDED = 0.02, 1.0  # of a cosine beside BM25: of own vectors, of an embedding model
+FLOOR = 0.1  # of a cosine of own vectors: less is noise
+REPEATED = 0.98  # of the score of a passage, for each better one of its section
 _BATCH = 256  # texts for an embedding model at a time
 HEADINGS = 6  # how often a title above a passage counts
 _COMMIT = 0.5  # seconds between two of them
@@ -151,18 +154,29 @@ class KnowledgeBase:
                 EMBEDDED if self._embedding else DENSE) * similarity + index.bm25.has(named)
         else:
             scores = bm25 if mode == "bm25" else similarity
-        return self._read(index, scores, best(scores, depth), bm25, similarity, top_k)
+        return self._read(index, scores, best(scores, depth), bm25, similarity, top_k,
+                          REPEATED if mode == "hybrid" else 1)
 
     def _read(self, index: _Index, scores: Floats, places: NDArray[np.int64], bm25: Floats, similarity: Floats,
-              top_k: int) -> list[Passage]:
+              top_k: int, repeated: float) -> list[Passage]:
+        """The best of some places. repeated: what a score is multiplied by for each passage of the same section that
+        is better."""
+        with self._lock, self._opened().failing():
+            rows = {row[0]: row[1:] for row in self._opened().passages(index.ids[places].tolist())}
         found: dict[str, Passage] = {}
-        while len(places) and len(found) < top_k:
-            now, places = places[: 2 * top_k], places[2 * top_k :]
-            with self._lock, self._opened().failing():
-                rows = {row[0]: row[1:] for row in self._opened().passages([int(index.ids[place]) for place in now])}
-            for place in now:
-                if (row := rows.get(int(index.ids[place]))) and row[-1] not in found and len(found) < top_k:
-                    found[row[-1]] = Passage(*row, float(scores[place]), float(bm25[place]), float(similarity[place]))
+        taken = Counter[tuple[str, str]]()
+        left = [(-float(scores[place]), rank, int(place)) for rank, place in enumerate(places)]  # sorted, so a heap
+        while left and len(found) < top_k:
+            score, rank, place = heapq.heappop(left)
+            row = rows.get(int(index.ids[place]))
+            if row is None or row[-1] in found:
+                continue
+            lowered = -float(scores[place]) * repeated ** taken[row[:2]]
+            if lowered > score:
+                heapq.heappush(left, (lowered, rank, place))
+                continue
+            taken[row[:2]] += 1
+            found[row[-1]] = Passage(*row, -score, float(bm25[place]), float(similarity[place]))
         return list(found.values())
 
     def _similarity(self, index: _Index, ids: Sequence[int], query: str) -> Floats:
@@ -174,7 +188,9 @@ class KnowledgeBase:
         asked = Counts(np.array([one for one, _ in counted], np.int32), np.array([n for _, n in counted], np.int32),
                        np.array([len(counted)]))
         with alone():
-            return index.vectors @ index.projection.project(asked)[0]
+            similarity = index.vectors @ index.projection.project(asked)[0]
+        similarity[similarity < FLOOR] = 0
+        return similarity
 
     def _opened(self) -> Store:
         if self._store is not None and not self._store.there:
