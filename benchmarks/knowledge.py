@@ -185,7 +185,7 @@ def found_share(base: KnowledgeBase, questions: Questions, mode: Mode) -> list[f
         first = next((rank for rank, one in enumerate(got) if any(
             one.file == place.file and one.start < place.end and one.end > place.start for place in right)), 99)
         hits += [first < most for most in (1, 3, 10)]
-    return list(hits / len(questions))
+    return (hits / len(questions)).tolist()
 
 
 def many_files(data: Path, folder: Path, most: int, size: int) -> list[Path]:
@@ -246,16 +246,16 @@ def recall(args: Any, result: dict[str, Any]) -> list[str]:
     parts = [found[name] for name in ("clauses", "scenarios", "pages")]
     found["all"] = {key: sum(part[key] for part in parts) for key in ("questions", "of")} | {
         "passages": found["clauses"]["passages"] + found["pages"]["passages"],
-        "at 1, 3, 10": {mode: list(np.average([part["at 1, 3, 10"][mode] for part in parts], axis=0,
-                                              weights=[part["questions"] for part in parts])) for mode in get_args(Mode)}}
+        "at 1, 3, 10": {mode: np.average([part["at 1, 3, 10"][mode] for part in parts], axis=0, weights=[
+            part["questions"] for part in parts]).tolist() for mode in get_args(Mode)}}
     rows += [[name, f"{one['questions']:,} of {one['of']:,}", f"{one['passages']:,}",
               *(f"{100 * three:.1f} % ({100 * first:.1f})" for first, three, _ in one["at 1, 3, 10"].values())]
              for name, one in found.items()]
     result["recall"] = found
     result["left out"] = left_out
     return ["Share of the questions with a right passage among the first three (in first place):", "", table(rows), "",
-            f"`all`: the three first sets. {left_out} questions of LawBench are left out: the base has not the law, or no "
-            "clause of it says what the answer says.", ""]
+            f"`all`: the three first sets. {left_out} questions of LawBench are left out: the base has not the law, or "
+            "no clause of it says what the answer says.", ""]
 
 
 def speed(args: Any, result: dict[str, Any]) -> list[str]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,8 @@ import pytest
 from deepseek import KnowledgeBase
 from deepseek.cli import main
 from deepseek.errors import ConfigError, DataError, NotFoundError, RequestError
-from deepseek.route import knowledge
-from deepseek.route.documents import read_document
+from deepseek.route import PoolMember, knowledge
+from deepseek.route.reading import read_document
 
 LAW = """# 民法典
 
@@ -264,6 +267,42 @@ def test_one_process_writes_at_a_time(base: KnowledgeBase, tmp_path: Path) -> No
     with knowledge.locked(base.path), pytest.raises(ConfigError, match="another process is writing it"):
         base.add([tmp_path / "law.md"])
     assert base.search("gout")
+
+
+def test_threads_ask_while_another_process_adds(tmp_path: Path) -> None:
+    """Every answer is of one state of the base; in the end all see all."""
+    files = [tmp_path / f"{i}.md" for i in range(12)]
+    for i, file in enumerate(files):
+        parts = (f"# Part {part}\n\nword{i} fact{part}\n\n第{i + 1}条 甲方\n\n" for part in range(i % 7 + 1))
+        file.write_text("".join(parts), encoding="utf-8")
+    base = KnowledgeBase(tmp_path / "base.knowledge")
+    base.add(files[:1])
+    member = PoolMember("facts", "Facts", "knowledge", base.path)
+    code = """
+import sys
+from deepseek import KnowledgeBase
+from deepseek.route import knowledge
+knowledge._COMMIT = 0.01  # several transactions an add
+for end in (4, 8, 12):
+    KnowledgeBase(sys.argv[1]).add(sys.argv[2 : 2 + end])
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(base.path), *map(str, files)],
+                          stderr=subprocess.PIPE) as adding:
+        def ask(thread: int) -> int:
+            asked = 0
+            while adding.poll() is None or not asked:
+                for passage in member.passages(f"word{thread * 3} fact{asked % 7} 第{asked % 12 + 1}条"):
+                    assert passage.text in Path(passage.file).read_text(encoding="utf-8") and passage.score > 0
+                asked += 1
+                time.sleep(0.005)
+            return asked
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, range(4)))
+        assert adding.stderr and adding.stderr.read() == b"" and adding.wait() == 0
+    assert len(base.files()) == 12
+    for one in (member.passages("word11"), base.search("word11")):
+        assert Path(one[0].file).name == "11.md"
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

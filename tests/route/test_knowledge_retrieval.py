@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek.route import retrieval
-from deepseek.route.retrieval import BM25, Counts, Projection, Sparse, best, fuse
+from deepseek.route.retrieval import BM25, Counts, Projection, Sparse, best, fuse, spread
 from deepseek.route.terms import clauses, terms
 
 
@@ -32,6 +32,7 @@ def test_bm25_equals_bm25s() -> None:
         scores = theirs.get_scores([f"t{term}" for term in query])
         np.testing.assert_allclose(ours.scores(query), scores, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(ours.has(query), [bool(set(query) & set(text)) for text in texts])
+    assert not ours.has([10_000]).any()
     assert not ours.scores([10_000]).any() and not ours.scores([]).any()
 
 
@@ -81,6 +82,16 @@ def test_best_and_fuse() -> None:
     assert best(np.zeros(0, np.float32), 3).tolist() == []
     fused = fuse([np.array([2, 0]), np.array([0, 1])], 4)
     np.testing.assert_allclose(fused, [1 / 62 + 1 / 61, 1 / 62, 1 / 61, 0], rtol=1e-5)
+
+
+def test_spread_lowers_what_is_like_better_ones() -> None:
+    scores = np.array([0.99, 1.0, 0.97, 0.5, 0.985], np.float32)
+    places = best(scores, 5)
+    groups = {1: "a", 0: "a", 4: "b", 3: "c"}  # 2 has none
+    assert [place for place, _ in spread(places, scores, groups, 1)] == [1, 0, 4, 3]
+    assert [place for place, _ in spread(places, scores, groups, 0.98)] == [1, 4, 0, 3]
+    np.testing.assert_allclose([score for _, score in spread(places, scores, groups, 0.5)], [1, 0.985, 0.5, 0.495],
+                               rtol=1e-6)
 
 
 @pytest.mark.parametrize(("text", "found"), [

@@ -12,10 +12,9 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, DataError, MoEDRError, NotFoundError, shown
+from ..errors import ConfigError, DataError, MoEDRError, shown
 from ..files import not_utf8
 
 KINDS = {".md": "markdown", ".markdown": "markdown", ".html": "html", ".htm": "html", ".xhtml": "html", ".pdf": "pdf"}
@@ -29,7 +28,7 @@ CLAUSE = re.compile(rf"[ \t\u3000]*(第{_NUMBER}条(?:之{_NUMBER})?"
 _BREAK = re.compile(rf"\n(?:[^\S\n]*\n)+|\n(?={CLAUSE.pattern}|[ \t\u3000]*{_CHAPTER})")
 _CHAPTER_LINE = re.compile(rf"[ \t\u3000]*({_CHAPTER}[^\n。；]{{0,60}})\n?$")
 _CHAPTERS = "篇编章节"  # from the widest to the narrowest
-_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)[ \t]*(?:#+[ \t]*)?$")
+_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?([\w-]{1,40})""", re.IGNORECASE)
@@ -57,29 +56,14 @@ class Document(NamedTuple):
     blocks: list[Block]
 
 
-def read_document(path: str | Path, encoding: str = "utf-8") -> Document:
-    """Read a file; its name tells what it is, and everything else is text. encoding: of files that do not say theirs.
-
-    Raises NotFoundError, DataError (with the file and the mistake) for a folder, a file without text, a broken one and
-    a binary one, and ConfigError where the library for it is not installed or there is no such encoding.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise DataError(f"{path}: is a folder: name its files")
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path}: must be a file")  # a pipe would be waited for
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return parse(data, KINDS.get(path.suffix.lower(), "text"), str(path), encoding)
+def is_pdf(data: bytes) -> bool:
+    """Whatever the file is called."""
+    return data.startswith(b"%PDF-")
 
 
 def parse(data: bytes, kind: str, name: str, encoding: str = "utf-8") -> Document:
-    """`read_document` of a file's bytes; name: what messages call it."""
-    kind = "pdf" if data.startswith(b"%PDF-") else kind
+    """A document of a file's bytes. name: what messages call it. Raises as `read_document` (reading.py) does."""
+    kind = "pdf" if is_pdf(data) else kind
     try:
         text, blocks = _PARSERS[kind](data, encoding)
     except UnicodeDecodeError as error:
@@ -98,7 +82,7 @@ def parse(data: bytes, kind: str, name: str, encoding: str = "utf-8") -> Documen
 
 def _decode(data: bytes, encoding: str) -> str:
     encoding = next((said for mark, said in _MARKS if data.startswith(mark)), encoding)
-    if b"\0" in data[:8192] and not encoding.startswith(("utf-16", "utf-32")):
+    if b"\0" in data and not encoding.startswith(("utf-16", "utf-32")):
         raise DataError("a binary file: text, Markdown, HTML and PDF can be read")
     try:
         text = data.decode(encoding)
@@ -150,7 +134,9 @@ def _markdown(data: bytes, encoding: str) -> tuple[str, list[Block]]:
             blocks += _paragraphs(text, start, at, tuple(titles.values()))
             fence, start = mark[1], at
         elif heading := _HEADING.match(line):
-            level, title = len(heading[1]), heading[2]
+            level, title = len(heading[1]), heading[2].rstrip()
+            bare = title.rstrip("#")
+            title = bare if bare[-1:] in ("", " ", "\t") else title
         elif before and (underline := _UNDERLINE.match(line)):
             level, title, since = 1 if underline[1][0] == "=" else 2, before, at - len(before) - 1
         if level:
@@ -204,10 +190,14 @@ def _html(data: bytes, encoding: str) -> tuple[str, list[Block]]:
     writer = _Writer()
     if not text.strip():
         return "", []
+    parser = html.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
     try:
-        root = html.document_fromstring(text.encode(errors="replace"), parser=html.HTMLParser(
-            encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True))
+        root = html.document_fromstring(text.encode(errors="replace"), parser=parser)
     except (etree.LxmlError, ValueError):  # nothing but comments, say
+        root = None
+    if lost := next((error for error in parser.error_log if error.type == etree.ErrorTypes.ERR_RESOURCE_LIMIT), None):
+        raise DataError(f"HTML beyond the parser's limits: {lost.message.partition(',')[0]}")
+    if root is None:
         return "", []
     title = root.findtext(".//title")
     if title and title.strip():
@@ -254,7 +244,7 @@ def _pdf(data: bytes, encoding: str) -> tuple[str, list[Block]]:
             raise DataError("is encrypted: save a copy without the password")
         pages = [page.extract_text() for page in reader.pages]
         outline = {} if reader.is_encrypted else _outline(reader)
-    except MoEDRError:
+    except (MoEDRError, MemoryError):
         raise
     except Exception as error:  # of a broken file pypdf raises whatever its parts do
         raise DataError(f"not a PDF that can be read: {type(error).__name__}: {shown(str(error), 120)}") from None

@@ -13,7 +13,6 @@ base has doubled, or those of an embedding model of the user's choice.
 from __future__ import annotations
 
 import codecs
-import heapq
 import os
 import re
 import threading
@@ -31,10 +30,10 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, DataError, MoEDRError, NotFoundError, RequestError, nearest
 from ..files import locked, sha256
 from ..progress import ProgressBar
-from .documents import read_document
 from .embedding import OWN, Embedding, embed, load
 from .passages import passages
-from .retrieval import BM25, Counts, Floats, Projection, alone, best, fuse
+from .reading import checked, read_document, resolved
+from .retrieval import BM25, Counts, Floats, Projection, alone, best, fuse, spread
 from .store import FileEntry, PassageRow, Store
 from .terms import clauses, terms
 
@@ -143,9 +142,8 @@ class KnowledgeBase:
         with self._lock, self._opened().failing(), alone():
             index = self._loaded()
             ids, named = self._opened().ids_of(said), self._opened().ids_of(clauses(said))
-        bm25 = index.bm25.scores(ids)
+        bm25, depth = index.bm25.scores(ids), max(DEPTH, 2 * top_k)
         similarity = self._similarity(index, ids, query)
-        depth = max(DEPTH, 2 * top_k)
         if mode == "rrf":
             scores = fuse([best(bm25, depth), best(similarity, depth),
                            *([best(bm25 * index.bm25.has(named), depth)] if named else [])], len(bm25))
@@ -163,20 +161,13 @@ class KnowledgeBase:
         is better."""
         with self._lock, self._opened().failing():
             rows = {row[0]: row[1:] for row in self._opened().passages(index.ids[places].tolist())}
+        there = {int(place): rows[one] for place in places if (one := int(index.ids[place])) in rows}
         found: dict[str, Passage] = {}
-        taken = Counter[tuple[str, str]]()
-        left = [(-float(scores[place]), rank, int(place)) for rank, place in enumerate(places)]  # sorted, so a heap
-        while left and len(found) < top_k:
-            score, rank, place = heapq.heappop(left)
-            row = rows.get(int(index.ids[place]))
-            if row is None or row[-1] in found:
-                continue
-            lowered = -float(scores[place]) * repeated ** taken[row[:2]]
-            if lowered > score:
-                heapq.heappush(left, (lowered, rank, place))
-                continue
-            taken[row[:2]] += 1
-            found[row[-1]] = Passage(*row, -score, float(bm25[place]), float(similarity[place]))
+        for place, score in spread(places, scores, {place: row[:2] for place, row in there.items()}, repeated):
+            if there[place][-1] not in found:
+                found[there[place][-1]] = Passage(*there[place], score, float(bm25[place]), float(similarity[place]))
+                if len(found) == top_k:
+                    break
         return list(found.values())
 
     def _similarity(self, index: _Index, ids: Sequence[int], query: str) -> Floats:
@@ -207,22 +198,27 @@ class KnowledgeBase:
     def _loaded(self) -> _Index:
         store = self._opened()
         if self._index is None or self._version != store.version:
-            self._version = store.version
-            rows = store.rows()
-            counts = _counts(rows)
-            self._check_embedding(store)
-            projection = _projection(store)
-            if projection is None and rows and self._embedding is None:  # killed before the first one was written
-                projection = Projection.fit(counts)
-            dims = projection.vectors.shape[1] if projection else store.fact("dimensions") or 0
-            there = np.array([row[3] is not None for row in rows], bool)
-            vectors = np.zeros((len(rows), dims), np.float32)
-            if there.any():
-                vectors[there] = np.frombuffer(b"".join(row[3] or b"" for row in rows), np.float16).reshape(-1, dims)
-            if projection is not None and not there.all():
-                vectors[~there] = projection.project(_counts([row for row in rows if row[3] is None]))
-            self._index = _Index(np.array([row[0] for row in rows], np.int64), BM25(counts), projection, vectors)
+            version = store.version
+            with store.snapshot():
+                self._index = self._load(store)
+            self._version = version
         return self._index
+
+    def _load(self, store: Store) -> _Index:
+        rows = store.rows()
+        counts = _counts(rows)
+        self._check_embedding(store)
+        projection = _projection(store)
+        if projection is None and rows and self._embedding is None:  # killed before the first one was written
+            projection = Projection.fit(counts)
+        dims = projection.vectors.shape[1] if projection else store.fact("dimensions") or 0
+        there = np.array([row[3] is not None for row in rows], bool)
+        vectors = np.zeros((len(rows), dims), np.float32)
+        if there.any():
+            vectors[there] = np.frombuffer(b"".join(row[3] or b"" for row in rows), np.float16).reshape(-1, dims)
+        if projection is not None and not there.all():
+            vectors[~there] = projection.project(_counts([row for row in rows if row[3] is None]))
+        return _Index(np.array([row[0] for row in rows], np.int64), BM25(counts), projection, vectors)
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
@@ -232,7 +228,7 @@ class KnowledgeBase:
 
         Raises NotFoundError for a missing file before anything is read, and at the end DataError with the files that
         could not be read, while the others are in the base."""
-        paths = _resolved(files)
+        paths = resolved(files)
         try:
             codecs.lookup(encoding)
         except LookupError:
@@ -316,7 +312,7 @@ class KnowledgeBase:
     def _put(self, store: Store, path: Path, entry: FileEntry | None, encoding: str, size: int,
              vocabulary: dict[str, int]) -> str:
         now = time.time_ns()
-        stat = path.stat()
+        stat = checked(path)
         if entry and (entry.bytes, entry.modified, entry.encoding) == (stat.st_size, stat.st_mtime_ns, encoding):
             return "unchanged"
         modified = stat.st_mtime_ns if stat.st_mtime_ns < now - _RECENT else 0
@@ -380,19 +376,6 @@ def _path_of(name: str | Path) -> Path:
     if not re.fullmatch(r"\w[\w.-]{0,99}", said):
         raise ConfigError(f"name = {said!r}: must be letters, digits, '-', '_' and '.', or a path")
     return folder() / f"{said}{SUFFIX}"
-
-
-def _resolved(files: Iterable[str | Path]) -> list[Path]:
-    """Each file once, behind its links. Raises NotFoundError and DataError for what cannot be read."""
-    paths: dict[Path, None] = {}
-    for file in [files] if isinstance(files, str | Path) else files:
-        path = Path(file).expanduser()
-        if not path.exists():
-            raise NotFoundError(f"{path}: no such file")
-        if not path.is_file():
-            raise DataError(f"{path}: is a folder: name its files" if path.is_dir() else f"{path}: must be a file")
-        paths[path.resolve()] = None
-    return list(paths)
 
 
 def _rows(text: str, cuts: Iterable[tuple[tuple[str, ...], int, int]], vocabulary: dict[str, int],

@@ -16,7 +16,9 @@ Letters: passages N, terms V, postings P, dimensions D.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import heapq
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -81,17 +83,20 @@ class BM25:
         """Of every passage, whether one of some terms stands in it."""
         found = np.zeros(self.passages, bool)
         for term in terms:
-            found[self.docs[self.starts[term] : self.starts[term + 1]]] = True
+            found[self.docs[self._posted(term)]] = True
         return found
 
     def scores(self, query: Sequence[int]) -> Floats:
         """Of every passage for the ids of a query's terms, one that comes twice counting twice."""
         total = np.zeros(self.passages, np.float32)
         for term in query:
-            if term + 1 < len(self.starts):
-                posted = slice(self.starts[term], self.starts[term + 1])
-                total[self.docs[posted]] += self.weights[posted]
+            posted = self._posted(term)
+            total[self.docs[posted]] += self.weights[posted]
         return total
+
+    def _posted(self, term: int) -> slice:
+        """Nothing for a term that came into the vocabulary since."""
+        return slice(*self.starts[term : term + 2]) if term + 1 < len(self.starts) else slice(0)
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,23 @@ def best(scores: Floats, most: int) -> NDArray[np.int64]:
     found = np.argpartition(-scores, most - 1)[:most] if most else np.zeros(0, np.int64)
     found = found[scores[found] > 0]
     return found[np.lexsort((found, -scores[found]))]
+
+
+def spread(places: NDArray[np.int64], scores: Floats, groups: Mapping[int, Hashable], lowered: float,
+           ) -> Iterator[tuple[int, float]]:
+    """(place, score) of some places, the best first; a score is multiplied by `lowered` for each place of its group
+    that came before. places: the highest scores first; those without a group are left out."""
+    taken = Counter[Hashable]()
+    left = [(-float(scores[place]), rank, int(place)) for rank, place in enumerate(places) if int(place) in groups]
+    while left:  # a list in order is a heap
+        score, rank, place = heapq.heappop(left)
+        group = groups[place]
+        now = -float(scores[place]) * lowered ** taken[group]
+        if now > score:
+            heapq.heappush(left, (now, rank, place))
+        else:
+            taken[group] += 1
+            yield place, -score
 
 
 def fuse(rankings: Sequence[NDArray[np.int64]], passages: int) -> Floats:

@@ -116,6 +116,15 @@ class Store:
                 raise
             self.db.execute("COMMIT")
 
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """What is read inside is of one state, while other processes write."""
+        self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self.db.execute("COMMIT")
+
     # ---- facts ------------------------------------------------------------------------------------------------------
 
     def fact(self, name: str) -> Any:
