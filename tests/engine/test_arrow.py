@@ -19,7 +19,8 @@ from deepseek.engine import LLM
 from deepseek.engine.run_batch import run_file
 from deepseek.errors import RequestError
 from deepseek.model import CausalLM
-from deepseek.model.adapters import Arrow, FullRank, LowRank, Mixture, rows_of, whole
+from deepseek.model.adapter_paths import FullRank, LowRank
+from deepseek.model.adapters import Arrow, Mixture, rows_of, whole
 from tests.engine.test_adapters import Served, served  # noqa: F401 - a fixture
 from tests.engine.test_deltas import save_tuned
 from tests.helpers.adapters import save_adapter

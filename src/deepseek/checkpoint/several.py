@@ -12,7 +12,8 @@ import torch
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import CausalLM
-from ..model.adapters import AdapterPath, FullRank, LowRank, add, bare, names_on
+from ..model.adapter_paths import AdapterPath, FullRank, LowRank
+from ..model.adapters import add, bare, names_on
 from ..ops.native import native
 from ..quant.linear import QuantConfig
 from .adapter_files import Delta, LoRA, read_adapter

@@ -27,7 +27,8 @@ from ..config import ModelConfig
 from ..ops import causal_attention, rotate
 from ..ops.linear import mm
 from .adapter import LoRALinear
-from .adapters import Adapter, LowRank, bare, of_all_rows, path_of
+from .adapter_paths import LowRank
+from .adapters import Adapter, bare, of_all_rows, path_of
 from .cache import Impl, PackedBatch
 from .layers import Linear, RMSNorm
 

@@ -32,7 +32,8 @@ from torch.nn.functional import pad
 from .. import ops
 from ..config import ModelConfig
 from ..model import CausalLM, RoutingRecord
-from ..model.adapters import EVERYTHING, Adapter, LowRank, Share, bare, current, paths_of
+from ..model.adapter_paths import LowRank
+from ..model.adapters import EVERYTHING, Adapter, Share, bare, current, paths_of
 from ..model.cache import BatchCache, Chunk, PackedBatch
 from ..model.decoder import DecoderLayer, run_layers
 from ..model.experts import MoE, RoutedExperts
