@@ -355,3 +355,16 @@ def example() -> ExpertPool:
 def test_a_wrong_bias_is_refused(bias: object) -> None:
     with pytest.raises(ConfigError, match=r"bias = .*: must be a number from 0 to 10"):
         ExpertPool(bias=bias)  # type: ignore[arg-type]
+
+
+def test_some_members_alone_may_answer(pools: dict[str, ExpertPool]) -> None:
+    for pool in pools.values():
+        own = pool.among(["law", "cook"])
+        assert own.scorer is pool.scorer and pool.route("function return import class").fusion.names == ("code",)
+        assert own.route("the court and the appeal").fusion == pool.route("the court and the appeal").fusion
+        assert own.route("function return import class").abstained
+        assert set(own.route("court oven judge butter").scores) <= {"law", "cook"}
+        assert own.parts("the court and the appeal")[0].decision == own.route("the court and the appeal")
+    for names, message in ((["law", "nobody"], "member = 'nobody'"), ([], "one at least"), ("law", "must be a list")):
+        with pytest.raises(ConfigError, match=message):
+            pool.among(names)

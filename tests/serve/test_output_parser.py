@@ -94,3 +94,17 @@ def test_a_forced_call_may_follow_reasoning() -> None:
     call = 'because</think>{"name": "weather", "arguments": {}}'
     text, told = run(list(call), thinking=True, tools=TOOLS, forced=True)
     assert told["reasoning_content"] == "because" and [c["function"]["name"] for c in text.answer.calls] == ["weather"]
+
+
+def test_a_further_part_is_set_apart() -> None:
+    parser = OutputParser(thinking=True)
+    assert parser.push("x</think>a") == {"reasoning_content": "x", "content": "a"} and parser.flush() == {}
+    parser.begin(True, "\n\n")
+    assert parser.push("y</think>b") == {"reasoning_content": "\n\ny", "content": "\n\nb"}
+    parser.begin(False, "\n\n")
+    assert parser.push("c") == {"content": "\n\nc"} and parser.push("d") == {"content": "d"}
+    assert parser.answer.message() == {
+        "role": "assistant", "content": "a\n\nb\n\ncd", "reasoning_content": "x\n\ny"}
+    first = OutputParser()
+    first.begin(False, "\n\n")
+    assert first.push("a") == {"content": "a"}, "nothing is before it"

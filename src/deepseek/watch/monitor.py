@@ -37,7 +37,7 @@ from .state import GroupState, MonitorState, business, pool, rates, ratio, resid
 MINUTE = 60.0
 COUNTS = 12  # copies of what was counted of routes that are kept of a window: its begin is that exact
 DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99")  # of Rates, as curves
-CURVES = 10  # members of a pool
+CURVES, SMOOTHED = 10, 12  # members of a pool, whose shares are of so many snapshots
 log = logging.getLogger("deepseek.watch")
 
 
@@ -223,11 +223,11 @@ class Monitor:
         """Curves: the rates between any two successive snapshots of the history; null where nothing ran."""
         past = self.history.snapshots(time.time() - MINUTE * minutes)
         times, curves, own, mixes = [], [], [], []
-        for (start, old), (end, now) in pairwise(past):
+        for i, ((start, old), (end, now)) in enumerate(pairwise(past), 1):
             times.append(end)
             curves.append(rates(start, old, end, now))
             own.append(ratios(now, old))
-            mixes.append(shares(now, old))
+            mixes.append(shares(now, past[max(0, i - SMOOTHED)][1]))
         chosen = Counter[str]()
         for mix in mixes:
             chosen.update(mix)
