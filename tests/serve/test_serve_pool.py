@@ -181,7 +181,8 @@ def test_members_are_models(server: Running, llm: LLM) -> None:
 def test_mixtures_of_adapters(server: Running, llm: LLM) -> None:
     messages = [{"role": "user", "content": PORT}]
     texts = {}
-    for adapter in ("port", "sea", {"port": 0.6, "sea": 0.4}):
+    adapters: list[Any] = ["port", "sea", {"port": 0.6, "sea": 0.4}, {"arrow": ["port", "sea"], "top": 1}]
+    for adapter in adapters:
         want = llm.chat(messages, adapter=adapter, max_tokens=16, temperature=0).text
         assert said(chat(server, PORT, tokens=16, adapter=adapter)) == want
         texts[str(adapter)] = want
@@ -198,8 +199,10 @@ def test_mixtures_of_adapters(server: Running, llm: LLM) -> None:
     ("port", {"pool": True}, "model = 'port' and deepseek.pool = True: each says who answers"),
     ("port", {"adapter": "sea"}, "model = 'port' and deepseek.adapter = 'sea': each says who answers"),
     ("planted", {"adapter": "law_expert"}, "adapter = 'law_expert': is no adapter that was loaded; there are"),
-    ("planted", {"adapter": {"port": 0}}, "adapter: port: weight = 0.0: must be"),
-    ("planted", {"adapter": {}}, "deepseek.adapter"), ("planted", {"adapter": {"port": "x"}}, "deepseek.adapter")])
+    ("planted", {"adapter": {"port": 0}}, "adapter: port: weight = 0: must be"),
+    ("planted", {"adapter": {}}, "deepseek.adapter"), ("planted", {"adapter": {"port": "x"}}, "port: weight = 'x'"),
+    ("planted", {"adapter": {"arrow": ["port", []]}}, "adapter = []: is no adapter"),
+    ("planted", {"adapter": {"arrow": ["port"]}}, "must be two different names at least")])
 def test_what_cannot_be_is_said(server: Running, model: str, own: dict[str, Any], message: str) -> None:
     answer = post(server, "chat/completions", {"model": model, "messages": [{"role": "user", "content": "x"}]}, **own)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text

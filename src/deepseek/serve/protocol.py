@@ -156,14 +156,14 @@ class DeepseekOptions(Sampling):
     """Our own options. domain: the subject of the request, for batching by expert and for measuring routing. routed:
     return how many of the request's tokens visited each expert. show_experts: return each named group's share of the
     gate's weight. pool: whether the server's pool decides who answers, or which of its members it may choose. trace:
-    return how it decided. adapter: an adapter, or weights of several. The others are SamplingParams by name."""
+    return how it decided. adapter: as of LLM.generate. The others are SamplingParams by name."""
 
     domain: Annotated[str, Field(strict=True, min_length=1, max_length=64)] | None = None
     routed: Flag = False
     show_experts: Flag = False
     pool: Flag | Annotated[Each[Text], Field(min_length=1, max_length=CHOSEN)] | None = None
     trace: Flag = False
-    adapter: Text | Annotated[dict[Text, Number], Field(min_length=1), _numbers(r".*", "names")] | None = None
+    adapter: Text | Annotated[dict[Text, Any], Field(min_length=1, max_length=CHOSEN)] | None = None
     experts: Experts | None = None
     regex: Text | None = None
     grammar: Text | None = None

@@ -37,7 +37,7 @@ from .state import GroupState, MonitorState, business, pool, rates, ratio, resid
 MINUTE = 60.0
 COUNTS = 12  # copies of what was counted of routes that are kept of a window: its begin is that exact
 DRAWN = ("tokens", "new_tokens", "first_p50", "first_p99", "each_p50", "each_p99")  # of Rates, as curves
-CURVES, SMOOTHED = 10, 12  # members of a pool, whose shares are of so many snapshots
+CURVES, SMOOTHED = 10, 24  # members of a pool; their shares are of so many snapshots
 log = logging.getLogger("deepseek.watch")
 
 
