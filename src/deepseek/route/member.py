@@ -14,6 +14,7 @@ from .routing import BASE
 
 MemberKind = Literal["experts", "adapter", "knowledge"]
 KINDS = get_args(MemberKind)
+MOST_WEIGHT = 1e6  # of a keyword; sums of them are FP32
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class PoolMember:
                 raise ConfigError(f"keywords: {shown(word)}: must be a text that is not empty")
         words = words if isinstance(words, Mapping) else dict.fromkeys(words)
         for word, weight in words.items():
-            if weight is not None and (not is_number(weight) or weight <= 0):
-                raise ConfigError(f"keywords: {word} = {shown(weight)}: must be a positive number")
+            if weight is not None and (not is_number(weight) or not 0 < weight <= MOST_WEIGHT):
+                raise ConfigError(f"keywords: {word} = {shown(weight)}: must be a positive number, at most "
+                                  f"{MOST_WEIGHT:g}")
         object.__setattr__(self, "keywords", words)
         if not isinstance(self.samples, list | tuple) or not all(isinstance(text, str) for text in self.samples):
             raise ConfigError(f"samples = {shown(self.samples)}: must be a list of texts")
