@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -210,6 +211,11 @@ def test_the_gates_themselves_may_decide(tmp_path: Path) -> None:
         share_LE = GateReader(llm).histogram("abcdefgh" * 4).reshape(2, 16)
         assert {*share_LE[0].nonzero()[0]} == {e.index for e in planted.experts["early"] if e.layer == 1}
         assert share_LE.sum(1) == pytest.approx(1.0)
+    del llm
+    with pytest.raises(ConfigError, match="the model that used the pool is gone"):
+        pool.route("abc")
+    llm = LLM(folder, pool=pool)
+    assert pool.route(text(names[0], 1, 80, seed=4)[0].text).fusion.names[0] == names[0]
     with pytest.raises(ConfigError, match="other: must have samples, or be a named group"):
         make_scorer([PoolMember("other", "x", "adapter", folder)], "gate", gates=GateReader(llm))
 
@@ -284,6 +290,65 @@ def test_parts_share_max_tokens_and_end_where_the_context_does(folder: Path) -> 
     assert "must leave room" in got.routing[1]["error"] and got.routing[1]["text"].startswith("med_expert")
 
 
+def test_log_probabilities_of_parts_stand_where_the_text_does(folder: Path) -> None:
+    llm = LLM(folder, pool=Parts(ExpertPool([member(name) for name in NAMES])))
+    asked = params(max_tokens=400, logprobs=0, stop=("a", "e", "o", "i", "u", "0", "1"))
+    answer = Answer(llm, user("x\nlaw_expert a\nmed_expert b"), asked)
+    while requests := answer.requests if not answer.requests[0].done.is_set() else answer.advance():
+        llm.driver.generate(*requests)
+    first, second = answer.groups
+    got = answer.output()
+    assert got.logprobs is not None and len(got.logprobs) == len(got.token_ids)
+    after = len(first[0].text) + len(JOINT)
+    assert [one.offset for one in got.logprobs[len(first[0].token_ids):]] == [
+        after + one.offset for one in second[0].logprobs]
+
+
+def test_no_part_follows_where_max_tokens_are_used_up(folder: Path) -> None:
+    llm = LLM(folder, pool=Parts(ExpertPool([member(name) for name in NAMES])))
+    every = tuple(range(llm.model.config.vocab_size))
+    got, = llm.generate([user("x\nlaw_expert a\nmed_expert b")], params(max_tokens=1, stop_token_ids=every))
+    assert (got.finish_reason, got.text, len(got.token_ids)) == ("length", "", 1)
+    assert got.routing is not None and "max_tokens = 1: the parts before have used all" in got.routing[1]["error"]
+
+
+def test_all_parts_are_checked_before_one_runs(folder: Path) -> None:
+    llm = LLM(folder)
+    pool = Parts(ExpertPool([member("law_expert"), member("poet_expert")]))
+    with pytest.raises(RequestError, match="poet_expert: must be a named group"):
+        llm.generate([user("x\nlaw_expert a\npoet_expert b")], params(max_tokens=2), routing=pool)
+    assert not llm.engine.stats.computed
+
+
+def test_a_fusion_is_told_in_the_output_with_its_bias(folder: Path) -> None:
+    llm = LLM(folder)
+    fusion = ExpertPool([member("law_expert")], bias=0.5).only("law_expert")
+    got, = llm.generate(["x"], params(max_tokens=1), routing=fusion)
+    assert got.routing == ({"members": [{"name": "law_expert", "kind": "experts", "weight": 1.0}], "kind": "experts",
+                            "bias": 0.5},)
+
+
+def test_passages_do_not_stand_among_control_tokens(folder: Path, books: KnowledgeBase) -> None:
+    llm = LLM(folder, pool=ExpertPool([PoolMember("books", "contracts, notice, fever", "knowledge", books.path)]))
+    with pytest.raises(RequestError, match="parse_special: must not be with passages"):
+        llm.generate(["what notice has a contract?"], params(), parse_special=True)
+
+
+def test_the_pool_decides_for_stream_async(folder: Path) -> None:
+    llm = LLM(folder, pool=Parts(ExpertPool([member(name) for name in NAMES])))
+    asked = params(max_tokens=400, stop=("a", "e", "o", "i", "u", "0", "1"))
+    prompt, answers = user("x\nlaw_expert a\nmed_expert b"), list[Answer]()
+
+    async def texts() -> list[str]:
+        found: dict[int, str] = {}
+        async for request in llm.stream_async(prompt, asked, on_answer=answers.append):
+            found[request.request_id] = request.text
+        return [*found.values()]
+
+    assert JOINT.join(asyncio.run(texts())) == llm.generate([prompt], asked)[0].text
+    assert [part["members"][0]["name"] for part in answers[0].trace] == ["law_expert", "med_expert"]
+
+
 # ---- what cannot be -------------------------------------------------------------------------------------------------
 
 
@@ -291,10 +356,14 @@ def test_parts_share_max_tokens_and_end_where_the_context_does(folder: Path) -> 
     (Fusion((member("none", "adapter", path=Path("x")),)), "adapter = 'none': is no adapter that was loaded"),
     (Fusion((member("poet_expert"),)), "poet_expert: must be a named group of the model's atlas, which has law_expert"),
     (Fusion((print,), (1.0,), "callable"), "must be of kind base, experts, adapter, knowledge"),
+    (Fusion((member("law_expert"),), (0.0,)), "law_expert: weight = 0.0: must be a positive number"),
+    (Fusion((member("law_expert"),), (0.5, 0.5)), "2 weights for 1 members"),
     ({"law": 1.0}, "must be a Fusion or a decision"), (True, "this LLM has no pool")], ids=str)
 def test_wrong_decisions_are_refused(folder: Path, routing: Any, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         LLM(folder).generate("x", params(), routing=routing)
+    with pytest.raises(RequestError, match="must be a Fusion or a decision"):
+        LLM(folder).generate_ensemble(["x"], routing=ExpertPool())  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="routing has 3 entries"):
         LLM(folder).generate(["x", "y"], params(), routing=[False, False, None])
 

@@ -7,7 +7,7 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,7 +34,7 @@ from .engine import Engine, atlas_beside
 from .options import EngineOptions, EngineSettings
 from .request import AdapterChoice, Ensemble, Message, Prompt, Request, RequestOutput
 from .residency import Residency
-from .routing import JOINT, Answer, Fusion, GateReader, Router, Routing, RoutingChoice
+from .routing import JOINT, Answer, GateReader, Router, Routing, RoutingChoice, fusion_of
 from .sampling_params import SamplingOptions, SamplingParams
 from .warmup import Warmup, warm_up
 
@@ -263,7 +263,7 @@ class LLM:
         """
         ways: Sequence[Routing | bool] = [False] * len(prompts)
         if routing is not None:
-            fusion: Fusion = getattr(routing, "fusion", routing)  # type: ignore[arg-type]
+            fusion = fusion_of(routing)
             if isinstance(prompts, str) or len(prompts) != 1 or weights is not None:
                 raise RequestError("routing: must be with one prompt in a list and without weights, got "
                                    f"{len(prompts)}")
@@ -298,14 +298,27 @@ class LLM:
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, *, domain: str | None = None,
         parse_special: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None, tools: Tools | None = None,
-        adapter: AdapterChoice | None = None, **sampling: Unpack[SamplingOptions],
+        adapter: AdapterChoice | None = None, routing: RoutingChoice = None,
+        on_answer: Callable[[Answer], None] | None = None, **sampling: Unpack[SamplingOptions],
     ) -> AsyncIterator[Request]:
-        """Yields the request whenever it has new tokens, until it has ended; its `text` and `token_ids` grow. Any
-        number may run at once. Leaving the iteration aborts the request. Raises what went wrong with it on the way.
-        The other keywords as in `generate`."""
-        request, *_ = self.requests(prompt, replace(self._params(params, sampling), n=1), domain=domain, tools=tools,
-                                    parse_special=parse_special, chat_template_kwargs=chat_template_kwargs,
-                                    adapter=adapter)
+        """Yields the request whenever it has new tokens, until it has ended; its `text` and `token_ids` grow. Of a
+        prompt that is answered in parts, the request of each, one after the other. Any number may run at once. Leaving
+        the iteration aborts the request. Raises what went wrong with it on the way. on_answer: as in `stream`. The
+        other keywords as in `generate`."""
+        answer = await asyncio.to_thread(  # the scorer `gate` waits for the engine
+            Answer, self, prompt, replace(self._params(params, sampling), n=1), domain=domain, tools=tools,
+            parse_special=parse_special, chat_template_kwargs=chat_template_kwargs, adapter=adapter, routing=routing)
+        if on_answer is not None:
+            on_answer(answer)
+        requests = answer.requests
+        while requests:
+            async with contextlib.aclosing(self._progress(requests[0])) as progress:
+                async for request in progress:
+                    yield request
+            requests = await asyncio.to_thread(answer.advance)
+
+    async def _progress(self, request: Request) -> AsyncGenerator[Request]:
+        """The request, whenever it has new tokens."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def tell(_: Request) -> None:

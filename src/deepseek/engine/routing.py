@@ -23,9 +23,11 @@ import numpy as np
 import torch
 
 from ..conversation import normalize
-from ..errors import RequestError, shown
+from ..errors import ConfigError, RequestError, shown
+from ..settings import is_number
 from .request import AdapterChoice, Message, Prompt, Request, RequestOutput, to_output
 from .routing_override import ExpertControl
+from .sampler import Logprob
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -52,6 +54,9 @@ class Fusion(Protocol):
 
     def each(self) -> Sequence[Fusion]:
         """A fusion for each member alone."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
 
     def ground(self, messages: Sequence[Message], most: int, question: str | None = None) -> Any:
         """(the messages with passages of the members' knowledge in them, `most` characters at most; citations)."""
@@ -124,16 +129,35 @@ class Routed(NamedTuple):
 
 
 def apply(llm: Model, prompt: Prompt, routing: Routing, question: str | None = None) -> Routed:
-    """Raises RequestError for a member that this LLM cannot run, and for passages in a prompt of token ids."""
+    """Raises what `check` raises, and RequestError for passages in a prompt of token ids."""
+    fusion = fusion_of(routing)
+    weights, adapter = check(llm, fusion)
+    prompt, citations = _grounded(llm, prompt, fusion, question) if weights["knowledge"] else (prompt, ())
+    bias = {name: weight * fusion.bias for name, weight in weights["experts"].items()} if fusion.bias else {}
+    return Routed(prompt, adapter, tuple(weights["experts"]), bias, citations)
+
+
+def fusion_of(routing: Routing) -> Fusion:
+    """Raises RequestError for what is neither a Fusion nor a decision."""
     fusion: Fusion = getattr(routing, "fusion", routing)  # type: ignore[arg-type]
     if not hasattr(fusion, "members") or not hasattr(fusion, "weights"):
         raise RequestError(f"routing = {shown(routing)}: must be a Fusion or a decision of a pool")
+    return fusion
+
+
+def check(llm: Model, fusion: Fusion) -> tuple[dict[str, dict[str, float]], AdapterChoice | None]:
+    """(kind -> member -> weight, the adapters that answer). Raises RequestError for a member that this LLM cannot run,
+    and for weights that are none."""
     weights: dict[str, dict[str, float]] = {"base": {}, "experts": {}, "adapter": {}, "knowledge": {}}
+    if len(fusion.weights) != len(fusion.members):
+        raise RequestError(f"routing: {len(fusion.weights)} weights for {len(fusion.members)} members: must be as many")
     for member, weight in zip(fusion.members, fusion.weights, strict=True):
         if (own := weights.get(getattr(member, "kind", ""))) is None:
             raise RequestError(f"routing: member {shown(getattr(member, 'name', member))}: must be of kind "
                                f"{', '.join(weights)}; fusion.text(prompt) runs what is callable")
-        own[member.name] = weight
+        if not is_number(weight) or weight <= 0:
+            raise RequestError(f"routing: {member.name}: weight = {shown(weight)}: must be a positive number")
+        own[member.name] = own.get(member.name, 0.0) + weight
     total, atlas = sum(weights["adapter"].values()), llm.engine.atlas
     for name in weights["experts"]:
         if atlas is None or name not in atlas:
@@ -141,9 +165,7 @@ def apply(llm: Model, prompt: Prompt, routing: Routing, question: str | None = N
                                f"{', '.join(atlas or ()) or 'none'}")
     adapter = {name: weight / total for name, weight in weights["adapter"].items()} or None
     llm.find_adapter(adapter)  # said before passages are looked for
-    prompt, citations = _grounded(llm, prompt, fusion, question) if weights["knowledge"] else (prompt, ())
-    bias = {name: weight * fusion.bias for name, weight in weights["experts"].items()} if fusion.bias else {}
-    return Routed(prompt, adapter, tuple(weights["experts"]), bias, citations)
+    return weights, adapter
 
 
 def _grounded(llm: Model, prompt: Prompt, fusion: Fusion, question: str | None) -> tuple[Prompt, tuple[Any, ...]]:
@@ -177,9 +199,15 @@ class GateReader:
 
     @property
     def llm(self) -> Model:
-        llm = self._llm()
-        assert llm is not None, "the pool is used by its LLM"
+        """Raises ConfigError where it has been deleted."""
+        if (llm := self._llm()) is None:
+            raise ConfigError("scorer = gate: the model that used the pool is gone: give the pool to another LLM")
         return llm
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model is still there."""
+        return self._llm() is not None
 
     def histogram(self, text: str) -> np.ndarray:
         """The share of each (MoE layer, expert) in the choices of its layer, over the text's tokens: [L E]."""
@@ -246,6 +274,8 @@ class Answer:
             self._parts = pool.parts(text) if self._divisible else ()
             if len(self._parts) < 2:
                 self._parts, self._routing = (), pool.route(text)
+            for part in self._parts:
+                check(llm, part.decision.fusion)
         self.seconds += time.perf_counter() - began
         self._turns: list[Message] = []  # the conversation so far, of several parts
         self.cut = False  # parts are left for which there is no room
@@ -287,14 +317,8 @@ class Answer:
         if not self.more:
             return []
         self._turns.append({"role": "assistant", "content": last.text})
-        try:
-            self._begin()
-        except RequestError as error:  # the conversation has become too long
-            self.trace.append({"text": self._parts[len(self.groups)].text, "error": str(error)})
-            self._parts = self._parts[: len(self.groups)]
-            self.cut = True
-            return []
-        return self.requests
+        self._begin()
+        return [] if self.cut else self.requests
 
     def _begin(self) -> None:
         prompt, routing, params, question = self.prompt, self._routing, self.params, None
@@ -303,22 +327,31 @@ class Answer:
             part = self._parts[len(self.groups)]
             routing, question, about = part.decision, part.text, part.to_dict()
             spent = sum(len(group[0].token_ids) for group in self.groups)
+            if spent >= params.max_tokens > 0:
+                return self._cut(f"max_tokens = {params.max_tokens}: the parts before have used all of them")
             params = replace(params, max_tokens=params.max_tokens - spent,
                              min_tokens=max(0, params.min_tokens - spent))
             prompt = self._next_turn(part)
-        elif routing is not None and hasattr(routing, "to_dict"):
-            about = routing.to_dict()
         adapter, asked = self.adapter, self.asked
         names, citations = tuple[str, ...](), tuple[Any, ...]()
         if routing is not None:
             began = time.perf_counter()
             prompt, adapter, names, bias, citations = apply(self.llm, prompt, routing, question)
+            about = about or (routing.to_dict() if hasattr(routing, "to_dict") else {})
             self.seconds += time.perf_counter() - began
+            if citations and isinstance(prompt, str) and asked.get("parse_special"):
+                raise RequestError("parse_special: must not be with passages of a knowledge base, whose control tokens "
+                                   "are text: give a conversation, or routing=False")
             if bias and params.experts is None:
                 params = replace(params, experts=ExpertControl(bias=bias))
             if names and asked.get("domain") is None:
                 asked = asked | {"domain": names[0]}
-        group = self.make(prompt, params, adapter=adapter, **asked)
+        try:
+            group = self.make(prompt, params, adapter=adapter, **asked)
+        except RequestError as error:
+            if not self.groups:
+                raise
+            return self._cut(str(error))  # the conversation has become too long
         usages = self.usage if isinstance(self.usage, Sequence) else [self.usage] * len(group)
         for request, usage in zip(group, usages, strict=True):
             request.ahead, request.usage = names, usage
@@ -329,6 +362,11 @@ class Answer:
             if citations:
                 about["passages"] = [one.to_json() for one in citations]
             self.trace.append(about)
+
+    def _cut(self, why: str) -> None:
+        """End before the next part."""
+        self.trace.append({"text": self._parts[len(self.groups)].text, "error": why})
+        self._parts, self.cut = self._parts[: len(self.groups)], True
 
     def _next_turn(self, part: Part) -> list[Message]:
         """The conversation up to a part, which stands with its context, unless that stood there before."""
@@ -343,9 +381,12 @@ class Answer:
         reason = "length" if self.cut else outputs[-1].finish_reason
         if len(outputs) == 1:
             return replace(outputs[0], routing=trace, finish_reason=reason)
-        logprobs = [one.logprobs for one in outputs]
+        logprobs, start = list[Logprob](), 0
+        for one in outputs:
+            logprobs += [replace(each, offset=start + each.offset) for each in one.logprobs or ()]
+            start += len(one.text) + len(JOINT)
         return RequestOutput(
             self.text, tuple(token for one in outputs for token in one.token_ids), reason,
             sum(one.prompt_tokens for one in outputs),
-            None if logprobs[0] is None else tuple(one for own in logprobs for one in own or ()),
+            None if outputs[0].logprobs is None else tuple(logprobs),
             cached_tokens=sum(one.cached_tokens for one in outputs), routing=trace)

@@ -76,8 +76,10 @@ class ExpertPool:
 
     def bind(self, gates: Gates) -> None:
         """Take the gates of the model that uses this pool. Raises ConfigError where the scorer asks another's."""
-        if self.scorer_name == "gate" and self.gates is not None:
+        if self.scorer_name == "gate" and self.gates is not None and self.gates.alive:
             raise ConfigError("pool: another model uses it: with the scorer gate each model must have its own")
+        if self.scorer_name == "gate":
+            self.__dict__.pop("scorer", None)
         self.gates = gates
 
     @property

@@ -58,6 +58,13 @@ class Fusion:
     def names(self) -> tuple[str, ...]:
         return tuple(name_of(member) for member in self.members)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values. bias: where it makes the answer inexact."""
+        inexact = self.bias > 0 and any(getattr(member, "kind", "") == "experts" for member in self.members)
+        return {"members": [{"name": name, "kind": getattr(member, "kind", "callable"), "weight": round(weight, 4)}
+                            for name, member, weight in zip(self.names, self.members, self.weights, strict=True)],
+                "kind": self.kind} | ({"bias": self.bias} if inexact else {})
+
     def each(self) -> list[Fusion]:
         """A fusion for each member alone, such as `LLM.generate_ensemble` answers with."""
         return [replace(fuse_expert_outputs([member]), bias=self.bias) for member in self.members]
@@ -110,10 +117,8 @@ class RoutingDecision:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"members": [{"name": name, "kind": getattr(member, "kind", "callable"), "weight": round(weight, 4)}
-                            for name, member, weight in zip(self.fusion.names, self.fusion.members,
-                                                            self.fusion.weights, strict=True)],
-                "kind": self.fusion.kind, "abstained": self.abstained, "scorer": self.scorer,
+        return self.fusion.to_dict() | {
+                "abstained": self.abstained, "scorer": self.scorer,
                 "threshold": round(self.threshold, 4),
                 "scores": {name: round(score, 4) for name, score in self.scores.items()},
                 "keywords": {word: round(weight, 4) for word, weight in self.keywords.items()}}

@@ -62,8 +62,12 @@ Progress = Callable[[int, int], None]
 
 
 class Gates(Protocol):
-    """A model's gates. histogram: of the tokens of a text, the share of each (layer, expert) in its layer, [D]; group:
-    the same of a named group's experts, None where the model has none of that name."""
+    """A model's gates. alive: whether the model is still there; histogram: of the tokens of a text, the share of each
+    (layer, expert) in its layer, [D]; group: the same of a named group's experts, None where the model has none of that
+    name."""
+
+    @property
+    def alive(self) -> bool: ...
 
     def histogram(self, text: str) -> np.ndarray: ...
 
