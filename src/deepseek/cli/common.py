@@ -120,6 +120,8 @@ def make_llm(args: argparse.Namespace) -> LLM:
         pool = ExpertPool.load(options.pool)
     elif answers.trace:
         raise ConfigError("trace: tells how a pool was asked: --pool must be given")
+    if answers.trace and answers.use_adapter is not None:
+        raise ConfigError("trace: tells how a pool was asked: with --use_adapter none is")
     there = {**adapters, **(pool.adapters if pool is not None else {})}
     if (use := answers.use_adapter) is not None and use not in there:
         raise ConfigError(f"use_adapter = {use!r}: must be one of the names given with --adapter NAME=DIR, or an "
@@ -179,9 +181,10 @@ def trace_text(trace: Sequence[Mapping[str, Any]], experts: Mapping[str, float] 
             lines.append(f"  not answered: {part['error']}")
             continue
         why = f": {part['abstained']}" if part["abstained"] else ""
+        bias = f"; inexact, bias {part['bias']:g}" if "bias" in part else ""
         lines.append("  members:  " + ", ".join(
             f"{one['name']} {one['weight']:.3f}{'' if why else ' (' + one['kind'] + ')'}"
-            for one in part["members"]) + why)
+            for one in part["members"]) + why + bias)
         for title in ("keywords", "scores"):
             table = ", ".join(f"{key} {value:.3f}" for key, value in part[title].items())
             lines.append(f"  {title + ':':<9} {table or 'none'}")

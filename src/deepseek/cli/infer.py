@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     if args.input is not None:
         if args.prompt is not None or args.chat:
             raise ConfigError("--input: the prompts are in the file; --prompt and --chat do not apply")
+        if args.trace:
+            raise ConfigError("--input: each answer has its `routing`; --trace does not apply")
         _infer_file(args)
         return
     if args.chat and args.parse_special:
