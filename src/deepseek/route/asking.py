@@ -94,7 +94,7 @@ def has_order(text: str) -> bool:
 
 
 def commands(text: str) -> bool:
-    """Whether a clause begins with such as "explain", after words of order and politeness."""
+    """Whether a clause says what to do ("explain", "计算"), after words of order and politeness."""
     return bool(_COMMAND.match(text[:_CLAUSE]))
 
 
