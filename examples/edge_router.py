@@ -33,6 +33,8 @@ class EdgeRouter:
         rows, scale = self.sequences(text[: self.about["sequences_read"]])
         sums = np.take(self.arrays["sequence"], rows, axis=0).sum(0, dtype=np.int32)
         logits = sums * self.arrays["sequence_scale"] * scale + self.arrays["bias"]
+        size = min(len(text), self.about["read"])
+        logits *= size / (size + self.about["form"])
         crcs = (zlib.crc32(term.encode()) for term in self.terms(text[: self.about["read"]]))
         counts = Counter(self.row[crc] for crc in crcs if crc in self.row)
         if counts:

@@ -263,7 +263,7 @@ class DomainClassifier:
         model = cls(labels, np.zeros((1 << bits, len(labels)), np.float32), np.zeros(len(labels), np.float32), 1.0)
         model._fit(texts, y_N, np.flatnonzero(~out_N), rng, epochs, learning_rate, progress)
         held = np.flatnonzero(out_N)
-        pieces = [_piece(texts[int(i)], rng.random(), rng.random()) for i in held]
+        pieces = [piece(texts[int(i)], rng.random(), rng.random()) for i in held]
         logits_NK = np.concatenate([model._logits(*sequences(pieces[i : i + BATCH], bits))
                                     for i in range(0, len(pieces), BATCH)])
         half = np.zeros(len(held), bool)
@@ -291,7 +291,7 @@ class DomainClassifier:
             order = rng.permutation(train)
             for start in range(0, len(order), BATCH):
                 rows = order[start : start + BATCH]
-                pieces = [_piece(texts[int(i)], rng.random(), rng.random()) for i in rows]
+                pieces = [piece(texts[int(i)], rng.random(), rng.random()) for i in rows]
                 idx_S, starts_N, scale_N = sequences(pieces, bits)
                 p_NK = softmax(self._logits(idx_S, starts_N, scale_N))
                 p_NK[np.arange(len(rows)), y_N[rows]] -= 1.0
@@ -346,15 +346,15 @@ class DomainClassifier:
         rows_SK = np.take(self.weights_SK, idx_S, axis=0)  # five times as fast as weights_SK[idx_S]
         return np.add.reduceat(rows_SK, starts_N, axis=0) * scale_N[:, None] + self.bias_K
 
-    def save(self, path: str | Path) -> None:
-        """A .npz without pickled objects, whole or not at all."""
+    def save(self, path: str | Path, *, exact: bool = False) -> None:
+        """A .npz without pickled objects, whole or not at all. exact: with weights of 32 bits, not 16."""
         import numpy as np
 
         buffer = io.BytesIO()
         about = json.dumps({"format": 1, "names": self.names, "temperature": self.temperature, "lengths": LENGTHS},
                            allow_nan=False)
-        np.savez(buffer, about=np.frombuffer(about.encode(), np.uint8), weights=self.weights_SK.astype(np.float16),
-                 bias=self.bias_K)
+        np.savez(buffer, about=np.frombuffer(about.encode(), np.uint8), bias=self.bias_K,
+                 weights=self.weights_SK.astype(np.float32 if exact else np.float16))
         write_atomically(path, buffer.getvalue())
 
     @classmethod
@@ -396,7 +396,7 @@ def held_out_rows(texts: Sequence[str], y_N: np.ndarray, labels: Sequence[str], 
     return out_N
 
 
-def _piece(text: str, where: float, how_long: float) -> str:
+def piece(text: str, where: float, how_long: float) -> str:
     """A stretch of `text`: lengths even on a logarithmic scale between MIN_PIECE and PIECE."""
     length = int(MIN_PIECE * (PIECE / MIN_PIECE) ** how_long)
     start = int(where * max(0, len(text) - length))

@@ -20,11 +20,19 @@ from typing import IO, Any
 
 from .errors import ConfigError, DataError, MoEDRError, NotFoundError
 
+CACHE = "DEEPSEEK_CACHE"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _YAML_BYTES, _DEPTH = 8 << 20, 64
 # YAML 1.2, 10.3.2, without integers
 _YAML_FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again."""
+    if own := os.environ.get(CACHE):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepseek"
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:

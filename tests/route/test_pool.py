@@ -14,9 +14,9 @@ import pytest
 from deepseek import ExpertPool, KnowledgeBase, dynamic_routing
 from deepseek.cli import main
 from deepseek.errors import ConfigError, NotFoundError, RequestError
-from deepseek.route import PoolMember
+from deepseek.route import PoolMember, scorers
 from deepseek.route.distilled import DistilledRouter, distill
-from deepseek.route.scorers import TRAINED, Centroids, Sequences
+from deepseek.route.scorers import FORM, TRAINED, Centroids, Sequences
 from tests.helpers import ROOT
 
 WORDS = {"law": "court judge appeal verdict plaintiff statute 法院 判决 原告 合同".split(),
@@ -220,6 +220,29 @@ def test_many_members_or_few_samples_take_centroids() -> None:
     assert few.route("court").fusion.names[0] == "a"
 
 
+def test_that_a_member_has_no_text_in_a_language_says_nothing_about_its_terms() -> None:
+    english = [PoolMember(name, f"about {name}", samples=[f"{word} {i} number" for i in range(20)])
+               for name, word in (("court", "judge"), ("clinic", "doctor"))]
+    chinese = PoolMember("poems", "诗歌", samples=[f"山水{i}的明月，今晚发烧" for i in range(20)])
+    medicine = PoolMember("medicine", "发烧、咳嗽", samples=[f"fever {i}" for i in range(20)])
+    pool = ExpertPool([*english, chinese, medicine])
+    weights = pool.scorer.terms
+    assert "今晚" in weights.vocabulary and "judg" in weights.vocabulary
+    assert "明月" in weights.vocabulary and "的明" not in weights.vocabulary  # a function word
+    assert pool.route("咳嗽").fusion.names == ("medicine",) and pool.route("明月").fusion.names == ("poems",)
+    fever = weights.logits("发烧")[0]
+    assert fever[3] > fever[2]  # a word of its description, though every poem has it, and no text of its own
+
+
+def test_function_words_do_not_count() -> None:
+    texts = {"novel": "she had never seen her ship", "law": "the court ruled", "code": "the loop ran"}
+    pool = ExpertPool([PoolMember(name, name, samples=[f"{text} {i}" for i in range(20)])
+                       for name, text in texts.items()])
+    assert {"court", "seen", "ship"} <= {*pool.scorer.terms.vocabulary}
+    assert not {"she", "her", "never", "had", "the"} & {*pool.scorer.terms.vocabulary}
+    assert pool.route("Has she never ruled her court?").fusion.names == ("law",)
+
+
 def test_logits_of_the_sparse_weights_equal_the_formula() -> None:
     scorer = ExpertPool(members()).scorer
     weights = scorer.terms
@@ -230,6 +253,30 @@ def test_logits_of_the_sparse_weights_equal_the_formula() -> None:
     a, b = (dense[weights.vocabulary[term]] for term in ("court", "oven"))
     want = (a * 2 / (2 + 1.2) + b * 1 / (1 + 1.2)) / 2**0.5
     assert scorer.terms.logits("court oven court zzzz")[0] == pytest.approx(want, rel=1e-5)
+
+
+def test_a_trained_classifier_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path))
+    monkeypatch.setattr(scorers, "KEPT", 10)
+    first = ExpertPool(members(10), "classifier").route("the court")
+    [file] = (tmp_path / "classifiers").iterdir()
+    monkeypatch.setattr(scorers.DomainClassifier, "_fit", None)  # it cannot be trained again
+    assert ExpertPool(members(10), "classifier").route("the court") == first
+    with pytest.raises(TypeError):
+        ExpertPool(members(10), "classifier", seed=1).route("the court")
+    with pytest.raises(TypeError):
+        ExpertPool(members(11), "classifier").route("the court")
+    monkeypatch.undo()
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path))
+    monkeypatch.setattr(scorers, "KEPT", 10)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"not a domain classifier: .*; it is trained anew"):
+        assert ExpertPool(members(10), "classifier").route("the court") == first
+    assert ExpertPool(members(10), "classifier").route("the court") == first
+    (tmp_path / "blocked").write_text("", encoding="utf-8")
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "blocked"))
+    with pytest.warns(UserWarning, match="the classifier is not kept"):
+        assert ExpertPool(members(10), "classifier").route("the court") == first
 
 
 # ---- distilled ------------------------------------------------------------------------------------------------------
@@ -299,7 +346,8 @@ def test_the_trained_classifier_is_the_one_of_the_data_pipeline(pools: dict[str,
     texts = samples("law", 3, seed=5)
     for text in texts:
         terms, _ = scorer.terms.logits(text)
-        assert scorer.logits(text)[0] == pytest.approx(terms + scorer.more[0].model.logits([text])[0][0], rel=1e-5)
+        sequences = scorer.more[0].model.logits([text])[0][0] * len(text) / (len(text) + FORM)
+        assert scorer.logits(text)[0] == pytest.approx(terms + sequences, rel=1e-5)
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

@@ -19,23 +19,15 @@ from typing import Any, NamedTuple
 
 from .. import errors
 from ..errors import CheckpointError, ConfigError, MoEDRError
-from ..files import leads_out, read_json, sha256
+from ..files import cache_folder, leads_out, read_json, sha256
 from ..settings import is_number
 
 READY = {"mini": ("mini", 8), "mini-4bit": ("mini", 4), "mini-bf16": ("mini", 16)}  # name -> what ships, bits
 WEIGHTS = Path(__file__).parents[1] / "weights"
 FORMAT = 1  # of a manifest
 ASSEMBLY = 1  # grows when the same manifest makes another checkpoint
-CACHE = "DEEPSEEK_CACHE"
 _PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deepseek.convert.pulling import main; "
             "main(*sys.argv[2:])")
-
-
-def cache_folder() -> Path:
-    """Where ready models lie."""
-    if own := os.environ.get(CACHE):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepseek"
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from ..checkpoint import ready, stored_fingerprint
 from ..checkpoint.dense import DenseAsV3, DenseConfig, DenseFiles
 from ..checkpoint.models import plain_keys
 from ..checkpoint.packages import read_package
-from ..checkpoint.ready import CACHE, READY, Base, Shipped, ShippedFile, with_bits
+from ..checkpoint.ready import READY, Base, Shipped, ShippedFile, with_bits
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, MoEDRError, NotFoundError
-from ..files import locked, sha256
+from ..files import CACHE, locked, sha256
 from ..interrupts import kept
 from ..progress import ProgressBar
 from ..quant.linear import QuantConfig

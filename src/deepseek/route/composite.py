@@ -106,9 +106,10 @@ def split(text: str) -> list[Segment]:
 def _parts(text: str) -> tuple[list[_Part], list[tuple[int, int]]]:
     """(what asks, ranges of what belongs to all of it) of a hidden text."""
     if found := task_list(text):
+        stop = min(len(text), found.end + ENDS)
         below = [_Part(a, b, "tasks" if asks_of(text, a, b) and (
             is_question(text[max(a, b - 20) : b]) or has_order(text[a:b])) else "")
-            for a, b in sentences(text, found.end, len(text))]
+            for a, b in (*sentences(text, found.end, stop), (stop, len(text)))]
         more, shared = _grouped(text, below) if any(part.reason for part in below) else ([], [(found.end, len(text))])
         return [_Part(a, b, found.reason) for a, b in found.items] + more, [(0, found.start), *shared]
     ranges = [*sentences(text, 0, len(text))] if len(text) <= 2 * ENDS else [
@@ -131,8 +132,10 @@ def _grouped(text: str, units: Sequence[_Part]) -> tuple[list[_Part], list[tuple
     """Sentences that ask for something new, each with those that belong to it, and the rest, which is shared."""
     owner = _asking(text, units)
     asking = [i for i, one in enumerate(owner) if one is not None]
+    about_code = sum(bool(_CODE_WORDS.search(text[units[i].start : min(units[i].end, units[i].start + 300)]))
+                     for i in asking)
     for before, after in zip([None, *asking], [*asking, None], strict=True):
-        _details(text, units, owner, before, after)
+        _details(text, units, owner, before, after, about_code > 1)
     parts: dict[int, _Part] = {}
     shared: list[tuple[int, int]] = []
     for unit, one in zip(units, owner, strict=True):
@@ -166,13 +169,13 @@ def _asking(text: str, units: Sequence[_Part]) -> list[int | None]:
     return owner
 
 
-def _details(text: str, units: Sequence[_Part], owner: list[int | None], before: int | None, after: int | None) -> None:
+def _details(text: str, units: Sequence[_Part], owner: list[int | None], before: int | None, after: int | None,
+             shared_code: bool) -> None:
     """Whom the sentences between two that ask belong to: some to the one before, the others to the one after; None: to
-    all."""
+    all. shared_code: more than one sentence that asks names code, so that a block of it belongs to all."""
     at, stop = 0 if before is None else before + 1, len(units) if after is None else after
     if at == stop:
         return
-    shared_code = _several_about_code(text, units, owner)
     below = False  # a colon
     while before is not None and at < stop:
         own, said = text[units[at].start : units[at].end], text[units[at - 1].start : units[at - 1].end]
@@ -201,12 +204,6 @@ def _details(text: str, units: Sequence[_Part], owner: list[int | None], before:
 
 def _about_code(text: str) -> bool:
     return bool(_CODE_WORDS.search(text) or _POINTS.search(text))
-
-
-def _several_about_code(text: str, units: Sequence[_Part], owner: Sequence[int | None]) -> bool:
-    """Whether more than one sentence that asks names code: then a block of it belongs to all."""
-    return sum(bool(_CODE_WORDS.search(text[unit.start : min(unit.end, unit.start + 300)]))
-               for i, unit in enumerate(units) if owner[i] == i) > 1
 
 
 def _trimmed(text: str, part: _Part) -> _Part:

@@ -26,7 +26,7 @@ from ..errors import ConfigError, DataError, NotFoundError
 from ..files import to_json, write_atomically
 from .pool import ExpertPool
 from .routing import MIN_WEIGHT, READ, TOP
-from .scorers import BITS, K1, SAMPLES, TRAINED, Progress, Sequences, held_out, make_scorer, trained
+from .scorers import BITS, FORM, K1, SAMPLES, TRAINED, Progress, Sequences, held_out, make_scorer, trained
 from .terms import ENDINGS, PIECE, STOP, terms
 
 MOST = 1_000_000  # bytes of a file
@@ -61,9 +61,10 @@ def distill(pool: ExpertPool, path: str | Path, progress: Progress | None = None
     hash_T = np.array([zlib.crc32(weights.words[i].encode()) for i in kept], np.uint32)
     order = np.argsort(hash_T, kind="stable")
     weight, weight_scale = _rounded(dense_VM[kept[order]], 255)
-    about = {"format": 1, "names": [member.name for member in pool.members], "temperature": scorer.temperature,
+    about = {"format": 2, "names": [member.name for member in pool.members], "temperature": scorer.temperature,
              "threshold": scorer.threshold, "top": TOP, "min_weight": MIN_WEIGHT, "k1": K1, "read": READ,
-             "sequences_read": CLASSIFIED, "lengths": LENGTHS, "stop": sorted(STOP), "endings": ENDINGS, "piece": PIECE}
+             "form": FORM, "sequences_read": CLASSIFIED, "lengths": LENGTHS, "stop": sorted(STOP), "endings": ENDINGS,
+             "piece": PIECE}
     buffer = io.BytesIO()
     np.savez(buffer, about=np.frombuffer(to_json(about, ensure_ascii=False).encode(), np.uint8), sequence=sequence,
              sequence_scale=sequence_scale, bias=model.bias_K.astype(np.float32), term=hash_T[order], weight=weight,
@@ -88,12 +89,12 @@ class DistilledRouter:
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         about = json.loads(arrays["about"].tobytes())
-        if about["format"] != 1 or tuple(about["lengths"]) != LENGTHS:
+        if about["format"] != 2 or tuple(about["lengths"]) != LENGTHS:
             raise DataError("a router of another format")
         self.names = tuple(about["names"])
         self.temperature, self.threshold = float(about["temperature"]), float(about["threshold"])
         self._row = {int(h): i for i, h in enumerate(arrays["term"])}
-        self._arrays = arrays
+        self._arrays, self._form = arrays, about["form"]
         self._bits = len(arrays["sequence"]).bit_length() - 1
 
     @classmethod
@@ -113,6 +114,8 @@ class DistilledRouter:
         row_S, _, scale_N = sequences([text[:CLASSIFIED]], self._bits)
         sums_M = np.take(arrays["sequence"], row_S, axis=0).sum(0, dtype=np.int32)
         logits_M = sums_M * arrays["sequence_scale"] * scale_N[0] + arrays["bias"]
+        size = min(len(text), READ)
+        logits_M *= size / (size + self._form)
         counts = Counter(row for term in terms(text[:READ])
                          if (row := self._row.get(zlib.crc32(term.encode()))) is not None)
         if counts:

@@ -20,14 +20,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from ..errors import ConfigError, RequestError, shown
 from .grounding import MOST, Grounded, ground
 from .grounding import question as last_question
-from .terms import STOP, terms
+from .terms import PIECE, STOP, terms
 
 TOP = 3  # members that are fused at most
 MIN_WEIGHT = 0.15  # a member with less takes no part
 READ = 2000  # characters of a text that are looked at
 KEYWORDS = 20
 Kind = Literal["base", "experts", "adapter", "knowledge", "mixed", "callable"]
-_WORD = re.compile(r"([㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]+)|[^\W_]+")
+_WORD = re.compile(PIECE)
 
 
 @dataclass(frozen=True)

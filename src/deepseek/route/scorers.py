@@ -2,7 +2,8 @@
 
 keywords    BM25 with weights of its own for each member. Of term t (terms.py) and member m
 
-                weight_tm = max(0, logit(share of m's samples with t) - logit(mean share of the other members'))
+                weight_tm = max(0, logit(share of m's samples with t) - logit(mean share of the other members')), of
+                            samples in t's language; 0 for function words
                             + GIVEN * (the weight that is given, or the inverse frequency of t among the members'
                                        keywords and descriptions, for the terms of these)
                 logit_m   = sum over t in the text of weight_tm * n_t / (n_t + K1), / sqrt(number of these terms)
@@ -11,10 +12,10 @@ keywords    BM25 with weights of its own for each member. Of term t (terms.py) a
             A text without a known term has no member.
 
 classifier  the same, plus the logits of a linear classifier over hashed character sequences (deepseek.domain), trained
-            on the samples: the one knows what words mean for a domain, the other the form of its texts. In a pool of
-            more than TRAINED members, or where a member has fewer than SAMPLES samples, centroids take its place:
-            hashed sequences with inverse frequencies, added up with signs into WIDTH numbers, and cosines with the
-            members' means.
+            on the samples, times n / (n + FORM) for a text of n characters: the one knows what words mean for a domain,
+            the other the form of its texts, of which a short request has little. In a pool of more than TRAINED
+            members, or where a member has fewer than SAMPLES samples, centroids take its place: hashed sequences with
+            inverse frequencies, added up with signs into WIDTH numbers, and cosines with the members' means.
 
 gate        the terms' logits plus what a model's own gates say: which experts of each layer they choose for the tokens
             of the text, as shares h, and COSINE times a ridge regression of the members on sqrt(h); or, where a member
@@ -32,25 +33,33 @@ pairs, N texts.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..domain import READ as CLASSIFIED
-from ..domain import DomainClassifier, fit_temperature, held_out_rows, sequences, softmax
-from ..errors import ConfigError
+from ..domain import DomainClassifier, fit_temperature, held_out_rows, piece, sequences, softmax
+from ..errors import ConfigError, DataError, NotFoundError
+from ..files import cache_folder
 from .routing import READ
-from .terms import terms
+from .terms import is_chinese, is_common, terms
 
 if TYPE_CHECKING:
     from .member import PoolMember
 
 K1 = 1.2  # BM25's
-GIVEN = 3.0
+GIVEN = 7.0
+SPOKEN, FEW = 0.1, 0.01  # of a text's terms, for it to be in a language; of a member's texts, for it to have that
+KEPT, MOST_KEPT = 1000, 16  # samples of a classifier that is kept in the user's cache; how many of them are
+FORM = 200  # characters of which half the classifier's evidence counts
 HELD_OUT = 0.1
 COVERAGE, ENOUGH = 0.98, 0.5
 SAMPLES = 4  # of a member, to hold some out
@@ -144,21 +153,33 @@ def _inverse(shared: int, members: int) -> float:
 
 
 def _sample_weights(samples: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """{term: relevance weight} of each member, of the terms in its samples that are rarer elsewhere."""
-    counted = [Counter(term for text in own for term in set(terms(text[:READ]))) for own in samples]
-    shares: dict[str, float] = {}  # summed over the members
-    for own, counts in zip(samples, counted, strict=True):
-        for term, n in counts.items():
-            shares[term] = shares.get(term, 0.0) + n / len(own)
-    texts, others = sum(map(len, samples)), max(1, sum(map(bool, samples)) - 1)
-    out: list[dict[str, float]] = []
-    for own, counts in zip(samples, counted, strict=True):
-        weights = {}
-        for term, n in counts.items():
-            elsewhere = max(shares[term] - n / len(own), 0.0) / others + 0.5 / (texts - len(own) + 1)
-            if (weight := _logit((n + 0.1) / (len(own) + 0.2)) - _logit(elsewhere)) > 0:
-                weights[term] = weight
-        out.append(weights)
+    """{term: relevance weight} of each member, of the terms in its samples that are rarer elsewhere, function words
+    left out. Chinese terms are counted among the texts of which they are at least SPOKEN, others among theirs, and
+    among the members that have some: that a member has no text in a language says nothing about its terms."""
+    counts_LM = [[Counter[str]() for _ in samples] for _ in range(2)]
+    size_LM = [[0] * len(samples) for _ in range(2)]
+    for m, own in enumerate(samples):
+        for text in own:
+            found = set(terms(text[:READ]))
+            chinese = set(filter(is_chinese, found))
+            for language, some in enumerate((found - chinese, chinese)):
+                if some and len(some) >= SPOKEN * len(found):
+                    size_LM[language][m] += 1
+                    counts_LM[language][m].update(term for term in some if not is_common(term))
+    out: list[dict[str, float]] = [{} for _ in samples]
+    for counts_M, size_M in zip(counts_LM, size_LM, strict=True):
+        there = [m for m, own in enumerate(samples) if size_M[m] > FEW * len(own)]
+        shares: dict[str, float] = {}  # summed over the members
+        for m in there:
+            for term, n in counts_M[m].items():
+                shares[term] = shares.get(term, 0.0) + n / size_M[m]
+        texts = sum(size_M[m] for m in there)
+        for m in there:
+            size = size_M[m]
+            for term, n in counts_M[m].items():
+                elsewhere = max(shares[term] - n / size, 0.0) / max(1, len(there) - 1) + 0.5 / (texts - size + 1)
+                if (weight := _logit((n + 0.1) / (size + 0.2)) - _logit(elsewhere)) > 0:
+                    out[m][term] = weight
     return out
 
 
@@ -174,11 +195,48 @@ class Sequences:
                  bits: int = BITS) -> None:
         texts = [text for member in members for text in member.samples]
         names = [f"{m:06d}" for m, member in enumerate(members) for _ in member.samples]  # sorted as members are
-        self.model, _ = DomainClassifier.train(texts, names, bits=bits, held_out=HELD_OUT, seed=seed, progress=progress)
+
+        def train() -> DomainClassifier:
+            return DomainClassifier.train(texts, names, bits=bits, held_out=HELD_OUT, seed=seed, progress=progress)[0]
+
+        self.model = train() if len(texts) < KEPT else _kept(texts, names, f"{seed} {bits} {HELD_OUT}", train)
 
     def logits(self, text: str) -> tuple[np.ndarray, bool]:
         logits_NM, empty_N = self.model.logits([text])
-        return logits_NM[0], not empty_N[0]
+        return logits_NM[0] * np.float32(form_share(text)), not empty_N[0]
+
+
+def form_share(text: str) -> float:
+    """How much of the classifier's evidence counts in a text."""
+    size = min(len(text), READ)
+    return size / (size + FORM)
+
+
+def _kept(texts: Sequence[str], names: Sequence[str], settings: str,
+          train: Callable[[], DomainClassifier]) -> DomainClassifier:
+    """A classifier from the user's cache, or a trained one, which is put there. Its key: texts, names, settings and the
+    code that trains. A damaged file is made anew."""
+    key = hashlib.sha256(settings.encode() + Path(inspect.getfile(DomainClassifier)).read_bytes())
+    for name, text in zip(names, texts, strict=True):
+        own = text.encode("utf-8", "surrogatepass")
+        key.update(f"{name} {len(own)} ".encode() + own)
+    path = cache_folder() / "classifiers" / f"{key.hexdigest()}.npz"
+    try:
+        model = DomainClassifier.load(path)
+        if model.names == tuple(sorted(set(names))):
+            return model
+    except NotFoundError:
+        pass
+    except DataError as error:
+        warnings.warn(f"{error}; it is trained anew", stacklevel=2)
+    model = train()
+    try:
+        model.save(path, exact=True)
+        for old in sorted(path.parent.glob("*.npz"), key=lambda one: one.stat().st_mtime)[:-MOST_KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path}: the classifier is not kept: {error.strerror or error}", stacklevel=2)
+    return model
 
 
 class Centroids:
@@ -269,10 +327,15 @@ class SummedScorer:
     def keywords(self, text: str, member: int) -> dict[str, float]:
         return self.terms.keywords(text, member)
 
-    def calibrate(self, texts: Sequence[str], member_N: np.ndarray) -> None:
-        """Set temperature and threshold by texts that were not looked at, and their members."""
-        logits_NM = np.stack([self.logits(text)[0] for text in texts])
-        self.temperature = fit_temperature(logits_NM, member_N)
+    def calibrate(self, texts: Sequence[str], member_N: np.ndarray, seed: int = 0) -> None:
+        """Set temperature and threshold by texts that were not looked at, and their members: half of them whole, of the
+        others a piece, since many requests are short."""
+        draw = np.random.default_rng(seed)
+        texts = [text if i % 2 else piece(text, draw.random(), draw.random()) for i, text in enumerate(texts)]
+        found = [self.logits(text) for text in texts]
+        said_N = np.array([said for _, said in found])
+        logits_NM = np.stack([logits for logits, _ in found])[said_N]
+        self.temperature = fit_temperature(logits_NM, member_N[said_N])
         sure_N = softmax(logits_NM / self.temperature).max(1)
         self.threshold = min(ENOUGH, float(np.quantile(sure_N, 1 - COVERAGE)))
 
@@ -316,5 +379,5 @@ def make_scorer(members: Sequence[PoolMember], name: str, seed: int = 0, progres
         more = [GateEvidence(members, seen, gates, progress)]
     scorer = SummedScorer(TermWeights(members, seen), *more)
     if enough:
-        scorer.calibrate([texts[i] for i in np.flatnonzero(out_N)], member_N[out_N])
+        scorer.calibrate([texts[i] for i in np.flatnonzero(out_N)], member_N[out_N], seed)
     return scorer

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, DataError, NotFoundError
 
-APPLICATION, FORMAT = 0x6B6E6F77, 1  # in the header of the file; FORMAT grows where terms or tables change
+APPLICATION, FORMAT = 0x6B6E6F77, 2  # in the header of the file; FORMAT grows where terms or tables change
 _SCHEMA = """
 CREATE TABLE facts(name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE files(id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, bytes INTEGER NOT NULL,
