@@ -41,14 +41,14 @@ _ZH_VERBS = (  # with what keeps a statement out: 证明了, 写作, 解除, 用
     r"求(?!职|救|偿|助)|证明(?!上|了|其|材|人|被|原|已)|推导|解[答方出读析]|列[出举式一]|比较|对比|分析|审[查核阅]|检查|判断|"
     r"梳理|提取|识别|改[写成进]|重构|修改|修复|优化|调试|实现|设计|生成|制定|推荐|预[订定约]|订[一个张两]|查[一找询]|"
     r"找[一个出几到]|画[一个出张]|做[一个份张]|告诉|评[价估论]|整理|润色|谈谈|讲[讲一解个]|说说|看看|看一下|把|编[一个]|出[一几]|"
-    r"用[^，。\n]{1,20}?[写编做算求证画实解总翻说]|安排|确认|核对")
+    r"用[^，。\n]{1,20}?[写编做算求证画实解总翻说概介列]|安排|确认|核对")
 _COMMAND = re.compile(rf"{_LEAD}(?:{_VERBS})\b(?![-:]| of\b| (?:is|are|was|were|has|had)\b)|{_ZH_LEAD}(?:{_ZH_VERBS})",
                       re.IGNORECASE)
 _QUESTION = re.compile(rf"{_LEAD}(?:(?:{_ASKING})\b|(?:when|where) (?:{_HELPING})\b|(?:{_HELPING}) (?:{_SUBJECT})\b)",
                        re.IGNORECASE)
-_REQUEST = re.compile(r"\b(?:(?:could|can|would) you|please|i(?: also)? need|i(?:'d| would)(?: also)? like|"
-                      r"i(?: also)? want|tell me|help me|let me know|i wonder|i was wondering)\b|请问|请教|想问",
-                      re.IGNORECASE)
+_REQUEST = re.compile(rf"(?:帮我|帮忙|给我|麻烦[你您]?|请[你您]?(?!求))(?:{_ZH_VERBS})|请问|请教|想问|"
+                      r"\b(?:(?:could|can|would) you|please|i(?: also)? need|i(?:'d| would)(?: also)? like|"
+                      r"i(?: also)? want|tell me|help me|let me know|i wonder|i was wondering)\b", re.IGNORECASE)
 _ORDER = re.compile(rf"{_LEAD}(?<![a-z])(?:{_FIRST}|{_NEXT})\b|"
                     rf"\W{{0,9}}(?:请|那|我想|我要|你){{0,2}}(?:{_ZH_FIRST}|{_ZH_NEXT})", re.IGNORECASE)
 _NEW = re.compile(rf"\W{{0,9}}(?:(?:and|oh|so|but) )?(?:(?:{_NEXT})\b|{_ZH_NEXT})", re.IGNORECASE)
@@ -62,8 +62,9 @@ _INTRODUCES = re.compile(
     r"points|items|requests|favou?rs)\b|\bdo the following\b|help (?:me )?with (?:these|this|the following)|"
     r"(?:以下|下列|下面|如下|几个|[两三四五六\d]个)[^，。？?]{0,8}(?:问题|任务|事|题|要求|工作)|"
     r"请(?:依次|分别|逐一)?(?:完成|回答)", re.IGNORECASE)
-_WANTS = re.compile(r"\b(?:i|we)(?: also)? (?:need|want)\b|\b(?:need|want)s? (?:help|to know)\b|\bto-?dos?\b|"
-                    r"帮我|我[要想]|需要你|让我[^，。]{0,8}[两三四五几]", re.IGNORECASE)
+_WANTS = re.compile(r"\b(?:i|we)(?: also)? (?:need|want)\b|\bplease\b|\b(?:could|can) you\b|\bhelp me\b|"
+                    r"\b(?:need|want)s? (?:help|to know)\b|\bto-?dos?\b|"
+                    r"帮我|帮忙|麻烦|我[要想]|需要你|处理一下|让我[^，。]{0,8}[两三四五几]", re.IGNORECASE)
 _OF_ANSWER = re.compile(
     r"\W{0,9}(?:please |and )?(?:give|provide|show|write|explain|state|justify|include|list)(?: me)?"
     r"(?: your| the| a| an)?(?: [a-z]+)? (?:answers?|response|reasoning|reasons?|work|working|steps|sources|"
@@ -71,7 +72,8 @@ _OF_ANSWER = re.compile(
     r"\W{0,9}请?(?:给出|说明|写出|列出|解释|简述|并)?(?:一下)?(?:你的|您的|具体|详细|相应的?|最终)?"
     r"(?:理由|依据|答案|过程|步骤|原因|解析|结果|列式)", re.IGNORECASE)
 _POINTS_ON = re.compile(r"\b(?:following|below)\b|以下|下面|下列|如下|下文", re.IGNORECASE)
-_LABEL = re.compile(r"\W{0,9}[^\W\d]{1,20}(?: [^\W\d]{1,20}){0,2} ?[:：]\s*", re.IGNORECASE)
+_LABEL = re.compile(r"\W{0,9}(?!(?:and|but|or|for|about|as|at|on|in|with)\b)[^\W\d]{1,20}"
+                    r"(?: [^\W\d]{1,20}){0,2} ?[:：]\s*", re.IGNORECASE)
 _CHINESE, _LATIN = re.compile(r"[㐀-䶿一-鿿豈-﫿]"), re.compile(r"[A-Za-z]")
 
 

@@ -13,7 +13,7 @@ above it, ask: recipes, statutes and logs have lists too.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ class _Part(NamedTuple):
 
 _CODE_WORDS = re.compile(r"\b(?:code|function|loop|script|handler|snippet|program|class|method|query)\b|"
                          r"代码|函数|程序|脚本", re.IGNORECASE)
-_POINTS = re.compile(r"\b(?:it|this|that|these|above|below|errors?|crash\w*|exception|fails?|bugs?)\b|"
+_POINTS = re.compile(r":\s*$|：\s*$|\b(?:it|this|that|these|above|below|errors?|crash\w*|exception|fails?|bugs?)\b|"
                      r"这|报错|[上下]面", re.IGNORECASE)
 _OF_PREVIOUS = re.compile(r"\W{0,3}(?:it|this|that|they|these|use|using|make sure|keep|don't|do not|no|not|include|"
                           r"with|without|about|around|at least|at most)\b|"
@@ -109,7 +109,7 @@ def _parts(text: str) -> tuple[list[_Part], list[tuple[int, int]]]:
         stop = min(len(text), found.end + ENDS)
         below = [_Part(a, b, "tasks" if asks_of(text, a, b) and (
             is_question(text[max(a, b - 20) : b]) or has_order(text[a:b])) else "")
-            for a, b in (*sentences(text, found.end, stop), (stop, len(text)))]
+            for a, b in (*sentences(text, found.end, stop), *([(stop, len(text))] if stop < len(text) else ()))]
         more, shared = _grouped(text, below) if any(part.reason for part in below) else ([], [(found.end, len(text))])
         return [_Part(a, b, found.reason) for a, b in found.items] + more, [(0, found.start), *shared]
     ranges = [*sentences(text, 0, len(text))] if len(text) <= 2 * ENDS else [
@@ -132,10 +132,10 @@ def _grouped(text: str, units: Sequence[_Part]) -> tuple[list[_Part], list[tuple
     """Sentences that ask for something new, each with those that belong to it, and the rest, which is shared."""
     owner = _asking(text, units)
     asking = [i for i, one in enumerate(owner) if one is not None]
-    about_code = sum(bool(_CODE_WORDS.search(text[units[i].start : min(units[i].end, units[i].start + 300)]))
-                     for i in asking)
+    about_code = {i for i in asking
+                  if _CODE_WORDS.search(text[units[i].start : min(units[i].end, units[i].start + 300)])}
     for before, after in zip([None, *asking], [*asking, None], strict=True):
-        _details(text, units, owner, before, after, about_code > 1)
+        _details(text, units, owner, before, after, about_code)
     parts: dict[int, _Part] = {}
     shared: list[tuple[int, int]] = []
     for unit, one in zip(units, owner, strict=True):
@@ -170,9 +170,9 @@ def _asking(text: str, units: Sequence[_Part]) -> list[int | None]:
 
 
 def _details(text: str, units: Sequence[_Part], owner: list[int | None], before: int | None, after: int | None,
-             shared_code: bool) -> None:
+             about_code: Set[int]) -> None:
     """Whom the sentences between two that ask belong to: some to the one before, the others to the one after; None: to
-    all. shared_code: more than one sentence that asks names code, so that a block of it belongs to all."""
+    all. about_code: those that ask and speak of code; where there are several, a block of it belongs to all."""
     at, stop = 0 if before is None else before + 1, len(units) if after is None else after
     if at == stop:
         return
@@ -181,7 +181,7 @@ def _details(text: str, units: Sequence[_Part], owner: list[int | None], before:
         own, said = text[units[at].start : units[at].end], text[units[at - 1].start : units[at - 1].end]
         below = (below and "\n\n" not in said) or said.rstrip().endswith(COLON)
         if not (units[at].reason or below) and (
-                not _about_code(said) or shared_code if own[0] == CODE else
+                not _about_code(said) or len(about_code) > 1 if own[0] == CODE else
                 units[stop - 1].end - units[at].start > DETAIL or "\n" in said
                 or (after is not None and not _OF_PREVIOUS.match(own)
                     and (is_question(said.rstrip()) or bool(_OF_NEXT.match(own))))):
@@ -191,12 +191,10 @@ def _details(text: str, units: Sequence[_Part], owner: list[int | None], before:
     if after is None or at == stop:
         return
     if before is None:  # what comes first belongs to all, but for code, and the line that introduces it
-        asked = text[units[after].start : units[after].end]
-        if text[units[stop - 1].start] != CODE or shared_code or not _about_code(asked):
+        code = next((i for i in range(at, stop) if text[units[i].start] == CODE), None)
+        if code is None or about_code - {after}:
             return
-        at = stop - 1
-        if at and text[units[at - 1].start : units[at - 1].end].rstrip().endswith(COLON):
-            at -= 1
+        at = code - (code > at and _about_code(text[units[code - 1].start : units[code - 1].end]))
     elif units[stop - 1].end - units[at].start > DETAIL:
         return
     owner[at:stop] = [after] * (stop - at)
