@@ -99,7 +99,8 @@ def test_spread_lowers_what_is_like_better_ones() -> None:
     ("合同法第二百六十四条之一", ["合同", "同法", "264z1clause"]), ("第264条", ["264clause"]),
     ("Ａrticle 12", ["12clause"]), ("第一千零一十八条", ["1018clause"]), ("第二十万零三条", ["200003clause"]),
     ("第十条", ["10clause"]), ("人", ["人"]),
-    ("IPv6 3.14 C++", ["ipv6", "3", "14", "c"]), ("", []), ("the of 什么", [])])
+    ("IPv6 3.14 C++", ["ipv6", "3", "14", "c"]), ("", []), ("the of 什么", []),
+    ("用Python写函数v2版", ["用", "python", "写函", "函数", "v2", "版"])])
 def test_terms(text: str, found: list[str]) -> None:
     assert terms(text) == found
     assert clauses(found) == [term for term in found if term.endswith("clause")]
