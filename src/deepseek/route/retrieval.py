@@ -8,8 +8,9 @@ Latent semantic analysis: rows (1 + ln f) idf, of unit length, through the first
 randomized SVD finds (Halko, Martinsson and Tropp 2011).
 
 The two are joined as a sum: BM25 over its highest score, a fraction of the cosine, and one for each passage with a
-clause that the query names by its number. Reciprocal rank fusion (Cormack et al. 2009), the sum of 1 / (60 + rank), is
-here too; it finds less than BM25 alone where the vectors are the weaker of the two (docs/log.md).
+clause that the query names by its number; the sum is lowered for passages of a section that has a better one.
+Reciprocal rank fusion (Cormack et al. 2009), the sum of 1 / (60 + rank), is here too; it finds less than BM25 alone
+where the vectors are the weaker of the two (docs/log.md).
 
 Letters: passages N, terms V, postings P, dimensions D.
 """
