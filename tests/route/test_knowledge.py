@@ -108,6 +108,21 @@ def test_a_changed_file_replaces_its_passages(base: KnowledgeBase, tmp_path: Pat
     assert [Path(file.path).name for file in base.files()] == ["law.md", "medicine.md"]
 
 
+def test_a_large_index_is_not_read_at_every_commit(base: KnowledgeBase, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knowledge, "_CHEAP", -1)  # every index is a large one
+    other = KnowledgeBase(base.path)
+    assert other.search("gout") and other._due > time.monotonic() - 60
+    other._due = time.monotonic() + 3600
+    (tmp_path / "fever.md").write_text("# Fever\n\nA temperature above 38 degrees.\n", encoding="utf-8")
+    base.add([tmp_path / "fever.md"])
+    base.remove([tmp_path / "medicine.md"])
+    assert other.search("fever") == [], "not read yet"
+    assert other.search("gout") == [], "what was removed is not quoted all the same"
+    other._due = 0
+    assert other.search("fever")[0].section == "Fever"
+
+
 def test_a_file_that_is_written_while_it_is_read_is_looked_at_again(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     base = KnowledgeBase(tmp_path / "a.knowledge")

@@ -48,6 +48,7 @@ REPEATED = 0.98  # of the score of a passage, for each better one of its section
 _BATCH = 256  # texts for an embedding model at a time
 HEADINGS = 6  # how often a title above a passage counts
 _COMMIT = 0.5  # seconds between two of them
+_CHEAP = 0.25  # seconds of reading an index; one that takes longer is read a fifth of the time at most
 _RECENT = 2 * 10**9  # nanoseconds: a file that is so new may change again without a new time
 
 
@@ -119,6 +120,7 @@ class KnowledgeBase:
         self._store: Store | None = None
         self._index: _Index | None = None
         self._version: int | None = None
+        self._due = 0.0  # when the index may be read again
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -197,16 +199,17 @@ class KnowledgeBase:
 
     def _loaded(self) -> _Index:
         store = self._opened()
-        if self._index is None or self._version != store.version:
-            version = store.version
+        if self._index is None or (self._version != store.version and time.monotonic() >= self._due):
+            version, began = store.version, time.thread_time()
             with store.snapshot():
                 self._index = self._load(store)
-            self._version = version
+            took, self._version = time.thread_time() - began, version
+            self._due = time.monotonic() + (4 * took if took > _CHEAP else 0)
         return self._index
 
     def _load(self, store: Store) -> _Index:
         rows = store.rows()
-        counts = _counts(rows)
+        counts = Counts.of_rows(rows)
         self._check_embedding(store)
         projection = _projection(store)
         if projection is None and rows and self._embedding is None:  # killed before the first one was written
@@ -217,7 +220,7 @@ class KnowledgeBase:
         if there.any():
             vectors[there] = np.frombuffer(b"".join(row[3] or b"" for row in rows), np.float16).reshape(-1, dims)
         if projection is not None and not there.all():
-            vectors[~there] = projection.project(_counts([row for row in rows if row[3] is None]))
+            vectors[~there] = projection.project(Counts.of_rows([row for row in rows if row[3] is None]))
         return _Index(np.array([row[0] for row in rows], np.int64), BM25(counts), projection, vectors)
 
     # ---- writing ----------------------------------------------------------------------------------------------------
@@ -338,10 +341,10 @@ class KnowledgeBase:
         newer = store.one("SELECT count(*) FROM rows WHERE passage > ?", [fitted])
         if projection is None or newer >= store.one("SELECT count(*) FROM rows") - newer:
             rows = store.rows()
-            projection = Projection.fit(_counts(rows))
+            projection = Projection.fit(Counts.of_rows(rows))
             facts = {"fitted": rows[-1][0], "features": projection.features.tobytes(), "idf": projection.idf.tobytes(),
                      "projection": projection.vectors.tobytes(), "dimensions": projection.vectors.shape[1]}
-        vectors = projection.project(_counts(rows)).astype(np.float16)
+        vectors = projection.project(Counts.of_rows(rows)).astype(np.float16)
         with store.transaction():
             store.set_vectors((vector.tobytes(), row[0]) for vector, row in zip(vectors, rows, strict=True))
             store.set_facts(**facts)
@@ -387,10 +390,6 @@ def _rows(text: str, cuts: Iterable[tuple[tuple[str, ...], int, int]], vocabular
         ids = sorted(counted)
         yield PassageRow(section, start, end, said, np.array(ids, np.int32).tobytes(),
                          np.array([counted[one] for one in ids], np.int32).tobytes(), None)
-
-
-def _counts(rows: Sequence[tuple[int, bytes, bytes, bytes | None]]) -> Counts:
-    return Counts.of([row[1] for row in rows], [row[2] for row in rows])
 
 
 def _projection(store: Store) -> Projection | None:

@@ -51,6 +51,11 @@ class Counts:
         ends = np.cumsum([len(one) // 4 for one in terms], dtype=np.int64)
         return cls(np.frombuffer(b"".join(terms), np.int32), np.frombuffer(b"".join(counts), np.int32), ends)
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[tuple[int, bytes, bytes, bytes | None]]) -> Counts:
+        """Of what `Store.rows` gives."""
+        return cls.of([row[1] for row in rows], [row[2] for row in rows])
+
     def __len__(self) -> int:
         return len(self.ends)
 
