@@ -417,3 +417,11 @@ def test_some_members_alone_may_answer(pools: dict[str, ExpertPool]) -> None:
     for names, message in ((["law", "nobody"], "member = 'nobody'"), ([], "one at least"), ("law", "must be a list")):
         with pytest.raises(ConfigError, match=message):
             pool.among(names)
+
+
+def test_a_file_that_several_include_counts_once(tmp_path: Path) -> None:
+    write = {"all": "include: [a.yaml, b.yaml]", "a": "include: [c.yaml]", "b": "include: [c.yaml, c.yaml]",
+             "c": "members: [{name: x, kind: experts, domain: law}]"}
+    for name, content in write.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    assert [member.name for member in ExpertPool.load(tmp_path / "all.yaml").members] == ["x"]

@@ -67,7 +67,7 @@ class ExpertPool:
         or ConfigError naming file, key, rule and value."""
         path = Path(path).expanduser()
         members: dict[str, PoolMember] = {}
-        table = _read(path, (), members)
+        table = _read(path, (), members, set())
         try:
             return cls(tuple(members.values()), scorer or table.get("scorer") or "keywords",
                        bias=0.0 if table.get("bias") is None else table["bias"], seed=seed)
@@ -172,8 +172,9 @@ def _best(p_M: Any, most: int) -> Any:
     return some[np.lexsort((some, -p_M[some]))]
 
 
-def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember]) -> dict[str, Any]:
-    """Add the members of a file and of those that it includes, in their order; returns the file's own table."""
+def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember], read: set[Path]) -> dict[str, Any]:
+    """Add the members of a file and of those that it includes, in their order; returns the file's own table. read: the
+    files so far; one that several include counts once."""
     here = path.resolve()
     if here in including:
         circle = " -> ".join(str(one) for one in (*including[including.index(here):], here))
@@ -185,7 +186,9 @@ def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember
     for other in _list(table, "include", f"{path}: "):
         if not isinstance(other, str) or not (file := path.parent / Path(other).expanduser()).is_file():
             raise ConfigError(f"{path}: include = {shown(other)}: must be a pool file; there is none")
-        _read(file, (*including, here), members)
+        if file.resolve() not in read:
+            _read(file, (*including, here), members, read)
+    read.add(here)
     for number, entry in enumerate(_list(table, "members", f"{path}: ")):
         where = f"{path}: members[{number}]"
         if not isinstance(entry, dict):
