@@ -283,7 +283,8 @@ def test_parts_share_max_tokens_and_end_where_the_context_does(folder: Path) -> 
     llm = LLM(folder, pool=pool)
     text = "law_expert\nlaw_expert\nmed_expert"
     got, = llm.generate([user(text)], params(max_tokens=9, ignore_eos=True))
-    assert (got.finish_reason, len(got.token_ids), len(got.routing or ())) == ("length", 9, 1)
+    assert (got.finish_reason, len(got.token_ids), len(got.routing or ())) == ("length", 9, 2)
+    assert got.routing is not None and "have used all of max_tokens" in got.routing[1]["error"]
     long = "x7\nlaw_expert\nmed_expert " + "x7" * 500
     got, = llm.generate([user(long)], params(max_tokens=300, stop_token_ids=tuple(range(llm.model.config.vocab_size))))
     assert got.finish_reason == "length" and got.routing is not None and len(got.routing) == 2
@@ -401,6 +402,16 @@ def test_a_file_of_prompts_is_routed_line_by_line(folder: Path, tmp_path: Path) 
     assert [part["members"][0]["name"] for part in two["routing"]] == ["med_expert", "code_expert"]
     assert two["text"] == llm.generate([composite], params(**parts))[0].text
     assert "pool = 'no': must be true or false" in wrong[0]["error"] and "poet" in wrong[1]["error"]
+
+
+def test_a_line_that_asks_for_the_pool_does_not_get_the_adapter_of_the_others(
+        served: Callable[..., Served], tmp_path: Path) -> None:  # noqa: F811
+    own = served()
+    llm = LLM(own.four, pool=ExpertPool([member("law", "adapter", path=own.adapters["law"])]))
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": "law"}, {"prompt": "law", "pool": True}])
+    run_file(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", params(max_tokens=1), adapter="law")
+    given, asked = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert "routing" not in given and asked["routing"][0]["members"][0]["name"] == "law"
 
 
 def test_an_adapter_of_another_base_is_refused_at_the_start(

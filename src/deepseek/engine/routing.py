@@ -315,6 +315,8 @@ class Answer:
         end of tokens, or broken off."""
         last = self.requests[0]
         if not self.more:
+            if last.finish_reason == "length":
+                self._leave("the parts before have used all of max_tokens, or of the context")
             return []
         self._turns.append({"role": "assistant", "content": last.text})
         self._begin()
@@ -328,7 +330,8 @@ class Answer:
             routing, question, about = part.decision, part.text, part.to_dict()
             spent = sum(len(group[0].token_ids) for group in self.groups)
             if spent >= params.max_tokens > 0:
-                return self._cut(f"max_tokens = {params.max_tokens}: the parts before have used all of them")
+                self.cut = True
+                return self._leave(f"max_tokens = {params.max_tokens}: the parts before have used all of them")
             params = replace(params, max_tokens=params.max_tokens - spent,
                              min_tokens=max(0, params.min_tokens - spent))
             prompt = self._next_turn(part)
@@ -351,7 +354,8 @@ class Answer:
         except RequestError as error:
             if not self.groups:
                 raise
-            return self._cut(str(error))  # the conversation has become too long
+            self.cut = True
+            return self._leave(str(error))  # the conversation has become too long
         usages = self.usage if isinstance(self.usage, Sequence) else [self.usage] * len(group)
         for request, usage in zip(group, usages, strict=True):
             request.ahead, request.usage = names, usage
@@ -363,10 +367,10 @@ class Answer:
                 about["passages"] = [one.to_json() for one in citations]
             self.trace.append(about)
 
-    def _cut(self, why: str) -> None:
-        """End before the next part."""
-        self.trace.append({"text": self._parts[len(self.groups)].text, "error": why})
-        self._parts, self.cut = self._parts[: len(self.groups)], True
+    def _leave(self, why: str) -> None:
+        """Leave the parts that follow without an answer."""
+        self.trace += [{"text": part.text, "error": why} for part in self._parts[len(self.groups):]]
+        self._parts = self._parts[: len(self.groups)]
 
     def _next_turn(self, part: Part) -> list[Message]:
         """The conversation up to a part, which stands with its context, unless that stood there before."""

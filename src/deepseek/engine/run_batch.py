@@ -167,6 +167,8 @@ def _begin(llm: LLM, number: int, line: bytes, params: SamplingParams, usage: Ex
             raise RequestError(f"has {' and '.join(given) or 'neither prompt nor messages'}: must have one of prompt "
                                "and messages")
         prompt, domain = keys[given[0]], keys.get("domain")
+        if keys.get("pool") is True:
+            adapter = None  # the line says who answers
         if given == ["prompt"] and not isinstance(prompt, str):
             raise RequestError(f"prompt = {prompt!r:.60}: must be a text")
         if given == ["messages"] and not (isinstance(prompt, list) and prompt and all(
