@@ -8,7 +8,7 @@
     speed   8 requests of 64 + 64 tokens at once with 8 different mixtures against 8 with one, on INT8 and NF4, of three
             adapters and of eight in pairs; the adapters are random, of the same shape
 
-    python benchmarks/pool.py --records FOLDER --work FOLDER [--only loss|speed] [--rounds 5] [--asked 24]
+    python benchmarks/pool.py --records FOLDER --work FOLDER [--only loss|speed] [--rounds 5] [--asked 16]
 
 RECORDS is the folder `records` that recipes/mini/build.py leaves: train/NAME.jsonl and held_out/NAME.jsonl. Adapters
 that are not in WORK are trained first, which goes on where it was stopped.
@@ -42,9 +42,9 @@ from harness import alternate, arguments, machine, ratio, table, versions, write
 
 ADAPTED, OTHERS = ("law", "code", "medical"), ("text", "math", "dialogue")
 SHAPE: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "o_proj", "kv_a_proj_with_mqa"]}
-TRAINING: dict[str, Any] = {"lr": 2e-3, "batch_size": 4, "max_length": 256, "overlong": "cut", "eval_records": 12,
+TRAINING: dict[str, Any] = {"lr": 1e-3, "batch_size": 4, "max_length": 256, "overlong": "cut", "eval_records": 12,
                             "general_records": 2, "save_every": 8}
-STEPS = 24
+STEPS = 60
 CONTEXT, ANSWER = 256, 160  # tokens of a record at most
 SAMPLES = 600  # of a member at most
 REQUESTS, PROMPT, NEW = 8, 64, 64
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="folder of records that recipes/mini/build.py leaves")
     parser.add_argument("--work", type=Path, required=True, help="folder of the adapters")
     parser.add_argument("--only", choices=("loss", "speed"))
-    parser.add_argument("--asked", type=int, default=24, help="records of a name; of text without an adapter in all")
+    parser.add_argument("--asked", type=int, default=16, help="records of a name; of text without an adapter in all")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
