@@ -17,6 +17,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,18 @@ def perplexity(model: CausalLM, ids_BT: torch.Tensor, desc: str) -> float:
 
 
 @torch.inference_mode()
-def decoding(model: CausalLM, rounds: int) -> float:
-    """Tokens a second, the median of some rounds."""
-    rates = []
+def decoding(models: Sequence[CausalLM], rounds: int) -> list[float]:
+    """Tokens a second of each model, the medians of some rounds in which they take turns."""
+    rates: list[list[float]] = [[] for _ in models]
     for _ in range(rounds + 1):
-        cache, ids = model.new_cache(1, 2 * NEW), torch.arange(100, 100 + NEW)[None]
-        ids = model(ids, cache=cache, last_only=True).argmax(-1)
-        began = time.perf_counter()
-        for _ in range(NEW):
-            ids = model(ids, cache=cache).argmax(-1)
-        rates.append(NEW / (time.perf_counter() - began))
-    return statistics.median(rates[1:])
+        for model, own in zip(models, rates, strict=True):
+            cache, ids = model.new_cache(1, 2 * NEW), torch.arange(100, 100 + NEW)[None]
+            ids = model(ids, cache=cache, last_only=True).argmax(-1)
+            began = time.perf_counter()
+            for _ in range(NEW):
+                ids = model(ids, cache=cache).argmax(-1)
+            own.append(NEW / (time.perf_counter() - began))
+    return [statistics.median(own[1:]) for own in rates]
 
 
 def carved(model: Path, share: float, args: argparse.Namespace) -> Carved:
@@ -80,18 +82,22 @@ def healed_with(one: Carved) -> int:
     return run["steps"] * run["batch_size"] * run["seq_len"]
 
 
-def figures(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Of a checkpoint, kept beside it."""
-    file = folder.with_name(f"{folder.name}.figures-{args.windows}.json")
+def on_wikitext(folder: Path, args: argparse.Namespace) -> float:
+    """A checkpoint's perplexity, kept beside it."""
+    file = folder.with_name(f"{folder.name}.wikitext-{args.windows}.json")
     if not file.is_file():
         text = (args.data / WIKITEXT).read_text(encoding="utf-8")
         ids = Tokenizer.load(folder).encode(text[: 8 * LENGTH * args.windows])
         ids_BT = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)[: args.windows]
-        found = {"wikitext": perplexity(load_model(folder, torch.float32), ids_BT, f"WikiText-2, {folder.name}")}
-        small = folder.with_name(f"{folder.name}-int8")
-        quantize(folder, small, "int8", overwrite=True)
-        file.write_text(json.dumps(found | {"tokens_per_second": decoding(load_model(small), 5)}), encoding="utf-8")
+        found = perplexity(load_model(folder, torch.float32), ids_BT, f"WikiText-2, {folder.name}")
+        file.write_text(json.dumps(found), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def in_int8(folder: Path) -> CausalLM:
+    small = folder.with_name(f"{folder.name}-int8")
+    quantize(folder, small, "int8", overwrite=True)
+    return load_model(small)
 
 
 def row(name: str, one: Carved, losses: dict[str, float], own: dict[str, float], dense: bool = False) -> list[str]:
@@ -125,10 +131,12 @@ def main() -> None:
             folders[f"{share:.0%}, after {healed_with(one):,} tokens"] = one, one.path, False
         else:
             folders[f"{share:.0%}, without healing"] = one, one.path, False
-    for name, (one, folder, dense) in folders.items():
+    wikitext = [on_wikitext(folder, args) for _, folder, _ in folders.values()]
+    rates = decoding([in_int8(folder) for _, folder, _ in folders.values()], 5)
+    for (name, (one, _, dense)), w, rate in zip(folders.items(), wikitext, rates, strict=True):
         kind = "dense" if dense else next((kind for kind in ("before", "after") if kind in name), "")
         losses = one.losses.get(kind, {})
-        data[name] = own = figures(folder, args)
+        data[name] = own = {"wikitext": w, "tokens_per_second": rate}
         rows.append(row(name, one, losses, own, dense))
         data[name] |= {"losses": losses, "errors": one.errors}
     text = "\n\n".join([
