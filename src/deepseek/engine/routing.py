@@ -25,7 +25,7 @@ import torch
 from ..conversation import normalize
 from ..errors import ConfigError, RequestError, shown
 from ..settings import is_number
-from .request import AdapterChoice, Message, Prompt, Request, RequestOutput, to_output
+from .request import AdapterChoice, FinishReason, Message, Prompt, Request, RequestOutput, to_output
 from .routing_override import ExpertControl
 from .sampler import Logprob
 from .sampling_params import SamplingParams
@@ -298,7 +298,12 @@ class Answer:
     @property
     def more(self) -> bool:
         """Whether a part follows on the one under way, which has ended."""
-        return self.requests[0].finish_reason == "stop" and len(self.groups) < len(self._parts)
+        return self.requests[0].finish_reason in ("stop", "length") and len(self.groups) < len(self._parts)
+
+    def finish_reason(self, i: int = 0) -> FinishReason | None:
+        """Of a continuation: `length` where any part came to the end of its tokens."""
+        cut = self.cut or any(group[i].finish_reason == "length" for group in self.groups)
+        return "length" if cut else self.requests[i].finish_reason
 
     @property
     def requests(self) -> list[Request]:
@@ -311,14 +316,11 @@ class Answer:
         return JOINT.join(group[0].text for group in self.groups)
 
     def advance(self) -> list[Request]:
-        """The requests of the next part, once those of the last have ended; none where the answer is complete, at its
-        end of tokens, or broken off."""
-        last = self.requests[0]
+        """The requests of the next part, once those of the last have ended; none where the answer is complete, out of
+        tokens, or broken off."""
         if not self.more:
-            if last.finish_reason == "length":
-                self._leave("the parts before have used all of max_tokens, or of the context")
             return []
-        self._turns.append({"role": "assistant", "content": last.text})
+        self._turns.append({"role": "assistant", "content": self.requests[0].text})
         self._begin()
         return [] if self.cut else self.requests
 
@@ -332,8 +334,8 @@ class Answer:
             if spent >= params.max_tokens > 0:
                 self.cut = True
                 return self._leave(f"max_tokens = {params.max_tokens}: the parts before have used all of them")
-            params = replace(params, max_tokens=params.max_tokens - spent,
-                             min_tokens=max(0, params.min_tokens - spent))
+            share = -(-(params.max_tokens - spent) // (len(self._parts) - len(self.groups)))
+            params = replace(params, max_tokens=share, min_tokens=min(share, max(0, params.min_tokens - spent)))
             prompt = self._next_turn(part)
         adapter, asked = self.adapter, self.asked
         names, citations = tuple[str, ...](), tuple[Any, ...]()
@@ -382,9 +384,9 @@ class Answer:
         """Of all parts. prompt_tokens, cached_tokens: of what ran, all parts together."""
         outputs = [to_output(group) for group in self.groups]
         trace = tuple(self.trace) or None
-        reason = "length" if self.cut else outputs[-1].finish_reason
         if len(outputs) == 1:
-            return replace(outputs[0], routing=trace, finish_reason=reason)
+            return replace(outputs[0], routing=trace, finish_reason="length" if self.cut else outputs[0].finish_reason)
+        reason = self.finish_reason() or outputs[-1].finish_reason
         logprobs, start = list[Logprob](), 0
         for one in outputs:
             logprobs += [replace(each, offset=start + each.offset) for each in one.logprobs or ()]

@@ -111,8 +111,7 @@ class Chat:
         return delta
 
     def reason(self, i: int) -> str:
-        return "tool_calls" if self.parsers[i].answer.calls else "length" if self.answer.cut else str(
-            self.answer.requests[i].finish_reason)
+        return "tool_calls" if self.parsers[i].answer.calls else str(self.answer.finish_reason(i))
 
     def record_outcome(self) -> None:
         """Count tool calls and schema answers, now that the answers are complete."""

@@ -197,7 +197,7 @@ class Response:
         if answer.content or not answer.calls:
             output.append(self.item("message", answer.content))
         output += [self.call(call) for call in answer.calls]
-        reason = "length" if self.chat.answer.cut else self.chat.answer.requests[0].finish_reason
+        reason = self.chat.answer.finish_reason()
         if reason != "stop" and output[-1]["type"] != "function_call":
             output[-1]["status"] = "incomplete"
         body = self.body_of("completed" if reason == "stop" else "incomplete", output)
