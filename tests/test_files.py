@@ -270,6 +270,11 @@ def test_numbers_in_yaml_are_those_of_its_present_version(text: str, value: Any,
     assert found == {"lr": value, "all": [value]} and type(found["lr"]) is type(value)
 
 
+def test_yaml_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="/dev/zero: must be at most 8,388,608 bytes"):
+        read_yaml("/dev/zero")
+
+
 def test_a_key_given_twice_in_yaml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("lr: 1\nall:\n  lr: 2\n  <<: {lr: 3}\n  lr: 2\n")
     with pytest.raises(ConfigError, match=r"a\.yaml: not YAML: line 5: lr is given twice"):

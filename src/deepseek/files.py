@@ -256,9 +256,10 @@ def read_yaml(path: str | Path) -> Any:
     import yaml
 
     try:
-        if (size := os.stat(path).st_size) > _YAML_BYTES:
-            raise ConfigError(f"{path}: {size:,} bytes: must be at most {_YAML_BYTES:,} bytes of YAML")
-        loader = _yaml_loader()(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:  # a device or a pipe does not tell its size
+            if len(raw := file.read(_YAML_BYTES + 1)) > _YAML_BYTES:
+                raise ConfigError(f"{path}: must be at most {_YAML_BYTES:,} bytes of YAML")
+        loader = _yaml_loader()(raw.decode("utf-8"))
         try:
             node = loader.get_single_node()
             if node is None:
