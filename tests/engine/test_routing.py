@@ -373,7 +373,9 @@ def test_wrong_decisions_are_refused(folder: Path, routing: Any, said: str) -> N
         LLM(folder).generate(["x", "y"], params(), routing=[False, False, None])
 
 
-def test_a_pool_that_does_not_fit_the_model_is_refused_at_the_start(folder: Path, model: CausalLM) -> None:
+def test_a_pool_that_does_not_fit_the_model_is_refused_at_the_start(
+        folder: Path, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek.engine.llm.load_model", None)  # said before weights are read
     with pytest.raises(ConfigError, match="pool: poet_expert: is no named group of the model's atlas, which has law"):
         LLM(folder, pool=ExpertPool([member("poet_expert"), member("law_expert")]))
     with pytest.raises(ConfigError, match="atlas, which has none"):

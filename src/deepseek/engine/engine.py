@@ -342,11 +342,12 @@ def _pool_pages(model: CausalLM, options: EngineOptions, dtype: torch.dtype) -> 
     return max(full, min(options.max_num_seqs * full, affordable))
 
 
-def atlas_beside(folder: Path, config: ModelConfig) -> Atlas | None:
-    """The atlas of a checkpoint folder, None where there is none. Raises ConfigError for that of another model."""
-    if not (folder / "atlas.json").is_file():
-        return None
-    atlas = Atlas.load(folder)
-    if atlas.shape != (shape := Shape.of(config)):
+def atlas_beside(folder: Path) -> Atlas | None:
+    """The atlas of a checkpoint folder, None where there is none."""
+    return Atlas.load(folder) if (folder / "atlas.json").is_file() else None
+
+
+def check_atlas(atlas: Atlas | None, folder: Path, config: ModelConfig) -> None:
+    """Raises ConfigError for the atlas of another model."""
+    if atlas is not None and atlas.shape != (shape := Shape.of(config)):
         raise ConfigError(f"{folder / 'atlas.json'} is of a model with {atlas.shape}: must be {shape}")
-    return atlas

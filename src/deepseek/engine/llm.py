@@ -7,7 +7,7 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,7 +30,7 @@ from ..tokenizer import Tokenizer
 from . import adapter_choice
 from .constraint import Constraints
 from .driver import EngineDriver
-from .engine import Engine, atlas_beside
+from .engine import Engine, atlas_beside, check_atlas
 from .options import EngineOptions, EngineSettings
 from .request import AdapterChoice, Ensemble, Message, Prompt, Request, RequestOutput
 from .residency import Residency
@@ -79,14 +79,16 @@ class LLM:
         if isinstance(path_or_model, CausalLM):
             if delta is not None:
                 raise ConfigError(f"adapter = {str(delta)!r}: a delta goes into a checkpoint, not a model in memory")
+            _check_groups(pool, ())
             self.model = path_or_model.eval()
             put_beside(self.model, read_several(self.model, beside))
             tokenizer = _with_variables(tokenizer, chat_template_kwargs)
         else:
             folder = resolve(path_or_model)
             tokenizer = _with_variables(tokenizer or Tokenizer.load(folder), chat_template_kwargs)
+            _check_groups(pool, atlas := atlas_beside(folder))
             self.model = load_model(folder, dtype, device, adapter=delta, adapters=beside)
-            atlas = atlas_beside(folder, self.model.config)
+            check_atlas(atlas, folder, self.model.config)
         residency = None
         if options.expert_memory is not None:
             if folder is None:
@@ -99,9 +101,6 @@ class LLM:
         self.engine = Engine(self.model, options, atlas=atlas, residency=residency)
         self.driver = EngineDriver(self.engine)
         weakref.finalize(self, self.driver.release)
-        if pool is not None and (missing := set(pool.groups) - set(atlas or ())):
-            raise ConfigError(f"pool: {min(missing)}: is no named group of the model's atlas, which has "
-                              f"{', '.join(atlas or ()) or 'none'}")
         self.pool = pool
         if pool is not None and hasattr(pool, "bind"):
             pool.bind(GateReader(self))
@@ -495,6 +494,14 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer, and this model was given without one")
         return self.tokenizer
+
+
+def _check_groups(pool: Router | None, names: Iterable[str] | None) -> None:
+    """Raises ConfigError for a pool's named group that is not among those of a model's atlas."""
+    names = list(names or ())
+    if pool is not None and (missing := set(pool.groups) - set(names)):
+        raise ConfigError(f"pool: {min(missing)}: is no named group of the model's atlas, which has "
+                          f"{', '.join(names) or 'none'}")
 
 
 def names_of(model: str | Path) -> tuple[str, ...]:
