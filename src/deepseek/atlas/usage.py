@@ -92,6 +92,10 @@ class ExpertUsage:
         out.adapters = {name: part.renumbered(old) for name, part in self.adapters.items()}
         return out
 
+    def shares(self, atlas: Atlas) -> dict[str, float]:
+        """Each named group's share of the gates' weight, the largest first. Raises ConfigError as `by_name` does."""
+        return dict(sorted(((name, use.weight) for name, use in self.by_name(atlas).items()), key=lambda one: -one[1]))
+
     def add(self, routing: RoutingRecord, mask_T: Tensor | None = None) -> None:
         """Count one call's routes. mask_T: False for tokens that are padding.
 

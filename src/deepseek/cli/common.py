@@ -164,11 +164,23 @@ def experts_text(llm: LLM, usage: Any) -> str:
 
 
 def named_shares(llm: LLM, usage: Any) -> dict[str, float]:
-    """Share of the gates' weight that each named group had, the largest first."""
-    if usage is None or llm.engine.atlas is None:
-        return {}
-    shares = {name: use.weight for name, use in usage.by_name(llm.engine.atlas).items()}
-    return dict(sorted(shares.items(), key=lambda one: -one[1]))
+    """Each named group's share of the gates' weight; empty where nothing was counted, or no expert has a name."""
+    return {} if usage is None or llm.engine.atlas is None else usage.shares(llm.engine.atlas)
+
+
+def decision_lines(about: Mapping[str, Any], trace: bool = True) -> list[str]:
+    """A decision of a pool, as `to_dict` gives it: its members, and with `trace` the reasons before them."""
+    lines = []
+    if trace:
+        for title in ("keywords", "scores"):
+            table = ", ".join(f"{key} {value:.3f}" for key, value in about[title].items())
+            lines.append(f"{title + ':':<10} {table or 'none'}")
+        lines.append(f"threshold: {about['threshold']:.3f} ({about['scorer']})")
+    why = f": {about['abstained']}" if about["abstained"] else ""
+    bias = f"; inexact, bias {about['bias']:g}" if "bias" in about else ""
+    lines += [f"{one['weight']:.3f}  {one['name']}{'' if why else ' (' + one['kind'] + ')'}{why}{bias}"
+              for one in about["members"]]
+    return [printable(line) for line in lines]
 
 
 def trace_text(trace: Sequence[Mapping[str, Any]], experts: Mapping[str, float] | None = None) -> str:
@@ -180,19 +192,11 @@ def trace_text(trace: Sequence[Mapping[str, Any]], experts: Mapping[str, float] 
         if "error" in part:
             lines.append(f"  not answered: {part['error']}")
             continue
-        why = f": {part['abstained']}" if part["abstained"] else ""
-        bias = f"; inexact, bias {part['bias']:g}" if "bias" in part else ""
-        lines.append("  members:  " + ", ".join(
-            f"{one['name']} {one['weight']:.3f}{'' if why else ' (' + one['kind'] + ')'}"
-            for one in part["members"]) + why + bias)
-        for title in ("keywords", "scores"):
-            table = ", ".join(f"{key} {value:.3f}" for key, value in part[title].items())
-            lines.append(f"  {title + ':':<9} {table or 'none'}")
-        lines.append(f"  threshold: {part['threshold']:.3f} ({part['scorer']})")
+        lines += [f"  {line}" for line in decision_lines(part)]
         lines += [f"  [{one['number']}] {one['file']}{', ' + one['section'] if one['section'] else ''} "
                   f"({one['start']}-{one['end']})" for one in part.get("passages", ())]
     if experts:
-        lines.append("  experts:  " + ", ".join(f"{name} {share:.3f}" for name, share in experts.items()))
+        lines.append("experts:   " + ", ".join(f"{name} {share:.3f}" for name, share in experts.items()))
     return "\n".join(map(printable, lines))
 
 

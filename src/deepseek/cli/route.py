@@ -6,16 +6,14 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from ..errors import printable
 from ..files import to_json
 from ..progress import ProgressBar
 from ..settings import NATURAL, Option, Settings
+from .common import decision_lines
 from .parser import Parser, add_command, add_settings, add_steps, make
-
-if TYPE_CHECKING:
-    from ..route import RoutingDecision
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def text(args: argparse.Namespace) -> None:
         if options.json:
             print(to_json(decision.to_dict(), ensure_ascii=False))
         else:
-            _show(decision, options.trace)
+            print("\n".join(decision_lines(decision.to_dict(), options.trace)))
         return
     parts = pool.parts(asked)
     if options.json:
@@ -69,23 +67,12 @@ def text(args: argparse.Namespace) -> None:
     for number, one in enumerate(parts, 1):
         reason = f", {one.reason}" if one.reason else ""
         print(f"{number}. {_line(one.text)} (characters {one.start} to {one.start + len(one.text)}{reason})")
-        _show(one.decision, options.trace, "   ")
+        print("\n".join(f"   {line}" for line in decision_lines(one.to_dict(), options.trace)))
 
 
 def _line(text: str, most: int = 72) -> str:
     line = " ".join(text[:1000].split())
     return printable(line if len(line) <= most else line[:most - 1] + "…")
-
-
-def _show(decision: RoutingDecision, trace: bool, indent: str = "") -> None:
-    if trace:
-        for title, table in (("keywords", decision.keywords), ("scores", decision.scores)):
-            words = ", ".join(printable(f"{key} {value:.3f}") for key, value in table.items())
-            print(f"{indent}{title + ':':<10} {words or 'none'}")
-        print(f"{indent}threshold: {decision.threshold:.3f} ({decision.scorer})")
-    reason = f": {decision.abstained}" if decision.abstained else ""
-    for member, weight in zip(decision.fusion.members, decision.fusion.weights, strict=True):
-        print(f"{indent}{weight:.3f}  {member.name}{'' if reason else f' ({member.kind})'}{reason}")
 
 
 def distill(args: argparse.Namespace) -> None:

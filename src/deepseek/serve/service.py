@@ -343,8 +343,7 @@ class Server:
         """Each named group's share of the gate's weight, the largest first, over the tokens that ran."""
         atlas = self.llm.engine.atlas
         assert atlas is not None
-        shares = {name: round(use.weight, 4) for name, use in usage.by_name(atlas).items()}
-        return dict(sorted(shares.items(), key=lambda own: -own[1]))
+        return {name: round(share, 4) for name, share in usage.shares(atlas).items()}
 
     def _routed(self, requests: Sequence[Generation]) -> list[dict[str, list[int]]]:
         """How many of each request's tokens visited each expert, by layer; empty where the client has left."""
