@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from deepseek.config import ModelConfig
-from deepseek.deepopt.loop import make_optimizer
+from deepseek.deepopt.optimizers import make_optimizer
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.info import describe
 from deepseek.model import CausalLM

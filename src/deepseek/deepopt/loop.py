@@ -1,10 +1,10 @@
 """The training loop. A killed run resumes bit for bit.
 
 Everything that the next step depends on is either a pure function of the step number (which windows of the data come,
-the learning rate) or part of the checkpoint (weights, gate biases, AdamW's moments, the random state). A checkpoint is
-one folder that appears in one rename, so at any instant the newest `checkpoint-N` is whole; a run that was killed
-starts again from it and takes the same steps with the same numbers. The log is cut back to that step. The random state
-is the CPU's and, where the model is on a GPU, that GPU's.
+the learning rate) or part of the checkpoint (weights, gate biases, the optimizer's state, the random state). A
+checkpoint is one folder that appears in one rename, so at any instant the newest `checkpoint-N` is whole; a run that
+was killed starts again from it and takes the same steps with the same numbers. The log is cut back to that step. The
+random state is the CPU's and, where the model is on a GPU, that GPU's.
 
 A run may be extended: more steps than it was started with are a further leg of its schedule (settings.py).
 
@@ -21,6 +21,7 @@ import json
 import math
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -42,11 +43,14 @@ from ..ops.loss import IGNORE
 from ..ops.native import fast_bf16, trains_native
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
+from .optimizers import make_optimizer, trained
 from .plot import plot_run
 from .settings import SCHEDULE, Leg, TrainConfig, learning_rate
 
 CHECKPOINT = "checkpoint-{:06d}"
 SETTINGS = "settings.json"
+# what a run was trained with that says nothing of it, as those of 0.2 do
+NEW = {key: getattr(TrainConfig, key) for key in ("optimizer", "momentum")}
 
 
 class HeldOutBatches(Protocol):
@@ -215,7 +219,7 @@ class TrainingLoop:
         """Write checkpoint-STEP, where it is not there, and drop all but the newest `keep`."""
         def add(folder: Path) -> None:
             moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
-                       for key, value in state.items() if key in ("exp_avg", "exp_avg_sq", "step")}
+                       for key, value in state.items()}
             save_file(moments | random_state(self.model.device), folder / "optimizer.safetensors")
             write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)})
 
@@ -280,13 +284,15 @@ class TrainingLoop:
         self.step, self.seconds_before = about["step"], about.get("seconds", 0.0)
         self._saved = self.step
         set_random_state(moments, self.model.device)
-        for name, parameter in trained(self.model).items():
-            if f"{name}.exp_avg" not in moments:
-                continue
-            self.optimizer.state[parameter] = {
-                "step": moments.get(f"{name}.step", torch.tensor(float(self.step))).to(parameter.device),
-                **{key: moments[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
-            }
+        parameters, states = trained(self.model), defaultdict[str, dict[str, Tensor]](dict)
+        for place, tensor in moments.items():
+            name, _, key = place.rpartition(".")
+            states[name][key] = tensor
+        for name in parameters.keys() & states.keys():
+            if "exp_avg" in states[name]:
+                states[name].setdefault("step", torch.tensor(float(self.step)))  # some old checkpoints have none
+            self.optimizer.state[parameters[name]] = {
+                key: tensor.to(parameters[name].device) for key, tensor in states[name].items()}
 
     def _claim_folder(self, more: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -311,6 +317,7 @@ def run_in(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["train"] = NEW | settings["train"]
     if "general" in (chosen := settings.get("chosen", {})):  # its name in 0.1
         chosen["retain_data"] = chosen.pop("general")
     legs = settings.get("legs", [])
@@ -376,11 +383,6 @@ def compute_dtype(config: TrainConfig, model: CausalLM) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that require a gradient, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 class HeldOut(NamedTuple):
     """The main loss over held-out data: sum_N of each row (a window or a record), count_N the labels that it has."""
 
@@ -410,14 +412,6 @@ def held_out_loss(
         if accuracy is not None:
             accuracy.add(routing, batch.expert_BT, batch.ids_BT)
     return HeldOut(np.concatenate(sums), np.concatenate(counts))
-
-
-def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, norms and biases do not."""
-    parameters = list(trained(model).values())
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
 def kept_in(out: Path) -> str:

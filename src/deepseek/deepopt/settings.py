@@ -12,6 +12,7 @@ from ..data.mapping import RecordMap
 from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Device, Option, Settings
 
 Precision = Literal["auto", "fp32", "bf16"]
+Algorithm = Literal["adamw", "muon"]
 
 # settings of a leg of the learning rate's schedule; `warmup` is tuning's
 SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))
@@ -31,9 +32,12 @@ class TrainConfig(Settings):
         POSITIVE)] = None  # type: ignore[assignment]
     min_lr_ratio: Annotated[float, Option("last learning rate as a share of it", NOT_NEGATIVE)] = 0.1
     warmup_steps: Annotated[int, Option("steps of linear warm-up", NATURAL)] = 50
+    optimizer: Annotated[Algorithm, Option(
+        "muon: Muon for matrices, each expert's its own, AdamW for embeddings, head, gates and norms")] = "adamw"
+    momentum: Annotated[float, Option("Muon's momentum", SHARE)] = 0.95
     beta1: Annotated[float, Option("AdamW's first beta", SHARE)] = 0.9
     beta2: Annotated[float, Option("AdamW's second beta", SHARE)] = 0.95
-    weight_decay: Annotated[float, Option("AdamW's decay of matrices", NOT_NEGATIVE)] = 0.1
+    weight_decay: Annotated[float, Option("decay of matrices", NOT_NEGATIVE)] = 0.1
     clip: Annotated[float, Option("largest norm of the gradient", POSITIVE)] = 1.0
     precision: Annotated[Precision, Option(
         "of activations; auto is BF16 where that is faster; weights and moments stay FP32")] = "auto"

@@ -23,7 +23,7 @@ from ..checkpoint import (
     tensor_hashes,
     to_dtype,
 )
-from ..deepopt.loop import trained
+from ..deepopt.optimizers import trained
 from ..errors import ConfigError
 from ..files import read_json, write_json
 from ..ids import ExpertId, ExpertSet

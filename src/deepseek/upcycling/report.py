@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atlas.plot import save_png
-from ..deepopt.loop import trained
+from ..deepopt.optimizers import trained
 from ..files import write_json
 
 if TYPE_CHECKING:

@@ -1,0 +1,111 @@
+"""What turns gradients into weights: torch's fused AdamW, or Muon for matrices with AdamW for the rest.
+
+Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): a matrix moves along its momentum with every singular
+value brought near 1. The step is scaled by 0.2 * sqrt(larger side), so that its entries are as large as AdamW's and
+AdamW's learning rate and decay carry over (Moonlight, arXiv 2502.16982, section 2.2). An expert is a matrix of its own,
+its gate and its up projection are two, as they are in a dense MLP.
+
+Shape letters: N matrices of R rows and C columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from ..ops.native import fast_bf16
+from .settings import TrainConfig
+
+QUINTIC = 3.4445, -4.7750, 2.0315  # steepest at 0; singular values end in about [0.7, 1.2] (the post above)
+STEPS = 5
+BY_ADAMW = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")  # rows of their own rather than one map
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Make the optimizer of `config`. Matrices decay, norms and biases do not."""
+    parameters = trained(model)
+    muon = [] if config.optimizer == "adamw" else [
+        name for name, p in parameters.items() if p.ndim > 1 and not name.endswith(BY_ADAMW)]
+    rest = [p for name, p in parameters.items() if name not in muon]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]
+    betas = config.beta1, config.beta2
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    groups.extend({"params": [parameters[name] for name in muon if parts_of(name) == parts],
+                   "weight_decay": config.weight_decay, "parts": parts} for parts in (1, 2))
+    return Muon(groups, lr=config.lr, betas=betas, momentum=config.momentum)
+
+
+def parts_of(name: str) -> int:
+    """How many matrices lie one above the other in the parameter `name`."""
+    return 2 if name.endswith(".gate_up_proj") else 1
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups with `parts`, the matrices that lie one above the other in each parameter; AdamW for others."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], momentum: float,
+                 weight_decay: float = 0.0, eps: float = 1e-8) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay,
+                                  "eps": eps, "parts": 0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step along the gradients that are there."""
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["parts"]:
+                for p in parameters:
+                    self._by_muon(p, group)
+            elif parameters:
+                self._by_adamw(parameters, group)
+
+    def _by_muon(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        state, beta = self.state[p], group["momentum"]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum = state["momentum"].lerp_(p.grad, 1 - beta)
+        ahead = p.grad.lerp(momentum, beta)  # Nesterov's
+        turned_NRC = orthogonalise(ahead.view(-1, p.shape[-2] // group["parts"], p.shape[-1]))
+        size = 0.2 * max(turned_NRC.shape[1:]) ** 0.5
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(turned_NRC.view_as(p), alpha=-group["lr"] * size)
+
+    def _by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                 "exp_avg_sq": torch.zeros_like(p)}
+        states = [self.state[p] for p in parameters]
+        beta1, beta2 = group["betas"]
+        adamw(parameters, [p.grad for p in parameters if p.grad is not None], [s["exp_avg"] for s in states],
+              [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states], fused=True, amsgrad=False,
+              beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+              maximize=False)
+
+
+def orthogonalise(x_NRC: Tensor) -> Tensor:
+    """Bring the singular values of every matrix near 1 and keep its singular vectors: five steps of a quintic
+    Newton-Schulz iteration, in BF16 on units for it. FP32 in, FP32 out; zeros stay zeros."""
+    if x_NRC.shape[1] > x_NRC.shape[2]:
+        return orthogonalise(x_NRC.mT).mT
+    x = x_NRC / torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp_min(1e-7)
+    if fast_bf16(x.device.type):
+        x = x.bfloat16()
+    a, b, c = QUINTIC
+    for _ in range(STEPS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.float()
