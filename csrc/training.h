@@ -8,6 +8,8 @@
 #pragma once
 #include <cstdint>
 
+#include "moments.h"
+
 namespace deepseek {
 
 constexpr int64_t kDepth = 192;    // part of the arithmetic
@@ -66,6 +68,12 @@ struct TrainingKernels {
   // dx from dy; dw += dy * x * r.
   void (*norm_back)(const void* x, const void* dy, Kind kind, const float* w, float r, int64_t width, void* dx,
                     float* dw);
+
+  // One block of moments.h, of which `count` numbers are there; place: of the first of them in the tensor.
+  void (*adamw8_block)(float* weight, const float* gradient, int64_t count, uint32_t place, int8_t* first,
+                       float* first_scale, uint8_t* second, float* second_scale, const AdamwStep& step);
+  void (*momentum8_block)(const float* gradient, int64_t count, int8_t* momentum, float* scale, float beta, float rest,
+                          float* ahead);
 };
 
 extern const TrainingKernels* const scalar_training;

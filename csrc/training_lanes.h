@@ -2,6 +2,7 @@
 #pragma once
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "lanes.h"
+#include "moments_lanes.h"
 #include "training.h"
 
 namespace deepseek {
@@ -402,7 +403,8 @@ void norm_back(const void* x, const void* dy, Kind kind, const float* w, float r
 
 const TrainingKernels training = {kTileRows,     kTileColumns, kStripFloats, pack_left, pack_right,
                                   multiply,      scaled,       sum_rows,     gated,     gated_back,
-                                  cross_entropy, softmax,      softmax_back, norm,      norm_back};
+                                  cross_entropy, softmax,      softmax_back, norm,      norm_back,
+                                  adamw8_block,  momentum8_block};
 
 }  // namespace
 }  // namespace deepseek

@@ -1,4 +1,4 @@
-"""Muon and AdamW: what a step is, that models learn with them, that a stopped run goes on bit by bit."""
+"""Muon and moments of 8 bits: what a step is, that models learn with them, that a stopped run goes on bit by bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt import optimizers
 from deepseek.deepopt.loop import TrainingLoop, trained
-from deepseek.deepopt.optimizers import Muon, make_optimizer, orthogonalise
+from deepseek.deepopt.optimizers import MuonAdamW, make_optimizer, orthogonalise
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.errors import ConfigError
 from deepseek.files import write_json
@@ -34,7 +34,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-KINDS: list[dict[str, Any]] = [{"optimizer": "muon"}]
+MUON: dict[str, Any] = {"optimizer": "muon"}
+MUON8: dict[str, Any] = {"optimizer": "muon", "moments": "8bit"}
+ADAMW8: dict[str, Any] = {"moments": "8bit"}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -45,7 +47,7 @@ def stepped(values: list[Tensor], steps: int = 3, **options: Any) -> list[Tensor
     """Parameters after a few steps of Muon on a group of them, along gradients that depend on their places alone."""
     parameters = [nn.Parameter(value.clone()) for value in values]
     group = {"params": parameters, "weight_decay": 0.1, "parts": 1} | options
-    follow(Muon([group], lr=0.02, betas=(0.9, 0.95), momentum=0.9), parameters, steps)
+    follow(MuonAdamW([group], lr=0.02, betas=(0.9, 0.95), momentum=0.9), parameters, steps)
     return [p.detach() for p in parameters]
 
 
@@ -82,13 +84,13 @@ def test_stacked_experts_are_matrices_of_their_own(bf16: bool, monkeypatch: pyte
     def moved(places: slice, parts: int) -> Tensor:
         p = nn.Parameter(weight_EOI[:, places].clone())
         p.grad = grad_EOI[:, places].clone()
-        Muon([{"params": [p], "parts": parts}], lr=0.1, betas=(0.9, 0.95), momentum=0.9).step()
+        MuonAdamW([{"params": [p], "parts": parts}], lr=0.1, betas=(0.9, 0.95), momentum=0.9).step()
         return p.detach()
 
     def alone(expert: int) -> Tensor:
         p = nn.Parameter(weight_EOI[expert].clone())
         p.grad = grad_EOI[expert].clone()
-        Muon([{"params": [p], "parts": 1}], lr=0.1, betas=(0.9, 0.95), momentum=0.9).step()
+        MuonAdamW([{"params": [p], "parts": 1}], lr=0.1, betas=(0.9, 0.95), momentum=0.9).step()
         return p.detach()
 
     tolerance = 4e-3 if bf16 else 1e-5
@@ -157,7 +159,7 @@ class Experts(PartialTrainer):
 
 
 @pytest.mark.parametrize("trainer", [TrainingLoop, Experts])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [MUON, MUON8, ADAMW8], ids=str)
 def test_interrupted_run_continues_bit_by_bit(
     data: TokenShards, tmp_path: Path, kind: dict[str, Any], trainer: type[TrainingLoop]
 ) -> None:
@@ -181,22 +183,40 @@ def test_interrupted_run_continues_bit_by_bit(
         assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state), name
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_models_learn_as_with_adamw(data: TokenShards, tmp_path: Path, kind: dict[str, Any]) -> None:
-    def learnt(name: str, config: TrainConfig) -> float:
+def test_models_learn_as_with_adamw(data: TokenShards, tmp_path: Path) -> None:
+    """How far the loss falls in 20 steps: with Muon at least 85 % as far, with 8 bits as far within 3 %."""
+    def learnt(**kind: Any) -> float:
         seen: list[dict[str, Any]] = []
-        TrainingLoop(new_model(), data, config, tmp_path / name).run(seen.append)
+        config = replace(SETTINGS, steps=20, eval_every=100, save_every=100, precision="fp32", **kind)
+        TrainingLoop(new_model(), data, config, tmp_path / "-".join(["run", *kind.values()])).run(seen.append)
         return seen[0]["loss"] - sum(record["loss"] for record in seen[-5:]) / 5
 
-    config = replace(SETTINGS, steps=20, eval_every=100, save_every=100, precision="fp32")
-    assert learnt("new", replace(config, **kind)) > 0.85 * learnt("adamw", config) > 1.0
+    adamw, muon = learnt(), learnt(**MUON)
+    assert adamw > 1.0 and muon > 0.85 * adamw
+    assert learnt(**ADAMW8) == pytest.approx(adamw, rel=0.03)
+    assert learnt(**MUON8) == pytest.approx(muon, rel=0.03)
+
+
+def test_moments_of_8_bits_are_those_of_large_tensors() -> None:
+    model = CausalLM(TINY)
+    optimizer = make_optimizer(model, TrainConfig(**MUON8))
+    parameters = trained(model)
+    for p in parameters.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    kinds = {name: {key: t.dtype for key, t in optimizer.state[p].items() if t.ndim == 2}
+             for name, p in parameters.items() if p.ndim > 1}
+    assert kinds["model.embed_tokens.weight"] == {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+    assert kinds["model.layers.1.mlp.experts.gate_up_proj"] == {"momentum": torch.int8}
+    assert kinds["model.layers.1.self_attn.q_proj.weight"] == {"momentum": torch.float32}
+    assert kinds["model.layers.1.mlp.gate.weight"] == dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.float32)
 
 
 def test_a_run_of_before_goes_on_with_adamw(data: TokenShards, tmp_path: Path) -> None:
     config = replace(SETTINGS, steps=1)
     TrainingLoop(new_model(), data, config, tmp_path).run()
     settings = json.loads((tmp_path / "settings.json").read_text())
-    for key in ("optimizer", "momentum"):
+    for key in ("optimizer", "moments", "momentum"):
         del settings["train"][key]
     write_json(tmp_path / "settings.json", settings)
     assert TrainingLoop(new_model(), data, config, tmp_path).step == 1
@@ -204,7 +224,8 @@ def test_a_run_of_before_goes_on_with_adamw(data: TokenShards, tmp_path: Path) -
         TrainingLoop(new_model(), data, replace(config, optimizer="muon"), tmp_path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("optimizer", "sgd"), ("optimizer", None), ("momentum", 1.0)])
+@pytest.mark.parametrize(("key", "value"), [
+    ("optimizer", "sgd"), ("optimizer", None), ("momentum", 1.0), ("moments", "4bit"), ("moments", 8)])
 def test_impossible_setting_is_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{key} = .*must"):
         TrainConfig(**{key: value})

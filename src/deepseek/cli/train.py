@@ -27,7 +27,7 @@ def add_flags(parser: Parser) -> None:
     add_settings(parser, RunConfig, {
         "start": "from_model tokenizer valid_fraction",
         "schedule": "steps batch_size seq_len accumulation lr min_lr_ratio warmup_steps seed",
-        "optimizer": "optimizer momentum beta1 beta2 weight_decay clip",
+        "optimizer": "optimizer moments momentum beta1 beta2 weight_decay clip",
         "losses": "mtp_weight balance_weight bias_speed guide_weight",
         "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
         "machine": "precision gradient_checkpointing device"})

@@ -50,7 +50,7 @@ from .settings import SCHEDULE, Leg, TrainConfig, learning_rate
 CHECKPOINT = "checkpoint-{:06d}"
 SETTINGS = "settings.json"
 # what a run was trained with that says nothing of it, as those of 0.2 do
-NEW = {key: getattr(TrainConfig, key) for key in ("optimizer", "momentum")}
+NEW = {key: getattr(TrainConfig, key) for key in ("optimizer", "moments", "momentum")}
 
 
 class HeldOutBatches(Protocol):

@@ -1,4 +1,5 @@
-"""What turns gradients into weights: torch's fused AdamW, or Muon for matrices with AdamW for the rest.
+"""What turns gradients into weights: torch's fused AdamW, or Muon for matrices with AdamW for the rest; moments in FP32
+or in 8 bits (ops/moments.py).
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): a matrix moves along its momentum with every singular
 value brought near 1. The step is scaled by 0.2 * sqrt(larger side), so that its entries are as large as AdamW's and
@@ -10,17 +11,20 @@ Shape letters: N matrices of R rows and C columns.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ..ops.moments import Moment, adamw8_, momentum8
 from ..ops.native import fast_bf16
 from .settings import TrainConfig
 
 QUINTIC = 3.4445, -4.7750, 2.0315  # steepest at 0; singular values end in about [0.7, 1.2] (the post above)
 STEPS = 5
+SMALL = 4096  # numbers of a tensor below which its moments stay FP32
 BY_ADAMW = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")  # rows of their own rather than one map
 
 
@@ -39,11 +43,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]
     betas = config.beta1, config.beta2
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" and config.moments == "fp32":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     groups.extend({"params": [parameters[name] for name in muon if parts_of(name) == parts],
                    "weight_decay": config.weight_decay, "parts": parts} for parts in (1, 2))
-    return Muon(groups, lr=config.lr, betas=betas, momentum=config.momentum)
+    return MuonAdamW(groups, lr=config.lr, betas=betas, momentum=config.momentum, small=(
+        SMALL if config.moments == "8bit" else None))
 
 
 def parts_of(name: str) -> int:
@@ -51,13 +56,15 @@ def parts_of(name: str) -> int:
     return 2 if name.endswith(".gate_up_proj") else 1
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for groups with `parts`, the matrices that lie one above the other in each parameter; AdamW for others."""
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for groups with `parts`, the matrices that lie one above the other in each parameter; AdamW for others.
+
+    small: numbers of a parameter below which its moments are FP32; those of others have 8 bits. None: all are FP32."""
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], momentum: float,
-                 weight_decay: float = 0.0, eps: float = 1e-8) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay,
-                                  "eps": eps, "parts": 0})
+                 small: int | None = None, weight_decay: float = 0.0, eps: float = 1e-8) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "momentum": momentum, "small": small,
+                                  "weight_decay": weight_decay, "eps": eps, "parts": 0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -65,23 +72,39 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
+            short = [group["small"] is not None and p.numel() >= group["small"] for p in parameters]
             if group["parts"]:
-                for p in parameters:
-                    self._by_muon(p, group)
-            elif parameters:
-                self._by_adamw(parameters, group)
+                for p, eight_bits in zip(parameters, short, strict=True):
+                    self._by_muon(p, group, eight_bits)
+                continue
+            for p in itertools.compress(parameters, short):
+                self._by_adamw8(p, group)
+            if whole := [p for p, eight_bits in zip(parameters, short, strict=True) if not eight_bits]:
+                self._by_adamw(whole, group)
 
-    def _by_muon(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _by_muon(self, p: Tensor, group: dict[str, Any], eight_bits: bool) -> None:
         assert p.grad is not None
         state, beta = self.state[p], group["momentum"]
         if not state:
-            state["momentum"] = torch.zeros_like(p)
-        momentum = state["momentum"].lerp_(p.grad, 1 - beta)
-        ahead = p.grad.lerp(momentum, beta)  # Nesterov's
+            state |= _moment("momentum", p) if eight_bits else {"momentum": torch.zeros_like(p)}
+        if eight_bits:
+            ahead = momentum8(p.grad.contiguous(), _of("momentum", state), beta)
+        else:
+            ahead = p.grad.lerp(state["momentum"].lerp_(p.grad, 1 - beta), beta)  # Nesterov's
         turned_NRC = orthogonalise(ahead.view(-1, p.shape[-2] // group["parts"], p.shape[-1]))
         size = 0.2 * max(turned_NRC.shape[1:]) ** 0.5
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(turned_NRC.view_as(p), alpha=-group["lr"] * size)
+
+    def _by_adamw8(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state |= {"step": torch.zeros((), device=p.device), **_moment("exp_avg", p),
+                      **_moment("exp_avg_sq", p, signed=False)}
+        state["step"] += 1
+        adamw8_(p, p.grad.contiguous(), _of("exp_avg", state), _of("exp_avg_sq", state), int(state["step"]),
+                lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
 
     def _by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
@@ -94,6 +117,16 @@ class Muon(torch.optim.Optimizer):
               [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states], fused=True, amsgrad=False,
               beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
               maximize=False)
+
+
+def _moment(name: str, p: Tensor, *, signed: bool = True) -> dict[str, Tensor]:
+    """A moment of zeros as a parameter's state keeps it."""
+    code_BS, scale_B = Moment.zeros(p, signed=signed)
+    return {name: code_BS, f"{name}_scale": scale_B}
+
+
+def _of(name: str, state: dict[str, Tensor]) -> Moment:
+    return Moment(state[name], state[f"{name}_scale"])
 
 
 def orthogonalise(x_NRC: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Device, Op
 
 Precision = Literal["auto", "fp32", "bf16"]
 Algorithm = Literal["adamw", "muon"]
+Moments = Literal["fp32", "8bit"]
 
 # settings of a leg of the learning rate's schedule; `warmup` is tuning's
 SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))
@@ -34,13 +35,15 @@ class TrainConfig(Settings):
     warmup_steps: Annotated[int, Option("steps of linear warm-up", NATURAL)] = 50
     optimizer: Annotated[Algorithm, Option(
         "muon: Muon for matrices, each expert's its own, AdamW for embeddings, head, gates and norms")] = "adamw"
+    moments: Annotated[Moments, Option(
+        "how the optimizer keeps them; 8bit by blocks of 256, those of less than 4096 weights stay FP32")] = "fp32"
     momentum: Annotated[float, Option("Muon's momentum", SHARE)] = 0.95
     beta1: Annotated[float, Option("AdamW's first beta", SHARE)] = 0.9
     beta2: Annotated[float, Option("AdamW's second beta", SHARE)] = 0.95
     weight_decay: Annotated[float, Option("decay of matrices", NOT_NEGATIVE)] = 0.1
     clip: Annotated[float, Option("largest norm of the gradient", POSITIVE)] = 1.0
     precision: Annotated[Precision, Option(
-        "of activations; auto is BF16 where that is faster; weights and moments stay FP32")] = "auto"
+        "of activations; auto is BF16 where that is faster; weights stay FP32")] = "auto"
     mtp_weight: Annotated[float, Option("weight of the multi-token prediction loss", NOT_NEGATIVE)] = 0.3
     balance_weight: Annotated[float, Option("weight of the sequence-wise balance loss", NOT_NEGATIVE)] = 1e-4
     bias_speed: Annotated[float, Option("speed of the gate-bias balancing", NOT_NEGATIVE)] = 1e-3

@@ -1,0 +1,25 @@
+// Optimizer steps whose moments are kept in 8 bits, by blocks of 256 numbers with a scale of their own (ops/moments.py says
+// the arithmetic; its torch form gives the same bits).
+#pragma once
+#include <cstdint>
+
+namespace deepseek {
+
+constexpr int64_t kMoments = 256;  // numbers that share a scale; the last block of a tensor is filled up with zeros
+
+// One step of AdamW; all factors are those of this step.
+struct AdamwStep {
+  float decay, size;      // weight = weight * decay - size * first / (root * root_scale + eps)
+  float beta1, beta2, rest1, rest2;  // rest = 1 - beta
+  float root_scale, eps;  // root: of the second moment
+  uint32_t seed;          // of the rounding of the second moment
+};
+
+// `count` FP32 numbers; codes of whole blocks, a scale for each block. Contiguous memory.
+void adamw8(float* weight, const float* gradient, int64_t count, int8_t* first, float* first_scale, uint8_t* second,
+            float* second_scale, const AdamwStep& step, int threads);
+// momentum = beta * momentum + rest * gradient; ahead = beta * momentum + rest * gradient. `ahead` may be the gradient.
+void momentum8(const float* gradient, int64_t count, int8_t* momentum, float* scale, float beta, float rest,
+               float* ahead, int threads);
+
+}  // namespace deepseek
