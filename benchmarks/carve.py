@@ -1,7 +1,7 @@
 """What carving experts out of a dense model's FFN costs and gives, before and after healing.
 
-For each share of the FFN that stays active: held-out perplexity of each name's text and of WikiText-2 (which is never
-trained on) before and after, bytes and FLOPs of a token, and tokens a second of greedy decoding in INT8, one sequence.
+For each share of the FFN that stays active: held-out perplexity of each name's text and of sources never healed on,
+before and after healing; bytes and FLOPs of a token; and tokens a second of greedy decoding in INT8, one sequence.
 The work lies in WORK and is resumed: the same command continues a stopped run, or one with more shares.
 
     python benchmarks/carve.py MODEL --work runs/carve [--shares 0.75 0.5] [--heal_tokens 2000000]
@@ -26,6 +26,8 @@ import torch
 from deepseek import Tokenizer
 from deepseek.checkpoint import load_model
 from deepseek.convert import quantize
+from deepseek.data import ReadReport, read_documents
+from deepseek.files import write_json
 from deepseek.model import CausalLM
 from deepseek.ops.native import isa
 from deepseek.progress import ProgressBar
@@ -36,8 +38,10 @@ from harness import machine, table, versions, write_result
 NAMES = {"books": "text/books_en/text.jsonl", "code": "code/code_python/text.jsonl",
          "law": "law/licences_en/licences.jsonl", "finance": "finance/books_finance_en/text.jsonl",
          "medical": "medicine/medicine_medquad/qa.jsonl", "math": "math/math_tal/en_train.jsonl",
-         "dialogue": "dialogue/dialogue_taskmaster/tm3.jsonl"}  # none of them share-alike
-WIKITEXT = "eval/wikitext2/wiki.test.tokens"
+         "dialogue": "dialogue/dialogue_taskmaster/tm3.jsonl",
+         "wiki": "eval/wikitext2/wiki.valid.tokens"}  # articles, share-alike
+OTHERS = {"WikiText-2": "eval/wikitext2/wiki.test.tokens", "PEPs": "text/peps_en/text.jsonl",
+          "Shakespeare": "text/tinyshakespeare/input.txt"}  # never healed on
 LENGTH, NEW, WINDOWS = 512, 64, 64
 
 
@@ -82,15 +86,17 @@ def healed_with(one: Carved) -> int:
     return run["steps"] * run["batch_size"] * run["seq_len"]
 
 
-def on_wikitext(folder: Path, args: argparse.Namespace) -> float:
-    """A checkpoint's perplexity, kept beside it."""
-    file = folder.with_name(f"{folder.name}.wikitext-{args.windows}.json")
+def on_others(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """A checkpoint's perplexity on text that no model is healed on, kept beside it."""
+    file = folder.with_name(f"{folder.name}.others-{args.windows}.json")
     if not file.is_file():
-        text = (args.data / WIKITEXT).read_text(encoding="utf-8")
-        ids = Tokenizer.load(folder).encode(text[: 8 * LENGTH * args.windows])
-        ids_BT = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)[: args.windows]
-        found = perplexity(load_model(folder, torch.float32), ids_BT, f"WikiText-2, {folder.name}")
-        file.write_text(json.dumps(found), encoding="utf-8")
+        model, tokenizer, found = load_model(folder, torch.float32), Tokenizer.load(folder), {}
+        for name, path in OTHERS.items():
+            text = " ".join(document.text for document in read_documents([args.data / path], ReadReport()))
+            ids = tokenizer.encode(text[: 8 * LENGTH * args.windows])
+            ids_BT = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)[: args.windows]
+            found[name] = perplexity(model, ids_BT, f"{name}, {folder.name}")
+        write_json(file, found)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -100,9 +106,10 @@ def in_int8(folder: Path) -> CausalLM:
     return load_model(small)
 
 
-def row(name: str, one: Carved, losses: dict[str, float], own: dict[str, float], dense: bool = False) -> list[str]:
+def row(name: str, one: Carved, losses: dict[str, float], own: dict[str, Any], dense: bool = False) -> list[str]:
     size, flops = (one.dense_bytes, one.dense_flops) if dense else (one.bytes, one.flops)
-    return [name, f"{own['wikitext']:.1f}", *(f"{math.exp(losses[key]):.2f}" if key in losses else "" for key in NAMES),
+    return [name, *(f"{own['others'][key]:.1f}" for key in OTHERS),
+            *(f"{math.exp(losses[key]):.2f}" if key in losses else "" for key in NAMES),
             *(f"{size[key] / 2**20:.0f}" for key in size), f"{flops / 1e6:.0f}", f"{own['tokens_per_second']:.1f}"]
 
 
@@ -117,12 +124,12 @@ def main() -> None:
     parser.add_argument("--kl_share", type=float, default=HealConfig().kl_share)
     parser.add_argument("--calibration_tokens", type=int, default=CarveConfig().calibration_tokens)
     parser.add_argument("--expert_width", type=int, default=CarveConfig().expert_width)
-    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"of {LENGTH} tokens of WikiText-2")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"of {LENGTH} tokens of each text never healed on")
     args = parser.parse_args()
     found = {share: carved(args.model, share, args) for share in args.shares}
     first = next(iter(found.values()))
-    rows = [["FFN active", "WikiText-2", *NAMES, *(f"MiB a token, {name}" for name in first.bytes), "MFLOPs a token",
-             "tokens/s, INT8"]]
+    rows = [["FFN active", *OTHERS, *NAMES, *(f"MiB a token, {name}" for name in first.bytes),
+             "MFLOPs a token", "tokens/s, INT8"]]
     data: dict[str, Any] = {}
     folders = {"dense": (first, run_folder(first.path) / "dense", True)}
     for share, one in found.items():
@@ -131,17 +138,18 @@ def main() -> None:
             folders[f"{share:.0%}, after {healed_with(one):,} tokens"] = one, one.path, False
         else:
             folders[f"{share:.0%}, without healing"] = one, one.path, False
-    wikitext = [on_wikitext(folder, args) for _, folder, _ in folders.values()]
+    others = [on_others(folder, args) for _, folder, _ in folders.values()]
     rates = decoding([in_int8(folder) for _, folder, _ in folders.values()], 5)
-    for (name, (one, _, dense)), w, rate in zip(folders.items(), wikitext, rates, strict=True):
+    for (name, (one, _, dense)), other, rate in zip(folders.items(), others, rates, strict=True):
         kind = "dense" if dense else next((kind for kind in ("before", "after") if kind in name), "")
         losses = one.losses.get(kind, {})
-        data[name] = own = {"wikitext": w, "tokens_per_second": rate}
+        data[name] = own = {"others": other, "tokens_per_second": rate}
         rows.append(row(name, one, losses, own, dense))
         data[name] |= {"losses": losses, "errors": one.errors}
     text = "\n\n".join([
-        f"# {args.model.stem}: a share of its FFN active", f"Perplexity of held-out text ({args.windows} windows of "
-        f"{LENGTH} tokens of WikiText-2); experts of {args.expert_width} neurons; kernels {isa()}.", table(rows)])
+        f"# {args.model.stem}: a share of its FFN active",
+        f"Perplexity of held-out text; {', '.join(OTHERS)} ({args.windows} windows of {LENGTH} tokens) are never "
+        f"healed on; experts of {args.expert_width} neurons; kernels {isa()}.", table(rows)])
     write_result("carve", text, {"figures": data, "machine": machine(torch.get_num_threads()),
                                  "versions": versions("torch")}, args.windows >= WINDOWS)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from carve import LENGTH, NAMES, WIKITEXT, perplexity
+from carve import LENGTH, NAMES, OTHERS, perplexity
 from deepseek import Tokenizer
 from deepseek.checkpoint import load_model
 from deepseek.model import CausalLM
@@ -75,14 +75,14 @@ def main() -> None:
     args = parser.parse_args()
     source = DenseSource(args.model)
     width = args.rotary or min(64, source.dense.head_dim)
-    words = tuple(f"{name}={args.data / file}" for name, file in NAMES.items())
+    words = tuple(f"{name}={args.data / file}" for name, file in NAMES.items() if name != "wiki")
     folders = {}
     for rank in args.ranks:
         folders[rank] = out = args.work / f"{rank}-{width}"
         if not out.exists():
             print(latent_form(args.model, out, LatentConfig(
                 latent=rank, latent_rotary=width, calibrate=words, calibration_tokens=args.calibration_tokens)))
-    text = (args.data / WIKITEXT).read_text(encoding="utf-8")
+    text = (args.data / OTHERS["WikiText-2"]).read_text(encoding="utf-8")
     ids = Tokenizer.load(folders[args.ranks[0]]).encode(text[: 8 * LENGTH * args.windows])
     ids_BT = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)[: args.windows]
     pairs = torch.ones(width // 2, dtype=torch.long)
