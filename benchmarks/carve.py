@@ -43,6 +43,7 @@ NAMES = {"books": "text/books_en/text.jsonl", "code": "code/code_python/text.jso
 OTHERS = {"WikiText-2": "eval/wikitext2/wiki.test.tokens", "PEPs": "text/peps_en/text.jsonl",
           "Shakespeare": "text/tinyshakespeare/input.txt"}  # never healed on
 LENGTH, NEW, WINDOWS = 512, 64, 64
+SHARES = [0.75, 0.5]
 
 
 @torch.inference_mode()
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / ".cache" / "data")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5])
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--heal_tokens", type=int, default=2_000_000)
     parser.add_argument("--heal_evaluated", type=int, default=HealConfig().heal_evaluated)
     parser.add_argument("--kl_share", type=float, default=HealConfig().kl_share)
@@ -149,8 +150,9 @@ def main() -> None:
     text = "\n\n".join([
         f"# {args.model.stem}: a share of its FFN active",
         f"Perplexity of held-out text; {', '.join(OTHERS)} ({args.windows} windows of {LENGTH} tokens) are never "
-        f"healed on; experts of {args.expert_width} neurons; kernels {isa()}.", table(rows)])
-    write_result("carve", text, {"figures": data, "machine": machine(torch.get_num_threads()),
+        f"healed on, other articles of WikiText-2 (wiki) are; experts of {args.expert_width} neurons; kernels {isa()}.", table(rows)])
+    shares = "" if args.shares == SHARES else "".join(f"-{100 * share:g}" for share in args.shares)
+    write_result("carve" + shares, text, {"figures": data, "machine": machine(torch.get_num_threads()),
                                  "versions": versions("torch")}, args.windows >= WINDOWS)
 
 
