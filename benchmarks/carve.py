@@ -150,7 +150,8 @@ def main() -> None:
     text = "\n\n".join([
         f"# {args.model.stem}: a share of its FFN active",
         f"Perplexity of held-out text; {', '.join(OTHERS)} ({args.windows} windows of {LENGTH} tokens) are never "
-        f"healed on, other articles of WikiText-2 (wiki) are; experts of {args.expert_width} neurons; kernels {isa()}.", table(rows)])
+        f"healed on, other articles of WikiText-2 (wiki) are; experts of {args.expert_width} neurons; kernels "
+        f"{isa()}.", table(rows)])
     shares = "" if args.shares == SHARES else "".join(f"-{100 * share:g}" for share in args.shares)
     write_result("carve" + shares, text, {"figures": data, "machine": machine(torch.get_num_threads()),
                                  "versions": versions("torch")}, args.windows >= WINDOWS)
