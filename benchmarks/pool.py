@@ -5,8 +5,8 @@
             everything, their equal mixture, the pool's decision by keywords and by the classifier (made from the prompt
             alone, with training records as samples), a choice of each token in each matrix (Arrow), the adapter of the
             record's own name, and the best of base and adapters in hindsight
-    speed   8 requests of 64 + 64 tokens at once with 8 different mixtures against 8 with one, on INT8 and NF4, of three
-            adapters and of eight in pairs; the adapters are random, of the same shape
+    speed   8 requests of 64 + 64 tokens at once with 8 different mixtures against 8 with one, on INT8, NF4 and BF16, of
+            three adapters and of eight in pairs; the adapters are random, of the same shape, which costs the same time
 
     python benchmarks/pool.py --records FOLDER --work FOLDER [--only loss|speed] [--rounds 5] [--asked 16]
 
@@ -221,7 +221,7 @@ def build(model: Path, folders: Mapping[str, Path], kind: str, threads: int) -> 
 def speed(args: Any) -> None:
     rows = [["8 requests at once, tokens/s", "no adapter", "one mixture", "8 mixtures", "8 against 1"]]
     data: dict[str, Any] = {}
-    for title, bits in (("INT8", 8), ("NF4", 4)):
+    for title, bits in (("INT8", 8), ("NF4", 4), ("BF16", 16)):
         model = resolve(with_bits("mini", bits))
         folders = random_adapters(model, args.work / f"random-{title.lower()}", REQUESTS)
         for group in ("three adapters", "eight in pairs"):
@@ -233,7 +233,8 @@ def speed(args: Any) -> None:
             rows.append([f"{title}, {group}", *rates, f"{share:.1%}"])
     short = [name for name, one in data.items() if one["share"] < 0.8]
     text = ["# A pool of adapters on mini: mixtures in one batch", "",
-            f"{REQUESTS} requests of {PROMPT} + {NEW} tokens; medians of {args.rounds} rounds, shares of pairs. "
+            f"{REQUESTS} requests of {PROMPT} + {NEW} tokens, random LoRA of rank {SHAPE['r']}; medians of "
+            f"{args.rounds} rounds, shares of pairs. "
             f"{machine(args.threads)['cpu']}, {args.threads} threads, torch {versions('torch')['torch']}.", "",
             table(rows), "", f"Asked for are 80 %: {'met' if not short else 'not met by ' + '; '.join(short)}."]
     write_result("pool-speed", "\n".join(text), {"machine": machine(args.threads), "found": data})

@@ -6,10 +6,12 @@
 #include "attention.h"
 #include "kernels.h"
 #include "layer.h"
+#include "low_rank.h"
 #include "quantized.h"
 #include "training.h"
 
 NB_MAKE_OPAQUE(std::vector<deepseek::Layer>)
+NB_MAKE_OPAQUE(std::vector<deepseek::LayerAdapters>)
 
 namespace nb = nanobind;
 using namespace deepseek;
@@ -45,6 +47,13 @@ struct Argument<const Heads&> {
   using Given = const Steps&;
   static Heads from(const Steps& s) { return {at<void>((uintptr_t)s[0]), s[1], s[2], s[3], s[4]}; }
 };
+
+using Matrices = std::vector<std::array<int64_t, 3>>;  // of adapters: addresses of A and of B transposed, and the rank
+std::vector<LowRank> low_ranks(const Matrices& given) {
+  std::vector<LowRank> out;
+  for (const auto& one : given) out.push_back({at<float>((uintptr_t)one[0]), at<float>((uintptr_t)one[1]), one[2]});
+  return out;
+}
 
 // Defines a function whose arguments need nothing else.
 template <typename... Arguments>
@@ -90,6 +99,13 @@ NB_MODULE(_native, m) {
     new (self) Layers;
     for (nb::handle layer : layers) self->push_back(nb::cast<const Layer&>(layer));
   });
+  using Adapters = std::vector<LayerAdapters>;
+  nb::class_<Adapters>(m, "Adapters").def(
+      "__init__", [](Adapters* self, const std::vector<std::array<Matrices, 4>>& layers) {
+        new (self) Adapters;
+        for (const auto& one : layers)
+          self->push_back({low_ranks(one[0]), low_ranks(one[1]), low_ranks(one[2]), low_ranks(one[3])});
+      });
   nb::class_<Residency>(m, "Residency").def(
       "__init__", [](Residency* self, nb::object fetch, nb::object prefetch) {
         auto numbers = [](const std::vector<int64_t>& v) {
@@ -115,13 +131,16 @@ NB_MODULE(_native, m) {
   m.def("layers_forward",
         [](const Layers& layers, uintptr_t x, uintptr_t begin, uintptr_t past, uintptr_t block_begin, uintptr_t blocks,
            int64_t count, int64_t naive, uintptr_t cos, uintptr_t sin, uintptr_t cache, int64_t layer_stride,
-           uintptr_t scores, uintptr_t index, uintptr_t weight, const Residency* residency, int threads) {
+           uintptr_t scores, uintptr_t index, uintptr_t weight, const Residency* residency, int threads,
+           const Adapters* adapters, uintptr_t adapter_weight) {
           layers_forward(layers, at<float>(x), sequences(begin, past, block_begin, blocks, count), naive, at<float>(cos),
                          at<float>(sin), at<float>(cache), layer_stride,
-                         {at<float>(scores), at<int64_t>(index), at<float>(weight)}, residency, threads);
+                         {at<float>(scores), at<int64_t>(index), at<float>(weight)}, residency,
+                         adapters ? adapters->data() : nullptr, at<float>(adapter_weight), threads);
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), release());
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+        nb::arg("adapters").none() = nb::none(), nb::arg("adapter_weight") = 0, release());
 
   m.def("quantize_panels",
         [](uintptr_t w, int64_t rows, int64_t columns, int bits, uintptr_t out, int threads) {
@@ -159,6 +178,13 @@ NB_MODULE(_native, m) {
         release());
 
   define(m, "plain_linear", plain_linear);
+
+  m.def("add_low_rank",
+        [](uintptr_t x, int64_t tokens, int64_t columns, const Matrices& adapters, uintptr_t weight, int64_t rows,
+           uintptr_t y, int threads) {
+          add_low_rank(at<float>(x), tokens, columns, low_ranks(adapters), at<float>(weight), rows, at<float>(y), threads);
+        },
+        release());
 
   m.def("choose_experts",
         [](uintptr_t logits, int64_t tokens, int64_t experts, int64_t groups, int64_t kept_groups, int64_t top,

@@ -456,8 +456,23 @@ void rms_norm(const float* x, const float* w, int64_t width, float eps, float* o
 
 void weighted_sum(const float* const* y, const float* weight, int64_t count, const float* add, int64_t width,
                   float* out) {
-  int64_t whole = width / 16 * 16;
-  for (int64_t k = 0; k < width; k += 16) {
+  constexpr int N = 4 * kParts;  // sums at a time, which do not wait for each other
+  int64_t k = 0;
+  for (; k + N * kLanes <= width; k += N * kLanes) {
+    part acc[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[n] = add ? load_part(add + k + n * kLanes) : part{};
+    for (int64_t i = 0; i < count; ++i) {
+      const part w = each(weight[i]);
+      const float* from = y[i] + k;
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) add_product(acc[n], w, load_part(from + n * kLanes));
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store_part(out + k + n * kLanes, acc[n]);
+  }
+  const int64_t whole = width / 16 * 16;
+  for (; k < width; k += 16) {
     int64_t some = k < whole ? 16 : width - k;
     f16 acc = add ? (some == 16 ? load(add + k) : load_some(add + k, some)) : all(0.0f);
     for (int64_t i = 0; i < count; ++i)

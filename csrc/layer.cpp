@@ -13,7 +13,8 @@ thread_local Scratch block;  // of a block made of operations, which have their 
 thread_local Scratch whole;  // of a layer made of blocks
 
 void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64_t naive, const float* cos,
-                 const float* sin, float* cache, float* out, int threads) {
+                 const float* sin, float* cache, const LayerAdapters* adapters, const float* weight, float* out,
+                 int threads) {
   const int64_t n = sequences.tokens(), width = m.heads * (m.nope + m.rope), latent = m.rank + m.rope;
   const int64_t first = sequences.begin[naive], later = n - first;  // tokens of naive, of absorbed attention
   block.reserve(Scratch::room<float>(n * m.q_rank) * 2 + Scratch::room<float>(n * width) +
@@ -25,6 +26,10 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
       for (int64_t t = 0; t < n; ++t)
         for (int64_t i = 0; i < rows; ++i) y[t * rows + i] += bias[i];
   };
+  auto adapt = [&](std::vector<LowRank> LayerAdapters::*product, const float* x, int64_t columns, float* y,
+                   int64_t rows) {
+    if (adapters) add_low_rank(x, n, columns, adapters->*product, weight, rows, y, threads);
+  };
   float* q = block.take<float>(n * width);
   float* kv = block.take<float>(n * latent);
   if (m.q_rank) {
@@ -32,12 +37,16 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
     float* normed = block.take<float>(n * m.q_rank);
     quantized_linears(x, n, m.hidden, {{m.q_a, m.q_rank, a}, {m.kv_a, latent, kv}}, m.bits, threads);
     add_bias(a, m.q_a_bias, m.q_rank);
+    adapt(&LayerAdapters::q_a, x, m.hidden, a, m.q_rank);
     rms_norm(a, n, m.q_rank, m.q_rank, m.q_norm, m.q_eps, normed, threads);
     quantized_linears(normed, n, m.q_rank, {{m.q_b, width, q}}, m.bits, threads);
+    adapt(&LayerAdapters::q_b, normed, m.q_rank, q, width);
   } else {
     quantized_linears(x, n, m.hidden, {{m.q_b, width, q}, {m.kv_a, latent, kv}}, m.bits, threads);
+    adapt(&LayerAdapters::q_b, x, m.hidden, q, width);
   }
   add_bias(kv, m.kv_a_bias, latent);
+  adapt(&LayerAdapters::kv_a, x, m.hidden, kv, latent);
   float* q_rope = block.take<float>(n * m.heads * m.rope);
   mla_prepare(q, kv, m.kv_norm, m.kv_eps, {cos, sin, m.interleaved}, sequences, m.heads, m.nope, m.rope, m.rank, q_rope,
               cache, threads);
@@ -64,6 +73,7 @@ void mla_forward(const Mla& m, const float* x, const Sequences& sequences, int64
   }
   quantized_linears(values, n, m.heads * m.value, {{m.o, m.hidden, out}}, m.bits, threads);
   add_bias(out, m.o_bias, m.hidden);
+  adapt(&LayerAdapters::o, values, m.heads * m.value, out, m.hidden);
 }
 
 void gate_forward(const Ffn& f, const float* x, int64_t tokens, int64_t hidden, float* scores, int64_t* index,
@@ -83,7 +93,7 @@ void add(float* y, const float* x, int64_t tokens, int64_t width, int threads) {
 
 void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences& sequences, int64_t naive,
                     const float* cos, const float* sin, float* cache, int64_t layer_stride, const Decided& decided,
-                    const Residency* residency, int threads) {
+                    const Residency* residency, const LayerAdapters* adapters, const float* weight, int threads) {
   const int64_t n = sequences.tokens();
   int64_t hidden = 0, experts = 0, top = 0;
   for (const Layer& layer : layers)
@@ -102,7 +112,8 @@ void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences&
   for (const Layer& layer : layers) {
     const Ffn& ffn = layer.ffn;
     rms_norm(x, n, hidden, hidden, layer.attention_norm, layer.eps, normed, threads);
-    mla_forward(layer.mla, normed, sequences, naive, cos, sin, cache, y, threads);
+    mla_forward(layer.mla, normed, sequences, naive, cos, sin, cache, adapters, weight, y, threads);
+    if (adapters) ++adapters;
     add(x, y, n, hidden, threads);
     Fetch fetch;
     if (residency && ffn.gate.experts) {

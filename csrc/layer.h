@@ -1,5 +1,6 @@
 #pragma once
 #include "attention.h"
+#include "low_rank.h"
 #include "quantized.h"
 
 namespace deepseek {
@@ -34,6 +35,10 @@ struct Layer {
   const float *attention_norm, *ffn_norm;
   float eps;
 };
+// What adapters add beside a layer's products: of each product all of them, weight [T, adapters] of the tokens.
+struct LayerAdapters {
+  std::vector<LowRank> q_a, q_b, kv_a, o;
+};
 // Where not all experts are in memory: the table of a layer's experts holds null for those that are not. `fetch` loads at
 // least one of the wanted experts and pins them until the next call for that layer; `prefetch` is optional: it names what
 // the next layer will probably want, most wanted first, where not all of it is resident. moe_layer counts the layers that
@@ -50,7 +55,7 @@ struct Residency {
 // Layers one after the other. x [T, hidden] becomes their result. The first `naive` sequences run naive, the
 // others absorbed. cos, sin: as in mla_prepare. Layer i's rows of the cache begin at i * layer_stride. What the gates
 // decided goes to scores [T, experts], index and weight [T, top], one after the other for the layers that have a gate, or
-// nowhere (null). residency: null where all experts are in memory.
+// nowhere (null). residency: null where all experts are in memory. adapters: of every layer, null where there are none.
 struct Decided {
   float* scores;
   int64_t* index;
@@ -58,6 +63,6 @@ struct Decided {
 };
 void layers_forward(const std::vector<Layer>& layers, float* x, const Sequences& sequences, int64_t naive,
                     const float* cos, const float* sin, float* cache, int64_t layer_stride, const Decided& decided,
-                    const Residency* residency, int threads);
+                    const Residency* residency, const LayerAdapters* adapters, const float* weight, int threads);
 
 }  // namespace deepseek

@@ -142,6 +142,32 @@ def random_naive(heads: int, tokens: int, bits: Bits, *, nope: int = 16, value: 
                  case.past_B, bits)
 
 
+class Terms(NamedTuple):
+    """Arguments of `add_low_rank`."""
+
+    y_TO: Tensor
+    x_TK: Tensor
+    a: list[Tensor]
+    b: list[Tensor]
+    weight_TN: Tensor
+
+    def run(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """What becomes of these rows, in a call of their own."""
+        y_TO = self.y_TO[rows].clone()
+        ops.add_low_rank(y_TO, self.x_TK[rows], self.a, self.b, self.weight_TN[rows])
+        return y_TO
+
+
+def random_low_rank(tokens: int, columns: int, rows: int) -> Terms:
+    """Adapters of several ranks, of which each row has some or none."""
+    ranks = (3, 16, 1, 8)
+    weight_TN = randn(tokens, len(ranks), seed=9)
+    weight_TN[randn(tokens, len(ranks), seed=8) < 0] = 0.0
+    return Terms(randn(tokens, rows), randn(tokens, columns, seed=1),
+                 [randn(r, columns, seed=2 + i) / columns**0.5 for i, r in enumerate(ranks)],
+                 [randn(r, rows, seed=6 + i) / r**0.5 for i, r in enumerate(ranks)], weight_TN)
+
+
 def results() -> Iterator[tuple[str, Tensor]]:
     for bits in (4, 8):
         for rows, columns in SHAPES:
@@ -163,6 +189,8 @@ def results() -> Iterator[tuple[str, Tensor]]:
         yield f"crowd {bits}", random_experts(60, bits, only=5).run()
     for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 3, 4, 9, 50)):
         yield f"plain {dtype} {tokens}", ops.plain_linear(randn(tokens, 100), randn(50, 100).to(dtype))
+    for columns, rows, tokens in itertools.product((37, 64, 200), (5, 96, 150), (1, 3, 9, 50)):
+        yield f"low rank {columns} {rows} {tokens}", random_low_rank(tokens, columns, rows).run()
     for heads, rank, tokens in itertools.product((1, 5, 16, 20), (16, 48), (1, 3, 40)):
         yield f"attention {heads} {rank} {tokens}", random_attention(heads, rank, tokens, batch=4).run()
     for bits, heads, tokens in itertools.product((4, 8), (1, 3), (1, 16, 17, 40, 150)):

@@ -14,6 +14,7 @@
 
 #include "../../csrc/attention.h"
 #include "../../csrc/kernels.h"
+#include "../../csrc/low_rank.h"
 #include "../../csrc/quantized.h"
 #include "../../csrc/training.h"
 
@@ -196,7 +197,7 @@ void test_plain_rows(const Kernels& table) {
 }
 
 void test_rows(const Kernels& table) {
-  for (int64_t width : {1, 7, 16, 31, 64, 100}) {
+  for (int64_t width : {1, 7, 16, 31, 64, 100, 150}) {
     Exact<float> x(width, 1), w(width, 3), out(width, 1), want(width);
     x.fill(normal), w.fill(normal);
     table.rms_norm(x.get(), w.get(), width, 1e-6f, out.get());
@@ -348,6 +349,25 @@ void test_operations() {
       x.fill(normal), random_matrix(w.get(), rows, columns, bits);
       on_threads("plain_linear", tokens * rows, [&](float* out, int threads) {
         plain_linear(x.get(), tokens, columns, w.get(), bits, rows, out, threads);
+      });
+    }
+  for (int64_t tokens : {0, 1, 9, 150})
+    for (int64_t rows : {5, 130, 300}) {
+      const int64_t columns = 37, count = 3, ranks[] = {4, 0, 17};
+      Exact<float> x(tokens * columns, 1), weight(tokens * count), y(tokens * rows);
+      x.fill(normal), weight.fill([] { return below(2) ? normal() : 0.0f; }), y.fill(normal);
+      std::vector<std::unique_ptr<Exact<float>>> held;
+      std::vector<LowRank> adapters;
+      for (int64_t rank : ranks) {
+        for (int64_t width : {columns, rows}) {
+          held.push_back(std::make_unique<Exact<float>>(rank * width, 1));
+          held.back()->fill(normal);
+        }
+        adapters.push_back({held[held.size() - 2]->get(), held.back()->get(), rank});
+      }
+      on_threads("add_low_rank", tokens * rows, [&](float* out, int threads) {
+        std::copy(y.get(), y.get() + y.size(), out);
+        add_low_rank(x.get(), tokens, columns, adapters, weight.get(), rows, out, threads);
       });
     }
   for (int64_t heads : {1, 5, 20})

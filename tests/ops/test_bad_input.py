@@ -12,7 +12,16 @@ from torch import Tensor
 
 from deepseek import ops
 from deepseek.ops.panels import pack
-from tests.helpers.operations import HIDDEN, INNER, randn, random_attention, random_matrix, random_mlp, random_naive
+from tests.helpers.operations import (
+    HIDDEN,
+    INNER,
+    randn,
+    random_attention,
+    random_low_rank,
+    random_matrix,
+    random_mlp,
+    random_naive,
+)
 
 X, W = randn(3, 100), pack(random_matrix(20, 100, 4))
 MLP = random_mlp(HIDDEN, INNER, 4)
@@ -45,6 +54,10 @@ def attention(**changes: Any) -> Tensor:
 
 def naive(**changes: Any) -> Tensor:
     return random_naive(2, 3, 4)._replace(**changes).run()
+
+
+def low_rank(**changes: Any) -> Tensor:
+    return random_low_rank(3, 8, 5)._replace(**changes).run()
 
 
 def latents(**changes: Any) -> Tensor:
@@ -100,6 +113,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "plain: x of another dtype": (lambda: ops.plain_linear(X8.bfloat16(), PLAIN), "x must be float32"),
     "plain: other columns": (lambda: ops.plain_linear(X8[:, :4], PLAIN), "weights must be [rows, 4]"),
     "plain: weights of another dtype": (lambda: ops.plain_linear(X8, PLAIN.half()), "got torch.float16"),
+    "low rank: x of another dtype": (lambda: low_rank(x_TK=randn(3, 8).half()), "x must be float32"),
+    "low rank: a gradient": (lambda: low_rank(x_TK=randn(3, 8).requires_grad_()), "x requires a gradient"),
+    "low rank: y of another dtype": (lambda: low_rank(y_TO=randn(3, 5).double()), "y must be float32 [3, rows]"),
+    "low rank: y of other rows": (lambda: low_rank(y_TO=randn(4, 5)), "y must be float32 [3, rows]"),
+    "low rank: weights of other adapters": (lambda: low_rank(weight_TN=randn(3, 3)), "weight [3, 4] beside 4"),
+    "low rank: fewer B": (lambda: low_rank(b=[]), "beside 0 adapters"),
+    "low rank: A of other columns": (lambda: low_rank(a=[randn(2, 7)] * 4), "A and B must be [R, 8] and [R, 5]"),
+    "low rank: B of another rank": (lambda: low_rank(b=[randn(2, 5)] * 4), "got [3, 8] and [2, 5]"),
+    "low rank: weights of another dtype": (
+        lambda: low_rank(weight_TN=randn(3, 4).double()), "A, B and weight must be float32"),
     "bits that there are not": (lambda: ops.quantized_linear(X, W, 20, bits=5), "bits = 5: must be 4 or 8"),
     "attention: query of another dtype": (
         lambda: attention(q_latent=randn(3, 3, 5, 16).half()), "q_latent must be float32"),

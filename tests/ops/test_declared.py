@@ -18,6 +18,7 @@ from tests.helpers.operations import (
     randn,
     random_attention,
     random_experts,
+    random_low_rank,
     random_matrix,
     random_mlp,
     random_naive,
@@ -50,6 +51,10 @@ def plain(dtype: torch.dtype) -> Call:
     return (randn(5, 36), randn(50, 36).to(dtype)), {}
 
 
+def low_rank(tokens: int, columns: int, rows: int) -> Call:
+    return tuple(random_low_rank(tokens, columns, rows)), {}
+
+
 def attention(heads: int, rank: int, tokens: int) -> Call:
     return (*random_attention(heads, rank, tokens), 0.2), {}
 
@@ -80,6 +85,7 @@ CALLS: dict[str, list[Call]] = {
     "quantized_mlp": [mlp(3, 4), mlp(9, 8), apart(mlp(3, 4))],
     "quantized_experts": [experts(3, 4, shared=True), experts(9, 8, shared=False), apart(experts(3, 4, shared=True))],
     "grouped_quantized_linear": [grouped(3, 4), grouped(9, 8), apart(grouped(3, 4))],
+    "add_low_rank": [low_rank(5, 36, 50), low_rank(1, 8, 3), apart(low_rank(5, 36, 50))],
     "plain_linear": [plain(torch.float32), plain(torch.bfloat16), apart(plain(torch.float32))],
     "naive_attention": [naive(3, 2, 4), naive(1, 20, 8), apart(naive(3, 2, 4))],
     "choose_experts": [gate(None, sigmoid=False), gate(randn(32), sigmoid=True), apart(gate(None, sigmoid=True))],

@@ -19,6 +19,9 @@ from torch import Tensor
 from deepseek.checkpoint import load_model, save_model
 from deepseek.convert import dequantize, quantize
 from deepseek.model import CausalLM, RoutingRecord
+from deepseek.model.adapter import linears
+from deepseek.model.adapter_paths import LowRank
+from deepseek.model.adapters import Mixture, add, rows_of, whole
 from deepseek.model.mla import AttentionContext
 from deepseek.quant.linear import QuantizedLinear
 from deepseek.quant.native_stack import FEW, NativeLayer, NativeStack
@@ -188,6 +191,48 @@ def test_one_call_has_the_bits_of_layer_by_layer(quantized: Callable, changes: d
     assert torch.equal(model(ids_BT, mask_BT=mask_BT, routing=apart), want)
     for layer, route in together.routes.items():
         assert all(map(torch.equal, route, apart.routes[layer]))
+
+
+def add_adapters(model: CausalLM, *targets: str) -> Mixture:
+    """Two random adapters, the second of them on o_proj alone; returns a mixture of both."""
+    for name, own in (("one", targets), ("two", targets[-1:])):
+        found: dict[str, Any] = {target: module for target, module in linears(model).items() if target.endswith(own)}
+        add(model, name, {target: LowRank(torch.randn(3, module.in_features), torch.randn(module.out_features, 3), 0.05,
+                                          exact=True) for target, module in found.items()}, {})
+    return Mixture.of({"one": 0.7, "two": -0.5})
+
+
+@natively
+@every_native
+@pytest.mark.parametrize("attn_impl", ["naive", "absorbed"])
+def test_one_call_with_adapters_has_the_bits_of_layer_by_layer(
+    quantized: Callable, changes: dict[str, Any], attn_impl: Any
+) -> None:
+    model, ids_BT = quantized("int8", **changes), ids(3, 20)
+    base, mixture = model(ids_BT), add_adapters(model, "q_a_proj", "q_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+    [one_call] = model.layer_runner.stacks.values()
+    calls = count_calls(model.layer_runner)
+    for adapter in (mixture, "one", "two"):
+        calls.clear()
+        with rows_of(whole(adapter)):
+            want = model(ids_BT, attn_impl=attn_impl)
+            assert calls == [1] * one_call.ready
+            one_call.ready, ready = False, one_call.ready
+            assert torch.equal(model(ids_BT, attn_impl=attn_impl), want) and not torch.allclose(want, base, atol=1e-2)
+        one_call.ready = ready
+
+
+@natively
+def test_what_adapters_do_elsewhere_runs_layer_by_layer(quantized: Callable) -> None:
+    model = quantized(qk_nope_head_dim=16, v_head_dim=32)
+    model(ids(1, 3))
+    add_adapters(model, "kv_b_proj", "o_proj")
+    calls = count_calls(model.layer_runner)
+    for adapter, times in ((None, 1), ("two", 1), ("one", 0), (Mixture.of({"one": 0.5, "two": 0.5}), 0)):
+        calls.clear()
+        with rows_of(whole(adapter)):
+            model(ids(1, 3))
+        assert len(calls) == times, adapter
 
 
 @natively

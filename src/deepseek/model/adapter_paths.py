@@ -41,31 +41,35 @@ class AdapterPath(nn.Module):
 
 
 class LowRank(AdapterPath):
-    """x -> s B A x. a: A [R, K], b: s B [O, R] in FP32."""
+    """x -> s B A x. a: A [R, K], b: s B turned round, [R, O], in FP32."""
 
     a: Tensor
     b: Tensor
 
     def __init__(self, a_RK: Tensor, b_OR: Tensor, scale: float, exact: bool) -> None:
-        super().__init__(exact, len(b_OR), a=a_RK, b=b_OR.detach().float() * scale)
+        super().__init__(exact, len(b_OR), a=a_RK, b=(b_OR.detach().float() * scale).t())
         self.rank = len(a_RK)
 
     def forward(self, x_TK: Tensor) -> Tensor:
-        return self.product(self.product(x_TK, self.a), self.b)
+        if x_TK.dtype == torch.float32:
+            y_TO = x_TK.new_zeros(len(x_TK), self.out_features)
+            ops.add_low_rank(y_TO, x_TK, [self.a], [self.b], torch.ones(len(x_TK), 1))
+            return y_TO
+        return ops.linear(ops.linear(x_TK, self.a), self.b.t())
 
     def _reduced(self) -> Tensor:
-        return torch.linalg.qr(self.b).R @ self.a
+        return torch.linalg.qr(self.b.t()).R @ self.a
 
     @classmethod
     def joined(cls, paths: list[tuple[LowRank, float]]) -> LowRank:
         """The weighted sum of several: their ranks stacked."""
         a_RK = torch.cat([path.a for path, _ in paths])
-        b_OR = torch.cat([path.b * weight for path, weight in paths], 1)
-        return cls(a_RK, b_OR, 1.0, all(path.exact for path, _ in paths))
+        b_RO = torch.cat([path.b * weight for path, weight in paths])
+        return cls(a_RK, b_RO.t(), 1.0, all(path.exact for path, _ in paths))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A [R, K] and s B [O, R] in FP32."""
-        return self.a, self.b
+        return self.a, self.b.t()
 
 
 class FullRank(AdapterPath):

@@ -8,24 +8,24 @@ through none.
 
 Or each token chooses among several, in each matrix anew (`Arrow`, `ArrowPath`).
 
-A pass makes one product with each adapter, for all of its rows, whatever mixtures these belong to; a row's terms are
-summed in the order of the adapters' names. So neither cost nor bits depend on how many mixtures there are in a batch.
+A pass adds the terms of all adapters to all of its rows in one call (`ops.add_low_rank`), whatever mixtures these
+belong to; a row's terms are summed in the order of the adapters' names. So neither cost nor bits depend on how many
+mixtures there are in a batch.
 
 They stand in the places of those they hold as `base` and are for inference alone: no parameters, nothing to train or to
 merge (model/adapter.py does that). Whose rows are whose is said around a pass (`rows_of`); without it, and for rows of
 none, a module is its base.
 
-Where the native kernels compute in FP32, A and B are panels, whose products give a row the same bits in any company.
+Where the native kernels compute in FP32, a row gets the same bits in any company.
 
-Shape letters: T tokens, K experts a token (of a matrix: columns), R rank, O rows of a matrix, N heads, P pairs.
+Shape letters: T tokens, K experts a token (of a matrix: columns), O rows of a matrix, N adapters, P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,12 @@ class Share(NamedTuple):
     rows: slice | Tensor
     weight: float | Tensor
 
+    @classmethod
+    def of(cls, weight_T: Tensor) -> Share:
+        """Of an adapter that counts so much in each row."""
+        rows = weight_T.nonzero().squeeze(1)
+        return cls(rows, weight_T[rows].unsqueeze(1))
+
     def add(self, y: Tensor, term: Tensor) -> None:
         """Add a term of each of the rows, weighted, to theirs of y."""
         if isinstance(self.weight, Tensor):
@@ -82,12 +88,25 @@ class Share(NamedTuple):
         y[self.rows] += term
 
 
-class _Pass(NamedTuple):
-    spans: Spans
-    shares: Mapping[Member, Share]
+class Pass:
+    """Whose the rows of a pass are."""
+
+    def __init__(self, spans: Spans) -> None:
+        self.spans, self.shares = spans, shares(spans)
+        self._weights: dict[tuple[tuple[Member, ...], int], Tensor] = {}
+
+    def weights(self, members: Sequence[Member], tokens: int) -> Tensor:
+        """What each of these counts in each row, [T, N] float32 on the CPU; 0 where it has no part in a row."""
+        key = tuple(members), tokens
+        if key not in self._weights:
+            weight_TN = self._weights[key] = torch.zeros(tokens, len(members))
+            for i, member in enumerate(members):
+                rows, weight = self.shares[member]
+                weight_TN[rows, i] = weight.squeeze(1) if isinstance(weight, Tensor) else weight
+        return self._weights[key]
 
 
-_pass: ContextVar[_Pass] = ContextVar("pass", default=_Pass((), MappingProxyType({})))  # noqa: B039 - a frozen one
+_pass: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 
 def parts_of(adapter: Adapter | None) -> tuple[tuple[Member, float], ...]:
@@ -122,7 +141,7 @@ def shares(spans: Spans) -> dict[Member, Share]:
 @contextmanager
 def rows_of(spans: Spans) -> Iterator[None]:
     """Within, the rows of every adapted module's input are these adapters'."""
-    token = _pass.set(_Pass(spans, shares(spans)))
+    token = _pass.set(Pass(spans) if spans else None)
     try:
         yield
     finally:
@@ -149,13 +168,14 @@ def side_by_side(parts: Iterable[tuple[Adapter | None, int]]) -> Spans:
     return tuple(spans)
 
 
-def current() -> Spans:
-    return _pass.get().spans
+def current() -> Pass | None:
+    """Of adapted rows; None where all are the base's."""
+    return _pass.get()
 
 
 def of_all_rows() -> Adapter | None:
     """The adapter of every row of this pass, None where it is the base, or differs."""
-    spans = current()
+    spans = () if (own := current()) is None else own.spans
     return spans[0][0] if len(spans) == 1 and spans[0][1] == EVERYTHING else None
 
 
@@ -187,10 +207,10 @@ class Adapted(nn.Module):
         """The path of tokens that choose among several."""
         raise NotImplementedError
 
-    def here(self) -> list[tuple[Any, Share]]:
-        """The matrices of this pass, and their rows."""
-        found = ((self.path(member), share) for member, share in _pass.get().shares.items())
-        return [(path, share) for path, share in found if path is not None]
+    def here(self, own: Pass) -> dict[Member, Any]:
+        """The matrices of a pass, in the order of the names."""
+        found = ((member, self.path(member)) for member in own.shares)
+        return {member: path for member, path in found if path is not None}
 
     def train(self, mode: bool = True) -> Adapted:
         if mode:
@@ -214,11 +234,11 @@ class AdaptedLinear(Adapted):
         return ArrowPath(paths, top)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, here = self.base(x), self.here()
-        if here:
+        y, own = self.base(x), current()
+        if own is not None and (here := self.here(own)):
             x_TK, y_TO = x.flatten(0, -2), y.view(-1, self.out_features)
-            for path, share in here:
-                share.add(y_TO, path(x_TK[share.rows]))
+            weight_TN = own.weights(tuple(here), len(x_TK))
+            _add_terms([*here.values()], weight_TN, x_TK, y_TO, lambda i: own.shares[[*here][i]])
         return y
 
 
@@ -229,45 +249,50 @@ class AdaptedExperts(Adapted):
         return ArrowExperts(paths, top)
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
-        here = self.here()
-        if not here:
+        own = current()
+        if own is None or not (here := self.here(own)):
             return self.base(x_TH, route)
         index_TK, adapted_TK = route.index_TK, torch.zeros_like(route.index_TK, dtype=torch.bool)
-        for paths, share in here:
-            own_TK = index_TK[share.rows]
-            adapted_TK[share.rows] |= (own_TK >= 0) & paths.has(own_TK)
+        for member, paths in here.items():
+            rows = own.shares[member].rows
+            adapted_TK[rows] |= (index_TK[rows] >= 0) & paths.has(index_TK[rows])
         out_TH = self.base(x_TH, route._replace(index_TK=torch.where(adapted_TK, -1, index_TK)))
+        weight_TN, sides = own.weights(tuple(here), len(x_TH)), [*here.values()]
         for expert in torch.unique(index_TK[adapted_TK]).tolist():
             token_P, k_P = (adapted_TK & (index_TK == expert)).nonzero(as_tuple=True)
-            sides = [(paths.of(expert), _among(share, token_P, len(x_TH))) for paths, share in here
-                     if paths.has(expert)]
-            y_PH = self._expert(expert, sides, x_TH[token_P])
+            known = [i for i, paths in enumerate(sides) if paths.has(expert)]
+            y_PH = self._expert(expert, [sides[i].of(expert) for i in known], weight_TN[token_P.cpu()][:, known],
+                                x_TH[token_P])
             out_TH.index_add_(0, token_P, y_PH * route.weight_TK[token_P, k_P].unsqueeze(1).to(y_PH.dtype))
         return out_TH
 
-    def _expert(self, expert: int, sides: list[tuple[Any, Share]], x_PH: Tensor) -> Tensor:
+    def _expert(self, expert: int, sides: Sequence[Any], weight_PN: Tensor, x_PH: Tensor) -> Tensor:
         gate, up = (part.contiguous() for part in self.base.gate_up(expert, x_PH))  # as the native SwiGLU wants them
-        _add_part("gate", sides, x_PH, gate)
-        _add_part("up", sides, x_PH, up)
+        _add_part("gate", sides, weight_PN, x_PH, gate)
+        _add_part("up", sides, weight_PN, x_PH, up)
         h = ops.swiglu_rows(gate, up)
         y_PH = self.base.down(expert, h)
-        _add_part("down", sides, h, y_PH)
+        _add_part("down", sides, weight_PN, h, y_PH)
         return y_PH
 
 
-def _add_part(part: str, sides: list[tuple[Any, Share]], x_PK: Tensor, y_PO: Tensor) -> None:
-    for side, share in sides:
-        if part in side:
-            share.add(y_PO, side[part](x_PK[share.rows]))
+def _add_part(part: str, sides: Sequence[Any], weight_PN: Tensor, x_PK: Tensor, y_PO: Tensor) -> None:
+    known = [i for i, side in enumerate(sides) if part in side]
+    weight_PN = weight_PN[:, known]
+    _add_terms([sides[i][part] for i in known], weight_PN, x_PK, y_PO, lambda i: Share.of(weight_PN[:, i]))
 
 
-def _among(share: Share, token_P: Tensor, tokens: int) -> Share:
-    """The share of an adapter among some of a pass's tokens."""
-    weight_T = torch.zeros(tokens)
-    weight_T[share.rows] = share.weight.squeeze(1) if isinstance(share.weight, Tensor) else share.weight
-    weight_P = weight_T[token_P.cpu()]
-    rows = weight_P.nonzero().squeeze(1)
-    return Share(rows.to(token_P.device), weight_P[rows].unsqueeze(1))
+def _add_terms(paths: Sequence[Any], weight_TN: Tensor, x_TK: Tensor, y_TO: Tensor,
+               share_of: Callable[[int], Share]) -> None:
+    """Add the terms of several adapters, of which share_of gives the rows. In half precision each makes products of its
+    own, on the units that the machine has for them."""
+    low = [i for i, path in enumerate(paths) if isinstance(path, LowRank) and x_TK.dtype == torch.float32]
+    if low:
+        ops.add_low_rank(y_TO, x_TK, [paths[i].a for i in low], [paths[i].b for i in low], weight_TN[:, low])
+    for i, path in enumerate(paths):
+        if i not in low:
+            share = share_of(i)
+            share.add(y_TO, path(x_TK[share.rows]))
 
 
 def bare(module: Any) -> Any:

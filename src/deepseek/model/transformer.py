@@ -185,7 +185,7 @@ class CausalLM(nn.Module):
         if not any(counts):
             return torch.zeros_like(x_BTH)
         adapter = of_all_rows()
-        assert adapter is not None or not current(), "the rows of a batch are one adapter's"
+        assert adapter is not None or current() is None, "the rows of a batch are one adapter's"
         pack = cache.pack(counts, attn_impl, adapter)
         positions_T = pack.positions if positions_BT is None else _real(positions_BT.expand(batch, -1), mask_BT)
         own = None if routing is None else RoutingRecord()

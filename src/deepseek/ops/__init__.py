@@ -9,6 +9,7 @@ from .gate import choose_experts
 from .latent import latent_attention, naive_attention, prepare_latents
 from .linear import linear
 from .loss import linear_cross_entropy
+from .low_rank import add_low_rank
 from .mlp import swiglu, swiglu_rows
 from .native import fast_bf16
 from .norm import rms_norm
@@ -23,10 +24,10 @@ from .quantized import (
 from .rotary import rotate
 
 __all__ = [
-    "ExpertTable", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16", "grouped_quantized_linear",
-    "latent_attention", "linear", "linear_cross_entropy", "naive_attention", "plain_linear",
-    "prepare_latents", "quantized_experts", "quantized_linear", "quantized_mlp", "rms_norm", "rotate", "swiglu",
-    "swiglu_rows",
+    "ExpertTable", "add_low_rank", "causal_attention", "choose_experts", "expert_mlp", "fast_bf16",
+    "grouped_quantized_linear", "latent_attention", "linear", "linear_cross_entropy", "naive_attention",
+    "plain_linear", "prepare_latents", "quantized_experts", "quantized_linear", "quantized_mlp", "rms_norm",
+    "rotate", "swiglu", "swiglu_rows",
 ]
 
 if not TYPE_CHECKING:

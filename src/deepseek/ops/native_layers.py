@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .latent import Sequences
+from .low_rank import addresses
 from .native import address, native, runs_native, threads
 from .quantized import PLAIN_BITS
 
@@ -103,6 +104,15 @@ class LayerBlock:
             norm_1, norm_2, eps)
 
 
+LowRankMatrices = tuple[Tensor, Tensor] | None  # A [R, K] and B turned round, [R, O], of an adapter that has them
+
+
+def adapters_of(layers: Sequence[Sequence[Sequence[LowRankMatrices]]]) -> Any:
+    """Native adapters of some layers: of q_a, q_b, kv_a and o of each the matrices of every adapter, which must live as
+    long."""
+    return native.Adapters([[addresses(own) for own in products] for products in layers])
+
+
 def _state(tensor: Tensor | None) -> tuple[int, int]:
     """Where a parameter lies, and how often it has been written to; small ones of plain layers are copied."""
     return address(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version
@@ -116,6 +126,7 @@ class LayerStack:
 
     def __init__(self, blocks: Sequence[LayerBlock], parameters: Sequence[Mapping[str, Tensor | None]]) -> None:
         self.blocks = tuple(blocks)
+        self.adapters: dict[Any, Any] = {}  # native ones (`adapters_of`), by whatever names them
         self.ready = bool(blocks) and all(block.ready for block in blocks)
         if self.ready:
             gates = [(block.experts, block.top) for block in blocks if block.experts]
@@ -132,14 +143,14 @@ class LayerStack:
 
     def run(
         self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, cache: Tensor, layer_stride: int, sequences: Sequences,
-        naive: int, record: bool, residency: Any = None
+        naive: int, record: bool, residency: Any = None, adapters: Any = None, weight_TN: Tensor | None = None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Run the layers: x is overwritten with the result, the tokens' rows of the cache are written.
 
         cache: float32, whose rows `sequences` points to; those of a layer lie layer_stride numbers behind the last
         one's, 0 where the rows serve this call alone. naive: so many sequences, the first ones, run naive and
-        the others absorbed. residency: a native Residency (engine/residency.py). Returns (index, weight, scores) of
-        every gate if `record` says so.
+        the others absorbed. residency: a native Residency (engine/residency.py). adapters: native ones (`adapters_of`),
+        and how much each counts for each token. Returns (index, weight, scores) of every gate if `record` says so.
         """
         n = len(x_TH)
         assert x_TH.is_contiguous() and x_TH.dtype == torch.float32 and cache.dtype == torch.float32
@@ -151,7 +162,8 @@ class LayerStack:
             weight = x_TH.new_empty(self.gates, n, self.top)
         native.layers_forward(
             self.layers, x_TH.data_ptr(), *sequences.native(), naive, cos_TP.data_ptr(), sin_TP.data_ptr(),
-            cache.data_ptr(), layer_stride, address(scores), address(index), address(weight), residency, threads())
+            cache.data_ptr(), layer_stride, address(scores), address(index), address(weight), residency, threads(),
+            *(() if adapters is None else (adapters, address(weight_TN))))
         if scores is None or index is None or weight is None:
             return []
         return list(zip(index, weight, scores, strict=True))

@@ -27,12 +27,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .. import ops
 from ..config import ModelConfig
 from ..model import CausalLM, RoutingRecord
-from ..model.adapter_paths import LowRank
 from ..model.adapters import EVERYTHING, Adapter, Share, bare, current, paths_of
 from ..model.cache import BatchCache, Chunk, PackedBatch
 from ..model.decoder import DecoderLayer, run_layers
@@ -46,7 +44,7 @@ from ..ops.native_layers import Attention, FeedForward, LayerBlock, LayerStack, 
 from ..ops.panels import ROWS, panel_bytes, unpack
 from ..ops.quantized import PLAIN_BITS
 from .linear import QuantizedExperts, QuantizedLinear, QuantizedMLP, is_quantized
-from .pack import quantize_panels
+from .native_adapters import AbsorbedLora, AbsorbedLoras, by_head, layer_adapters
 
 FEW = 16  # tokens of a step that the kernels run with plain weights; of more, torch's products are faster
 
@@ -103,14 +101,17 @@ class NativeStack(nn.Module):
         assert isinstance(pack, PackedBatch)
         stack = self._stack(layers)
         known = x_1TH.dtype == torch.float32 if self.few is None else pack.tokens <= self.few
+        adapted, adapters = current(), None
         if not (known and stack.ready and _takes(pack) and context.cos.dtype == torch.float32
-                and pack.control is None and not current() and not torch.compiler.is_compiling()):
+                and pack.control is None and not torch.compiler.is_compiling()) or (
+                adapted is not None and (adapters := layer_adapters(stack, layers, tuple(adapted.shares))) is None):
             return run_layers(self._run_layer, layers, x_1TH, context, routing)
         x = x_1TH.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rows = pack.pool.data[first:]
         cos, sin = (angle.contiguous().flatten(0, 1) for angle in (context.cos, context.sin))
         routes = stack.run(x.flatten(0, 1), cos, sin, rows, rows.stride(0), pack.sequences, pack.naive,
-                           routing is not None, self.residency if first == 0 else None)
+                           routing is not None, self.residency if first == 0 else None, adapters,
+                           None if adapted is None else adapted.weights(tuple(adapted.shares), pack.tokens))
         if routing is not None:
             gated = (layer.layer for layer in layers if isinstance(layer.mlp, MoE))
             routing.routes.update(zip(gated, (Route(*route) for route in routes), strict=True))
@@ -234,34 +235,6 @@ def _ffn_args(mlp: nn.Module, config: ModelConfig) -> FeedForward | None:
     return FeedForward(bits, *chosen, down.shape[2], MLPs.plain(gate, up, down), shared_inner, shared)
 
 
-class AbsorbedLora:
-    """LoRA on kv_b_proj, s B A, in absorbed attention: what it adds to queries and to values. B is in 8 bits by
-    head, as W_key is there; r is the rank, padded to whole panels."""
-
-    def __init__(self, path: LowRank, config: ModelConfig) -> None:
-        a_rR, b_Or = path.matrices()
-        a_rR, b_Or = pad(a_rR, (0, 0, 0, -path.rank % ROWS)), pad(b_Or, (0, -path.rank % ROWS))
-        key_NDr, value_NWr = b_Or.view(config.num_attention_heads, -1, len(a_rR)).split(
-            (config.qk_nope_head_dim, config.v_head_dim), 1)
-        self.key = _by_head(key_NDr.transpose(1, 2)) if config.qk_nope_head_dim else None
-        self.value = _by_head(value_NWr)
-        self.down, self.up = a_rR, a_rR.t().contiguous()
-        self.rank, self.width = a_rR.shape[0], config.v_head_dim
-
-    def queries(self, q_TND: Tensor) -> Tensor:
-        assert self.key is not None
-        q_TNr = ops.grouped_quantized_linear(q_TND, self.key, 0, self.key.shape[1], self.rank, bits=8)
-        out = ops.plain_linear(q_TNr.flatten(0, 1), self.up)
-        return out.view(*q_TNr.shape[:2], -1)
-
-    def values(self, latent_TNR: Tensor) -> Tensor:
-        latent_TNr = ops.plain_linear(latent_TNR.flatten(0, 1), self.down).view(*latent_TNR.shape[:2], -1)
-        return ops.grouped_quantized_linear(latent_TNr, self.value, 0, self.value.shape[1], self.width, bits=8)
-
-
-AbsorbedLoras = Sequence[tuple[AbsorbedLora, Share]]
-
-
 class NativeAttention(nn.Module):
     """MLA whose kv_b_proj is quantized, over packs in FP32.
 
@@ -279,9 +252,9 @@ class NativeAttention(nn.Module):
         assert isinstance(kv_b, QuantizedLinear)
         w = unpack(kv_b.packed, kv_b.out_features, kv_b.in_features, kv_b.bits).dequantize()
         key_NDR, value_NWR = w.view(self.config.num_attention_heads, nope + value, -1).split((nope, value), 1)
-        self.register_buffer("key", _by_head(key_NDR.transpose(1, 2)) if nope else None, persistent=False)
+        self.register_buffer("key", by_head(key_NDR.transpose(1, 2)) if nope else None, persistent=False)
         in_place = nope % ROWS == 0 and value % ROWS == 0
-        self.register_buffer("value", None if in_place else _by_head(value_NWR), persistent=False)
+        self.register_buffer("value", None if in_place else by_head(value_NWR), persistent=False)
         self.loras: dict[str, AbsorbedLora] = {}
 
     def forward(self, mla: MLA, x_1TH: Tensor, context: AttentionContext, layer: int) -> Tensor:
@@ -376,11 +349,6 @@ class NativeAttention(nn.Module):
         head = (config.qk_nope_head_dim + config.v_head_dim) // ROWS * panel
         return ops.grouped_quantized_linear(latent_TNR, kv_b.packed, config.qk_nope_head_dim // ROWS * panel, head,
                                             config.v_head_dim, bits=kv_b.bits)
-
-
-def _by_head(w_NOK: Tensor) -> Tensor:
-    """Each head's matrix in 8 bits, uint8 [N, bytes of one]."""
-    return torch.stack([quantize_panels(w_OK.contiguous(), 8)[0].flatten() for w_OK in w_NOK])
 
 
 def _takes(pack: Any) -> bool:
