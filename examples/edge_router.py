@@ -25,7 +25,7 @@ class EdgeRouter:
         self.about = json.loads(self.arrays["about"].tobytes())
         self.names, self.threshold = self.about["names"], self.about["threshold"]
         self.bits = len(self.arrays["sequence"]).bit_length() - 1
-        self.row = {int(crc): i for i, crc in enumerate(self.arrays["term"])}
+        self.row = {name: {int(crc): i for i, crc in enumerate(self.arrays[name])} for name in ("term", "known")}
         self.stop, self.piece = set(self.about["stop"]), re.compile(self.about["piece"])
 
     def probabilities(self, text: str) -> np.ndarray:
@@ -35,16 +35,25 @@ class EdgeRouter:
         logits = sums * self.arrays["sequence_scale"] * scale + self.arrays["bias"]
         size = min(len(text), self.about["read"])
         logits *= size / (size + self.about["form"])
-        crcs = (zlib.crc32(term.encode()) for term in self.terms(text[: self.about["read"]]))
-        counts = Counter(self.row[crc] for crc in crcs if crc in self.row)
-        if counts:
-            n = np.fromiter(counts.values(), np.float32)
-            weights = np.take(self.arrays["weight"], np.fromiter(counts, np.int64), axis=0)
-            logits += n / (n + self.about["k1"]) @ weights * self.arrays["weight_scale"] / np.sqrt(len(counts))
-        elif not scale:
+        counts = Counter(zlib.crc32(term.encode()) for term in self.terms(text[: self.about["read"]]))
+        own, known = self.weighed(counts, "term")
+        more, also = self.weighed(counts, "known")
+        if not scale and not known + also:
             return np.zeros(len(self.names))
+        share = self.about["share"] * np.exp(-known / self.about["short"])
+        logits += (1 - share) * own + share * more
         e = np.exp((logits - logits.max()) / self.about["temperature"])
         return e / e.sum()
+
+    def weighed(self, counts: dict[int, int], name: str) -> tuple[np.ndarray, int]:
+        """(logits of terms, how many are known); name: `term`, or `known` for the glossary's."""
+        known = [crc for crc in counts if crc in self.row[name]]
+        if not known:
+            return np.zeros(len(self.names)), 0
+        n = np.array([counts[crc] for crc in known], np.float32)
+        weights = np.take(self.arrays[f"{name}_weight"], [self.row[name][crc] for crc in known], axis=0)
+        sums = n / (n + self.about["k1"]) @ weights * self.arrays[f"{name}_scale"]
+        return sums / np.sqrt(len(known)), len(known)
 
     def route(self, text: str) -> dict[str, float]:
         """The members that serve a text, with weights that sum to 1; {} where the base answers alone."""

@@ -22,8 +22,8 @@ PACKAGE = ROOT / "src" / "deepseek"
 
 # each may import those before it
 BOTTOM = ("deprecation", "errors", "settings", "files", "keys", "memory", "progress", "interrupts", "config", "ids",
-          "language", "domain", "conversation", "workers", "templates", "grammars", "tiktokens", "tokenizer", "spoken",
-          "ops")
+          "language", "glossary", "domain", "conversation", "workers", "templates", "grammars", "tiktokens",
+          "tokenizer", "spoken", "ops")
 ABOVE: dict[str, tuple[str, ...]] = {  # and whatever these may
     "model": BOTTOM,
     "quant": ("model",),

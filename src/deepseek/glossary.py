@@ -39,9 +39,9 @@ GLOSSARY: dict[str, Domain] = {
                 "长江|黄河|山脉|岛屿|沙漠|首都|人口|民族|文化|宗教|哲学|哲学家|画家|绘画|雕塑|书法|博物馆|建筑|作曲家|交响乐|"
                 "京剧|导演|演员|物种|行星|银河|天文|恐龙|出生于"),
     "code_expert": Domain(
-        names="code|coding|programming|programmer|programmers|program|programs|software|developer|developers|"
-              "编程|程序|代码|软件|程序员|程序设计|开发者|软件开发",
-        english="compiler|compile|interpreter|runtime|stdout|stdin|stderr|debug|debugger|bug|traceback|exception|"
+        names="code|coding|programming|programmer|programmers|software|developer|developers|"
+              "编程|代码|软件|程序员|程序设计|开发者",
+        english="program|programs|compiler|compile|interpreter|runtime|stdout|stdin|stderr|debug|debugger|bug|traceback|exception|"
                 "stack trace|segfault|null pointer|pointer|python|javascript|typescript|java|rust|golang|kotlin|swift|"
                 "php|ruby|perl|haskell|html|css|sql|bash|shell|linux|docker|kubernetes|git|github|commit|branch|merge|"
                 "repository|pull request|api|rest|endpoint|http|json|yaml|xml|csv|regex|regular expression|algorithm|"
@@ -53,7 +53,7 @@ GLOSSARY: dict[str, Domain] = {
                 "schema|transaction|cache|redis|server|client|backend|frontend|react|vue|django|flask|numpy|pandas|"
                 "pytorch|parser|token|syntax|typeerror|keyerror|overflow|memory leak|garbage collection|bitwise|"
                 "deployment|script|snippet|callback|socket|encoding|utf|float|integer overflow",
-        chinese="函数|变量|常量|数组|链表|列表|字典|哈希|队列|二叉树|递归|循环|遍历|迭代|算法|排序|二分查找|时间复杂度|空间复杂度|"
+        chinese="程序|函数|变量|常量|数组|链表|列表|字典|哈希|队列|二叉树|递归|循环|遍历|迭代|算法|排序|二分查找|时间复杂度|空间复杂度|"
                 "数据结构|字符串|子串|正则|正则表达式|布尔|整型|浮点|类型|对象|类和|继承|多态|封装|接口|构造函数|参数|返回值|"
                 "实参|形参|指针|引用|内存|内存泄漏|垃圾回收|线程|多线程|进程|协程|并发|异步|死锁|加锁|编译|编译器|解释器|运行时|"
                 "调试|断点|报错|异常|捕获|堆栈|崩溃|语法错误|单元测试|测试用例|重构|注释|脚本|命令行|终端|数据库|查询|索引|"
@@ -95,7 +95,7 @@ GLOSSARY: dict[str, Domain] = {
                 "mediation|settlement|injunction|jurisdiction|venue|statute of limitations|constitution|"
                 "constitutional|amendment|legislature|ordinance|regulation|compliance|felony|misdemeanor|crime|"
                 "criminal|offence|offense|theft|fraud|assault|homicide|manslaughter|murder|bail|parole|probation|"
-                "sentence|imprisonment|acquitted|guilty|plea|custody|divorce|alimony|guardian|inheritance|will and "
+                "imprisonment|acquitted|guilty|plea|custody|divorce|alimony|guardian|inheritance|will and "
                 "testament|probate|heir|trustee|landlord|tenant|lease|eviction|deposit|mortgage|easement|title deed|"
                 "copyright|patent|trademark|infringement|licence|license|licensor|licensee|sublicense|"
                 "confidentiality|nondisclosure|non-compete|employer|employee|dismissal|severance|discrimination|"

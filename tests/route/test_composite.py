@@ -182,6 +182,14 @@ def test_a_segment_that_says_too_little_is_routed_with_its_context() -> None:
         POOL.parts(b"x")  # type: ignore[arg-type]
 
 
+def test_greetings_and_words_of_order_do_not_decide() -> None:
+    pool = ExpertPool([PoolMember("desk", "Bookings", keywords=["hi there", "please", "order", "谢谢"]),
+                       PoolMember("code", "Programs", keywords=["sql", "函数"])])
+    parts = pool.parts("1. Hi, and then please write some sql for this table\n2. 谢谢你，请写一个函数\n3. please")
+    assert [part.decision.fusion.names[0] for part in parts][:2] == ["code", "code"]
+    assert parts[0].text.startswith("Hi, and then please"), "what is answered stays as it was asked"
+
+
 def test_parts_as_json() -> None:
     found = [one.to_dict() for one in POOL.parts(LEASE)]
     assert json.loads(json.dumps(found)) == found

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from deepseek import ExpertPool, KnowledgeBase, dynamic_routing
@@ -90,9 +89,10 @@ def test_passages_of_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "said"), [
     ("[]", "must be a table with `members`, got list"),
-    ("member: []", "unknown key 'member'; there are members, include, scorer, bias; did you mean members?"),
+    ("member: []", "unknown key 'member'; there are members, include, scorer, bias, glossary; did you mean members?"),
     ("members: {}", "members = {}: must be a list"),
     ("members: [3]", "members[0] = 3: must be a table with name, kind"),
+    ("glossary: [law]", "glossary = ['law']: must be true or false"),
     ("scorer: keyword", "scorer = 'keyword': must be keywords, classifier or gate; did you mean keywords?"),
     (f"members:\n{LAW}{LAW}", "members[1] (law): name = 'law': another member bears it: must be unique"),
     ("members: [{name: x, domain: y}]", "members[0] (x): kind: must be given"),
@@ -200,7 +200,7 @@ def test_what_is_no_text_is_refused() -> None:
 
 def test_given_keywords_and_descriptions_suffice() -> None:
     pool = ExpertPool([PoolMember("law", "Law and contracts", keywords={"court": 5.0}),
-                       PoolMember("code", "Programs and contracts")])
+                       PoolMember("code", "Programs and contracts")], glossary=False)
     assert pool.route("contracts of programs").fusion.names[0] == "code"
     assert pool.route("a court").fusion.names == ("law",)
     assert {*pool.route("contracts").fusion.names} == {"law", "code"}  # both say it
@@ -226,11 +226,11 @@ def test_that_a_member_has_no_text_in_a_language_says_nothing_about_its_terms() 
     chinese = PoolMember("poems", "诗歌", samples=[f"山水{i}的明月，今晚发烧" for i in range(20)])
     medicine = PoolMember("medicine", "发烧、咳嗽", samples=[f"fever {i}" for i in range(20)])
     pool = ExpertPool([*english, chinese, medicine])
-    weights = pool.scorer.terms
+    weights = pool.scorer.terms.own
     assert "今晚" in weights.vocabulary and "judg" in weights.vocabulary
     assert "明月" in weights.vocabulary and "的明" not in weights.vocabulary  # a function word
     assert pool.route("咳嗽").fusion.names == ("medicine",) and pool.route("明月").fusion.names == ("poems",)
-    fever = weights.logits("发烧")[0]
+    fever = weights.logits({"发烧": 1})[0]
     assert fever[3] > fever[2]  # a word of its description, though every poem has it, and no text of its own
 
 
@@ -238,21 +238,9 @@ def test_function_words_do_not_count() -> None:
     texts = {"novel": "she had never seen her ship", "law": "the court ruled", "code": "the loop ran"}
     pool = ExpertPool([PoolMember(name, name, samples=[f"{text} {i}" for i in range(20)])
                        for name, text in texts.items()])
-    assert {"court", "seen", "ship"} <= {*pool.scorer.terms.vocabulary}
-    assert not {"she", "her", "never", "had", "the"} & {*pool.scorer.terms.vocabulary}
+    assert {"court", "seen", "ship"} <= {*pool.scorer.terms.own.vocabulary}
+    assert not {"she", "her", "never", "had", "the"} & {*pool.scorer.terms.own.vocabulary}
     assert pool.route("Has she never ruled her court?").fusion.names == ("law",)
-
-
-def test_logits_of_the_sparse_weights_equal_the_formula() -> None:
-    scorer = ExpertPool(members()).scorer
-    weights = scorer.terms
-    dense = np.zeros((len(weights.vocabulary), 3))
-    for v in range(len(dense)):
-        for p in range(weights.first_V[v], weights.first_V[v + 1]):
-            dense[v, weights.member_P[p]] = weights.weight_P[p]
-    a, b = (dense[weights.vocabulary[term]] for term in ("court", "oven"))
-    want = (a * 2 / (2 + 1.2) + b * 1 / (1 + 1.2)) / 2**0.5
-    assert scorer.terms.logits("court oven court zzzz")[0] == pytest.approx(want, rel=1e-5)
 
 
 def test_a_trained_classifier_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ _ZH_VERBS = (  # with what keeps a statement out: 证明了, 写作, 解除, 用
     r"梳理|提取|识别|改[写成进]|重构|修改|修复|优化|调试|实现|设计|生成|制定|推荐|预[订定约]|订[一个张两]|查[一找询]|"
     r"找[一个出几到]|画[一个出张]|做[一个份张]|告诉|评[价估论]|整理|润色|谈谈|讲[讲一解个]|说说|看看|看一下|把|编[一个]|出[一几]|"
     r"用[^，。\n]{1,20}?[写编做算求证画实解总翻说概介列]|安排|确认|核对")
+_BEFORE = re.compile(rf"\A{_LEAD}{_ZH_LEAD}", re.IGNORECASE)
 _COMMAND = re.compile(rf"{_LEAD}(?:{_VERBS})\b(?![-:]| of\b| (?:is|are|was|were|has|had)\b)|{_ZH_LEAD}(?:{_ZH_VERBS})",
                       re.IGNORECASE)
 _QUESTION = re.compile(rf"{_LEAD}(?:(?:{_ASKING})\b|(?:when|where) (?:{_HELPING})\b|(?:{_HELPING}) (?:{_SUBJECT})\b)",
@@ -93,6 +94,12 @@ def length(text: str) -> int:
 def has_order(text: str) -> bool:
     """Whether a clause begins with its place in an order: first, then, 最后."""
     return bool(_ORDER.match(text[:_CLAUSE]))
+
+
+def matter(text: str) -> str:
+    """A part of a request without words of order and politeness before it, where anything is left."""
+    rest = _BEFORE.sub("", text[:_CLAUSE], 1) + text[_CLAUSE:]
+    return rest if rest.strip() else text
 
 
 def commands(text: str) -> bool:

@@ -17,7 +17,19 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .asking import COLON, asks_of, goes_on, has_order, is_chinese, is_label, is_new, is_question, length, takes_more
+from .asking import (
+    COLON,
+    asks_of,
+    goes_on,
+    has_order,
+    is_chinese,
+    is_label,
+    is_new,
+    is_question,
+    length,
+    matter,
+    takes_more,
+)
 from .outline import CODE, ENDS, clauses, hide, sentences, task_list
 from .routing import RoutedPart, Router
 
@@ -44,10 +56,12 @@ def route_segments(pool: Router, text: str) -> list[RoutedPart]:
     """The segments of a request, each routed by itself; where its own text does not suffice, with the beginning of the
     context. Neighbours with the same member stay apart."""
     found = []
-    for segment in split(text):
-        decision = pool.route(segment.text)
+    segments = split(text)
+    for segment in segments:
+        own = matter(segment.text) if len(segments) > 1 else text  # "hi" and "please" are about no part
+        decision = pool.route(own)
         if decision.abstained and segment.context:
-            more = pool.route(f"{segment.text}\n\n{segment.context[:CONTEXT]}")
+            more = pool.route(f"{own}\n\n{segment.context[:CONTEXT]}")
             decision = decision if more.abstained else more
         found.append(RoutedPart(segment.text, decision, segment.start, segment.context, segment.reason))
     return found

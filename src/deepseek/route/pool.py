@@ -1,6 +1,7 @@
 """A pool of experts: one YAML file (docs/routing.md) -> members, and who of them serves a text.
 
     scorer: keywords                  # or classifier, or gate
+    glossary: true                    # words of common domains in two languages count, too (deepseek.glossary)
     bias: 0                           # added to the gates' choice of the experts of a named group; inexact
     include: [more.yaml]              # other pool files, relative to this one
     members:
@@ -43,16 +44,20 @@ SHOWN_SCORES = 10  # of a decision, in a pool of many
 class ExpertPool:
     """Experts of a pool, and who of them serves a text. scorer: `keywords`; `classifier`, which is trained on the
     members' samples when it is first used (seconds); or `gate`, which asks the gates of the model that uses the pool.
-    bias: of the decisions (`Fusion.bias`). Raises ConfigError for a name that two members bear."""
+    bias: of the decisions (`Fusion.bias`). glossary: whether the built-in words of common domains count for members of
+    these. Raises ConfigError for a name that two members bear."""
 
     def __init__(self, members: Sequence[PoolMember] = (), scorer: ScorerName = "keywords", *, bias: float = 0.0,
-                 seed: int = 0) -> None:
+                 glossary: bool = True, seed: int = 0) -> None:
         if scorer not in SCORERS:
             raise ConfigError(f"scorer = {shown(scorer)}: must be {', '.join(SCORERS[:-1])} or {SCORERS[-1]}"
                               f"{nearest(str(scorer), SCORERS)}")
         if not is_number(bias) or not 0 <= bias <= MOST_BIAS:
             raise ConfigError(f"bias = {shown(bias)}: must be a number from 0 to {MOST_BIAS:g}")
+        if not isinstance(glossary, bool):
+            raise ConfigError(f"glossary = {shown(glossary)}: must be true or false")
         self.members, self.scorer_name, self.bias, self.seed = tuple(members), scorer, float(bias), seed
+        self.glossary = glossary
         self.gates: Gates | None = None  # of the model that uses the pool, for the scorer `gate`
         self._among: frozenset[str] | None = None  # those that may answer; else all
         self._by_name: dict[str, PoolMember] = {}
@@ -70,7 +75,8 @@ class ExpertPool:
         table = _read(path, (), members, set())
         try:
             return cls(tuple(members.values()), scorer or table.get("scorer") or "keywords",
-                       bias=0.0 if table.get("bias") is None else table["bias"], seed=seed)
+                       bias=0.0 if table.get("bias") is None else table["bias"],
+                       glossary=True if table.get("glossary") is None else table["glossary"], seed=seed)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -123,9 +129,10 @@ class ExpertPool:
     def scorer(self) -> SummedScorer:
         """What gives every member its probability. Raises ConfigError for `gate` without a model."""
         if self.scorer_name != "gate":
-            return make_scorer(self.members, self.scorer_name, self.seed)
+            return make_scorer(self.members, self.scorer_name, self.seed, glossary=self.glossary)
         with ProgressBar(desc="gate", unit=" samples") as bar:
-            return make_scorer(self.members, "gate", self.seed, bar.advance_to, gates=self.gates)
+            return make_scorer(self.members, "gate", self.seed, bar.advance_to, gates=self.gates,
+                               glossary=self.glossary)
 
     def parts(self, text: str) -> list[RoutedPart]:
         """The parts of a composite request that are answered on their own, each with who serves it; one part where the
@@ -182,7 +189,7 @@ def _read(path: Path, including: tuple[Path, ...], members: dict[str, PoolMember
     table = read_yaml(path)
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: must be a table with `members`, got {type(table).__name__}")
-    _no_others(table, ("members", "include", "scorer", "bias"), f"{path}: ")
+    _no_others(table, ("members", "include", "scorer", "bias", "glossary"), f"{path}: ")
     for other in _list(table, "include", f"{path}: "):
         if not isinstance(other, str) or not (file := path.parent / Path(other).expanduser()).is_file():
             raise ConfigError(f"{path}: include = {shown(other)}: must be a pool file; there is none")

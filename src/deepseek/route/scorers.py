@@ -1,15 +1,7 @@
 """Text -> the probability of each member of a pool. Two scorers, both calibrated on samples that they have not seen.
 
-keywords    BM25 with weights of its own for each member. Of term t (terms.py) and member m
-
-                weight_tm = max(0, logit(share of m's samples with t) - logit(mean share of the other members')), of
-                            samples in t's language; 0 for function words
-                            + GIVEN * (the weight that is given, or the inverse frequency of t among the members'
-                                       keywords and descriptions, for the terms of these)
-                logit_m   = sum over t in the text of weight_tm * n_t / (n_t + K1), / sqrt(number of these terms)
-
-            (Robertson and Sparck Jones' relevance weight where there are samples, plain TF-IDF where there are none).
-            A text without a known term has no member.
+keywords    BM25 with weights of its own for each member, and the glossary's (weights.py). A text without a known term
+            has no member.
 
 classifier  the same, plus the logits of a linear classifier over hashed character sequences (deepseek.domain), trained
             on the samples, times n / (n + FORM) for a text of n characters: the one knows what words mean for a domain,
@@ -27,17 +19,14 @@ Probabilities are softmax(logits / temperature). Temperature and threshold come 
 temperature of least cross-entropy, and the threshold that COVERAGE of them reach, at most ENOUGH: a member that is
 likelier than all others together always answers. With too few samples the temperature is 1 and the threshold 0.
 
-Shape letters: M members, T terms, P (term, member) pairs, V vocabulary, D numbers of a centroid or of (layer, expert)
-pairs, N texts.
+Shape letters: M members, D numbers of a centroid or of (layer, expert) pairs, N texts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,14 +39,11 @@ from ..domain import DomainClassifier, fit_temperature, held_out_rows, piece, se
 from ..errors import ConfigError, DataError, NotFoundError
 from ..files import cache_folder
 from .routing import READ
-from .terms import is_chinese, is_common, terms
+from .weights import Terms
 
 if TYPE_CHECKING:
     from .member import PoolMember
 
-K1 = 1.2  # BM25's
-GIVEN = 7.0
-SPOKEN, FEW = 0.1, 0.01  # of a text's terms, for it to be in a language; of a member's texts, for it to have that
 KEPT, MOST_KEPT = 1000, 16  # samples of a classifier that is kept in the user's cache; how many of them are
 FORM = 200  # characters of which half the classifier's evidence counts
 HELD_OUT = 0.1
@@ -87,105 +73,6 @@ class Evidence(Protocol):
     """Logits of every member, and whether the text says anything."""
 
     def logits(self, text: str) -> tuple[np.ndarray, bool]: ...
-
-
-class TermWeights:
-    """The keywords' evidence. samples: of every member, those that may be looked at."""
-
-    def __init__(self, members: Sequence[PoolMember], samples: Sequence[Sequence[str]]) -> None:
-        weights = _sample_weights(samples)
-        given: list[dict[str, float | None]] = []
-        for member in members:
-            own: dict[str, float | None] = dict.fromkeys(terms(member.domain))
-            for word, weight in member.keywords.items():
-                own.update(dict.fromkeys(terms(word), weight))
-            given.append(own)
-        shared = Counter(term for own in given for term in own)
-        rarest = _inverse(1, len(members))
-        for own, of_member in zip(given, weights, strict=True):
-            for term, weight in own.items():
-                weight = _inverse(shared[term], len(members)) / rarest if weight is None else weight
-                of_member[term] = of_member.get(term, 0.0) + GIVEN * weight
-        postings: dict[str, list[tuple[int, float]]] = {}
-        for m, of_member in enumerate(weights):
-            for term, weight in of_member.items():
-                postings.setdefault(term, []).append((m, weight))
-        self.members = len(members)
-        self.words = list(postings)
-        self.vocabulary = {term: i for i, term in enumerate(self.words)}
-        pairs = [pair for own in postings.values() for pair in own]
-        self.member_P = np.array([m for m, _ in pairs], np.int64)
-        self.weight_P = np.array([weight for _, weight in pairs], np.float32)
-        self.first_V = np.cumsum([0, *map(len, postings.values())])
-
-    def _found(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(numbers of the known terms in a text, what their counts make of their weights)."""
-        counts = Counter(filter(self.vocabulary.__contains__, terms(text[:READ])))
-        id_T = np.fromiter(map(self.vocabulary.__getitem__, counts), np.int64, len(counts))
-        n_T = np.fromiter(counts.values(), np.float32, len(counts))
-        return id_T, n_T / (n_T + K1)
-
-    def logits(self, text: str) -> tuple[np.ndarray, bool]:
-        id_T, saturated_T = self._found(text)
-        if not len(id_T):
-            return np.zeros(self.members), False
-        first_T = self.first_V[id_T]
-        size_T = self.first_V[id_T + 1] - first_T
-        at_P = np.arange(size_T.sum()) + np.repeat(first_T - (np.cumsum(size_T) - size_T), size_T)
-        value_P = self.weight_P[at_P] * np.repeat(saturated_T, size_T)
-        return np.bincount(self.member_P[at_P], value_P, self.members) / math.sqrt(len(id_T)), True
-
-    def keywords(self, text: str, member: int, most: int = 10) -> dict[str, float]:
-        """The terms that speak most for a member against the mean of all, with what they add to its logit."""
-        id_T, saturated_T = self._found(text)
-        found: dict[str, float] = {}
-        for i, saturated in zip(id_T, saturated_T, strict=True):
-            of = slice(self.first_V[i], self.first_V[i + 1])
-            own = self.weight_P[of][self.member_P[of] == member].sum()
-            if (more := float(own - self.weight_P[of].sum() / self.members)) > 0:
-                found[self.words[i]] = more * float(saturated) / math.sqrt(len(id_T))
-        return dict(sorted(found.items(), key=lambda one: (-one[1], one[0]))[:most])
-
-
-def _inverse(shared: int, members: int) -> float:
-    """BM25's inverse frequency of a term that so many members share."""
-    return math.log(1 + (members - shared + 0.5) / (shared + 0.5))
-
-
-def _sample_weights(samples: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """{term: relevance weight} of each member, of the terms in its samples that are rarer elsewhere, function words
-    left out. Chinese terms are counted among the texts of which they are at least SPOKEN, others among theirs, and
-    among the members that have some: that a member has no text in a language says nothing about its terms."""
-    counts_LM = [[Counter[str]() for _ in samples] for _ in range(2)]
-    size_LM = [[0] * len(samples) for _ in range(2)]
-    for m, own in enumerate(samples):
-        for text in own:
-            found = set(terms(text[:READ]))
-            chinese = set(filter(is_chinese, found))
-            for language, some in enumerate((found - chinese, chinese)):
-                if some and len(some) >= SPOKEN * len(found):
-                    size_LM[language][m] += 1
-                    counts_LM[language][m].update(term for term in some if not is_common(term))
-    out: list[dict[str, float]] = [{} for _ in samples]
-    for counts_M, size_M in zip(counts_LM, size_LM, strict=True):
-        there = [m for m, own in enumerate(samples) if size_M[m] > FEW * len(own)]
-        shares: dict[str, float] = {}  # summed over the members
-        for m in there:
-            for term, n in counts_M[m].items():
-                shares[term] = shares.get(term, 0.0) + n / size_M[m]
-        texts = sum(size_M[m] for m in there)
-        for m in there:
-            size = size_M[m]
-            for term, n in counts_M[m].items():
-                elsewhere = max(shares[term] - n / size, 0.0) / max(1, len(there) - 1) + 0.5 / (texts - size + 1)
-                if (weight := _logit((n + 0.1) / (size + 0.2)) - _logit(elsewhere)) > 0:
-                    out[m][term] = weight
-    return out
-
-
-def _logit(share: float) -> float:
-    share = min(share, 0.999)
-    return math.log(share / (1 - share))
 
 
 class Sequences:
@@ -308,7 +195,7 @@ class SummedScorer:
     """Evidence added up, calibrated: the interface of both scorers. terms: the first of it. threshold: the probability
     below which no member fits."""
 
-    def __init__(self, terms: TermWeights, *more: Evidence) -> None:
+    def __init__(self, terms: Terms, *more: Evidence) -> None:
         self.terms, self.more = terms, more
         self.temperature, self.threshold = 1.0, 0.0
 
@@ -359,9 +246,9 @@ def _some(samples: Sequence[str]) -> list[str]:
 
 
 def make_scorer(members: Sequence[PoolMember], name: str, seed: int = 0, progress: Progress | None = None,
-                bits: int = BITS, gates: Gates | None = None) -> SummedScorer:
+                bits: int = BITS, gates: Gates | None = None, glossary: bool = True) -> SummedScorer:
     """A calibrated scorer of some members. name: `keywords`, `classifier` or `gate`. bits: of the classifier's hash.
-    gates: of the model, for `gate`; raises ConfigError without."""
+    gates: of the model, for `gate`; raises ConfigError without. glossary: whether it is asked."""
     if name == "gate":
         if gates is None:
             raise ConfigError("scorer = gate: asks the gates of a model: must be used with one, as LLM(MODEL, pool=…)")
@@ -377,7 +264,7 @@ def make_scorer(members: Sequence[PoolMember], name: str, seed: int = 0, progres
         more = [Sequences(members, seed, progress, bits) if enough else Centroids(members, seen)]
     elif gates is not None and name == "gate":
         more = [GateEvidence(members, seen, gates, progress)]
-    scorer = SummedScorer(TermWeights(members, seen), *more)
+    scorer = SummedScorer(Terms(members, seen, glossary), *more)
     if enough:
         scorer.calibrate([texts[i] for i in np.flatnonzero(out_N)], member_N[out_N], seed)
     return scorer

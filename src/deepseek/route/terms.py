@@ -18,13 +18,13 @@ STOP = frozenset(
     "the their them then there these they this to was were what when where which who why will with would you your "
     "什么 哪些 如何 怎么 多少 是否 的是".split())
 _COMMON = (  # words of any English text, whatever it is about
-    "about above after again against all also am another any because been before being below between both but "
-    "cannot come could did doing down during each else ever every few first further get give given go good great "
-    "her here hers herself him himself his just know last let like made make me mine more most must my myself "
-    "need never new no nor now off once one only other our ours ourselves out over own perhaps please put quite "
-    "rather really same say see shall she should since so some still such take tell than thank that these think "
-    "those three through thus too toward two under until up upon us use very via want we well went whether while "
-    "whom whose within without yet yours").split()
+    "about above after again against all also am another any anyone anything because been before being below between "
+    "both but cannot come could did doing down during each else ever every everyone everything few first further get "
+    "give given go good great he her here hers herself him himself his just know last let like made make me mine more "
+    "most must my myself need never new no nobody nor nothing now off once one only other our ours ourselves out over "
+    "own perhaps please put quite rather really same say see shall she should since so some someone something still "
+    "such take tell than thank that these think those three through thus too toward two under until up upon us use "
+    "very via want we well went whether while whom whose within without yet yours").split()
 _COMMON_CHINESE = frozenset(
     "的了是在我有和就不都也很到要去你会着这那么吗呢吧啊呀怎什哪谁几个为与及或而且但又还被"
     "把对从以于之其此该它他她们您请给让能可想")
