@@ -183,8 +183,8 @@ def test_a_segment_that_says_too_little_is_routed_with_its_context() -> None:
 
 
 def test_greetings_and_words_of_order_do_not_decide() -> None:
-    pool = ExpertPool([PoolMember("desk", "Bookings", keywords=["hi there", "please", "order", "谢谢"]),
-                       PoolMember("code", "Programs", keywords=["sql", "函数"])])
+    pool = ExpertPool([PoolMember("desk", "Bookings", keywords=dict.fromkeys(["hi there", "please", "谢谢"])),
+                       PoolMember("code", "Programs", keywords=dict.fromkeys(["sql", "函数"]))])
     parts = pool.parts("1. Hi, and then please write some sql for this table\n2. 谢谢你，请写一个函数\n3. please")
     assert [part.decision.fusion.names[0] for part in parts][:2] == ["code", "code"]
     assert parts[0].text.startswith("Hi, and then please"), "what is answered stays as it was asked"

@@ -69,7 +69,7 @@ def test_the_domains_of_members() -> None:
             (PoolMember("north", "Medicine and mathematics"), ["math_expert", "medical_expert"]),
             (PoolMember("north", "刑法与民法"), ["law_expert"]),
             (PoolMember("north", "Asthma, gout and insulin"), ["medical_expert"]),  # not named, but spoken of
-            (PoolMember("north", "Songs", keywords=["原告", "判决"]), ["law_expert"]),
+            (PoolMember("north", "Songs", keywords=dict.fromkeys(["原告", "判决"])), ["law_expert"]),
             (PoolMember("flaw", "The town of Northgate"), [])):
         assert sorted(domains(member)) == sorted(names), member
     alike = [PoolMember(f"law {i}", f"about w{i}x") for i in range(MANY + 1)]

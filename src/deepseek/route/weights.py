@@ -205,8 +205,8 @@ def domains(member: PoolMember) -> list[str]:
     for said in (member.name.replace("_", " "), member.domain):
         if named := [name for name, pattern in _named().items() if pattern.search(said)]:
             return named
-    said = set(terms(f"{member.domain} {' '.join(member.keywords)}"))
-    counts = {name: len(said & _domain_terms(name).keys()) for name in DOMAINS}
+    found = set(terms(f"{member.domain} {' '.join(member.keywords)}"))
+    counts = {name: len(found & _domain_terms(name).keys()) for name in DOMAINS}
     best = max(counts, key=counts.__getitem__)
     return [best] if counts[best] >= SOME else []
 
