@@ -4,6 +4,7 @@
     ├── ConfigError      (ValueError)         a configuration is impossible: names key, rule and value
     ├── CheckpointError  (ValueError)         a weight file is missing, truncated, altered or of another shape
     ├── DataError        (ValueError)         an input text or record cannot be read: names the file
+    ├── RankError        (RuntimeError)       a process of a distributed run does not answer
     ├── NotFoundError    (FileNotFoundError)  a name is neither a preset, a path nor reachable on the hub
     └── RequestError     (ValueError)         a prompt or a sampling parameter is out of range
         └── LeftOutError                      a chat template does not show what an assistant's turn says
@@ -35,6 +36,10 @@ class DataError(MoEDRError, ValueError):
 
 class NotFoundError(MoEDRError, FileNotFoundError):
     """A model name or path does not exist."""
+
+
+class RankError(MoEDRError, RuntimeError):
+    """A process of a distributed run has ended or does not answer: the message names it."""
 
 
 class RequestError(MoEDRError, ValueError):

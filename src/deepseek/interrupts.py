@@ -110,6 +110,11 @@ def held(finished: str) -> Iterator[None]:
         raise Stopped(_state.number)
 
 
+def came() -> bool:
+    """Whether a signal waits for `held` to end."""
+    return _state.waits
+
+
 @contextlib.contextmanager
 def kept(text: str | Callable[[], str]) -> Iterator[None]:
     """Note on a KeyboardInterrupt what it leaves behind; what is noted further inside counts."""

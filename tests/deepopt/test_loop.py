@@ -175,6 +175,17 @@ def test_other_settings_in_the_same_folder_are_refused(data: TokenShards, tmp_pa
         TrainingLoop(new_model(), data, replace(config, lr=0.1), tmp_path)
 
 
+def test_a_run_of_a_version_with_fewer_settings_goes_on(data: TokenShards, tmp_path: Path) -> None:
+    config = replace(SETTINGS, steps=2, warmup_steps=1)
+    TrainingLoop(new_model(), data, config, tmp_path).run()
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["train"]["compress"], settings["train"]["inner_steps"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert TrainingLoop(new_model(), data, config, tmp_path).step == 2
+    with pytest.raises(ConfigError, match="holds a run with compress = 'none', this one has 'bf16'"):
+        TrainingLoop(new_model(), data, replace(config, compress="bf16"), tmp_path)
+
+
 def test_two_trainers_in_one_folder_are_refused(data: TokenShards, tmp_path: Path) -> None:
     first = TrainingLoop(new_model(), data, SETTINGS, tmp_path)
     with pytest.raises(ConfigError, match="another process is writing it"):

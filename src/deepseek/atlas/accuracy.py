@@ -43,6 +43,11 @@ class RoutingAccuracy:
         for row, route in enumerate(routes):
             self.load_LE[row] += expert_load(route.index_TK[counted_T], self.config.n_routed_experts).cpu()
 
+    def merge(self, counts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take the sum of several (confusion_NG, load_LE) as the counts."""
+        confusions, loads = zip(*counts, strict=True)
+        self.confusion_NG, self.load_LE = torch.stack(confusions).sum(0), torch.stack(loads).sum(0)
+
     def by_name(self) -> dict[str, float]:
         """Accuracy of each name; names without a counted token are left out."""
         totals = self.confusion_NG.sum(1)

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     usual, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         args = parser.parse_args(words)
+        args.words = words
         if not hasattr(args, "run"):
             args.usage()
             return 2

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..config import PRESETS, ModelConfig
 from ..data.settings import named_paths
 from ..deepopt.settings import RunConfig
 from ..errors import ConfigError, MoEDRError
+from ..settings import COUNT, Option, Settings
 from .common import MachineOptions, add_map_flag
-from .parser import Parser, add_settings, given_settings
+from .parser import Parser, add_settings, given_settings, make
+
+
+@dataclass(frozen=True)
+class RanksOptions(Settings):
+    ranks: Annotated[int, Option(
+        "processes on this machine that train together; torchrun starts them on several", COUNT)] = 1
 
 
 def add_flags(parser: Parser) -> None:
@@ -30,12 +38,20 @@ def add_flags(parser: Parser) -> None:
         "optimizer": "optimizer moments momentum beta1 beta2 weight_decay clip",
         "losses": "mtp_weight balance_weight bias_speed guide_weight",
         "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
+        "ranks": "compress inner_steps outer_lr outer_momentum error_decay balance rank_timeout",
         "machine": "precision gradient_checkpointing device"})
     add_settings(parser, MachineOptions, {"machine": "threads"})
+    add_settings(parser, RanksOptions, {"ranks": "ranks"})
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..deepopt.launch import is_rank, launch
     from ..deepopt.trainer import Trainer
+
+    if (ranks := make(args, RanksOptions).ranks) > 1 and not is_rank():
+        if status := launch(ranks, given_settings(args, RunConfig).get("compress", "none"), args.words):
+            raise SystemExit(status)
+        return
 
     given = given_settings(args, RunConfig)
     words = [word for word in (args.config, *args.data) if word is not None]
@@ -57,8 +73,9 @@ def run(args: argparse.Namespace) -> None:
         data = _training_data(words, args.experts)
         trainer = Trainer(config, out=out, map=args.map, **given)
     model = trainer.fit(data)
-    print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"
-          f"try:   deepseek-infer --model {model} --prompt '…'")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"
+              f"try:   deepseek-infer --model {model} --prompt '…'")
 
 
 def _is_config(word: str) -> bool:

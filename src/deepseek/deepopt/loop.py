@@ -17,6 +17,7 @@ A run may be extended: more steps than it was started with are a further leg of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -37,20 +38,20 @@ from ..checkpoint import load_model, save_model, to_dtype
 from ..data.shards import Batch
 from ..errors import CheckpointError, ConfigError
 from ..files import is_file_at, take_lock, to_json, write_atomically, write_json
-from ..interrupts import handled, held, kept
+from ..interrupts import came, handled, held, kept
 from ..model import CausalLM, RoutingRecord, TrainingLoss, max_violation
 from ..ops.loss import IGNORE
 from ..ops.native import fast_bf16, trains_native
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
+from .gradients import gradient_sum
 from .optimizers import make_optimizer, trained
 from .plot import plot_run
+from .ranks import Ranks
 from .settings import SCHEDULE, Leg, TrainConfig, learning_rate
 
 CHECKPOINT = "checkpoint-{:06d}"
 SETTINGS = "settings.json"
-# what a run was trained with that says nothing of it, as those of 0.2 do
-NEW = {key: getattr(TrainConfig, key) for key in ("optimizer", "moments", "momentum")}
 
 
 class HeldOutBatches(Protocol):
@@ -76,14 +77,19 @@ class TrainingLoop:
     Starts from the newest checkpoint in `out` if there is one. Raises ConfigError when `out` holds a run with other
     settings; more steps extend it, unless `extend` is False. settings: further ones that must be the same, by part.
     about: what settings.json says besides. atlas: of the checkpoint that the run starts from. dtype: of OUT/model.
+    ranks: the processes that take the steps together (ranks.py); the first one writes.
     """
 
     def __init__(self, model: CausalLM, data: Windows, config: TrainConfig, out: str | Path,
                  tokenizer: Tokenizer | None = None, *, settings: Mapping[str, Any] | None = None,
                  about: Mapping[str, Any] | None = None, atlas: Atlas | None = None,
-                 dtype: torch.dtype = torch.float32, extend: bool = True) -> None:
+                 dtype: torch.dtype = torch.float32, extend: bool = True, ranks: Ranks | None = None) -> None:
         self.model, self.data, self.config, self.tokenizer = model, data, config, tokenizer
         self.out, self.atlas, self.dtype, self.extend = Path(out), atlas, dtype, extend
+        self.ranks = Ranks() if ranks is None else ranks
+        if config.accumulation < self.ranks.size:
+            raise ConfigError(f"accumulation = {config.accumulation}: must be at least the number of ranks "
+                              f"({self.ranks.size}): the batches of a step are divided among them")
         self.step = 0
         self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
@@ -95,10 +101,15 @@ class TrainingLoop:
         # what names built in by training rest on: no group gains against another
         self.within_groups = self.guided or (atlas is not None and any(g.kind == "built-in" for g in atlas.groups))
         self._saved = 0  # the step of the newest checkpoint
+        self._stopping = False  # a rank was asked to
         self._busy = False  # inside a step, where weights and step number do not belong together
         _names_fit(model, data.experts)
-        self._claim_folder(settings or {}, about or {})
-        self._resume()
+        with self.ranks.first_here() as owns:
+            self._claim_folder(settings or {}, about or {}, owns)
+        self.gradients = gradient_sum(config, self.ranks, trained(model))
+        if self.ranks.first:
+            self._resume()
+        self._spread()
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -108,11 +119,18 @@ class TrainingLoop:
         Ctrl-C and SIGTERM: the step is finished and a checkpoint written before KeyboardInterrupt goes on, which notes
         what is kept. A second one leaves at once.
         """
-        with self._lock, handled(), kept(self.kept):  # unlocked afterwards, even where a traceback keeps this object
+        # unlocked afterwards, even where a traceback keeps this object
+        with self._lock, handled(), kept(self.kept), self._together():
             self._take_steps(on_step)
             self.model.eval()
             self._finish()
         return self.model
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Where there are several ranks, a signal waits until all of them have agreed on the step that is the last."""
+        with held("the step is finished by all ranks and saved") if self.ranks.size > 1 else contextlib.nullcontext():
+            yield
 
     def worked(self) -> float:
         """Seconds that this process and earlier ones have worked on the run."""
@@ -124,11 +142,12 @@ class TrainingLoop:
 
     def _take_steps(self, on_step: Callable[[dict[str, Any]], None] | None) -> None:
         config = self.config
-        bar = ProgressBar(total=config.steps, initial=self.step, unit="step", desc="train")
-        log = RunLog(self.out, self.step, config.tensorboard)
+        bar = ProgressBar(total=config.steps, initial=self.step, unit="step", desc="train",
+                          disable=not self.ranks.first)
+        log = RunLog(self.out, self.step, config.tensorboard) if self.ranks.first else NoLog()
         try:
             due = self.step == config.steps or self.step % config.eval_every == 0
-            if self.step and due and not log.evaluated:
+            if self.ranks.from_first(bool(self.step and due and not log.evaluated)):
                 self._look(log, bar)  # the run was stopped before it could
             while self.step < config.steps:
                 with held(f"step {self.step + 1} is finished and saved"):
@@ -146,6 +165,8 @@ class TrainingLoop:
                     self._look(log, bar)
                 if last or self.step % config.save_every == 0:
                     self.save()
+                if self._stopping:
+                    raise KeyboardInterrupt("a signal came to one of the ranks")
         except KeyboardInterrupt:
             if self.step and not self._busy:
                 self.save()
@@ -154,14 +175,15 @@ class TrainingLoop:
             bar.close()
             log.close()
 
-    def _look(self, log: RunLog, bar: ProgressBar) -> None:
+    def _look(self, log: RunLog | NoLog, bar: ProgressBar) -> None:
         """Evaluate, print the result and plot the run."""
         log.write(evaluation := self.evaluate())
         if "eval_loss" in evaluation:
             bar.write(f"step {self.step}: held-out loss {evaluation['eval_loss']:.4f} "
                       f"(perplexity {math.exp(min(evaluation['eval_loss'], 50)):.1f})"
                       + (f"\n{self.accuracy.table()}" if self.accuracy and self.data.experts else ""))
-        plot_run(self.out / "log.jsonl", self.out / "loss.png")
+        if self.ranks.first:
+            plot_run(self.out / "log.jsonl", self.out / "loss.png")
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its log record."""
@@ -172,36 +194,45 @@ class TrainingLoop:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         sums = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0} | ({"guide_loss": 0.0} if self.guided else {})
         load_LE: Tensor | None = None
-        first = self.step * config.accumulation
-        batches = [self.data.batch(first + micro, config.batch_size, config.seq_len, seed=config.seed)
-                   for micro in range(config.accumulation)]
+        numbers = self._numbers()
+        batches = [self.data.batch(number, config.batch_size, config.seq_len, seed=config.seed) for number in numbers]
         self._tokens = sum(int(b.ids_BT.numel() if b.real_BT is None else b.real_BT.sum()) for b in batches)
         counts = [int((batch.labels_BT != IGNORE).sum()) for batch in batches]
         self._busy = True
-        for number, (batch, count) in enumerate(zip(batches, counts, strict=True), first):
-            batch, share = batch.to(model.device), count / max(sum(counts), 1)  # as if all were one batch
-            result = self._loss(batch, number)
+        self.ranks.at(f"step {self.step + 1}")
+        for micro in self.ranks.part(len(numbers)):
+            batch, share = batches[micro].to(model.device), counts[micro] / max(sum(counts), 1)  # as if all were one
+            result = self._loss(batch, numbers[micro])
             (result.total * share).backward()
             for key, value in (("loss", result.main), ("mtp_loss", result.mtp), ("balance_loss", result.balance),
                                ("guide_loss", result.guide)):
                 if value is not None:
                     sums[key] += value.item() * share
             load_LE = result.load_LE if load_LE is None else load_LE + result.load_LE
+        assert load_LE is not None
+        load_LE = self._exchange(sums, load_LE)
         if not math.isfinite(sums["loss"]):
             raise ConfigError(f"lr = {config.lr}: the loss became {sums['loss']} at step {self.step + 1}; a lower one "
                               f"may help (the last checkpoint is whole)")
         norm = torch.nn.utils.clip_grad_norm_(list(trained(model).values()), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        assert load_LE is not None
-        if config.bias_speed:
-            for gate, load_E in zip(self.gates, load_LE, strict=False):  # without MTP loss its gate saw nothing
-                if hasattr(gate, "e_score_correction_bias"):
-                    gate.update_bias(load_E, config.bias_speed, within_groups=self.within_groups)
+        self._balance(load_LE)
         self.step += 1
         self._busy = False
         max_vio = float(max_violation(load_LE).mean()) if load_LE.numel() else 0.0
         return {"step": self.step, **sums, "lr": rate, "grad_norm": float(norm), "max_vio": max_vio}
+
+    def _exchange(self, sums: dict[str, float], load_LE: Tensor) -> Tensor:
+        """Sum the gradients, losses and loads of the ranks; returns the loads."""
+        if self.ranks.size == 1:
+            return load_LE
+        said = torch.tensor([float(came()), *sums.values()], dtype=torch.float32, device=load_LE.device)
+        extra = torch.cat([said, load_LE.flatten().float()])  # loads are exact up to 2^24 tokens
+        self.gradients.sum_({name: p.grad for name, p in trained(self.model).items() if p.grad is not None}, extra)
+        self._stopping = bool(extra[0] > 0)
+        sums.update(zip(sums, extra[1 : len(said)].tolist(), strict=True))
+        return extra[len(said) :].round().long().view_as(load_LE)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -209,7 +240,8 @@ class TrainingLoop:
         routing follows them (`RoutingAccuracy.record`; the counts stay in `accuracy`)."""
         self.model.eval()
         self.accuracy = RoutingAccuracy(self.model.config, self.data.experts)
-        loss = held_out_loss(self.model, self.data, self.config, self.accuracy if self.data.experts else None).mean
+        loss = held_out_loss(self.model, self.data, self.config, self.accuracy if self.data.experts else None,
+                             ranks=self.ranks).mean
         return {"step": self.step} | ({} if loss is None else {"eval_loss": loss}) | (
             self.accuracy.record() if self.data.experts else {})
 
@@ -226,10 +258,14 @@ class TrainingLoop:
         path = self.out / CHECKPOINT.format(self.step)
         with held(f"checkpoint {self.step} is written"):
             if self.step != self._saved:
-                self._write(path, add)
+                self.gradients.save(self.out, self.step)
+                self.ranks.gather(None)  # a checkpoint that is there has the states of all ranks
+                if self.ranks.first:
+                    self._write(path, add)
                 self._saved = self.step
-        for old in checkpoints(self.out)[: -self.config.keep]:
-            shutil.rmtree(old)
+        if self.ranks.first:
+            for old in checkpoints(self.out)[: -self.config.keep]:
+                shutil.rmtree(old)
         return path
 
     def _optimizer_state(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -238,6 +274,17 @@ class TrainingLoop:
                 yield name, self.optimizer.state[parameter]
 
     # what a subclass may do otherwise, or keep elsewhere
+
+    def _numbers(self) -> range:
+        """The batches of the step, of all ranks."""
+        return range(self.step * self.config.accumulation, (self.step + 1) * self.config.accumulation)
+
+    def _balance(self, load_LE: Tensor) -> None:
+        """Move the biases of the gates."""
+        if self.config.bias_speed:
+            for gate, load_E in zip(self.gates, load_LE, strict=False):  # without MTP loss its gate saw nothing
+                if hasattr(gate, "e_score_correction_bias"):
+                    gate.update_bias(load_E, self.config.bias_speed, within_groups=self.within_groups)
 
     def _loss(self, batch: Batch, number: int) -> TrainingLoss:
         """Losses of a batch on the model's device. number: how many batches of the data came before it."""
@@ -259,6 +306,8 @@ class TrainingLoop:
         if self.guided and self.accuracy is None:  # nothing was left to train
             self.evaluate()
         to_dtype(self.model, self.dtype)
+        if not self.ranks.first:
+            return
         save_model(self.model, self.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
 
     def _add_atlas(self, folder: Path) -> None:
@@ -294,12 +343,31 @@ class TrainingLoop:
             self.optimizer.state[parameters[name]] = {
                 key: tensor.to(parameters[name].device) for key, tensor in states[name].items()}
 
-    def _claim_folder(self, more: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    def _spread(self) -> None:
+        """Give all ranks the first one's state; each has what it did not send yet in a file of its own."""
+        if self.ranks.size == 1:
+            return
+        ranks, named = self.ranks, trained(self.model)
+        ranks.at("the start")
+        self.step, self.seconds_before = ranks.from_first((self.step, self.seconds_before))
+        self._saved = self.step
+        ranks.copy_from_first([*self.model.state_dict().values()])
+        own = {name: {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+               for name, state in self._optimizer_state()}
+        for name, state in ranks.from_first(own).items():
+            here = self.optimizer.state[named[name]]
+            for key, (shape, dtype) in state.items():
+                if key not in here:
+                    here[key] = torch.zeros(shape, dtype=dtype, device=named[name].device)
+            ranks.copy_from_first([here[key] for key in state])
+        self.gradients.load(self.out, self.step)
+
+    def _claim_folder(self, more: Mapping[str, Any], about: Mapping[str, Any], owns: bool) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.out / ".lock").open("w")
+        self._lock = (self.out / (f".lock-{self.ranks.number}" if self.ranks.number else ".lock")).open("w")
         take_lock(self._lock, self.out)
-        for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")):  # of a killed write
-            shutil.rmtree(leftover)
+        for leftover in (*self.out.glob(".checkpoint-*"), *self.out.glob(".model.*")) if owns else ():
+            shutil.rmtree(leftover)  # of a killed write
         config, model = self.config, self.model.config
         settings = {"train": asdict(config), "model": model.to_dict(), "data": {"fingerprint": self.data.fingerprint},
                     **more}
@@ -307,7 +375,7 @@ class TrainingLoop:
         self.legs = [*(Leg(**leg) for leg in legs), Leg.of(config)]
         settings |= {"legs": legs, "about": dict(about)}
         known = run_in(self.out)
-        if known is None or known["train"] != settings["train"] or known.get("legs", []) != legs:
+        if owns and (known is None or known["train"] != settings["train"] or known.get("legs", []) != legs):
             write_json(self.out / SETTINGS, settings)
 
 
@@ -317,7 +385,7 @@ def run_in(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["train"] = NEW | settings["train"]
+    settings["train"] = asdict(TrainConfig()) | settings["train"]  # of an older version, which had fewer settings
     if "general" in (chosen := settings.get("chosen", {})):  # its name in 0.1
         chosen["retain_data"] = chosen.pop("general")
     legs = settings.get("legs", [])
@@ -398,11 +466,14 @@ class HeldOut(NamedTuple):
 @torch.no_grad()
 def held_out_loss(
     model: CausalLM, data: HeldOutBatches, config: TrainConfig, accuracy: RoutingAccuracy | None = None,
-    batches: int | None = None, desc: str | None = None,
+    batches: int | None = None, desc: str | None = None, ranks: Ranks | None = None,
 ) -> HeldOut:
-    """Over `batches` (eval_batches) held-out batches at most; `accuracy` counts their routes too. desc: shows a bar."""
+    """Over `batches` (eval_batches) held-out batches at most; `accuracy` counts their routes too. desc: shows a bar.
+    ranks: divide the batches among them."""
     model.eval()
+    ranks = Ranks() if ranks is None else ranks
     found = list(data.valid_batches(config.batch_size, config.seq_len, batches or config.eval_batches))
+    found = [found[i] for i in ranks.part(len(found))]
     sums, counts = [np.zeros(0)], [np.zeros(0, np.int64)]
     for batch in ProgressBar(found, desc=desc, unit="batch", leave=False, disable=desc is None):
         batch, routing = batch.to(model.device), RoutingRecord()
@@ -411,7 +482,10 @@ def held_out_loss(
         counts.append((batch.labels_BT != IGNORE).sum(1).cpu().numpy())
         if accuracy is not None:
             accuracy.add(routing, batch.expert_BT, batch.ids_BT)
-    return HeldOut(np.concatenate(sums), np.concatenate(counts))
+    parts = ranks.gather((np.concatenate(sums), np.concatenate(counts)))
+    if accuracy is not None:
+        accuracy.merge(ranks.gather((accuracy.confusion_NG, accuracy.load_LE)))
+    return HeldOut(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def kept_in(out: Path) -> str:
@@ -431,6 +505,16 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoint folders under `out`, oldest first."""
     return sorted(path for path in out.glob("checkpoint-[0-9]*") if path.is_dir())
+
+
+class NoLog:
+    """The log of a rank that does not write."""
+
+    evaluated = True
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class RunLog:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..data.mapping import RecordMap
-from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Device, Option, Settings
+from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_ONE, Device, Option, Settings
 
+Compress = Literal["none", "bf16", "int8", "local", "sparse"]
+OUTER = {"local": (0.8, 0.9), "sparse": (1.0, 0.0)}  # lr and momentum of MuLoCo and SparseLoCo
+STORE = "DEEPSEEK_STORE"  # environment: HOST:PORT of the store of a run in rounds
 Precision = Literal["auto", "fp32", "bf16"]
 Algorithm = Literal["adamw", "muon"]
 Moments = Literal["fp32", "8bit"]
@@ -54,6 +57,19 @@ class TrainConfig(Settings):
     eval_every: Annotated[int, Option("steps between evaluations", COUNT)] = 100
     eval_batches: Annotated[int, Option("batches per evaluation", COUNT)] = 16
     save_every: Annotated[int, Option("steps between checkpoints", COUNT)] = 200
+    compress: Annotated[Compress, Option(
+        "what ranks send: gradients in FP32 (none), in BF16 or in 8 bits; or, after some steps of their own, what "
+        "these changed: in 2 bits (local), or the largest 64 of each 4,096 values (sparse)")] = "none"
+    inner_steps: Annotated[int, Option("steps between two merges (local, sparse)", COUNT)] = 30
+    outer_lr: Annotated[float | None, Option(
+        "learning rate of a merge: 0.8 (local) or 1 (sparse)", POSITIVE)] = None
+    outer_momentum: Annotated[float | None, Option(
+        "Nesterov momentum of a merge: 0.9 (local) or 0 (sparse)", SHARE)] = None
+    error_decay: Annotated[float, Option(
+        "share of what coding has lost that is made up for in the next merge", UP_TO_ONE)] = 0.95
+    balance: Annotated[bool, Option(
+        "let slow ranks take fewer batches or steps; what each takes depends on clocks then")] = True
+    rank_timeout: Annotated[float, Option("seconds that ranks wait for another", POSITIVE)] = 600.0
     keep: Annotated[int, Option("checkpoints kept", COUNT)] = 2
     seed: Annotated[int, Option("seed of weights and data order", NATURAL)] = 0
     tensorboard: Annotated[bool, Option("write TensorBoard events")] = False
@@ -61,6 +77,9 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", 1e-3)
+        for name, value in zip(("outer_lr", "outer_momentum"), OUTER.get(self.compress, ()), strict=False):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         super().__post_init__()
 
 

@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +36,10 @@ from ..progress import ProgressBar
 from ..settings import Device
 from ..tokenizer import Tokenizer
 from .loop import TrainingLoop, checkpoints, kept_in, run_in, step_of
-from .settings import RunConfig, TrainConfig
+from .members import Members
+from .ranks import Ranks
+from .rounds import RoundLoop, Solo
+from .settings import OUTER, STORE, RunConfig, TrainConfig
 
 Paths = str | Path | Sequence[str | Path]
 CONTINUED_LR = 1e-4  # where training starts from a checkpoint
@@ -110,12 +116,15 @@ class Trainer(RunConfig):
         Ctrl-C and SIGTERM: the step is finished and saved, then KeyboardInterrupt is raised; the same call goes on.
         """
         out = Path(self.out)
-        with locked(out), handled(), kept(lambda: kept_in(out)):
-            return self._fit(data, on_step)
+        ranks = self._ranks()
+        with (locked(out) if ranks.number == 0 else nullcontext(), handled(), kept(lambda: kept_in(out)),
+              nullcontext() if ranks.first else redirect_stdout(None)):
+            return self._fit(data, on_step, ranks)
 
     train = fit
 
-    def _fit(self, data: Paths | Mapping[str, Paths] | None, on_step: Callable[[dict[str, Any]], None] | None) -> Path:
+    def _fit(self, data: Paths | Mapping[str, Paths] | None, on_step: Callable[[dict[str, Any]], None] | None,
+             ranks: Ranks) -> Path:
         out, places = Path(self.out), _by_name(data)
         run = run_in(out)
         if places is None and run is None:
@@ -135,17 +144,20 @@ class Trainer(RunConfig):
         if self.device == "cpu":
             numbers = sum(p.numel() for p in CausalLM.on_meta(config).parameters())
             check_memory(16 * numbers, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
-        tokenizer = self._tokenizer(start, places)
+        with ranks.first_here():
+            tokenizer = self._tokenizer(start, places)
         if self.config is not None:
             config = config.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids or None,
                                   pad_token_id=tokenizer.pad_id)
-        shards = self._shards(places, names, tokenizer, run)
+        with ranks.first_here():
+            shards = self._shards(places, names, tokenizer, run)
+        ranks.same("data", shards.fingerprint)
         shards.windows(self.seq_len)  # too little data is said before the folder is this run's
         torch.manual_seed(self.seed)
         model, settings = self._model(start, config, run)
-        if start.atlas is not None and run is None:
+        if start.atlas is not None and run is None and ranks.local_first:
             start.atlas.save(out / FILE)  # a run continues without its base
-        loop = TrainingLoop(
+        loop = (partial(RoundLoop, ranks=ranks) if isinstance(ranks, Solo) else partial(TrainingLoop, ranks=ranks))(
             model, shards, TrainConfig(**self._settings()), out, tokenizer, settings=settings, atlas=start.atlas,
             dtype=start.dtype, about=run["about"] if run else {
                 "config": None if self.config is None else str(self.config), "valid_fraction": self.valid_fraction,
@@ -155,6 +167,7 @@ class Trainer(RunConfig):
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {shards.train_tokens:,} tokens "
               f"({self.steps * per_step / shards.train_tokens:.2f} epochs), "
               f"{str(model.compute_dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, lr {self.lr:g}"
+              + (f", {ranks.size} ranks, compress = {self.compress}" if ranks.size > 1 else "")
               + (f"; continuing after step {loop.step}" if loop.step else ""), flush=True)
         if len(loop.legs) > 1 and loop.step < self.steps:
             before = loop.legs[-2]
@@ -167,6 +180,18 @@ class Trainer(RunConfig):
                   "rate only rises", flush=True)
         loop.run(on_step)
         return out / "model"
+
+    def _ranks(self) -> Ranks:
+        """The processes of the run, by the environment that `--ranks` or torchrun gives them."""
+        size, rank, local = (int(os.environ.get(name, default)) for name, default in (
+            ("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+        if self.compress not in OUTER:
+            return Ranks.of_environment(self.device, self.rank_timeout)
+        if size == 1:
+            raise ConfigError(f"compress = {self.compress!r}: has a meaning only with several ranks: start them with "
+                              "--ranks N, or by torchrun")
+        address = os.environ.get(STORE) or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        return Solo(Members.at(address, rank, size, self.rank_timeout), local)
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__}

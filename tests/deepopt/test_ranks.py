@@ -1,0 +1,109 @@
+"""Several processes in step: the loss of one process, on the same batches; what they send; who is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek.checkpoint import load_model
+from deepseek.data import Document, TokenShards, pack
+from deepseek.deepopt.loop import TrainingLoop, read_log
+from deepseek.deepopt.ranks import BUCKET, Ranks, buckets, even
+from deepseek.errors import ConfigError
+from deepseek.files import sha256
+from deepseek.model import CausalLM
+from deepseek.tokenizer import Tokenizer
+from tests.helpers import ROOT, ranks
+from tests.helpers.killed_runs import TINY
+
+
+def packed(folder: Path) -> TokenShards:
+    sentences = [f"the {a} {b} the {c} ." for a in ("red", "old", "big") for b in ("fox sees", "cat eats", "dog likes")
+                 for c in ("moon", "river", "bread", "song")]
+    documents = [Document(" ".join(sentences[i % 36 : i % 36 + 9]) + f" {i}", f"story {i}") for i in range(60)]
+    tokenizer = Tokenizer.train((d.text for d in documents), TINY.vocab_size)
+    return pack(documents, tokenizer, folder, valid_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left (helpers/ranks.py), and one alone in FOLDER/alone."""
+    folder = tmp_path_factory.mktemp("ranks")
+    data = packed(folder / "tokens")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+                                "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    both = [subprocess.Popen([sys.executable, "-m", "tests.helpers.ranks", str(folder)], cwd=ROOT,
+                             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
+            for rank in range(2)]
+    ranks.train(data, folder / "alone", None)
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    return folder
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [record for record, _ in read_log(run / "log.jsonl")]
+
+
+@pytest.mark.parametrize(("run", "tolerance"), [("none", 1e-5), ("bf16", 1e-3), ("int8", 1e-3)])
+def test_two_ranks_take_the_steps_of_one(folder: Path, run: str, tolerance: float) -> None:
+    alone, both = log(folder / "alone"), log(folder / run)
+    assert [record["step"] for record in both] == [record["step"] for record in alone]
+    for one, two in zip(alone, both, strict=True):
+        for key in {"loss", "eval_loss", "mtp_loss", "balance_loss"} & {*one}:
+            assert two[key] == pytest.approx(one[key], rel=tolerance), (key, one["step"])
+    assert both[0]["max_vio"] == pytest.approx(alone[0]["max_vio"])  # of the loads of all
+    one, two = (load_model(folder / name / "model", torch.float32).state_dict() for name in ("alone", run))
+    distance = sum(float((two[name] - one[name]).square().sum()) for name in one)
+    start = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0)).state_dict()
+    moved = sum(float((one[name] - start[name]).square().sum()) for name in one)
+    assert distance < moved * (1e-6 if run == "none" else 0.05)
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_each_rank_has_not_sent(folder: Path) -> None:
+    assert sha256(folder / "int8" / "model" / "model.safetensors") == sha256(
+        folder / "again" / "model" / "model.safetensors")
+    states = [path.name for path in (folder / "again" / "rank-0001").iterdir()]
+    assert sorted(states) == ["000003.safetensors", "000006.safetensors"]
+
+
+def test_errors_name_the_rank(folder: Path) -> None:
+    found = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
+    assert found[0]["differs"] == found[1]["differs"] == (
+        "colour: must be the same on all ranks; rank 0 has 'red', rank 1 'green'")
+    assert found[0]["late"].startswith("rank 0, step 7: no answer from rank 1, last heard of step 8 (time-out 1 s; ")
+
+
+def test_fewer_batches_than_ranks_are_refused(tmp_path: Path) -> None:
+    data = packed(tmp_path / "tokens")
+    model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match=r"accumulation = 4: must be at least the number of ranks \(5\)"):
+        TrainingLoop(model, data, ranks.config(), tmp_path / "run", ranks=Ranks(0, 5))
+
+
+def test_batches_are_divided_without_gap_or_overlap() -> None:
+    for count, size in ((4, 1), (4, 3), (7, 4), (8, 8)):
+        parts = [Ranks(rank, size).part(count) for rank in range(size)]
+        assert [micro for part in parts for micro in part] == [*range(count)]
+        assert {len(part) for part in parts} <= {count // size, -(-count // size)}
+    assert [*Ranks(1, 3).part(6, [1, 3, 2])] == [1, 2, 3] and even(7, 3) == [3, 2, 2]
+
+
+def test_buckets_keep_order_and_type() -> None:
+    tensors = [torch.zeros(size, dtype=dtype) for size, dtype in (
+        (3, torch.float32), (BUCKET, torch.float32), (5, torch.float32), (2, torch.int64), (1, torch.float32))]
+    found = [[len(tensor) for tensor in bucket] for bucket in buckets(tensors)]
+    assert found == [[3], [BUCKET], [5], [2], [1]]
+    assert [tensor for bucket in buckets(tensors) for tensor in bucket] == tensors

@@ -1,0 +1,279 @@
+"""Training in rounds: ranks are threads of this process here, with a store between them, as processes have."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from deepseek.checkpoint import load_model
+from deepseek.data import TokenShards
+from deepseek.deepopt.loop import read_log
+from deepseek.deepopt.members import PIECE, Members, Verdict
+from deepseek.deepopt.rounds import RoundLoop, Solo
+from deepseek.deepopt.settings import TrainConfig
+from deepseek.errors import ConfigError, RankError
+from deepseek.files import sha256
+from deepseek.model import CausalLM
+from tests.deepopt.test_ranks import packed
+from tests.helpers.killed_runs import TINY
+
+GRACE = 20.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    return packed(tmp_path_factory.mktemp("rounds") / "tokens")
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return new_store()
+
+
+def new_store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=GRACE), wait_for_workers=False)
+
+
+def config(**changes: Any) -> TrainConfig:
+    keys: dict[str, Any] = dict(
+        steps=12, batch_size=2, seq_len=32, accumulation=4, warmup_steps=2, eval_every=6, save_every=3, keep=9,
+        precision="fp32", compress="local", inner_steps=3, balance=False, rank_timeout=GRACE, lr=1e-3)
+    return TrainConfig(**keys | changes)
+
+
+class KilledError(Exception):
+    """Ends a rank without a word to the others."""
+
+
+def train(rank: int, size: int, port: int, data: TokenShards, out: Path, asked: TrainConfig,
+          on_step: Callable[[RoundLoop, int], None] | None = None) -> RoundLoop:
+    """What one rank does. on_step: told of every step of its own before it is taken."""
+    members = Members.at(f"127.0.0.1:{port}", rank, size, asked.rank_timeout)
+    model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+    loop = RoundLoop(model, data, asked, out, ranks=Solo(members, rank))
+    step = loop.train_step
+
+    def told() -> dict[str, Any]:
+        if on_step is not None:
+            on_step(loop, loop.step)
+        return step()
+
+    loop.train_step = told  # type: ignore[method-assign]
+    try:
+        loop.run()
+    except KilledError:
+        pass
+    finally:
+        loop._lock.close()
+    return loop
+
+
+def all_of(size: int, data: TokenShards, out: Path, asked: TrainConfig, store: dist.TCPStore, *,
+           told: Mapping[int, Callable[[RoundLoop, int], None]] | None = None) -> dict[int, RoundLoop]:
+    """Run the ranks. told: `on_step` of some of them."""
+    loops: dict[int, RoundLoop] = {}
+    failed: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            loops[rank] = train(rank, size, store.port, data, out, asked, (told or {}).get(rank))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive(), "a rank hangs"
+    if failed:
+        raise failed[0]
+    return loops
+
+
+def rounds(out: Path) -> list[dict[str, Any]]:
+    return [record for record, _ in read_log(out / "log.jsonl") if "round" in record]
+
+
+def weights(out: Path) -> str:
+    return sha256(out / "model" / "model.safetensors")
+
+
+def test_two_ranks_end_with_the_same_weights_and_learn(data: TokenShards, tmp_path: Path, store: dist.TCPStore) -> None:
+    loops = all_of(2, data, tmp_path, config(), store)
+    one, two = (loops[rank].model.state_dict() for rank in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    log = rounds(tmp_path)
+    assert [record["step"] for record in log] == [3, 6, 9, 12] and all(r["ranks"] == [0, 1] for r in log)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.2
+    plain = 4 * sum(p.numel() for p in loops[0].model.parameters())
+    assert all(record["bytes_sent"] < plain / 4 for record in log)
+    assert (tmp_path / "loss.png").is_file() and load_model(tmp_path / "model")
+
+
+def test_rounds_of_one_rank_and_plain_merging_are_its_own_training(
+    data: TokenShards, tmp_path: Path, store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek.deepopt import rounds as module
+    from deepseek.deepopt.loop import TrainingLoop
+
+    monkeypatch.setitem(module.CODECS, "2bit", module.CODECS["none"])
+    asked = config(outer_lr=1.0, outer_momentum=0.0, accumulation=2)
+    loops = all_of(1, data, tmp_path / "rounds", asked, store)
+    model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+    TrainingLoop(model, data, config(compress="none", accumulation=2), tmp_path / "plain").run()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(loops[0].model.state_dict()[name], tensor, atol=1e-5), name
+
+
+def test_batches_of_a_round_are_divided_without_gap_or_overlap(data: TokenShards, tmp_path: Path, store: dist.TCPStore
+                                                               ) -> None:
+    taken: dict[int, list[int]] = {0: [], 1: []}
+
+    def note(loop: RoundLoop, step: int) -> None:
+        taken[loop.members.rank].extend(loop._numbers())
+
+    all_of(2, data, tmp_path, config(steps=6), store, told={0: note, 1: note})
+    assert sorted(taken[0] + taken[1]) == [*range(24)] and len(taken[0]) == len(taken[1]) == 12
+
+
+def test_the_biases_go_as_the_sum_of_the_loads_says(data: TokenShards, tmp_path: Path, store: dist.TCPStore) -> None:
+    loads: dict[int, list[torch.Tensor]] = {}
+    loops = all_of(2, data, tmp_path, config(steps=3, bias_speed=0.01), store)
+    for rank, loop in loops.items():
+        loads[rank] = loop.loads
+    model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+    gates = [block.gate for block in model.moe_blocks().values()]
+    for one, two in zip(*loads.values(), strict=True):
+        for gate, load_E in zip(gates, one + two, strict=True):
+            gate.update_bias(load_E, 0.01)
+    for gate, other in zip(gates, loops[0].gates, strict=True):
+        assert torch.equal(gate.e_score_correction_bias, other.e_score_correction_bias)
+
+
+def test_all_killed_and_started_again_end_in_the_same_bytes(data: TokenShards, tmp_path: Path, store: dist.TCPStore
+                                                            ) -> None:
+    all_of(2, data, tmp_path / "calm", config(), store)
+
+    def die(loop: RoundLoop, step: int) -> None:
+        if step == 7:
+            raise KilledError
+
+    all_of(2, data, tmp_path / "killed", config(), new_store(), told={0: die, 1: die})
+    assert not (tmp_path / "killed" / "model").exists()
+    all_of(2, data, tmp_path / "killed", config(), new_store())
+    assert weights(tmp_path / "calm") == weights(tmp_path / "killed")
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("what was waited for did not come")
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_dies_does_not_end_the_run_and_may_come_back(
+    data: TokenShards, tmp_path: Path, store: dist.TCPStore, dies: int
+) -> None:
+    asked, dead = config(steps=24, eval_every=24), threading.Event()
+
+    def die(loop: RoundLoop, step: int) -> None:
+        if step == 7 and not dead.is_set():
+            store.set(f"gone/{dies}", "-9")  # as whoever has started it says
+            dead.set()
+            raise KilledError
+
+    def survive(loop: RoundLoop, step: int) -> None:
+        if step == 12:
+            until(lambda: dies in loop.taking or store.check([f"join/{dies}"]))
+
+    back: list[RoundLoop] = []
+
+    def come_back() -> None:
+        dead.wait()
+        until(lambda: store.check(["r2/verdict"]))
+        back.append(train(dies, 2, store.port, data, tmp_path, asked))
+
+    thread = threading.Thread(target=come_back, daemon=True)
+    thread.start()
+    loops = all_of(2, data, tmp_path, asked, store, told={dies: die, 1 - dies: survive})
+    thread.join(60)
+    log = rounds(tmp_path)
+    assert [record["step"] for record in log] == [*range(3, 25, 3)]
+    ranks = [record["ranks"] for record in log]
+    assert ranks[:3] == [[0, 1], [0, 1], [1 - dies]] and ranks[5:] == [[0, 1]] * 3
+    assert log[-1]["loss"] < log[0]["loss"]
+    one, two = loops[1 - dies].model.state_dict(), back[0].model.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert load_model(tmp_path / "model")
+
+
+def test_a_rank_that_hangs_is_left_out_and_joins_again(data: TokenShards, tmp_path: Path, store: dist.TCPStore) -> None:
+    hung = threading.Event()
+
+    def hang(loop: RoundLoop, step: int) -> None:
+        if step == 7 and not hung.is_set():
+            hung.set()
+            until(lambda: store.check(["r3/verdict"]))
+
+    def survive(loop: RoundLoop, step: int) -> None:
+        if step == 15:
+            until(lambda: 1 in loop.taking or store.check(["join/1"]))
+
+    loops = all_of(2, data, tmp_path, config(steps=24, eval_every=24, rank_timeout=4.0), store,
+                   told={1: hang, 0: survive})
+    ranks = [record["ranks"] for record in rounds(tmp_path)]
+    assert ranks[:4] == [[0, 1], [0, 1], [0], [0]] and ranks[6:] == [[0, 1]] * 2
+    one, two = (loops[rank].model.state_dict() for rank in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_slow_rank_takes_fewer_steps(data: TokenShards, tmp_path: Path, store: dist.TCPStore) -> None:
+    def slow(loop: RoundLoop, step: int) -> None:
+        time.sleep(0.4)
+
+    all_of(2, data, tmp_path, config(steps=24, inner_steps=6, balance=True), store, told={1: slow})
+    steps = [record["steps"] for record in rounds(tmp_path)]
+    assert steps[0] == {"0": 6, "1": 6} and all(one["1"] < one["0"] == 6 for one in steps[1:])
+
+
+def test_the_first_verdict_counts(store: dist.TCPStore) -> None:
+    one, two = (Members.at(f"127.0.0.1:{store.port}", rank, 2, 1.0) for rank in range(2))
+    first, second = (Verdict([rank], [rank], [], {rank: 3}, 7) for rank in range(2))
+    assert one.decide(4, first) == two.decide(4, second) == first
+
+
+def test_values_of_any_size_and_errors_that_say_who(store: dist.TCPStore) -> None:
+    one, two = (Members.at(f"127.0.0.1:{store.port}", rank, 2, 0.3) for rank in range(2))
+    for number, value in enumerate((b"", b"x" * (2 * PIECE + 5))):
+        one.put(f"r1/part/{number}", value)
+        assert two.get(f"r1/part/{number}") == value
+    one.forget("r1/")
+    assert not one.there("r1/part/1") and not one.there("r1/part/1/0")
+    with pytest.raises(RankError, match=r"rank 1: nobody has set r9 within 0\.3 s"):
+        two.get("r9")
+    store.set("gone/0", "2")
+    with pytest.raises(RankError, match="rank 1: rank 0 has ended before there was data"):
+        two.prepared("prepared/here/0")
+    with pytest.raises(RankError, match=r"rank 0: no store answers at 127\.0\.0\.1:1 "):
+        Members.at("127.0.0.1:1", 0, 2, 0.5)
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    for changes, words in (({"inner_steps": 0}, "inner_steps = 0"), ({"outer_lr": -1.0}, "outer_lr = -1.0"),
+                           ({"compress": "zip"}, "compress = 'zip'"), ({"error_decay": 2.0}, "error_decay = 2.0")):
+        with pytest.raises(ConfigError, match=words):
+            config(**changes)
+    assert (config().outer_lr, config(compress="sparse").outer_lr, config(compress="none").outer_lr) == (0.8, 1.0, None)
+    json.dumps(config().__dict__)
