@@ -21,6 +21,7 @@ from deepseek.cli.merge import MergeOptions
 from deepseek.cli.pull import PullOptions
 from deepseek.cli.quantize import QuantizeOptions
 from deepseek.cli.route import RouteOptions, SeedOptions
+from deepseek.cli.train import RanksOptions
 from deepseek.cli.upcycle import UpcycleOptions
 from deepseek.data.settings import (
     DedupSettings,
@@ -73,7 +74,7 @@ TITLES = {
     SeedOptions: "`deepseek route distill`", ValidateSettings: "`deepseek data validate`",
     DedupSettings: "`deepseek data dedup`", LabelSettings: "`deepseek data label`",
     SplitSettings: "`deepseek data split`", PackSettings: "`deepseek data pack`",
-    MachineOptions: "Machine: commands that run a model"}
+    MachineOptions: "Machine: commands that run a model", RanksOptions: "`deepseek train`: processes"}
 
 
 def page() -> str:
