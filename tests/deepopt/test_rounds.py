@@ -272,7 +272,8 @@ def test_values_of_any_size_and_errors_that_say_who(store: dist.TCPStore) -> Non
 
 def test_what_makes_no_sense_is_refused() -> None:
     for changes, words in (({"inner_steps": 0}, "inner_steps = 0"), ({"outer_lr": -1.0}, "outer_lr = -1.0"),
-                           ({"compress": "zip"}, "compress = 'zip'"), ({"error_decay": 2.0}, "error_decay = 2.0")):
+                           ({"compress": "zip"}, "compress = 'zip'"), ({"error_decay": 2.0}, "error_decay = 2.0"),
+                           ({"compress": "none", "outer_lr": 1.0}, r"outer_lr = 1\.0: has a meaning only with")):
         with pytest.raises(ConfigError, match=words):
             config(**changes)
     assert (config().outer_lr, config(compress="sparse").outer_lr, config(compress="none").outer_lr) == (0.8, 1.0, None)

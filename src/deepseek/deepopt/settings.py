@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..data.mapping import RecordMap
+from ..errors import ConfigError
 from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_ONE, Device, Option, Settings
 
 Compress = Literal["none", "bf16", "int8", "local", "sparse"]
@@ -68,7 +69,7 @@ class TrainConfig(Settings):
     error_decay: Annotated[float, Option(
         "share of what coding has lost that is made up for in the next merge", UP_TO_ONE)] = 0.95
     balance: Annotated[bool, Option(
-        "let slow ranks take fewer batches or steps; what each takes depends on clocks then")] = True
+        "let slow ranks take fewer steps in a round (local, sparse); how many depends on clocks then")] = True
     rank_timeout: Annotated[float, Option("seconds that ranks wait for another", POSITIVE)] = 600.0
     keep: Annotated[int, Option("checkpoints kept", COUNT)] = 2
     seed: Annotated[int, Option("seed of weights and data order", NATURAL)] = 0
@@ -80,6 +81,9 @@ class TrainConfig(Settings):
         for name, value in zip(("outer_lr", "outer_momentum"), OUTER.get(self.compress, ()), strict=False):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        for name in ("outer_lr", "outer_momentum"):
+            if self.compress not in OUTER and (value := getattr(self, name)) is not None:
+                raise ConfigError(f"{name} = {value}: has a meaning only with compress = local or sparse")
         super().__post_init__()
 
 
