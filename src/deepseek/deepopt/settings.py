@@ -81,10 +81,10 @@ class TrainConfig(Settings):
         for name, value in zip(("outer_lr", "outer_momentum"), OUTER.get(self.compress, ()), strict=False):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        super().__post_init__()
         for name in ("outer_lr", "outer_momentum"):
             if self.compress not in OUTER and (value := getattr(self, name)) is not None:
                 raise ConfigError(f"{name} = {value}: has a meaning only with compress = local or sparse")
-        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
