@@ -6,9 +6,10 @@ composite_requests.jsonl has 80 requests in English and Chinese, written by hand
 words, and the member of routing.yaml that must serve them) and, where there is one, a phrase of the context that all
 parts share. Round 1, 40 requests, was written before the rules and is what they were made with. Round 2, 20, was held
 out until it had been measured once (docs/log.md), and then read to mend the rules. Round 3, 20, was written after that:
-the rules were not made with it, but how much the glossary counts was chosen with all rounds in view. A request counts as split where it has as many parts as labelled, each begins as labelled (a word of
-order or politeness before it is allowed), and the shared phrase is in the context; as routed where that holds and the
-first member of each part is the labelled one. The pool is that of routing.py.
+the rules were not made with it, but how much the glossary counts was chosen with all rounds in view. A request counts
+as split where it has as many parts as labelled, each begins as labelled (a word of order or politeness before it is
+allowed), and the shared phrase is in the context; as routed where that holds and the first member of each part is the
+labelled one. The pool is that of routing.py.
 
 Beside them, requests of real sources that ask for one thing, and are not to be split.
 """
