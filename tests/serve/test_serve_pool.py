@@ -53,7 +53,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     pool = ExpertPool([
         PoolMember("law_expert", "law", keywords=dict.fromkeys(("court", "appeal"), 3.0)),
         PoolMember("port", "harbours", "adapter", place / "port", dict.fromkeys(("harbour", "ship"), 3.0)),
-        PoolMember("health", "medicine", "knowledge", place / "health.knowledge", {"gout": 9.0})])
+        PoolMember("health", "medicine", "knowledge", place / "health.knowledge", {"gout": 9.0})],
+        glossary=False)  # the keywords of the tests alone decide
     yield LLM(made.folder, pool=pool, adapters={"sea": place / "sea"}, max_num_seqs=8, prefix_cache=False)
 
 
@@ -235,7 +236,7 @@ ENDS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "seed": 5, "max_tokens
 @pytest.fixture(scope="module")
 def divided(llm: LLM) -> Iterator[Running]:
     assert isinstance(llm.pool, ExpertPool)
-    own = LLM(llm._folder or "", pool=Lines(llm.pool.members), max_num_seqs=8, prefix_cache=False)
+    own = LLM(llm._folder or "", pool=Lines(llm.pool.members, glossary=False), max_num_seqs=8, prefix_cache=False)
     running = Running(own, ServeOptions("planted", api_key=(KEY,)))
     yield running
     running.stop()

@@ -25,6 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..errors import RankError
+from ..files import to_json
 
 PIECE = 4 << 20
 POLL = 0.1  # seconds between two looks
@@ -42,7 +43,7 @@ class Verdict:
     begin: int
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return to_json(asdict(self))
 
     @classmethod
     def of(cls, text: bytes) -> Verdict:
@@ -123,7 +124,7 @@ class Members:
     def finish(self, number: int, about: Mapping[str, Any], part: bytes) -> None:
         """Say that this rank is at the end of a round."""
         self.put(f"r{number}/part/{self.rank}", part)
-        self.put(f"r{number}/about/{self.rank}", json.dumps(about).encode())
+        self.put(f"r{number}/about/{self.rank}", to_json(about).encode())
 
     def wait(self, number: int, members: Sequence[int]) -> list[int]:
         """Those who are at the end of a round: all members, or all that are not gone, or those that are when the grace

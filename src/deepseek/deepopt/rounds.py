@@ -33,7 +33,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..files import write_atomically
+from ..files import to_json, write_atomically
 from ..interrupts import came, held
 from ..progress import ProgressBar
 from .compress import CODECS, ErrorFeedback, OuterNesterov
@@ -273,7 +273,7 @@ class RoundLoop(TrainingLoop):
         weights = dict(self._weights())
         return save({**{f"model.{name}": tensor.contiguous() for name, tensor in weights.items()},
                      **{f"outer.{name}": tensor for name, tensor in self.outer.state_dict().items()},
-                     "about": torch.from_numpy(np.frombuffer(json.dumps(about).encode(), np.uint8).copy())})
+                     "about": torch.from_numpy(np.frombuffer(to_json(about).encode(), np.uint8).copy())})
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """What is trained, and the biases, by name."""
@@ -283,7 +283,7 @@ class RoundLoop(TrainingLoop):
 
     def _key(self) -> str:
         """Of what ranks must have in common to begin together."""
-        key = blake2b(json.dumps([self.step, self.round, self.begin]).encode(), digest_size=16)
+        key = blake2b(to_json([self.step, self.round, self.begin]).encode(), digest_size=16)
         for _, tensor in self._weights():
             key.update(tensor.contiguous().cpu().numpy().tobytes())
         return key.hexdigest()
