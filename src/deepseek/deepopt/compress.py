@@ -5,7 +5,7 @@
     int8     blocks of 256: a float32 scale, absmax / 127, and a signed byte a value
     2bit     rows: each value as one of four bins, with the bins' means, BF16, before all rows. The edges are
              the row's mean and 0.98 standard deviations to either side of it, which of all edges lose least of normally
-             distributed values (Max, 1960); MuLoCo (arXiv 2505.23725) puts them at 3
+             distributed values (Max, 1960); two bits of this kind as in MuLoCo (arXiv 2505.23725)
     sparse   chunks of 4,096: the 64 largest values, each as a 12-bit place and one of four bins, positive or negative
              and above or below the mean magnitude, with the bins' means (SparseLoCo, 2508.15706)
 
