@@ -18,8 +18,9 @@ import torch
 
 from deepseek.config import ModelConfig
 from deepseek.data import Document, TokenShards, pack
-from deepseek.deepopt.loop import TrainingLoop, read_log
+from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.plot import smooth
+from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deepseek.deepopt.loop import read_log
+from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import OUTER, STORE
 from domains import TRAIN, add_data, data_folder, places
 from harness import machine, table, versions, write_result

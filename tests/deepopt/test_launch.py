@@ -16,7 +16,7 @@ import pytest
 
 from deepseek.checkpoint import load_model
 from deepseek.config import ModelConfig
-from deepseek.deepopt.loop import checkpoints, read_log
+from deepseek.deepopt.run_folder import checkpoints, read_log
 from tests.helpers import ROOT
 from tests.helpers.killed_runs import TINY
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from deepseek.checkpoint import MANIFEST, write_manifest
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt import loop
-from deepseek.deepopt.loop import TrainingLoop, checkpoints, random_state, read_log, set_random_state
+from deepseek.deepopt.loop import TrainingLoop, random_state, set_random_state
+from deepseek.deepopt.run_folder import checkpoints, read_log
 from deepseek.deepopt.settings import Leg, Precision, TrainConfig, learning_rate
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import sha256

@@ -18,7 +18,8 @@ from deepseek.atlas.profile import doubts
 from deepseek.checkpoint import load_model
 from deepseek.config import ModelConfig
 from deepseek.data import Document, TokenShards, pack
-from deepseek.deepopt.loop import TrainingLoop, read_log
+from deepseek.deepopt.loop import TrainingLoop
+from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.errors import ConfigError
 from deepseek.model import CausalLM, Route, RoutingRecord, group_weight

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt import optimizers
-from deepseek.deepopt.loop import TrainingLoop, trained
-from deepseek.deepopt.optimizers import MuonAdamW, make_optimizer, orthogonalise
+from deepseek.deepopt.loop import TrainingLoop
+from deepseek.deepopt.optimizers import MuonAdamW, make_optimizer, orthogonalise, trained
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.errors import ConfigError
 from deepseek.files import write_json

@@ -15,8 +15,9 @@ import torch
 
 from deepseek.checkpoint import load_model
 from deepseek.data import Document, TokenShards, pack
-from deepseek.deepopt.loop import TrainingLoop, read_log
+from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.ranks import BUCKET, Ranks, buckets, even
+from deepseek.deepopt.run_folder import read_log
 from deepseek.errors import ConfigError
 from deepseek.files import sha256
 from deepseek.model import CausalLM

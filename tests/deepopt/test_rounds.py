@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from deepseek.checkpoint import load_model
 from deepseek.data import TokenShards
-from deepseek.deepopt.loop import read_log
 from deepseek.deepopt.members import PIECE, Members, Verdict
 from deepseek.deepopt.rounds import RoundLoop, Solo
+from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.errors import ConfigError, RankError
 from deepseek.files import sha256

@@ -17,7 +17,7 @@ from deepseek.checkpoint import base_tensors, save_model
 from deepseek.cli import main
 from deepseek.config import ModelConfig
 from deepseek.convert import quantize
-from deepseek.deepopt.loop import read_log
+from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.errors import ConfigError, DataError, NotFoundError
 from deepseek.tokenizer import Tokenizer

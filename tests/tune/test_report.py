@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deepseek.deepopt.loop import HeldOut
+from deepseek.deepopt.evaluation import HeldOut
 from deepseek.tune.report import TuneReport, higher, lower, paired, student
 
 

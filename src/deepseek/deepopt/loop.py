@@ -24,11 +24,10 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,28 +35,21 @@ from torch import Tensor
 from ..atlas import Atlas, RoutingAccuracy
 from ..checkpoint import load_model, save_model, to_dtype
 from ..data.shards import Batch
-from ..errors import CheckpointError, ConfigError
-from ..files import is_file_at, take_lock, to_json, write_atomically, write_json
+from ..errors import ConfigError
+from ..files import take_lock, write_json
 from ..interrupts import came, handled, held, kept
-from ..model import CausalLM, RoutingRecord, TrainingLoss, max_violation
+from ..model import CausalLM, TrainingLoss, max_violation
 from ..ops.loss import IGNORE
 from ..ops.native import fast_bf16, trains_native
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
+from .evaluation import HeldOutBatches, held_out_loss
 from .gradients import gradient_sum
 from .optimizers import make_optimizer, trained
 from .plot import plot_run
 from .ranks import Ranks
-from .settings import SCHEDULE, Leg, TrainConfig, learning_rate
-
-CHECKPOINT = "checkpoint-{:06d}"
-SETTINGS = "settings.json"
-
-
-class HeldOutBatches(Protocol):
-    """Data to evaluate on."""
-
-    def valid_batches(self, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]: ...
+from .run_folder import CHECKPOINT, SETTINGS, NoLog, RunLog, checkpoints, kept_in, refuse_other_run, run_in
+from .settings import Leg, TrainConfig, learning_rate
 
 
 class Windows(HeldOutBatches, Protocol):
@@ -379,46 +371,6 @@ class TrainingLoop:
             write_json(self.out / SETTINGS, settings)
 
 
-def run_in(out: Path) -> dict[str, Any] | None:
-    """What settings.json says of the run in `out`, less an extension that has not begun; None where there is none."""
-    path = out / SETTINGS
-    if not path.is_file():
-        return None
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["train"] = asdict(TrainConfig()) | settings["train"]  # of an older version, which had fewer settings
-    if "general" in (chosen := settings.get("chosen", {})):  # its name in 0.1
-        chosen["retain_data"] = chosen.pop("general")
-    legs = settings.get("legs", [])
-    if legs and (not (found := checkpoints(out)) or step_of(found[-1]) <= legs[-1]["steps"]):
-        settings["train"] |= legs[-1]
-        settings["legs"] = legs[:-1]
-    return settings
-
-
-def refuse_other_run(
-    out: Path, settings: Mapping[str, Mapping[str, Any]], *, whole: bool = True, extend: bool = True
-) -> list[dict[str, Any]]:
-    """The legs of the run in `out` before the one that `settings` describe. Raises ConfigError where `out` holds a run
-    with other settings, by part and key. whole: these are all settings, so one that only the run has counts too.
-    extend: more steps, with whatever schedule, are a further leg."""
-    if (old := run_in(out)) is None:
-        return []
-    new = json.loads(json.dumps(settings))
-    before, steps = old["train"]["steps"], new["train"]["steps"]
-    longer = extend and steps > before
-    if extend and steps < before:
-        raise ConfigError(f"steps = {steps}: {out} holds a run of {before} steps, which can grow, not shrink; choose "
-                          "another --out or remove the folder")
-    for part in new:
-        known = old.get(part, {})
-        for key in sorted(set(new[part]) | (set(known) if whole else set())):
-            if known.get(key) != new[part].get(key) and not (longer and key in SCHEDULE):
-                raise ConfigError(f"{out} holds a run with {key} = {known.get(key)!r}, this one has "
-                                  f"{new[part].get(key)!r}; choose another --out or remove the folder")
-    return [*old.get("legs", []), *([{field.name: old["train"][field.name] for field in fields(Leg)}]
-                                    if longer else [])]
-
-
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """What torch draws from next, on the CPU and, if `device` is a GPU, there, where dropout has a state of its own."""
     state = {"rng": torch.get_rng_state()}
@@ -449,119 +401,3 @@ def compute_dtype(config: TrainConfig, model: CausalLM) -> torch.dtype:
     gains = fast_bf16(model.device.type) and not (by_kernels and model.config.hidden_size < WIDE)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gains)
     return torch.bfloat16 if bf16 else torch.float32
-
-
-class HeldOut(NamedTuple):
-    """The main loss over held-out data: sum_N of each row (a window or a record), count_N the labels that it has."""
-
-    sum_N: np.ndarray
-    count_N: np.ndarray
-
-    @property
-    def mean(self) -> float | None:
-        """Per label; None where nothing is held out."""
-        return float(self.sum_N.sum() / count) if (count := self.count_N.sum()) else None
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: CausalLM, data: HeldOutBatches, config: TrainConfig, accuracy: RoutingAccuracy | None = None,
-    batches: int | None = None, desc: str | None = None, ranks: Ranks | None = None,
-) -> HeldOut:
-    """Over `batches` (eval_batches) held-out batches at most; `accuracy` counts their routes too. desc: shows a bar.
-    ranks: divide the batches among them."""
-    model.eval()
-    ranks = Ranks() if ranks is None else ranks
-    found = list(data.valid_batches(config.batch_size, config.seq_len, batches or config.eval_batches))
-    found = [found[i] for i in ranks.part(len(found))]
-    sums, counts = [np.zeros(0)], [np.zeros(0, np.int64)]
-    for batch in ProgressBar(found, desc=desc, unit="batch", leave=False, disable=desc is None):
-        batch, routing = batch.to(model.device), RoutingRecord()
-        sums.append(model.row_losses(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT, routing=routing)
-                    .double().cpu().numpy())
-        counts.append((batch.labels_BT != IGNORE).sum(1).cpu().numpy())
-        if accuracy is not None:
-            accuracy.add(routing, batch.expert_BT, batch.ids_BT)
-    parts = ranks.gather((np.concatenate(sums), np.concatenate(counts)))
-    if accuracy is not None:
-        accuracy.merge(ranks.gather((accuracy.confusion_NG, accuracy.load_LE)))
-    return HeldOut(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-
-
-def kept_in(out: Path) -> str:
-    """Describe what a stopped run leaves in `out`."""
-    run, found = run_in(out), checkpoints(out)
-    if run is None or not found:
-        return f"no step is finished, so nothing is kept but what lies prepared in {out}"
-    step, steps = step_of(found[-1]), run["train"]["steps"]
-    return (f"step {step} of {steps} is saved in {found[-1]}, the run goes on from there" if step < steps else
-            f"all {steps} steps are saved in {found[-1]}, the result is still to be written")
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoint folders under `out`, oldest first."""
-    return sorted(path for path in out.glob("checkpoint-[0-9]*") if path.is_dir())
-
-
-class NoLog:
-    """The log of a rank that does not write."""
-
-    evaluated = True
-
-    def write(self, record: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class RunLog:
-    """log.jsonl: one line a record, flushed at once; TensorBoard events beside it if asked."""
-
-    def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
-        self._path = path = out / "log.jsonl"
-        taken = [(record, line) for record, line in read_log(path) if record["step"] <= step]
-        self.evaluated = bool(taken) and "loss" not in taken[-1][0]  # the last step
-        write_atomically(path, "".join(line for _, line in taken))
-        self._file = path.open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ConfigError("tensorboard = True: needs the package tensorboard "
-                                  "(pip install 'moe-dr[tensorboard]')") from None
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
-        if not is_file_at(self._file, self._path):
-            raise ConfigError(f"{self._path}: was deleted or replaced during the run; the same command goes on from "
-                              "what is left")
-        if self._board is not None:
-            for key, value in record.items():
-                if key != "step":
-                    self._board.add_scalar(key, value, record["step"])
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def read_log(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """(record, line) of every whole line; a last line torn by a kill is dropped."""
-    if not path.exists():
-        return []
-    out = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        try:
-            out.append((json.loads(line), line))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}: line {len(out) + 1} is not JSON: {error}") from None
-    return out

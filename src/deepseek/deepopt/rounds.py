@@ -37,10 +37,11 @@ from ..files import to_json, write_atomically
 from ..interrupts import came, held
 from ..progress import ProgressBar
 from .compress import CODECS, ErrorFeedback, OuterNesterov
-from .loop import NoLog, RunLog, TrainingLoop
+from .loop import TrainingLoop
 from .members import Members, Verdict, pieces
 from .optimizers import trained
 from .ranks import Ranks, even
+from .run_folder import NoLog, RunLog
 
 KEEP = 3  # files of a rank's own state
 PATIENCE = 600.0  # seconds that a rank waits to be let in, at least: it comes in at the end of a round

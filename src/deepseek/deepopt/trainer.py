@@ -35,10 +35,11 @@ from ..model import CausalLM
 from ..progress import ProgressBar
 from ..settings import Device
 from ..tokenizer import Tokenizer
-from .loop import TrainingLoop, checkpoints, kept_in, run_in, step_of
+from .loop import TrainingLoop
 from .members import Members
 from .ranks import Ranks
 from .rounds import RoundLoop, Solo
+from .run_folder import checkpoints, kept_in, run_in, step_of
 from .settings import OUTER, STORE, RunConfig, TrainConfig
 
 Paths = str | Path | Sequence[str | Path]

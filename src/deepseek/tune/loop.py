@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint import check_manifest, write_manifest
-from ..deepopt.loop import HeldOut, TrainingLoop, held_out_loss
+from ..deepopt.evaluation import HeldOut, held_out_loss
+from ..deepopt.loop import TrainingLoop
 from ..deepopt.optimizers import trained
 from ..deepopt.settings import TrainConfig
 from ..files import replace_folder, write_json

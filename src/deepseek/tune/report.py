@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..deepopt.loop import HeldOut
+from ..deepopt.evaluation import HeldOut
 from ..deprecation import warn
 
 

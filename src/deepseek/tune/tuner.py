@@ -35,8 +35,9 @@ from ..atlas.atlas import count
 from ..checkpoint import check_targets, open_checkpoint, resolve
 from ..checkpoint.ready import is_folder, plain
 from ..data import Document, ReadReport, RecordMap, read_documents
-from ..deepopt.loop import HeldOut, held_out_loss, kept_in, refuse_other_run
+from ..deepopt.evaluation import HeldOut, held_out_loss
 from ..deepopt.optimizers import trained
+from ..deepopt.run_folder import kept_in, refuse_other_run
 from ..deepopt.settings import TrainConfig
 from ..errors import ConfigError, DataError, RequestError
 from ..files import locked, write_json

@@ -27,7 +27,7 @@ from ..checkpoint import load_model, to_dtype
 from ..checkpoint.files import TensorFiles
 from ..checkpoint.models import stored_dtype
 from ..data.shards import Batch, TokenShards, pack_cached
-from ..deepopt.loop import held_out_loss
+from ..deepopt.evaluation import held_out_loss
 from ..deepopt.settings import TrainConfig
 from ..errors import ConfigError
 from ..files import read_json, write_atomically, write_json

@@ -10,7 +10,8 @@ import torch
 
 from ..atlas import RoutingAccuracy
 from ..data.shards import Batch
-from ..deepopt.loop import TrainingLoop, held_out_loss
+from ..deepopt.evaluation import held_out_loss
+from ..deepopt.loop import TrainingLoop
 from ..deepopt.settings import TrainConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import read_json, write_json
