@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.deepopt.run_folder import read_log
-from deepseek.deepopt.settings import OUTER, STORE
+from deepseek.deepopt.settings import IN_ROUNDS, STORE
 from domains import TRAIN, add_data, data_folder, places
 from harness import machine, table, versions, write_result
 
-MODES = ("alone", "none", "bf16", "int8", "local", "sparse")
+MODES = ("alone", "none", "bf16", "int8", "powersgd", "local", "sparse")
 BATCH, SEQ, MICRO = 4, 256, 4  # 4 batches of 4 windows a step, two for each rank
 ENDS = ("dr-a", "dr-b")
 PORT = 29517
@@ -77,7 +77,8 @@ def command(mode: str, out: Path, data: Path, args: argparse.Namespace) -> list[
             "--accumulation", str(MICRO // 2 if alone else MICRO), "--lr", str(args.lr), "--warmup_steps", "100",
             "--eval_every", str(args.eval_every), "--save_every", str(args.eval_every), "--eval_batches", "24",
             "--precision", "fp32", "--valid_fraction", "0.03", "--seed", "0",
-            *([] if alone else ["--compress", mode, "--inner_steps", str(args.inner_steps)]), *args.train]
+            *([] if alone else ["--compress", mode]),
+            *(["--inner_steps", str(args.inner_steps)] if mode in IN_ROUNDS else []), *args.train]
 
 
 def run(mode: str, work: Path, data: Path, args: argparse.Namespace) -> None:
@@ -94,7 +95,7 @@ def run(mode: str, work: Path, data: Path, args: argparse.Namespace) -> None:
                 (out / part).symlink_to((work / "data" / part).resolve())
     line, began, holder = Line(args.rate), time.monotonic(), None
     common = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(PORT), "WORLD_SIZE": "2"}
-    if mode in OUTER:
+    if mode in IN_ROUNDS:
         holder = line.start(0, [sys.executable, "-c", HOLD, str(PORT)], {}, stdout=subprocess.PIPE)
         assert holder.stdout is not None
         holder.stdout.readline()

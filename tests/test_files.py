@@ -307,7 +307,7 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 WITHIN = {"tokenizer.py": 3, "tune/show.py": 1, "serve/responses.py": 1, "serve/chat.py": 1,
           "serve/output_parser.py": 1,
           "engine/constraint.py": 1, "workers.py": 3, "domain.py": 1, "files.py": 1, "data/stage.py": 1,
-          "data/shards.py": 1, "deepopt/loop.py": 1, "checkpoint/identity.py": 1, "templates.py": 2,
+          "data/shards.py": 1, "deepopt/run_folder.py": 1, "checkpoint/identity.py": 1, "templates.py": 2,
           "conversation.py": 5}
 
 

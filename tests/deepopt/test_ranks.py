@@ -58,7 +58,8 @@ def log(run: Path) -> list[dict[str, Any]]:
     return [record for record, _ in read_log(run / "log.jsonl")]
 
 
-@pytest.mark.parametrize(("run", "tolerance"), [("none", 1e-5), ("bf16", 1e-3), ("int8", 1e-3)])
+@pytest.mark.parametrize(("run", "tolerance"), [("none", 1e-5), ("bf16", 1e-3), ("int8", 1e-3),
+                                                ("powersgd", 0.03)])
 def test_two_ranks_take_the_steps_of_one(folder: Path, run: str, tolerance: float) -> None:
     alone, both = log(folder / "alone"), log(folder / run)
     assert [record["step"] for record in both] == [record["step"] for record in alone]
@@ -70,7 +71,7 @@ def test_two_ranks_take_the_steps_of_one(folder: Path, run: str, tolerance: floa
     distance = sum(float((two[name] - one[name]).square().sum()) for name in one)
     start = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0)).state_dict()
     moved = sum(float((one[name] - start[name]).square().sum()) for name in one)
-    assert distance < moved * (1e-6 if run == "none" else 0.05)
+    assert distance < moved * {"none": 1e-6, "powersgd": 0.9}.get(run, 0.05)
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_each_rank_has_not_sent(folder: Path) -> None:

@@ -38,7 +38,7 @@ def add_flags(parser: Parser) -> None:
         "optimizer": "optimizer moments momentum beta1 beta2 weight_decay clip",
         "losses": "mtp_weight balance_weight bias_speed guide_weight",
         "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
-        "ranks": "compress inner_steps outer_lr outer_momentum error_decay balance rank_timeout",
+        "ranks": "compress powersgd_rank inner_steps outer_lr outer_momentum error_decay balance rank_timeout",
         "machine": "precision gradient_checkpointing device"})
     add_settings(parser, MachineOptions, {"machine": "threads"})
     add_settings(parser, RanksOptions, {"ranks": "ranks"})
@@ -46,10 +46,13 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..deepopt.launch import is_rank, launch
+    from ..deepopt.run_folder import run_in
     from ..deepopt.trainer import Trainer
 
     if (ranks := make(args, RanksOptions).ranks) > 1 and not is_rank():
-        if status := launch(ranks, given_settings(args, RunConfig).get("compress", "none"), args.words):
+        known = (run_in(Path(args.out)) or {"train": {}})["train"]
+        compress = given_settings(args, RunConfig).get("compress", known.get("compress", "none"))
+        if status := launch(ranks, compress, args.words):
             raise SystemExit(status)
         return
 

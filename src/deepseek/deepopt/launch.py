@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 
 from ..errors import RankError
-from .settings import OUTER, STORE
+from .settings import IN_ROUNDS, STORE
 
 RESTARTS = 10  # of a rank in rounds, and of all in step
 POLL = 0.2  # seconds
@@ -34,7 +34,7 @@ def launch(ranks: int, compress: str, words: Sequence[str]) -> int:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
     environment = os.environ | {"OMP_NUM_THREADS": threads}
     command = ["-m", "deepseek", *words]
-    if compress in OUTER:
+    if compress in IN_ROUNDS:
         return _in_rounds(ranks, [sys.executable, *command], environment)
     process = _start([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
                       f"--max-restarts={RESTARTS}", *command], environment)
@@ -77,7 +77,7 @@ def _in_rounds(ranks: int, command: list[str], environment: dict[str, str]) -> i
                 else:
                     again(rank, f"was ended by signal {-status}")
             if running and not came and all(store.check([f"join/{rank}"]) for rank in running):
-                for process in running.values():  # nobody is left whom they could join
+                for process in running.values():  # no rank is left that could admit them
                     process.kill()
                     process.wait()
                 store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)

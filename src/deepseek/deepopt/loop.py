@@ -46,6 +46,7 @@ from ..tokenizer import Tokenizer
 from .evaluation import HeldOutBatches, held_out_loss
 from .gradients import gradient_sum
 from .optimizers import make_optimizer, trained
+from .own_state import read_own, write_own
 from .plot import plot_run
 from .ranks import Ranks
 from .run_folder import CHECKPOINT, SETTINGS, NoLog, RunLog, checkpoints, kept_in, refuse_other_run, run_in
@@ -98,7 +99,7 @@ class TrainingLoop:
         _names_fit(model, data.experts)
         with self.ranks.first_here() as owns:
             self._claim_folder(settings or {}, about or {}, owns)
-        self.gradients = gradient_sum(config, self.ranks, trained(model))
+        self.gradients = gradient_sum(config, self.ranks)
         if self.ranks.first:
             self._resume()
         self._spread()
@@ -250,7 +251,8 @@ class TrainingLoop:
         path = self.out / CHECKPOINT.format(self.step)
         with held(f"checkpoint {self.step} is written"):
             if self.step != self._saved:
-                self.gradients.save(self.out, self.step)
+                if own := self.gradients.state_dict():
+                    write_own(self.out, self.ranks.number, self.step, own, {"ranks": self.ranks.size})
                 self.ranks.gather(None)  # a checkpoint that is there has the states of all ranks
                 if self.ranks.first:
                     self._write(path, add)
@@ -352,7 +354,9 @@ class TrainingLoop:
                 if key not in here:
                     here[key] = torch.zeros(shape, dtype=dtype, device=named[name].device)
             ranks.copy_from_first([here[key] for key in state])
-        self.gradients.load(self.out, self.step)
+        # a rank that was not there, and any where their number was another, has no error to make up for
+        if (found := read_own(self.out, ranks.number, self.step)) and found[1]["ranks"] == str(ranks.size):
+            self.gradients.load_state_dict({key: t.to(self.model.device) for key, t in found[0].items()})
 
     def _claim_folder(self, more: Mapping[str, Any], about: Mapping[str, Any], owns: bool) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ class Members:
             return self.store.check([key])
 
     def forget(self, prefix: str) -> None:
-        """Delete what this rank has set under a prefix, when nobody asks for it any more."""
+        """Delete what this rank has set under a prefix, once no other rank can want it."""
         with self._named():
             for key in (old := [key for key in self.mine if key.startswith(prefix)]):
                 self.store.delete_key(key)
@@ -166,8 +166,8 @@ class Members:
         self._set(f"admit/{rank}", str(number).encode())
 
     def join(self, patience: float) -> tuple[int, bytes]:
-        """Ask to take part; returns from which round on, and the state to begin with. Raises RankError where nobody
-        answers within `patience` seconds."""
+        """Ask to take part; returns from which round on, and the state to begin with. Raises RankError where
+        no rank admits it within `patience` seconds."""
         for key in (f"admit/{self.rank}", f"state/{self.rank}"):
             self.store.delete_key(key)
         self._set(f"join/{self.rank}", b"1")
@@ -183,7 +183,7 @@ class Members:
         with self._named():
             while not self.store.check(keys):
                 if (left := seconds - (time.monotonic() - began)) <= 0:
-                    raise RankError(f"rank {self.rank}: nobody has set {', '.join(keys)} within {seconds:g} s; the "
+                    raise RankError(f"rank {self.rank}: no rank has set {', '.join(keys)} within {seconds:g} s; the "
                                     "ranks that should have are gone or hang")
                 time.sleep(min(POLL, left))
 

@@ -47,7 +47,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     groups.extend({"params": [parameters[name] for name in muon if parts_of(name) == parts],
                    "weight_decay": config.weight_decay, "parts": parts} for parts in (1, 2))
-    return MuonAdamW(groups, lr=config.lr, betas=betas, momentum=config.momentum, small=(
+    return MuonAdamW(groups, lr=config.lr, betas=betas, momentum=config.momentum or 0.0, small=(
         SMALL if config.moments == "8bit" else None))
 
 

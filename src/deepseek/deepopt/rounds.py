@@ -24,26 +24,24 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..files import to_json, write_atomically
+from ..files import to_json
 from ..interrupts import came, held
 from ..progress import ProgressBar
 from .compress import CODECS, ErrorFeedback, OuterNesterov
 from .loop import TrainingLoop
 from .members import Members, Verdict, pieces
 from .optimizers import trained
+from .own_state import read_own, write_own
 from .ranks import Ranks, even
 from .run_folder import NoLog, RunLog
 
-KEEP = 3  # files of a rank's own state
 PATIENCE = 600.0  # seconds that a rank waits to be let in, at least: it comes in at the end of a round
 SPEED = 0.5  # weight of the newest measurement
 
@@ -80,11 +78,13 @@ class RoundLoop(TrainingLoop):
     def __init__(self, *args: Any, ranks: Solo, **more: Any) -> None:
         super().__init__(*args, ranks=ranks, **more)
         config = self.config
-        self.members, self.names = ranks.members, list(trained(self.model))
-        self.feedback = ErrorFeedback(CODECS["2bit" if config.compress == "local" else "sparse"], config.error_decay)
-        assert config.outer_lr is not None and config.outer_momentum is not None
-        self.outer = OuterNesterov(config.outer_lr, config.outer_momentum)
-        self.round, self.begin = self.step // config.inner_steps, self.step * config.accumulation
+        self.members = ranks.members
+        length, decay, lr, momentum = (config.inner_steps, config.error_decay, config.outer_lr, config.outer_momentum)
+        assert length is not None and decay is not None and lr is not None and momentum is not None
+        self.length = length  # steps of a round, of the fastest rank
+        self.feedback = ErrorFeedback(CODECS["2bit" if config.compress == "local" else "sparse"], decay)
+        self.outer = OuterNesterov(lr, momentum)
+        self.round, self.begin = self.step // length, self.step * config.accumulation
         self.taking: list[int] = []  # the ranks of this round
         self.steps: dict[int, int] = {}  # that each of them takes
         self.done = 0  # own steps in this round
@@ -189,8 +189,8 @@ class RoundLoop(TrainingLoop):
         staying = [rank for rank in present if not said[rank]["leaving"]]
         members = sorted([*staying, *joining]) if staying else []
         fastest = max((said[rank]["speed"] for rank in staying), default=1.0)
-        steps = {rank: max(1, round(self.config.inner_steps * said[rank]["speed"] / fastest))
-                 if self.config.balance and rank in said else self.config.inner_steps for rank in members}
+        steps = {rank: max(1, round(self.length * said[rank]["speed"] / fastest))
+                 if self.config.balance and rank in said else self.length for rank in members}
         begin = self.begin + sum(self.steps[rank] * part for rank, part in zip(
             self.taking, even(self.config.accumulation, len(self.taking)), strict=True))
         return Verdict(list(present), members, joining, steps, begin)
@@ -243,7 +243,7 @@ class RoundLoop(TrainingLoop):
         present = members.wait(-1, range(members.size))
         keys = {rank: members.about(-1, rank)["key"] for rank in present}
         same = [rank for rank in present if keys[rank] == keys[present[0]]]
-        every = dict.fromkeys(present, self.config.inner_steps)
+        every = dict.fromkeys(present, self.length)
         verdict = members.decide(-1, Verdict(same, present, [r for r in present if r not in same], every, self.begin))
         if members.rank not in verdict.merged:
             return self._join()
@@ -299,34 +299,25 @@ class RoundLoop(TrainingLoop):
 
     # ---- what only this rank has -----------------------------------------------------------------------------------
 
-    def _own(self) -> Path:
-        return self.out / f"rank-{self.members.rank:04d}"
-
     def _write_own(self) -> None:
         moments = {f"{name}.{key}": value for name, state in self._optimizer_state() for key, value in state.items()
                    if isinstance(value, Tensor)}
         tensors = {**{f"inner.{name}": value for name, value in moments.items()},
                    **{f"error.{name}": value for name, value in self.feedback.state_dict().items()},
                    **{f"outer.{name}": value for name, value in self.outer.state_dict().items()}}
-        self._own().mkdir(exist_ok=True)
-        write_atomically(self._own() / f"{self.step:06d}.safetensors", save(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            {"round": str(self.round), "begin": str(self.begin), "speed": str(self.speed)}))
-        for old in sorted(self._own().glob("*.safetensors"))[:-KEEP]:
-            old.unlink()
+        write_own(self.out, self.members.rank, self.step, tensors,
+                  {"round": self.round, "begin": self.begin, "speed": self.speed})
 
     def _read_own(self) -> None:
         """Of the checkpoint that the run goes on from; a rank without one begins with moments and errors of zero."""
-        path = self._own() / f"{self.step:06d}.safetensors"
-        if not path.is_file():
+        if (found := read_own(self.out, self.members.rank, self.step)) is None:
             self.optimizer.state.clear()  # the checkpoint's are those of another rank
             return
         parts: dict[str, dict[str, Tensor]] = {"inner": {}, "error": {}, "outer": {}}
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                part, _, name = key.partition(".")
-                parts[part][name] = file.get_tensor(key)
-            about = file.metadata()
+        for key, tensor in found[0].items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        about = found[1]
         self.round, self.begin, self.speed = int(about["round"]), int(about["begin"]), float(about["speed"])
         for name, parameter in trained(self.model).items():
             self.optimizer.state[parameter].update({

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..files import is_file_at, to_json, write_atomically
-from .settings import SCHEDULE, Leg, TrainConfig
+from .settings import ONLY_WITH, SCHEDULE, Leg, TrainConfig, only_with
 
 CHECKPOINT = "checkpoint-{:06d}"
 SETTINGS = "settings.json"
@@ -22,7 +22,11 @@ def run_in(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["train"] = asdict(TrainConfig()) | settings["train"]  # of an older version, which had fewer settings
+    # an older version had fewer settings, or kept some where they had no meaning
+    settings["train"] = train = asdict(TrainConfig()) | settings["train"]
+    for setting in ONLY_WITH:
+        train |= {name: None if default is None else train[name]
+                  for name, default in only_with(setting, train[setting]).items()}
     if "general" in (chosen := settings.get("chosen", {})):  # its name in 0.1
         chosen["retain_data"] = chosen.pop("general")
     legs = settings.get("legs", [])
@@ -48,7 +52,8 @@ def refuse_other_run(
                           "another --out or remove the folder")
     for part in new:
         known = old.get(part, {})
-        for key in sorted(set(new[part]) | (set(known) if whole else set())):
+        keys = set(new[part]) | (set(known) if whole else set())
+        for key in sorted(keys, key=lambda key: (key not in ONLY_WITH, key)):
             if known.get(key) != new[part].get(key) and not (longer and key in SCHEDULE):
                 raise ConfigError(f"{out} holds a run with {key} = {known.get(key)!r}, this one has "
                                   f"{new[part].get(key)!r}; choose another --out or remove the folder")

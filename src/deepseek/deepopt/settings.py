@@ -12,12 +12,20 @@ from ..data.mapping import RecordMap
 from ..errors import ConfigError
 from ..settings import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_ONE, Device, Option, Settings
 
-Compress = Literal["none", "bf16", "int8", "local", "sparse"]
-OUTER = {"local": (0.8, 0.9), "sparse": (1.0, 0.0)}  # lr and momentum of MuLoCo and SparseLoCo
+Compress = Literal["none", "bf16", "int8", "powersgd", "local", "sparse"]
 STORE = "DEEPSEEK_STORE"  # environment: HOST:PORT of the store of a run in rounds
 Precision = Literal["auto", "fp32", "bf16"]
 Algorithm = Literal["adamw", "muon"]
 Moments = Literal["fp32", "8bit"]
+
+# settings that have a meaning only with certain values of another, and their defaults then
+_ROUNDS = {"inner_steps": 30, "error_decay": 0.95, "balance": True}
+ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
+    "optimizer": {"muon": {"momentum": 0.95}},
+    "compress": {"powersgd": {"powersgd_rank": 4},
+                 "local": _ROUNDS | {"outer_lr": 0.8, "outer_momentum": 0.9},  # of MuLoCo
+                 "sparse": _ROUNDS | {"outer_lr": 1.0, "outer_momentum": 0.0}}}  # of SparseLoCo
+IN_ROUNDS = ("local", "sparse")
 
 # settings of a leg of the learning rate's schedule; `warmup` is tuning's
 SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))
@@ -41,7 +49,7 @@ class TrainConfig(Settings):
         "muon: Muon for matrices, each expert's its own, AdamW for embeddings, head, gates and norms")] = "adamw"
     moments: Annotated[Moments, Option(
         "how the optimizer keeps them; 8bit by blocks of 256, those of less than 4096 weights stay FP32")] = "fp32"
-    momentum: Annotated[float, Option("Muon's momentum", SHARE)] = 0.95
+    momentum: Annotated[float | None, Option("Muon's momentum; 0.95", SHARE)] = None
     beta1: Annotated[float, Option("AdamW's first beta", SHARE)] = 0.9
     beta2: Annotated[float, Option("AdamW's second beta", SHARE)] = 0.95
     weight_decay: Annotated[float, Option("decay of matrices", NOT_NEGATIVE)] = 0.1
@@ -59,17 +67,21 @@ class TrainConfig(Settings):
     eval_batches: Annotated[int, Option("batches per evaluation", COUNT)] = 16
     save_every: Annotated[int, Option("steps between checkpoints", COUNT)] = 200
     compress: Annotated[Compress, Option(
-        "what ranks send: gradients in FP32 (none), in BF16 or in 8 bits; or, after some steps of their own, what "
-        "these changed: in 2 bits (local), or the largest 64 of each 4,096 values (sparse)")] = "none"
-    inner_steps: Annotated[int, Option("steps between two merges (local, sparse)", COUNT)] = 30
+        "what ranks send: gradients in FP32 (none), in BF16, in 8 bits or as factors of low rank (powersgd); or, after "
+        "some steps of their own, what these changed: in 2 bits (local), or the largest 64 of each 4,096 values "
+        "(sparse)")] = "none"
+    powersgd_rank: Annotated[int | None, Option("columns of PowerSGD's factors; 4", COUNT)] = None
+    inner_steps: Annotated[int | None, Option("steps between two merges (local, sparse); 30", COUNT)] = None
     outer_lr: Annotated[float | None, Option(
-        "learning rate of a merge: 0.8 (local) or 1 (sparse)", POSITIVE)] = None
+        "learning rate of a merge; 0.8 (local) or 1 (sparse)", POSITIVE)] = None
     outer_momentum: Annotated[float | None, Option(
-        "Nesterov momentum of a merge: 0.9 (local) or 0 (sparse)", SHARE)] = None
-    error_decay: Annotated[float, Option(
-        "share of what coding has lost that is made up for in the next merge", UP_TO_ONE)] = 0.95
-    balance: Annotated[bool, Option(
-        "let slow ranks take fewer steps in a round (local, sparse); how many depends on clocks then")] = True
+        "Nesterov momentum of a merge; 0.9 (local) or 0 (sparse)", SHARE)] = None
+    error_decay: Annotated[float | None, Option(
+        "share of what coding has lost that is made up for in the next merge (local, sparse); 0.95",
+        UP_TO_ONE)] = None
+    balance: Annotated[bool | None, Option(
+        "let slow ranks take fewer steps in a round (local, sparse), as they do unless it is false; how many depends "
+        "on clocks then")] = None
     rank_timeout: Annotated[float, Option("seconds that ranks wait for another", POSITIVE)] = 600.0
     keep: Annotated[int, Option("checkpoints kept", COUNT)] = 2
     seed: Annotated[int, Option("seed of weights and data order", NATURAL)] = 0
@@ -78,13 +90,20 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", 1e-3)
-        for name, value in zip(("outer_lr", "outer_momentum"), OUTER.get(self.compress, ()), strict=False):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         super().__post_init__()
-        for name in ("outer_lr", "outer_momentum"):
-            if self.compress not in OUTER and (value := getattr(self, name)) is not None:
-                raise ConfigError(f"{name} = {value}: has a meaning only with compress = local or sparse")
+        for setting, values in ONLY_WITH.items():
+            for name, default in only_with(setting, getattr(self, setting)).items():
+                if (value := getattr(self, name)) is None:
+                    object.__setattr__(self, name, default)
+                elif default is None:
+                    known = " or ".join(one for one, names in values.items() if name in names)
+                    raise ConfigError(f"{name} = {value}: has a meaning only with {setting} = {known}")
+
+
+def only_with(setting: str, value: Any) -> dict[str, Any]:
+    """Defaults of all settings that depend on `setting`; None of those that have no meaning where it is `value`."""
+    values = ONLY_WITH[setting]
+    return {**dict.fromkeys(sorted({name for one in values.values() for name in one})), **values.get(value, {})}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from .members import Members
 from .ranks import Ranks
 from .rounds import RoundLoop, Solo
 from .run_folder import checkpoints, kept_in, run_in, step_of
-from .settings import OUTER, STORE, RunConfig, TrainConfig
+from .settings import IN_ROUNDS, STORE, RunConfig, TrainConfig
 
 Paths = str | Path | Sequence[str | Path]
 CONTINUED_LR = 1e-4  # where training starts from a checkpoint
@@ -186,7 +186,7 @@ class Trainer(RunConfig):
         """The processes of the run, by the environment that `--ranks` or torchrun gives them."""
         size, rank, local = (int(os.environ.get(name, default)) for name, default in (
             ("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
-        if self.compress not in OUTER:
+        if (size > 1 and self.compress not in IN_ROUNDS) or self.compress == "none":
             return Ranks.of_environment(self.device, self.rank_timeout)
         if size == 1:
             raise ConfigError(f"compress = {self.compress!r}: has a meaning only with several ranks: start them with "
