@@ -1,13 +1,19 @@
 """Two machines on a slow line: what each way of sending costs in bytes, time and loss.
 
-Two ranks, a core each, in network namespaces of their own joined by a veth pair that `tc tbf` limits to --rate; the
-model is the preset `small` (11 M parameters, 8 named routing groups) on the eight domains of domains.py, 4,096 tokens a
-step. Each mode of `compress` is a run of its own in WORK, which the same command continues; "alone" are two ranks that
-do not talk, half of the tokens each: the efficiency of the others is their tokens a second over its.
+Ranks with a core each, in network namespaces joined by a veth pair that `tc tbf` limits; the model is the preset
+`small` (11 M parameters, 8 named routing groups) on the eight domains of domains.py, 2,048 tokens a step.
 
-    sudo python benchmarks/deepopt.py --work runs/deepopt [--steps 1500] [--rate 100mbit] [--modes none local]
+    sudo python benchmarks/deepopt.py --work runs/deepopt [--only loss] [--rate 100mbit 10mbit] [--modes none local]
 
-Wire bytes are the interface's own counters, both directions, with all headers. Needs root, `ip` and `tc` (iproute2).
+loss   each mode trains for --steps steps in WORK, and the same command goes on with what is left. What it learns and
+       what it sends depend neither on the line's rate nor on other work on the machine, so the line has 1 Gbit/s here.
+       Wire bytes are the interface's own counters, both directions, with all headers. `local-4` and `sparse-4` are
+       four ranks on the two cores, without a line.
+speed  the modes in turn, --rounds times, a few steps of each at each --rate; "alone" are two ranks that do not talk,
+       half of the tokens each. Efficiency is tokens a second over theirs of the same round, the median of the rounds.
+
+Losses at equal minutes put both together: a step of a mode takes as long as its tokens a second say. Needs root, `ip`
+and `tc` (iproute2).
 """
 
 from __future__ import annotations
@@ -15,6 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -25,11 +33,12 @@ from typing import Any
 from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import IN_ROUNDS, STORE
 from domains import TRAIN, add_data, data_folder, places
-from harness import machine, table, versions, write_result
+from harness import machine, quiet_rounds, table, versions, write_result
 
-MODES = ("alone", "none", "bf16", "int8", "powersgd", "local", "sparse")
-BATCH, SEQ, MICRO = 4, 256, 4  # 4 batches of 4 windows a step, two for each rank
-ENDS = ("dr-a", "dr-b")
+MODES = ("none", "bf16", "int8", "powersgd", "local", "sparse")
+MORE = ("local-4", "sparse-4")  # ranks that share cores: no figure of theirs is a speed
+BATCH, SEQ, MICRO = 2, 256, 4  # 4 batches of 2 windows a step, divided among the ranks
+ENDS, DEVICES = ("dr-a", "dr-b"), ("dr-va", "dr-vb")
 PORT = 29517
 HOLD = ("import sys, time, torch.distributed as d; from datetime import timedelta as t\n"
         "s = d.TCPStore('10.77.0.1', int(sys.argv[1]), None, True, t(seconds=30), wait_for_workers=False)\n"
@@ -48,7 +57,7 @@ class Line:
         for end in ENDS:
             shell("ip", "netns", "add", end)
         shell("ip", "link", "add", "dr-va", "netns", ENDS[0], "type", "veth", "peer", "name", "dr-vb", "netns", ENDS[1])
-        for number, (end, device) in enumerate(zip(ENDS, ("dr-va", "dr-vb"), strict=True), 1):
+        for number, (end, device) in enumerate(zip(ENDS, DEVICES, strict=True), 1):
             shell("ip", "-n", end, "addr", "add", f"10.77.0.{number}/24", "dev", device)
             shell("ip", "-n", end, "link", "set", "lo", "up")
             shell("ip", "-n", end, "link", "set", device, "up")
@@ -69,31 +78,54 @@ class Line:
                                 env=os.environ | environment | {"OMP_NUM_THREADS": "1"}, **more)
 
 
-def command(mode: str, out: Path, data: Path, args: argparse.Namespace) -> list[str]:
+def command(mode: str, out: Path, data: Path, args: argparse.Namespace, steps: int) -> list[str]:
     named = [f"{name}={place}" for name, files in TRAIN.items() for place in places(data, files)]
-    alone = mode == "alone"
+    compress, _, ranks = mode.partition("-")
     return [sys.executable, "-m", "deepseek", "train", "small", "--experts", *named, "--out", str(out),
-            "--steps", str(args.steps), "--batch_size", str(BATCH), "--seq_len", str(SEQ),
-            "--accumulation", str(MICRO // 2 if alone else MICRO), "--lr", str(args.lr), "--warmup_steps", "100",
-            "--eval_every", str(args.eval_every), "--save_every", str(args.eval_every), "--eval_batches", "24",
+            "--steps", str(steps), "--batch_size", str(BATCH), "--seq_len", str(SEQ),
+            "--accumulation", str(MICRO // 2 if mode == "alone" else MICRO), "--lr", str(args.lr),
+            "--warmup_steps", str(min(100, steps // 2)), "--eval_every", str(min(args.eval_every, steps)),
+            "--save_every", str(min(args.eval_every, steps)), "--eval_batches", "24" if steps == args.steps else "1",
             "--precision", "fp32", "--valid_fraction", "0.03", "--seed", "0",
-            *([] if alone else ["--compress", mode]),
-            *(["--inner_steps", str(args.inner_steps)] if mode in IN_ROUNDS else []), *args.train]
+            *([] if mode == "alone" else ["--compress", compress]), *(["--ranks", ranks] if ranks else []),
+            *(["--inner_steps", str(args.inner_steps), "--no_balance"] if compress in IN_ROUNDS else []), *args.train]
 
 
-def run(mode: str, work: Path, data: Path, args: argparse.Namespace) -> None:
-    """Take the steps of a mode that are left; what they cost on the wire is added up in WORK/MODE.json."""
-    file = work / f"{mode}.json"
-    before = json.loads(file.read_text()) if file.is_file() else {"bytes": 0, "seconds": 0.0}
-    if before.get("steps", 0) >= args.steps:
-        return
+def share_data(work: Path, out: Path) -> Path:
+    """`out`, with the tokens that are packed already."""
+    out.mkdir(parents=True, exist_ok=True)
     for part in ("tokens", "tokenizer"):
-        for rank in range(2 if mode == "alone" else 1):
-            out = work / (f"{mode}-{rank}" if mode == "alone" else mode)
-            if not (out / part).exists():
-                out.mkdir(parents=True, exist_ok=True)
-                (out / part).symlink_to((work / "data" / part).resolve())
-    line, began, holder = Line(args.rate), time.monotonic(), None
+        if not (out / part).exists():
+            (out / part).symlink_to((work / "data" / part).resolve())
+    return out
+
+
+def run(mode: str, folder: Path, data: Path, args: argparse.Namespace, rate: str, steps: int) -> dict[str, Any]:
+    """Take the steps that are left of a run in `folder`; its cost on the wire is added up in a file beside it."""
+    file = folder.with_suffix(".json")
+    cost: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"bytes": 0, "seconds": 0.0}
+    if cost.get("steps", 0) >= steps:
+        return cost
+    began = time.monotonic()
+    if mode in MORE:
+        statuses = [subprocess.run(command(mode, share_data(args.work, folder), data, args, steps),
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode]
+        cost["bytes"] = None
+    else:
+        statuses, sent = on_a_line(mode, folder, data, args, rate, steps)
+        cost["bytes"] += sent
+    cost["seconds"] += time.monotonic() - began
+    file.write_text(json.dumps(cost | ({} if any(statuses) else {"steps": steps})))
+    if any(statuses):
+        raise SystemExit(f"{mode}: ended with {statuses}; the same command goes on")
+    return cost
+
+
+def on_a_line(
+    mode: str, folder: Path, data: Path, args: argparse.Namespace, rate: str, steps: int
+) -> tuple[list[int], int]:
+    """(statuses of two ranks that train, bytes on the line between them)."""
+    line, holder = Line(rate), None
     common = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(PORT), "WORLD_SIZE": "2"}
     if mode in IN_ROUNDS:
         holder = line.start(0, [sys.executable, "-c", HOLD, str(PORT)], {}, stdout=subprocess.PIPE)
@@ -101,57 +133,91 @@ def run(mode: str, work: Path, data: Path, args: argparse.Namespace) -> None:
         holder.stdout.readline()
         common |= {STORE: f"10.77.0.1:{PORT}"}
     ranks = []
-    for rank in range(2):
+    for rank, device in enumerate(DEVICES):
         own = {} if mode == "alone" else common | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": ("dr-va", "dr-vb")[rank]}
-        out = work / (f"{mode}-{rank}" if mode == "alone" else mode)
-        ranks.append(line.start(rank, command(mode, out, data, args), own))
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": device}
+        out = share_data(args.work, folder / str(rank) if mode == "alone" else folder)
+        ranks.append(line.start(rank, command(mode, out, data, args, steps), own))
     statuses = [rank.wait() for rank in ranks]
     if holder is not None:
         holder.terminate()
-    cost = {"bytes": before["bytes"] + line.bytes(), "seconds": before["seconds"] + time.monotonic() - began}
+    sent = line.bytes()
     line.close()
-    if any(statuses):
-        file.write_text(json.dumps(cost))
-        raise SystemExit(f"{mode}: ended with {statuses}; the same command goes on")
-    file.write_text(json.dumps(cost | {"steps": args.steps}))
+    return statuses, sent
 
 
-def figures(mode: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Of a finished run: tokens a second of the steps after the first ones, losses by tokens and by seconds."""
-    found: dict[str, Any] = json.loads((work / f"{mode}.json").read_text())
-    rates = []
-    for out in [work / f"alone-{rank}" for rank in range(2)] if mode == "alone" else [work / mode]:
-        records = [record for record, _ in read_log(out / "log.jsonl")]
-        steps = [record for record in records if "tokens_per_second" in record]
-        last = steps[len(steps) // 10 :]
-        taken = [step["step"] - before["step"] for before, step in pairwise(last)]
-        tokens = BATCH * SEQ * MICRO // (2 if mode == "alone" else 1)
-        seconds = sum(count * tokens / step["tokens_per_second"] for count, step in zip(taken, last[1:], strict=True))
-        rates.append(sum(taken) * tokens / seconds)
-        clock, at = 0.0, []
-        for before, record in zip([{"step": 0}, *records], records, strict=False):
-            if "tokens_per_second" in record:
-                clock += (record["step"] - before["step"]) * tokens / record["tokens_per_second"]
-            if "eval_loss" in record:
-                at.append((record["step"], clock, record["eval_loss"], record["routing_accuracy"]))
-        found["evaluations"] = at
-    return found | {"tokens_per_second": sum(rates)}
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [record for record, _ in read_log(folder / "log.jsonl")]
 
 
-def loss_at(found: dict[str, Any], seconds: float) -> float | None:
-    """The last held-out loss by then."""
-    losses = [loss for _, clock, loss, _ in found["evaluations"] if clock <= seconds]
-    return losses[-1] if losses else None
+def speed(mode: str, data: Path, args: argparse.Namespace, rate: str) -> float:
+    """Tokens a second of all ranks; the first step, or the first round, is left out."""
+    folder = args.work / "speed" / mode
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_suffix(".json").unlink(missing_ok=True)
+    run(mode, folder, data, args, rate, 3 * args.inner_steps if mode in IN_ROUNDS else 8)
+    total = 0.0
+    for out in (folder / "0", folder / "1") if mode == "alone" else (folder,):
+        rates = [record["tokens_per_second"] for record in records(out) if "tokens_per_second" in record][1:]
+        total += statistics.harmonic_mean(rates)
+    return total
+
+
+def speeds(data: Path, args: argparse.Namespace, rate: str) -> dict[str, dict[str, float]]:
+    """By mode: tokens a second and efficiency, medians."""
+    modes = ("alone", *(mode for mode in args.modes if mode not in MORE))
+    rounds, stolen = quiet_rounds(args.rounds, lambda: {mode: speed(mode, data, args, rate) for mode in modes})
+    return {mode: {"tokens_per_second": statistics.median(one[mode] for one in rounds),
+                   "efficiency": statistics.median(one[mode] / one["alone"] for one in rounds),
+                   "stolen": max(stolen)} for mode in modes}
+
+
+def losses(mode: str, args: argparse.Namespace) -> list[tuple[int, float, float]]:
+    """(step, held-out loss, routing accuracy) at each evaluation."""
+    return [(record["step"], record["eval_loss"], record["routing_accuracy"])
+            for record in records(args.work / "loss" / mode) if "eval_loss" in record]
+
+
+def at_equal_minutes(curve: list[tuple[int, float, float]], rate: float, minutes: float) -> str:
+    """The held-out loss after so many minutes, between the evaluations around them."""
+    steps = minutes * 60 * rate / (BATCH * SEQ * MICRO)
+    for (before, one, _), (after, two, _) in pairwise(curve):
+        if before <= steps <= after:
+            return f"{one + (two - one) * (steps - before) / (after - before):.3f}"
+    return f"{curve[-1][1]:.3f}" if steps >= curve[-1][0] else f"above {curve[0][1]:.3f}"
+
+
+def loss_table(costs: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
+    base, rows = losses("none", args)[-1][1] if "none" in costs else None, []
+    for mode, cost in costs.items():
+        _, loss, accuracy = losses(mode, args)[-1]
+        plain = costs.get("none", {}).get("bytes")
+        rows.append([mode, f"{cost['bytes'] / args.steps / 1e6:.3f}" if cost["bytes"] else "",
+                     f"{1 - cost['bytes'] / plain:.2%}" if cost["bytes"] and plain and mode != "none" else "",
+                     f"{loss:.4f}", f"{loss / base - 1:+.2%}" if base and mode != "none" else "", f"{accuracy:.1%}"])
+    return table([["mode", "MB on the wire a step", "fewer than none", "held-out loss", "than none",
+                   "routing accuracy"], *rows])
+
+
+def speed_table(found: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+    done = [mode for mode in found if mode != "alone" and (args.work / "loss" / f"{mode}.json").is_file()]
+    fastest = max((found[mode]["tokens_per_second"] for mode in done), default=1.0)
+    minutes = args.steps * BATCH * SEQ * MICRO / fastest / 60
+    rows = [[mode, f"{one['tokens_per_second']:,.0f}", f"{one['efficiency']:.3f}",
+             at_equal_minutes(losses(mode, args), one["tokens_per_second"], minutes) if mode in done else ""]
+            for mode, one in found.items()]
+    return table([["mode", "tokens/s", "efficiency", f"held-out loss after {minutes:.1f} minutes"], *rows])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     add_data(parser)
+    parser.add_argument("--only", choices=("loss", "speed"))
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--rate", default="100mbit", help="of the line, as tc writes it")
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--rate", nargs="+", default=["100mbit", "10mbit"], help="of the line, as tc writes it")
+    parser.add_argument("--rounds", type=int, default=3, help="of the measurement of speed")
+    parser.add_argument("--modes", nargs="+", default=(*MODES, *MORE), choices=(*MODES, *MORE))
     parser.add_argument("--inner_steps", type=int, default=30)
     parser.add_argument("--eval_every", type=int, default=150)
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -162,30 +228,21 @@ def main() -> None:
     data, sample = data_folder(args.data)
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "data" / "settings.json").exists():  # packs the data, and takes one step
-        words = command("alone", args.work / "data", data, argparse.Namespace(**vars(args) | {"steps": 1}))
-        subprocess.run(words, check=True)
-    found = {}
-    for mode in args.modes:
-        run(mode, args.work, data, args)
-        found[mode] = figures(mode, args.work, args)
-    base = found.get("none")
-    rows = [["mode", "MB on the wire a step", "fewer than FP32", "tokens/s", "efficiency", "held-out loss",
-             "at equal minutes", "routing accuracy"]]
-    minutes = min(one["evaluations"][-1][1] for mode, one in found.items() if mode != "alone") if base else 0.0
-    for mode, one in found.items():
-        _, _, loss, accuracy = one["evaluations"][-1]
-        alone = found.get("alone", {}).get("tokens_per_second")
-        then = loss_at(one, minutes)
-        rows.append([mode, f"{one['bytes'] / args.steps / 1e6:.3f}",
-                     f"{1 - one['bytes'] / base['bytes']:.2%}" if base and mode != "none" else "",
-                     f"{one['tokens_per_second']:,.0f}",
-                     f"{one['tokens_per_second'] / alone:.3f}" if alone else "", f"{loss:.4f}",
-                     f"{then:.4f}" if then and mode != "alone" else "", f"{accuracy:.1%}"])
-    text = "\n\n".join([
-        f"# Two ranks on a line of {args.rate}", f"`small`, {args.steps:,} steps of {BATCH * SEQ * MICRO:,} tokens, a "
-        f"core each, FP32, {args.inner_steps} steps a round in local modes.", table(rows)])
-    write_result("deepopt" + sample, text, {"figures": found, "machine": machine(1), "versions": versions("torch")},
-                 args.steps >= 1500)
+        subprocess.run(command("alone", args.work / "data", data, args, 1), check=True)
+    parts = [f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, FP32, {args.inner_steps} steps a round in local modes."]
+    found: dict[str, Any] = {}
+    if args.only != "speed":
+        found["loss"] = {mode: run(mode, args.work / "loss" / mode, data, args, "1gbit", args.steps)
+                         for mode in args.modes}
+        parts += [f"## What {args.steps:,} steps learn and send", loss_table(found["loss"], args)]
+        found["curves"] = {mode: losses(mode, args) for mode in args.modes}
+    if args.only != "loss":
+        for rate in args.rate:
+            found[rate] = speeds(data, args, rate)
+            parts += [f"## A line of {rate}", speed_table(found[rate], args)]
+    write_result("deepopt" + sample, "\n\n".join(["# Two ranks on a slow line", *parts]),
+                 {"figures": found, "machine": machine(1), "versions": versions("torch")},
+                 args.steps >= 1500 and args.only is None and args.modes == (*MODES, *MORE))
 
 
 if __name__ == "__main__":
