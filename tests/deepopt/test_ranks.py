@@ -74,6 +74,15 @@ def test_two_ranks_take_the_steps_of_one(folder: Path, run: str, tolerance: floa
     assert distance < moved * {"none": 1e-6, "powersgd": 0.9}.get(run, 0.05)
 
 
+def test_records_say_what_a_rank_sent(folder: Path) -> None:
+    sent = {run: {record["bytes_sent"] for record in log(folder / run) if "loss" in record}
+            for run in ("none", "bf16", "int8", "powersgd")}
+    plain = 4 * sum(p.numel() for p in CausalLM(TINY).parameters())
+    (none,), (bf16,), (int8,) = sent["none"], sent["bf16"], sent["int8"]  # of every step the same
+    assert plain < none < 1.1 * plain and 0.45 < bf16 / none < 0.55 and 0.25 < int8 / none < 0.3
+    assert max(sent["powersgd"]) < none and "bytes_sent" not in log(folder / "alone")[0]
+
+
 def test_a_run_that_was_stopped_goes_on_with_what_each_rank_has_not_sent(folder: Path) -> None:
     assert sha256(folder / "int8" / "model" / "model.safetensors") == sha256(
         folder / "again" / "model" / "model.safetensors")

@@ -38,7 +38,7 @@ COMMANDS = {  # in the order of the help
     "infer": "complete a prompt, printing text as it comes",
     "chat": "chat with a model in the terminal",
     "serve": "serve a model over HTTP with OpenAI's API",
-    "watch": "show the state of a running server in the terminal",
+    "watch": "show the state of a running server, or of a run of training, in the terminal",
 }
 
 

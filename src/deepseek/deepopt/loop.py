@@ -144,9 +144,12 @@ class TrainingLoop:
                 self._look(log, bar)  # the run was stopped before it could
             while self.step < config.steps:
                 with held(f"step {self.step + 1} is finished and saved"):
-                    began = time.perf_counter()
+                    began, sent = time.perf_counter(), self.ranks.sent
                     record = self.train_step()
-                    record["tokens_per_second"] = round(self._tokens / (time.perf_counter() - began))
+                    seconds = time.perf_counter() - began
+                    record |= {"tokens_per_second": round(self._tokens / seconds), "seconds": round(seconds, 4)}
+                    if self.ranks.size > 1:
+                        record["bytes_sent"] = self.ranks.sent - sent
                     log.write(record)
                 bar.set_postfix_str(f"loss {record['loss']:.3f}  MaxVio {record['max_vio']:.2f}  "
                                     f"{record['tokens_per_second']:,} tokens/s")

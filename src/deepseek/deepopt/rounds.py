@@ -154,7 +154,8 @@ class RoundLoop(TrainingLoop):
         record = {"step": self.step, "round": self.round, "loss": sum(
             one["loss"] * one["tokens"] for one in said.values()) / total, "lr": record["lr"],
             "grad_norm": record["grad_norm"], "max_vio": record["max_vio"], "tokens_per_second": round(total / wall),
-            "ranks": verdict.merged, "steps": {str(rank): one["steps"] for rank, one in said.items()},
+            "seconds": round(wall, 4), "ranks": verdict.merged,
+            "steps": {str(rank): one["steps"] for rank, one in said.items()},
             "efficiency": round(seconds / wall, 4), "waited": round(members.waited, 3),
             "bytes_sent": members.sent, "bytes_received": members.received}
         return self._close(start, verdict, record, bar)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..files import is_file_at, to_json, write_atomically
+from ..settings import is_number
 from .settings import ONLY_WITH, SCHEDULE, Leg, TrainConfig, only_with
 
 CHECKPOINT = "checkpoint-{:06d}"
@@ -115,14 +116,24 @@ class RunLog:
             raise ConfigError(f"{self._path}: was deleted or replaced during the run; the same command goes on from "
                               "what is left")
         if self._board is not None:
-            for key, value in record.items():
-                if key != "step":
-                    self._board.add_scalar(key, value, record["step"])
+            for key, value in scalars(record):
+                self._board.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """What TensorBoard can draw of a record: its numbers, a table's as NAME/KEY, of a list how long it is."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from scalars({f"{key}/{name}": one for name, one in value.items()})
+        elif isinstance(value, list):
+            yield key, len(value)
+        elif key != "step" and is_number(value):
+            yield key, value
 
 
 def read_log(path: Path) -> list[tuple[dict[str, Any], str]]:

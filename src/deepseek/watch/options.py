@@ -40,7 +40,7 @@ class WatchOptions(Settings):
 
 @dataclass(frozen=True)
 class TerminalOptions(Settings):
-    """How `deepseek watch` shows a server."""
+    """How `deepseek watch` shows a server or a run."""
 
     api_key: Annotated[tuple[str, ...], Option(
         "where the server wants one; a list of processes shows it", each=True, secret=True)] = ()

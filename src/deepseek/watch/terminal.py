@@ -35,7 +35,7 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
 
     address = url.rstrip("/").removesuffix("/v1") + "/dashboard/state"
     if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"url = {url!r}: must begin with http:// or https://")
+        raise ConfigError(f"url = {url!r}: must begin with http:// or https://, or be the folder of a run")
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
