@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.ranks import BUCKET, Ranks, buckets, even
 from deepseek.deepopt.run_folder import read_log
+from deepseek.deepopt.shares import Shares, by_speed
 from deepseek.errors import ConfigError
 from deepseek.files import sha256
 from deepseek.model import CausalLM
@@ -48,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                              env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
             for rank in range(2)]
     ranks.train(data, folder / "alone", None)
+    ranks.train(data, folder / "alone-long", None, **ranks.LONG)
     for process in both:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
@@ -88,6 +91,46 @@ def test_a_run_that_was_stopped_goes_on_with_what_each_rank_has_not_sent(folder:
         folder / "again" / "model" / "model.safetensors")
     states = [path.name for path in (folder / "again" / "rank-0001").iterdir()]
     assert sorted(states) == ["000003.safetensors", "000006.safetensors"]
+
+
+def test_a_slow_rank_takes_fewer_batches(folder: Path) -> None:
+    alone, both = log(folder / "alone-long"), log(folder / "slow")
+    for one, two in zip(alone, both, strict=True):
+        for key in {"loss", "eval_loss", "mtp_loss", "balance_loss"} & {*one}:
+            assert two[key] == pytest.approx(one[key], rel=1e-5), (key, one["step"])
+    steps = [record for record in both if "loss" in record]
+    shares = [record["shares"] for record in steps]
+    assert shares[:5] == [{"0": 2, "1": 2}] * 5 and shares[5:10] == [{"0": 3, "1": 1}] * 5
+    assert shares[10] == {"0": 3, "1": 1}  # of other processes, which go on from step 10, and neither is slow
+    about = json.loads((folder / "slow" / "checkpoint-000010" / "trainer.json").read_text())["shares"]
+    assert about["now"] == [3, 1] and about["speeds"][0] > 1.6 * about["speeds"][1]
+    assert all(0 < record["efficiency"] <= 1 for record in steps)
+
+
+def test_even_shares_do_not_depend_on_clocks(folder: Path) -> None:
+    assert {json.dumps(record["shares"]) for record in log(folder / "even") if "loss" in record} == {'{"0": 2, "1": 2}'}
+    assert sha256(folder / "even" / "model" / "model.safetensors") == sha256(
+        folder / "none" / "model" / "model.safetensors")
+
+
+def test_shares_follow_speeds_and_do_not_flap() -> None:
+    assert by_speed(4, [3.0, 1.0]) == [3, 1] and by_speed(16, [3.0, 1.0]) == [12, 4]
+    assert by_speed(7, [1.0, 1.0, 1.0]) == even(7, 3) and by_speed(3, [100.0, 1.0, 1.0]) == [1, 1, 1]
+    draw, count = random.Random(0), 16
+    shares, changes = Shares(count, 2, moves=True), []
+    for step in range(1, 201):  # a rank at half the other's speed, both of them 20 % off or less
+        before = shares.now
+        shares.take(step, [100] * count, [share * draw.uniform(0.8, 1.2) * slow for share, slow in zip(
+            before, (1, 2), strict=True)])
+        changes += [step] * (shares.now != before)
+    assert changes and max(changes) <= 10 and 10 <= shares.now[0] <= 11
+    again = Shares(count, 2, moves=True)
+    again.load(json.loads(json.dumps(shares.state())))
+    assert again.state() == shares.state()
+    for other in (Shares(count, 3, moves=True), Shares(count, 2, moves=False), Shares(8, 2, moves=True)):
+        before = other.now
+        other.load(shares.state())
+        assert other.now == before == even(sum(before), len(before))
 
 
 def test_errors_name_the_rank(folder: Path) -> None:

@@ -278,7 +278,7 @@ def test_what_makes_no_sense_is_refused() -> None:
                            ({"momentum": 0.9}, "momentum = 0.9: has a meaning only with optimizer = muon")):
         with pytest.raises(ConfigError, match=words):
             config(**changes)
-    rounds: dict[str, Any] = {"inner_steps": 3, "outer_lr": 1.0, "balance": True, "error_decay": 0.5}
+    rounds: dict[str, Any] = {"inner_steps": 3, "outer_lr": 1.0, "error_decay": 0.5}
     for name, value in rounds.items():
         with pytest.raises(ConfigError, match=f"{name} = {value}: has a meaning only with compress = local or sparse"):
             config(compress="none", **dict.fromkeys(rounds) | {name: value})

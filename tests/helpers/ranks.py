@@ -17,22 +17,33 @@ from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.ranks import Ranks
 from deepseek.deepopt.settings import Compress, TrainConfig
 from deepseek.errors import ConfigError, RankError
-from deepseek.model import CausalLM
+from deepseek.model import CausalLM, TrainingLoss
 from tests.helpers.killed_runs import TINY
 
 TIMEOUT = 20.0
+LONG: dict[str, Any] = dict(steps=15, save_every=5, eval_every=5, balance=True)  # long enough to see who is slow
 
 
-def config(compress: Compress = "none", steps: int = 6) -> TrainConfig:
-    return TrainConfig(steps=steps, batch_size=2, seq_len=32, accumulation=4, warmup_steps=2, eval_every=3,
-                       save_every=3, keep=3, precision="fp32", compress=compress, lr=1e-3)
+def config(compress: Compress = "none", **more: Any) -> TrainConfig:
+    return TrainConfig(**{**dict(steps=6, batch_size=2, seq_len=32, accumulation=4, warmup_steps=2, eval_every=3,
+                                 save_every=3, keep=3, precision="fp32", lr=1e-3, balance=False), **more},
+                       compress=compress)
 
 
-def train(data: TokenShards, out: Path, ranks: Ranks | None, compress: Compress = "none", stop: int | None = None
-          ) -> None:
-    """Train a new model, or go on; stop: leave after so many steps, as if killed."""
+def train(data: TokenShards, out: Path, ranks: Ranks | None, compress: Compress = "none", stop: int | None = None,
+          slow: bool = False, **more: Any) -> None:
+    """Train a new model, or go on; stop: leave after so many steps, as if killed. slow: rank 1 sleeps in each
+    forward pass. more: settings."""
     model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
-    loop = TrainingLoop(model, data, config(compress), out, ranks=ranks)
+    if slow and ranks is not None and ranks.rank == 1:
+        forward = model.loss
+
+        def sleepy(*args: Any, **options: Any) -> TrainingLoss:
+            time.sleep(0.1)
+            return forward(*args, **options)
+
+        model.loss = sleepy  # type: ignore[method-assign]
+    loop = TrainingLoop(model, data, config(compress, **more), out, ranks=ranks)
 
     def on_step(record: dict) -> None:
         if record["step"] == stop:
@@ -51,6 +62,9 @@ def main(folder: Path) -> None:
         train(data, folder / compress, ranks, compress)
     train(data, folder / "again", ranks, "int8", stop=5)
     train(data, folder / "again", ranks, "int8")
+    train(data, folder / "even", ranks, slow=True)
+    train(data, folder / "slow", ranks, slow=True, stop=11, **LONG)
+    train(data, folder / "slow", ranks, **LONG)
     found: dict[str, Any] = {}
     try:
         ranks.same("colour", ["red", "green"][ranks.rank])

@@ -23,7 +23,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,7 @@ from .plot import plot_run
 from .ranks import Ranks
 from .run_folder import CHECKPOINT, SETTINGS, NoLog, RunLog, checkpoints, kept_in, refuse_other_run, run_in
 from .settings import Leg, TrainConfig, learning_rate
+from .shares import Shares
 
 
 class Windows(HeldOutBatches, Protocol):
@@ -83,6 +84,7 @@ class TrainingLoop:
         if config.accumulation < self.ranks.size:
             raise ConfigError(f"accumulation = {config.accumulation}: must be at least the number of ranks "
                               f"({self.ranks.size}): the batches of a step are divided among them")
+        self.shares = Shares(config.accumulation, self.ranks.size, moves=config.balance)
         self.step = 0
         self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
@@ -144,12 +146,14 @@ class TrainingLoop:
                 self._look(log, bar)  # the run was stopped before it could
             while self.step < config.steps:
                 with held(f"step {self.step + 1} is finished and saved"):
-                    began, sent = time.perf_counter(), self.ranks.sent
+                    began, sent, shares = time.perf_counter(), self.ranks.sent, self.shares.now
                     record = self.train_step()
                     seconds = time.perf_counter() - began
                     record |= {"tokens_per_second": round(self._tokens / seconds), "seconds": round(seconds, 4)}
                     if self.ranks.size > 1:
-                        record["bytes_sent"] = self.ranks.sent - sent
+                        record |= {"bytes_sent": self.ranks.sent - sent,
+                                   "shares": {str(rank): share for rank, share in enumerate(shares)},
+                                   "efficiency": round(1 - self._waited / seconds, 4)}
                     log.write(record)
                 bar.set_postfix_str(f"loss {record['loss']:.3f}  MaxVio {record['max_vio']:.2f}  "
                                     f"{record['tokens_per_second']:,} tokens/s")
@@ -192,11 +196,13 @@ class TrainingLoop:
         load_LE: Tensor | None = None
         numbers = self._numbers()
         batches = [self.data.batch(number, config.batch_size, config.seq_len, seed=config.seed) for number in numbers]
-        self._tokens = sum(int(b.ids_BT.numel() if b.real_BT is None else b.real_BT.sum()) for b in batches)
+        tokens = [int(b.ids_BT.numel() if b.real_BT is None else b.real_BT.sum()) for b in batches]
+        self._tokens = sum(tokens)
         counts = [int((batch.labels_BT != IGNORE).sum()) for batch in batches]
         self._busy = True
         self.ranks.at(f"step {self.step + 1}")
-        for micro in self.ranks.part(len(numbers)):
+        began = time.perf_counter()
+        for micro in self.ranks.part(len(numbers), self.shares.now):
             batch, share = batches[micro].to(model.device), counts[micro] / max(sum(counts), 1)  # as if all were one
             result = self._loss(batch, numbers[micro])
             (result.total * share).backward()
@@ -206,7 +212,7 @@ class TrainingLoop:
                     sums[key] += value.item() * share
             load_LE = result.load_LE if load_LE is None else load_LE + result.load_LE
         assert load_LE is not None
-        load_LE = self._exchange(sums, load_LE)
+        load_LE = self._exchange(sums, load_LE, tokens, time.perf_counter() - began)
         if not math.isfinite(sums["loss"]):
             raise ConfigError(f"lr = {config.lr}: the loss became {sums['loss']} at step {self.step + 1}; a lower one "
                               f"may help (the last checkpoint is whole)")
@@ -219,15 +225,21 @@ class TrainingLoop:
         max_vio = float(max_violation(load_LE).mean()) if load_LE.numel() else 0.0
         return {"step": self.step, **sums, "lr": rate, "grad_norm": float(norm), "max_vio": max_vio}
 
-    def _exchange(self, sums: dict[str, float], load_LE: Tensor) -> Tensor:
-        """Sum the gradients, losses and loads of the ranks; returns the loads."""
-        if self.ranks.size == 1:
+    def _exchange(self, sums: dict[str, float], load_LE: Tensor, tokens: Sequence[int], seconds: float) -> Tensor:
+        """Sum the gradients, losses and loads of the ranks; returns the loads. tokens: of each batch; seconds: that
+        this rank has computed, by which the next batches are divided."""
+        if (size := self.ranks.size) == 1:
             return load_LE
-        said = torch.tensor([float(came()), *sums.values()], dtype=torch.float32, device=load_LE.device)
+        began, mine = time.perf_counter(), [seconds * (rank == self.ranks.rank) for rank in range(size)]
+        said = torch.tensor([float(came()), *sums.values(), *mine], dtype=torch.float32, device=load_LE.device)
         extra = torch.cat([said, load_LE.flatten().float()])  # loads are exact up to 2^24 tokens
         self.gradients.sum_({name: p.grad for name, p in trained(self.model).items() if p.grad is not None}, extra)
         self._stopping = bool(extra[0] > 0)
-        sums.update(zip(sums, extra[1 : len(said)].tolist(), strict=True))
+        sums.update(zip(sums, extra[1 : 1 + len(sums)].tolist(), strict=True))
+        computed = extra[1 + len(sums) : len(said)].tolist()
+        # of all on the average, who end together: one that has computed for less time than this rank has waited longer
+        self._waited = max(0.0, time.perf_counter() - began + seconds - sum(computed) / size)
+        self.shares.take(self.step + 1, tokens, computed)
         return extra[len(said) :].round().long().view_as(load_LE)
 
     @torch.no_grad()
@@ -249,7 +261,8 @@ class TrainingLoop:
             moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
                        for key, value in state.items()}
             save_file(moments | random_state(self.model.device), folder / "optimizer.safetensors")
-            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)})
+            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)} | (
+                {"shares": self.shares.state()} if self.ranks.size > 1 else {}))
 
         path = self.out / CHECKPOINT.format(self.step)
         with held(f"checkpoint {self.step} is written"):
@@ -328,6 +341,7 @@ class TrainingLoop:
         moments = {name.replace(".entrance.", ".input."): tensor for name, tensor in stored.items()}  # its name in 0.1
         about = json.loads((folder / "trainer.json").read_text())
         self.step, self.seconds_before = about["step"], about.get("seconds", 0.0)
+        self.shares.load(about.get("shares"))
         self._saved = self.step
         set_random_state(moments, self.model.device)
         parameters, states = trained(self.model), defaultdict[str, dict[str, Tensor]](dict)
@@ -346,7 +360,9 @@ class TrainingLoop:
             return
         ranks, named = self.ranks, trained(self.model)
         ranks.at("the start")
-        self.step, self.seconds_before = ranks.from_first((self.step, self.seconds_before))
+        self.step, self.seconds_before, shares = ranks.from_first((
+            self.step, self.seconds_before, self.shares.state()))
+        self.shares.load(shares)
         self._saved = self.step
         ranks.copy_from_first([*self.model.state_dict().values()])
         own = {name: {key: (tuple(value.shape), value.dtype) for key, value in state.items()}

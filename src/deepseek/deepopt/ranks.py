@@ -62,6 +62,8 @@ class Ranks:
 
     def part(self, count: int, shares: Sequence[int] | None = None) -> range:
         """Which of `count` micro-batches this rank takes: as even as can be, or as many as `shares` gives each rank."""
+        if self.size == 1:
+            return range(count)
         shares = even(count, self.size) if shares is None else shares
         assert len(shares) == self.size and sum(shares) == count
         begin = sum(shares[: self.rank])

@@ -24,7 +24,8 @@ def run_in(out: Path) -> dict[str, Any] | None:
         return None
     settings = json.loads(path.read_text(encoding="utf-8"))
     # an older version had fewer settings, or kept some where they had no meaning
-    settings["train"] = train = asdict(TrainConfig()) | settings["train"]
+    settings["train"] = train = asdict(TrainConfig()) | {
+        name: value for name, value in settings["train"].items() if value is not None}
     for setting in ONLY_WITH:
         train |= {name: None if default is None else train[name]
                   for name, default in only_with(setting, train[setting]).items()}

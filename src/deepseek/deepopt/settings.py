@@ -19,7 +19,7 @@ Algorithm = Literal["adamw", "muon"]
 Moments = Literal["fp32", "8bit"]
 
 # settings that have a meaning only with certain values of another, and their defaults then
-_ROUNDS = {"inner_steps": 30, "error_decay": 0.95, "balance": True}
+_ROUNDS = {"inner_steps": 30, "error_decay": 0.95}
 ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
     "optimizer": {"muon": {"momentum": 0.95}},
     "compress": {"powersgd": {"powersgd_rank": 4},
@@ -79,9 +79,9 @@ class TrainConfig(Settings):
     error_decay: Annotated[float | None, Option(
         "share of what coding has lost that is made up for in the next merge (local, sparse); 0.95",
         UP_TO_ONE)] = None
-    balance: Annotated[bool | None, Option(
-        "let slow ranks take fewer steps in a round (local, sparse), as they do unless it is false; how many depends "
-        "on clocks then")] = None
+    balance: Annotated[bool, Option(
+        "give slow ranks fewer of a step's batches, or fewer steps in a round (local, sparse), by measured speeds; "
+        "without it the bits of a run do not depend on clocks")] = True
     rank_timeout: Annotated[float, Option("seconds that ranks wait for another", POSITIVE)] = 600.0
     keep: Annotated[int, Option("checkpoints kept", COUNT)] = 2
     seed: Annotated[int, Option("seed of weights and data order", NATURAL)] = 0
