@@ -2,15 +2,17 @@
 
     python benchmarks/composite.py [--data FOLDER]
 
-composite_requests.jsonl has 120 requests in English and Chinese, written by hand, each with its parts (their first
+composite_requests.jsonl has 280 requests in English and Chinese, written by hand, each with its parts (their first
 words, and the member of routing.yaml that must serve them) and, where there is one, a phrase of the context that all
 parts share. Round 1, 40 requests, was written before the rules and is what they were made with. Round 2, 20, was held
 out until it had been measured once (docs/log.md), and then read to mend the rules. Round 3, 20, was written after that:
 the rules were not made with it, but how much the glossary counts was chosen with all rounds in view. Round 4, 40, was
-written last, by another hand, and nothing has been chosen with it. A request counts
-as split where it has as many parts as labelled, each begins as labelled (a word of order or politeness before it is
-allowed), and the shared phrase is in the context; as routed where that holds and the first member of each part is the
-labelled one. The pool is that of routing.py.
+written by another hand and held out until it had been measured once; then rules and glossary were extended with it in
+view. Round 5, 120, is by a third hand: the rules were extended with it in view, the glossary was not. Round 6, 40, by
+the same hand, has been measured once, and nothing was chosen with it. A request counts as split where it has as many
+parts as labelled, each begins as labelled (words of order or politeness before it are allowed, and what stands before
+the first question may be context, which every part is given), and the shared phrase is in the context; as routed where
+that holds and the first member of each part is the labelled one. The pool is that of routing.py.
 
 Beside them, requests of real sources that ask for one thing, and are not to be split.
 """
@@ -34,7 +36,7 @@ from harness import arguments, machine, table, versions, write_result
 from routing import RECORDS, SAMPLES, read
 
 REQUESTS = Path(__file__).with_name("composite_requests.jsonl")
-BEFORE = {True: 20, False: 8}  # characters of a part before its labelled first words, of ASCII or others
+BEFORE = {True: 30, False: 10}  # characters of a part before its labelled first words, of ASCII or others
 SINGLE = {  # source: (file, the key of what is asked)
     "GSM8K": ("eval/gsm8k/test.jsonl", "question"),
     "CMATH": ("eval/cmath/cmath_dev.jsonl", "input"),
@@ -45,7 +47,7 @@ SINGLE = {  # source: (file, the key of what is asked)
     "LawBench, cases": ("law/lawbench/zero_shot/3-1.jsonl", "question"),
     "MMLU, economics": ("eval/mmlu/test/high_school_macroeconomics_test.csv", ""),
 }
-ROUNDS = {1: "1", 2: "2", 3: "3", 4: "4, held out"}
+ROUNDS = {1: "1", 2: "2", 3: "3", 4: "4", 5: "5", 6: "6, held out"}
 REQUIRED = 0.9
 
 
@@ -54,6 +56,7 @@ def is_split(request: dict[str, Any], parts: Sequence[RoutedPart]) -> bool:
     labels = request["parts"]
     return len(parts) == len(labels) and all(
         label["first"] in part.text[: len(label["first"]) + BEFORE[label["first"].isascii()]]
+        or (part is parts[0] and label["first"] in part.context)
         for label, part in zip(labels, parts, strict=True)) and (
         len(parts) == 1 or request.get("shared", "") in parts[0].context)
 

@@ -225,7 +225,7 @@ def test_that_a_member_has_no_text_in_a_language_says_nothing_about_its_terms() 
                for name, word in (("court", "judge"), ("clinic", "doctor"))]
     chinese = PoolMember("poems", "诗歌", samples=[f"山水{i}的明月，今晚发烧" for i in range(20)])
     medicine = PoolMember("medicine", "发烧、咳嗽", samples=[f"fever {i}" for i in range(20)])
-    pool = ExpertPool([*english, chinese, medicine])
+    pool = ExpertPool([*english, chinese, medicine], glossary=False)
     weights = pool.scorer.terms.own
     assert "今晚" in weights.vocabulary and "judg" in weights.vocabulary
     assert "明月" in weights.vocabulary and "的明" not in weights.vocabulary  # a function word

@@ -35,7 +35,7 @@ def test_logits_of_the_sparse_weights_equal_the_formula() -> None:
     a, b = (dense(found.own, term) for term in ("court", "oven"))
     own = (a * 2 / (2 + 1.2) + b * 1 / (1 + 1.2)) / 2**0.5
     glossary = dense(found.glossary, "court") * 2 / (2 + 1.2)  # of the two it knows this one, for law
-    share = 0.4 * np.exp(-2 / 15)
+    share = 0.8 * np.exp(-2 / 15)
     assert glossary.argmax() == 0 and glossary[0] > 0 and not dense(found.glossary, "oven").any()
     assert found.logits("court oven court zzzz")[0] == pytest.approx((1 - share) * own + share * glossary, rel=1e-5)
 

@@ -15,7 +15,10 @@ COLON = (":", "：")
 _FIRST = r"first(?:ly)?|second(?:ly)?|third(?:ly)?|first of all|to begin with"
 _NEXT = (r"and then|then|next|finally|lastly|after (?:that|this)|afterwards?|also|and also|and finally|and lastly|"
          r"separately|besides|additionally|in addition|furthermore|moreover|plus|by the way|btw|"
-         r"another (?:thing|question)|one more (?:thing|question)|on another note|unrelated(?:ly)?")
+         r"(?:on )?(?:(?:an?|the|my|one) )?(?:(?:very|completely|totally|entirely) )?(?:another|last|final|next|"
+         r"other|more|second|third|separate|"
+         r"different|unrelated|quick) (?:one|thing|question|topic|subject|matter|note)|(?:one|another) more|"
+         r"unrelated(?:ly)?|while you're at it")
 _POLITE = (r"and|or|but|so|now|ok|okay|hi|hello|hey|thanks|oh|please|pls|plz|kindly|just|maybe|"
            r"(?:could|can|would|will) you|i(?:'d| would)(?: also)? like(?: you)? to|"
            r"i(?: also)? (?:need|want)(?: you)? to|help me(?: to)?|let'?s")
@@ -25,42 +28,68 @@ _VERBS = (r"explain|describe|write|draft|compose|summari[sz]e|sum up|translate|c
           r"extract|classify|rewrite|rephrase|refactor|fix|debug|implement|design|create|generate|make|give|tell|"
           r"recommend|suggest|plan|book|order|reserve|convert|outline|discuss|define|determine|prepare|propose|"
           r"interpret|assess|name|simplify|plot|sketch|build|code|correct|edit|proofread|improve|argue|look up|"
-          r"figure out|decide|advise|point out|break down|reply|say|state")
-_ASKING = r"what|why|how|who|whom|whose|which|what's|who's|how's|where's|when's"
+          r"figure out|decide|advise|point out|break down|reply|say|state|remind|cancel|draw up|put together|"
+          r"come up with|"
+          r"think of|pick|choose|move|turn|walk me through|teach|set up|schedule|arrange|rank|shorten|polish|look for|"
+          r"go through|sort out|tidy up|answer|count|congratulate")
+_ASKING = r"what|why|how|who|whom|whose|which|(?:what|who|how|where|when)'?s"
 _HELPING = (r"is|are|was|were|do|does|did|can|could|should|would|will|may|must|has|have|am|shall|isn't|aren't|"
             r"doesn't|don't|can't|won't")
 _SUBJECT = r"i|you|we|he|she|they|it|the|my|our|your|a|an|this|that|these|there|any|someone|anyone"
 _ZH_FIRST = r"首先|先|第一步"
-_ZH_ADDS = r"另外|还有|此外|顺便|对了|还想|除此之外"
+_ZH_ADDS = (r"另外|还有|此外|顺便|对了|还想|除此之外|换个话题|题外话|(?:再|另)(?:问|来|说)?一?[个件]|"
+            r"(?:另一|最后一|下一)[个件](?:问题|事)?")
 _ZH_NEXT = rf"然后|接着|随后|其次|最后|再次|再|同时|还要|还得|并且|第[二三四五六七八九十]步|{_ZH_ADDS}"
 _ZH_POLITE = (r"请问|请教|请[你您]|请(?!求)|麻烦[你您]?|帮我|帮忙|给我|替我|我想|我要|我需要|想|你好|您好|谢谢|你|您|"
-              r"能否|能不能|可以|可否|问一下|问问|问|也|都|并|第[一二三四五六七八九十]")
+              r"能否|能不能|可以|可否|问一下|问问|问|也|都|并|第[一二三四五六七八九十]|简[要单短]|详细|具体|仔细|"
+              r"认真|大[概致]|"
+              r"尽快|重新|分别")
 _ZH_LEAD = rf"\W{{0,9}}(?:(?:{_ZH_FIRST}|{_ZH_NEXT}|{_ZH_POLITE})[，,、:：！! ]?){{0,6}}"
 _ZH_VERBS = (  # with what keeps a statement out: 证明了, 写作, 解除, 用户
     r"解释|说明|介绍一?下?|描述|写(?!作|字|入)|编写|撰写|起草|草拟|拟一|总结|概括|归纳|翻译|计算|算(?!法|术|力|是)|"
-    r"求(?!职|救|偿|助)|证明(?!上|了|其|材|人|被|原|已)|推导|解[答方出读析]|列[出举式一]|比较|对比|分析|审[查核阅]|检查|判断|"
+    r"求(?!职|救|偿|助)|证明(?!上|了|其|材|人|被|原|已)|推导|解[答方出读析]|列[出举式一]|比较|对比|分析|"
+    r"审[查核阅]|检查|判断|"
     r"梳理|提取|识别|改[写成进]|重构|修改|修复|优化|调试|实现|设计|生成|制定|推荐|预[订定约]|订[一个张两]|查[一找询]|"
-    r"找[一个出几到]|画[一个出张]|做[一个份张]|告诉|评[价估论]|整理|润色|谈谈|讲[讲一解个]|说说|看看|看一下|把|编[一个]|出[一几]|"
-    r"用[^，。\n]{1,20}?[写编做算求证画实解总翻说概介列]|安排|确认|核对")
+    r"找[一个出几到]|画[一个出张]|做[一个份张]|告诉|评[价估论]|整理|润色|谈谈|讲[讲一解个]|说说|看看|看一下|把|"
+    r"编[一个]|出[一几]|"
+    r"(?:用|根据|按照?|仿照|以)[^，。\n]{1,20}?[写编做算求证画实解总翻说讲谈概介列]|安排|确认|核对")
 _BEFORE = re.compile(rf"\A{_LEAD}{_ZH_LEAD}", re.IGNORECASE)
 _COMMAND = re.compile(rf"{_LEAD}(?:{_VERBS})\b(?![-:]| of\b| (?:is|are|was|were|has|had)\b)|{_ZH_LEAD}(?:{_ZH_VERBS})",
                       re.IGNORECASE)
 _QUESTION = re.compile(rf"{_LEAD}(?:(?:{_ASKING})\b|(?:when|where) (?:{_HELPING})\b|(?:{_HELPING}) (?:{_SUBJECT})\b)",
                        re.IGNORECASE)
 _REQUEST = re.compile(rf"(?:帮我|帮忙|给我|麻烦[你您]?|请[你您]?(?!求))(?:{_ZH_VERBS})|请问|请教|想问|"
-                      r"\b(?:(?:could|can|would) you|please|i(?: also)? need|i(?:'d| would)(?: also)? like|"
+                      rf"我[想要][^，。？]{0,16}?(?:[订买找查]|去趟|学做)|"
+                      r"\b(?:(?:could|can|would) you|please|(?:i|we)(?: also)? need|(?:i|we)(?:'d|"
+                      r" would)(?: also)? (?:like|love)|"
                       r"i(?: also)? want|tell me|help me|let me know|i wonder|i was wondering)\b", re.IGNORECASE)
+_INVERTED = re.compile(rf"{_LEAD}(?:(?:what|why|how|who|where|when) (?:{_HELPING})|(?:what|who|how|where|when)'?s) "
+                       rf"(?:{_SUBJECT})\b", re.IGNORECASE)
 _ORDER = re.compile(rf"{_LEAD}(?<![a-z])(?:{_FIRST}|{_NEXT})\b|"
                     rf"\W{{0,9}}(?:请|那|我想|我要|你){{0,2}}(?:{_ZH_FIRST}|{_ZH_NEXT})", re.IGNORECASE)
 _NEW = re.compile(rf"\W{{0,9}}(?:(?:and|oh|so|but) )?(?:(?:{_NEXT})\b|{_ZH_NEXT})", re.IGNORECASE)
+_ZH_LATER = re.compile(r"[,，](?:试?求(?!职|救|偿|助)|问(?!题)|请(?!求)|"
+                       r"(?:[你您开头最后再]{0,2})[帮替给]我(?!们?公司)|帮忙|麻烦|写[一个段篇首几])|"
+                       r"吗[,，。]|(?:什么|怎么办|多少|哪[个里])。")  # 已知…，求…
 _ZH_NEW = re.compile(rf"\W{{0,9}}(?:{_ZH_ADDS})")
+_ELSE = re.compile(r"\W{0,9}(?:and |oh |so |but |then,? )?(?:on )?(?:(?:an?|one) )?(?:(?:very|completely|totally|"
+                   r"entirely) )?(?:another|separate|different|"
+                   r"unrelated) (?:thing|question|topic|subject|matter|note)|\W{0,9}(?:unrelated|by the way|btw)\b|"
+                   r"\W{0,9}(?:换个话题|题外话|顺便|对了|另一[个件]|(?:还有|再[问说])一?[个件])", re.IGNORECASE)
 _INNER = re.compile(rf"\b(?:{_ASKING}|whether|should)\b", re.IGNORECASE)
 _ZH_INNER = re.compile(r"吗|什么|怎么|怎样|如何|为何|多少|哪|是否|能不能|可不可以|是不是|有没有|要不要|该不该|谁")
-_BACK = re.compile(r"\b(?:it|its|this|these|those|them|they|their|he|his|him|she)\b", re.IGNORECASE)
+_BACK = re.compile(  # not "is it safe to", "this week", nor a pronoun of what the sentence itself has named
+    r"[^,;:]{0,28}?\b(?:(?<!is )(?<!was )(?<!be )it|it(?! (?:safe|legal|true|possible|ok|okay|normal|worth|better|"
+    r"likely|"
+    r"necessary|common|bad|fine|wise|dangerous|allowed|enough|a)\b)|its|(?<!like )this(?! (?:week|month|year|"
+    r"morning|evening|"
+    r"afternoon|weekend|time|summer|winter)\b)|these(?! days\b)|those|them|they|their|he|his|him|she)\b|"
+    r".*\b(?:it|this|that|them)\W*\Z", re.IGNORECASE)
 _ZH_BACK = re.compile(r"\W{0,9}(?:那么|那|为什么|所以)?(?:它|这|该|此|其|他|她)")
 _INTRODUCES = re.compile(
     r"\b(?:following|below|these|two|three|four|five|few|several|some|all|\d+)\b.{0,20}\b(?:questions|tasks|things|"
-    r"points|items|requests|favou?rs)\b|\bdo the following\b|help (?:me )?with (?:these|this|the following)|"
+    r"points|items|requests|favou?rs)\b|\beach (?:item|one|of|point|question)\b|"
+    r"\bdo the following\b|help (?:me )?with (?:these|this|the following)|"
     r"(?:以下|下列|下面|如下|几个|[两三四五六\d]个)[^，。？?]{0,8}(?:问题|任务|事|题|要求|工作)|"
     r"请(?:依次|分别|逐一)?(?:完成|回答)", re.IGNORECASE)
 _WANTS = re.compile(r"\b(?:i|we)(?: also)? (?:need|want)\b|\bplease\b|\b(?:could|can) you\b|\bhelp me\b|"
@@ -129,7 +158,8 @@ def asks(text: str) -> bool:
         return not (introduces(head) and length(head) < 16)
     states = end.endswith((".", "。"))
     if commands(head) or _REQUEST.search(head) or (_QUESTION.match(head) and not states) or (
-            _ZH_NEW.match(head) and _ZH_INNER.search(head)):
+            (_ZH_NEW.match(head) or has_order(head)) and _ZH_INNER.search(head)) or _ZH_LATER.search(head) or (
+            _INVERTED.match(head)):
         return not introduces(head)
     return not states and not end.endswith((*COLON, ";", "；")) and bool(
         _ZH_INNER.search(head) or (_NEW.match(head) and _INNER.search(head)))
@@ -139,6 +169,11 @@ def asks_of(text: str, start: int, end: int) -> bool:
     """`asks` of a range, of which the beginning and the end count."""
     middle = min(end, start + _LOOKED_AT)
     return asks(text[start:middle] + text[max(middle, end - 2 * _END) : end])
+
+
+def wonders(text: str) -> bool:
+    """Whether a short Chinese sentence has a question word, whatever its end."""
+    return len(text) < _LOOKED_AT // 3 and bool(_ZH_INNER.search(text))
 
 
 def takes_more(text: str) -> bool:
@@ -156,6 +191,11 @@ def is_new(text: str) -> bool:
     return bool(_NEW.match(text[:_CLAUSE]))
 
 
+def is_elsewhere(text: str) -> bool:
+    """Whether a sentence says that it is about something else than what stands before: different topic, 换个话题."""
+    return bool(_ELSE.match(text[:_CLAUSE]))
+
+
 def goes_on(text: str, anew: bool = False) -> bool:
     """Whether a sentence that asks goes on about what is asked before it: it says how to answer, is short, or points
     back. anew: something new was told in between, which it may point to."""
@@ -166,4 +206,4 @@ def goes_on(text: str, anew: bool = False) -> bool:
         return False
     if length(head) <= 4:
         return True
-    return bool(_ZH_BACK.match(head)) if is_chinese(head) else bool(_BACK.search(head)) and not has_order(head)
+    return bool(_ZH_BACK.match(head)) if is_chinese(head) else bool(_BACK.match(head)) and not has_order(head)

@@ -23,6 +23,7 @@ from .asking import (
     goes_on,
     has_order,
     is_chinese,
+    is_elsewhere,
     is_label,
     is_new,
     is_question,
@@ -136,6 +137,8 @@ def _parts(text: str) -> tuple[list[_Part], list[tuple[int, int]]]:
             units.append(_Part(a, b, ""))
         else:
             reason = "questions" if is_question(text[max(a, b - 20) : b]) else "tasks"
+            if units and not units[-1].reason and text[units[-1].start : units[-1].end].rstrip().endswith(";"):
+                a = units.pop().start
             own = clauses(text, a, b)
             units += [_Part(c, d, reason if len(own) == 1 else "tasks", c > a) for c, d in own] if (
                 len(own) > 1 or asks_of(text, a, b)) else [_Part(a, b, "")]
@@ -146,10 +149,15 @@ def _grouped(text: str, units: Sequence[_Part]) -> tuple[list[_Part], list[tuple
     """Sentences that ask for something new, each with those that belong to it, and the rest, which is shared."""
     owner = _asking(text, units)
     asking = [i for i, one in enumerate(owner) if one is not None]
-    about_code = {i for i in asking
-                  if _CODE_WORDS.search(text[units[i].start : min(units[i].end, units[i].start + 300)])}
+    heads = {i: text[units[i].start : min(units[i].end, units[i].start + 300)] for i in asking}
+    about_code = {i for i, head in heads.items() if _CODE_WORDS.search(head) or (
+        _POINTS.search(head) and any(units[j].chained for j in (i, i + 1) if j in heads))}
     for before, after in zip([None, *asking], [*asking, None], strict=True):
         _details(text, units, owner, before, after, about_code)
+    if len(asking) > 1 and (lead := units[: owner.index(asking[0])]) and lead[-1].end - lead[0].start <= DETAIL:
+        second = units[owner.index(asking[1])]
+        if is_elsewhere(text[second.start : second.end]):
+            owner[: len(lead)] = [asking[0]] * len(lead)
     parts: dict[int, _Part] = {}
     shared: list[tuple[int, int]] = []
     for unit, one in zip(units, owner, strict=True):
@@ -172,12 +180,16 @@ def _asking(text: str, units: Sequence[_Part]) -> list[int | None]:
         own = text[unit.start : unit.end]
         if last is not None and not material:
             before = text[units[i - 1].start : units[i - 1].end]
-            material = is_label(own) or (last == i - 1 and takes_more(before) and (
-                "\n" in before[-2:] or before.rstrip().endswith(COLON)))
+            asked = text[units[last].start : units[last].end]
+            material = (is_label(own) and ("\n" in before[-2:] or takes_more(asked))) or (
+                last == i - 1 and takes_more(before) and ("\n" in before[-2:] or before.rstrip().endswith(COLON)))
         if material and not is_new(own) and not unit.chained:
             continue
         material = False
-        anew = last is not None and owner[i - 1] is None and bool(_OF_NEXT.match(text, units[i - 1].start))
+        between: list[str] = [] if last is None else [
+            text[units[j].start : units[j].end] for j in range(last + 1, i) if owner[j] is None]
+        anew = owner[i - 1] is None and bool(between) and (
+            bool(_OF_NEXT.match(between[-1])) or any(map(is_new, between)))
         if unit.reason and (last is None or unit.chained or not goes_on(own, anew)):
             last = owner[i] = i
     return owner
@@ -198,7 +210,8 @@ def _details(text: str, units: Sequence[_Part], owner: list[int | None], before:
                 not _about_code(said) or len(about_code) > 1 if own[0] == CODE else
                 units[stop - 1].end - units[at].start > DETAIL or "\n" in said
                 or (after is not None and not _OF_PREVIOUS.match(own)
-                    and (is_question(said.rstrip()) or bool(_OF_NEXT.match(own))))):
+                    and (is_question(said.rstrip()) or is_new(own) or (
+                        bool(_OF_NEXT.match(own)) and not is_new(text[units[after].start : units[after].end]))))):
             break
         owner[at] = before
         at += 1
@@ -209,7 +222,8 @@ def _details(text: str, units: Sequence[_Part], owner: list[int | None], before:
         if code is None or about_code - {after}:
             return
         at = code - (code > at and _about_code(text[units[code - 1].start : units[code - 1].end]))
-    elif units[stop - 1].end - units[at].start > DETAIL:
+    elif units[stop - 1].end - units[at].start > DETAIL or (
+            len(about_code) > 1 and any(text[one.start] == CODE for one in units[at:stop])):
         return
     owner[at:stop] = [after] * (stop - at)
 

@@ -30,7 +30,7 @@ from .pool import ExpertPool
 from .routing import MIN_WEIGHT, READ, TOP
 from .scorers import BITS, FORM, SAMPLES, TRAINED, Progress, Sequences, held_out, make_scorer, trained
 from .terms import ENDINGS, PIECE, STOP, terms
-from .weights import K1, SHARE, SHORT, TermWeights
+from .weights import K1, SHORT, TermWeights
 
 MOST = 1_000_000  # bytes of a file
 SEQUENCES = 0.6  # of them for the sequences' weights
@@ -66,7 +66,7 @@ def distill(pool: ExpertPool, path: str | Path, progress: Progress | None = None
     about = {"format": 3, "names": [member.name for member in pool.members], "temperature": scorer.temperature,
              "threshold": scorer.threshold, "top": TOP, "min_weight": MIN_WEIGHT, "k1": K1, "read": READ,
              "form": FORM, "sequences_read": CLASSIFIED, "lengths": LENGTHS, "stop": sorted(STOP), "endings": ENDINGS,
-             "piece": PIECE, "share": SHARE if glossary else 0, "short": SHORT}
+             "piece": PIECE, "share": scorer.terms.share if glossary else 0, "short": SHORT}
     buffer = io.BytesIO()
     np.savez(buffer, about=np.frombuffer(to_json(about, ensure_ascii=False).encode(), np.uint8), sequence=sequence,
              sequence_scale=sequence_scale, bias=model.bias_K.astype(np.float32), term=term,

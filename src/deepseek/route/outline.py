@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
 
-from .asking import COLON, asks, asks_of, commands, has_order, introduces, is_question, length, wants
+from .asking import COLON, asks, asks_of, commands, has_order, introduces, is_question, length, wants, wonders
 
 READ = 100_000  # characters at either end of a request that are looked at
 ENDS = 2000  # characters at either end of a longer request that may ask; its middle is a document
 NEAR = 300  # characters of a request before a list whose items ask for nothing by themselves
+SENTENCES = 8  # of an item that may ask
 LISTS = 32  # that are looked at, and of each as many items
 CODE, QUOTE, CLOSED = "\x02", "\x01", "\x03"  # of hidden text; CLOSED: the end of a quote that may end a sentence
 _OWN = str.maketrans(dict.fromkeys((CODE, QUOTE, CLOSED), " "))
@@ -57,7 +58,7 @@ _NUMBER = "[一二三四五六七八九十]{1,3}"
 _BRACKETS = rf"[(（](?:\d{{1,5}}|[a-z]|[ivx]{{1,4}}|{_NUMBER})[)）]"
 _ITEM = re.compile(
     rf"^(?P<indent>[ \t]{{0,40}})(?:(?P<n>(?:Q|Question |Task |Part |任务|问题)?\d{{1,5}} ?[.)、．:：）](?!\d))"
-    rf"|(?P<p>{_BRACKETS})|(?P<l>[A-Za-z][.)](?=[ \t]))|(?P<z>{_NUMBER}[、.．])"
+    rf"|(?P<p>{_BRACKETS})|(?P<l>[A-Za-z][.)](?=[ \t]))|(?P<z>(?:问题|任务)?{_NUMBER}[、.．:：])"
     rf"|(?P<d>第{_NUMBER}(?:个问题|个|条)?[,，、:：])|(?P<c>[①-⑳])"
     rf"|(?P<b>(?:[-*+–—](?=[ \t])|[•·●▪])(?:[ \t]?\[[ x]?\])?|\[[ x]?\](?=[ \t])))[ \t]*(?=\S)",
     re.MULTILINE | re.IGNORECASE)
@@ -141,11 +142,12 @@ def _are_tasks(text: str, start: int, items: Sequence[tuple[int, int]]) -> bool:
     below = sentences(text, end, min(len(text), end + ENDS))
     if any(asks_of(text, a, b) for a, b in (*above[:-1], *below)):
         return False
-    asking = sum(asks_of(text, a, b) for a, b in items)
+    asking = sum(any(asks_of(text, *one) for one in islice(sentences(text, a, b), SENTENCES)) or wonders(text[a:b])
+                 for a, b in items)
     said = text[slice(*above[-1])].rstrip() if above else ""
     if introduces(said) or wants(said):
-        return 2 * asking >= len(items) or (start <= NEAR and said.endswith(COLON))
-    return asking == len(items) and not asks(said)
+        return 2 * asking >= len(items) or (start <= NEAR and said.endswith((*COLON, "?", "？")))
+    return asking > 1 and 3 * asking >= 2 * len(items) and not asks(said)
 
 
 # ---- sentences and clauses
@@ -156,6 +158,7 @@ _SHORT = re.compile(r"(?:^\s*\d{1,3}|(?:^|\W)(?:[A-Za-z]|e\.g|i\.e|etc|dr|mr|mrs
 _MARK = re.compile(r"[,，、。.;；!！?？]")
 _CLAUSE = re.compile(r"[,，、](?P<comma>)\s*|(?<=\s)(?=(?<!and )then\b|and \w)", re.IGNORECASE)
 _CHANGE = re.compile(r"(?<=[㐀-鿿])[，, ]*(?=(?:[A-Za-z']{1,20},? ){3})|(?<=[a-z])[,，]? ?(?=[㐀-鿿]{6})")
+_WORDS = re.compile(r"(?:[A-Za-z']{1,20}[,.?!]? ){2}[A-Za-z']{1,20}")
 _WRAPPED = 60  # characters of a line that is continued in the next
 
 
@@ -183,6 +186,8 @@ def clauses(text: str, start: int, end: int) -> list[tuple[int, int]]:
     language changes."""
     cuts: list[tuple[int, bool, bool]] = []  # (where, whether its place in an order is said, whether after a comma)
     for found in _CLAUSE.finditer(text, start, end):
+        if cuts and cuts[-1][0] == found.end():
+            continue
         clause = text[found.end() : min(end, found.end() + 80)]
         ordered = has_order(clause)
         if commands(clause) and length(_MARK.split(clause, maxsplit=1)[0]) > 3 and (ordered or clause[0] not in "用把"):
@@ -193,5 +198,6 @@ def clauses(text: str, start: int, end: int) -> list[tuple[int, int]]:
         cuts = [cut for cut in cuts if cut[1]]
     edges = {at for at, _, _ in cuts}
     edges |= {found.end() for found in _CHANGE.finditer(text, start, end)
-              if asks_of(text, found.end(), end) and asks_of(text, start, found.start())}
+              if asks_of(text, found.end(), end) and asks_of(text, start, found.start())
+              and (text[found.end()].isascii() or _WORDS.search(text, start, found.start() + 1))}
     return list(pairwise([start, *sorted(edges - {start}), end]))

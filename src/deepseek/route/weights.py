@@ -13,8 +13,10 @@ Of term t and member m
 glossary's logits are such sums as well, of weights that are GLOSSARY times inverse frequencies among the members. What
 a text says is
 
-    (1 - s) logits + s glossary's logits,    s = SHARE * exp(-number of known terms / SHORT), 0 beyond LONG * SHORT
+    (1 - s) logits + s glossary's logits,    s = share * exp(-number of known terms / SHORT), 0 beyond LONG * SHORT
 
+share is SAMPLED where a member has samples, GIVEN_ALONE where the pool knows its members by what was written of them,
+which is meant to say what they are about.
 A text of many terms shows by itself what it is about. Of a short one samples know the manner rather than the matter,
 and where a member has none in its language, nothing.
 """
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 K1 = 1.2  # BM25's
 GIVEN, GLOSSARY = 7.0, 15.0
-SHARE, SHORT, LONG = 0.4, 15, 6  # SHORT: in known terms of a text; LONG: in SHORTs
+SAMPLED, GIVEN_ALONE, SHORT, LONG = 0.8, 0.4, 15, 6  # SHORT: in known terms of a text; LONG: in SHORTs
 SPOKEN, FEW = 0.1, 0.01  # of a text's terms, for it to be in a language; of a member's texts, for it to have that
 SOME = 2  # words of a domain that a description must have to be of it
 MANY = 64  # members of a domain, of which its words tell none from the others
@@ -99,11 +101,12 @@ class Terms:
         self.own = TermWeights(_own_weights(members, samples))
         known = _glossary_weights(members) if glossary else []
         self.glossary = TermWeights(known) if any(known) else None
+        self.share = SAMPLED if any(samples) else GIVEN_ALONE
 
     def logits(self, text: str) -> tuple[np.ndarray, bool]:
         counts = Counter(terms(text[:READ]))
         logits_M, known = self.own.logits(counts)
-        share = glossary_share(known)
+        share = self._glossary_share(known)
         if self.glossary is None or not share:
             return logits_M, known > 0
         more_M, also = self.glossary.logits(counts)
@@ -114,15 +117,14 @@ class Terms:
         counts = Counter(terms(text[:READ]))
         found = self.own.keywords(counts, member)
         if self.glossary is not None:
-            share = glossary_share(self.own.logits(counts)[1])
+            share = self._glossary_share(self.own.logits(counts)[1])
             more = self.glossary.keywords(counts, member)
             found = {word: (1 - share) * found.get(word, 0.0) + share * more.get(word, 0.0) for word in found | more}
         return dict(sorted(found.items(), key=lambda one: (-one[1], one[0]))[:most])
 
-
-def glossary_share(known: int) -> float:
-    """The glossary's share in what a text with so many known terms says: none of a long one, which saves its time."""
-    return SHARE * math.exp(-known / SHORT) if known < LONG * SHORT else 0.0
+    def _glossary_share(self, known: int) -> float:
+        """In what a text with so many known terms says: none of a long one, which saves its time."""
+        return self.share * math.exp(-known / SHORT) if known < LONG * SHORT else 0.0
 
 
 def _inverse(shared: int, members: int) -> float:
