@@ -88,7 +88,7 @@ def command(mode: str, out: Path, data: Path, args: argparse.Namespace, steps: i
             "--save_every", str(min(args.eval_every, steps)), "--eval_batches", "24" if steps == args.steps else "1",
             "--precision", "fp32", "--valid_fraction", "0.03", "--seed", "0",
             *([] if mode == "alone" else ["--compress", compress]), *(["--ranks", ranks] if ranks else []),
-            *(["--inner_steps", str(args.inner_steps), "--no_balance"] if compress in IN_ROUNDS else []), *args.train]
+            *(["--inner_steps", str(args.inner_steps)] if compress in IN_ROUNDS else []), "--no_balance", *args.train]
 
 
 def share_data(work: Path, out: Path) -> Path:

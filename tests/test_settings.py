@@ -21,7 +21,7 @@ from deepseek.cli.merge import MergeOptions
 from deepseek.cli.pull import PullOptions
 from deepseek.cli.quantize import QuantizeOptions
 from deepseek.cli.route import RouteOptions, SeedOptions
-from deepseek.cli.train import RanksOptions
+from deepseek.cli.train import PredictOptions, RanksOptions
 from deepseek.cli.upcycle import UpcycleOptions
 from deepseek.data.settings import (
     DedupSettings,
@@ -32,7 +32,7 @@ from deepseek.data.settings import (
     StageOptions,
     ValidateSettings,
 )
-from deepseek.deepopt.settings import RunConfig, TrainConfig
+from deepseek.deepopt.settings import Line, RunConfig, TrainConfig
 from deepseek.deepopt.trainer import Trainer
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.sampling_params import SamplingParams
@@ -74,7 +74,8 @@ TITLES = {
     SeedOptions: "`deepseek route distill`", ValidateSettings: "`deepseek data validate`",
     DedupSettings: "`deepseek data dedup`", LabelSettings: "`deepseek data label`",
     SplitSettings: "`deepseek data split`", PackSettings: "`deepseek data pack`",
-    MachineOptions: "Machine: commands that run a model", RanksOptions: "`deepseek train`: processes"}
+    MachineOptions: "Machine: commands that run a model", RanksOptions: "`deepseek train`: processes",
+    PredictOptions: "`deepseek train`: prediction", Line: "`deepseek train --predict`, `Trainer.predict`: the line"}
 
 
 def page() -> str:

@@ -218,7 +218,8 @@ def test_a_run_of_before_goes_on_with_adamw(data: TokenShards, tmp_path: Path) -
     settings = json.loads((tmp_path / "settings.json").read_text())
     for key in ("optimizer", "moments", "momentum"):
         del settings["train"][key]
-    for older in ({}, {"momentum": 0.95, "inner_steps": 30, "balance": True}):  # kept where they had no meaning
+    # settings that were kept where they had no meaning; one that has one now
+    for older in ({}, {"momentum": 0.95, "inner_steps": 30}, {"balance": None}):
         write_json(tmp_path / "settings.json", settings | {"train": settings["train"] | older})
         assert TrainingLoop(new_model(), data, config, tmp_path).step == 1
     with pytest.raises(ConfigError, match="holds a run with optimizer = 'adamw', this one has 'muon'"):

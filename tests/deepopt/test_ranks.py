@@ -17,8 +17,10 @@ import torch
 from deepseek.checkpoint import load_model
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt.loop import TrainingLoop
+from deepseek.deepopt.predict import predict
 from deepseek.deepopt.ranks import BUCKET, Ranks, buckets, even
 from deepseek.deepopt.run_folder import read_log
+from deepseek.deepopt.settings import Line
 from deepseek.deepopt.shares import Shares, by_speed
 from deepseek.errors import ConfigError
 from deepseek.files import sha256
@@ -84,6 +86,14 @@ def test_records_say_what_a_rank_sent(folder: Path) -> None:
     (none,), (bf16,), (int8,) = sent["none"], sent["bf16"], sent["int8"]  # of every step the same
     assert plain < none < 1.1 * plain and 0.45 < bf16 / none < 0.55 and 0.25 < int8 / none < 0.3
     assert max(sent["powersgd"]) < none and "bytes_sent" not in log(folder / "alone")[0]
+
+
+def test_bytes_are_those_predicted(folder: Path) -> None:
+    model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+    for mode in predict(model, ranks.config(), 2, Line()).modes[:4]:
+        for record in log(folder / mode.compress):
+            if "loss" in record:
+                assert mode.sent == pytest.approx(record["bytes_sent"], rel=0.01)
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_each_rank_has_not_sent(folder: Path) -> None:

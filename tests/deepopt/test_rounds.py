@@ -17,9 +17,10 @@ import torch.distributed as dist
 from deepseek.checkpoint import load_model
 from deepseek.data import TokenShards
 from deepseek.deepopt.members import PIECE, Members, Verdict
+from deepseek.deepopt.predict import predict
 from deepseek.deepopt.rounds import RoundLoop, Solo
 from deepseek.deepopt.run_folder import read_log
-from deepseek.deepopt.settings import TrainConfig
+from deepseek.deepopt.settings import Compress, Line, TrainConfig
 from deepseek.errors import ConfigError, RankError
 from deepseek.files import sha256
 from deepseek.model import CausalLM
@@ -119,6 +120,17 @@ def test_two_ranks_end_with_the_same_weights_and_learn(data: TokenShards, tmp_pa
     plain = 4 * sum(p.numel() for p in loops[0].model.parameters())
     assert all(record["bytes_sent"] < plain / 4 for record in log)
     assert (tmp_path / "loss.png").is_file() and load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("compress", ["local", "sparse"])
+def test_bytes_are_those_predicted(data: TokenShards, tmp_path: Path, store: dist.TCPStore, compress: Compress) -> None:
+    asked = config(steps=6, compress=compress, inner_steps=3, balance=False)
+    all_of(2, data, tmp_path, asked, store)
+    model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
+    (mode,) = (mode for mode in predict(model, asked, 2, Line()).modes if mode.compress == compress)
+    for record in rounds(tmp_path):
+        assert 3 * mode.sent == pytest.approx(record["bytes_sent"], rel=0.03)
+        assert 3 * mode.received == pytest.approx(record["bytes_received"], rel=0.05)
 
 
 def test_rounds_of_one_rank_and_plain_merging_are_its_own_training(

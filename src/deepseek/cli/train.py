@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from ..config import PRESETS, ModelConfig
 from ..data.settings import named_paths
-from ..deepopt.settings import RunConfig
+from ..deepopt.settings import Line, RunConfig
 from ..errors import ConfigError, MoEDRError
-from ..settings import COUNT, Option, Settings
+from ..settings import COUNT, Option, Settings, between
 from .common import MachineOptions, add_map_flag
 from .parser import Parser, add_settings, given_settings, make
 
@@ -22,6 +22,13 @@ from .parser import Parser, add_settings, given_settings, make
 class RanksOptions(Settings):
     ranks: Annotated[int, Option(
         "processes on this machine that train together; torchrun starts them on several", COUNT)] = 1
+
+
+@dataclass(frozen=True)
+class PredictOptions(Settings):
+    predict: Annotated[int | None, Option(
+        "train nothing; print what the steps would take on so many machines like this one, for each --compress, by "
+        "timing a few batches here", between(2, 4096), metavar="N_RANKS")] = None
 
 
 def add_flags(parser: Parser) -> None:
@@ -42,6 +49,8 @@ def add_flags(parser: Parser) -> None:
         "machine": "precision gradient_checkpointing device"})
     add_settings(parser, MachineOptions, {"machine": "threads"})
     add_settings(parser, RanksOptions, {"ranks": "ranks"})
+    add_settings(parser, PredictOptions, {"prediction": "predict"})
+    add_settings(parser, Line, {"prediction": "bandwidth latency"})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,6 +58,11 @@ def run(args: argparse.Namespace) -> None:
     from ..deepopt.run_folder import run_in
     from ..deepopt.trainer import Trainer
 
+    ahead, line = make(args, PredictOptions).predict, given_settings(args, Line)
+    if line and ahead is None:
+        raise ConfigError(f"{', '.join(line)}: has a meaning only with --predict N_RANKS")
+    if ahead is not None and (is_rank() or make(args, RanksOptions).ranks > 1):
+        raise ConfigError(f"predict = {ahead}: is for one process; leave out --ranks")
     if (ranks := make(args, RanksOptions).ranks) > 1 and not is_rank():
         known = (run_in(Path(args.out)) or {"train": {}})["train"]
         compress = given_settings(args, RunConfig).get("compress", known.get("compress", "none"))
@@ -73,8 +87,11 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"config = {words[0]!r}: is no configuration; a preset ({', '.join(PRESETS)}) or a "
                               "config.json goes before DATA, or --from MODEL instead of it")
         config = words.pop(0) if start is None and words else None
-        data = _training_data(words, args.experts)
+        data = None if ahead is not None else _training_data(words, args.experts)
         trainer = Trainer(config, out=out, map=args.map, **given)
+    if ahead is not None:
+        print(trainer.predict(ahead, **line).table())
+        return
     model = trainer.fit(data)
     if os.environ.get("RANK", "0") == "0":
         print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"

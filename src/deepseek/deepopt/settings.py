@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,38 @@ class RunConfig(TrainConfig):
     valid_fraction: Annotated[float, Option("share of the documents held out", (
         "must be at least 0 and below 1", SHARE[1]))] = 0.01
     device: Annotated[Device, Option("where the model runs")] = "cpu"
+
+
+def quantity(value: Any, units: Mapping[str, float]) -> float | None:
+    """A positive number with one of the units, in that of 1; None where it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-zµ/]+)\s*", value) if isinstance(value, str) else None
+    unit = found and units.get(found[2])
+    return float(found[1]) * unit if found and unit and float(found[1]) > 0 else None
+
+
+PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
+BANDWIDTH = {f"{prefix}{unit}": factor * size for unit, size in (
+    ("bit", 1 / 8), ("bit/s", 1 / 8), ("bps", 1 / 8), ("B", 1.0), ("B/s", 1.0))
+    for prefix, factor in PREFIXES.items()} | {"mbit": 1e6 / 8, "gbit": 1e9 / 8}  # bytes a second; the last as tc does
+LATENCY = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}  # seconds
+
+
+@dataclass(frozen=True)
+class Line(Settings):
+    """What joins the machines of a run."""
+
+    bandwidth: Annotated[str, Option("of each machine's line, either way, for --predict", (
+        "must be a positive number with a unit: bit, kbit, Mbit, Gbit a second, or B, kB, MB, GB",
+        lambda v: quantity(v, BANDWIDTH) is not None), "100Mbit")] = "1Gbit"
+    latency: Annotated[str, Option("of a message, one way, for --predict", (
+        "must be a positive number with a unit: s, ms or us", lambda v: quantity(v, LATENCY) is not None),
+        "20ms")] = "1ms"
+
+    def seconds(self, hops: int, size: float) -> float:
+        """Of so many messages one after another, with `size` bytes in all."""
+        bandwidth, latency = quantity(self.bandwidth, BANDWIDTH), quantity(self.latency, LATENCY)
+        assert bandwidth is not None and latency is not None
+        return hops * latency + size / bandwidth
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,11 @@ from ..settings import Device
 from ..tokenizer import Tokenizer
 from .loop import TrainingLoop
 from .members import Members
+from .predict import Prediction, predict
 from .ranks import Ranks
 from .rounds import RoundLoop, Solo
 from .run_folder import checkpoints, kept_in, run_in, step_of
-from .settings import IN_ROUNDS, STORE, RunConfig, TrainConfig
+from .settings import IN_ROUNDS, STORE, Line, RunConfig, TrainConfig
 
 Paths = str | Path | Sequence[str | Path]
 CONTINUED_LR = 1e-4  # where training starts from a checkpoint
@@ -124,6 +125,14 @@ class Trainer(RunConfig):
 
     train = fit
 
+    def predict(self, ranks: int, *, bandwidth: str = "1Gbit", latency: str = "1ms") -> Prediction:
+        """Predict what a step would take on so many machines like this one, joined by such lines (`Line`), for each
+        way of sending. Times a few batches of random tokens; trains nothing, reads no data and writes nothing."""
+        line, run = Line(bandwidth, latency), run_in(Path(self.out))
+        start = self._start(run)
+        self._check_memory(start.config)
+        return predict(self._model(start, start.config, run)[0], TrainConfig(**self._settings()), ranks, line)
+
     def _fit(self, data: Paths | Mapping[str, Paths] | None, on_step: Callable[[dict[str, Any]], None] | None,
              ranks: Ranks) -> Path:
         out, places = Path(self.out), _by_name(data)
@@ -142,9 +151,7 @@ class Trainer(RunConfig):
         if self.seq_len > config.max_position_embeddings:
             warnings.warn(f"seq_len = {self.seq_len}: the model's positions end at {config.max_position_embeddings} "
                           "(max_position_embeddings): what it learns beyond them is used nowhere", stacklevel=4)
-        if self.device == "cpu":
-            numbers = sum(p.numel() for p in CausalLM.on_meta(config).parameters())
-            check_memory(16 * numbers, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
+        self._check_memory(config)
         with ranks.first_here():
             tokenizer = self._tokenizer(start, places)
         if self.config is not None:
@@ -181,6 +188,11 @@ class Trainer(RunConfig):
                   "rate only rises", flush=True)
         loop.run(on_step)
         return out / "model"
+
+    def _check_memory(self, config: ModelConfig) -> None:
+        if self.device == "cpu":
+            numbers = sum(p.numel() for p in CausalLM.on_meta(config).parameters())
+            check_memory(16 * numbers, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
 
     def _ranks(self) -> Ranks:
         """The processes of the run, by the environment that `--ranks` or torchrun gives them."""
