@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from deepseek.checkpoint import MANIFEST, write_manifest
 from deepseek.data import Document, TokenShards, pack
-from deepseek.deepopt import loop
-from deepseek.deepopt.loop import TrainingLoop, random_state, set_random_state
+from deepseek.deepopt import device
+from deepseek.deepopt.device import random_state, set_random_state
+from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.run_folder import checkpoints, read_log
 from deepseek.deepopt.settings import Leg, Precision, TrainConfig, learning_rate
 from deepseek.errors import CheckpointError, ConfigError
@@ -51,11 +52,11 @@ def new_model() -> CausalLM:
 def test_auto_is_bf16_where_units_are_faster_than_the_kernels(
     units: bool, kernels: bool, width: int, precision: Precision, bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "fast_bf16", lambda _: units)
-    monkeypatch.setattr(loop, "trains_native", lambda _: kernels)
+    monkeypatch.setattr(device, "fast_bf16", lambda _: units)
+    monkeypatch.setattr(device, "trains_native", lambda _: kernels)
     model = CausalLM.on_meta(replace(TINY, hidden_size=width))
     model.to_empty(device="cpu")
-    found = loop.compute_dtype(TrainConfig(precision=precision), model)
+    found = device.compute_dtype(TrainConfig(precision=precision), model)
     assert found == (torch.bfloat16 if bf16 else torch.float32)
 
 

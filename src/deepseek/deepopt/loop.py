@@ -4,7 +4,8 @@ Everything that the next step depends on is either a pure function of the step n
 the learning rate) or part of the checkpoint (weights, gate biases, the optimizer's state, the random state). A
 checkpoint is one folder that appears in one rename, so at any instant the newest `checkpoint-N` is whole; a run that
 was killed starts again from it and takes the same steps with the same numbers. The log is cut back to that step. The
-random state is the CPU's and, where the model is on a GPU, that GPU's.
+random state is the CPU's and, where the model is on a GPU, that GPU's. Of several ranks this holds with even shares of
+the batches; where these go by speed (shares.py), they are summed in another order.
 
 A run may be extended: more steps than it was started with are a further leg of its schedule (settings.py).
 
@@ -40,9 +41,9 @@ from ..files import take_lock, write_json
 from ..interrupts import came, handled, held, kept
 from ..model import CausalLM, TrainingLoss, max_violation
 from ..ops.loss import IGNORE
-from ..ops.native import fast_bf16, trains_native
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
+from .device import compute_dtype, random_state, set_random_state
 from .evaluation import HeldOutBatches, held_out_loss
 from .gradients import gradient_sum
 from .optimizers import make_optimizer, trained
@@ -394,33 +395,8 @@ class TrainingLoop:
             write_json(self.out / SETTINGS, settings)
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """What torch draws from next, on the CPU and, if `device` is a GPU, there, where dropout has a state of its own."""
-    state = {"rng": torch.get_rng_state()}
-    return state | {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore `random_state`; a GPU's is kept as it is where the run was on a CPU before."""
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
-
-
 def _names_fit(model: CausalLM, names: tuple[str, ...]) -> None:
     groups = model.config.n_group
     if len(names) > groups:
         raise ConfigError(f"{len(names)} expert names ({', '.join(names)}): the model has {groups} routing groups, "
                           f"n_group must be at least {len(names)}")
-
-
-WIDE = 512  # hidden size from which a CPU's BF16 units outran our FP32 kernels, on one machine with AMX (docs/log.md)
-
-
-def compute_dtype(config: TrainConfig, model: CausalLM) -> torch.dtype:
-    """BF16 where asked, or where `auto` finds BF16 units that are not slower for a narrow model than our FP32 kernels;
-    else FP32. Weights and moments stay FP32."""
-    by_kernels = trains_native(torch.empty(0, dtype=torch.float32, device=model.device))
-    gains = fast_bf16(model.device.type) and not (by_kernels and model.config.hidden_size < WIDE)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and gains)
-    return torch.bfloat16 if bf16 else torch.float32

@@ -26,8 +26,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..model import CausalLM
 from .compress import CODECS, ErrorFeedback, OuterNesterov
+from .device import compute_dtype
 from .gradients import gradient_sum
-from .loop import compute_dtype
 from .members import PIECE, POLL
 from .optimizers import make_optimizer, trained
 from .ranks import Ranks, buckets, even, ring_bytes

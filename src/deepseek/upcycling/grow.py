@@ -32,7 +32,7 @@ from ..convert import install, upcycle
 from ..convert.grown import GrownModel, grown_config, start
 from ..convert.writing import stamps
 from ..data import ReadReport, RecordMap
-from ..deepopt.loop import compute_dtype
+from ..deepopt.device import compute_dtype
 from ..errors import CheckpointError, ConfigError, NotFoundError
 from ..files import locked, read_json, replace_folder, to_json, write_atomically, write_json
 from ..model import CausalLM
