@@ -267,13 +267,13 @@ NB_MODULE(_native, m) {
   define(m, "swiglu_forward", swiglu_forward);
   define(m, "swiglu_backward", swiglu_backward);
 
-  using Factors = std::array<float, 8>;  // of an AdamwStep, in its order
+  using Factors = std::array<float, 7>;  // of an AdamwStep, in its order
   m.def("adamw8",
         [](uintptr_t weight, uintptr_t gradient, int64_t count, uintptr_t first, uintptr_t first_scale,
            uintptr_t second, uintptr_t second_scale, const Factors& by, uint32_t seed, int threads) {
-          adamw8(at<float>(weight), at<float>(gradient), count, at<int8_t>(first), at<float>(first_scale),
+          adamw8(at<float>(weight), at<float>(gradient), count, at<uint8_t>(first), at<float>(first_scale),
                  at<uint8_t>(second), at<float>(second_scale),
-                 {by[0], by[1], by[2], by[3], by[4], by[5], by[6], by[7], seed}, threads);
+                 {by[0], by[1], by[2], by[3], by[4], by[5], by[6], seed}, threads);
         },
         release());
   define(m, "momentum8", momentum8);

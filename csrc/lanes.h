@@ -40,6 +40,7 @@ INLINE f16 by_halves(const Work& work, const Vectors&... v) {
   out.half[0] = work(Halves{v}.half[0]...), out.half[1] = work(Halves{v}.half[1]...);
   return out.whole;
 }
+INLINE f8 larger(f8 a, f8 b) { return (f8)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE f8 fma(f8 a, f8 b, f8 c) { return (f8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #endif
 
@@ -88,8 +89,10 @@ INLINE void with_constant(int64_t n, const Work& work) {
 
 inline i16 larger(i16 a, i16 b) { return a > b ? a : b; }
 inline f16 larger(f16 a, f16 b) {
-#if defined(BY_HALVES)
-  return by_halves([](f8 a, f8 b) { return a > b ? a : b; }, a, b);
+#if defined(__AVX512F__)
+  return (f16)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(BY_HALVES)
+  return by_halves([](f8 a, f8 b) { return larger(a, b); }, a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -110,6 +113,19 @@ inline auto largest(V v) {
     for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
   return v[0];
 }
+
+#if defined(__AVX2__)
+inline float largest(__m256 eight) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+inline float largest(f16 v) {
+  __m256 half[2];
+  std::memcpy(half, &v, 64);
+  return largest(_mm256_max_ps(half[0], half[1]));
+}
+#endif
 
 // In a fixed tree: lanes 8 apart, 4 apart, 2, 1.
 inline float total(f16 v) {

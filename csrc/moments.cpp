@@ -1,5 +1,7 @@
 #include "moments.h"
 
+#include <algorithm>
+
 #include "scratch.h"
 #include "training.h"
 
@@ -8,31 +10,40 @@ namespace {
 
 constexpr int64_t kBlocks = 64;  // a task
 
+// work(block, its first number, the block of `out`, that of `in`): what lies beyond `count` is zeros, and not written.
 template <typename Work>
-void by_blocks(int64_t count, int threads, const Work& work) {
-  int64_t blocks = divide_up(count, kMoments);
+void by_blocks(float* out, const float* in, int64_t count, int threads, const Work& work) {
+  const int64_t blocks = divide_up(count, kMoments);
   parallel(divide_up(blocks, kBlocks), threads, [&](int64_t i) {
-    for (int64_t b = i * kBlocks; b < std::min(blocks, (i + 1) * kBlocks); ++b)
-      work(b, b * kMoments, std::min(kMoments, count - b * kMoments));
+    for (int64_t b = i * kBlocks; b < std::min(blocks, (i + 1) * kBlocks); ++b) {
+      const int64_t at = b * kMoments, some = count - at;
+      if (some >= kMoments) {
+        work(b, at, out + at, in + at);
+        continue;
+      }
+      float last_out[kMoments] = {}, last_in[kMoments] = {};
+      std::copy_n(out + at, some, last_out), std::copy_n(in + at, some, last_in);
+      work(b, at, last_out, last_in);
+      std::copy_n(last_out, some, out + at);
+    }
   });
 }
 
 }  // namespace
 
-void adamw8(float* weight, const float* gradient, int64_t count, int8_t* first, float* first_scale, uint8_t* second,
+void adamw8(float* weight, const float* gradient, int64_t count, uint8_t* first, float* first_scale, uint8_t* second,
             float* second_scale, const AdamwStep& step, int threads) {
   auto block = training_kernels().adamw8_block;
-  by_blocks(count, threads, [&](int64_t b, int64_t at, int64_t some) {
-    block(weight + at, gradient + at, some, (uint32_t)at, first + at, first_scale + b, second + at, second_scale + b,
-          step);
+  by_blocks(weight, gradient, count, threads, [&](int64_t b, int64_t at, float* w, const float* g) {
+    block(w, g, (uint32_t)at, first + at, first_scale + b, second + at, second_scale + b, step);
   });
 }
 
 void momentum8(const float* gradient, int64_t count, int8_t* momentum, float* scale, float beta, float rest,
                float* ahead, int threads) {
   auto block = training_kernels().momentum8_block;
-  by_blocks(count, threads, [&](int64_t b, int64_t at, int64_t some) {
-    block(gradient + at, some, momentum + at, scale + b, beta, rest, ahead + at);
+  by_blocks(ahead, gradient, count, threads, [&](int64_t b, int64_t at, float* out, const float* g) {
+    block(g, momentum + at, scale + b, beta, rest, out);
   });
 }
 

@@ -9,14 +9,14 @@ constexpr int64_t kMoments = 256;  // numbers that share a scale; the last block
 
 // One step of AdamW; all factors are those of this step.
 struct AdamwStep {
-  float decay, size;      // weight = weight * decay - size * first / (root * root_scale + eps)
+  float decay, size;  // weight = weight * decay - size * first / root(second + least)
   float beta1, beta2, rest1, rest2;  // rest = 1 - beta
-  float root_scale, eps;  // root: of the second moment
-  uint32_t seed;          // of the rounding of the second moment
+  float least;
+  uint32_t seed;  // of the rounding of the second moment
 };
 
 // `count` FP32 numbers; codes of whole blocks, a scale for each block. Contiguous memory.
-void adamw8(float* weight, const float* gradient, int64_t count, int8_t* first, float* first_scale, uint8_t* second,
+void adamw8(float* weight, const float* gradient, int64_t count, uint8_t* first, float* first_scale, uint8_t* second,
             float* second_scale, const AdamwStep& step, int threads);
 // momentum = beta * momentum + rest * gradient; ahead = beta * momentum + rest * gradient. `ahead` may be the gradient.
 void momentum8(const float* gradient, int64_t count, int8_t* momentum, float* scale, float beta, float rest,

@@ -69,10 +69,10 @@ struct TrainingKernels {
   void (*norm_back)(const void* x, const void* dy, Kind kind, const float* w, float r, int64_t width, void* dx,
                     float* dw);
 
-  // One block of moments.h, of which `count` numbers are there; place: of the first of them in the tensor.
-  void (*adamw8_block)(float* weight, const float* gradient, int64_t count, uint32_t place, int8_t* first,
-                       float* first_scale, uint8_t* second, float* second_scale, const AdamwStep& step);
-  void (*momentum8_block)(const float* gradient, int64_t count, int8_t* momentum, float* scale, float beta, float rest,
+  // One whole block of moments.h; place: of its first number in the tensor.
+  void (*adamw8_block)(float* weight, const float* gradient, uint32_t place, uint8_t* first, float* first_scale,
+                       uint8_t* second, float* second_scale, const AdamwStep& step);
+  void (*momentum8_block)(const float* gradient, int8_t* momentum, float* scale, float beta, float rest,
                           float* ahead);
 };
 

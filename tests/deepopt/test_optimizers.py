@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from deepseek.checkpoint import write_manifest
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt import optimizers
 from deepseek.deepopt.loop import TrainingLoop
@@ -206,7 +208,7 @@ def test_moments_of_8_bits_are_those_of_large_tensors() -> None:
     optimizer.step()
     kinds = {name: {key: t.dtype for key, t in optimizer.state[p].items() if t.ndim == 2}
              for name, p in parameters.items() if p.ndim > 1}
-    assert kinds["model.embed_tokens.weight"] == {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+    assert kinds["model.embed_tokens.weight"] == {"exp_avg": torch.uint8, "exp_avg_sq": torch.uint8}
     assert kinds["model.layers.1.mlp.experts.gate_up_proj"] == {"momentum": torch.int8}
     assert kinds["model.layers.1.self_attn.q_proj.weight"] == {"momentum": torch.float32}
     assert kinds["model.layers.1.mlp.gate.weight"] == dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.float32)
@@ -224,6 +226,19 @@ def test_a_run_of_before_goes_on_with_adamw(data: TokenShards, tmp_path: Path) -
         assert TrainingLoop(new_model(), data, config, tmp_path).step == 1
     with pytest.raises(ConfigError, match="holds a run with optimizer = 'adamw', this one has 'muon'"):
         TrainingLoop(new_model(), data, replace(config, optimizer="muon"), tmp_path)
+
+
+def test_codes_of_an_older_form_are_refused(data: TokenShards, tmp_path: Path) -> None:
+    config = replace(SETTINGS, steps=1, **ADAMW8)
+    TrainingLoop(new_model(), data, config, tmp_path).run()
+    file = tmp_path / "checkpoint-000001" / "optimizer.safetensors"
+    state = load_file(file)
+    save_file({name: t.view(torch.int8) if name.endswith(".exp_avg") and t.dtype == torch.uint8 else t
+               for name, t in state.items()}, file)
+    (file.parent / "manifest.json").unlink()
+    write_manifest(file.parent)
+    with pytest.raises(ConfigError, match=r"checkpoint-000001: .*older form"):
+        TrainingLoop(new_model(), data, config, tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [

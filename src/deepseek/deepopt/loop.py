@@ -352,6 +352,9 @@ class TrainingLoop:
         for name in parameters.keys() & states.keys():
             if "exp_avg" in states[name]:
                 states[name].setdefault("step", torch.tensor(float(self.step)))  # some old checkpoints have none
+                if states[name]["exp_avg"].dtype == torch.int8:
+                    raise ConfigError(f"{folder}: AdamW's moments of 8 bits have codes of an older form, which is not "
+                                      "read any more; to go on from its weights, give it as --from of another run")
             self.optimizer.state[parameters[name]] = {
                 key: tensor.to(parameters[name].device) for key, tensor in states[name].items()}
 

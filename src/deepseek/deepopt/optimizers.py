@@ -86,7 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
         assert p.grad is not None
         state, beta = self.state[p], group["momentum"]
         if not state:
-            state |= _moment("momentum", p) if eight_bits else {"momentum": torch.zeros_like(p)}
+            state |= _moment("momentum", p, torch.int8) if eight_bits else {"momentum": torch.zeros_like(p)}
         if eight_bits:
             ahead = momentum8(p.grad.contiguous(), _of("momentum", state), beta)
         else:
@@ -100,8 +100,7 @@ class MuonAdamW(torch.optim.Optimizer):
         assert p.grad is not None
         state = self.state[p]
         if not state:
-            state |= {"step": torch.zeros((), device=p.device), **_moment("exp_avg", p),
-                      **_moment("exp_avg_sq", p, signed=False)}
+            state |= {"step": torch.zeros((), device=p.device), **_moment("exp_avg", p), **_moment("exp_avg_sq", p)}
         state["step"] += 1
         adamw8_(p, p.grad.contiguous(), _of("exp_avg", state), _of("exp_avg_sq", state), int(state["step"]),
                 lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
@@ -119,9 +118,9 @@ class MuonAdamW(torch.optim.Optimizer):
               maximize=False)
 
 
-def _moment(name: str, p: Tensor, *, signed: bool = True) -> dict[str, Tensor]:
+def _moment(name: str, p: Tensor, dtype: torch.dtype = torch.uint8) -> dict[str, Tensor]:
     """A moment of zeros as a parameter's state keeps it."""
-    code_BS, scale_B = Moment.zeros(p, signed=signed)
+    code_BS, scale_B = Moment.zeros(p, dtype)
     return {name: code_BS, f"{name}_scale": scale_B}
 
 
