@@ -1,7 +1,7 @@
 """Two machines on a slow line: what each way of sending costs in bytes, time and loss.
 
 Ranks with a core each, in network namespaces joined by a veth pair that `tc tbf` limits; the model is the preset
-`small` (11 M parameters, 8 named routing groups) on the eight domains of domains.py, 2,048 tokens a step.
+`small` (11 M parameters, 8 named routing groups) on the eight domains of domains.py, 4,096 tokens a step.
 
     sudo python benchmarks/deepopt.py --work runs/deepopt [--only loss] [--rate 100mbit 10mbit] [--modes none local]
 
@@ -19,14 +19,16 @@ and `tc` (iproute2).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from harness import machine, quiet_rounds, table, versions, write_result
 
 MODES = ("none", "bf16", "int8", "powersgd", "local", "sparse")
 MORE = ("local-4", "sparse-4")  # ranks that share cores: no figure of theirs is a speed
-BATCH, SEQ, MICRO = 2, 256, 4  # 4 batches of 2 windows a step, divided among the ranks
+BATCH, SEQ, MICRO = 4, 256, 4  # 4 batches of 4 windows a step, divided among the ranks
 ENDS, DEVICES = ("dr-a", "dr-b"), ("dr-va", "dr-vb")
 PORT = 29517
 HOLD = ("import sys, time, torch.distributed as d; from datetime import timedelta as t\n"
@@ -78,17 +80,43 @@ class Line:
                                 env=os.environ | environment | {"OMP_NUM_THREADS": "1"}, **more)
 
 
+class Slowed(threading.Thread):
+    """Stops a process for half of the time, PERIOD by PERIOD, until it ends."""
+
+    PERIOD = 0.05  # seconds
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        super().__init__(daemon=True)
+        self.process = process
+
+    def run(self) -> None:
+        for number in itertools.cycle((signal.SIGSTOP, signal.SIGCONT)):
+            time.sleep(self.PERIOD)
+            if self.process.poll() is not None:
+                return
+            self.process.send_signal(number)
+
+
 def command(mode: str, out: Path, data: Path, args: argparse.Namespace, steps: int) -> list[str]:
     named = [f"{name}={place}" for name, files in TRAIN.items() for place in places(data, files)]
     compress, _, ranks = mode.partition("-")
+    batches = args.accumulation // 2 if mode == "alone" else args.accumulation
     return [sys.executable, "-m", "deepseek", "train", "small", "--experts", *named, "--out", str(out),
             "--steps", str(steps), "--batch_size", str(BATCH), "--seq_len", str(SEQ),
-            "--accumulation", str(MICRO // 2 if mode == "alone" else MICRO), "--lr", str(args.lr),
+            "--accumulation", str(batches), "--lr", str(args.lr),
             "--warmup_steps", str(min(100, steps // 2)), "--eval_every", str(min(args.eval_every, steps)),
-            "--save_every", str(min(args.eval_every, steps)), "--eval_batches", "24" if steps == args.steps else "1",
-            "--precision", "fp32", "--valid_fraction", "0.03", "--seed", "0",
+            "--save_every", str(min(args.eval_every, steps)), "--eval_batches", "24" if steps >= 300 else "1",
+            "--optimizer", args.optimizer, "--precision", "fp32", "--valid_fraction", "0.03", "--seed", "0",
             *([] if mode == "alone" else ["--compress", compress]), *(["--ranks", ranks] if ranks else []),
-            *(["--inner_steps", str(args.inner_steps)] if compress in IN_ROUNDS else []), "--no_balance", *args.train]
+            *(["--inner_steps", str(args.inner_steps)] if compress in IN_ROUNDS else []),
+            *([] if args.balance else ["--no_balance"]), *args.train]
+
+
+def prepare(data: Path, args: argparse.Namespace) -> None:
+    """Packs the data, and takes one step."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.work / "data" / "settings.json").exists():
+        subprocess.run(command("alone", args.work / "data", data, args, 1), check=True)
 
 
 def share_data(work: Path, out: Path) -> Path:
@@ -134,10 +162,14 @@ def on_a_line(
         common |= {STORE: f"10.77.0.1:{PORT}"}
     ranks = []
     for rank, device in enumerate(DEVICES):
+        if args.slowed and mode == "alone" and rank == 1:
+            steps //= 2  # both are at it for about the same time
         own = {} if mode == "alone" else common | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": device}
         out = share_data(args.work, folder / str(rank) if mode == "alone" else folder)
         ranks.append(line.start(rank, command(mode, out, data, args, steps), own))
+    if args.slowed:
+        Slowed(ranks[1]).start()
     statuses = [rank.wait() for rank in ranks]
     if holder is not None:
         holder.terminate()
@@ -151,15 +183,15 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def speed(mode: str, data: Path, args: argparse.Namespace, rate: str) -> float:
-    """Tokens a second of all ranks; the first step, or the first round, is left out."""
+    """Tokens a second of all ranks, in the second half of their steps."""
     folder = args.work / "speed" / mode
     shutil.rmtree(folder, ignore_errors=True)
     folder.with_suffix(".json").unlink(missing_ok=True)
-    run(mode, folder, data, args, rate, 3 * args.inner_steps if mode in IN_ROUNDS else 8)
+    run(mode, folder, data, args, rate, (4 * args.inner_steps if mode in IN_ROUNDS else 12) * (1 + args.slowed))
     total = 0.0
     for out in (folder / "0", folder / "1") if mode == "alone" else (folder,):
-        rates = [record["tokens_per_second"] for record in records(out) if "tokens_per_second" in record][1:]
-        total += statistics.harmonic_mean(rates)
+        rates = [record["tokens_per_second"] for record in records(out) if "tokens_per_second" in record]
+        total += statistics.harmonic_mean(rates[len(rates) // 2 :])
     return total
 
 
@@ -181,7 +213,7 @@ def losses(mode: str, args: argparse.Namespace) -> list[tuple[int, float, float]
 def at_equal_minutes(curve: list[tuple[int, float, float]], rate: float, minutes: float) -> str:
     """The held-out loss after so many minutes, between the evaluations around them."""
     steps = minutes * 60 * rate / (BATCH * SEQ * MICRO)
-    for (before, one, _), (after, two, _) in pairwise(curve):
+    for (before, one, _), (after, two, _) in itertools.pairwise(curve):
         if before <= steps <= after:
             return f"{one + (two - one) * (steps - before) / (after - before):.3f}"
     return f"{curve[-1][1]:.3f}" if steps >= curve[-1][0] else f"above {curve[0][1]:.3f}"
@@ -220,16 +252,17 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=(*MODES, *MORE), choices=(*MODES, *MORE))
     parser.add_argument("--inner_steps", type=int, default=30)
     parser.add_argument("--eval_every", type=int, default=150)
+    parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"))
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="further flags of `deepseek train`")
+    parser.set_defaults(accumulation=MICRO, balance=False, slowed=False)
     args = parser.parse_args()
     if os.geteuid():
         raise SystemExit("network namespaces need root")
     data, sample = data_folder(args.data)
-    args.work.mkdir(parents=True, exist_ok=True)
-    if not (args.work / "data" / "settings.json").exists():  # packs the data, and takes one step
-        subprocess.run(command("alone", args.work / "data", data, args, 1), check=True)
-    parts = [f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, FP32, {args.inner_steps} steps a round in local modes."]
+    prepare(data, args)
+    parts = [f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, {args.optimizer}, FP32, {args.inner_steps} steps a round in "
+             "local modes."]
     found: dict[str, Any] = {}
     if args.only != "speed":
         found["loss"] = {mode: run(mode, args.work / "loss" / mode, data, args, "1gbit", args.steps)
