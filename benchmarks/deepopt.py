@@ -261,8 +261,8 @@ def main() -> None:
         raise SystemExit("network namespaces need root")
     data, sample = data_folder(args.data)
     prepare(data, args)
-    parts = [f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, {args.optimizer}, FP32, {args.inner_steps} steps a round in "
-             "local modes."]
+    parts = [f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, {args.optimizer}, FP32, {args.inner_steps} steps a "
+             "round in local modes."]
     found: dict[str, Any] = {}
     if args.only != "speed":
         found["loss"] = {mode: run(mode, args.work / "loss" / mode, data, args, "1gbit", args.steps)
