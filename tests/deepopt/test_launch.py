@@ -21,6 +21,7 @@ from tests.helpers import ROOT
 from tests.helpers.killed_runs import TINY
 
 STEPS = 60
+LOCAL = ["--compress", "local", "--inner_steps", "3"]
 
 
 def command(folder: Path, name: str, *more: str) -> list[str]:
@@ -62,10 +63,9 @@ def until(holds: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compress", ["local", "none"])
-def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, compress: str) -> None:
-    local = ["--compress", "local", "--inner_steps", "3"] if compress == "local" else []
-    process = subprocess.Popen(command(tmp_path, "run", *local), cwd=ROOT, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("more", [LOCAL, [], ["--expert_parallel", "2"]])
+def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, more: list[str]) -> None:
+    process = subprocess.Popen(command(tmp_path, "run", *more), cwd=ROOT, stderr=subprocess.PIPE)
     until(lambda: reached(tmp_path / "run", 12), process)
     ranks = children(process)
     assert len(ranks) == 2
@@ -79,16 +79,15 @@ def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, compress: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compress", ["local", "none"])
-def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(tmp_path: Path, compress: str) -> None:
-    local = ["--compress", "local", "--inner_steps", "3"] if compress == "local" else []
-    process = subprocess.Popen(command(tmp_path, "run", *local), cwd=ROOT, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("more", [LOCAL, [], ["--expert_parallel", "2"]])
+def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(tmp_path: Path, more: list[str]) -> None:
+    process = subprocess.Popen(command(tmp_path, "run", *more), cwd=ROOT, stderr=subprocess.PIPE)
     until(lambda: reached(tmp_path / "run", 6), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT, errors.decode()
     found = checkpoints(tmp_path / "run")
     assert found and not (tmp_path / "run" / "model").exists()
-    done = subprocess.run(command(tmp_path, "run", *local), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(tmp_path, "run", *more), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "continuing after step" in done.stdout and load_model(tmp_path / "run" / "model")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,6 @@ import pytest
 import torch
 
 from deepseek.checkpoint import load_model
-from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.predict import predict
 from deepseek.deepopt.ranks import BUCKET, Ranks, buckets, even
@@ -25,37 +20,18 @@ from deepseek.deepopt.shares import Shares, by_speed
 from deepseek.errors import ConfigError
 from deepseek.files import sha256
 from deepseek.model import CausalLM
-from deepseek.tokenizer import Tokenizer
-from tests.helpers import ROOT, ranks
+from tests.helpers import ranks
 from tests.helpers.killed_runs import TINY
-
-
-def packed(folder: Path) -> TokenShards:
-    sentences = [f"the {a} {b} the {c} ." for a in ("red", "old", "big") for b in ("fox sees", "cat eats", "dog likes")
-                 for c in ("moon", "river", "bread", "song")]
-    documents = [Document(" ".join(sentences[i % 36 : i % 36 + 9]) + f" {i}", f"story {i}") for i in range(60)]
-    tokenizer = Tokenizer.train((d.text for d in documents), TINY.vocab_size)
-    return pack(documents, tokenizer, folder, valid_fraction=0.1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left (helpers/ranks.py), and one alone in FOLDER/alone."""
     folder = tmp_path_factory.mktemp("ranks")
-    data = packed(folder / "tokens")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                                "TORCH_CPP_LOG_LEVEL": "FATAL"}
-    both = [subprocess.Popen([sys.executable, "-m", "tests.helpers.ranks", str(folder)], cwd=ROOT,
-                             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-            for rank in range(2)]
-    ranks.train(data, folder / "alone", None)
-    ranks.train(data, folder / "alone-long", None, **ranks.LONG)
-    for process in both:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    data = ranks.packed(folder / "tokens")
+    with ranks.together("in_step", folder):
+        ranks.train(data, folder / "alone", None)
+        ranks.train(data, folder / "alone-long", None, **ranks.LONG)
     return folder
 
 
@@ -151,7 +127,7 @@ def test_errors_name_the_rank(folder: Path) -> None:
 
 
 def test_fewer_batches_than_ranks_are_refused(tmp_path: Path) -> None:
-    data = packed(tmp_path / "tokens")
+    data = ranks.packed(tmp_path / "tokens")
     model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
     with pytest.raises(ConfigError, match=r"accumulation = 4: must be at least the number of ranks \(5\)"):
         TrainingLoop(model, data, ranks.config(), tmp_path / "run", ranks=Ranks(0, 5))

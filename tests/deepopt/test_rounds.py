@@ -24,8 +24,8 @@ from deepseek.deepopt.settings import Compress, Line, TrainConfig
 from deepseek.errors import ConfigError, RankError
 from deepseek.files import sha256
 from deepseek.model import CausalLM
-from tests.deepopt.test_ranks import packed
 from tests.helpers.killed_runs import TINY
+from tests.helpers.ranks import packed
 
 GRACE = 20.0
 

@@ -1,41 +1,77 @@
-"""What each of two processes does in tests/deepopt/test_ranks.py: `python -m tests.helpers.ranks FOLDER`, as torchrun
-would start it. FOLDER/tokens has the data; results go beside it."""
+"""What each of several processes does in tests/deepopt: `python -m tests.helpers.ranks WHAT FOLDER`, as torchrun would
+start it. FOLDER/tokens has the data; results go beside it."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepseek.data import TokenShards
+from deepseek.data import Document, TokenShards, pack
+from deepseek.deepopt.expert_parallel import ExpertParallelLoop
 from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.ranks import Ranks
-from deepseek.deepopt.settings import Compress, TrainConfig
+from deepseek.deepopt.settings import TrainConfig
 from deepseek.errors import ConfigError, RankError
 from deepseek.model import CausalLM, TrainingLoss
+from deepseek.tokenizer import Tokenizer
+from tests.helpers import ROOT
 from tests.helpers.killed_runs import TINY
 
 TIMEOUT = 20.0
 LONG: dict[str, Any] = dict(steps=15, save_every=5, eval_every=5, balance=True)  # long enough to see who is slow
+SHORT: dict[str, Any] = {"steps": 3, "accumulation": 2, "eval_batches": 1, "save_every": 2}  # of expert parallelism
+FOUR = SHORT | {"accumulation": 4}  # of four ranks
 
 
-def config(compress: Compress = "none", **more: Any) -> TrainConfig:
-    return TrainConfig(**{**dict(steps=6, batch_size=2, seq_len=32, accumulation=4, warmup_steps=2, eval_every=3,
-                                 save_every=3, keep=3, precision="fp32", lr=1e-3, balance=False), **more},
-                       compress=compress)
+def packed(folder: Path) -> TokenShards:
+    sentences = [f"the {a} {b} the {c} ." for a in ("red", "old", "big") for b in ("fox sees", "cat eats", "dog likes")
+                 for c in ("moon", "river", "bread", "song")]
+    documents = [Document(" ".join(sentences[i % 36 : i % 36 + 9]) + f" {i}", f"story {i}") for i in range(60)]
+    tokenizer = Tokenizer.train((d.text for d in documents), TINY.vocab_size)
+    return pack(documents, tokenizer, folder, valid_fraction=0.1)
 
 
-def train(data: TokenShards, out: Path, ranks: Ranks | None, compress: Compress = "none", stop: int | None = None,
-          slow: bool = False, **more: Any) -> None:
+@contextmanager
+def together(what: str, folder: Path, size: int = 2) -> Iterator[None]:
+    """Meanwhile `size` processes do it, and have done it at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size),
+                                "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    started = [subprocess.Popen([sys.executable, "-m", "tests.helpers.ranks", what, str(folder)], cwd=ROOT,
+                                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
+               for rank in range(size)]
+    yield
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+
+
+def config(**more: Any) -> TrainConfig:
+    usual: dict[str, Any] = {
+        "steps": 6, "batch_size": 2, "seq_len": 32, "accumulation": 4, "warmup_steps": 2, "eval_every": 3,
+        "save_every": 3, "keep": 3, "precision": "fp32", "lr": 1e-3, "balance": False}
+    return TrainConfig(**usual | more)
+
+
+def train(data: TokenShards, out: Path, ranks: Ranks | None, stop: int | None = None,
+          slow: bool = False, **settings: Any) -> TrainingLoop:
     """Train a new model, or go on; stop: leave after so many steps, as if killed. slow: rank 1 sleeps in each
-    forward pass. more: settings."""
-    model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
-    if slow and ranks is not None and ranks.rank == 1:
+    forward pass."""
+    model, ranks = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0)), Ranks() if ranks is None else ranks
+    if slow and ranks.rank == 1:
         forward = model.loss
 
         def sleepy(*args: Any, **options: Any) -> TrainingLoss:
@@ -43,7 +79,8 @@ def train(data: TokenShards, out: Path, ranks: Ranks | None, compress: Compress 
             return forward(*args, **options)
 
         model.loss = sleepy  # type: ignore[method-assign]
-    loop = TrainingLoop(model, data, config(compress, **more), out, ranks=ranks)
+    chosen = config(**settings)
+    loop = (ExpertParallelLoop if chosen.expert_parallel > 1 else TrainingLoop)(model, data, chosen, out, ranks=ranks)
 
     def on_step(record: dict) -> None:
         if record["step"] == stop:
@@ -53,15 +90,14 @@ def train(data: TokenShards, out: Path, ranks: Ranks | None, compress: Compress 
         loop.run(on_step)
     except InterruptedError:
         loop._lock.close()
+    return loop
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    ranks, data = Ranks.of_environment("cpu", TIMEOUT), TokenShards.open(folder / "tokens")
+def in_step(folder: Path, data: TokenShards, ranks: Ranks) -> None:
     for compress in ("none", "bf16", "int8", "powersgd"):
-        train(data, folder / compress, ranks, compress)
-    train(data, folder / "again", ranks, "int8", stop=5)
-    train(data, folder / "again", ranks, "int8")
+        train(data, folder / compress, ranks, compress=compress)
+    train(data, folder / "again", ranks, compress="int8", stop=5)
+    train(data, folder / "again", ranks, compress="int8")
     train(data, folder / "even", ranks, slow=True)
     train(data, folder / "slow", ranks, slow=True, stop=11, **LONG)
     train(data, folder / "slow", ranks, **LONG)
@@ -83,5 +119,25 @@ def main(folder: Path) -> None:
     (folder / f"found-{ranks.rank}.json").write_text(json.dumps(found))
 
 
+def experts(folder: Path, data: TokenShards, ranks: Ranks) -> None:
+    """Runs of test_expert_parallel.py."""
+    loop = train(data, folder / "adamw", ranks, expert_parallel=2, **SHORT)
+    kept = {f"{name}.{key}": [*value.shape] for name, p in loop.model.named_parameters() if ".experts." in name
+            for key, value in {"weight": p, **loop.optimizer.state[p]}.items()}
+    (folder / f"kept-{ranks.rank}.json").write_text(json.dumps(kept))
+    train(data, folder / "muon", ranks, expert_parallel=2, optimizer="muon", gradient_checkpointing=True, **SHORT)
+    train(data, folder / "divided", ranks, expert_parallel=2, **SHORT)  # where one process has begun
+    train(data, folder / "joined", ranks, stop=2, expert_parallel=2, **SHORT)
+
+
+def groups(folder: Path, data: TokenShards, ranks: Ranks) -> None:
+    train(data, folder / "groups", ranks, expert_parallel=2, stop=2, **FOUR)
+    train(data, folder / "groups", ranks, expert_parallel=4, **FOUR)
+
+
+WHAT: dict[str, Callable[[Path, TokenShards, Ranks], None]] = {"in_step": in_step, "experts": experts, "groups": groups}
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[2])
+    WHAT[sys.argv[1]](folder, TokenShards.open(folder / "tokens"), Ranks.of_environment("cpu", TIMEOUT))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from ..deprecation import renamed
 from .adapted import AdaptedFiles
 from .adapters import attach_adapter, check_targets, save_adapter, save_delta
-from .files import EXPERT_USE, MANIFEST, TORCH_DTYPES, Span, TensorFiles, check_manifest, write_manifest
+from .files import EXPERT_USE, MANIFEST, TORCH_DTYPES, Span, TensorFiles, check_manifest, write_manifest, write_tensors
 from .identity import base_tensors, fingerprint, stored_fingerprint, tensor_hashes
 from .loads import Verdict, verdict
 from .models import Dtype, check_tensors, expert_spans, load_model, open_checkpoint, save_model, stored_dtype, to_dtype
@@ -41,6 +41,7 @@ __all__ = [
     "open_checkpoint", "outside_index", "put_beside", "quantized_targets", "read_package", "read_several", "resolve",
     "save_adapter", "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes",
     "to_dtype", "units", "verdict", "write_manifest", "write_package",
+    "write_tensors",
 ]
 
 if not TYPE_CHECKING:

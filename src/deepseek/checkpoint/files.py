@@ -247,6 +247,24 @@ def divide(parts: Iterable[_T], size: Callable[[_T], int], shard_bytes: int) -> 
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], elsewhere: Callable[[str], Iterable[Tensor]]) -> None:
+    """Write a safetensors file, a tensor at a time. elsewhere: gives the parts of one that is on the meta device, which
+    lie one after the other."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # each at a multiple of its element
+    spelt, end = {dtype: name for name, dtype in TORCH_DTYPES.items()}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": spelt[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end := end + tensor.nbytes]}
+    head = file_header(header, 8)
+    with file.open("wb") as stream:
+        stream.write(head)
+        for name, tensor in tensors.items():
+            for part in elsewhere(name) if tensor.is_meta else [tensor]:
+                stream.write(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    assert file.stat().st_size == len(head) + end, f"{file}: parts of another size"
+
+
 def file_header(entries: Mapping[str, Any], align: int) -> bytes:
     """What a safetensors file begins with, padded so that its data begin at a multiple of `align`."""
     text = to_json(entries, separators=(",", ":")).encode()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ModelConfig
@@ -23,7 +22,7 @@ from ..model.layers import rotary_frequencies
 from ..quant.linear import QuantConfig, is_quantized, replace_module
 from ..quant.native_stack import NativeStack
 from .adapters import apply
-from .files import Span, TensorFiles, Tensors, divide, row_blocks, write_manifest
+from .files import Span, TensorFiles, Tensors, divide, row_blocks, write_manifest, write_tensors
 from .names import INDEX, Names, on_disk, outside_index, packed_bytes, quantized_targets, resolve, units
 from .several import put_beside, read_several
 
@@ -292,11 +291,13 @@ def stored_dtype(files: TensorFiles) -> torch.dtype:
 def save_model(
     model: CausalLM, path: str | Path, *, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES,
     extra_files: Iterable[Path] = (), add: Callable[[Path], None] | None = None,
+    elsewhere: Callable[[str], Iterable[Tensor]] = lambda name: (),
 ) -> Path:
     """Write a checkpoint that transformers loads with no missing and no unexpected tensor; atomic as a folder.
 
     tokenizer: a Tokenizer to save beside it. extra_files: copied in. add: called with the staging folder, for whatever
-    else should appear together with the weights (optimizer state). Returns the path.
+    else should appear together with the weights (optimizer state). elsewhere: reads what the model has on the meta
+    device, by its name on disk (`write_tensors`). Returns the path.
     """
     if apart := [name for name, module in model.named_modules() if isinstance(module, UNMERGED)]:
         raise CheckpointError(f"{path}: {apart[0]} is still apart from its base: merge it first")
@@ -311,9 +312,9 @@ def save_model(
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
         write_json(folder / "config.json", plain_keys(config, dtype))
         main, mtp = _disk_tensors(model)
-        _write_shards(folder, main, shard_bytes)
+        _write_shards(folder, main, shard_bytes, elsewhere)
         if mtp:
-            save_file(mtp, folder / "mtp.safetensors", metadata={"format": "pt"})
+            write_tensors(folder / "mtp.safetensors", mtp, elsewhere)
         if tokenizer is not None:
             tokenizer.save(folder)
         for file in extra_files:
@@ -334,14 +335,15 @@ def _disk_tensors(model: CausalLM) -> tuple[dict[str, Tensor], dict[str, Tensor]
     main: dict[str, Tensor] = {}
     mtp: dict[str, Tensor] = {}
     for name, disk_name, tensor in stored_parts(model):
-        (mtp if outside_index(name, model.config) else main)[disk_name] = tensor.contiguous().cpu()
+        (mtp if outside_index(name, model.config) else main)[disk_name] = tensor
     return main, mtp
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int,
+                  elsewhere: Callable[[str], Iterable[Tensor]]) -> None:
     shards = divide(tensors, lambda name: tensors[name].nbytes, shard_bytes)
     for file, names in shards.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, {name: tensors[name] for name in names}, elsewhere)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                                     "weight_map": {name: file for file, names in shards.items() for name in names}})

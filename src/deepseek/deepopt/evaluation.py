@@ -38,14 +38,14 @@ class HeldOut(NamedTuple):
 @torch.no_grad()
 def held_out_loss(
     model: CausalLM, data: HeldOutBatches, config: TrainConfig, accuracy: RoutingAccuracy | None = None,
-    batches: int | None = None, desc: str | None = None, ranks: Ranks | None = None,
+    batches: int | None = None, desc: str | None = None, ranks: Ranks | None = None, together: bool = False,
 ) -> HeldOut:
     """Over `batches` (eval_batches) held-out batches at most; `accuracy` counts their routes too. desc: shows a bar.
-    ranks: divide the batches among them."""
+    ranks: divide the batches among them. together: all run equally many, as the model of one needs the others."""
     model.eval()
     ranks = Ranks() if ranks is None else ranks
-    found = list(data.valid_batches(config.batch_size, config.seq_len, batches or config.eval_batches))
-    found = [found[i] for i in ranks.part(len(found))]
+    every = list(data.valid_batches(config.batch_size, config.seq_len, batches or config.eval_batches))
+    found = [every[i] for i in ranks.part(len(every))]
     sums, counts = [np.zeros(0)], [np.zeros(0, np.int64)]
     for batch in ProgressBar(found, desc=desc, unit="batch", leave=False, disable=desc is None):
         batch, routing = batch.to(model.device), RoutingRecord()
@@ -54,6 +54,9 @@ def held_out_loss(
         counts.append((batch.labels_BT != IGNORE).sum(1).cpu().numpy())
         if accuracy is not None:
             accuracy.add(routing, batch.expert_BT, batch.ids_BT)
+    for batch in every[: -(-len(every) // ranks.size) - len(found)] if together else ():  # counts for nothing
+        batch = batch.to(model.device)
+        model.row_losses(batch.ids_BT, batch.labels_BT, mask_BT=batch.real_BT)
     parts = ranks.gather((np.concatenate(sums), np.concatenate(counts)))
     if accuracy is not None:
         accuracy.merge(ranks.gather((accuracy.confusion_NG, accuracy.load_LE)))

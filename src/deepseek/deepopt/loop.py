@@ -24,17 +24,17 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atlas import Atlas, RoutingAccuracy
-from ..checkpoint import load_model, save_model, to_dtype
+from ..checkpoint import load_model, save_model, to_dtype, write_tensors
 from ..data.shards import Batch
 from ..errors import ConfigError
 from ..files import take_lock, write_json
@@ -75,6 +75,8 @@ class TrainingLoop:
     ranks: the processes that take the steps together (ranks.py); the first one writes.
     """
 
+    own: frozenset[str] = frozenset()  # parameters of which this rank has what no other has (expert_parallel.py)
+
     def __init__(self, model: CausalLM, data: Windows, config: TrainConfig, out: str | Path,
                  tokenizer: Tokenizer | None = None, *, settings: Mapping[str, Any] | None = None,
                  about: Mapping[str, Any] | None = None, atlas: Atlas | None = None,
@@ -85,7 +87,7 @@ class TrainingLoop:
         if config.accumulation < self.ranks.size:
             raise ConfigError(f"accumulation = {config.accumulation}: must be at least the number of ranks "
                               f"({self.ranks.size}): the batches of a step are divided among them")
-        self.shares = Shares(config.accumulation, self.ranks.size, moves=config.balance)
+        self.shares = Shares(config.accumulation, self.ranks.size, moves=config.balance and not self.own)
         self.step = 0
         self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
@@ -103,8 +105,9 @@ class TrainingLoop:
         with self.ranks.first_here() as owns:
             self._claim_folder(settings or {}, about or {}, owns)
         self.gradients = gradient_sum(config, self.ranks)
-        if self.ranks.first:
-            self._resume()
+        with self._served():
+            if self.ranks.first:
+                self._resume()
         self._spread()
 
     # ---- the loop ---------------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ class TrainingLoop:
         if not math.isfinite(sums["loss"]):
             raise ConfigError(f"lr = {config.lr}: the loss became {sums['loss']} at step {self.step + 1}; a lower one "
                               f"may help (the last checkpoint is whole)")
-        norm = torch.nn.utils.clip_grad_norm_(list(trained(model).values()), config.clip)
+        norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._balance(load_LE)
@@ -234,7 +237,8 @@ class TrainingLoop:
         began, mine = time.perf_counter(), [seconds * (rank == self.ranks.rank) for rank in range(size)]
         said = torch.tensor([float(came()), *sums.values(), *mine], dtype=torch.float32, device=load_LE.device)
         extra = torch.cat([said, load_LE.flatten().float()])  # loads are exact up to 2^24 tokens
-        self.gradients.sum_({name: p.grad for name, p in trained(self.model).items() if p.grad is not None}, extra)
+        self.gradients.sum_({name: p.grad for name, p in trained(self.model).items()
+                             if p.grad is not None and name not in self.own}, extra)
         self._stopping = bool(extra[0] > 0)
         sums.update(zip(sums, extra[1 : 1 + len(sums)].tolist(), strict=True))
         computed = extra[1 + len(sums) : len(said)].tolist()
@@ -250,7 +254,7 @@ class TrainingLoop:
         self.model.eval()
         self.accuracy = RoutingAccuracy(self.model.config, self.data.experts)
         loss = held_out_loss(self.model, self.data, self.config, self.accuracy if self.data.experts else None,
-                             ranks=self.ranks).mean
+                             ranks=self.ranks, together=bool(self.own)).mean
         return {"step": self.step} | ({} if loss is None else {"eval_loss": loss}) | (
             self.accuracy.record() if self.data.experts else {})
 
@@ -259,9 +263,8 @@ class TrainingLoop:
     def save(self) -> Path:
         """Write checkpoint-STEP, where it is not there, and drop all but the newest `keep`."""
         def add(folder: Path) -> None:
-            moments = {f"{name}.{key}": value for name, state in self._optimizer_state()
-                       for key, value in state.items()}
-            save_file(moments | random_state(self.model.device), folder / "optimizer.safetensors")
+            write_tensors(folder / "optimizer.safetensors", self._moments() | random_state(self.model.device),
+                          self._elsewhere)
             write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)} | (
                 {"shares": self.shares.state()} if self.ranks.size > 1 else {}))
 
@@ -271,8 +274,9 @@ class TrainingLoop:
                 if own := self.gradients.state_dict():
                     write_own(self.out, self.ranks.number, self.step, own, {"ranks": self.ranks.size})
                 self.ranks.gather(None)  # a checkpoint that is there has the states of all ranks
-                if self.ranks.first:
-                    self._write(path, add)
+                with self._served():
+                    if self.ranks.first:
+                        self._write(path, add)
                 self._saved = self.step
         if self.ranks.first:
             for old in checkpoints(self.out)[: -self.config.keep]:
@@ -284,7 +288,22 @@ class TrainingLoop:
             if parameter in self.optimizer.state:
                 yield name, self.optimizer.state[parameter]
 
+    def _moments(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": value for name, state in self._optimizer_state() for key, value in state.items()}
+
     # what a subclass may do otherwise, or keep elsewhere
+
+    def _served(self) -> contextlib.AbstractContextManager[None]:
+        """Inside it the first rank can ask the others for what they have of their own."""
+        return contextlib.nullcontext()
+
+    def _elsewhere(self, name: str) -> Iterable[Tensor]:
+        """The parts of a tensor that this rank has not, on disk one after the other."""
+        raise AssertionError(f"{name} is here")
+
+    def _clip(self) -> Tensor:
+        """Scale gradients down to a norm of `clip`; returns the norm that they had."""
+        return torch.nn.utils.clip_grad_norm_(list(trained(self.model).values()), self.config.clip)
 
     def _numbers(self) -> range:
         """The batches of the step, of all ranks."""
@@ -317,9 +336,9 @@ class TrainingLoop:
         if self.guided and self.accuracy is None:  # nothing was left to train
             self.evaluate()
         to_dtype(self.model, self.dtype)
-        if not self.ranks.first:
-            return
-        save_model(self.model, self.out / "model", tokenizer=self.tokenizer, add=self._add_atlas)
+        with self._served():
+            if self.ranks.first:
+                self._write(self.out / "model", self._add_atlas)
 
     def _add_atlas(self, folder: Path) -> None:
         atlas = self.atlas
@@ -355,8 +374,11 @@ class TrainingLoop:
                 if states[name]["exp_avg"].dtype == torch.int8:
                     raise ConfigError(f"{folder}: AdamW's moments of 8 bits have codes of an older form, which is not "
                                       "read any more; to go on from its weights, give it as --from of another run")
-            self.optimizer.state[parameters[name]] = {
-                key: tensor.to(parameters[name].device) for key, tensor in states[name].items()}
+            self._restore(name, parameters[name], states[name])
+
+    def _restore(self, name: str, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Give the optimizer its state of one parameter."""
+        self.optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
 
     def _spread(self) -> None:
         """Give all ranks the first one's state; each has what it did not send yet in a file of its own."""
@@ -368,9 +390,9 @@ class TrainingLoop:
             self.step, self.seconds_before, self.shares.state()))
         self.shares.load(shares)
         self._saved = self.step
-        ranks.copy_from_first([*self.model.state_dict().values()])
+        ranks.copy_from_first([tensor for name, tensor in self.model.state_dict().items() if name not in self.own])
         own = {name: {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
-               for name, state in self._optimizer_state()}
+               for name, state in self._optimizer_state() if name not in self.own}
         for name, state in ranks.from_first(own).items():
             here = self.optimizer.state[named[name]]
             for key, (shape, dtype) in state.items():

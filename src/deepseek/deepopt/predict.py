@@ -30,7 +30,7 @@ from .device import compute_dtype
 from .gradients import gradient_sum
 from .members import PIECE, POLL
 from .optimizers import make_optimizer, trained
-from .ranks import Ranks, buckets, even, ring_bytes
+from .ranks import Group, Ranks, buckets, even, ring_bytes
 from .settings import IN_ROUNDS, ONLY_WITH, Compress, Line, TrainConfig
 
 RUNS = 3  # timed of everything, after one that is not
@@ -110,7 +110,7 @@ class Rehearsal(Ranks):
         super().__init__(0, size)
         self.hops = 0
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def sum_(self, tensors: Sequence[Tensor], group: Group | None = None) -> None:
         for bucket in buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             self.sent += ring_bytes(flat.numel() * flat.element_size(), self.size)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import ConfigError, RankError
 
 T = TypeVar("T")
+Group = dist.ProcessGroup
 BUCKET = 1 << 22  # values of a fused sum: 16 MB
 
 
@@ -78,16 +79,24 @@ class Ranks:
             with self._named():
                 _store().set(f"at/{self.rank}", what)
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the ranks, in fused buckets."""
+    def groups(self, size: int) -> tuple[Group, Group]:
+        """The `size` consecutive ranks of which this is one, and those that have its place in theirs."""
+        wait = timedelta(seconds=self.timeout)
+        with self._named():
+            rows = [dist.new_group(range(first, first + size), wait) for first in range(0, self.size, size)]
+            columns = [dist.new_group(range(first, self.size, size), wait) for first in range(size)]
+        return rows[self.rank // size], columns[self.rank % size]
+
+    def sum_(self, tensors: Sequence[Tensor], group: Group | None = None) -> None:
+        """Replace each tensor by its sum over the ranks, or those of a group, in fused buckets."""
         if self.size == 1:
             return
         with self._named():
             pending = []
             for bucket in buckets(tensors):
                 flat = torch.cat([tensor.flatten() for tensor in bucket])
-                pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-                self.sent += ring_bytes(flat.numel() * flat.element_size(), self.size)
+                pending.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+                self.sent += ring_bytes(flat.nbytes, dist.get_world_size(group))
             for bucket, flat, work in pending:
                 work.wait()
                 for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
@@ -115,14 +124,36 @@ class Ranks:
         self.sent += max(sizes) * (self.size - 1)
         return [part[:size] for part, size in zip(out, sizes, strict=True)]
 
-    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
-        """Give every rank the first one's values."""
+    def swap(self, rows: Sequence[Tensor], sent: Sequence[int], came: Sequence[int], group: Group) -> list[Tensor]:
+        """Send rows of several tensors together, sent[r] of them to the rank r of the group, in their order; returns
+        the rows that came, came[r] from rank r."""
+        coded = torch.cat([part.contiguous().view(torch.uint8) for part in rows], 1)
+        out = coded.new_empty(sum(came), coded.shape[1])
+        with self._named():
+            dist.all_to_all_single(out, coded, [*came], [*sent], group)
+        self.sent += (sum(sent) - sent[dist.get_rank(group)]) * coded.shape[1]
+        return [part.contiguous().view(like.dtype) for part, like in zip(
+            out.split([like.shape[1] * like.itemsize for like in rows], 1), rows, strict=True)]
+
+    def send(self, value: Any, rank: int) -> None:
+        """Send a rank what it receives with `receive`: a value in the memory of the CPU."""
+        with self._named():
+            dist.send_object_list([value], rank, device=torch.device("cpu"))
+
+    def receive(self, rank: int) -> Any:
+        found = [None]
+        with self._named():
+            dist.recv_object_list(found, rank, device=torch.device("cpu"))
+        return found[0]
+
+    def copy_from_first(self, tensors: Sequence[Tensor], group: Group | None = None) -> None:
+        """Give every rank, or those of a group, the values of the first of them."""
         if self.size == 1:
             return
         with self._named():
             for bucket in buckets(tensors):
                 flat = torch.cat([tensor.flatten() for tensor in bucket])
-                dist.broadcast(flat, 0)
+                dist.broadcast(flat, group=group, group_src=0)
                 for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from ..files import is_file_at, to_json, write_atomically
 from ..settings import is_number
-from .settings import ONLY_WITH, SCHEDULE, Leg, TrainConfig, only_with
+from .settings import LAYOUT, ONLY_WITH, SCHEDULE, Leg, TrainConfig, only_with
 
 CHECKPOINT = "checkpoint-{:06d}"
 SETTINGS = "settings.json"
@@ -56,7 +56,7 @@ def refuse_other_run(
         known = old.get(part, {})
         keys = set(new[part]) | (set(known) if whole else set())
         for key in sorted(keys, key=lambda key: (key not in ONLY_WITH, key)):
-            if known.get(key) != new[part].get(key) and not (longer and key in SCHEDULE):
+            if known.get(key) != new[part].get(key) and not (longer and key in SCHEDULE) and key not in LAYOUT:
                 raise ConfigError(f"{out} holds a run with {key} = {known.get(key)!r}, this one has "
                                   f"{new[part].get(key)!r}; choose another --out or remove the folder")
     return [*old.get("legs", []), *([{field.name: old["train"][field.name] for field in fields(Leg)}]

@@ -27,6 +27,7 @@ ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
                  "local": _ROUNDS | {"outer_lr": 0.8, "outer_momentum": 0.9},  # of MuLoCo
                  "sparse": _ROUNDS | {"outer_lr": 1.0, "outer_momentum": 0.0}}}  # of SparseLoCo
 IN_ROUNDS = ("local", "sparse")
+LAYOUT = frozenset(("expert_parallel",))  # which rank has what: a run goes on with another
 
 # settings of a leg of the learning rate's schedule; `warmup` is tuning's
 SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))
@@ -71,6 +72,8 @@ class TrainConfig(Settings):
         "what ranks send: gradients in FP32 (none), in BF16, in 8 bits or as factors of low rank (powersgd); or, after "
         "some steps of their own, what these changed: in 2 bits (local), or the largest 64 of each 4,096 values "
         "(sparse)")] = "none"
+    expert_parallel: Annotated[int, Option(
+        "ranks that share one set of routed experts, each with its own part (compress = none)", COUNT)] = 1
     powersgd_rank: Annotated[int | None, Option("columns of PowerSGD's factors; 4", COUNT)] = None
     inner_steps: Annotated[int | None, Option("steps between two merges (local, sparse); 30", COUNT)] = None
     outer_lr: Annotated[float | None, Option(
@@ -81,8 +84,8 @@ class TrainConfig(Settings):
         "share of what coding has lost that is made up for in the next merge (local, sparse); 0.95",
         UP_TO_ONE)] = None
     balance: Annotated[bool, Option(
-        "give slow ranks fewer of a step's batches, or fewer steps in a round (local, sparse), by measured speeds; "
-        "without it the bits of a run do not depend on clocks")] = True
+        "give slow ranks fewer of a step's batches, or fewer steps in a round (local, sparse), by measured speeds, "
+        "but not with expert_parallel; without it the bits of a run do not depend on clocks")] = True
     rank_timeout: Annotated[float, Option("seconds that ranks wait for another", POSITIVE)] = 600.0
     keep: Annotated[int, Option("checkpoints kept", COUNT)] = 2
     seed: Annotated[int, Option("seed of weights and data order", NATURAL)] = 0
@@ -99,6 +102,9 @@ class TrainConfig(Settings):
                 elif default is None:
                     known = " or ".join(one for one, names in values.items() if name in names)
                     raise ConfigError(f"{name} = {value}: has a meaning only with {setting} = {known}")
+        if self.expert_parallel > 1 and self.compress != "none":
+            raise ConfigError(f"expert_parallel = {self.expert_parallel}: goes only with compress = none, this is "
+                              f"{self.compress}")
 
 
 def only_with(setting: str, value: Any) -> dict[str, Any]:

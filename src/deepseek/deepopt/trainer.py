@@ -35,6 +35,7 @@ from ..model import CausalLM
 from ..progress import ProgressBar
 from ..settings import Device
 from ..tokenizer import Tokenizer
+from .expert_parallel import ExpertParallelLoop, check_layout
 from .loop import TrainingLoop
 from .members import Members
 from .predict import Prediction, predict
@@ -128,6 +129,8 @@ class Trainer(RunConfig):
     def predict(self, ranks: int, *, bandwidth: str = "1Gbit", latency: str = "1ms") -> Prediction:
         """Predict what a step would take on so many machines like this one, joined by such lines (`Line`), for each
         way of sending. Times a few batches of random tokens; trains nothing, reads no data and writes nothing."""
+        if self.expert_parallel > 1:
+            raise ConfigError(f"expert_parallel = {self.expert_parallel}: what is predicted is data parallel (1)")
         line, run = Line(bandwidth, latency), run_in(Path(self.out))
         start = self._start(run)
         self._check_memory(start.config)
@@ -151,6 +154,8 @@ class Trainer(RunConfig):
         if self.seq_len > config.max_position_embeddings:
             warnings.warn(f"seq_len = {self.seq_len}: the model's positions end at {config.max_position_embeddings} "
                           "(max_position_embeddings): what it learns beyond them is used nowhere", stacklevel=4)
+        if self.expert_parallel > 1:
+            check_layout(config, self, ranks.size)
         self._check_memory(config)
         with ranks.first_here():
             tokenizer = self._tokenizer(start, places)
@@ -163,19 +168,22 @@ class Trainer(RunConfig):
         shards.windows(self.seq_len)  # too little data is said before the folder is this run's
         torch.manual_seed(self.seed)
         model, settings = self._model(start, config, run)
+        size = sum(p.numel() for p in model.parameters())
         if start.atlas is not None and run is None and ranks.local_first:
             start.atlas.save(out / FILE)  # a run continues without its base
-        loop = (partial(RoundLoop, ranks=ranks) if isinstance(ranks, Solo) else partial(TrainingLoop, ranks=ranks))(
+        in_step = ExpertParallelLoop if self.expert_parallel > 1 else TrainingLoop
+        loop = (partial(RoundLoop, ranks=ranks) if isinstance(ranks, Solo) else partial(in_step, ranks=ranks))(
             model, shards, TrainConfig(**self._settings()), out, tokenizer, settings=settings, atlas=start.atlas,
             dtype=start.dtype, about=run["about"] if run else {
                 "config": None if self.config is None else str(self.config), "valid_fraction": self.valid_fraction,
                 "from_model": None if self.from_model is None else str(resolve(self.from_model).absolute()),
                 "dtype": str(start.dtype).removeprefix("torch.")})
         per_step = self.batch_size * self.accumulation * self.seq_len
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {shards.train_tokens:,} tokens "
+        print(f"{size / 1e6:.1f} M parameters, {shards.train_tokens:,} tokens "
               f"({self.steps * per_step / shards.train_tokens:.2f} epochs), "
               f"{str(model.compute_dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, lr {self.lr:g}"
               + (f", {ranks.size} ranks, compress = {self.compress}" if ranks.size > 1 else "")
+              + (f", expert_parallel = {self.expert_parallel}" if self.expert_parallel > 1 else "")
               + (f"; continuing after step {loop.step}" if loop.step else ""), flush=True)
         if len(loop.legs) > 1 and loop.step < self.steps:
             before = loop.legs[-2]
@@ -191,8 +199,11 @@ class Trainer(RunConfig):
 
     def _check_memory(self, config: ModelConfig) -> None:
         if self.device == "cpu":
-            numbers = sum(p.numel() for p in CausalLM.on_meta(config).parameters())
-            check_memory(16 * numbers, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
+            whole = CausalLM.on_meta(config)
+            numbers = sum(p.numel() for p in whole.parameters())
+            routed = sum(p.numel() for block in whole.moe_blocks().values() for p in block.experts.parameters())
+            here = numbers - routed + routed // self.expert_parallel
+            check_memory(16 * here, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
 
     def _ranks(self) -> Ranks:
         """The processes of the run, by the environment that `--ranks` or torchrun gives them."""
