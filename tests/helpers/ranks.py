@@ -28,7 +28,7 @@ from deepseek.tokenizer import Tokenizer
 from tests.helpers import ROOT
 from tests.helpers.killed_runs import TINY
 
-TIMEOUT = 20.0
+TIMEOUT = 120.0
 LONG: dict[str, Any] = dict(steps=15, save_every=5, eval_every=5, balance=True)  # long enough to see who is slow
 SHORT: dict[str, Any] = {"steps": 3, "accumulation": 2, "eval_batches": 1, "save_every": 2}  # of expert parallelism
 FOUR = SHORT | {"accumulation": 4}  # of four ranks
@@ -55,7 +55,7 @@ def together(what: str, folder: Path, size: int = 2) -> Iterator[None]:
                for rank in range(size)]
     yield
     for process in started:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors.decode()
 
 
