@@ -16,9 +16,11 @@ import torch.distributed as dist
 
 from deepseek.checkpoint import load_model
 from deepseek.data import TokenShards
-from deepseek.deepopt.members import PIECE, Members, Verdict
+from deepseek.deepopt.compress import CODECS
+from deepseek.deepopt.loop import TrainingLoop
+from deepseek.deepopt.members import PIECE, Members, Solo, Verdict
 from deepseek.deepopt.predict import predict
-from deepseek.deepopt.rounds import RoundLoop, Solo
+from deepseek.deepopt.rounds import RoundLoop
 from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import Compress, Line, TrainConfig
 from deepseek.errors import ConfigError, RankError
@@ -136,8 +138,7 @@ def test_bytes_are_those_predicted(data: TokenShards, tmp_path: Path, store: dis
 def test_rounds_of_one_rank_and_plain_merging_are_its_own_training(
     data: TokenShards, tmp_path: Path, store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deepseek.deepopt import rounds as module
-    from deepseek.deepopt.loop import TrainingLoop
+    from deepseek.deepopt import agreed as module
 
     monkeypatch.setitem(module.CODECS, "2bit", module.CODECS["none"])
     asked = config(outer_lr=1.0, outer_momentum=0.0, accumulation=2)
@@ -160,10 +161,13 @@ def test_batches_of_a_round_are_divided_without_gap_or_overlap(data: TokenShards
 
 
 def test_the_biases_go_as_the_sum_of_the_loads_says(data: TokenShards, tmp_path: Path, store: dist.TCPStore) -> None:
-    loads: dict[int, list[torch.Tensor]] = {}
-    loops = all_of(2, data, tmp_path, config(steps=3, bias_speed=0.01), store)
-    for rank, loop in loops.items():
-        loads[rank] = loop.loads
+    loads: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def note(loop: RoundLoop, step: int) -> None:
+        if not loads[loop.members.rank]:  # its list is filled until the round ends, and another begun then
+            loads[loop.members.rank] = loop.loads
+
+    loops = all_of(2, data, tmp_path, config(steps=3, bias_speed=0.01), store, told={0: note, 1: note})
     model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
     gates = [block.gate for block in model.moe_blocks().values()]
     for one, two in zip(*loads.values(), strict=True):
@@ -173,18 +177,160 @@ def test_the_biases_go_as_the_sum_of_the_loads_says(data: TokenShards, tmp_path:
         assert torch.equal(gate.e_score_correction_bias, other.e_score_correction_bias)
 
 
-def test_all_killed_and_started_again_end_in_the_same_bytes(data: TokenShards, tmp_path: Path, store: dist.TCPStore
-                                                            ) -> None:
-    all_of(2, data, tmp_path / "calm", config(), store)
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_all_killed_and_started_again_end_in_the_same_bytes(data: TokenShards, tmp_path: Path, store: dist.TCPStore,
+                                                            overlap: int) -> None:
+    asked = config(overlap_steps=overlap, bias_speed=0.01)
+    all_of(2, data, tmp_path / "calm", asked, store)
 
     def die(loop: RoundLoop, step: int) -> None:
         if step == 7:
             raise KilledError
 
-    all_of(2, data, tmp_path / "killed", config(), new_store(), told={0: die, 1: die})
+    all_of(2, data, tmp_path / "killed", asked, new_store(), told={0: die, 1: die})
     assert not (tmp_path / "killed" / "model").exists()
-    all_of(2, data, tmp_path / "killed", config(), new_store())
+    all_of(2, data, tmp_path / "killed", asked, new_store())
     assert weights(tmp_path / "calm") == weights(tmp_path / "killed")
+    logs = [[(record["step"], record.get("loss"), record.get("eval_loss")) for record, _ in read_log(out / "log.jsonl")]
+            for out in (tmp_path / "calm", tmp_path / "killed")]
+    assert logs[0] == logs[1] and [step for step, loss, _ in logs[0] if loss] == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize("overlap", [1, 3])
+def test_a_merge_under_way_is_taken_in_as_the_equations_say(data: TokenShards, tmp_path: Path, store: dist.TCPStore,
+                                                            overlap: int) -> None:
+    asked = config(steps=9, overlap_steps=overlap, bias_speed=0.01)
+    found = all_of(2, data, tmp_path / "run", asked, store)[0].model.state_dict()
+
+    class Rank(TrainingLoop):  # alone, with the batches that it would have
+        rank = 0
+
+        def _numbers(self) -> range:
+            first = 12 * (self.step // 3) + 6 * self.rank + 2 * (self.step % 3)
+            return range(first, first + 2)
+
+        def _balance(self, load_LE: torch.Tensor) -> None:
+            loads[self.rank][-1].append(load_LE)
+            super()._balance(load_LE)
+
+    loads: list[list[list[torch.Tensor]]] = [[], []]
+    loops = [Rank(CausalLM(TINY).init_weights(torch.Generator().manual_seed(0)), data, asked, tmp_path / str(rank))
+             for rank in range(2)]
+    loops[1].rank = 1
+    named = [dict(loop.model.named_parameters()) for loop in loops]
+    codec, lr, momentum, decay = CODECS["2bit"], 0.8, 0.9, 0.95
+    theta = {name: p.detach().clone() for name, p in named[0].items()}
+    velocity = {name: torch.zeros_like(p) for name, p in theta.items()}
+    error = [{name: torch.zeros_like(p) for name, p in theta.items()} for _ in loops]
+    bias = [gate.e_score_correction_bias.clone() for gate in loops[0].gates]
+    sent: list[dict[str, torch.Tensor]] = [{}, {}]
+
+    def take_in(rank: int) -> None:
+        for name, p in named[rank].items():
+            p.data = theta[name] + (p.data - sent[rank][name])
+        for gate, agreed, number in zip(loops[rank].gates, bias, range(99), strict=False):
+            gate.e_score_correction_bias.copy_(agreed)
+            for load_LE in loads[rank][-1]:
+                gate.update_bias(load_LE[number], 0.01)
+
+    for turn in range(3):
+        for rank, loop in enumerate(loops):
+            loads[rank].append([])
+            for step in range(3):
+                if turn and step == overlap:
+                    take_in(rank)
+                loop.train_step()
+            if turn and overlap == 3:
+                take_in(rank)
+        change = {name: torch.zeros_like(p) for name, p in theta.items()}
+        for rank in range(2):
+            for name, p in named[rank].items():
+                wanted = theta[name] - p.data + decay * error[rank][name]
+                coded = codec.decode(codec.encode(wanted), wanted.shape)
+                error[rank][name] = wanted - coded
+                change[name] += 0.5 * coded
+                sent[rank][name] = p.data.clone()
+        for name, d in change.items():
+            velocity[name] = momentum * velocity[name] + d
+            theta[name] = theta[name] - lr * (d + momentum * velocity[name])
+        for step in range(3):
+            both_LE = loads[0][-1][step] + loads[1][-1][step]
+            for gate, agreed, load_E in zip(loops[0].gates, bias, both_LE, strict=False):
+                now, gate.e_score_correction_bias = gate.e_score_correction_bias, agreed
+                gate.update_bias(load_E, 0.01)
+                gate.e_score_correction_bias = now
+    for name, tensor in theta.items():
+        assert torch.allclose(found[name], tensor, atol=1e-6), name
+    for name, agreed in zip([name for name in found if name.endswith("correction_bias")], bias, strict=True):
+        assert torch.equal(found[name], agreed), name
+    for loop in loops:
+        loop._lock.close()
+
+
+def test_overlap_learns_as_much_and_evaluates_merged_weights(data: TokenShards, tmp_path: Path, store: dist.TCPStore
+                                                             ) -> None:
+    found = []
+    for overlap, place in ((0, store), (2, new_store())):
+        out = tmp_path / str(overlap)
+        one, two = all_of(2, data, out, config(steps=24, overlap_steps=overlap), place).values()
+        assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True))
+        found.append([record for record, _ in read_log(out / "log.jsonl")])
+        assert [record["step"] for record in rounds(out)] == [*range(3, 25, 3)]
+    losses = [[record["eval_loss"] for record in log if "eval_loss" in record] for log in found]
+    first = [log[0]["loss"] for log in found]
+    assert len(losses[0]) == len(losses[1]) == 4
+    assert all(loss[-1] < before - 0.3 for loss, before in zip(losses, first, strict=True))
+    plain, delayed = losses
+    assert delayed[-1] < plain[-2]  # two steps late, not six
+    loop = TrainingLoop(load_model(tmp_path / "2" / "model"), data, config(compress="none"), tmp_path / "again")
+    assert loop.evaluate()["eval_loss"] == pytest.approx(losses[1][-1], abs=1e-6)
+    loop._lock.close()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_rank_that_dies_while_its_part_is_under_way(
+    data: TokenShards, tmp_path: Path, store: dist.TCPStore, dies: int, told: bool
+) -> None:
+    """told: its part has come to the store."""
+    asked, back = config(steps=24, eval_every=24, overlap_steps=2, rank_timeout=60.0), list[RoundLoop]()
+    dead = threading.Event()
+
+    def die(loop: RoundLoop, step: int) -> None:
+        if dead.is_set():
+            return
+        if step == 3 and not told:
+            def silent(*_: Any) -> None:
+                raise RankError("never came")
+            loop.members.finish = silent  # type: ignore[method-assign,assignment]
+        if step == 6:
+            assert loop.flight is not None and loop.flight.number == 1
+            if told:
+                until(lambda: store.check([f"r1/about/{dies}"]))
+            store.set(f"gone/{dies}", "-9")
+            dead.set()
+            raise KilledError
+
+    def survive(loop: RoundLoop, step: int) -> None:
+        if step == 12:
+            until(lambda: bool(back) or store.check([f"join/{dies}"]))
+
+    def come_back() -> None:
+        dead.wait(60)
+        until(lambda: store.check(["r2/verdict"]))
+        back.append(train(dies, 2, store.port, data, tmp_path, asked))
+
+    thread = threading.Thread(target=come_back, daemon=True)
+    thread.start()
+    loops = all_of(2, data, tmp_path, asked, store, told={dies: die, 1 - dies: survive})
+    thread.join(60)
+    ranks = {record["round"]: record["ranks"] for record in rounds(tmp_path)}
+    alone = [1 - dies]
+    assert ranks[0] == [0, 1] and ranks.get(1, [0, 1]) == ([0, 1] if told else alone) and ranks[2] == ranks[3] == alone
+    assert ranks[6] == ranks[7] == [0, 1] and len(ranks) >= 7  # the leader's death may cost a line
+    one, two = loops[1 - dies].model.state_dict(), back[0].model.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert rounds(tmp_path)[-1]["loss"] < rounds(tmp_path)[0]["loss"]
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -286,11 +432,12 @@ def test_values_of_any_size_and_errors_that_say_who(store: dist.TCPStore) -> Non
 def test_what_makes_no_sense_is_refused() -> None:
     for changes, words in (({"inner_steps": 0}, "inner_steps = 0"), ({"outer_lr": -1.0}, "outer_lr = -1.0"),
                            ({"compress": "zip"}, "compress = 'zip'"), ({"error_decay": 2.0}, "error_decay = 2.0"),
+                           ({"overlap_steps": 4}, r"overlap_steps = 4: must be at most inner_steps \(3\)"),
                            ({"powersgd_rank": 2}, "powersgd_rank = 2: has a meaning only with compress = powersgd"),
                            ({"momentum": 0.9}, "momentum = 0.9: has a meaning only with optimizer = muon")):
         with pytest.raises(ConfigError, match=words):
             config(**changes)
-    rounds: dict[str, Any] = {"inner_steps": 3, "outer_lr": 1.0, "error_decay": 0.5}
+    rounds: dict[str, Any] = {"inner_steps": 3, "overlap_steps": 2, "outer_lr": 1.0, "error_decay": 0.5}
     for name, value in rounds.items():
         with pytest.raises(ConfigError, match=f"{name} = {value}: has a meaning only with compress = local or sparse"):
             config(compress="none", **dict.fromkeys(rounds) | {name: value})

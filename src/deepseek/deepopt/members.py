@@ -15,7 +15,9 @@ without it and joins again. Values are at most 8 MB in torch's store, so larger 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +28,7 @@ import torch.distributed as dist
 
 from ..errors import RankError
 from ..files import to_json
+from .ranks import Ranks
 
 PIECE = 4 << 20
 POLL = 0.1  # seconds between two looks
@@ -61,7 +64,6 @@ class Members:
     grace: float
     sent: int = 0  # bytes
     received: int = 0
-    waited: float = 0.0  # seconds
     mine: list[str] = field(default_factory=list)  # keys that this rank has set, to be deleted later
 
     @classmethod
@@ -126,20 +128,20 @@ class Members:
         self.put(f"r{number}/part/{self.rank}", part)
         self.put(f"r{number}/about/{self.rank}", to_json(about).encode())
 
-    def wait(self, number: int, members: Sequence[int]) -> list[int]:
+    def wait(self, number: int, members: Sequence[int], grace: float | None = None) -> list[int]:
         """Those who are at the end of a round: all members, or all that are not gone, or those that are when the grace
-        is over."""
-        began = time.monotonic()
+        is over. One that asks to join is gone: what it had of the round is lost."""
+        began, grace = time.monotonic(), self.grace if grace is None else grace
         missing = set(members)
         with self._named():
             while missing:
                 missing = {rank for rank in missing if not self.store.check([f"r{number}/about/{rank}"])}
-                gone = {rank for rank in missing if self.store.check([f"gone/{rank}"])}
-                left = self.grace - (time.monotonic() - began)
+                gone = {rank for rank in missing if self.store.check([f"gone/{rank}"])
+                        or self.store.check([f"join/{rank}"])}
+                left = grace - (time.monotonic() - began)
                 if missing == gone or left <= 0 or self.store.check([f"r{number}/verdict"]):
                     break
                 time.sleep(min(POLL, left))
-        self.waited += time.monotonic() - began
         return [rank for rank in members if rank not in missing]
 
     def decide(self, number: int, verdict: Verdict) -> Verdict:
@@ -172,9 +174,8 @@ class Members:
             self.store.delete_key(key)
         self._set(f"join/{self.rank}", b"1")
         self._await([f"admit/{self.rank}"], patience)
-        number, state = int(self.store.get(f"admit/{self.rank}")), self.get(f"state/{self.rank}")
         self.forget(f"join/{self.rank}")
-        return number, state
+        return int(self.store.get(f"admit/{self.rank}")), self.get(f"state/{self.rank}")
 
     # ---- waits ---------------------------------------------------------------------------------------------------
 
@@ -189,6 +190,30 @@ class Members:
 
     def _named(self) -> _Named:
         return _Named(self.rank)
+
+
+class Solo(Ranks):
+    """A rank whose steps are its own. leads: it writes log and checkpoints."""
+
+    def __init__(self, members: Members, local_rank: int) -> None:
+        super().__init__()
+        self.members, self.number, self.local_rank = members, members.rank, local_rank
+        self.leads, self.waits = True, 0
+
+    @property
+    def first(self) -> bool:
+        return self.leads
+
+    @contextlib.contextmanager
+    def first_here(self) -> Iterator[bool]:
+        key = f"prepared/{platform.node()}/{self.waits}"
+        self.waits += 1
+        if self.local_rank == 0 and not self.members.there("r-1/verdict"):
+            yield True
+            self.members.put(key, b"")
+        else:
+            self.members.prepared(key)
+            yield False
 
 
 class _Named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,3 +33,12 @@ def read_own(out: Path, rank: int, step: int) -> tuple[dict[str, Tensor], dict[s
         return None
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> Mapping[str, dict[str, Tensor]]:
+    """{what comes before the first dot of a name: {the rest: tensor}}; nothing of a part that is not there."""
+    found = defaultdict[str, dict[str, Tensor]](dict)
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        found[part][name] = tensor
+    return found

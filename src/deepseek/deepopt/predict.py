@@ -224,8 +224,9 @@ def _in_rounds(model: CausalLM, config: TrainConfig, size: int, line: Line, foun
     answers = 1 + size + 1 + 3 * size + (size - 1) * (2 + -(-part // PIECE))
     wire = line.seconds(2 * answers, size * (size - 1) * part) + POLL / 2
     computing = max(even(config.accumulation, size)) * found.batch + found.optimizer
+    waits = max(0.0, wire - (config.overlap_steps or 0) * computing)
     state = nbytes([*weights.values(), *feedback.state_dict().values(), *outer.state_dict().values()])
-    return Mode(config.compress, computing + (coding + wire) / length,
+    return Mode(config.compress, computing + (coding + waits) / length,
                 config.accumulation * found.batch + found.optimizer, coding / length, wire / length, part / length,
                 (size - 1) * part / length, state)
 

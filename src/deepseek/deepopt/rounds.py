@@ -1,28 +1,38 @@
 """Training in rounds: each rank takes `inner_steps` of its own, then all merge what they have changed.
 
-    Delta_i = theta - theta_i      what rank i has changed in the round, from the weights theta that all began with
+    Delta_i = theta - theta_i      what rank i has changed in the round, from the weights theta that all agree on
     sent_i  = Q(e_i + Delta_i)     coded (compress.py), and e_i = e_i + Delta_i - sent_i kept for the next round
     theta <- theta - outer(sum_i w_i sent_i)      w_i: its share of the round's tokens; outer: SGD, Nesterov momentum
 
 (DiLoCo, arXiv 2311.08105; two bits a value as in MuLoCo, 2505.23725; the largest values alone as in SparseLoCo,
-2508.15706.) Weights are equal on all ranks at the beginning of a round, moments of the inner optimizer stay where they
-are. The gates' biases are no gradients: each step's loads are sent along, and the biases go as they would have gone on
-the sum.
+2508.15706.) Moments of the inner optimizer stay where they are. The gates' biases are no gradients: each step's loads
+are sent along, and the biases go as they would have gone on the sum.
+
+A rank goes on from the merged weights, and from what it has changed since it sent its part:
+
+    theta_i <- theta + (theta_i - theta_i when sent)
+
+Without `overlap_steps` it waits, and the second term is zero. With them it takes the first steps of the next round
+while its part and the others' are on the line, and then the above: a merge delayed by some steps as in Streaming DiLoCo
+(2501.18512), which keeps what was learnt meanwhile as local SGD with delayed averaging does (DaSGD, 2006.00441). So
+each step counts in one Delta. Flights (flight.py) send and receive; steps decide when a merge is taken in, not clocks.
 
 A step of the schedule takes `accumulation` batches, divided among the ranks, as it would without rounds. A slow rank
 takes fewer steps in a round (`balance`): in proportion to its speed, as everybody measures its own.
 
-Ranks come and go between rounds (members.py). The lowest of them that has the weights writes log and checkpoints; every
-rank keeps in OUT/rank-RRRR what only it has.
+Ranks come and go between rounds (members.py); with `overlap_steps` a round later, as another has begun when one is
+decided on. The lowest of them that has the weights writes log and checkpoints; every rank keeps in OUT/rank-RRRR what
+only it has, with `overlap_steps` its weights and the part that is under way too: a checkpoint's weights are then those
+of the rank that wrote it. The end's are merged ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any
 
@@ -34,41 +44,16 @@ from torch import Tensor
 from ..files import to_json
 from ..interrupts import came, held
 from ..progress import ProgressBar
-from .compress import CODECS, ErrorFeedback, OuterNesterov
+from .agreed import Agreed, of_bytes
+from .flight import PATIENCE, Flight, end_of
 from .loop import TrainingLoop
-from .members import Members, Verdict, pieces
+from .members import Members, Solo, Verdict
 from .optimizers import trained
-from .own_state import read_own, write_own
-from .ranks import Ranks, even
+from .own_state import parts_of, read_own, write_own
+from .ranks import even
 from .run_folder import NoLog, RunLog
 
-PATIENCE = 600.0  # seconds that a rank waits to be let in, at least: it comes in at the end of a round
 SPEED = 0.5  # weight of the newest measurement
-
-
-class Solo(Ranks):
-    """A rank whose steps are its own. leads: it writes log and checkpoints."""
-
-    def __init__(self, members: Members, local_rank: int) -> None:
-        super().__init__()
-        self.members, self.number, self.local_rank = members, members.rank, local_rank
-        self.leads, self.waits = True, 0
-
-    @property
-    def first(self) -> bool:
-        return self.leads
-
-    @contextlib.contextmanager
-    def first_here(self) -> Iterator[bool]:
-        key = f"prepared/{platform.node()}/{self.waits}"
-        self.waits += 1
-        if self.local_rank == 0 and not self.members.there("r-1/verdict"):
-            yield True
-            self.members.put(key, b"")
-        else:
-            self.members.prepared(key)
-            yield False
-
 
 class RoundLoop(TrainingLoop):
     """The loop of one rank. Arguments as of TrainingLoop."""
@@ -78,19 +63,23 @@ class RoundLoop(TrainingLoop):
     def __init__(self, *args: Any, ranks: Solo, **more: Any) -> None:
         super().__init__(*args, ranks=ranks, **more)
         config = self.config
-        self.members = ranks.members
-        length, decay, lr, momentum = (config.inner_steps, config.error_decay, config.outer_lr, config.outer_momentum)
-        assert length is not None and decay is not None and lr is not None and momentum is not None
-        self.length = length  # steps of a round, of the fastest rank
-        self.feedback = ErrorFeedback(CODECS["2bit" if config.compress == "local" else "sparse"], decay)
-        self.outer = OuterNesterov(lr, momentum)
-        self.round, self.begin = self.step // length, self.step * config.accumulation
-        self.taking: list[int] = []  # the ranks of this round
-        self.steps: dict[int, int] = {}  # that each of them takes
+        self.members: Members = ranks.members
+        assert config.inner_steps is not None and config.overlap_steps is not None
+        self.length, self.overlap = config.inner_steps, config.overlap_steps  # steps of the fastest rank
+        self.agreed = Agreed(config)
+        self.agreed.begin(self._weights())
+        self.biases = self._biases()  # that all agree on
+        self.round, self.begin = self.step // self.length, self.step * config.accumulation
+        self.plans: list[Verdict] = []  # of this round, and of the next where it is decided on
+        self.taking: list[int] = []  # the ranks of this round that are still there
+        self.flight: Flight | None = None
+        self.start = self.step  # where this round begins
         self.done = 0  # own steps in this round
-        self.loads: list[Tensor] = []
-        self.speed = 0.0
+        self.loads: list[Tensor] = []  # of each of them
+        self.speed = self.aside = 0.0  # aside: seconds of this round for evaluations and the like
+        self.ends = False  # nobody goes on
         self.log: RunLog | NoLog = NoLog()
+        self._told: Callable[[dict[str, Any]], None] | None = None
         if self.step:
             self._read_own()
 
@@ -102,141 +91,190 @@ class RoundLoop(TrainingLoop):
             yield
 
     def _take_steps(self, on_step: Callable[[dict[str, Any]], None] | None) -> None:
-        config = self.config
+        self._told = on_step
         self._start()
-        bar = ProgressBar(total=config.steps, initial=self.step, unit="step", desc=f"rank {self.members.rank}")
+        bar = ProgressBar(total=self.config.steps, initial=self.step, unit="step", desc=f"rank {self.members.rank}")
         try:
-            while self.step < config.steps:
-                record = self._take_round(bar)
-                if record is None:
-                    raise KeyboardInterrupt("a signal came to this rank")
-                if on_step is not None:
-                    on_step(record)
+            while self.step < self.config.steps:
+                self._take_round(bar)
         finally:
             bar.close()
             self.log.close()
 
-    def _take_round(self, bar: ProgressBar) -> dict[str, Any] | None:
-        """Returns the record of the log, or None where this rank leaves."""
-        config, members, start = self.config, self.members, self.step
-        theta = {name: p.detach().clone() for name, p in trained(self.model).items()}
-        biases = [gate.e_score_correction_bias.clone() for gate in self._balanced()]
-        self.loads, losses, tokens, mine = [], [], 0, self.steps[members.rank]
-        length = min(max(self.steps.values()), config.steps - start)
-        mine = max(1, min(mine, length))
-        began = time.monotonic()
+    def _take_round(self, bar: ProgressBar) -> None:
+        """Raises KeyboardInterrupt where this rank is asked to leave."""
+        config, start, began = self.config, self.step, time.monotonic()
+        self.start = start
+        length = self._length()
+        mine = max(1, min(self.plans[0].steps[self.members.rank], length))
+        when = -(-self.overlap * mine // self.length)  # own steps before the merge of the last round is taken in
+        losses, tokens, seconds, self.aside = [], 0, 0.0, 0.0
         for self.done in range(mine):
-            self.step = start + self.done * length // mine
+            if self.done == when and not self._arrive(bar):
+                return
+            self.step, stepped = start + self.done * length // mine, time.monotonic()
             record = self.train_step()
+            seconds += time.monotonic() - stepped
             losses.append(record["loss"])
             tokens += self._tokens
             bar.set_postfix_str(f"loss {record['loss']:.3f}")
             bar.advance_to(start + (self.done + 1) * length // mine)
-        seconds = time.monotonic() - began
-        self.speed = tokens / seconds if not self.speed else (1 - SPEED) * self.speed + SPEED * tokens / seconds
+        self.step = start
+        if not self._arrive(bar):
+            return
         self.step = start + length
-        members.sent = members.received = 0
-        members.waited = 0.0
-        part = b"".join([
-            *(self.feedback.encode(name, theta[name] - p.detach()).numpy().tobytes()
-              for name, p in trained(self.model).items()),
-            torch.stack(self.loads).int().numpy().tobytes()])
-        members.finish(self.round, {"tokens": tokens, "steps": mine, "speed": self.speed, "leaving": came(),
-                                    "loss": sum(losses) / len(losses)}, part)
-        verdict = members.decide(self.round, self._verdict(members.wait(self.round, self.taking)))
-        if members.rank not in verdict.merged:  # it came too late
-            self._join()
-            return {"step": self.step, "late": True}
-        said = {rank: members.about(self.round, rank) for rank in verdict.merged}
-        total = sum(one["tokens"] for one in said.values())
-        self._merge(theta, biases, part, said, {rank: one["tokens"] / total for rank, one in said.items()})
-        wall = time.monotonic() - began
-        record = {"step": self.step, "round": self.round, "loss": sum(
-            one["loss"] * one["tokens"] for one in said.values()) / total, "lr": record["lr"],
-            "grad_norm": record["grad_norm"], "max_vio": record["max_vio"], "tokens_per_second": round(total / wall),
-            "seconds": round(wall, 4), "ranks": verdict.merged,
-            "steps": {str(rank): one["steps"] for rank, one in said.items()},
-            "efficiency": round(seconds / wall, 4), "waited": round(members.waited, 3),
-            "bytes_sent": members.sent, "bytes_received": members.received}
-        return self._close(start, verdict, record, bar)
-
-    def _close(self, start: int, verdict: Verdict, record: dict[str, Any], bar: ProgressBar) -> dict[str, Any] | None:
-        """Write what is due, take in who joins, and go over to the next round."""
-        config, members, stays = self.config, self.members, [r for r in verdict.members if r not in verdict.joining]
-        last = self.step >= config.steps or not stays
-        due = {name: last or start // every != self.step // every
-               for name, every in (("eval", config.eval_every), ("save", config.save_every))}
-        self.round, self.begin = self.round + 1, verdict.begin
-        self.taking, self.steps = verdict.members, verdict.steps
-        self._lead(members.rank == min(stays or verdict.merged))
-        self.log.write(record)
-        if self.ranks.leads:
-            state = self._state_of_all() if verdict.joining else b""
-            for rank in verdict.joining:
-                members.admit(rank, self.round, state)
-        if due["save"]:
+        self.speed = tokens / seconds if not self.speed else (1 - SPEED) * self.speed + SPEED * tokens / seconds
+        leaves = self._send({"tokens": tokens, "steps": mine, "speed": self.speed, "loss": sum(losses) / len(losses),
+                    "seconds": seconds, **{key: record[key] for key in ("lr", "grad_norm", "max_vio")}}, start, began)
+        waits = not self.overlap or self.step >= config.steps
+        if waits and not self._arrive(bar):
+            return
+        due = start // config.save_every != self.step // config.save_every
+        if due or leaves or self.ends or self.step >= config.steps:
             self._write_own()
             if self.ranks.leads:
                 self.save()
-        if due["eval"] and self.ranks.leads:
-            self._look(self.log, bar)
-        members.forget(f"r{self.round - 3}/")
-        return record if members.rank in verdict.members or (last and self.step >= config.steps) else None
+        if leaves:
+            self._arrive(bar)
+            raise KeyboardInterrupt("a signal came to this rank")
 
-    def _verdict(self, present: Sequence[int]) -> Verdict:
-        """What this rank would decide on the round."""
-        said = {rank: self.members.about(self.round, rank) for rank in present}
-        joining = self.members.asking(self.taking)
-        staying = [rank for rank in present if not said[rank]["leaving"]]
-        members = sorted([*staying, *joining]) if staying else []
-        fastest = max((said[rank]["speed"] for rank in staying), default=1.0)
-        steps = {rank: max(1, round(self.length * said[rank]["speed"] / fastest))
-                 if self.config.balance and rank in said else self.length for rank in members}
-        begin = self.begin + sum(self.steps[rank] * part for rank, part in zip(
-            self.taking, even(self.config.accumulation, len(self.taking)), strict=True))
-        return Verdict(list(present), members, joining, steps, begin)
+    def _send(self, about: dict[str, Any], start: int, began: float) -> bool:
+        """Say what this rank has done, and give what it has changed. Returns whether it leaves then."""
+        part = self.agreed.encode(self._weights()) + torch.stack(self.loads).int().cpu().numpy().tobytes()
+        plan, self.loads = self.plans.pop(0), []
+        if self.overlap and not self.plans:  # the first round, before which nothing was decided
+            self.plans.append(Verdict([], plan.members, [], plan.steps, end_of(plan, self.config.accumulation)))
+        if self.overlap and self.step < self.config.steps:
+            about["wall"] = time.monotonic() - began - self.aside
+        leaves = about["leaving"] = came() and self.step < self.config.steps
+        self.flight = Flight(self.round, start, self.step, self.taking, about, part,
+                             self.plans[-1] if self.plans else plan, self._copies(), began)
+        self.flight.start(self.members, self.config)
+        self.round += 1
+        if self.plans:
+            self.taking = self.plans[0].members
+        return leaves
+
+    def _arrive(self, bar: ProgressBar) -> bool:
+        """Take in the round that is under way, if there is one, write what is due and let in who joins. Returns whether
+        this rank still takes part."""
+        if self.flight is None:
+            return True
+        flight, self.flight, waits = self.flight, None, time.monotonic()
+        verdict, said, parts = flight.found.result()
+        began, members = time.monotonic(), self.members
+        if flight.part and members.rank not in verdict.merged:  # it came too late
+            if flight.about["leaving"]:
+                raise KeyboardInterrupt("a signal came to this rank")
+            self._join()
+            return False
+        total = sum(one["tokens"] for one in said.values())
+        self._merge(flight, {rank: one["steps"] for rank, one in said.items()}, parts,
+                    {rank: one["tokens"] / total for rank, one in said.items()})
+        wall = flight.about.get("wall") or time.monotonic() - flight.began
+        self.plans.append(verdict)
+        between = len(self.plans) > 1  # another round has begun
+        self.taking = [rank for rank in self.plans[0].members
+                       if not between or (rank in verdict.members and rank not in verdict.joining)]
+        stays = [rank for rank in verdict.members if rank not in verdict.joining]
+        self.ends = not stays
+        self._lead(members.rank == min([r for r in stays if r in said] or verdict.merged or stays))
+        if flight.part:
+            self.log.write(record := {
+                "step": flight.step, "round": flight.number,
+                "loss": sum(one["loss"] * one["tokens"] for one in said.values()) / total,
+                **{key: flight.about[key] for key in ("lr", "grad_norm", "max_vio")},
+                "tokens_per_second": round(total / wall), "seconds": round(wall, 4), "ranks": verdict.merged,
+                "steps": {str(rank): one["steps"] for rank, one in said.items()},
+                "efficiency": round(flight.about["seconds"] / wall, 4), "waited": round(began - waits, 3),
+                "bytes_sent": members.sent, "bytes_received": members.received})
+            if self._told is not None:
+                self._told(record)
+        if self.ranks.leads:
+            state = self._state_of_all(between) if verdict.joining else b""
+            for rank in verdict.joining:
+                members.admit(rank, self.round + between, state)
+            every = self.config.eval_every
+            if self.ends or flight.step >= self.config.steps or flight.begin // every != flight.step // every:
+                with self._as_agreed(flight.step):
+                    self._look(self.log, bar)
+        members.forget(f"r{flight.number - 2}/")
+        self.aside += time.monotonic() - began
+        return True
 
     @torch.no_grad()
-    def _merge(self, theta: dict[str, Tensor], biases: list[Tensor], own: bytes, said: dict[int, dict[str, Any]],
-               weights: dict[int, float]) -> None:
-        """Go from the weights that the round began with to the next ones, the same on every rank."""
-        merged = {name: torch.zeros_like(value) for name, value in theta.items()}
-        sizes = [self.feedback.codec.nbytes(tuple(value.shape)) for value in theta.values()]
-        loads = []
-        for rank, about in said.items():
-            payload = own if rank == self.members.rank else self.members.part(self.round, rank)
-            *parts, load = pieces(payload, [*sizes, len(payload) - sum(sizes)])
-            for (name, value), part in zip(theta.items(), parts, strict=True):
-                sent = self.feedback.codec.decode(torch.from_numpy(np.frombuffer(part, np.uint8).copy()), value.shape)
-                merged[name] += weights[rank] * sent
-            loads.append(torch.from_numpy(np.frombuffer(load, np.int32).copy()).view(
-                about["steps"], *self.loads[0].shape))
-        self.outer.step(theta, merged)
-        for name, parameter in trained(self.model).items():
-            parameter.copy_(theta[name])
-        for gate, bias in zip(self._balanced(), biases, strict=True):
-            gate.e_score_correction_bias.copy_(bias)
-        for step in range(max(about["steps"] for about in said.values())):
+    def _merge(self, flight: Flight, steps: dict[int, int], parts: dict[int, bytes], shares: dict[int, float]) -> None:
+        """Move what all agree on, and this rank's weights and biases with it."""
+        rests = self.agreed.merge(parts, shares)
+        for name, weight in self._weights().items():
+            weight.copy_(self.agreed.theta[name] + (weight - flight.sent[name]))
+        self._set_biases(self.biases)
+        experts = self.model.config.n_routed_experts
+        loads = [of_bytes(rest, np.int32).view(steps[rank], -1, experts).to(self.model.device)
+                 for rank, rest in rests.items()]
+        for step in range(max(steps.values(), default=0)):
             super()._balance(torch.stack([load[step] for load in loads if step < len(load)]).sum(0))
+        self.biases = self._biases()
+        for load_LE in self.loads:
+            super()._balance(load_LE)
 
     def _numbers(self) -> range:
-        parts, rank = even(self.config.accumulation, len(self.taking)), self.members.rank
-        place = self.taking.index(rank)
-        before = sum(self.steps[other] * part for other, part in zip(self.taking[:place], parts, strict=False))
-        first = self.begin + before + self.done * parts[place]
+        plan, rank = self.plans[0], self.members.rank
+        parts, place = even(self.config.accumulation, len(plan.members)), plan.members.index(rank)
+        before = sum(plan.steps[other] * part for other, part in zip(plan.members[:place], parts, strict=False))
+        first = plan.begin + before + self.done * parts[place]
         return range(first, first + parts[place])
+
+    def _length(self) -> int:
+        """Steps of the schedule in this round."""
+        return min(max(self.plans[0].steps.values()), self.config.steps - self.start)
 
     def _balance(self, load_LE: Tensor) -> None:
         self.loads.append(load_LE)
         super()._balance(load_LE)
 
+    # ---- weights and biases --------------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is trained, as it lies in the model."""
+        return {name: p.detach() for name, p in trained(self.model).items()}
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: weight.clone() for name, weight in self._weights().items()}
+
     def _balanced(self) -> list[Any]:
         return [gate for gate in self.gates if hasattr(gate, "e_score_correction_bias")]
+
+    def _biases(self) -> dict[str, Tensor]:
+        return {str(layer): gate.e_score_correction_bias.clone() for layer, gate in enumerate(self._balanced())}
+
+    def _set_biases(self, biases: Mapping[str, Tensor]) -> None:
+        for layer, gate in enumerate(self._balanced()):
+            gate.e_score_correction_bias.copy_(biases[str(layer)])
+
+    @torch.no_grad()
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in self._weights().items():
+            weight.copy_(weights[name])
+
+    @contextlib.contextmanager
+    def _as_agreed(self, step: int) -> Iterator[None]:
+        """The model as all agree on it, at a step; this rank's own weights afterwards."""
+        own = self._copies(), self._biases(), self.step
+        self._set_weights(self.agreed.theta)
+        self._set_biases(self.biases)
+        self.step = step
+        try:
+            yield
+        finally:
+            self._set_weights(own[0])
+            self._set_biases(own[1])
+            self.step = own[2]
 
     # ---- coming and going ----------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Begin with those who have the same weights; others get them."""
+        """Begin with those who agree on the same weights; others get them."""
         members = self.members
         if members.there("r-1/verdict"):
             return self._join()
@@ -248,51 +286,60 @@ class RoundLoop(TrainingLoop):
         verdict = members.decide(-1, Verdict(same, present, [r for r in present if r not in same], every, self.begin))
         if members.rank not in verdict.merged:
             return self._join()
-        self.taking, self.steps = verdict.members, verdict.steps
+        self.plans, self.taking = [verdict], verdict.members
         self._lead(members.rank == verdict.merged[0])
+        if self.flight is not None:
+            self.flight.ranks, self.flight.latest = verdict.merged, verdict
         if self.ranks.leads:
             state = self._state_of_all()
             for rank in verdict.joining:
                 members.admit(rank, self.round, state)
+        if self.flight is not None:
+            self.flight.start(members, self.config)
 
     def _join(self) -> None:
         """Take what the others have."""
+        self.flight = None
         self._lead(False)
-        number, state = self.members.join(max(PATIENCE, self.config.rank_timeout))
+        self.round, state = self.members.join(max(PATIENCE, self.config.rank_timeout))
         tensors = load(state)
         about = json.loads(tensors.pop("about").numpy().tobytes())
-        self.model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()
-                                    if name.startswith("model.")}, strict=False)
-        self.outer.load_state_dict({name.removeprefix("outer."): tensor for name, tensor in tensors.items()
-                                    if name.startswith("outer.")})
-        self.feedback.load_state_dict({})
-        self.step, self.begin, self.round, self.taking = about["step"], about["begin"], number, about["taking"]
-        self.steps = {int(rank): steps for rank, steps in about["steps"].items()}
+        self.agreed.load_state_dict(tensors)
+        self._set_weights(self.agreed.theta)
+        self._set_biases(parts_of(tensors)["bias"])
+        self.biases, self.loads, self.step = self._biases(), [], about["step"]
+        self.plans = [Verdict.of(to_json(about["plan"]).encode())]
+        self.taking = self.plans[0].members
+        if (under_way := about["flight"]) is not None:
+            self.flight = Flight(**under_way, about={}, part=b"", latest=self.plans[0], sent=self._copies())
+            self.flight.start(self.members, self.config)
 
-    def _state_of_all(self) -> bytes:
-        """What a rank that joins needs."""
-        about = {"step": self.step, "begin": self.begin, "taking": self.taking, "steps": self.steps}
-        weights = dict(self._weights())
-        return save({**{f"model.{name}": tensor.contiguous() for name, tensor in weights.items()},
-                     **{f"outer.{name}": tensor for name, tensor in self.outer.state_dict().items()},
-                     "about": torch.from_numpy(np.frombuffer(to_json(about).encode(), np.uint8).copy())})
+    def _state_of_all(self, between: bool = False) -> bytes:
+        """What a rank that joins needs. between: it begins with the round after this one."""
+        flight, end = self.flight, self.start + self._length() if between else self.step
+        under_way = {"number": self.round, "begin": self.start, "step": end, "ranks": self.taking} if between else None
+        if flight is not None:
+            under_way = {"number": flight.number, "begin": flight.begin, "step": flight.step, "ranks": flight.ranks}
+        about = {"step": end, "plan": asdict(self.plans[-1]), "flight": under_way}
+        return save({**{key: tensor.cpu().contiguous() for key, tensor in self._agreed_on().items()},
+                     "about": of_bytes(to_json(about).encode(), np.uint8)})
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What is trained, and the biases, by name."""
-        yield from ((name, p.detach()) for name, p in trained(self.model).items())
-        yield from ((name, buffer) for name, buffer in self.model.named_buffers()
-                    if name.endswith("e_score_correction_bias"))
+    def _agreed_on(self) -> dict[str, Tensor]:
+        return {**{key: tensor for key, tensor in self.agreed.state_dict().items() if not key.startswith("error.")},
+                **{f"bias.{layer}": bias for layer, bias in self.biases.items()}}
 
     def _key(self) -> str:
         """Of what ranks must have in common to begin together."""
-        key = blake2b(to_json([self.step, self.round, self.begin]).encode(), digest_size=16)
-        for _, tensor in self._weights():
-            key.update(tensor.contiguous().cpu().numpy().tobytes())
+        number = None if self.flight is None else self.flight.number
+        key = blake2b(to_json([self.step, self.round, self.begin, number]).encode(), digest_size=16)
+        for name, tensor in sorted(self._agreed_on().items()):
+            key.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
         return key.hexdigest()
 
     def _lead(self, leads: bool) -> None:
         if leads and not isinstance(self.log, RunLog):
-            self.log = RunLog(self.out, self.step, self.config.tensorboard)
+            # the line of a round that is under way is still to come
+            self.log = RunLog(self.out, self.step - (self.flight is not None), self.config.tensorboard)
         elif not leads:
             self.log.close()
             self.log = NoLog()
@@ -301,28 +348,36 @@ class RoundLoop(TrainingLoop):
     # ---- what only this rank has -----------------------------------------------------------------------------------
 
     def _write_own(self) -> None:
-        moments = {f"{name}.{key}": value for name, state in self._optimizer_state() for key, value in state.items()
-                   if isinstance(value, Tensor)}
-        tensors = {**{f"inner.{name}": value for name, value in moments.items()},
-                   **{f"error.{name}": value for name, value in self.feedback.state_dict().items()},
-                   **{f"outer.{name}": value for name, value in self.outer.state_dict().items()}}
-        write_own(self.out, self.members.rank, self.step, tensors,
-                  {"round": self.round, "begin": self.begin, "speed": self.speed})
+        moments = {f"inner.{name}.{key}": value for name, state in self._optimizer_state()
+                   for key, value in state.items() if isinstance(value, Tensor)}
+        about: dict[str, Any] = {"round": self.round, "begin": self.plans[0].begin, "speed": self.speed}
+        under_way: dict[str, Tensor] = {}
+        if (flight := self.flight) is not None:  # then its weights are not those of the checkpoint
+            about["flight"] = to_json({"number": flight.number, "begin": flight.begin, "step": flight.step,
+                                       "ranks": [], "about": flight.about | {"leaving": False}})
+            under_way = {"part": of_bytes(flight.part, np.uint8), **self._agreed_on(),
+                         **{f"own.{name}": weight for name, weight in self._weights().items()},
+                         **{f"own_bias.{layer}": bias for layer, bias in self._biases().items()}}
+        kept = {key: tensor for key, tensor in self.agreed.state_dict().items() if not key.startswith("theta.")}
+        write_own(self.out, self.members.rank, self.step, moments | kept | under_way, about)
 
     def _read_own(self) -> None:
         """Of the checkpoint that the run goes on from; a rank without one begins with moments and errors of zero."""
         if (found := read_own(self.out, self.members.rank, self.step)) is None:
             self.optimizer.state.clear()  # the checkpoint's are those of another rank
             return
-        parts: dict[str, dict[str, Tensor]] = {"inner": {}, "error": {}, "outer": {}}
-        for key, tensor in found[0].items():
-            part, _, name = key.partition(".")
-            parts[part][name] = tensor
-        about = found[1]
+        tensors, about = found
         self.round, self.begin, self.speed = int(about["round"]), int(about["begin"]), float(about["speed"])
-        for name, parameter in trained(self.model).items():
-            self.optimizer.state[parameter].update({
-                key.removeprefix(f"{name}."): value for key, value in parts["inner"].items()
-                if key.rpartition(".")[0] == name})
-        self.feedback.load_state_dict(parts["error"])
-        self.outer.load_state_dict(parts["outer"])
+        parts = parts_of(tensors)
+        parameters = trained(self.model)
+        for place, tensor in parts["inner"].items():
+            name, _, key = place.rpartition(".")
+            self.optimizer.state[parameters[name]][key] = tensor
+        self.agreed.load_state_dict(tensors)
+        if "flight" in about:
+            self._set_weights(parts["own"])
+            self._set_biases(parts["bias"])
+            self.biases = self._biases()
+            self._set_biases(parts["own_bias"])
+            self.flight = Flight(**json.loads(about["flight"]), part=tensors["part"].numpy().tobytes(),
+                                 latest=Verdict([], [], [], {}, 0), sent=self._copies())

@@ -20,7 +20,7 @@ Algorithm = Literal["adamw", "muon"]
 Moments = Literal["fp32", "8bit"]
 
 # settings that have a meaning only with certain values of another, and their defaults then
-_ROUNDS = {"inner_steps": 30, "error_decay": 0.95}
+_ROUNDS = {"inner_steps": 30, "overlap_steps": 0, "error_decay": 0.95}
 ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
     "optimizer": {"muon": {"momentum": 0.95}},
     "compress": {"powersgd": {"powersgd_rank": 4},
@@ -76,6 +76,9 @@ class TrainConfig(Settings):
         "ranks that share one set of routed experts, each with its own part (compress = none)", COUNT)] = 1
     powersgd_rank: Annotated[int | None, Option("columns of PowerSGD's factors; 4", COUNT)] = None
     inner_steps: Annotated[int | None, Option("steps between two merges (local, sparse); 30", COUNT)] = None
+    overlap_steps: Annotated[int | None, Option(
+        "steps of a round that ranks take while the merge of the one before is under way, before they wait for it "
+        "(local, sparse); 0, which is none", NATURAL)] = None
     outer_lr: Annotated[float | None, Option(
         "learning rate of a merge; 0.8 (local) or 1 (sparse)", POSITIVE)] = None
     outer_momentum: Annotated[float | None, Option(
@@ -105,6 +108,9 @@ class TrainConfig(Settings):
         if self.expert_parallel > 1 and self.compress != "none":
             raise ConfigError(f"expert_parallel = {self.expert_parallel}: goes only with compress = none, this is "
                               f"{self.compress}")
+        if (self.overlap_steps or 0) > (self.inner_steps or 0):
+            raise ConfigError(f"overlap_steps = {self.overlap_steps}: must be at most inner_steps "
+                              f"({self.inner_steps}), as a merge is over before the next one begins")
 
 
 def only_with(setting: str, value: Any) -> dict[str, Any]:

@@ -37,10 +37,10 @@ from ..settings import Device
 from ..tokenizer import Tokenizer
 from .expert_parallel import ExpertParallelLoop, check_layout
 from .loop import TrainingLoop
-from .members import Members
+from .members import Members, Solo
 from .predict import Prediction, predict
 from .ranks import Ranks
-from .rounds import RoundLoop, Solo
+from .rounds import RoundLoop
 from .run_folder import checkpoints, kept_in, run_in, step_of
 from .settings import IN_ROUNDS, STORE, Line, RunConfig, TrainConfig
 
