@@ -196,6 +196,15 @@ def test_all_killed_and_started_again_end_in_the_same_bytes(data: TokenShards, t
     assert logs[0] == logs[1] and [step for step, loss, _ in logs[0] if loss] == [3, 6, 9, 12]
 
 
+def test_a_rank_that_starts_again_after_the_end_does_not_wait(data: TokenShards, tmp_path: Path, store: dist.TCPStore
+                                                              ) -> None:
+    all_of(2, data, tmp_path, config(steps=3), store)
+    before = weights(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert train(1, 2, store.port, data, tmp_path, config(steps=3)).step == 3
+    assert weights(tmp_path) == before
+
+
 @pytest.mark.parametrize("overlap", [1, 3])
 def test_a_merge_under_way_is_taken_in_as_the_equations_say(data: TokenShards, tmp_path: Path, store: dist.TCPStore,
                                                             overlap: int) -> None:

@@ -49,10 +49,12 @@ def _in_rounds(ranks: int, command: list[str], environment: dict[str, str]) -> i
     store: dist.TCPStore
     running: dict[int, Process] = {}
     left, statuses = dict.fromkeys(range(ranks), RESTARTS), [0]
+    ended: list[int] = []  # before the store that is there now
 
     def start(rank: int) -> None:
         running[rank] = _start(command, environment | {
-            STORE: f"127.0.0.1:{store.port}", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
+            STORE: f"127.0.0.1:{store.port}", "RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank - sum(other < rank for other in ended))})
 
     def again(rank: int, why: str) -> None:
         if not left[rank]:
@@ -81,6 +83,9 @@ def _in_rounds(ranks: int, command: list[str], environment: dict[str, str]) -> i
                     process.kill()
                     process.wait()
                 store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+                ended[:] = [rank for rank in range(ranks) if rank not in running]
+                for rank in ended:  # nobody waits for them
+                    store.set(f"gone/{rank}", "-1")
                 for rank in list(running):
                     again(rank, "no rank has the weights any more, the last checkpoint has")
     return 128 + came[0] if came else max(statuses)

@@ -91,6 +91,9 @@ class RoundLoop(TrainingLoop):
             yield
 
     def _take_steps(self, on_step: Callable[[dict[str, Any]], None] | None) -> None:
+        if self.step >= self.config.steps:  # all is trained; one that starts again after the others have ended writes
+            self.ranks.leads = self.ranks.local_rank == 0 or self.members.there("r-1/verdict")
+            return
         self._told = on_step
         self._start()
         bar = ProgressBar(total=self.config.steps, initial=self.step, unit="step", desc=f"rank {self.members.rank}")
