@@ -3,7 +3,7 @@
 // so the bits are those of every other table. Below sixteen tokens the tiles would be mostly empty: AVX-512 does those.
 //
 // DEEPSEEK_EMULATE_AMX compiles the same code on emulated tiles, for machines without them (tests/native).
-#include "lanes.h"
+#include "attention_lanes.h"
 
 #if defined(__AVX512VNNI__) && (defined(__AMX_INT8__) || defined(DEEPSEEK_EMULATE_AMX))
 #include <stdlib.h>

@@ -1,6 +1,6 @@
 // AVX2 with FMA. There is no product of bytes that cannot overflow 16 bits here, except |weight| times the activation
 // with the weight's sign: 2 * 127 * 127 fits. So the code is looked up twice, level and magnitude.
-#include "lanes.h"
+#include "attention_lanes.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 namespace deepseek {

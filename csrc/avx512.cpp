@@ -3,7 +3,7 @@
 //
 // One to seven tokens: codes go from memory through a byte shuffle into the product; memory is the limit. From eight
 // on: codes of four blocks are unpacked once into the first cache and met by six tokens at a time.
-#include "lanes.h"
+#include "attention_lanes.h"
 
 #if defined(__AVX512VNNI__)
 namespace deepseek {

@@ -1,6 +1,6 @@
 // The plainest form of the shared arithmetic: the twin that the fast tables are compared with, and what runs where there
 // is no other.
-#include "lanes.h"
+#include "attention_lanes.h"
 
 namespace deepseek {
 namespace {

@@ -54,12 +54,15 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**keys | rounds | changes)
 
 
+OnStep = Callable[[RoundLoop, int], None]
+
+
 class KilledError(Exception):
     """Ends a rank without a word to the others."""
 
 
 def train(rank: int, size: int, port: int, data: TokenShards, out: Path, asked: TrainConfig,
-          on_step: Callable[[RoundLoop, int], None] | None = None) -> RoundLoop:
+          on_step: OnStep | None = None) -> RoundLoop:
     """What one rank does. on_step: told of every step of its own before it is taken."""
     members = Members.at(f"127.0.0.1:{port}", rank, size, asked.rank_timeout)
     model = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
@@ -82,7 +85,7 @@ def train(rank: int, size: int, port: int, data: TokenShards, out: Path, asked: 
 
 
 def all_of(size: int, data: TokenShards, out: Path, asked: TrainConfig, store: dist.TCPStore, *,
-           told: Mapping[int, Callable[[RoundLoop, int], None]] | None = None) -> dict[int, RoundLoop]:
+           told: Mapping[int, OnStep] | None = None) -> dict[int, RoundLoop]:
     """Run the ranks. told: `on_step` of some of them."""
     loops: dict[int, RoundLoop] = {}
     failed: list[BaseException] = []
@@ -296,14 +299,30 @@ def test_overlap_learns_as_much_and_evaluates_merged_weights(data: TokenShards, 
     loop._lock.close()
 
 
+def all_but_one(dies: int, data: TokenShards, out: Path, asked: TrainConfig, store: dist.TCPStore,
+                dead: threading.Event, die: OnStep, survive: OnStep) -> tuple[RoundLoop, RoundLoop]:
+    """(the loop of the rank that stays, that of the one which dies, and comes back after round 2)."""
+    back: list[RoundLoop] = []
+
+    def come_back() -> None:
+        dead.wait(60)
+        until(lambda: store.check(["r2/verdict"]))
+        back.append(train(dies, 2, store.port, data, out, asked))
+
+    thread = threading.Thread(target=come_back, daemon=True)
+    thread.start()
+    loops = all_of(2, data, out, asked, store, told={dies: die, 1 - dies: survive})
+    thread.join(60)
+    return loops[1 - dies], back[0]
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 @pytest.mark.parametrize("told", [False, True])
 def test_a_rank_that_dies_while_its_part_is_under_way(
     data: TokenShards, tmp_path: Path, store: dist.TCPStore, dies: int, told: bool
 ) -> None:
     """told: its part has come to the store."""
-    asked, back = config(steps=24, eval_every=24, overlap_steps=2, rank_timeout=60.0), list[RoundLoop]()
-    dead = threading.Event()
+    asked, dead = config(steps=24, eval_every=24, overlap_steps=2, rank_timeout=60.0), threading.Event()
 
     def die(loop: RoundLoop, step: int) -> None:
         if dead.is_set():
@@ -322,22 +341,14 @@ def test_a_rank_that_dies_while_its_part_is_under_way(
 
     def survive(loop: RoundLoop, step: int) -> None:
         if step == 12:
-            until(lambda: bool(back) or store.check([f"join/{dies}"]))
+            until(lambda: dies in loop.taking or store.check([f"join/{dies}"]))
 
-    def come_back() -> None:
-        dead.wait(60)
-        until(lambda: store.check(["r2/verdict"]))
-        back.append(train(dies, 2, store.port, data, tmp_path, asked))
-
-    thread = threading.Thread(target=come_back, daemon=True)
-    thread.start()
-    loops = all_of(2, data, tmp_path, asked, store, told={dies: die, 1 - dies: survive})
-    thread.join(60)
+    survivor, back = all_but_one(dies, data, tmp_path, asked, store, dead, die, survive)
     ranks = {record["round"]: record["ranks"] for record in rounds(tmp_path)}
     alone = [1 - dies]
     assert ranks[0] == [0, 1] and ranks.get(1, [0, 1]) == ([0, 1] if told else alone) and ranks[2] == ranks[3] == alone
     assert ranks[6] == ranks[7] == [0, 1] and len(ranks) >= 7  # the leader's death may cost a line
-    one, two = loops[1 - dies].model.state_dict(), back[0].model.state_dict()
+    one, two = survivor.model.state_dict(), back.model.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert rounds(tmp_path)[-1]["loss"] < rounds(tmp_path)[0]["loss"]
 
@@ -366,23 +377,13 @@ def test_a_rank_that_dies_does_not_end_the_run_and_may_come_back(
         if step == 12:
             until(lambda: dies in loop.taking or store.check([f"join/{dies}"]))
 
-    back: list[RoundLoop] = []
-
-    def come_back() -> None:
-        dead.wait()
-        until(lambda: store.check(["r2/verdict"]))
-        back.append(train(dies, 2, store.port, data, tmp_path, asked))
-
-    thread = threading.Thread(target=come_back, daemon=True)
-    thread.start()
-    loops = all_of(2, data, tmp_path, asked, store, told={dies: die, 1 - dies: survive})
-    thread.join(60)
+    survivor, back = all_but_one(dies, data, tmp_path, asked, store, dead, die, survive)
     log = rounds(tmp_path)
     assert [record["step"] for record in log] == [*range(3, 25, 3)]
     ranks = [record["ranks"] for record in log]
     assert ranks[:3] == [[0, 1], [0, 1], [1 - dies]] and ranks[5:] == [[0, 1]] * 3
     assert log[-1]["loss"] < log[0]["loss"]
-    one, two = loops[1 - dies].model.state_dict(), back[0].model.state_dict()
+    one, two = survivor.model.state_dict(), back.model.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert load_model(tmp_path / "model")
 

@@ -43,7 +43,7 @@ def test_a_run_in_step(tmp_path: Path) -> None:
     for words in ("40 of 100", "40%", "loss         3.6000, mean of the last 20 steps: 3.6950", "3.5000 at step 40",
                   "500 tokens/s", "0.005 MB in the last step", "0: 3 batches, 1: 1 batches", "stopped"):
         assert words in view, words
-    assert more and "left" not in view  # nobody is known to work on it
+    assert more and "left" not in view  # no process is known to work on it
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         view, more = RunView(out).look()

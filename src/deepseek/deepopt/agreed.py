@@ -44,7 +44,7 @@ class Agreed:
         for rank, payload in parts.items():
             *coded, rests[rank] = pieces(payload, [*sizes, len(payload) - sum(sizes)])
             for (name, theta), part in zip(self.theta.items(), coded, strict=True):
-                sent = codec.decode(of_bytes(part, np.uint8), theta.shape)
+                sent = codec.decode(tensor_of(part, np.uint8), theta.shape)
                 change[name] += shares[rank] * sent.to(theta.device)
         if parts:
             self.outer.step(self.theta, change)
@@ -67,5 +67,5 @@ class Agreed:
         self.outer.load_state_dict(parts["outer"])
 
 
-def of_bytes(payload: bytes, dtype: type[np.generic]) -> Tensor:
+def tensor_of(payload: bytes, dtype: type[np.generic]) -> Tensor:
     return torch.from_numpy(np.frombuffer(payload, dtype).copy())

@@ -39,7 +39,7 @@ class Flight:
     found: Future[Found] = field(default_factory=Future)
 
     def start(self, members: Members, config: TrainConfig) -> None:
-        """Begin; until `found` is there, nobody else may use the store."""
+        """Begin. Until `found` is set, only this thread may use the store."""
         def work() -> None:
             try:
                 self.found.set_result(self._bring(members, config))

@@ -84,7 +84,7 @@ def _in_rounds(ranks: int, command: list[str], environment: dict[str, str]) -> i
                     process.wait()
                 store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
                 ended[:] = [rank for rank in range(ranks) if rank not in running]
-                for rank in ended:  # nobody waits for them
+                for rank in ended:  # the ranks that are left do not wait for them
                     store.set(f"gone/{rank}", "-1")
                 for rank in list(running):
                     again(rank, "no rank has the weights any more, the last checkpoint has")

@@ -18,7 +18,7 @@ while its part and the others' are on the line, and then the above: a merge dela
 each step counts in one Delta. Flights (flight.py) send and receive; steps decide when a merge is taken in, not clocks.
 
 A step of the schedule takes `accumulation` batches, divided among the ranks, as it would without rounds. A slow rank
-takes fewer steps in a round (`balance`): in proportion to its speed, as everybody measures its own.
+takes fewer steps in a round (`balance`): in proportion to its speed, which each rank measures itself.
 
 Ranks come and go between rounds (members.py); with `overlap_steps` a round later, as another has begun when one is
 decided on. The lowest of them that has the weights writes log and checkpoints; every rank keeps in OUT/rank-RRRR what
@@ -44,7 +44,7 @@ from torch import Tensor
 from ..files import to_json
 from ..interrupts import came, held
 from ..progress import ProgressBar
-from .agreed import Agreed, of_bytes
+from .agreed import Agreed, tensor_of
 from .flight import PATIENCE, Flight, end_of
 from .loop import TrainingLoop
 from .members import Members, Solo, Verdict
@@ -77,7 +77,7 @@ class RoundLoop(TrainingLoop):
         self.done = 0  # own steps in this round
         self.loads: list[Tensor] = []  # of each of them
         self.speed = self.aside = 0.0  # aside: seconds of this round for evaluations and the like
-        self.ends = False  # nobody goes on
+        self.ends = False  # all ranks leave
         self.log: RunLog | NoLog = NoLog()
         self._told: Callable[[dict[str, Any]], None] | None = None
         if self.step:
@@ -213,7 +213,7 @@ class RoundLoop(TrainingLoop):
             weight.copy_(self.agreed.theta[name] + (weight - flight.sent[name]))
         self._set_biases(self.biases)
         experts = self.model.config.n_routed_experts
-        loads = [of_bytes(rest, np.int32).view(steps[rank], -1, experts).to(self.model.device)
+        loads = [tensor_of(rest, np.int32).view(steps[rank], -1, experts).to(self.model.device)
                  for rank, rest in rests.items()]
         for step in range(max(steps.values(), default=0)):
             super()._balance(torch.stack([load[step] for load in loads if step < len(load)]).sum(0))
@@ -325,7 +325,7 @@ class RoundLoop(TrainingLoop):
             under_way = {"number": flight.number, "begin": flight.begin, "step": flight.step, "ranks": flight.ranks}
         about = {"step": end, "plan": asdict(self.plans[-1]), "flight": under_way}
         return save({**{key: tensor.cpu().contiguous() for key, tensor in self._agreed_on().items()},
-                     "about": of_bytes(to_json(about).encode(), np.uint8)})
+                     "about": tensor_of(to_json(about).encode(), np.uint8)})
 
     def _agreed_on(self) -> dict[str, Tensor]:
         return {**{key: tensor for key, tensor in self.agreed.state_dict().items() if not key.startswith("error.")},
@@ -358,7 +358,7 @@ class RoundLoop(TrainingLoop):
         if (flight := self.flight) is not None:  # then its weights are not those of the checkpoint
             about["flight"] = to_json({"number": flight.number, "begin": flight.begin, "step": flight.step,
                                        "ranks": [], "about": flight.about | {"leaving": False}})
-            under_way = {"part": of_bytes(flight.part, np.uint8), **self._agreed_on(),
+            under_way = {"part": tensor_of(flight.part, np.uint8), **self._agreed_on(),
                          **{f"own.{name}": weight for name, weight in self._weights().items()},
                          **{f"own_bias.{layer}": bias for layer, bias in self._biases().items()}}
         kept = {key: tensor for key, tensor in self.agreed.state_dict().items() if not key.startswith("theta.")}
