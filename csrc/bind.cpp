@@ -269,12 +269,14 @@ NB_MODULE(_native, m) {
 
   using Factors = std::array<float, 7>;  // of an AdamwStep, in its order
   m.def("adamw8",
-        [](uintptr_t weight, uintptr_t gradient, int64_t count, uintptr_t first, uintptr_t first_scale,
-           uintptr_t second, uintptr_t second_scale, const Factors& by, uint32_t seed, int threads) {
-          adamw8(at<float>(weight), at<float>(gradient), count, at<uint8_t>(first), at<float>(first_scale),
+        [](uintptr_t weight, uintptr_t gradient, bool bf16, int64_t count, uintptr_t first, uintptr_t first_scale,
+           uintptr_t second, uintptr_t second_scale, const Factors& by, uint32_t seed, uint32_t weight_seed,
+           int threads) {
+          adamw8(at<void>(weight), at<void>(gradient), bf16, count, at<uint8_t>(first), at<float>(first_scale),
                  at<uint8_t>(second), at<float>(second_scale),
-                 {by[0], by[1], by[2], by[3], by[4], by[5], by[6], seed}, threads);
+                 {by[0], by[1], by[2], by[3], by[4], by[5], by[6], seed, weight_seed}, threads);
         },
         release());
   define(m, "momentum8", momentum8);
+  define(m, "moved", moved);
 }

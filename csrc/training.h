@@ -72,6 +72,9 @@ struct TrainingKernels {
   // One whole block of moments.h; place: of its first number in the tensor.
   void (*adamw8_block)(float* weight, const float* gradient, uint32_t place, uint8_t* first, float* first_scale,
                        uint8_t* second, float* second_scale, const AdamwStep& step);
+  void (*adamw8_bf16_block)(uint16_t* weight, const uint16_t* gradient, uint32_t place, uint8_t* first,
+                            float* first_scale, uint8_t* second, float* second_scale, const AdamwStep& step);
+  void (*moved_block)(uint16_t* weight, const float* by, uint32_t place, float decay, float size, uint32_t seed);
   void (*momentum8_block)(const float* gradient, int8_t* momentum, float* scale, float beta, float rest,
                           float* ahead);
 };

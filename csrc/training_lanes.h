@@ -404,7 +404,7 @@ void norm_back(const void* x, const void* dy, Kind kind, const float* w, float r
 const TrainingKernels training = {kTileRows,     kTileColumns, kStripFloats, pack_left, pack_right,
                                   multiply,      scaled,       sum_rows,     gated,     gated_back,
                                   cross_entropy, softmax,      softmax_back, norm,      norm_back,
-                                  adamw8_block,  momentum8_block};
+                                  adamw8_block<float>, adamw8_block<uint16_t>, moved_block, momentum8_block};
 
 }  // namespace
 }  // namespace deepseek

@@ -39,6 +39,7 @@ def _one_thread() -> Iterator[None]:
 MUON: dict[str, Any] = {"optimizer": "muon"}
 MUON8: dict[str, Any] = {"optimizer": "muon", "moments": "8bit"}
 ADAMW8: dict[str, Any] = {"moments": "8bit"}
+BF16: dict[str, Any] = {"moments": "8bit", "weights": "bf16"}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -161,7 +162,7 @@ class Experts(PartialTrainer):
 
 
 @pytest.mark.parametrize("trainer", [TrainingLoop, Experts])
-@pytest.mark.parametrize("kind", [MUON, MUON8, ADAMW8], ids=str)
+@pytest.mark.parametrize("kind", [MUON, MUON8, ADAMW8, BF16, MUON | BF16], ids=str)
 def test_interrupted_run_continues_bit_by_bit(
     data: TokenShards, tmp_path: Path, kind: dict[str, Any], trainer: type[TrainingLoop]
 ) -> None:
@@ -182,11 +183,13 @@ def test_interrupted_run_continues_bit_by_bit(
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
     for name, p in ours.items():
         state, other = calm.optimizer.state[p], second.optimizer.state[theirs[name]]
+        assert p.dtype == theirs[name].dtype
         assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state), name
 
 
 def test_models_learn_as_with_adamw(data: TokenShards, tmp_path: Path) -> None:
-    """How far the loss falls in 20 steps: with Muon at least 85 % as far, with 8 bits as far within 3 %."""
+    """How far the loss falls in 20 steps: with Muon at least 85 % as far, with 8 bits as far within 3 %, and
+    with BF16 weights within 3 % of that."""
     def learnt(**kind: Any) -> float:
         seen: list[dict[str, Any]] = []
         config = replace(SETTINGS, steps=20, eval_every=100, save_every=100, precision="fp32", **kind)
@@ -197,6 +200,25 @@ def test_models_learn_as_with_adamw(data: TokenShards, tmp_path: Path) -> None:
     assert adamw > 1.0 and muon > 0.85 * adamw
     assert learnt(**ADAMW8) == pytest.approx(adamw, rel=0.03)
     assert learnt(**MUON8) == pytest.approx(muon, rel=0.03)
+    assert learnt(**BF16) == pytest.approx(adamw, rel=0.03)
+    assert learnt(**MUON | BF16) == pytest.approx(muon, rel=0.03)
+
+
+def test_weights_in_bf16_are_matrices_and_so_is_the_model(data: TokenShards, tmp_path: Path) -> None:
+    config = replace(SETTINGS, steps=2, **BF16)
+    model = TrainingLoop(new_model(), data, config, tmp_path)
+    kinds = {name: p.dtype for name, p in trained(model.model).items()}
+    assert kinds["model.layers.1.mlp.experts.gate_up_proj"] == kinds["lm_head.weight"] == torch.bfloat16
+    assert kinds["model.layers.1.mlp.gate.weight"] == kinds["model.norm.weight"] == torch.float32
+    model.run()
+    assert {t.dtype for name, t in load_file(tmp_path / "model" / "model.safetensors").items()
+            if not name.endswith("bias")} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", [{"moments": "fp32"}, {"compress": "local"}], ids=str)
+def test_weights_in_bf16_do_not_go_with_everything(kind: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"weights = 'bf16': .*{next(iter(kind))} = "):
+        TrainConfig(**BF16 | kind)
 
 
 def test_moments_of_8_bits_are_those_of_large_tensors() -> None:
@@ -242,7 +264,8 @@ def test_codes_of_an_older_form_are_refused(data: TokenShards, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("optimizer", "sgd"), ("optimizer", None), ("momentum", 1.0), ("moments", "4bit"), ("moments", 8)])
+    ("optimizer", "sgd"), ("optimizer", None), ("momentum", 1.0), ("moments", "4bit"), ("moments", 8),
+    ("weights", "fp16")])
 def test_impossible_setting_is_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{key} = .*must"):
         TrainConfig(**{key: value})

@@ -16,7 +16,7 @@ WIDE = 512  # hidden size from which a CPU's BF16 units outran our FP32 kernels,
 
 def compute_dtype(config: TrainConfig, model: CausalLM) -> torch.dtype:
     """BF16 where asked, or where `auto` finds BF16 units that are not slower for a narrow model than our FP32 kernels;
-    else FP32. Weights and moments stay FP32."""
+    else FP32."""
     by_kernels = trains_native(torch.empty(0, dtype=torch.float32, device=model.device))
     gains = fast_bf16(model.device.type) and not (by_kernels and model.config.hidden_size < WIDE)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gains)

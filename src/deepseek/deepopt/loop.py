@@ -46,7 +46,7 @@ from ..tokenizer import Tokenizer
 from .device import compute_dtype, random_state, set_random_state
 from .evaluation import HeldOutBatches, held_out_loss
 from .gradients import gradient_sum
-from .optimizers import make_optimizer, trained
+from .optimizers import make_optimizer, narrow, trained
 from .own_state import read_own, write_own
 from .plot import plot_run
 from .ranks import Ranks
@@ -82,7 +82,8 @@ class TrainingLoop:
                  about: Mapping[str, Any] | None = None, atlas: Atlas | None = None,
                  dtype: torch.dtype = torch.float32, extend: bool = True, ranks: Ranks | None = None) -> None:
         self.model, self.data, self.config, self.tokenizer = model, data, config, tokenizer
-        self.out, self.atlas, self.dtype, self.extend = Path(out), atlas, dtype, extend
+        self.out, self.atlas, self.extend = Path(out), atlas, extend
+        self.dtype = torch.bfloat16 if config.weights == "bf16" else dtype
         self.ranks = Ranks() if ranks is None else ranks
         if config.accumulation < self.ranks.size:
             raise ConfigError(f"accumulation = {config.accumulation}: must be at least the number of ranks "
@@ -93,6 +94,8 @@ class TrainingLoop:
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
         self.model.compute_dtype = compute_dtype(config, model)
         self.model.gradient_checkpointing = config.gradient_checkpointing
+        if config.weights == "bf16":
+            narrow(model)
         self.optimizer = make_optimizer(model, config)
         self.gates = [block.gate for block in model.moe_blocks().values()]
         self.guided = bool(data.experts) and config.guide_weight > 0

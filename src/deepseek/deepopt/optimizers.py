@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ..ops.moments import Moment, adamw8_, momentum8
+from ..ops.moments import Moment, adamw8_, hashed, momentum8, moved_
 from ..ops.native import fast_bf16
 from .settings import TrainConfig
 
@@ -31,6 +31,13 @@ BY_ADAMW = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")  # rows of 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def narrow(model: nn.Module) -> None:
+    """Put what is trained into BF16, in place; gates, vectors and matrices of less than 4096 numbers stay FP32."""
+    for name, p in trained(model).items():
+        if p.ndim > 1 and p.numel() >= SMALL and not name.endswith(".gate.weight"):
+            p.data = p.data.bfloat16()
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -48,7 +55,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     groups.extend({"params": [parameters[name] for name in muon if parts_of(name) == parts],
                    "weight_decay": config.weight_decay, "parts": parts} for parts in (1, 2))
     return MuonAdamW(groups, lr=config.lr, betas=betas, momentum=config.momentum or 0.0, small=(
-        SMALL if config.moments == "8bit" else None))
+        SMALL if config.moments == "8bit" else None), seed=config.seed)
 
 
 def parts_of(name: str) -> int:
@@ -59,12 +66,15 @@ def parts_of(name: str) -> int:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for groups with `parts`, the matrices that lie one above the other in each parameter; AdamW for others.
 
-    small: numbers of a parameter below which its moments are FP32; those of others have 8 bits. None: all are FP32."""
+    small: numbers of a parameter below which its moments are FP32; those of others have 8 bits. None: all are FP32.
+    seed: of the rounding of BF16 parameters, which none of less than `small` numbers may be."""
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], momentum: float,
-                 small: int | None = None, weight_decay: float = 0.0, eps: float = 1e-8) -> None:
+                 small: int | None = None, weight_decay: float = 0.0, eps: float = 1e-8, seed: int = 0) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "momentum": momentum, "small": small,
                                   "weight_decay": weight_decay, "eps": eps, "parts": 0})
+        self.seeds = {p: hashed(hashed(seed) + i)
+                      for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -88,13 +98,17 @@ class MuonAdamW(torch.optim.Optimizer):
         if not state:
             state |= _moment("momentum", p, torch.int8) if eight_bits else {"momentum": torch.zeros_like(p)}
         if eight_bits:
-            ahead = momentum8(p.grad.contiguous(), _of("momentum", state), beta)
+            ahead = momentum8(p.grad.float().contiguous(), _of("momentum", state), beta)
         else:
             ahead = p.grad.lerp(state["momentum"].lerp_(p.grad, 1 - beta), beta)  # Nesterov's
         turned_NRC = orthogonalise(ahead.view(-1, p.shape[-2] // group["parts"], p.shape[-1]))
         size = 0.2 * max(turned_NRC.shape[1:]) ** 0.5
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(turned_NRC.view_as(p), alpha=-group["lr"] * size)
+        decay, size = 1 - group["lr"] * group["weight_decay"], group["lr"] * size
+        if p.dtype == torch.bfloat16:
+            step = state.setdefault("step", torch.zeros((), device=p.device)).add_(1)
+            moved_(p, turned_NRC.reshape(p.shape), hashed(self.seeds[p] + int(step)), decay=decay, size=size)
+        else:
+            p.mul_(decay).add_(turned_NRC.view_as(p), alpha=-size)
 
     def _by_adamw8(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
@@ -103,7 +117,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state |= {"step": torch.zeros((), device=p.device), **_moment("exp_avg", p), **_moment("exp_avg_sq", p)}
         state["step"] += 1
         adamw8_(p, p.grad.contiguous(), _of("exp_avg", state), _of("exp_avg_sq", state), int(state["step"]),
-                lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
+                lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                seed=hashed(self.seeds[p] + int(state["step"])))
 
     def _by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:

@@ -29,8 +29,8 @@ from .compress import CODECS, ErrorFeedback, OuterNesterov
 from .device import compute_dtype
 from .gradients import gradient_sum
 from .members import PIECE, POLL
-from .optimizers import make_optimizer, trained
-from .ranks import Group, Ranks, buckets, even, ring_bytes
+from .optimizers import make_optimizer, narrow, trained
+from .ranks import Group, Ranks, buckets, even, fused, ring_bytes
 from .settings import IN_ROUNDS, ONLY_WITH, Compress, Line, TrainConfig
 
 RUNS = 3  # timed of everything, after one that is not
@@ -112,7 +112,7 @@ class Rehearsal(Ranks):
 
     def sum_(self, tensors: Sequence[Tensor], group: Group | None = None) -> None:
         for bucket in buckets(tensors):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            flat = fused(bucket)
             self.sent += ring_bytes(flat.numel() * flat.element_size(), self.size)
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -138,7 +138,7 @@ def predict(model: CausalLM, config: TrainConfig, ranks: int, line: Line) -> Pre
     found = calibrate(model, config)
     return Prediction(ranks, line, config, found, tuple(
         (_in_rounds if mode in IN_ROUNDS else _in_step)(model, as_mode(config, mode), ranks, line, found)
-        for mode in get_args(Compress)))
+        for mode in get_args(Compress) if config.weights == "fp32" or mode not in IN_ROUNDS))
 
 
 def calibrate(model: CausalLM, config: TrainConfig) -> Calibration:
@@ -148,6 +148,8 @@ def calibrate(model: CausalLM, config: TrainConfig) -> Calibration:
     draw = torch.Generator().manual_seed(config.seed)
     ids_BT = torch.randint(model.config.vocab_size, (config.batch_size, config.seq_len + 1), generator=draw)
     ids_BT, labels_BT = ids_BT[:, :-1].to(model.device), ids_BT[:, 1:].to(model.device)
+    if config.weights == "bf16":
+        narrow(model)
     loads, parameters = 0, trained(model)
 
     def batch() -> None:

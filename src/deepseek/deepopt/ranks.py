@@ -88,13 +88,14 @@ class Ranks:
         return rows[self.rank // size], columns[self.rank % size]
 
     def sum_(self, tensors: Sequence[Tensor], group: Group | None = None) -> None:
-        """Replace each tensor by its sum over the ranks, or those of a group, in fused buckets."""
+        """Replace each tensor by its sum over the ranks, or those of a group, in fused buckets; that of BF16 is taken in
+        FP32."""
         if self.size == 1:
             return
         with self._named():
             pending = []
             for bucket in buckets(tensors):
-                flat = torch.cat([tensor.flatten() for tensor in bucket])
+                flat = fused(bucket)
                 pending.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
                 self.sent += ring_bytes(flat.nbytes, dist.get_world_size(group))
             for bucket, flat, work in pending:
@@ -233,6 +234,12 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
+
+
+def fused(bucket: Sequence[Tensor]) -> Tensor:
+    """What is summed of tensors of one dtype: their values one after another, BF16 in FP32."""
+    flat = torch.cat([tensor.flatten() for tensor in bucket])
+    return flat.float() if flat.dtype == torch.bfloat16 else flat
 
 
 def ring_bytes(size: int, ranks: int) -> int:

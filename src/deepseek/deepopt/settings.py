@@ -18,6 +18,7 @@ STORE = "DEEPSEEK_STORE"  # environment: HOST:PORT of the store of a run in roun
 Precision = Literal["auto", "fp32", "bf16"]
 Algorithm = Literal["adamw", "muon"]
 Moments = Literal["fp32", "8bit"]
+Weights = Literal["fp32", "bf16"]
 
 # settings that have a meaning only with certain values of another, and their defaults then
 _ROUNDS = {"inner_steps": 30, "overlap_steps": 0, "error_decay": 0.95}
@@ -51,13 +52,16 @@ class TrainConfig(Settings):
         "muon: Muon for matrices, each expert's its own, AdamW for embeddings, head, gates and norms")] = "adamw"
     moments: Annotated[Moments, Option(
         "how the optimizer keeps them; 8bit by blocks of 256, those of less than 4096 weights stay FP32")] = "fp32"
+    weights: Annotated[Weights, Option(
+        "bf16: matrices and their gradients in BF16, each step rounded up or down by chance; needs moments = 8bit")
+    ] = "fp32"
     momentum: Annotated[float | None, Option("Muon's momentum; 0.95", SHARE)] = None
     beta1: Annotated[float, Option("AdamW's first beta", SHARE)] = 0.9
     beta2: Annotated[float, Option("AdamW's second beta", SHARE)] = 0.95
     weight_decay: Annotated[float, Option("decay of matrices", NOT_NEGATIVE)] = 0.1
     clip: Annotated[float, Option("largest norm of the gradient", POSITIVE)] = 1.0
     precision: Annotated[Precision, Option(
-        "of activations; auto is BF16 where that is faster; weights stay FP32")] = "auto"
+        "of activations; auto is BF16 where that is faster")] = "auto"
     mtp_weight: Annotated[float, Option("weight of the multi-token prediction loss", NOT_NEGATIVE)] = 0.3
     balance_weight: Annotated[float, Option("weight of the sequence-wise balance loss", NOT_NEGATIVE)] = 1e-4
     bias_speed: Annotated[float, Option("speed of the gate-bias balancing", NOT_NEGATIVE)] = 1e-3
@@ -98,6 +102,10 @@ class TrainConfig(Settings):
         if self.lr is None:
             object.__setattr__(self, "lr", 1e-3)
         super().__post_init__()
+        if self.weights == "bf16" and self.moments != "8bit":
+            raise ConfigError(f"weights = 'bf16': goes with moments = '8bit', not with moments = {self.moments!r}")
+        if self.weights == "bf16" and self.compress in IN_ROUNDS:
+            raise ConfigError(f"weights = 'bf16': does not go with compress = {self.compress!r} (FP32 merges)")
         for setting, values in ONLY_WITH.items():
             for name, default in only_with(setting, getattr(self, setting)).items():
                 if (value := getattr(self, name)) is None:

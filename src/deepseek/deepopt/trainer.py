@@ -203,7 +203,8 @@ class Trainer(RunConfig):
             numbers = sum(p.numel() for p in whole.parameters())
             routed = sum(p.numel() for block in whole.moe_blocks().values() for p in block.experts.parameters())
             here = numbers - routed + routed // self.expert_parallel
-            check_memory(16 * here, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
+            each = {"fp32": 8, "bf16": 4}[self.weights] + {"fp32": 8, "8bit": 2}[self.moments]
+            check_memory(each * here, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
 
     def _ranks(self) -> Ranks:
         """The processes of the run, by the environment that `--ranks` or torchrun gives them."""

@@ -1,4 +1,5 @@
-"""Optimizer steps whose moments are kept in 8 bits, by blocks of 256 numbers with a scale of their own.
+"""Optimizer steps whose moments are kept in 8 bits, by blocks of 256 numbers with a scale of their own; steps of BF16
+weights.
 
     Muon's momentum       linear: code c of -127 … 127 is c / 127 of the block's largest
     AdamW's first moment  a sign, 7 bits of a float (below): 3 % of the number at most, down to 1e-4 of the largest
@@ -31,6 +32,7 @@ _CUT = 19  # bits of a float that its code is without
 _FIRST, _SECOND = 0x3C000000, 0x38000000  # the smallest floats: 2^-7, 2^-15
 _FIRST_BASE, _SECOND_BASE = 2.0**-7, 2.0**-15 - 2.0**-19
 _FIRST_TOP, _SECOND_TOP = 1.9375 - _FIRST_BASE, 1.875 - _SECOND_BASE  # of codes 127 and 254
+_LOW = 0xFFFFFFFF
 _LEAST = 1e-30  # a block whose largest number is not above this counts as zeros
 
 
@@ -49,29 +51,32 @@ class Moment(NamedTuple):
 
 
 def adamw8_(weight: Tensor, gradient: Tensor, first: Moment, second: Moment, step: int, *, lr: float,
-            betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+            betas: tuple[float, float], eps: float, weight_decay: float, seed: int = 0) -> None:
     """Take step number `step` (from 1) of AdamW (arXiv 1711.05101), with eps^2 under the root of the second moment in
-    place of eps beside it: weight and moments are written to. FP32."""
+    place of eps beside it: weight and moments are written to. Weight and gradient are FP32, or both BF16: then the new
+    weight is `rounded` with `seed`."""
     _check(weight, gradient, torch.uint8, first, second)
     beta1, beta2 = betas
     unbiased = 1 - beta2**step
     decay, size, least = 1 - lr * weight_decay, lr / (1 - beta1**step) * unbiased**0.5, eps * eps * unbiased
-    seed = hashed(step)
+    low_seed = hashed(step)
     if runs_native(weight, gradient, *first, *second):
-        native.adamw8(weight.data_ptr(), gradient.data_ptr(), weight.numel(), *(t.data_ptr() for t in first + second),
-                      [decay, size, beta1, beta2, 1 - beta1, 1 - beta2, least], seed, threads())
+        native.adamw8(weight.data_ptr(), gradient.data_ptr(), weight.dtype == torch.bfloat16, weight.numel(),
+                      *(t.data_ptr() for t in first + second),
+                      [decay, size, beta1, beta2, 1 - beta1, 1 - beta2, least], low_seed, seed, threads())
         return
-    g = _blocks(gradient)
+    g = _blocks(gradient.float())
     m = first_of(first, beta1) + g * (1 - beta1)
     v = second_of(second, beta2) + g * g * (1 - beta2)
-    moved = _blocks(weight) * decay - m * over_root(v + least, size)
-    weight.copy_(moved.flatten()[: weight.numel()].view_as(weight))
+    moved = _blocks(weight.float()) * decay - m * over_root(v + least, size)
+    moved = moved.flatten()[: weight.numel()].view_as(weight)
+    weight.copy_(moved if weight.dtype == torch.float32 else rounded(moved, seed))
     for scale_B, t in ((first.scale_B, m), (second.scale_B, v)):
         scale_B.copy_(t.abs().amax(1))
     near = (m.abs() * _inverse(first, _FIRST_TOP) + _FIRST_BASE).view(torch.int32)
     first.code_BS.copy_((near + (1 << _CUT - 1) >> _CUT & 127) + 128 * m.signbit())
     low = (v * _inverse(second, _SECOND_TOP) + _SECOND_BASE).clamp_min(2.0**-15).view(torch.int32)
-    second.code_BS.copy_(low + (draws(v.numel(), seed, v.device).view_as(low) >> 32 - _CUT) >> _CUT & 255)
+    second.code_BS.copy_(low + (draws(v.numel(), low_seed, v.device).view_as(low) >> 32 - _CUT) >> _CUT & 255)
 
 
 def first_of(moment: Moment, factor: float = 1.0) -> Tensor:
@@ -85,6 +90,26 @@ def second_of(moment: Moment, factor: float = 1.0) -> Tensor:
     """The same of second moments."""
     v_BS = _float(_SECOND, moment.code_BS.int()) - _SECOND_BASE
     return v_BS * (moment.scale_B[:, None] * factor * (1 / _SECOND_TOP))
+
+
+def moved_(weight: Tensor, by: Tensor, seed: int, *, decay: float, size: float) -> None:
+    """BF16 weights become themselves times `decay` minus FP32 `by` times `size`, `rounded` with `seed`."""
+    if (weight.shape, weight.dtype, by.dtype) != (by.shape, torch.bfloat16, torch.float32):
+        raise ValueError(f"weights must be bfloat16, and what moves them float32 of their shape, got {weight.dtype} "
+                         f"{list(weight.shape)} and {by.dtype} {list(by.shape)}")
+    if runs_native(weight, by):
+        native.moved(weight.data_ptr(), by.data_ptr(), weight.numel(), decay, size, seed, threads())
+    else:
+        weight.copy_(rounded(weight.float() * decay - by * size, seed))
+
+
+def rounded(x: Tensor, seed: int) -> Tensor:
+    """FP32 -> BF16, up or down with the probability that keeps the mean: a step is often less than half of what BF16
+    can tell apart, and would be lost by rounding to the nearest. The draw is a hash of seed and place."""
+    h = draws(x.numel(), seed, x.device)
+    h = (h ^ h >> 15) * 0x846CA68B & _LOW
+    bits = (x.flatten().view(torch.int32) + ((h ^ h >> 16) >> 16) & _LOW) >> 16
+    return ((bits ^ 0x8000) - 0x8000).short().view(torch.bfloat16).view_as(x)
 
 
 def momentum8(gradient: Tensor, momentum: Moment, beta: float) -> Tensor:
@@ -104,9 +129,9 @@ def momentum8(gradient: Tensor, momentum: Moment, beta: float) -> Tensor:
 
 
 def _check(weight: Tensor, gradient: Tensor, codes: torch.dtype, *moments: Moment) -> None:
-    if weight.shape != gradient.shape or {weight.dtype, gradient.dtype} != {torch.float32}:
-        raise ValueError(f"weights and gradients must be float32 of one shape, got {weight.dtype} {list(weight.shape)} "
-                         f"and {gradient.dtype} {list(gradient.shape)}")
+    if weight.shape != gradient.shape or {weight.dtype, gradient.dtype} not in ({torch.float32}, {torch.bfloat16}):
+        raise ValueError(f"weights and gradients must be float32 or bfloat16 of one shape, got {weight.dtype} "
+                         f"{list(weight.shape)} and {gradient.dtype} {list(gradient.shape)}")
     blocks = -(-weight.numel() // BLOCK)
     for code_BS, scale_B in moments:
         if code_BS.shape != (blocks, BLOCK) or scale_B.shape != (blocks,) or scale_B.dtype != torch.float32:
@@ -139,11 +164,12 @@ def over_root(x: Tensor, size: float) -> Tensor:
 
 def hashed(x: int) -> int:
     """32 bits (Chris Wellons, "lowbias32")."""
-    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-    x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+    x &= _LOW
+    x = (x ^ x >> 16) * 0x7FEB352D & _LOW
+    x = (x ^ x >> 15) * 0x846CA68B & _LOW
     return x ^ x >> 16
 
 
 def draws(count: int, seed: int, device: torch.device) -> Tensor:
     """32 bits of each place, int64."""
-    return torch.arange(count, device=device) * 0x9E3779B9 + seed & 0xFFFFFFFF
+    return torch.arange(count, device=device) * 0x9E3779B9 + seed & _LOW
