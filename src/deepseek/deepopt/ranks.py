@@ -88,8 +88,7 @@ class Ranks:
         return rows[self.rank // size], columns[self.rank % size]
 
     def sum_(self, tensors: Sequence[Tensor], group: Group | None = None) -> None:
-        """Replace each tensor by its sum over the ranks, or those of a group, in fused buckets; that of BF16 is taken in
-        FP32."""
+        """Replace each tensor by its sum over the ranks, or those of a group, in fused buckets; BF16 sums in FP32."""
         if self.size == 1:
             return
         with self._named():

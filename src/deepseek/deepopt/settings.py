@@ -106,6 +106,8 @@ class TrainConfig(Settings):
             raise ConfigError(f"weights = 'bf16': goes with moments = '8bit', not with moments = {self.moments!r}")
         if self.weights == "bf16" and self.compress in IN_ROUNDS:
             raise ConfigError(f"weights = 'bf16': does not go with compress = {self.compress!r} (FP32 merges)")
+        if self.weights == "bf16" and self.expert_parallel > 1:
+            raise ConfigError("weights = 'bf16': does not go with expert_parallel, whose experts stay FP32")
         for setting, values in ONLY_WITH.items():
             for name, default in only_with(setting, getattr(self, setting)).items():
                 if (value := getattr(self, name)) is None:
