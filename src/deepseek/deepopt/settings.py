@@ -25,7 +25,7 @@ _ROUNDS = {"inner_steps": 30, "overlap_steps": 0, "error_decay": 0.95}
 ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
     "optimizer": {"muon": {"momentum": 0.95}},
     "compress": {"powersgd": {"powersgd_rank": 4},
-                 "local": _ROUNDS | {"outer_lr": 0.8, "outer_momentum": 0.9},  # of MuLoCo
+                 "local": _ROUNDS | {"outer_lr": 0.8, "outer_momentum": 0.5},  # MuLoCo has 0.9, for far longer runs
                  "sparse": _ROUNDS | {"outer_lr": 1.0, "outer_momentum": 0.0}}}  # of SparseLoCo
 IN_ROUNDS = ("local", "sparse")
 LAYOUT = frozenset(("expert_parallel",))  # which rank has what: a run goes on with another
@@ -86,7 +86,7 @@ class TrainConfig(Settings):
     outer_lr: Annotated[float | None, Option(
         "learning rate of a merge; 0.8 (local) or 1 (sparse)", POSITIVE)] = None
     outer_momentum: Annotated[float | None, Option(
-        "Nesterov momentum of a merge; 0.9 (local) or 0 (sparse)", SHARE)] = None
+        "Nesterov momentum of a merge; 0.5 (local) or 0 (sparse)", SHARE)] = None
     error_decay: Annotated[float | None, Option(
         "share of what coding has lost that is made up for in the next merge (local, sparse); 0.95",
         UP_TO_ONE)] = None
