@@ -9,7 +9,7 @@ step    of all parameters, along gradients that were drawn once. Contenders take
         ratio is the median of the rounds'.
 bytes   in a process of its own for each: two training steps of 8 x 256 random tokens, forward and backward. Weights,
         gradients, moments: the memory of these tensors. Peak: by how much the process had grown at its largest.
-        Activations are FP32 in the first row, BF16 in the others; in the last rows layers are recomputed.
+        Activations are FP32 in the first row, BF16 in the others, kept in FP8 where the row says so, or recomputed.
 loss    the preset `small` on the domains of domains.py, a run for each in WORK; the same command goes on with what is
         left.
 """
@@ -30,6 +30,7 @@ from deepseek.deepopt.optimizers import make_optimizer, narrow
 from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.model import CausalLM
+from deepseek.ops.saved import Saver
 from domains import TRAIN, add_data, data_folder, places
 from harness import Worker, alternate, arguments, machine, ratio, table, versions, write_result
 
@@ -42,6 +43,8 @@ CONTENDERS = {PEER: TrainConfig(), "AdamW, 8 bits": TrainConfig(moments="8bit"),
               "Muon, 8 bits, BF16 weights": TrainConfig(**NARROW, **MUON)}
 TRAINED = {f"{PEER}, all FP32": TrainConfig(precision="fp32"),
            **{name: replace(config, precision="bf16") for name, config in CONTENDERS.items()},
+           **{f"{name}, FP8 activations": replace(CONTENDERS[name], precision="bf16", activations="fp8")
+              for name in (PEER, "AdamW, 8 bits, BF16 weights", "Muon, 8 bits, BF16 weights")},
            **{f"{name}, recomputed": replace(CONTENDERS[name], precision="bf16", gradient_checkpointing=True)
               for name in (PEER, "AdamW, 8 bits, BF16 weights")}}
 ROUNDS = 15
@@ -78,6 +81,7 @@ def training(name: str, threads: int) -> Callable[[], dict[str, int]]:
         model = new_model(config)
         model.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model.gradient_checkpointing = config.gradient_checkpointing
+        model.saver = Saver() if config.activations == "fp8" else None
         optimizer = make_optimizer(model, config)
         ids_BT = torch.randint(CONFIG.vocab_size, (8, 257), generator=torch.Generator().manual_seed(1))
         for _ in range(2):
@@ -106,7 +110,7 @@ def learnt(name: str, work: Path, data: Path, steps: int) -> float:
     out = work / "".join(c if c.isalnum() else "-" for c in name)
     config, files = TRAINED[name], [path for each in TRAIN.values() for path in places(data, each)]
     given = {key: getattr(config, key) for key in (
-        "optimizer", "moments", "weights", "precision", "gradient_checkpointing")}
+        "optimizer", "moments", "weights", "precision", "activations", "gradient_checkpointing")}
     Trainer("small", out=out, steps=steps, batch_size=8, eval_every=100, save_every=25, **given).fit(files)
     return [record["eval_loss"] for record, _ in read_log(out / "log.jsonl") if "eval_loss" in record][-1]
 

@@ -15,6 +15,7 @@ from deepseek.model import CausalLM, RoutingRecord, expert_load, max_violation
 from deepseek.model.experts import MoE
 from deepseek.model.gate import Gate, Route, choose, sequence_balance_loss
 from deepseek.ops import linear_cross_entropy, loss
+from deepseek.ops.saved import Saver
 
 # ---- balance ----------------------------------------------------------------------------------------------------
 
@@ -244,6 +245,28 @@ def test_checkpointing_really_recomputes(tiny_config: Callable, random_model: Ca
         calls.clear()
         model.loss(sequence_BT[:, :-1], sequence_BT[:, 1:]).total.backward()
         assert calls == expected
+
+
+# ---- activations in FP8 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16 activations"])
+def test_activations_in_fp8_change_gradients_alone_and_little(
+    dtype: torch.dtype | None, tiny_config: Callable, random_model: Callable
+) -> None:
+    sequence_BT = torch.randint(0, 96, (4, 40))
+    results, gradients = [], []
+    for saver in (None, Saver()):
+        model: CausalLM = random_model(tiny_config(num_nextn_predict_layers=1, q_lora_rank=24)).train()
+        model.saver, model.compute_dtype = saver, dtype
+        result = model.loss(sequence_BT[:, :-1], sequence_BT[:, 1:], mtp_weight=0.3, balance_weight=0.01)
+        result.total.backward()
+        results.append(result)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name in ("total", "main", "mtp", "balance", "load_LE"):
+        assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
+    exact, packed = (torch.cat([g.float().flatten() for g in found.values()]) for found in gradients)
+    assert 1e-4 < float((packed - exact).norm() / exact.norm()) < 0.05
 
 
 # ---- routing records --------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def add_flags(parser: Parser) -> None:
         "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
         "ranks": "expert_parallel compress powersgd_rank inner_steps overlap_steps outer_lr outer_momentum error_decay "
                  "balance rank_timeout",
-        "machine": "precision gradient_checkpointing device"})
+        "machine": "precision activations gradient_checkpointing device"})
     add_settings(parser, MachineOptions, {"machine": "threads"})
     add_settings(parser, RanksOptions, {"ranks": "ranks"})
     add_settings(parser, PredictOptions, {"prediction": "predict"})

@@ -41,6 +41,7 @@ from ..files import take_lock, write_json
 from ..interrupts import came, handled, held, kept
 from ..model import CausalLM, TrainingLoss, max_violation
 from ..ops.loss import IGNORE
+from ..ops.saved import Saver
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
 from .device import compute_dtype, random_state, set_random_state
@@ -94,6 +95,7 @@ class TrainingLoop:
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
         self.model.compute_dtype = compute_dtype(config, model)
         self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model.saver = Saver() if config.activations == "fp8" else None
         if config.weights == "bf16":
             narrow(model)
         self.optimizer = make_optimizer(model, config)

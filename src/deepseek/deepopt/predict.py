@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..model import CausalLM
+from ..ops.saved import Saver
 from .compress import CODECS, ErrorFeedback, OuterNesterov
 from .device import compute_dtype
 from .gradients import gradient_sum
@@ -159,10 +160,11 @@ def calibrate(model: CausalLM, config: TrainConfig) -> Calibration:
         result.main.item()  # a GPU has done all of it then
         loads = result.load_LE.numel()
 
-    kept = _Kept(parameters.values())
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-        batch()
-    kept.alive.clear()
+    kept = _saved(batch, parameters.values())
+    if config.activations == "fp8":  # whose hooks come before the counting ones inside layers
+        model.saver = Saver()
+        exact = _saved(batch, parameters.values())
+        kept = exact + (kept - exact) // model.compute_dtype.itemsize
     seconds = timed(batch)
     optimizer = make_optimizer(model, config)
 
@@ -174,7 +176,7 @@ def calibrate(model: CausalLM, config: TrainConfig) -> Calibration:
     step()  # which makes the moments
     weights = [*model.parameters(), *model.buffers()]
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return Calibration(seconds, timed(step), nbytes(weights), nbytes(parameters.values()), nbytes(moments), kept.size,
+    return Calibration(seconds, timed(step), nbytes(weights), nbytes(parameters.values()), nbytes(moments), kept,
                        loads)
 
 
@@ -231,6 +233,14 @@ def _in_rounds(model: CausalLM, config: TrainConfig, size: int, line: Line, foun
     return Mode(config.compress, computing + (coding + waits) / length,
                 config.accumulation * found.batch + found.optimizer, coding / length, wire / length, part / length,
                 (size - 1) * part / length, state)
+
+
+def _saved(batch: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Bytes that a batch keeps for its backward pass."""
+    kept = _Kept(parameters)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        batch()
+    return kept.size
 
 
 class _Kept:

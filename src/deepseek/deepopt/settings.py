@@ -18,6 +18,7 @@ STORE = "DEEPSEEK_STORE"  # environment: HOST:PORT of the store of a run in roun
 Precision = Literal["auto", "fp32", "bf16"]
 Algorithm = Literal["adamw", "muon"]
 Moments = Literal["fp32", "8bit"]
+Activations = Literal["plain", "fp8"]
 Weights = Literal["fp32", "bf16"]
 
 # settings that have a meaning only with certain values of another, and their defaults then
@@ -67,6 +68,8 @@ class TrainConfig(Settings):
     bias_speed: Annotated[float, Option("speed of the gate-bias balancing", NOT_NEGATIVE)] = 1e-3
     guide_weight: Annotated[float, Option(
         "weight of the loss that guides labelled text to its expert's routing group", NOT_NEGATIVE)] = 0.1
+    activations: Annotated[Activations, Option(
+        "how what a layer computes waits for the backward pass; fp8: in e4m3, each row with a scale")] = "plain"
     gradient_checkpointing: Annotated[bool, Option(
         "recompute layers in the backward pass: less memory, more time")] = False
     eval_every: Annotated[int, Option("steps between evaluations", COUNT)] = 100
@@ -108,6 +111,8 @@ class TrainConfig(Settings):
             raise ConfigError(f"weights = 'bf16': does not go with compress = {self.compress!r} (FP32 merges)")
         if self.weights == "bf16" and self.expert_parallel > 1:
             raise ConfigError("weights = 'bf16': does not go with expert_parallel, whose experts stay FP32")
+        if self.activations == "fp8" and self.gradient_checkpointing:
+            raise ConfigError("activations = 'fp8': has no meaning with gradient_checkpointing, which keeps none")
         for setting, values in ONLY_WITH.items():
             for name, default in only_with(setting, getattr(self, setting)).items():
                 if (value := getattr(self, name)) is None:

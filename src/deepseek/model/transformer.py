@@ -24,6 +24,7 @@ from ..config import ModelConfig
 from ..deprecation import warn
 from ..errors import CheckpointError, RequestError
 from ..ops.loss import IGNORE
+from ..ops.saved import Saver
 from .adapters import current, of_all_rows, rows_of
 from .cache import BatchCache, Impl, LatentPool, PackedBatch
 from .decoder import Decoder, LayerRunner, MTPLayer, RoutingRecord, run_layers
@@ -63,6 +64,7 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.layer_runner = None  # None: the layers run module by module
         self.gradient_checkpointing = False
+        self.saver: Saver | None = None  # keeps in FP8 what layers save for the backward pass
         self.compute_dtype: torch.dtype | None = None  # of the activations; None: that of the weights
 
     @classmethod
@@ -210,6 +212,9 @@ class CausalLM(nn.Module):
     def _run_layer(self, layer: nn.Module, x: Tensor, context: AttentionContext) -> tuple[Tensor, Route | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, x, context, use_reentrant=False)
+        if self.saver is not None and torch.is_grad_enabled():
+            with self.saver.saving((*layer.parameters(), *layer.buffers(), context.cos, context.sin)):
+                return layer(x, context)
         return layer(x, context)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
