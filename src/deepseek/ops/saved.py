@@ -11,7 +11,7 @@ DeepSeek-V3 keeps inputs of its linear layers and of SwiGLU like this (arXiv 241
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 LARGEST = 448.0  # of e4m3fn
+PART = 1 << 18  # numbers converted at a time
 NARROW = 16  # a row with fewer numbers gains nothing
 
 
@@ -27,13 +28,27 @@ class Packed:
     """A tensor in FP8. source: of its memory, whose address is no other's while this object is there."""
 
     def __init__(self, x: Tensor, source: StorageWeakRef) -> None:
-        self.source, self.dtype = source, x.dtype
-        values = x.detach().float()
-        self.scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / LARGEST
-        self.code = (values / self.scale).to(torch.float8_e4m3fn)
+        self.source, self.shape, self.dtype = source, x.shape, x.dtype
+        rows = x.detach().reshape(-1, x.shape[-1])
+        self.code = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=x.device)
+        self.scale = torch.empty(len(rows), 1, device=x.device)
+        for part in self._parts():
+            values = rows[part].float()
+            scale = torch.linalg.vector_norm(values, torch.inf, -1, keepdim=True).clamp_(min=1e-30).div_(LARGEST)
+            self.scale[part] = scale
+            self.code[part] = values / scale
 
     def unpack(self) -> Tensor:
-        return (self.code.float() * self.scale).to(self.dtype)
+        rows = torch.empty(self.code.shape, dtype=self.dtype, device=self.code.device)
+        for part in self._parts():
+            rows[part] = self.code[part].float() * self.scale[part]
+        return rows.view(self.shape)
+
+    def _parts(self) -> Iterator[slice]:
+        """Of the rows, some at a time: in FP32 a tensor would take more than what this saves."""
+        rows, width = self.code.shape
+        step = max(1, PART // width)
+        return (slice(first, first + step) for first in range(0, rows, step))
 
 
 class Saver:
