@@ -78,11 +78,12 @@ def test_singular_values_come_near_one_and_vectors_stay(
     assert not orthogonalise(torch.zeros(2, 3, 5)).any()
 
 
+@pytest.mark.parametrize("columns", [24, 6])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_stacked_experts_are_matrices_of_their_own(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stacked_experts_are_matrices_of_their_own(bf16: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tolerance: products of a batch and of one matrix may add in another order."""
     monkeypatch.setattr(optimizers, "fast_bf16", lambda _: bf16)
-    grad_EOI, weight_EOI = randn(5, 16, 24, seed=7), randn(5, 16, 24)
+    grad_EOI, weight_EOI = randn(5, 16, columns, seed=7), randn(5, 16, columns)
 
     def moved(places: slice, parts: int) -> Tensor:
         p = nn.Parameter(weight_EOI[:, places].clone())

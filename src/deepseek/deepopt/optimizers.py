@@ -108,7 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
             step = state.setdefault("step", torch.zeros((), device=p.device)).add_(1)
             moved_(p, turned_NRC.reshape(p.shape), hashed(self.seeds[p] + int(step)), decay=decay, size=size)
         else:
-            p.mul_(decay).add_(turned_NRC.view_as(p), alpha=-size)
+            p.mul_(decay).add_(turned_NRC.reshape(p.shape), alpha=-size)
 
     def _by_adamw8(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
