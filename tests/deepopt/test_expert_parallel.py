@@ -48,7 +48,7 @@ def same(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("run", "optimizer", "tolerance"), [
     ("adamw", "adamw", 1e-5), ("muon", "muon", 1e-3),  # Muon's iteration is in BF16 where that is fast
-    ("divided", "adamw", 1e-5), ("joined", "adamw", 1e-5)])
+    ("divided", "adamw", 1e-5), ("joined", "adamw", 1e-5), ("placed", "adamw", 1e-5)])
 def test_two_ranks_with_half_of_the_experts_take_the_steps_of_one(
         folder: Path, run: str, optimizer: str, tolerance: float) -> None:
     same(folder / f"alone-{optimizer}", folder / run, tolerance)
@@ -59,6 +59,35 @@ def test_a_rank_keeps_weights_and_moments_of_its_own_experts_alone(folder: Path)
         kept = json.loads((folder / f"kept-{rank}.json").read_text())
         assert {name.rpartition(".")[2] for name in kept} == {"weight", "step", "exp_avg", "exp_avg_sq"}
         assert {shape[0] for shape in kept.values() if shape} == {PER_RANK}
+
+
+def test_experts_go_to_other_ranks_by_their_loads(folder: Path) -> None:
+    steps = [record for record, _ in read_log(folder / "placed" / "log.jsonl") if "loss" in record]
+    assert [record["step"] for record in steps if "placed" in record] == [2]
+    placed = steps[1]["placed"]
+    assert placed["experts"] >= 2 and placed["before"] > placed["after"] >= 1
+    fixed = [record for record, _ in read_log(folder / "adamw" / "log.jsonl")]
+    assert [record["imbalance"] for record in steps[:2]] == [record["imbalance"] for record in fixed[:2]]
+    assert steps[2]["imbalance"] < fixed[2]["imbalance"]
+
+
+def test_stopped_ranks_go_on_bit_for_bit_where_experts_have_moved(folder: Path) -> None:
+    runs = [folder / run / "checkpoint-000003" for run in ("placed", "placed-again")]
+    assert (runs[0] / "model.safetensors").read_bytes() == (runs[1] / "model.safetensors").read_bytes()
+    once, again = (load_file(run / "optimizer.safetensors") for run in runs)
+    assert all(torch.equal(once[name], tensor) for name, tensor in again.items() if name != "rng")  # nothing sets it
+    one, other = (json.loads((run / "trainer.json").read_text())["placement"] for run in runs)
+    assert one == other and any(sum(loads) for loads in one["loads"])
+
+
+@pytest.mark.parametrize("run", ["adamw", "adamw-8bit", "muon-8bit"])
+def test_experts_move_with_their_moments(folder: Path, run: str) -> None:
+    before, after = max((folder / run).glob("checkpoint-*")), folder / run / "moved"
+    assert (before / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()
+    old, new = (load_file(path / "optimizer.safetensors") for path in (before, after))
+    assert len(new) > 10 and all(torch.equal(old[name], tensor) for name, tensor in new.items())
+    codes = {tensor.dtype for name, tensor in new.items() if ".experts." in name}
+    assert codes & {torch.uint8, torch.int8} if run.endswith("8bit") else codes == {torch.float32}
 
 
 def test_checkpoints_are_those_of_one_process(folder: Path) -> None:
@@ -80,6 +109,7 @@ def test_groups_of_ranks_have_one_set_of_experts_each(tmp_path: Path) -> None:
     ({"expert_parallel": 3}, 3, r"expert_parallel = 3: must divide n_routed_experts \(8\)"),
     ({"expert_parallel": 4, "accumulation": 6}, 4, r"accumulation = 6: must be a multiple of the number of ranks .4"),
     ({"expert_parallel": 2, "moments": "8bit"}, 2, r"expert_parallel = 2: with moments = 8bit .* this one has 512"),
+    ({"place_every": 5}, 2, "place_every = 5: has a meaning only with expert_parallel"),
     ({"expert_parallel": 2, "compress": "int8"}, 2, "expert_parallel = 2: goes only with compress = none")])
 def test_what_cannot_be_divided_is_refused(settings: dict[str, Any], size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

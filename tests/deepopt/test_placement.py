@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import combinations
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek.deepopt.placement import pack, place, replicate
+from deepseek.deepopt.placement import GAIN, imbalance, move, pack, place, rank_loads, replicate
 from deepseek.errors import ConfigError
 
 LOADS = torch.tensor([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
@@ -82,6 +83,34 @@ def shared_best(loads: list[int], count: int) -> float:
     if len(loads) == 1:
         return loads[0] / count
     return min(max(loads[0] / n, shared_best(loads[1:], count - n)) for n in range(1, count - len(loads) + 2))
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(small, min_size=12, max_size=12), min_size=1, max_size=3),
+       st.sampled_from([1, 2, 3, 4, 6, 12]), st.randoms(use_true_random=False))
+def test_experts_move_only_where_that_helps(loads: list[list[int]], ranks: int, random: Random) -> None:
+    load_LE = torch.tensor(loads)
+    slot_LE = torch.tensor([random.sample(range(12), 12) for _ in loads])
+    moved_LE = move(load_LE, slot_LE, ranks)
+    assert torch.equal(moved_LE.sort(1).values, torch.arange(12).expand_as(slot_LE))
+    before_L, after_L = (rank_loads(load_LE, at_LE, ranks).amax(1) for at_LE in (slot_LE, moved_LE))
+    stays_L = (moved_LE == slot_LE).all(1)
+    assert (stays_L | (after_L < (1 - GAIN) * before_L)).all()
+    assert torch.equal(move(load_LE, moved_LE, ranks), moved_LE)
+
+
+def test_most_experts_stay_where_they_are() -> None:
+    load_LE, slot_LE = torch.tensor([[1, 1, 4, 9, 5, 1]]), torch.arange(6)[None]
+    moved_LE = move(load_LE, slot_LE, 2)
+    assert (moved_LE // 3).tolist() == [[1, 0, 0, 1, 0, 1]]  # experts 0 and 4 have changed places
+    assert imbalance(load_LE, slot_LE, 2) == pytest.approx(15 / 10.5)
+    assert imbalance(load_LE, moved_LE, 2) == pytest.approx(11 / 10.5)
+
+
+def test_layers_without_load_stay_and_do_not_count() -> None:
+    load_LE, slot_LE = torch.tensor([[3, 3, 1, 1], [0, 0, 0, 0]]), torch.arange(4).repeat(2, 1)
+    assert imbalance(load_LE, slot_LE, 2) == 1.5
+    assert torch.equal(move(load_LE, slot_LE, 2)[1], slot_LE[1])
 
 
 @pytest.mark.parametrize(("settings", "message"), [

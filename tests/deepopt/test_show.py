@@ -36,12 +36,13 @@ def write(out: Path, *records: dict[str, Any]) -> None:
 
 
 def test_a_run_in_step(tmp_path: Path) -> None:
-    ranks = {"shares": {"0": 3, "1": 1}, "bytes_sent": 5_000}
+    ranks = {"shares": {"0": 3, "1": 1}, "bytes_sent": 5_000, "imbalance": 1.125}
     out = run(tmp_path / "run", *(STEP | ranks | {"step": step, "loss": 4.0 - step / 100} for step in range(1, 41)),
               {"step": 40, "eval_loss": 3.5})
     view, more = RunView(out).look()
     for words in ("40 of 100", "40%", "loss         3.6000, mean of the last 20 steps: 3.6950", "3.5000 at step 40",
-                  "500 tokens/s", "0.005 MB in the last step", "0: 3 batches, 1: 1 batches", "stopped"):
+                  "500 tokens/s", "0.005 MB in the last step", "1.12 times the mean", "0: 3 batches, 1: 1 batches",
+                  "stopped"):
         assert words in view, words
     assert more and "left" not in view  # no process is known to work on it
     with (out / ".lock").open("w") as lock:

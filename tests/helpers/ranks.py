@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from deepseek.checkpoint import tensor_hashes
+from deepseek.checkpoint import tensor_hashes, write_tensors
+from deepseek.config import ModelConfig
 from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt.expert_parallel import ExpertParallelLoop
 from deepseek.deepopt.loop import TrainingLoop
@@ -31,7 +32,8 @@ from tests.helpers.killed_runs import TINY
 
 TIMEOUT = 120.0
 LONG: dict[str, Any] = dict(steps=15, save_every=5, eval_every=5, balance=True)  # long enough to see who is slow
-SHORT: dict[str, Any] = {"steps": 3, "accumulation": 2, "eval_batches": 1, "save_every": 2}  # of expert parallelism
+SHORT: dict[str, Any] = {"steps": 3, "accumulation": 2, "eval_batches": 1, "save_every": 1}  # of expert parallelism
+WIDE = TINY.with_(moe_intermediate_size=128)  # whose experts have moments of 8 bits
 FOUR = SHORT | {"accumulation": 4}  # of four ranks
 
 
@@ -68,10 +70,10 @@ def config(**more: Any) -> TrainConfig:
 
 
 def train(data: TokenShards, out: Path, ranks: Ranks | None, stop: int | None = None,
-          slow: bool = False, **settings: Any) -> TrainingLoop:
+          slow: bool = False, shape: ModelConfig = TINY, **settings: Any) -> TrainingLoop:
     """Train a new model, or go on; stop: leave after so many steps, as if killed. slow: rank 1 sleeps in each
     forward pass."""
-    model, ranks = CausalLM(TINY).init_weights(torch.Generator().manual_seed(0)), Ranks() if ranks is None else ranks
+    model, ranks = CausalLM(shape).init_weights(torch.Generator().manual_seed(0)), Ranks() if ranks is None else ranks
     if slow and ranks.rank == 1:
         forward = model.loss
 
@@ -127,13 +129,31 @@ def experts(folder: Path, data: TokenShards, ranks: Ranks) -> None:
     kept = {f"{name}.{key}": [*value.shape] for name, p in loop.model.named_parameters() if ".experts." in name
             for key, value in {"weight": p, **loop.optimizer.state[p]}.items()}
     (folder / f"kept-{ranks.rank}.json").write_text(json.dumps(kept))
+    shuffle(loop)
     train(data, folder / "muon", ranks, expert_parallel=2, optimizer="muon", gradient_checkpointing=True, **SHORT)
     train(data, folder / "divided", ranks, expert_parallel=2, **SHORT)  # where one process has begun
     train(data, folder / "joined", ranks, stop=2, expert_parallel=2, **SHORT)
+    for out, stops in (("placed", [None]), ("placed-again", [2, 3, None])):
+        for stop in stops:
+            train(data, folder / out, ranks, stop, expert_parallel=2, place_every=2, **SHORT)
+    for optimizer in ("adamw", "muon"):
+        shuffle(train(data, folder / f"{optimizer}-8bit", ranks, expert_parallel=2, optimizer=optimizer,
+                      moments="8bit", shape=WIDE, **SHORT | {"steps": 1}))
+
+
+def shuffle(loop: TrainingLoop) -> None:
+    """Let all experts go somewhere, and write once more what is there."""
+    assert isinstance(loop, ExpertParallelLoop)
+    loop.slot_LE = torch.rand(loop.slot_LE.shape, generator=torch.Generator().manual_seed(1)).argsort(1)
+    loop._place()
+    with loop._served():
+        if loop.ranks.first:
+            loop._write(loop.out / "moved", lambda path: write_tensors(
+                path / "optimizer.safetensors", loop._moments(), loop._elsewhere))
 
 
 def groups(folder: Path, data: TokenShards, ranks: Ranks) -> None:
-    train(data, folder / "groups", ranks, expert_parallel=2, stop=2, **FOUR)
+    train(data, folder / "groups", ranks, expert_parallel=2, stop=3, place_every=1, **FOUR)
     train(data, folder / "groups", ranks, expert_parallel=4, **FOUR)
 
 

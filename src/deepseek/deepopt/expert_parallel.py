@@ -9,8 +9,10 @@ arXiv 2006.16668; a token once a rank as in DeepSeek-V3, arXiv 2412.19437, secti
 experts is data parallel, as it is without this: the step is that of one process, to rounding.
 
 An expert's gradient holds the tokens of its group when it is there, so only groups among each other sum it, and its
-moments are where it is. Checkpoints have the usual layout: the first rank asks the others for one expert after another
-while it writes, and sends them one after another when it reads. So a run goes on in another layout.
+moments are where it is. Every `place_every` steps experts move with them to other ranks of their group, by the loads
+since the last time (placement.py); all groups have the same placement. Checkpoints have the usual layout: the first
+rank asks the others for one expert after another while it writes, and sends them one after another when it reads. So a
+run goes on in another layout.
 
 Shape letters: T tokens, H hidden, K experts a token, P pairs of a token and a rank it goes to, R ranks of the group.
 """
@@ -37,6 +39,7 @@ from ..model.gate import Route
 from ..ops.moments import BLOCK
 from .loop import TrainingLoop, Windows
 from .optimizers import SMALL, trained
+from .placement import imbalance, move
 from .ranks import Group, Ranks
 from .settings import TrainConfig
 
@@ -64,23 +67,30 @@ class Swap(torch.autograd.Function):
 
 
 class OwnExperts(RoutedExperts):
-    """A rank's part of the routed experts of a layer; tokens of the group come to them and go back."""
+    """A rank's part of the routed experts of a layer; tokens of the group come to them and go back.
+
+    slot_E: of each expert the rank of the group that has it, times experts a rank, plus its place there."""
+
+    slot_E: Tensor
 
     def __init__(self, whole: RoutedExperts, ranks: Ranks, group: Group, size: int, place: int) -> None:
         nn.Module.__init__(self)
-        self.ranks, self.group, self.size = ranks, group, size
+        self.ranks, self.group, self.size, self.place = ranks, group, size, place
         self.gate_up_proj, self.down_proj = (
             nn.Parameter(part.chunk(size)[place].detach().clone()) for part in (whole.gate_up_proj, whole.down_proj))
+        self.register_buffer("slot_E", torch.arange(len(whole.down_proj), device=whole.down_proj.device),
+                             persistent=False)
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         count = len(self.gate_up_proj)
-        rank_TK = route.index_TK.div(count, rounding_mode="floor")
+        slot_TK = self.slot_E[route.index_TK]
+        rank_TK = slot_TK // count
         goes_RT = torch.stack([(rank_TK == rank).any(1) for rank in range(self.size)])
         rank_P, token_P = goes_RT.nonzero(as_tuple=True)
         one = [1] * self.size
         (came,) = self.ranks.swap([goes_RT.sum(1, keepdim=True)], one, one, self.group)
         sent, back = goes_RT.sum(1).tolist(), came.flatten().tolist()
-        index_PK = route.index_TK[token_P].sub(rank_P[:, None] * count)
+        index_PK = slot_TK[token_P].sub(rank_P[:, None] * count)
         index_PK.masked_fill_((index_PK < 0) | (index_PK >= count), -1)
         x_PH, weight_PK, index_PK = self._swap(
             sent, back, x_TH.index_select(0, token_P), route.weight_TK.index_select(0, token_P), index_PK)
@@ -89,6 +99,27 @@ class OwnExperts(RoutedExperts):
         for tokens, part in zip(token_P.split(sent), y_PH.split(sent), strict=True):
             out_TH.index_add_(0, tokens, part.float())
         return out_TH.to(x_TH.dtype)
+
+    def where(self, expert: int) -> tuple[int, int]:
+        """The rank of the group that has an expert, and its place there."""
+        return divmod(int(self.slot_E[expert]), len(self.down_proj))
+
+    @torch.no_grad()
+    def move(self, slot_E: Tensor, kept: Iterable[Tensor]) -> None:
+        """Let all ranks of the group swap experts until they have the slots `slot_E`. kept: what the optimizer keeps
+        of those that are here, each tensor in equal parts."""
+        count = len(self.down_proj)
+        rows = [part.view(count, -1) for part in (self.gate_up_proj, self.down_proj, *kept)]
+        here_C, mine_C = (at_E.argsort().chunk(self.size)[self.place] for at_E in (self.slot_E, slot_E))
+        to_C, from_C = slot_E[here_C], self.slot_E[mine_C]
+        sent, came = (at_C.div(count, rounding_mode="floor").bincount(minlength=self.size).tolist()
+                      for at_C in (to_C, from_C))
+        order_C = to_C.argsort()
+        found = self.ranks.swap([part[order_C] for part in rows], sent, came, self.group)
+        place_C = (from_C // count).argsort(stable=True)  # of what came: by ranks, from each by new slots
+        for part, new in zip(rows, found, strict=True):
+            part[place_C] = new
+        self.slot_E.copy_(slot_E)
 
     def _swap(self, sent: Sequence[int], came: Sequence[int], *rows: Tensor) -> tuple[Tensor, ...]:
         return Swap.apply(self.ranks, sent, came, self.group, *rows)
@@ -113,8 +144,12 @@ class ExpertParallelLoop(TrainingLoop):
         check_layout(model.config, config, ranks.size)
         self.size, self.place = config.expert_parallel, ranks.rank % config.expert_parallel
         self.group, self.others = ranks.groups(self.size)
+        self.experts = list[OwnExperts]()
         for block in model.moe_blocks().values():
-            block.experts = OwnExperts(block.experts, ranks, self.group, self.size, self.place)
+            self.experts.append(OwnExperts(block.experts, ranks, self.group, self.size, self.place))
+            block.experts = self.experts[-1]
+        self.slot_LE = torch.arange(model.config.n_routed_experts).repeat(len(self.experts), 1)  # as ranks have agreed
+        self.load_LE = torch.zeros_like(self.slot_LE)  # since they have
         self.own = frozenset(f"{prefix}.{name}" for prefix, module in model.named_modules()
                              if isinstance(module, OwnExperts) for name, _ in module.named_parameters())
         self.on_disk = {stored: Piece(name, *part) for name in self.own
@@ -137,6 +172,31 @@ class ExpertParallelLoop(TrainingLoop):
         clip_grads_with_norm_(parameters.values(), self.config.clip, norm)
         return norm
 
+    def train_step(self) -> dict[str, Any]:
+        return super().train_step() | self.noted
+
+    def _balance(self, load_LE: Tensor) -> None:
+        super()._balance(load_LE)
+        seen = slice(len(load_LE))  # without MTP loss its gate saw nothing
+        self.noted: dict[str, Any] = {"imbalance": round(imbalance(load_LE.cpu(), self.slot_LE[seen], self.size), 4)}
+        if not self.config.place_every:
+            return
+        self.load_LE[seen] += load_LE.cpu()
+        if (self.step + 1) % self.config.place_every == 0:
+            before, self.slot_LE = self.slot_LE, move(self.load_LE, self.slot_LE, self.size)
+            old, new = (round(imbalance(self.load_LE, at_LE, self.size), 4) for at_LE in (before, self.slot_LE))
+            gone = int((before // self.count != self.slot_LE // self.count).sum())
+            self.noted["placed"] = {"experts": gone, "before": old, "after": new}
+            self._place()
+            self.load_LE.zero_()
+
+    def _place(self) -> None:
+        """Bring experts to the slots that are agreed."""
+        for experts, slot_E in zip(self.experts, self.slot_LE.to(self.model.device), strict=True):
+            if not torch.equal(experts.slot_E, slot_E):
+                experts.move(slot_E, [value for p in experts.parameters()
+                                      for _, value in sorted(self.optimizer.state.get(p, {}).items()) if value.ndim])
+
     def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in trained(self.model).items() if name in self.own)
 
@@ -144,6 +204,16 @@ class ExpertParallelLoop(TrainingLoop):
         super()._spread()
         if self.ranks.size > self.size:
             self.ranks.copy_from_first([p.detach() for _, p in self._own()], self.others)
+        self._place()
+
+    def _division(self) -> dict[str, Any]:
+        return super()._division() | {"placement": {
+            "ranks": self.size, "slots": self.slot_LE.tolist(), "loads": self.load_LE.tolist()}}
+
+    def _divide(self, about: Mapping[str, Any]) -> None:
+        super()._divide(about)
+        if (placement := about.get("placement")) and placement["ranks"] == self.size:
+            self.slot_LE, self.load_LE = torch.tensor(placement["slots"]), torch.tensor(placement["loads"])
 
     # ---- checkpoints: the first rank and the experts of all ------------------------------------------------------
 
@@ -161,10 +231,15 @@ class ExpertParallelLoop(TrainingLoop):
             for rank in range(1, self.ranks.size):
                 self.ranks.send(None, rank)
 
+    def _where(self, piece: Piece) -> tuple[int, int]:
+        assert piece.expert is not None
+        experts = self.model.get_submodule(piece.name.rpartition(".")[0])
+        assert isinstance(experts, OwnExperts)
+        return experts.where(piece.expert)
+
     def _here(self, piece: Piece) -> Tensor:
         """A view of what this rank has."""
-        assert piece.expert is not None
-        parameter, place = self.model.get_parameter(piece.name), piece.expert % self.count
+        parameter, (_, place) = self.model.get_parameter(piece.name), self._where(piece)
         if not piece.key:
             return parameter.detach()[place][piece.rows]
         kept = self.optimizer.state[parameter][piece.key]
@@ -182,8 +257,7 @@ class ExpertParallelLoop(TrainingLoop):
         self._here(piece).copy_(value)
 
     def _read_piece(self, piece: Piece) -> Tensor:
-        assert piece.expert is not None
-        if (owner := piece.expert // self.count) == 0:
+        if (owner := self._where(piece)[0]) == 0:
             return self._here(piece)
         self.ranks.send((piece, None), owner)
         return self.ranks.receive(owner)
@@ -191,7 +265,7 @@ class ExpertParallelLoop(TrainingLoop):
     def _put(self, piece: Piece, value: Tensor) -> None:
         """Give a piece to all ranks that have the expert."""
         for rank in range(self.ranks.size):
-            if piece.expert is None or rank % self.size == piece.expert // self.count:
+            if piece.expert is None or rank % self.size == self._where(piece)[0]:
                 if rank == 0:
                     self._put_here(piece, value)
                 else:

@@ -271,7 +271,7 @@ class TrainingLoop:
             write_tensors(folder / "optimizer.safetensors", self._moments() | random_state(self.model.device),
                           self._elsewhere)
             write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)} | (
-                {"shares": self.shares.state()} if self.ranks.size > 1 else {}))
+                self._division() if self.ranks.size > 1 else {}))
 
         path = self.out / CHECKPOINT.format(self.step)
         with held(f"checkpoint {self.step} is written"):
@@ -297,6 +297,14 @@ class TrainingLoop:
         return {f"{name}.{key}": value for name, state in self._optimizer_state() for key, value in state.items()}
 
     # what a subclass may do otherwise, or keep elsewhere
+
+    def _division(self) -> dict[str, Any]:
+        """How the work is divided over the ranks, as a checkpoint keeps it."""
+        return {"shares": self.shares.state()}
+
+    def _divide(self, about: Mapping[str, Any]) -> None:
+        """Restore what `_division` has returned, where it is of as many ranks."""
+        self.shares.load(about.get("shares"))
 
     def _served(self) -> contextlib.AbstractContextManager[None]:
         """Inside it the first rank can ask the others for what they have of their own."""
@@ -366,7 +374,7 @@ class TrainingLoop:
         moments = {name.replace(".entrance.", ".input."): tensor for name, tensor in stored.items()}  # its name in 0.1
         about = json.loads((folder / "trainer.json").read_text())
         self.step, self.seconds_before = about["step"], about.get("seconds", 0.0)
-        self.shares.load(about.get("shares"))
+        self._divide(about)
         self._saved = self.step
         set_random_state(moments, self.model.device)
         parameters, states = trained(self.model), defaultdict[str, dict[str, Tensor]](dict)
@@ -391,9 +399,9 @@ class TrainingLoop:
             return
         ranks, named = self.ranks, trained(self.model)
         ranks.at("the start")
-        self.step, self.seconds_before, shares = ranks.from_first((
-            self.step, self.seconds_before, self.shares.state()))
-        self.shares.load(shares)
+        self.step, self.seconds_before, division = ranks.from_first((
+            self.step, self.seconds_before, self._division()))
+        self._divide(division)
         self._saved = self.step
         ranks.copy_from_first([tensor for name, tensor in self.model.state_dict().items() if name not in self.own])
         own = {name: {key: (tuple(value.shape), value.dtype) for key, value in state.items()}

@@ -29,7 +29,7 @@ ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
                  "local": _ROUNDS | {"outer_lr": 0.8, "outer_momentum": 0.5},  # MuLoCo has 0.9, for far longer runs
                  "sparse": _ROUNDS | {"outer_lr": 1.0, "outer_momentum": 0.0}}}  # of SparseLoCo
 IN_ROUNDS = ("local", "sparse")
-LAYOUT = frozenset(("expert_parallel",))  # which rank has what: a run goes on with another
+LAYOUT = frozenset(("expert_parallel", "place_every"))  # which rank has what: a run goes on with another
 
 # settings of a leg of the learning rate's schedule; `warmup` is tuning's
 SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))
@@ -81,6 +81,9 @@ class TrainConfig(Settings):
         "(sparse)")] = "none"
     expert_parallel: Annotated[int, Option(
         "ranks that share one set of routed experts, each with its own part (compress = none)", COUNT)] = 1
+    place_every: Annotated[int, Option(
+        "steps after which experts go to other ranks by their loads, with their moments (expert_parallel); 0: never",
+        NATURAL)] = 0
     powersgd_rank: Annotated[int | None, Option("columns of PowerSGD's factors; 4", COUNT)] = None
     inner_steps: Annotated[int | None, Option("steps between two merges (local, sparse); 30", COUNT)] = None
     overlap_steps: Annotated[int | None, Option(
@@ -123,6 +126,8 @@ class TrainConfig(Settings):
         if self.expert_parallel > 1 and self.compress != "none":
             raise ConfigError(f"expert_parallel = {self.expert_parallel}: goes only with compress = none, this is "
                               f"{self.compress}")
+        if self.place_every and self.expert_parallel == 1:
+            raise ConfigError(f"place_every = {self.place_every}: has a meaning only with expert_parallel")
         if (self.overlap_steps or 0) > (self.inner_steps or 0):
             raise ConfigError(f"overlap_steps = {self.overlap_steps}: must be at most inner_steps "
                               f"({self.inner_steps}), as a merge is over before the next one begins")

@@ -94,6 +94,8 @@ def table(steps: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], t
         rows["a rank sent"] = f"{steps[-1]['bytes_sent'] / 1e6:,.3f} MB in the last {'round' if rounds else 'step'}"
         if rounds:
             rows["a rank sent"] += f", received {steps[-1]['bytes_received'] / 1e6:,.3f} MB"
+    if steps and "imbalance" in steps[-1]:
+        rows["experts"] = f"the busiest rank has {steps[-1]['imbalance']:.2f} times the mean"
     for key, unit in (("steps", "steps"), ("shares", "batches")):
         if steps and key in steps[-1]:
             rows["ranks"] = ", ".join(f"{rank}: {count} {unit}" for rank, count in steps[-1][key].items())
