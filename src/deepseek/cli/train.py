@@ -35,7 +35,8 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset or a config.json; not with --from")
     parser.add_argument("data", nargs="*", metavar="DATA", help="text, code, JSONL or folders of them")
     parser.add_argument("--experts", nargs="+", action="extend", metavar="NAME=PATH",
-                        help="text by expert: binds the routing groups to these names; a name may come several times")
+                        help="text by expert: binds the routing groups to these names; a name may come several times; "
+                             "with --sites, NAME alone is one of which other sites have text")
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_config()
     add_map_flag(parser)
@@ -46,7 +47,7 @@ def add_flags(parser: Parser) -> None:
         "losses": "mtp_weight balance_weight bias_speed guide_weight",
         "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
         "ranks": "expert_parallel place_every compress powersgd_rank inner_steps overlap_steps outer_lr outer_momentum "
-                 "error_decay balance rank_timeout",
+                 "error_decay sites balance rank_timeout",
         "machine": "precision activations gradient_checkpointing device"})
     add_settings(parser, MachineOptions, {"machine": "threads"})
     add_settings(parser, RanksOptions, {"ranks": "ranks"})
@@ -66,7 +67,10 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"predict = {ahead}: is for one process; leave out --ranks")
     if (ranks := make(args, RanksOptions).ranks) > 1 and not is_rank():
         known = (run_in(Path(args.out)) or {"train": {}})["train"]
-        compress = given_settings(args, RunConfig).get("compress", known.get("compress", "none"))
+        given = known | given_settings(args, RunConfig)
+        if given.get("sites"):
+            raise ConfigError(f"ranks = {ranks}: with --sites each site starts a process of its own; leave it out")
+        compress = given.get("compress", "none")
         if status := launch(ranks, compress, args.words):
             raise SystemExit(status)
         return
@@ -88,13 +92,13 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"config = {words[0]!r}: is no configuration; a preset ({', '.join(PRESETS)}) or a "
                               "config.json goes before DATA, or --from MODEL instead of it")
         config = words.pop(0) if start is None and words else None
-        data = None if ahead is not None else _training_data(words, args.experts)
+        data = None if ahead is not None else _training_data(words, args.experts, bool(given.get("sites")))
         trainer = Trainer(config, out=out, map=args.map, **given)
     if ahead is not None:
         print(trainer.predict(ahead, **line).table())
         return
     model = trainer.fit(data)
-    if os.environ.get("RANK", "0") == "0":
+    if trainer.sites or os.environ.get("RANK", "0") == "0":
         print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"
               f"try:   deepseek-infer --model {model} --prompt '…'")
 
@@ -120,11 +124,11 @@ def _is_data(word: str) -> bool:
     return path.is_file() and path.suffix != ".json"
 
 
-def _training_data(words: Sequence[str], experts: Sequence[str] | None) -> Any:
+def _training_data(words: Sequence[str], experts: Sequence[str] | None, sites: bool) -> Any:
     """DATA, or {expert name: its paths} of --experts; a bare DATA beside them is text without a name."""
     if not experts:
         if not words:
             raise ConfigError("data: at least one DATA or --experts NAME=PATH must be given (--out alone continues "
                               "the run that it holds)")
         return words
-    return named_paths(experts, "experts") | ({"": words} if words else {})
+    return named_paths(experts, "experts", bare=sites) | ({"": words} if words else {})

@@ -151,11 +151,14 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def named_paths(words: Sequence[str], flag: str) -> dict[str, list[str]]:
-    """Parse `name=PATH` words into {name: [PATH, …]}; a name may occur several times."""
+def named_paths(words: Sequence[str], flag: str, *, bare: bool = False) -> dict[str, list[str]]:
+    """Parse `name=PATH` words into {name: [PATH, …]}; a name may occur several times. bare: a name alone has []."""
     named: dict[str, list[str]] = {}
     for word in words:
         name, equals, path = word.partition("=")
+        if bare and not equals and name.isidentifier():
+            named.setdefault(name, [])
+            continue
         if not (equals and path and name.isidentifier()):
             raise ConfigError(f"{flag} = {word!r}: must read NAME=PATH (for example law_expert=data/law), the name "
                               "made of letters, digits and _")

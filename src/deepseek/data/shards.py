@@ -112,6 +112,11 @@ class TokenShards:
         return notes(held, self.about.get("valid_fraction", 0))
 
     @property
+    def present(self) -> tuple[str, ...]:
+        """The expert names of which there is text."""
+        return tuple(name for name in self.experts if self.about["held_out"].get(name, {}).get("documents"))
+
+    @property
     def train_tokens(self) -> int:
         return len(self._train)
 

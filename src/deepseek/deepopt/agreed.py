@@ -1,8 +1,11 @@
-"""The weights that the ranks of a run in rounds agree on: how what each has changed is coded, and what they become."""
+"""The weights that the ranks of a run in rounds agree on: how what each has changed is coded, and what they become.
+
+A weight that bears a name is sent by the ranks that own the name, and becomes what they have, or their mean (sites.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ STATE = ("theta.", "error.", "outer.")
 
 
 class Agreed:
-    """theta: the weights, by name. They and the outer momentum are equal on all ranks, what coding has lost is not."""
+    """theta: the weights. They and the outer momentum are equal on all ranks, what coding has lost is not. owner: the
+    name that some of them bear."""
 
     def __init__(self, config: TrainConfig) -> None:
         decay, lr, momentum = config.error_decay, config.outer_lr, config.outer_momentum
@@ -25,29 +29,41 @@ class Agreed:
         self.feedback = ErrorFeedback(CODECS["2bit" if config.compress == "local" else "sparse"], decay)
         self.outer = OuterNesterov(lr, momentum)
         self.theta: dict[str, Tensor] = {}
+        self.owner: Mapping[str, str] = {}
 
-    def begin(self, weights: Mapping[str, Tensor]) -> None:
-        self.theta = {name: weight.clone() for name, weight in weights.items()}
+    def begin(self, weights: Mapping[str, Tensor], owner: Mapping[str, str]) -> None:
+        self.theta, self.owner = {name: weight.clone() for name, weight in weights.items()}, owner
 
-    def encode(self, weights: Mapping[str, Tensor]) -> bytes:
+    def sent(self, own: Collection[str]) -> dict[str, Tensor]:
+        """theta of what a rank sends that owns these names."""
+        return {name: theta for name, theta in self.theta.items() if self.owner.get(name) in (None, *own)}
+
+    def encode(self, weights: Mapping[str, Tensor], own: Collection[str]) -> bytes:
         """What is sent of weights that began with theta."""
         return b"".join(self.feedback.encode(name, theta - weights[name]).cpu().numpy().tobytes()
-                        for name, theta in self.theta.items())
+                        for name, theta in self.sent(own).items())
 
     @torch.no_grad()
-    def merge(self, parts: Mapping[int, bytes], shares: Mapping[int, float]) -> dict[int, bytes]:
-        """Go on by what the ranks have sent, with the share of each, in their order. Returns what came behind it."""
+    def merge(self, parts: Mapping[int, bytes], tokens: Mapping[int, int], own: Mapping[int, Collection[str]]
+              ) -> dict[int, bytes]:
+        """Go on by what the ranks have sent, weighted by their tokens, in their order. own: the names that each owns.
+        Returns what came behind it."""
         codec = self.feedback.codec
-        sizes = [codec.nbytes(tuple(theta.shape)) for theta in self.theta.values()]
-        change = {name: torch.zeros_like(theta) for name, theta in self.theta.items()}
+        total = {name: sum(tokens[rank] for rank in parts if name in (None, *own[rank]))
+                 for name in {None, *self.owner.values()}}
+        change: dict[str, Tensor] = {}
         rests = {}
         for rank, payload in parts.items():
+            sent = self.sent(own[rank])
+            sizes = [codec.nbytes(tuple(theta.shape)) for theta in sent.values()]
             *coded, rests[rank] = pieces(payload, [*sizes, len(payload) - sum(sizes)])
-            for (name, theta), part in zip(self.theta.items(), coded, strict=True):
-                sent = codec.decode(tensor_of(part, np.uint8), theta.shape)
-                change[name] += shares[rank] * sent.to(theta.device)
-        if parts:
-            self.outer.step(self.theta, change)
+            for (name, theta), part in zip(sent.items(), coded, strict=True):
+                found = codec.decode(tensor_of(part, np.uint8), theta.shape).to(theta.device)
+                found *= tokens[rank] / total[self.owner.get(name)]
+                change[name] = change[name] + found if name in change else found
+        self.outer.step(self.theta, {name: d for name, d in change.items() if name not in self.owner})
+        for name in self.owner.keys() & change.keys():
+            self.theta[name] -= change[name]
         return rests
 
     # ---- kept ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from .ranks import even
 from .settings import TrainConfig
 
 PATIENCE = 600.0  # seconds that a rank waits to be let in, at least: it comes in at the end of a round
-SAID = ("tokens", "steps", "speed", "loss", "leaving")  # what others need of `about`
+SAID = ("tokens", "steps", "speed", "loss", "leaving", "own")  # what others need of `about`; own of a site
 
 Found = tuple[Verdict, dict[int, dict[str, Any]], dict[int, bytes]]  # what the merged ranks say, and their parts
 
@@ -51,7 +51,7 @@ class Flight:
     def _bring(self, members: Members, config: TrainConfig) -> Found:
         members.sent = members.received = 0
         if self.part:
-            members.finish(self.number, {key: self.about[key] for key in SAID}, self.part)
+            members.finish(self.number, {key: self.about[key] for key in SAID if key in self.about}, self.part)
         present = members.wait(self.number, self.ranks, None if self.part else max(PATIENCE, members.grace))
         verdict = members.decide(self.number, self._verdict(members, config, present))
         said = {rank: members.about(self.number, rank) for rank in verdict.merged}

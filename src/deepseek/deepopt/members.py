@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..errors import RankError
+from ..errors import ConfigError, RankError
 from ..files import to_json
 from .ranks import Ranks
 
@@ -121,6 +121,16 @@ class Members:
                         raise RankError(f"rank {self.rank}: rank {rank} has ended before there was data to train on")
                 time.sleep(POLL)
 
+    def agree(self, terms: Mapping[str, Any]) -> None:
+        """Raises ConfigError naming what another rank, the first that came, has otherwise."""
+        mine = json.loads(to_json(terms))
+        with self._named():
+            first, theirs = json.loads(self.store.compare_set("terms", "", to_json([self.rank, mine])))
+        for name, value in mine.items():
+            if value != theirs.get(name):
+                raise ConfigError(f"{name} = {value!r:.200}: must be the same on all ranks; rank {first} has "
+                                  f"{theirs.get(name)!r:.200}")
+
     # ---- rounds --------------------------------------------------------------------------------------------------
 
     def finish(self, number: int, about: Mapping[str, Any], part: bytes) -> None:
@@ -193,22 +203,25 @@ class Members:
 
 
 class Solo(Ranks):
-    """A rank whose steps are its own. leads: it writes log and checkpoints."""
+    """A rank whose steps are its own. leads: it lets others in, and writes log and checkpoints. apart: every rank has a
+    folder of its own, and writes there."""
 
-    def __init__(self, members: Members, local_rank: int) -> None:
+    def __init__(self, members: Members, local_rank: int, *, apart: bool = False) -> None:
         super().__init__()
-        self.members, self.number, self.local_rank = members, members.rank, local_rank
+        self.members, self.number, self.local_rank, self.apart = members, members.rank, local_rank, apart
         self.leads, self.waits = True, 0
 
     @property
     def first(self) -> bool:
-        return self.leads
+        return self.leads or self.apart
 
     @contextlib.contextmanager
     def first_here(self) -> Iterator[bool]:
         key = f"prepared/{platform.node()}/{self.waits}"
         self.waits += 1
-        if self.local_rank == 0 and not self.members.there("r-1/verdict"):
+        if self.apart:
+            yield True
+        elif self.local_rank == 0 and not self.members.there("r-1/verdict"):
             yield True
             self.members.put(key, b"")
         else:

@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 from ..ops.moments import Moment, adamw8_, hashed, momentum8, moved_
 from ..ops.native import fast_bf16
 from .settings import TrainConfig
+from .sites import parts_on
 
 QUINTIC = 3.4445, -4.7750, 2.0315  # steepest at 0; singular values end in about [0.7, 1.2] (the post above)
 STEPS = 5
@@ -30,7 +31,8 @@ BY_ADAMW = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")  # rows of 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require a gradient, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = ((name, part) for name, _, part in parts_on(model))
+    return {name: parameter for name, parameter in (*model.named_parameters(), *parts) if parameter.requires_grad}
 
 
 def narrow(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ takes fewer steps in a round (`balance`): in proportion to its speed, which each
 Ranks come and go between rounds (members.py); with `overlap_steps` a round later, as another has begun when one is
 decided on. The lowest of them that has the weights writes log and checkpoints; every rank keeps in OUT/rank-RRRR what
 only it has, with `overlap_steps` its weights and the part that is under way too: a checkpoint's weights are then those
-of the rank that wrote it. The end's are merged ones.
+of the rank that wrote it. The end's are merged ones. Sites (sites.py) have data and a folder each, and all write.
 """
 
 from __future__ import annotations
@@ -41,39 +41,55 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..data import TokenShards
 from ..files import to_json
 from ..interrupts import came, held
+from ..model import CausalLM
 from ..progress import ProgressBar
 from .agreed import Agreed, tensor_of
 from .flight import PATIENCE, Flight, end_of
-from .loop import TrainingLoop
+from .loop import TrainingLoop, Windows
 from .members import Members, Solo, Verdict
 from .optimizers import trained
 from .own_state import parts_of, read_own, write_own
 from .ranks import even
 from .run_folder import NoLog, RunLog
+from .settings import TrainConfig
+from .sites import check_owners, divide, parts_on
 
 SPEED = 0.5  # weight of the newest measurement
+SAME = ("steps", "accumulation", "compress", "inner_steps", "overlap_steps", "outer_lr", "outer_momentum", "bias_speed",
+        "guide_weight", "sites", "seed")  # settings that ranks must share
+
 
 class RoundLoop(TrainingLoop):
     """The loop of one rank. Arguments as of TrainingLoop."""
 
     ranks: Solo
 
-    def __init__(self, *args: Any, ranks: Solo, **more: Any) -> None:
-        super().__init__(*args, ranks=ranks, **more)
-        config = self.config
+    def __init__(self, model: CausalLM, data: Windows, config: TrainConfig, *args: Any, ranks: Solo, **more: Any
+                 ) -> None:
+        assert ranks.apart == bool(config.sites)
+        self.names: tuple[str, ...] = ()  # whose experts this rank trains
+        if config.sites:
+            assert isinstance(data, TokenShards)
+            self.names = data.present
+            divide(model, data.experts, self.names)
+        super().__init__(model, data, config, *args, ranks=ranks, **more)
+        self.base = (more.get("settings") or {}).get("base")
         self.members: Members = ranks.members
         assert config.inner_steps is not None and config.overlap_steps is not None
         self.length, self.overlap = config.inner_steps, config.overlap_steps  # steps of the fastest rank
         self.agreed = Agreed(config)
-        self.agreed.begin(self._weights())
+        self.agreed.begin(self._weights(), {
+            name: group for name, group, _ in parts_on(model) if group in self.data.experts})
         self.biases = self._biases()  # that all agree on
         self.round, self.begin = self.step // self.length, self.step * config.accumulation
         self.plans: list[Verdict] = []  # of this round, and of the next where it is decided on
         self.taking: list[int] = []  # the ranks of this round that are still there
         self.flight: Flight | None = None
         self.start = self.step  # where this round begins
+        self.taken = 0  # batches of a site's own data, before this round
         self.done = 0  # own steps in this round
         self.loads: list[Tensor] = []  # of each of them
         self.speed = self.aside = 0.0  # aside: seconds of this round for evaluations and the like
@@ -126,16 +142,19 @@ class RoundLoop(TrainingLoop):
         if not self._arrive(bar):
             return
         self.step = start + length
+        self.taken += mine * len(self._numbers())
         self.speed = tokens / seconds if not self.speed else (1 - SPEED) * self.speed + SPEED * tokens / seconds
-        leaves = self._send({"tokens": tokens, "steps": mine, "speed": self.speed, "loss": sum(losses) / len(losses),
-                    "seconds": seconds, **{key: record[key] for key in ("lr", "grad_norm", "max_vio")}}, start, began)
+        leaves = self._send({
+            "tokens": tokens, "steps": mine, "speed": self.speed, "loss": sum(losses) / len(losses),
+            "seconds": seconds, **{key: record[key] for key in ("lr", "grad_norm", "max_vio")},
+            **({"own": self.names} if self.config.sites else {})}, start, began)
         waits = not self.overlap or self.step >= config.steps
         if waits and not self._arrive(bar):
             return
         due = start // config.save_every != self.step // config.save_every
         if due or leaves or self.ends or self.step >= config.steps:
             self._write_own()
-            if self.ranks.leads:
+            if self.ranks.first:
                 self.save()
         if leaves:
             self._arrive(bar)
@@ -143,7 +162,7 @@ class RoundLoop(TrainingLoop):
 
     def _send(self, about: dict[str, Any], start: int, began: float) -> bool:
         """Say what this rank has done, and give what it has changed. Returns whether it leaves then."""
-        part = self.agreed.encode(self._weights()) + torch.stack(self.loads).int().cpu().numpy().tobytes()
+        part = self.agreed.encode(self._weights(), self.names) + torch.stack(self.loads).int().cpu().numpy().tobytes()
         plan, self.loads = self.plans.pop(0), []
         if self.overlap and not self.plans:  # the first round, before which nothing was decided
             self.plans.append(Verdict([], plan.members, [], plan.steps, end_of(plan, self.config.accumulation)))
@@ -172,8 +191,7 @@ class RoundLoop(TrainingLoop):
             self._join()
             return False
         total = sum(one["tokens"] for one in said.values())
-        self._merge(flight, {rank: one["steps"] for rank, one in said.items()}, parts,
-                    {rank: one["tokens"] / total for rank, one in said.items()})
+        self._merge(flight, said, parts)
         wall = flight.about.get("wall") or time.monotonic() - flight.began
         self.plans.append(verdict)
         between = len(self.plans) > 1  # another round has begun
@@ -197,6 +215,7 @@ class RoundLoop(TrainingLoop):
             state = self._state_of_all(between) if verdict.joining else b""
             for rank in verdict.joining:
                 members.admit(rank, self.round + between, state)
+        if self.ranks.first:
             every = self.config.eval_every
             if self.ends or flight.step >= self.config.steps or flight.begin // every != flight.step // every:
                 with self._as_agreed(flight.step):
@@ -206,9 +225,11 @@ class RoundLoop(TrainingLoop):
         return True
 
     @torch.no_grad()
-    def _merge(self, flight: Flight, steps: dict[int, int], parts: dict[int, bytes], shares: dict[int, float]) -> None:
+    def _merge(self, flight: Flight, said: Mapping[int, dict[str, Any]], parts: Mapping[int, bytes]) -> None:
         """Move what all agree on, and this rank's weights and biases with it."""
-        rests = self.agreed.merge(parts, shares)
+        tokens, steps, own = ({rank: one.get(key, ()) for rank, one in said.items()}
+                              for key in ("tokens", "steps", "own"))
+        rests = self.agreed.merge(parts, tokens, own)
         for name, weight in self._weights().items():
             weight.copy_(self.agreed.theta[name] + (weight - flight.sent[name]))
         self._set_biases(self.biases)
@@ -225,7 +246,7 @@ class RoundLoop(TrainingLoop):
         plan, rank = self.plans[0], self.members.rank
         parts, place = even(self.config.accumulation, len(plan.members)), plan.members.index(rank)
         before = sum(plan.steps[other] * part for other, part in zip(plan.members[:place], parts, strict=False))
-        first = plan.begin + before + self.done * parts[place]
+        first = (self.taken if self.config.sites else plan.begin + before) + self.done * parts[place]
         return range(first, first + parts[place])
 
     def _length(self) -> int:
@@ -239,8 +260,9 @@ class RoundLoop(TrainingLoop):
     # ---- weights and biases --------------------------------------------------------------------------------------
 
     def _weights(self) -> dict[str, Tensor]:
-        """What is trained, as it lies in the model."""
-        return {name: p.detach() for name, p in trained(self.model).items()}
+        """What is trained, here or elsewhere, as it lies in the model; in the same order on all ranks."""
+        parts = {name: p for name, _, p in parts_on(self.model)}
+        return {name: p.detach() for name, p in (parts | trained(self.model)).items()}
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: weight.clone() for name, weight in self._weights().items()}
@@ -277,16 +299,23 @@ class RoundLoop(TrainingLoop):
     # ---- coming and going ----------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Begin with those who agree on the same weights; others get them."""
-        members = self.members
+        """Begin with those who agree on the same weights, the furthest; others get them."""
+        members, config = self.members, self.config
+        members.agree({"tokenizer": self.tokenizer and self.tokenizer.fingerprint, "experts": self.data.experts,
+                       **{name: getattr(config, name) for name in SAME}, **self.model.config.to_dict(),
+                       "base": self.base})
         if members.there("r-1/verdict"):
             return self._join()
-        members.finish(-1, {"key": self._key()}, b"")
+        members.finish(-1, {"key": self._key(), "step": self.step, "begin": self.begin, "own": self.names}, b"")
         present = members.wait(-1, range(members.size))
-        keys = {rank: members.about(-1, rank)["key"] for rank in present}
-        same = [rank for rank in present if keys[rank] == keys[present[0]]]
+        said = {rank: members.about(-1, rank) for rank in present}
+        base = max(said.values(), key=lambda one: one["step"])
+        if config.sites and not members.there("r-1/verdict"):  # else who has decided has seen more
+            check_owners(self.data.experts, {rank: one["own"] for rank, one in said.items()}, begun=base["step"] > 0)
+        same = [rank for rank in present if said[rank]["key"] == base["key"]]
         every = dict.fromkeys(present, self.length)
-        verdict = members.decide(-1, Verdict(same, present, [r for r in present if r not in same], every, self.begin))
+        verdict = members.decide(-1, Verdict(same, present, [r for r in present if r not in same], every,
+                                             base["begin"]))
         if members.rank not in verdict.merged:
             return self._join()
         self.plans, self.taking = [verdict], verdict.members
@@ -340,10 +369,11 @@ class RoundLoop(TrainingLoop):
         return key.hexdigest()
 
     def _lead(self, leads: bool) -> None:
-        if leads and not isinstance(self.log, RunLog):
+        writes = leads or self.ranks.apart
+        if writes and not isinstance(self.log, RunLog):
             # the line of a round that is under way is still to come
             self.log = RunLog(self.out, self.step - (self.flight is not None), self.config.tensorboard)
-        elif not leads:
+        elif not writes:
             self.log.close()
             self.log = NoLog()
         self.ranks.leads = leads
@@ -353,7 +383,8 @@ class RoundLoop(TrainingLoop):
     def _write_own(self) -> None:
         moments = {f"inner.{name}.{key}": value for name, state in self._optimizer_state()
                    for key, value in state.items() if isinstance(value, Tensor)}
-        about: dict[str, Any] = {"round": self.round, "begin": self.plans[0].begin, "speed": self.speed}
+        about: dict[str, Any] = {"round": self.round, "begin": self.plans[0].begin, "speed": self.speed,
+                                 "taken": self.taken}
         under_way: dict[str, Tensor] = {}
         if (flight := self.flight) is not None:  # then its weights are not those of the checkpoint
             about["flight"] = to_json({"number": flight.number, "begin": flight.begin, "step": flight.step,
@@ -371,6 +402,7 @@ class RoundLoop(TrainingLoop):
             return
         tensors, about = found
         self.round, self.begin, self.speed = int(about["round"]), int(about["begin"]), float(about["speed"])
+        self.taken = int(about.get("taken", 0))
         parts = parts_of(tensors)
         parameters = trained(self.model)
         for place, tensor in parts["inner"].items():

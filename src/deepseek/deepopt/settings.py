@@ -22,7 +22,7 @@ Activations = Literal["plain", "fp8"]
 Weights = Literal["fp32", "bf16"]
 
 # settings that have a meaning only with certain values of another, and their defaults then
-_ROUNDS = {"inner_steps": 30, "overlap_steps": 0, "error_decay": 0.95}
+_ROUNDS = {"inner_steps": 30, "overlap_steps": 0, "error_decay": 0.95, "sites": False}
 ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
     "optimizer": {"muon": {"momentum": 0.95}},
     "compress": {"powersgd": {"powersgd_rank": 4},
@@ -96,6 +96,9 @@ class TrainConfig(Settings):
     error_decay: Annotated[float | None, Option(
         "share of what coding has lost that is made up for in the next merge (local, sparse); 0.95",
         UP_TO_ONE)] = None
+    sites: Annotated[bool | None, Option(
+        "each rank has text of some of the names, in a folder of its own, and trains and sends their experts alone and "
+        "what is no routed expert; --experts NAME, without a path, for those of others (local, sparse)")] = None
     balance: Annotated[bool, Option(
         "give slow ranks fewer of a step's batches, or fewer steps in a round (local, sparse), by measured speeds, "
         "but not with expert_parallel; without it the bits of a run do not depend on clocks")] = True

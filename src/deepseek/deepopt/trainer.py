@@ -112,7 +112,8 @@ class Trainer(RunConfig):
         """Train on `data`; returns OUT/model, a checkpoint.
 
         data: text, code, JSON lines or folders of them, or {expert name: its text}, which binds the routing groups to
-        the names in this order ("" is text without a name); None continues with the data of the run in `out`. on_step:
+        the names in this order ("" is text without a name; with `sites`, [] is a name of which others have text); None
+        continues with the data of the run in `out`. on_step:
         told of every step, as log.jsonl is. Raises ConfigError when `out` holds a run with other settings or data,
         and what reading, packing and loading raise, before any step.
 
@@ -120,7 +121,7 @@ class Trainer(RunConfig):
         """
         out = Path(self.out)
         ranks = self._ranks()
-        with (locked(out) if ranks.number == 0 else nullcontext(), handled(), kept(lambda: kept_in(out)),
+        with (locked(out) if ranks.number == 0 or self.sites else nullcontext(), handled(), kept(lambda: kept_in(out)),
               nullcontext() if ranks.first else redirect_stdout(None)):
             return self._fit(data, on_step, ranks)
 
@@ -131,6 +132,8 @@ class Trainer(RunConfig):
         way of sending. Times a few batches of random tokens; trains nothing, reads no data and writes nothing."""
         if self.expert_parallel > 1:
             raise ConfigError(f"expert_parallel = {self.expert_parallel}: what is predicted is data parallel (1)")
+        if self.sites:
+            raise ConfigError("sites = True: what is predicted are ranks that train all experts; leave it out")
         line, run = Line(bandwidth, latency), run_in(Path(self.out))
         start = self._start(run)
         self._check_memory(start.config)
@@ -138,7 +141,7 @@ class Trainer(RunConfig):
 
     def _fit(self, data: Paths | Mapping[str, Paths] | None, on_step: Callable[[dict[str, Any]], None] | None,
              ranks: Ranks) -> Path:
-        out, places = Path(self.out), _by_name(data)
+        out, places = Path(self.out), _by_name(data, bool(self.sites))
         run = run_in(out)
         if places is None and run is None:
             raise ConfigError(f"data: must be given, as {out} holds no run to go on with")
@@ -150,6 +153,10 @@ class Trainer(RunConfig):
                                   "logs")
         start = self._start(run)
         config, names = start.config, _names_of(start, places)
+        if self.sites and places is not None:
+            if not names:
+                raise ConfigError("sites = True: has a meaning only where text has names (--experts NAME=PATH)")
+            places = {name: paths for name, paths in places.items() if paths}
         _warn_of_doubles(places or {})  # which looks at all paths: a wrong one is said before anything is made
         if self.seq_len > config.max_position_embeddings:
             warnings.warn(f"seq_len = {self.seq_len}: the model's positions end at {config.max_position_embeddings} "
@@ -179,11 +186,14 @@ class Trainer(RunConfig):
                 "from_model": None if self.from_model is None else str(resolve(self.from_model).absolute()),
                 "dtype": str(start.dtype).removeprefix("torch.")})
         per_step = self.batch_size * self.accumulation * self.seq_len
+        if isinstance(ranks, Solo) and self.sites:
+            per_step //= ranks.members.size
         print(f"{size / 1e6:.1f} M parameters, {shards.train_tokens:,} tokens "
               f"({self.steps * per_step / shards.train_tokens:.2f} epochs), "
               f"{str(model.compute_dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, lr {self.lr:g}"
               + (f", {ranks.size} ranks, compress = {self.compress}" if ranks.size > 1 else "")
               + (f", expert_parallel = {self.expert_parallel}" if self.expert_parallel > 1 else "")
+              + (f", own names: {', '.join(shards.present) or 'none'}" if self.sites else "")
               + (f"; continuing after step {loop.step}" if loop.step else ""), flush=True)
         if len(loop.legs) > 1 and loop.step < self.steps:
             before = loop.legs[-2]
@@ -216,7 +226,10 @@ class Trainer(RunConfig):
             raise ConfigError(f"compress = {self.compress!r}: has a meaning only with several ranks: start them with "
                               "--ranks N, or by torchrun")
         address = os.environ.get(STORE) or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        return Solo(Members.at(address, rank, size, self.rank_timeout), local)
+        if self.sites and local:
+            raise ConfigError("sites = True: each site starts one process, with its own data: leave out --ranks, or "
+                              "start one process a machine")
+        return Solo(Members.at(address, rank, size, self.rank_timeout), local, apart=bool(self.sites))
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__}
@@ -264,6 +277,9 @@ class Trainer(RunConfig):
             if not found:
                 raise ConfigError(f"out = {self.out}: has no tokenizer; give the run's first command again")
             tokenizer = Tokenizer.load(found[-1])
+        elif self.sites:
+            raise ConfigError("tokenizer: must be given with sites, as all of them need the same, and one trained on "
+                              "the text of a site is another; the folder of any model has one")
         else:
             print(f"training a tokenizer of {start.config.vocab_size:,} tokens on the data", flush=True)
             tokenizer = Tokenizer.train((d.text for d in read_documents(places, ReadReport(), RecordMap.of(self.map))),
@@ -322,16 +338,17 @@ class _Start(NamedTuple):
         return names
 
 
-def _by_name(data: Paths | Mapping[str, Paths] | None) -> dict[str, list[str | Path]] | None:
-    """{name: its paths}, under "" those without a name."""
+def _by_name(data: Paths | Mapping[str, Paths] | None, sites: bool) -> dict[str, list[str | Path]] | None:
+    """{name: its paths}, under "" those without a name. sites: some may have none."""
     if data is None:
         return None
     named = data if isinstance(data, Mapping) else {"": data}
     places = {name: [paths] if isinstance(paths, str | Path) else list(paths) for name, paths in named.items()}
     check_names((), tuple(filter(None, places)))
-    if empty := [name for name, paths in places.items() if not paths]:
-        raise ConfigError(f"data{f' of {empty[0]}' if empty[0] else ''}: must name at least one path")
-    if not places:
+    if not sites and (empty := [name for name, paths in places.items() if not paths]):
+        raise ConfigError(f"data{f' of {empty[0]}' if empty[0] else ''}: must name at least one path (without one, it "
+                          "is a name of another site: sites)")
+    if not any(places.values()):
         raise ConfigError("data: must name at least one path")
     return places
 
