@@ -150,7 +150,7 @@ def test_a_merge_takes_experts_from_their_owners() -> None:
     owner["d"] = "nobody"
     own = {0: ["law"], 1: ["law", "code"], 2: list[str]()}
     tokens = {0: 10, 1: 30, 2: 60}
-    made = {rank: Agreed(config()) for rank in own}
+    made = {rank: Agreed(config(outer_lr=0.8, outer_momentum=0.9)) for rank in own}
     moved = {rank: {name: value + 0.01 * (rank + 1) * value.flip(0) for name, value in theta.items()} for rank in own}
     parts = {}
     for rank, agreed in made.items():
@@ -253,6 +253,12 @@ def test_what_ranks_must_share_is_said_by_name(data: list[TokenShards], tmp_path
         train(data[:1], tmp_path, config())
     with pytest.warns(UserWarning, match=r"experts = code: no rank has text of it.*stay as they are until the site"):
         check_owners(("law", "code"), {1: ["law"]}, begun=True)
+
+
+def test_sites_merge_without_outer_momentum_unless_it_is_asked_for() -> None:
+    assert (config().outer_lr, config().outer_momentum) == (1.0, 0.0)
+    assert (config(sites=False).outer_lr, config(sites=False).outer_momentum) == (0.8, 0.5)
+    assert config(outer_momentum=0.5).outer_momentum == 0.5
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
