@@ -74,22 +74,24 @@ class TermWeights:
         id_T, saturated_T = self._found(counts)
         if not len(id_T):
             return np.zeros(self.members), 0
-        first_T = self.first_V[id_T]
-        size_T = self.first_V[id_T + 1] - first_T
-        at_P = np.arange(size_T.sum()) + np.repeat(first_T - (np.cumsum(size_T) - size_T), size_T)
+        at_P, size_T = self._pairs(id_T)
         value_P = self.weight_P[at_P] * np.repeat(saturated_T, size_T)
         return np.bincount(self.member_P[at_P], value_P, self.members) / math.sqrt(len(id_T)), len(id_T)
+
+    def _pairs(self, id_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(places of the pairs of some terms, how many each has)."""
+        first_T = self.first_V[id_T]
+        size_T = self.first_V[id_T + 1] - first_T
+        return np.arange(size_T.sum()) + np.repeat(first_T - (np.cumsum(size_T) - size_T), size_T), size_T
 
     def keywords(self, counts: Mapping[str, int], member: int) -> dict[str, float]:
         """The terms that speak more for a member than for the mean of all, with what they add to its logit."""
         id_T, saturated_T = self._found(counts)
-        found: dict[str, float] = {}
-        for i, saturated in zip(id_T, saturated_T, strict=True):
-            of = slice(self.first_V[i], self.first_V[i + 1])
-            own = self.weight_P[of][self.member_P[of] == member].sum()
-            if (more := float(own - self.weight_P[of].sum() / self.members)) > 0:
-                found[self.words[i]] = more * float(saturated) / math.sqrt(len(id_T))
-        return found
+        at_P, size_T = self._pairs(id_T)
+        more_P = self.weight_P[at_P] * ((self.member_P[at_P] == member) - 1 / self.members)
+        more_T = np.bincount(np.repeat(np.arange(len(id_T)), size_T), more_P, len(id_T))
+        value_T = more_T * saturated_T / math.sqrt(max(1, len(id_T)))
+        return {self.words[i]: value for i, value in zip(id_T.tolist(), value_T.tolist(), strict=True) if value > 0}
 
 
 class Terms:
@@ -102,9 +104,11 @@ class Terms:
         known = _glossary_weights(members) if glossary else []
         self.glossary = TermWeights(known) if any(known) else None
         self.share = SAMPLED if any(samples) else GIVEN_ALONE
+        self._last: tuple[str, Counter[str]] = "", Counter()  # the keywords of a text are asked for after its logits
 
     def logits(self, text: str) -> tuple[np.ndarray, bool]:
         counts = Counter(terms(text[:READ]))
+        self._last = text, counts
         logits_M, known = self.own.logits(counts)
         share = self._glossary_share(known)
         if self.glossary is None or not share:
@@ -114,10 +118,11 @@ class Terms:
 
     def keywords(self, text: str, member: int, most: int = 10) -> dict[str, float]:
         """The terms that speak most for a member against the mean of all, with what they add to its logit."""
-        counts = Counter(terms(text[:READ]))
+        last, counts = self._last
+        if last != text:
+            counts = Counter(terms(text[:READ]))
         found = self.own.keywords(counts, member)
-        if self.glossary is not None:
-            share = self._glossary_share(self.own.logits(counts)[1])
+        if self.glossary is not None and (share := self._glossary_share(self.own.logits(counts)[1])):
             more = self.glossary.keywords(counts, member)
             found = {word: (1 - share) * found.get(word, 0.0) + share * more.get(word, 0.0) for word in found | more}
         return dict(sorted(found.items(), key=lambda one: (-one[1], one[0]))[:most])
