@@ -230,7 +230,7 @@ def test_a_merge_under_way_is_taken_in_as_the_equations_say(data: TokenShards, t
              for rank in range(2)]
     loops[1].rank = 1
     named = [dict(loop.model.named_parameters()) for loop in loops]
-    codec, lr, momentum, decay = CODECS["2bit"], 0.8, 0.9, 0.95
+    codec, lr, momentum, decay = CODECS["2bit"], 0.8, 0.5, 0.95
     theta = {name: p.detach().clone() for name, p in named[0].items()}
     velocity = {name: torch.zeros_like(p) for name, p in theta.items()}
     error = [{name: torch.zeros_like(p) for name, p in theta.items()} for _ in loops]
