@@ -83,7 +83,7 @@ class OwnExperts(RoutedExperts):
 
     def forward(self, x_TH: Tensor, route: Route) -> Tensor:
         count = len(self.gate_up_proj)
-        slot_TK = self.slot_E[route.index_TK]
+        slot_TK = self.slot_E[route.index_TK].where(route.index_TK >= 0, -1)  # -1: no expert
         rank_TK = slot_TK // count
         goes_RT = torch.stack([(rank_TK == rank).any(1) for rank in range(self.size)])
         rank_P, token_P = goes_RT.nonzero(as_tuple=True)
