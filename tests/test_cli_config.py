@@ -27,6 +27,8 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     given: list[Any] = []
 
     class Nothing:
+        sites = None
+
         def __init__(self, config: Any = None, **settings: Any) -> None:
             given.extend([config, settings])
 

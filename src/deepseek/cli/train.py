@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         print(trainer.predict(ahead, **line).table())
         return
     model = trainer.fit(data)
-    if given.get("sites") or os.environ.get("RANK", "0") == "0":
+    if trainer.sites or os.environ.get("RANK", "0") == "0":
         print(f"model: {model}\nloss:  {model.parent / 'loss.png'}\nlog:   {model.parent / 'log.jsonl'}\n"
               f"try:   deepseek-infer --model {model} --prompt '…'")
 
