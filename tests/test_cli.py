@@ -117,6 +117,7 @@ def test_every_setting_has_a_place_in_the_help(command: str, kind: type) -> None
     [parser] = [parser for parser in ALL if parser.prog == f"deepseek {command}"]
     [rest] = [group for group in parser._action_groups if group.title == "options"]
     assert not {field.name for field in fields(kind)} - {"map"} & {action.dest for action in rest._group_actions}
+    assert {one.name for one in declared(kind)} <= {action.dest for action in parser._actions}
     assert {action.dest for action in parser._actions if isinstance(action, Switch)} == {
         one.name for one in declared(kind) if one.kind is bool}
 

@@ -43,7 +43,7 @@ def add_flags(parser: Parser) -> None:
     add_settings(parser, RunConfig, {
         "start": "from_model tokenizer valid_fraction",
         "schedule": "steps batch_size seq_len accumulation lr min_lr_ratio warmup_steps seed",
-        "optimizer": "optimizer moments momentum beta1 beta2 weight_decay clip",
+        "optimizer": "optimizer moments weights momentum beta1 beta2 weight_decay clip",
         "losses": "mtp_weight balance_weight bias_speed guide_weight",
         "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
         "ranks": "expert_parallel place_every compress powersgd_rank inner_steps overlap_steps outer_lr outer_momentum "
