@@ -11,8 +11,7 @@ bytes   in a process of its own for each: two training steps of 8 x 256 random t
         gradients, moments: the memory of these tensors. Peak: by how much the process had grown at its largest.
         The allocator gives freed memory back at once (HELD).
         Activations are FP32 in the first row, BF16 in the others, kept in FP8 where the row says so, or recomputed.
-loss    the preset `small` on the domains of domains.py, a run for each in WORK; the same command goes on with what is
-        left.
+loss    the preset `small` on the domains of domains.py, a run for each in WORK; the same command continues them.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def memory(name: str, threads: int) -> dict[str, int]:
 
 
 def learnt(name: str, work: Path, data: Path, steps: int) -> float:
-    """Held-out loss of `small` after `steps` steps as one of TRAINED; goes on with a run that is there."""
+    """Held-out loss of `small` after `steps` steps as one of TRAINED; continues a run that is there."""
     out = work / "".join(c if c.isalnum() else "-" for c in name)
     config, files = TRAINED[name], [path for each in TRAIN.values() for path in places(data, each)]
     given = {key: getattr(config, key) for key in (

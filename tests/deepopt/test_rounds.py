@@ -27,7 +27,7 @@ from deepseek.errors import ConfigError, RankError
 from deepseek.files import sha256
 from deepseek.model import CausalLM
 from tests.helpers.killed_runs import TINY
-from tests.helpers.ranks import packed
+from tests.helpers.ranks import in_threads, packed
 
 GRACE = 20.0
 
@@ -87,24 +87,8 @@ def train(rank: int, size: int, port: int, data: TokenShards, out: Path, asked: 
 def all_of(size: int, data: TokenShards, out: Path, asked: TrainConfig, store: dist.TCPStore, *,
            told: Mapping[int, OnStep] | None = None) -> dict[int, RoundLoop]:
     """Run the ranks. told: `on_step` of some of them."""
-    loops: dict[int, RoundLoop] = {}
-    failed: list[BaseException] = []
-
-    def work(rank: int) -> None:
-        try:
-            loops[rank] = train(rank, size, store.port, data, out, asked, (told or {}).get(rank))
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "a rank hangs"
-    if failed:
-        raise failed[0]
-    return loops
+    return dict(enumerate(in_threads(size, lambda rank: train(
+        rank, size, store.port, data, out, asked, (told or {}).get(rank)))))
 
 
 def rounds(out: Path) -> list[dict[str, Any]]:

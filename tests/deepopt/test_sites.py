@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -37,10 +36,11 @@ from deepseek.model import CausalLM
 from deepseek.tokenizer import Tokenizer
 from tests.helpers import ROOT
 from tests.helpers.killed_runs import TINY
+from tests.helpers.ranks import in_threads
 
 NAMES = ("prose", "ledger", "code")
 OWN = (("prose", "code"), ("ledger",))
-WORDS = {"prose": "the river ran past an old house and nobody saw its windows shine".split(),
+WORDS = {"prose": "the river ran past an old house and no one saw its windows shine".split(),
          "ledger": "paid 31 coins on 7 may to account 4402 balance 918 credit".split(),
          "code": "def f ( x ) : return x + 1 if else for in range".split()}
 MODEL = TINY.with_(n_group=4, topk_group=2)  # the last group bears no name
@@ -82,35 +82,24 @@ class KilledError(Exception):
 
 def train(data: list[TokenShards], out: Path, asked: TrainConfig, *,
           told: Mapping[int, Callable[[RoundLoop, int], None]] | None = None) -> list[RoundLoop]:
-    """Run a rank for each data. told: of some, what is told of every own step before it is taken."""
-    store, failed, loops = new_store(), list[BaseException](), dict[int, RoundLoop]()
+    """Run a rank for each data. told: of some, called with every own step before it is taken."""
+    store = new_store()
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> RoundLoop:
+        members = Members.at(f"127.0.0.1:{store.port}", rank, len(data), asked.rank_timeout)
+        loop = RoundLoop(new_model(), data[rank], asked, out / str(rank), ranks=Solo(
+            members, 0, apart=bool(asked.sites)))
+        step, on_step = loop.train_step, (told or {}).get(rank, lambda loop, step: None)
+        loop.train_step = lambda: (on_step(loop, loop.step), step())[1]  # type: ignore[method-assign]
         try:
-            members = Members.at(f"127.0.0.1:{store.port}", rank, len(data), asked.rank_timeout)
-            loop = RoundLoop(new_model(), data[rank], asked, out / str(rank), ranks=Solo(
-                members, 0, apart=bool(asked.sites)))
-            step, on_step = loop.train_step, (told or {}).get(rank, lambda loop, step: None)
-            loop.train_step = lambda: (on_step(loop, loop.step), step())[1]  # type: ignore[method-assign]
-            loops[rank] = loop
-            try:
-                loop.run()
-            except KilledError:
-                store.set(f"gone/{rank}", "-9")  # as the launcher does
-            finally:
-                loop._lock.close()
-        except BaseException as error:
-            failed.append(error)
+            loop.run()
+        except KilledError:
+            store.set(f"gone/{rank}", "-9")  # as the launcher does
+        finally:
+            loop._lock.close()
+        return loop
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(len(data))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "a rank hangs"
-    if failed:
-        raise failed[0]
-    return [loops[rank] for rank in range(len(data))]
+    return in_threads(len(data), work)
 
 
 def rounds(out: Path) -> list[dict[str, Any]]:
@@ -147,7 +136,7 @@ def test_a_merge_takes_experts_from_their_owners() -> None:
     owner = {"a": "law", "b": "code", "c": "law"}
     theta = {name: torch.randn(4, 64, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abcx")}
     theta["d"] = theta["x"].clone()
-    owner["d"] = "nobody"
+    owner["d"] = "absent"
     own = {0: ["law"], 1: ["law", "code"], 2: list[str]()}
     tokens = {0: 10, 1: 30, 2: 60}
     made = {rank: Agreed(config(outer_lr=0.8, outer_momentum=0.9)) for rank in own}

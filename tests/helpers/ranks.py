@@ -8,12 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +31,7 @@ from deepseek.tokenizer import Tokenizer
 from tests.helpers import ROOT
 from tests.helpers.killed_runs import TINY
 
+T = TypeVar("T")
 TIMEOUT = 120.0
 LONG: dict[str, Any] = dict(steps=15, save_every=5, eval_every=5, balance=True)  # long enough to see who is slow
 SHORT: dict[str, Any] = {"steps": 3, "accumulation": 2, "eval_batches": 1, "save_every": 1}  # of expert parallelism
@@ -60,6 +62,28 @@ def together(what: str, folder: Path, size: int = 2) -> Iterator[None]:
     for process in started:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors.decode()
+
+
+def in_threads(size: int, train: Callable[[int], T]) -> list[T]:
+    """What `train` returns for each of `size` ranks, all at once. Raises the first error of any."""
+    found: dict[int, T] = {}
+    failed: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            found[rank] = train(rank)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive(), "a rank hangs"
+    if failed:
+        raise failed[0]
+    return [found[rank] for rank in range(size)]
 
 
 def config(**more: Any) -> TrainConfig:

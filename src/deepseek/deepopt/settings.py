@@ -29,7 +29,7 @@ ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
                  "local": _ROUNDS | {"outer_lr": 0.8, "outer_momentum": 0.5},  # MuLoCo has 0.9, for far longer runs
                  "sparse": _ROUNDS | {"outer_lr": 1.0, "outer_momentum": 0.0}}}  # of SparseLoCo
 IN_ROUNDS = ("local", "sparse")
-LAYOUT = frozenset(("expert_parallel", "place_every"))  # which rank has what: a run goes on with another
+LAYOUT = frozenset(("expert_parallel", "place_every"))  # which rank has what: a run may continue with another
 
 # settings of a leg of the learning rate's schedule; `warmup` is tuning's
 SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))

@@ -5,7 +5,7 @@ routed expert (SPES, arXiv 2602.11543; here by names, so that the text of a doma
     merged   an expert as its owners have it, without outer momentum: the mean by tokens where a name has several.
              Everything else, groups without a name too, as in any round (rounds.py)
 
-Where nobody of a round has a name, its experts stay as they are.
+Where no rank of a round has a name, its experts stay as they are.
 
 Shape letters: E experts; A, B the sides of an expert's matrix.
 """
@@ -73,7 +73,7 @@ def check_owners(names: Sequence[str], own: Mapping[int, Sequence[str]], *, begu
     for name in names:
         if not any(name in one for one in own.values()):
             here = "; ".join(f"rank {rank}: {', '.join(one) or 'none'}" for rank, one in own.items())
-            said = f"experts = {name}: no rank has text of it, so that nobody trains its experts ({here})"
+            said = f"experts = {name}: no rank has text of it, so its experts are not trained ({here})"
             if not begun:
                 raise ConfigError(f"{said}; start the site that has it, or leave the name out everywhere")
             warnings.warn(f"{said}; they stay as they are until the site that has it comes back", stacklevel=2)

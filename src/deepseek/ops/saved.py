@@ -72,4 +72,4 @@ class Saver:
             return found
 
         return torch.autograd.graph.saved_tensors_hooks(
-            pack, lambda kept: kept.unpack() if isinstance(kept, Packed) else kept)
+            pack, lambda found: found.unpack() if isinstance(found, Packed) else found)
