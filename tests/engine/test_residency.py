@@ -113,6 +113,7 @@ def test_warm_names_are_there_before_the_first_request(folder: Path) -> None:
     assert llm.warmup.experts == 8 * LAYERS and "b_expert, d_expert: 24 of 48 experts" in str(llm.warmup)
     four = LLM(folder, expert_memory=4 * LAYERS * slot(folder), warmup_experts="a_expert")
     four.generate([[5, 6, 7]], GREEDY)
+    four.engine.residency.prefetch(2, [4, 5, 6, 7])  # on their way, they make no room until they have come
     assert four.warm_up(["c_expert"]).names == ("c_expert",)  # while it runs: others make room
     assert four.engine.residency.loaded(2).nonzero().flatten().tolist() == [8, 9, 10, 11]
     half = LLM(folder, expert_memory=4 * LAYERS * slot(folder), warmup_experts=["b_expert", "d_expert"])

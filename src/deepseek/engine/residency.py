@@ -353,6 +353,7 @@ class Residency:
         valuable of others makes room. How many were read."""
         read = 0
         with self._changed:
+            self._wait_for_reads()  # what is on its way cannot make room
             for moe_layer, (layer, experts) in enumerate(zip(self.layers, order, strict=True)):
                 most, keep = max(layer.value), set[int]()
                 for rank, e in enumerate(experts):
@@ -364,11 +365,14 @@ class Residency:
                         self._later.append((moe_layer, e))
                         read += 1
             self._changed.notify_all()
-            while self._reads.failed is None and any(layer.in_flight for layer in self.layers):
-                self._changed.wait()
+            self._wait_for_reads()
+        return read
+
+    def _wait_for_reads(self) -> None:
+        while self._reads.failed is None and any(layer.in_flight for layer in self.layers):
+            self._changed.wait()
         if self._reads.failed is not None:
             raise copy(self._reads.failed)
-        return read
 
 
 def slot_bytes(spans: dict[int, list[Span]]) -> int:
