@@ -10,6 +10,8 @@ TORCH := torch==2.13.0
 
 # most modules of the packages are never imported: Python compiles those that are, when they are
 PIP := --quiet --disable-pip-version-check --no-compile
+# and keeps them: without, every process that the tests and demos start compiles all of torch again, for seconds
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-train programs clients lint format docs test test-slow test-isa check-arm sanitize bench clean
 
