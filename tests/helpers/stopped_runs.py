@@ -74,7 +74,6 @@ def main_() -> None:
     os.chdir(root)
     torch.set_num_threads(1)
     # what every child would load, before the first fork
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True).step()
     import deepseek.engine.llm
     import deepseek.tune.tuner  # noqa: F401
     loop.plot_run = lambda *_: None  # drawing takes longer than such runs

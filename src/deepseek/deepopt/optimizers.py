@@ -1,5 +1,5 @@
-"""What turns gradients into weights: torch's fused AdamW, or Muon for matrices with AdamW for the rest; moments in FP32
-or in 8 bits (ops/moments.py).
+"""What turns gradients into weights: AdamW in torch's fused form, or Muon for matrices with AdamW for the rest; moments
+in FP32 or in 8 bits (ops/moments.py).
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): a matrix moves along its momentum with every singular
 value brought near 1. The step is scaled by 0.2 * sqrt(larger side), so that its entries are as large as AdamW's and
@@ -11,6 +11,7 @@ Shape letters: N matrices of R rows and C columns.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -52,8 +53,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]
     betas = config.beta1, config.beta2
-    if config.optimizer == "adamw" and config.moments == "fp32":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     groups.extend({"params": [parameters[name] for name in muon if parts_of(name) == parts],
                    "weight_decay": config.weight_decay, "parts": parts} for parts in (1, 2))
     return MuonAdamW(groups, lr=config.lr, betas=betas, momentum=config.momentum or 0.0, small=(
@@ -70,6 +69,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
     small: numbers of a parameter below which its moments are FP32; those of others have 8 bits. None: all are FP32.
     seed: of the rounding of BF16 parameters, which none of less than `small` numbers may be."""
+
+    # torch's own import its compiler to hide from it: seconds of a run's start
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], momentum: float,
                  small: int | None = None, weight_decay: float = 0.0, eps: float = 1e-8, seed: int = 0) -> None:
