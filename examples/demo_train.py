@@ -25,8 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="demo-train", help="folder to leave everything in")
     parser.add_argument("--steps", default="200", help="training steps")
+    parser.add_argument("--library", default=sysconfig.get_path("stdlib"), type=Path, help="Python's, to train on")
     args = parser.parse_args()
-    library = Path(sysconfig.get_path("stdlib"))
+    library: Path = args.library
     data = [str(p) for p in (*sorted(library.glob("*.py")), *(library / name for name in PACKAGES)) if p.exists()]
 
     def run(*words: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +47,37 @@ def test_help_imports_nothing_that_takes_seconds() -> None:
 
 
 def test_loading_imports_no_compiler(run: Path) -> None:
-    """torch's takes seconds to import, of which a command needs none."""
-    code = ("import sys; from deepseek.checkpoint import load_model; load_model(sys.argv[1]); "
-            "sys.exit('torch._dynamo' in sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code, str(run / "out" / "model")]).returncode == 0
+    """torch's takes seconds to import, of which a command needs none, and training neither."""
+    code = """
+import sys, torch
+from deepseek.checkpoint import load_model
+model = load_model(sys.argv[1], torch.float32)
+assert "torch._dynamo" not in sys.modules, "loading"
+from deepseek.deepopt.optimizers import make_optimizer
+from deepseek.deepopt.settings import TrainConfig
+for kind in ({}, {"optimizer": "muon", "moments": "8bit"}):
+    optimizer = make_optimizer(model.requires_grad_(True), TrainConfig(**kind))
+    model.loss(torch.arange(8)[None], torch.arange(8)[None]).total.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    assert "torch._dynamo" not in sys.modules, kind
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(run / "out" / "model")], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-def test_infer_prints_text_and_experts(run: Path) -> None:
+def test_infer_prints_text_and_experts(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = str(run / "out" / "model")
     picture = run / "experts.png"
     done = deepseek("infer", "--model", model, "--prompt", "On Monday", "--max_tokens", "8", "--temperature", "0",
                     "--show_experts", "--expert_map", str(picture))
     assert done.returncode == 0 and done.stdout.strip()
     assert "MaxVio" in done.stderr and picture.read_bytes().startswith(b"\x89PNG")
-    again = deepseek("infer", "--model", model, "--max_tokens", "8", "--temperature", "0", stdin="On Monday")
-    assert again.stdout == done.stdout
+    monkeypatch.setattr("sys.stdin", io.StringIO("On Monday"))
+    assert main(["infer", "--model", model, "--max_tokens", "8", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == done.stdout
 
 
 def test_chat_answers_and_ends(run: Path) -> None:
@@ -73,9 +91,10 @@ def test_tokenizer_command(run: Path) -> None:
     assert done.returncode == 0 and (run / "tokenizer" / "tokenizer.json").is_file()
 
 
-def test_info_of_a_path_as_json(run: Path) -> None:
-    done = deepseek("info", str(run / "out" / "model"), "--json", "--price_per_hour", "2", "--tokens_per_second", "10")
-    assert json.loads(done.stdout)["cost"]["per_1e8_tokens"] == pytest.approx(2 / 3600 * 1e8 / 10)
+def test_info_of_a_path_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(run / "out" / "model"), "--json", "--price_per_hour", "2", "--tokens_per_second",
+                 "10"]) == 0
+    assert json.loads(capsys.readouterr().out)["cost"]["per_1e8_tokens"] == pytest.approx(2 / 3600 * 1e8 / 10)
 
 
 def test_four_bits_and_back(
@@ -83,8 +102,9 @@ def test_four_bits_and_back(
 ) -> None:
     """README's commands: quantize, run, describe, chat, and turn back; a damaged file is refused by name."""
     model, small, back = (str(run / name) for name in ("out/model", "nf4", "back"))
-    done = deepseek("quantize", model, small, "--keep", "*kv_a_proj*")
-    assert done.returncode == 0 and "bits a weight" in done.stdout, done.stderr
+    # what needs no process of its own has none: each takes seconds to start
+    assert main(["quantize", model, small, "--keep", "*kv_a_proj*"]) == 0
+    assert "bits a weight" in capsys.readouterr().out
     command = "infer", "--model", small, "--prompt", "On Monday", "--max_tokens", "8", "--temperature", "0"
     pure = deepseek(*command, DEEPSEEK_PURE="1")
     assert pure.returncode == 0 and pure.stdout.strip() and "DEEPSEEK_PURE is set" in pure.stderr, pure.stderr
@@ -92,7 +112,6 @@ def test_four_bits_and_back(
         other = deepseek(*command, DEEPSEEK_ISA="foo")
         assert other.returncode == 2 and "DEEPSEEK_ISA = 'foo': this machine" in other.stderr
         assert "Traceback" not in other.stderr
-    # what needs no process of its own has none: each takes seconds to start
     texts = [pure.stdout]
     for folder in (small, back):
         if folder == back:
@@ -110,8 +129,9 @@ def test_four_bits_and_back(
     assert "must be a new or an empty folder" in capsys.readouterr().err
     weights = Path(small) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
-    broken = deepseek("infer", "--model", small, "--prompt", "x")
-    assert broken.returncode == 2 and "model.safetensors" in broken.stderr and "Traceback" not in broken.stderr
+    assert main(["infer", "--model", small, "--prompt", "x"]) == 2
+    broken = capsys.readouterr().err
+    assert "model.safetensors" in broken and "Traceback" not in broken
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -158,10 +178,13 @@ def test_bad_utf8_and_empty_files_are_reported_by_name(run: Path) -> None:
 
 
 def test_demo_train_runs(tmp_path: Path) -> None:
-    """`make demo-train` with one step: the script itself, whole."""
+    """`make demo-train` with one step, on a part of the library: the script itself, whole."""
+    stdlib, library = Path(sysconfig.get_path("stdlib")), tmp_path / "library"
+    shutil.copytree(stdlib / "email", library / "email")
+    shutil.copy(stdlib / "textwrap.py", library)
     done = subprocess.run([sys.executable, str(ROOT / "examples" / "demo_train.py"), "--out", str(tmp_path / "demo"),
-                           "--steps", "1"], capture_output=True, text=True, timeout=280, env=os.environ,
-                          stdin=subprocess.DEVNULL)
+                           "--steps", "1", "--library", str(library)], capture_output=True, text=True, timeout=280,
+                          env=os.environ, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "dashboard: http://127.0.0.1:" in done.stdout and "The server has been ended" in done.stdout
     assert done.stdout.count("def read_file(path):") >= 3  # once as a completion, once over HTTP
