@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from deepseek.config import ModelConfig
 from deepseek.engine import LLM
 from deepseek.errors import RequestError
 from deepseek.model import CausalLM
+from tests.helpers import ROOT
 from tests.helpers.engines import params
 
 
@@ -67,6 +68,15 @@ def test_an_llm_made_in_inference_mode_runs_like_any_other(
     assert llm.engine.stats.cached > 0
 
 
+@pytest.fixture
+def usual_handler() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored, and tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_handler")
 def test_an_interrupted_caller_leaves_nothing_running(llm: LLM) -> None:
     request, = llm.requests([1], params(200))
     main = threading.main_thread().ident
@@ -136,7 +146,7 @@ def test_the_interpreter_waits_for_a_thread_that_frees_the_model() -> None:
 import os, threading, time
 from deepseek.config import ModelConfig
 from deepseek.engine import LLM, SamplingParams
-from deepseek.model import CausalLM
+from tests.helpers.models import TINY, random_model
 
 class Slow:
     def __del__(self):
@@ -145,11 +155,12 @@ class Slow:
         os.write(1, b"freed")
 
 begun = threading.Event()
-llm = LLM(CausalLM(ModelConfig.preset("nano")).init_weights())
+llm = LLM(random_model(ModelConfig(**TINY)))
 llm.generate([[1]], SamplingParams(max_tokens=2))
 llm.driver.slow = Slow()
 del llm
 assert begun.wait(30)
 '''
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+                          cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "freed"), done.stderr
