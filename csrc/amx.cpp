@@ -7,9 +7,7 @@
 
 #if defined(__AVX512VNNI__) && (defined(__AMX_INT8__) || defined(DEEPSEEK_EMULATE_AMX))
 #include <stdlib.h>
-#if defined(DEEPSEEK_EMULATE_AMX)
-#include "amx_emulated.h"
-#endif
+#include "amx_tiles.h"
 
 namespace deepseek {
 namespace {
@@ -19,13 +17,6 @@ constexpr int64_t kMany = 96;  // tokens whose sums stay in the cache
 constexpr int64_t kChunk = 4;  // blocks unpacked at a time
 constexpr int64_t kFew = 16;
 constexpr int kAhead = 2048;
-
-// All eight tiles are 16 rows of 64 bytes.
-struct alignas(64) Config {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 template <int BITS>
 void unpack(const uint8_t* code, int64_t blocks, __m512i* to) {
@@ -111,9 +102,7 @@ void all_panels(const uint8_t* w, int64_t count, bool gated, const Rows& x, cons
   int8_t* q = static_cast<int8_t*>(aligned_alloc(64, kMany * width));
   if (!q) __builtin_trap();
   float scale[kMany];
-  const Config config;
-  asm volatile("" ::: "memory");  // GCC 12 takes the next line for a read of eight bytes and drops the rest of `config`
-  _tile_loadconfig(&config);
+  configure_tiles();
   for (int64_t t0 = 0; t0 < tokens; t0 += kMany) {
     const int64_t n = tokens - t0 < kMany ? tokens - t0 : kMany, whole = (n + kTokens - 1) / kTokens * kTokens;
     for (int64_t t = 0; t < n; ++t) {

@@ -3,13 +3,16 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 #include "kernels.h"
+#include "training.h"
 
 namespace deepseek {
 namespace {
@@ -64,6 +67,46 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& table = choose();
   return table;
+}
+
+namespace {
+
+// Whether this machine has the BF16 units of a table, beside what its instruction set needs.
+bool has_units(const Products* units) {
+  if (!units) return false;
+#if defined(DEEPSEEK_EMULATE_AMX)
+  return true;
+#elif defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (units == amx_bf16_products) return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+#else
+  return false;
+#endif
+}
+
+const Products* choose_units() {
+  const bool tiles = &kernels() == amx_kernels;
+  if (tiles && has_units(amx_bf16_products)) return amx_bf16_products;
+  return (tiles || &kernels() == avx512_kernels) && has_units(avx512_bf16_products) ? avx512_bf16_products : nullptr;
+}
+
+bool units_on = true;
+
+}  // namespace
+
+const Products* bf16_units() {
+  static const Products* const units = choose_units();
+  return units;
+}
+
+const Products* bf16_products() { return units_on ? bf16_units() : nullptr; }
+
+void use_bf16_units(bool on) { units_on = on; }
+
+const TrainingKernels& training_kernels() {
+  if (&kernels() == avx512_kernels || &kernels() == amx_kernels) return *avx512_training;
+  return &kernels() == avx2_kernels ? *avx2_training : *scalar_training;
 }
 
 }  // namespace deepseek

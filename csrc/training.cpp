@@ -10,7 +10,7 @@
 namespace deepseek {
 namespace {
 
-constexpr int64_t kBlockStrips = 8;  // strips of the left factor that meet one block of the right factor in the cache
+constexpr int64_t kBlockStrips = 8, kBlockRows = 112;  // of the left factor: they meet a block of the right in the cache
 
 const TrainingKernels& table() { return training_kernels(); }
 
@@ -18,45 +18,64 @@ void* at(const void* p, int64_t element, Kind kind) {
   return const_cast<char*>(static_cast<const char*>(p)) + element * bytes_of(kind);
 }
 
-// A right factor [inner][columns] in memory for its panels: by blocks of kDepth, in each by blocks of kColumns.
+// How factors of these kinds are multiplied: on BF16 units where both are of BF16 and there are any.
+const Products& products_of(Kind a, Kind b) {
+  const Products* units = a == kFloat || b == kFloat ? nullptr : bf16_products();
+  return units ? *units : table().products;
+}
+
+// Rows of the left factor that are taken at a time.
+int64_t unit_of(const Products& p) { return std::min(kBlockStrips, divide_up(kBlockRows, p.rows)) * p.rows; }
+
+// What lies in FP32 between two products on the units of `p`, as the second one takes it.
+Kind between(const Products& p) { return &p == &table().products ? kFloat : kRounded; }
+// The same, where it is stored for the second product alone.
+Kind stored(const Products& p) { return &p == &table().products ? kFloat : kBf16; }
+
+// A right factor [inner][columns] in memory for its panels: by blocks of its depth, in each by blocks of kColumns.
 struct Factor {
-  float* data;
+  const Products& by;
+  char* data;
   int64_t inner, columns, wide;
-  Factor(float* data, int64_t inner, int64_t columns)
-      : data(data), inner(inner), columns(columns), wide(divide_up(columns, table().columns) * table().columns) {}
-  static int64_t room(int64_t inner, int64_t columns) {
-    return divide_up(columns, table().columns) * table().columns * inner;
+  Factor(const Products& by, char* data, int64_t inner, int64_t columns)
+      : by(by), data(data), inner(inner), columns(columns), wide(divide_up(columns, by.columns) * by.columns) {}
+  static int64_t room(const Products& by, int64_t inner, int64_t columns) {
+    return divide_up(columns, by.columns) * by.columns * divide_up(inner, by.together) * by.together * by.bytes;
   }
-  int64_t depth(int64_t k) const { return std::min(kDepth, inner - k / kDepth * kDepth); }
+  int64_t depth(int64_t k) const { return std::min(by.depth, inner - k / by.depth * by.depth); }
+  int64_t panel(int64_t k) const { return divide_up(depth(k), by.together) * by.together * by.columns * by.bytes; }
   // Panels of the block that k lies in, from column n on (a multiple of the tile's).
-  float* panels(int64_t k, int64_t n) const { return data + k / kDepth * kDepth * wide + n * depth(k); }
+  char* panels(int64_t k, int64_t n) const {
+    return data + k / by.depth * by.depth * wide * by.bytes + n / by.columns * panel(k);
+  }
   void pack(const Matrix& b, bool transposed, int64_t k, int64_t n) const {
-    table().pack_right(b, transposed, k, depth(k), n, std::min(kColumns, columns - n), panels(k, n));
+    by.pack_right(b, transposed, k, depth(k), n, std::min(kColumns, columns - n), panels(k, n));
   }
   void pack(const Matrix& b, bool transposed) const {
-    for (int64_t k = 0; k < inner; k += kDepth)
+    for (int64_t k = 0; k < inner; k += by.depth)
       for (int64_t n = 0; n < columns; n += kColumns) pack(b, transposed, k, n);
   }
 };
 
 // out [rows][ld] FP32 (+)= rows first_row … of a, inner columns from_k to to_k, times columns n … of b. One thread.
+// from_k is a multiple of `together`, and so is to_k where it is not the end.
 void block(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, int64_t from_k, int64_t to_k,
            const Factor& b, int64_t n, int64_t columns, float* out, int64_t ld, bool add) {
   static thread_local Scratch buffer;
-  const TrainingKernels& t = table();
-  for (int64_t done = 0; done < rows; done += kBlockStrips * t.rows) {
-    int64_t some = std::min(kBlockStrips * t.rows, rows - done);
+  const Products& p = b.by;
+  const int64_t unit = unit_of(p);
+  for (int64_t done = 0; done < rows; done += unit) {
+    int64_t some = std::min(unit, rows - done);
     bool more = add;
     for (int64_t k = from_k; k < to_k; more = true) {
-      int64_t start = k / kDepth * kDepth, end = std::min(to_k, start + b.depth(k));
-      float* packed = buffer.only(divide_up(some, t.rows) * t.strip);
-      t.pack_left(a, transposed, first_row + done, some, k, end - k, packed);
+      int64_t start = k / p.depth * p.depth, end = std::min(to_k, start + b.depth(k));
+      char* packed = buffer.only<char>(divide_up(some, p.rows) * p.strip);
+      p.pack_left(a, transposed, first_row + done, some, k, end - k, packed);
       for (int64_t c = 0; c < columns; c += kColumns) {
-        const float* panels = b.panels(k, n + c) + (k - start) * t.columns;
-        for (int64_t r = 0; r < some; r += t.rows)
-          t.multiply(packed + r / t.rows * t.strip, transposed, std::min(t.rows, some - r), panels,
-                     b.depth(k) * t.columns, end - k, std::min(kColumns, columns - c), out + (done + r) * ld + c, ld,
-                     more);
+        const char* panels = b.panels(k, n + c) + (k - start) * p.columns * p.bytes;
+        for (int64_t r = 0; r < some; r += p.rows)
+          p.multiply(packed + r / p.rows * p.strip, transposed, std::min(p.rows, some - r), panels, b.panel(k), end - k,
+                     std::min(kColumns, columns - c), out + (done + r) * ld + c, ld, more);
       }
       k = end;
     }
@@ -69,7 +88,7 @@ void block_into(const Matrix& a, bool transposed, int64_t first_row, int64_t row
   if (kind == kFloat)
     return block(a, transposed, first_row, rows, 0, b.inner, b, n, columns, static_cast<float*>(out), ld, add);
   static thread_local Scratch buffer;
-  int64_t step = kBlockStrips * table().rows;
+  int64_t step = unit_of(b.by);
   float* wide = buffer.only(std::min(rows, step) * columns);
   for (int64_t done = 0; done < rows; done += step) {
     int64_t some = std::min(step, rows - done);
@@ -85,21 +104,23 @@ void zero_rows(void* out, int64_t rows, int64_t columns, int64_t ld, Kind kind) 
 
 void pack_all(const Factor& f, const Matrix& b, bool transposed, int threads) {
   int64_t across = divide_up(f.columns, kColumns);
-  parallel(divide_up(f.inner, kDepth) * across, threads,
-           [&](int64_t i) { f.pack(b, transposed, i / across * kDepth, i % across * kColumns); });
+  parallel(divide_up(f.inner, f.by.depth) * across, threads,
+           [&](int64_t i) { f.pack(b, transposed, i / across * f.by.depth, i % across * kColumns); });
 }
 
 // As `product`, with the right factor packed.
 void product_of(const Matrix& a, bool transposed, const Factor& b, int64_t rows, void* out, int64_t ld, Kind kind,
                 bool add, int threads) {
-  int64_t strips = divide_up(rows, table().rows), pieces = divide_up(strips, kBlockStrips);
+  int64_t strips = divide_up(rows, b.by.rows), pieces = divide_up(rows, unit_of(b.by));
   pieces = std::min(strips, divide_up(pieces, threads) * threads);
-  parallel(pieces * divide_up(b.columns, kColumns), threads, [&](int64_t i) {
-    int64_t n = i / pieces * kColumns, piece = i % pieces;
-    int64_t first = strips * piece / pieces * table().rows;
-    int64_t last = std::min(rows, strips * (piece + 1) / pieces * table().rows);
-    block_into(a, transposed, first, last - first, b, n, std::min(kColumns, b.columns - n),
-               at(out, first * ld + n, kind), ld, kind, add);
+  // columns in as few parts as there are tasks enough: every part packs the left factor again
+  int64_t across = divide_up(b.columns, kColumns), parts = std::min(across, divide_up(8 * threads, std::max<int64_t>(pieces, 1)));
+  parallel(pieces * parts, threads, [&](int64_t i) {
+    int64_t piece = i % pieces, n = across * (i / pieces) / parts * kColumns;
+    int64_t end = std::min(b.columns, across * (i / pieces + 1) / parts * kColumns);
+    int64_t first = strips * piece / pieces * b.by.rows;
+    int64_t last = std::min(rows, strips * (piece + 1) / pieces * b.by.rows);
+    block_into(a, transposed, first, last - first, b, n, end - n, at(out, first * ld + n, kind), ld, kind, add);
   });
 }
 
@@ -112,8 +133,7 @@ int64_t begin_of(const Experts& e, int64_t i) { return i ? e.ends[i - 1] : 0; }
 struct Piece {
   int64_t expert, first, rows;
 };
-std::vector<Piece> pieces_of(const Experts& e, int threads) {
-  int64_t unit = kBlockStrips * table().rows;
+std::vector<Piece> pieces_of(const Experts& e, int64_t unit, int threads) {
   int64_t most = std::clamp(e.pairs / (4 * threads) / unit, int64_t{1}, int64_t{5}) * unit;
   std::vector<Piece> pieces;
   for (int64_t i = 0; i < e.experts; ++i)
@@ -148,35 +168,32 @@ Matrix head_of(const Heads& h, int64_t b, int64_t n, Kind kind) {
 
 }  // namespace
 
-const TrainingKernels& training_kernels() {
-  if (&kernels() == avx512_kernels || &kernels() == amx_kernels) return *avx512_training;
-  if (&kernels() == avx2_kernels) return *avx2_training;
-  return *scalar_training;
-}
-
 void product(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, int64_t rows, int64_t columns,
              int64_t inner, void* out, int64_t ld, Kind out_kind, bool add, int threads) {
   if (inner == 0) {
     if (!add) zero_rows(out, rows, columns, ld, out_kind);
     return;
   }
-  Factor f(right_buffer.only(Factor::room(inner, columns)), inner, columns);
+  const Products& by = products_of(a.kind, b.kind);
+  Factor f(by, right_buffer.only<char>(Factor::room(by, inner, columns)), inner, columns);
   pack_all(f, b, b_transposed, threads);
   product_of(a, a_transposed, f, rows, out, ld, out_kind, add, threads);
 }
 
 void experts_forward(const Experts& e, void* both, void* out, int threads) {
   const TrainingKernels& t = table();
-  int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
-  std::vector<Piece> pieces = pieces_of(e, threads);
+  const Products& by = products_of(e.kind, e.w_kind);
+  const Kind mid = stored(by);
+  int64_t wide = 2 * e.inner, unit = unit_of(by);
+  std::vector<Piece> pieces = pieces_of(e, unit, threads);
   float* y = call_buffer.only(e.pairs * e.hidden);
   parallel(pieces.size(), threads, [&](int64_t i) {
     static thread_local Scratch weights, between;
     const Piece& p = pieces[i];
-    float* packed = weights.only(std::max(Factor::room(e.hidden, wide), Factor::room(e.inner, e.hidden)));
+    char* packed = weights.only<char>(std::max(Factor::room(by, e.hidden, wide), Factor::room(by, e.inner, e.hidden)));
     float* gate_up = between.only(unit * wide + p.rows * e.inner);
-    float* h = gate_up + unit * wide;
-    Factor in(packed, e.hidden, wide), down(packed, e.inner, e.hidden);
+    float* h = gate_up + unit * wide;  // of kind `mid`
+    Factor in(by, packed, e.hidden, wide), down(by, packed, e.inner, e.hidden);
     in.pack({at(e.w_in, p.expert * wide * e.hidden, e.w_kind), e.hidden, e.w_kind}, true);
     for (int64_t done = 0; done < p.rows; done += unit) {
       int64_t first = p.first + done, some = std::min(unit, p.rows - done);
@@ -184,11 +201,10 @@ void experts_forward(const Experts& e, void* both, void* out, int threads) {
       if (both) t.scaled(gate_up, some * wide, 1.0f, at(both, first * wide, e.kind), e.kind);
       for (int64_t r = 0; r < some; ++r)
         t.gated(gate_up + r * wide, gate_up + r * wide + e.inner, kFloat, e.weight[first + r], e.inner,
-                h + (done + r) * e.inner, kFloat);
+                at(h, (done + r) * e.inner, mid), mid);
     }
     down.pack({at(e.w_out, p.expert * e.hidden * e.inner, e.w_kind), e.inner, e.w_kind}, true);
-    block({h, e.inner, kFloat}, false, 0, p.rows, 0, e.inner, down, 0, e.hidden, y + p.first * e.hidden, e.hidden,
-          false);
+    block({h, e.inner, mid}, false, 0, p.rows, 0, e.inner, down, 0, e.hidden, y + p.first * e.hidden, e.hidden, false);
   });
   combine(e, y, out, threads);
 }
@@ -196,34 +212,35 @@ void experts_forward(const Experts& e, void* both, void* out, int threads) {
 void experts_backward(const Experts& e, const void* both, const void* dout, void* dx, float* d_weight, void* d_in,
                       void* d_out, int threads) {
   const TrainingKernels& t = table();
-  int64_t wide = 2 * e.inner, unit = kBlockStrips * t.rows;
-  std::vector<Piece> pieces = pieces_of(e, threads);
+  const Products& by = products_of(e.kind, e.w_kind);
+  const Kind mid = stored(by);
+  int64_t wide = 2 * e.inner, unit = unit_of(by);
+  std::vector<Piece> pieces = pieces_of(e, unit, threads);
   float* y = call_buffer.only(e.pairs * (e.hidden + e.inner + wide));  // an expert's rows of dx
-  float* hw = y + e.pairs * e.hidden;  // its activations times the gate's weight
+  float* hw = y + e.pairs * e.hidden;  // its activations times the gate's weight, and their gradients: of kind `mid`
   float* d_both = hw + e.pairs * e.inner;
   parallel(pieces.size(), threads, [&](int64_t i) {
     static thread_local Scratch weights, between;
     const Piece& p = pieces[i];
-    float* packed = weights.only(std::max(Factor::room(e.hidden, e.inner), Factor::room(wide, e.hidden)));
+    char* packed = weights.only<char>(std::max(Factor::room(by, e.hidden, e.inner), Factor::room(by, wide, e.hidden)));
     float* dh = between.only(unit * e.inner);
-    Factor up(packed, e.hidden, e.inner), in(packed, wide, e.hidden);
+    Factor up(by, packed, e.hidden, e.inner), in(by, packed, wide, e.hidden);
     up.pack({at(e.w_out, p.expert * e.hidden * e.inner, e.w_kind), e.inner, e.w_kind}, false);
     for (int64_t done = 0; done < p.rows; done += unit) {
       int64_t first = p.first + done, some = std::min(unit, p.rows - done);
       block({dout, e.hidden, e.kind, e.token + first}, false, 0, some, 0, e.hidden, up, 0, e.inner, dh, e.inner, false);
       for (int64_t r = 0; r < some; ++r) {
         int64_t pair = first + r;
-        float* d = d_both + pair * wide;
-        float dot =
-            t.gated_back(dh + r * e.inner, at(both, pair * wide, e.kind), at(both, pair * wide + e.inner, e.kind),
-                         e.kind, kFloat, e.weight[pair], e.inner, d, d + e.inner, kFloat, hw + pair * e.inner);
+        float dot = t.gated_back(dh + r * e.inner, at(both, pair * wide, e.kind), at(both, pair * wide + e.inner, e.kind),
+                                 e.kind, kFloat, e.weight[pair], e.inner, at(d_both, pair * wide, mid),
+                                 at(d_both, pair * wide + e.inner, mid), mid, at(hw, pair * e.inner, mid));
         if (d_weight) d_weight[pair] = dot;
       }
     }
     if (!dx) return;
     in.pack({at(e.w_in, p.expert * wide * e.hidden, e.w_kind), e.hidden, e.w_kind}, false);
-    block({d_both + p.first * wide, wide, kFloat}, false, 0, p.rows, 0, wide, in, 0, e.hidden, y + p.first * e.hidden,
-          e.hidden, false);
+    block({at(d_both, p.first * wide, mid), wide, mid}, false, 0, p.rows, 0, wide, in, 0, e.hidden,
+          y + p.first * e.hidden, e.hidden, false);
   });
   if (dx) combine(e, y, dx, threads);
   Kind w_out_kind = e.w_kind == kBf16 ? kBf16 : kFloat;
@@ -235,30 +252,26 @@ void experts_backward(const Experts& e, const void* both, const void* dout, void
     if (!out) return;
     out = at(out, expert * rows * columns, w_out_kind);
     if (count == 0) return zero_rows(out, rows, columns, columns, w_out_kind);
-    Factor f(factor.only(Factor::room(count, columns)), count, columns);
-    if (i % 2) {
-      f.pack({e.x, e.hidden, e.kind, e.token + first}, false);
-      block_into({d_both + first * wide, wide, kFloat}, true, 0, rows, f, 0, columns, out, columns, w_out_kind, false);
-    } else {
-      f.pack({hw + first * e.inner, e.inner, kFloat}, false);
-      block_into({dout, e.hidden, e.kind, e.token + first}, true, 0, rows, f, 0, columns, out, columns, w_out_kind,
-                 false);
-    }
+    Factor f(by, factor.only<char>(Factor::room(by, count, columns)), count, columns);
+    Matrix x{e.x, e.hidden, e.kind, e.token + first}, dy{dout, e.hidden, e.kind, e.token + first};
+    Matrix d{at(d_both, first * wide, mid), wide, mid}, h{at(hw, first * e.inner, mid), e.inner, mid};
+    f.pack(i % 2 ? x : h, false);
+    block_into(i % 2 ? d : dy, true, 0, rows, f, 0, columns, out, columns, w_out_kind, false);
   });
 }
 
 void attention_forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, Kind kind, int64_t batch,
                        int64_t heads, int64_t length, float scale, void* probs, int threads) {
   const TrainingKernels& t = table();
-  int64_t unit = kBlockStrips * t.rows;
+  const Products& by = products_of(kind, kind);
+  int64_t unit = unit_of(by);
   parallel(batch * heads, threads, [&](int64_t i) {
     static thread_local Scratch buffer;
-    int64_t b = i / heads, n = i % heads, k_room = Factor::room(k.width, length),
-            v_room = Factor::room(length, v.width);
-    float* keys = buffer.only(k_room + v_room + unit * (length + v.width));
-    float* scores = keys + k_room + v_room;
-    float* sums = scores + unit * length;
-    Factor key(keys, k.width, length), value(keys + k_room, length, v.width);
+    int64_t b = i / heads, n = i % heads;
+    int64_t k_room = Factor::room(by, k.width, length), v_room = Factor::room(by, length, v.width);
+    buffer.reserve(k_room + v_room + Scratch::room<float>(unit * length) + Scratch::room<float>(unit * v.width));
+    Factor key(by, buffer.take<char>(k_room), k.width, length), value(by, buffer.take<char>(v_room), length, v.width);
+    float *scores = buffer.take<float>(unit * length), *sums = buffer.take<float>(unit * v.width);
     key.pack(head_of(k, b, n, kind), true);
     value.pack(head_of(v, b, n, kind), false);
     void* saved = at(probs, i * length * length, kind);
@@ -267,7 +280,8 @@ void attention_forward(const Heads& q, const Heads& k, const Heads& v, const Hea
       block(head_of(q, b, n, kind), false, lo, some, 0, q.width, key, 0, hi, scores, length, false);
       for (int64_t r = 0; r < some; ++r)
         t.softmax(scores + r * length, scale, lo + r + 1, length, at(saved, (lo + r) * length, kind), kind);
-      block({scores, length, kFloat}, false, 0, some, 0, hi, value, 0, v.width, sums, v.width, false);
+      block({at(saved, lo * length, kind), length, kind}, false, 0, some, 0, hi, value, 0, v.width, sums, v.width,
+            false);
       for (int64_t r = 0; r < some; ++r)
         t.scaled(sums + r * v.width, v.width, 1.0f,
                  at(out.data, b * out.batch_step + n * out.head_step + (lo + r) * out.row_step, kind), kind);
@@ -279,16 +293,18 @@ void attention_backward(const Heads& q, const Heads& k, const Heads& v, const He
                         const Heads& dk, const Heads& dv, Kind kind, int64_t batch, int64_t heads, int64_t length,
                         float scale, const void* probs, int threads) {
   const TrainingKernels& t = table();
-  int64_t unit = kBlockStrips * t.rows;
+  const Products& by = products_of(kind, kind);
+  int64_t unit = unit_of(by);
   parallel(batch * heads, threads, [&](int64_t i) {
     static thread_local Scratch buffer;
     int64_t b = i / heads, n = i % heads;
-    int64_t room = std::max(Factor::room(v.width, length), Factor::room(length, std::max(k.width, v.width)));
-    float* ds = buffer.only(length * length + unit * std::max(k.width, v.width) + room);
-    float* sums = ds + length * length;
-    float* packed = sums + unit * std::max(k.width, v.width);
-    Matrix p{at(probs, i * length * length, kind), length, kind}, scores{ds, length, kFloat};
-    Factor value(packed, v.width, length), key(packed, length, k.width), up(packed, length, v.width);
+    const int64_t width = std::max(k.width, v.width);
+    int64_t room = std::max(Factor::room(by, v.width, length), Factor::room(by, length, width));
+    buffer.reserve(Scratch::room<float>(length * length) + Scratch::room<float>(unit * width) + room);
+    float *ds = buffer.take<float>(length * length), *sums = buffer.take<float>(unit * width);
+    char* packed = buffer.take<char>(room);
+    Matrix p{at(probs, i * length * length, kind), length, kind}, scores{ds, length, between(by)};
+    Factor value(by, packed, v.width, length), key(by, packed, length, k.width), up(by, packed, length, v.width);
     auto deliver = [&](const Heads& to, int64_t lo, int64_t some, float by) {
       for (int64_t r = 0; r < some; ++r)
         t.scaled(sums + r * to.width, to.width, by,
@@ -327,20 +343,23 @@ void head_loss(const void* x, Kind kind, const void* w, Kind w_kind, const int64
   static thread_local Scratch forward, backward;
   float* logits = call_buffer.only(chunk * vocab);
   Matrix weights{w, hidden, w_kind};
-  Factor up(forward.only(Factor::room(hidden, vocab)), hidden, vocab), down(nullptr, vocab, hidden);
+  const Products& by = products_of(kind, w_kind);
+  const Kind mid = stored(by);
+  Factor up(by, forward.only<char>(Factor::room(by, hidden, vocab)), hidden, vocab), down(by, nullptr, vocab, hidden);
   pack_all(up, weights, true, threads);
   if (dx) {
-    down.data = backward.only(Factor::room(vocab, hidden));
+    down.data = backward.only<char>(Factor::room(by, vocab, hidden));
     pack_all(down, weights, false, threads);
   }
   for (int64_t done = 0; done < rows; done += chunk) {
     int64_t some = std::min(chunk, rows - done);
-    Matrix part{at(x, done * hidden, kind), hidden, kind}, gradient{logits, vocab, kFloat};
+    Matrix part{at(x, done * hidden, kind), hidden, kind};
+    Matrix gradient{logits, mid == kBf16 ? 2 * vocab : vocab, mid};  // each row where its logits were
     product_of(part, false, up, some, logits, vocab, kFloat, false, threads);
     parallel(some, threads, [&](int64_t r) {
       int64_t to = label[done + r];
       float each =
-          table().cross_entropy(logits + r * vocab, vocab, std::max<int64_t>(to, 0), to < 0 ? 0.0f : scale, dx || dw);
+          table().cross_entropy(logits + r * vocab, vocab, std::max<int64_t>(to, 0), to < 0 ? 0.0f : scale, dx || dw, mid);
       loss[done + r] = to < 0 ? 0.0f : each;
     });
     if (dx) product_of(gradient, false, down, some, dx + done * hidden, hidden, kFloat, false, threads);

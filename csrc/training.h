@@ -1,10 +1,12 @@
-// Training on FP32 units: matrix products that take BF16 or FP32 operands as they lie in memory (widened, rounded,
-// gathered or transposed while they are packed), and the passes between them.
+// Training: matrix products that take BF16 or FP32 operands as they lie in memory (widened, rounded, gathered or
+// transposed while they are packed), and the passes between them.
 //
-//   a product   blocks of kDepth inner columns; within a block one chain of fused multiply-adds, blocks added in order
+//   FP32 units  blocks of inner columns; within a block one chain of fused multiply-adds, blocks added in order
 //   BF16        operands rounded to BF16, products and sums in FP32, the result rounded once (ops/linear.py)
+//   BF16 units  the same on AVX512-BF16 or AMX, in the order of their instructions (training_pairs.h); what one product
+//               of an operation leaves for the next is rounded to BF16 as well
 //
-// Every sum has one order, so results depend neither on the thread count nor on the instruction set.
+// Every sum has one order: results do not depend on the thread count, nor on the instruction set that provides FP32 units.
 #pragma once
 #include <cstdint>
 
@@ -12,8 +14,8 @@
 
 namespace deepseek {
 
-constexpr int64_t kDepth = 192;    // part of the arithmetic
-constexpr int64_t kColumns = 384;  // result columns at a time: kDepth x kColumns numbers stay in the second cache
+constexpr int64_t kDepth = 192;    // of a block on FP32 units: part of the arithmetic
+constexpr int64_t kColumns = 384;  // result columns at a time: a block of so many stays in the second cache
 
 enum Kind : int { kFloat = 0, kBf16 = 1, kRounded = 2 };  // kRounded: FP32 in memory, rounded to BF16 on the way in
 
@@ -27,21 +29,30 @@ struct Matrix {
   const int64_t* index = nullptr;
 };
 
-// What an instruction set provides for training; that of AVX-512 also serves machines with AMX.
-struct TrainingKernels {
+// How matrices are multiplied.
+struct Products {
+  const char* name;
   int64_t rows, columns;  // of the tile that is summed in registers
-  int64_t strip;          // floats of a packed strip of the left factor: tile rows x kDepth
+  int64_t depth;          // inner columns of a block
+  int64_t strip;          // bytes of a packed strip of the left factor: tile rows x depth
+  int64_t bytes;          // of a packed number
+  int64_t together;       // inner columns that an instruction takes: a block is filled up to them with zeros
 
   // rows first_row … of the left factor as strips [rows / tile rows][strip]. Element (row, k) of the factor is element
   // (row, k) of the matrix, (k, row) where transposed.
   void (*pack_left)(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, int64_t first_k, int64_t depth,
-                    float* out);
+                    void* out);
   // The right factor as panels [columns / tile columns][depth][tile columns]; element (k, n) likewise.
   void (*pack_right)(const Matrix& b, bool transposed, int64_t first_k, int64_t depth, int64_t first_n, int64_t columns,
-                     float* out);
-  // out [rows][ld] (+)= a packed strip (one tile's rows at most) times packed panels, `panel` floats apart.
-  void (*multiply)(const float* a, bool transposed, int64_t rows, const float* b, int64_t panel, int64_t depth,
+                     void* out);
+  // out [rows][ld] (+)= a packed strip (one tile's rows at most) times packed panels, `panel` bytes apart.
+  void (*multiply)(const void* a, bool transposed, int64_t rows, const void* b, int64_t panel, int64_t depth,
                    int64_t columns, float* out, int64_t ld, bool add);
+};
+
+// What an instruction set provides for training; that of AVX-512 also serves machines with AMX.
+struct TrainingKernels {
+  Products products;  // on FP32 units
 
   // out = x * scale
   void (*scaled)(const float* x, int64_t count, float scale, void* out, Kind kind);
@@ -50,12 +61,13 @@ struct TrainingKernels {
 
   // SwiGLU. h = silu(gate) * up * weight; gate and up and h of one kind, except that `h` may stay FP32.
   void (*gated)(const void* gate, const void* up, Kind kind, float weight, int64_t width, void* h, Kind h_kind);
-  // From dh: d_gate, d_up; where `hw` is given also hw = h * weight, and the result is sum(dh * h).
+  // From dh: d_gate, d_up; where `hw` is given also hw = h * weight, and the result is sum(dh * h). out_kind: of these.
   float (*gated_back)(const void* dh, const void* gate, const void* up, Kind kind, Kind dh_kind, float weight,
-                      int64_t width, void* d_gate, void* d_up, Kind out_kind, float* hw);
+                      int64_t width, void* d_gate, void* d_up, Kind out_kind, void* hw);
 
-  // One row of logits -> its loss; with `scale` > 0 the row becomes (softmax - one hot) * scale.
-  float (*cross_entropy)(float* logits, int64_t width, int64_t label, float scale, bool gradient);
+  // One row of logits -> its loss; where `gradient`, the row becomes (softmax - one hot) * scale, of `kind` and from where
+  // it began.
+  float (*cross_entropy)(float* logits, int64_t width, int64_t label, float scale, bool gradient, Kind kind);
 
   // One row of scores: the first `live`, times scale > 0, become probabilities (in place, rounded to BF16 where `kind`
   // says so and copied to `saved`), the rest up to `width` zeros.
@@ -83,8 +95,16 @@ extern const TrainingKernels* const scalar_training;
 extern const TrainingKernels* const avx2_training;
 extern const TrainingKernels* const avx512_training;
 
-// That of the instruction set in use (kernels.h).
+// On BF16 units. Null where the compiler could not build them.
+extern const Products* const avx512_bf16_products;
+extern const Products* const amx_bf16_products;
+
+// Those of the instruction set in use (kernels.h). bf16_units: null where it has none; bf16_products: or where they are
+// switched off.
 const TrainingKernels& training_kernels();
+const Products* bf16_units();
+const Products* bf16_products();
+void use_bf16_units(bool on);
 
 // Everything below: `threads` at most, memory of this machine, shapes checked by the caller.
 

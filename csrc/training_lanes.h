@@ -1,9 +1,8 @@
 // The kernels of training.h in sixteen-float vectors: included once for each instruction set.
 #pragma once
 #pragma GCC diagnostic ignored "-Wunused-function"
-#include "lanes.h"
 #include "moments_lanes.h"
-#include "training.h"
+#include "training_access.h"
 
 namespace deepseek {
 namespace {
@@ -20,90 +19,11 @@ constexpr int kAheadRows = 16;                  // of a panel, prefetched into t
 constexpr int64_t kRowStride = kDepth + 16;     // of a strip that is not transposed: an odd number of cache lines
 constexpr int64_t kStripFloats = kTileRows * kRowStride > kDepth* kStep ? kTileRows * kRowStride : kDepth * kStep + 16;
 
-// To BF16: nearest, ties to even; NaN stays NaN.
-INLINE f16 rounded(f16 v) {
-  i16 u = (i16)v;
-  i16 nan = (0x7f800000 - (u & 0x7fffffff)) >> 31;
-  i16 r = ((u + 0x7fff + ((u >> 16) & 1)) & ~nan) | ((u | 0x400000) & nan);
-  return (f16)(r & (int32_t)0xffff0000);
-}
-
-template <Kind K>
-INLINE f16 get(const void* p, int64_t i, int64_t count = 16) {
-#if defined(__AVX512F__)
-  if (count < 16) {
-    __mmask16 some = (__mmask16)((1u << count) - 1);
-    if (K == kBf16)
-      return (f16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const uint16_t*)p + i)), 16);
-    f16 v = (f16)_mm512_maskz_loadu_ps(some, (const float*)p + i);
-    return K == kRounded ? rounded(v) : v;
-  }
-#endif
-  if (K == kBf16) {
-    if (count >= 16) return from_bf16((const uint16_t*)p + i);
-    uint16_t tail[16] = {};
-    std::memcpy(tail, (const uint16_t*)p + i, 2 * count);
-    return from_bf16(tail);
-  }
-  f16 v = count >= 16 ? load((const float*)p + i) : load_some((const float*)p + i, count);
-  return K == kRounded ? rounded(v) : v;
-}
-
-template <Kind K>
-INLINE void put(void* p, int64_t i, f16 v, int64_t count = 16) {
-  if (K == kBf16) {
-    i16 u = (i16)rounded(v) >> 16;
-    uint16_t some[16];
-    uint16_t* to = count >= 16 ? (uint16_t*)p + i : some;
-#if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)u));
-#else
-    for (int j = 0; j < 16; ++j) to[j] = (uint16_t)u[j];
-#endif
-    if (count < 16) std::memcpy((uint16_t*)p + i, some, 2 * count);
-  } else if (count >= 16) {
-    store((float*)p + i, v);
-  } else {
-    std::memcpy((float*)p + i, &v, 4 * count);
-  }
-}
-
-template <typename Work>
-inline auto with_kind(Kind kind, const Work& work) {
-  switch (kind) {
-    case kBf16:
-      return work(std::integral_constant<Kind, kBf16>{});
-    case kRounded:
-      return work(std::integral_constant<Kind, kRounded>{});
-    default:
-      return work(std::integral_constant<Kind, kFloat>{});
-  }
-}
-
-template <typename Work>
-inline void sweep(int64_t count, const Work& work) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) work(i, 16);
-  if (i < count) work(i, count - i);
-}
-
-// The first `count` lanes of v, zeros elsewhere.
-INLINE f16 first(f16 v, int64_t count) {
-  if (count >= 16) return v;
-  float some[16] = {};
-  std::memcpy(some, &v, 4 * count);
-  return load(some);
-}
-
 // ---- products -----------------------------------------------------------------------------------------------------
 
-template <Kind K>
-inline const void* row_of(const Matrix& m, int64_t r) {
-  return (const char*)m.data + (m.index ? m.index[r] : r) * m.stride * bytes_of(K);
-}
-
 void pack_left(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, int64_t first_k, int64_t depth,
-               float* out) {
+               void* packed) {
+  float* out = (float*)packed;
   with_kind(a.kind, [&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
     if (transposed)
@@ -122,26 +42,9 @@ void pack_left(const Matrix& a, bool transposed, int64_t first_row, int64_t rows
   });
 }
 
-inline void transpose(f16* v) {
-  static const i16 low[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-                             {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
-                             {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
-                             {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}};
-#pragma GCC unroll 4
-  for (int s = 0; s < 4; ++s) {
-    const int apart = 8 >> s;
-    const i16 high = low[s] + apart;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-      if (!(i & apart)) {
-        f16 a = v[i], b = v[i + apart];
-        v[i] = __builtin_shuffle(a, b, low[s]), v[i + apart] = __builtin_shuffle(a, b, high);
-      }
-  }
-}
-
 void pack_right(const Matrix& b, bool transposed, int64_t first_k, int64_t depth, int64_t first_n, int64_t columns,
-                float* out) {
+                void* packed) {
+  float* out = (float*)packed;
   with_kind(b.kind, [&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
     auto panel = [&](int64_t n) { return out + n / kTileColumns * kTileColumns * depth + n % kTileColumns; };
@@ -229,20 +132,13 @@ inline void some_rows(int64_t rows, const float* a, const float* b, int64_t dept
                                [&](auto n) { tile_product<2 * decltype(n)::value, TRANSPOSED>(a, b, depth, tile); });
 }
 
-void multiply(const float* a, bool transposed, int64_t rows, const float* b, int64_t panel, int64_t depth,
+void multiply(const void* left, bool transposed, int64_t rows, const void* right, int64_t panel, int64_t depth,
               int64_t columns, float* out, int64_t ld, bool add) {
+  const float *a = (const float*)left, *b = (const float*)right;
   alignas(64) float tile[kTileRows * kTileColumns];
-  for (int64_t n = 0; n < columns; n += kTileColumns, b += panel) {
+  for (int64_t n = 0; n < columns; n += kTileColumns, b += panel / 4) {
     transposed ? some_rows<true>(rows, a, b, depth, tile) : some_rows<false>(rows, a, b, depth, tile);
-    int64_t wide = columns - n < kTileColumns ? columns - n : kTileColumns;
-    for (int64_t r = 0; r < rows; ++r) {
-      float* to = out + r * ld + n;
-      const float* from = tile + r * kTileColumns;
-      sweep(wide, [&](int64_t c, int64_t some) {
-        f16 v = load(from + c);
-        put<kFloat>(to, c, add ? get<kFloat>(to, c, some) + v : v, some);
-      });
-    }
+    put_tile(tile, kTileColumns, rows, columns - n < kTileColumns ? columns - n : kTileColumns, out + n, ld, add);
   }
 }
 
@@ -276,7 +172,7 @@ void gated(const void* gate, const void* up, Kind kind, float weight, int64_t wi
 }
 
 float gated_back(const void* dh, const void* gate, const void* up, Kind kind, Kind dh_kind, float weight, int64_t width,
-                 void* d_gate, void* d_up, Kind out_kind, float* hw) {
+                 void* d_gate, void* d_up, Kind out_kind, void* hw) {
   f16 dot = all(0.0f);
   with_kind(kind, [&](auto k) {
     with_kind(dh_kind, [&](auto k_dh) {
@@ -288,7 +184,7 @@ float gated_back(const void* dh, const void* gate, const void* up, Kind kind, Ki
           f16 act = g * s, h = act * u;
           if (hw) {
             dot = fma(d, h, dot);  // lanes past the end hold zeros
-            put<kFloat>(hw, i, h * weight, n);
+            put<OUT>(hw, i, h * weight, n);
           }
           d = d * weight;
           put<OUT>(d_up, i, d * act, n);
@@ -302,7 +198,7 @@ float gated_back(const void* dh, const void* gate, const void* up, Kind kind, Ki
 
 inline float logarithm(float x) { return __builtin_logf(x); }
 
-float cross_entropy(float* logits, int64_t width, int64_t label, float scale, bool gradient) {
+float cross_entropy(float* logits, int64_t width, int64_t label, float scale, bool gradient, Kind kind) {
   f16 top = all(-__builtin_inff());
   float best;
   int64_t whole = width / 16 * 16;
@@ -318,9 +214,12 @@ float cross_entropy(float* logits, int64_t width, int64_t label, float scale, bo
   });
   float norm = total(sum);
   if (gradient) {
-    float by = scale / norm;
-    sweep(width, [&](int64_t i, int64_t n) { put<kFloat>(logits, i, get<kFloat>(logits, i, n) * by, n); });
-    logits[label] -= scale;
+    const float by = scale / norm, at_label = logits[label] * by - scale;
+    with_kind(kind, [&](auto k) {
+      constexpr Kind K = decltype(k)::value;
+      sweep(width, [&](int64_t i, int64_t n) { put<K>(logits, i, get<kFloat>(logits, i, n) * by, n); });
+      put<K>(logits, label, all(at_label), 1);
+    });
   }
   return logarithm(norm) + best - picked;
 }
@@ -401,10 +300,10 @@ void norm_back(const void* x, const void* dy, Kind kind, const float* w, float r
   });
 }
 
-const TrainingKernels training = {kTileRows,     kTileColumns, kStripFloats, pack_left, pack_right,
-                                  multiply,      scaled,       sum_rows,     gated,     gated_back,
-                                  cross_entropy, softmax,      softmax_back, norm,      norm_back,
-                                  adamw8_block<float>, adamw8_block<uint16_t>, moved_block, momentum8_block};
+const TrainingKernels training = {
+    {"fp32", kTileRows, kTileColumns, kDepth, 4 * kStripFloats, 4, 1, pack_left, pack_right, multiply},
+    scaled, sum_rows, gated, gated_back, cross_entropy, softmax, softmax_back, norm, norm_back,
+    adamw8_block<float>, adamw8_block<uint16_t>, moved_block, momentum8_block};
 
 }  // namespace
 }  // namespace deepseek

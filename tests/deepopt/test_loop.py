@@ -28,6 +28,7 @@ from deepseek.model import CausalLM
 from deepseek.ops import native
 from deepseek.tokenizer import Tokenizer
 from tests.helpers import ROOT
+from tests.helpers.bf16 import WAYS, computed_by
 from tests.helpers.killed_runs import SETTINGS, TINY
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
@@ -46,13 +47,14 @@ def new_model() -> CausalLM:
     return CausalLM(TINY).init_weights(torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("units", "kernels", "width", "precision", "bf16"), [
-    (True, True, 512, "auto", True), (True, True, 384, "auto", False), (True, False, 384, "auto", True),
-    (False, True, 512, "auto", False), (False, False, 384, "bf16", True), (True, True, 512, "fp32", False)])
+@pytest.mark.parametrize(("way", "kernels", "width", "precision", "bf16"), [
+    ("torch", True, 512, "auto", True), ("torch", True, 384, "auto", False), ("torch", False, 384, "auto", True),
+    ("units", True, 64, "auto", True), ("units", True, 64, "fp32", False), ("fp32", True, 512, "auto", False),
+    ("fp32", False, 384, "bf16", True), ("torch", True, 512, "fp32", False)])
 def test_auto_is_bf16_where_units_are_faster_than_the_kernels(
-    units: bool, kernels: bool, width: int, precision: Precision, bf16: bool, monkeypatch: pytest.MonkeyPatch
+    way: str, kernels: bool, width: int, precision: Precision, bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "fast_bf16", lambda _: units)
+    monkeypatch.setattr(device, "bf16_way", lambda: way)
     monkeypatch.setattr(device, "trains_native", lambda _: kernels)
     model = CausalLM.on_meta(replace(TINY, hidden_size=width))
     model.to_empty(device="cpu")
@@ -100,19 +102,41 @@ def test_run_learns_and_leaves_everything(data: TokenShards, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("precision", "bf16", "tolerance"), [
-    ("fp32", "native", 2e-3), ("bf16", "native", 2e-2), ("bf16", "torch", 2e-2)])
+    ("fp32", "fp32", 2e-3), *(("bf16", way, 2e-2) for way in WAYS)])
 def test_losses_are_the_recorded_ones(
-    data: TokenShards, tmp_path: Path, precision: Precision, bf16: str, tolerance: float,
-    monkeypatch: pytest.MonkeyPatch,
+    data: TokenShards, tmp_path: Path, precision: Precision, bf16: str, tolerance: float
 ) -> None:
     """A refactor that changes a loss is not a refactor. Tolerance: another order of FP32 sums; in BF16 also products
     rounded otherwise, which moves near ties of the gate. `auto` would take FP32 or BF16 as the machine has units."""
-    monkeypatch.setattr(native, "BF16", bf16)
     seen: list[dict] = []
-    TrainingLoop(new_model(), data, replace(SETTINGS, precision=precision), tmp_path).run(seen.append)
+    with computed_by(bf16):
+        TrainingLoop(new_model(), data, replace(SETTINGS, precision=precision), tmp_path).run(seen.append)
     golden = json.loads(GOLDEN.read_text())
     for key, values in golden.items():
         assert [r[key] for r in seen][: len(values)] == pytest.approx(values, rel=tolerance), key
+
+
+def test_a_run_goes_on_with_the_precision_that_auto_has_chosen(
+    data: TokenShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SETTINGS, steps=4, precision="auto", save_every=2)
+
+    def interrupt(record: dict) -> None:
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with computed_by("torch"):
+        monkeypatch.setattr(device, "trains_native", lambda _: False)  # then `auto` is BF16 through torch
+        TrainingLoop(new_model(), data, config, tmp_path / "calm").run()
+        with pytest.raises(KeyboardInterrupt):
+            TrainingLoop(new_model(), data, config, tmp_path / "stopped").run(interrupt)
+        about = json.loads((checkpoints(tmp_path / "stopped")[-1] / "trainer.json").read_text())
+        assert about["step"] == 3 and about["activations"] == "bfloat16" and about["bf16_products"] == "torch"
+        native.use_bf16("fp32")  # as if this process had measured otherwise: `auto` would be FP32
+        loop = TrainingLoop(new_model(), data, config, tmp_path / "stopped")
+        assert loop.model.compute_dtype == torch.bfloat16 and native.bf16_way() == "torch"
+        loop.run()
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "calm")
 
 
 @pytest.mark.parametrize(("precision", "old_names"), [("fp32", False), ("bf16", True)])

@@ -1,9 +1,9 @@
 """The tests that depend on the instruction set, as if on other machines: `make test-isa`, --short as CI runs it.
 
 One entry is one setting of DEEPSEEK_ISA, DEEPSEEK_BF16 or ONEDNN_MAX_CPU_ISA. `amx_emulated` is a build of the native
-kernels whose AMX tiles are plain C++ (csrc/amx_emulated.h); emulated/sitecustomize.py puts it in place of the
-installed one. An entry that this machine cannot run is reported with what it needs, and counts neither as passed nor
-as failed. Exit code 1 where an entry failed.
+kernels whose AMX tiles and AVX512-BF16 are emulated (csrc/amx_emulated.h); emulated/sitecustomize.py puts it in place
+of the installed one; `avx512_bf16_emulated` is the same build without its tiles. An entry that this machine cannot run
+is reported with what it needs, and counts neither as passed nor as failed. Exit code 1 where an entry failed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 from tests.helpers import ROOT
 
@@ -23,11 +24,13 @@ FULL = ["tests/ops", "tests/quant", "tests/model/test_mla.py", "tests/deepopt/te
         "tests/tune/test_lora.py", "tests/engine/test_engine.py"]
 NEEDS = {"avx2": "AVX2 and FMA", "avx512_vnni": "AVX512-VNNI", "amx": "AMX-INT8"}
 EMULATED = "amx_emulated"
+PATH = os.pathsep.join(filter(None, (str(ROOT / "tests/emulated"), os.environ.get("PYTHONPATH"))))
 SETTINGS = {**{isa: {"DEEPSEEK_ISA": isa} for isa in ("scalar", *NEEDS)},
-            EMULATED: {"DEEPSEEK_ISA": EMULATED, "PYTHONPATH": os.pathsep.join(
-                filter(None, (str(ROOT / "tests/emulated"), os.environ.get("PYTHONPATH"))))},
-            "bf16_native": {"DEEPSEEK_BF16": "native"}, "bf16_torch": {"DEEPSEEK_BF16": "torch"},
+            EMULATED: {"DEEPSEEK_ISA": EMULATED, "PYTHONPATH": PATH},
+            "avx512_bf16_emulated": {"DEEPSEEK_ISA": "avx512_vnni", "PYTHONPATH": PATH},
+            "bf16_fp32": {"DEEPSEEK_BF16": "fp32"}, "bf16_torch": {"DEEPSEEK_BF16": "torch"},
             "onednn_avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
+OF_BUILD = {name for name, setting in SETTINGS.items() if "PYTHONPATH" in setting}  # of the build with emulated units
 
 
 def here() -> list[str]:
@@ -48,6 +51,9 @@ def run(*command: str, **environment: str) -> tuple[bool, str]:
     return not done.returncode, done.stdout
 
 
+_building = Lock()
+
+
 def build_emulated() -> tuple[bool, str]:
     """The module with emulated tiles, in build/emulated, if its sources changed. pip brings what the build needs."""
     library = ROOT / "build/emulated" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -61,17 +67,19 @@ def build_emulated() -> tuple[bool, str]:
 
 def entry(name: str, short: bool, known: list[str]) -> tuple[str, str]:
     """(verdict, what is to be said about it) of one entry."""
-    needs = "avx512_vnni" if name == EMULATED else name
+    needs = "avx512_vnni" if name in OF_BUILD else name
     if needs in NEEDS and needs not in known:
         return "cannot run here", f"needs {NEEDS[needs]}"
-    if name == EMULATED:
+    if name in OF_BUILD:
         if short:
             return "left out", "the short form builds no module"
-        built, output = build_emulated()
+        with _building:
+            built, output = build_emulated()
         if not built:
             return "FAILED", output
-    passed, output = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow",
-                         *(SHORT if short else FULL), **SETTINGS[name])
+    tests = SHORT if short else FULL if name != "avx512_bf16_emulated" else ["tests/ops/test_training_kernels.py"]
+    passed, output = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *tests,
+                         **SETTINGS[name])
     return "passed" if passed else "FAILED", output if not passed else output.rstrip().rpartition("\n")[2]
 
 

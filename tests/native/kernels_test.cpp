@@ -449,8 +449,10 @@ struct Numbers {
 };
 
 // Results of the training operations, of either kind, one after the other in one array of floats.
-void test_training() {
+void test_training(bool units) {
+  use_bf16_units(units);
   for (Kind kind : {kFloat, kBf16}) {
+    if (units && kind == kFloat) continue;
     for (bool a_transposed : {false, true})
       for (bool b_transposed : {false, true})
         for (int64_t inner : {0, 1, 70, 200}) {
@@ -542,6 +544,8 @@ int main() {
     std::printf("%s: %lld results as the scalar kernels have them\n", table->name, (long long)(compared - before));
   }
   test_operations();
-  test_training();
-  std::printf("operations (%s): the same on every number of threads, training too\n", kernels().name);
+  test_training(false);
+  if (bf16_units()) test_training(true);
+  std::printf("operations (%s): the same on every number of threads, training too%s%s\n", kernels().name,
+              bf16_units() ? ", with BF16 on " : "", bf16_units() ? bf16_units()->name : "");
 }

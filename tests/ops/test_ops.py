@@ -381,6 +381,7 @@ def test_it_is_taken_for_a_third_of_the_narrow_experts_on_bf16_units(monkeypatch
     gate_up.requires_grad_()
     for fast in (True, False):
         monkeypatch.setattr(experts, "fast_bf16", lambda _, fast=fast: fast)
+        monkeypatch.setattr(experts, "trains_native", lambda *_, fast=fast: not fast and experts.native is not None)
         for top in range(1, E + 1):
             ops.expert_mlp(x, index[:, :top], weight[:, :top], gate_up, down)
         with torch.no_grad():

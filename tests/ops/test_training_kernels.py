@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,16 +17,18 @@ from torch import Tensor
 from deepseek import ops
 from deepseek.ops import native
 from deepseek.ops.linear import product
+from tests.helpers.bf16 import UNITS, WAYS, computed_by
 
 pytestmark = pytest.mark.skipif(not native.can_train(), reason="needs the native kernels")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def _chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels run wherever they can, also where BF16 would go to units of its own."""
-    monkeypatch.setattr(native, "BF16", "native")
+@pytest.fixture(autouse=True, params=[way for way in WAYS if way != "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The kernels run wherever they can, on FP32 units and on the BF16 units that the machine or the build has."""
     monkeypatch.setattr(native, "CHOSEN", True)
+    with computed_by(request.param):
+        yield request.param
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,6 +73,49 @@ def test_products(
             got = product(left, right, x, out, a_transposed=sides[0], b_transposed=sides[1])
             assert got.dtype == out
             torch.testing.assert_close(got.double(), want, rtol=8e-3 if out == torch.bfloat16 else 1e-5, atol=2e-4)
+
+
+def amx_order(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a @ b as AMX adds: over 32 inner columns a sum of the even and a sum of the odd ones, both added to the result.
+    Products of BF16 numbers are exact in FP32, so a sum of rounded steps is a chain of fused multiply-adds."""
+    out = torch.zeros(len(a_MK), b_KN.shape[1])
+    for k in range(0, len(b_KN), 32):
+        sums = []
+        for first in (k, k + 1):
+            part = torch.zeros_like(out)
+            for column in range(first, min(k + 32, len(b_KN)), 2):
+                part += a_MK[:, column, None] * b_KN[column]
+            sums.append(part)
+        out += sums[0] + sums[1]
+    return out
+
+
+def avx512_bf16_order(a_MK: Tensor, b_KN: Tensor, depth: int = 384) -> Tensor:
+    """a @ b as AVX512-BF16 adds: blocks of `depth` inner columns, in each the odd one of a pair before the even one."""
+    out = torch.zeros(len(a_MK), b_KN.shape[1])
+    for k in range(0, len(b_KN), depth):
+        part, end = torch.zeros_like(out), min(k + depth, len(b_KN))
+        for even in range(k, end, 2):
+            for column in (even + 1, even):
+                if column < end:
+                    part += a_MK[:, column, None] * b_KN[column]
+        out = part if k == 0 else out + part
+    return out
+
+
+@pytest.mark.parametrize("way", ["units"] if UNITS else [], indirect=True)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 31), (15, 33, 17), (33, 65, 64), (70, 31, 449), (130, 390, 40),
+                                   (2, 20, 900)])
+def test_products_on_bf16_units_have_the_bits_of_their_order(way: str, shape: tuple[int, int, int]) -> None:
+    rows, columns, inner = shape
+    a, b = randn(rows, inner, dtype=torch.bfloat16), randn(inner, columns, seed=1)
+    want = (amx_order if UNITS.startswith("amx") else avx512_bf16_order)(a.float(), b.bfloat16().float())
+    for right in (b, b.bfloat16()):
+        for left, turned in ((a, False), (a.t().contiguous(), True)):
+            assert torch.equal(product(left, right, a, torch.float32, a_transposed=turned), want)
+            assert torch.equal(product(left, right.t().contiguous(), a, torch.float32, a_transposed=turned,
+                                       b_transposed=True), want)
+        assert torch.equal(product(a, right, a, torch.bfloat16), want.bfloat16())
 
 
 def test_a_product_of_strided_rows() -> None:
@@ -131,6 +176,7 @@ PROGRAM = """
 import hashlib, torch
 from deepseek import ops
 from deepseek.ops.linear import product
+from tests.helpers.bf16 import UNITS, WAYS, computed_by
 g = torch.Generator().manual_seed(0)
 x = torch.randn(50, 70, generator=g).bfloat16().requires_grad_()
 w = torch.randn(90, 70, generator=g, requires_grad=True)
@@ -148,15 +194,25 @@ def test_the_same_bits_from_every_instruction_set() -> None:
     able = unknown.stderr.rstrip().rpartition("have ")[2].split(", ")
     assert native.isa() in able and "scalar" in able
     said = {subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
-                           env={**os.environ, "DEEPSEEK_ISA": isa, "DEEPSEEK_BF16": "native"}).stdout for isa in able}
+                           env={**os.environ, "DEEPSEEK_ISA": isa, "DEEPSEEK_BF16": "fp32"}).stdout for isa in able}
     assert len(said) == 1
 
 
-def test_the_choice_is_apart_from_the_ability(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["fp32"], indirect=True)
+def test_the_choice_is_apart_from_the_ability(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     half, full = randn(2, 3, dtype=torch.bfloat16), randn(2, 3)
-    assert native.trains_native(half, full) and not ops.fast_bf16("cpu")
-    monkeypatch.setattr(native, "BF16", "torch")
+    assert native.trains_native(half, full)
+    native.use_bf16("torch")
     assert native.can_train(half, full) and native.trains_native(full) and not native.trains_native(half, full)
-    assert ops.fast_bf16("cpu") and not native.can_train(full.double(), half)
+    assert not native.can_train(full.double(), half)
     monkeypatch.setattr(native, "CHOSEN", False)  # the plain kernels, where nobody asked for them
     assert native.can_train(full) and not native.trains_native(full)
+
+
+def test_rates_are_of_what_is_there_and_the_way_stays(way: str) -> None:
+    ways = {"fp32"} | ({"units"} if UNITS else set()) | ({"torch"} if native.torch_has_bf16_units() else set())
+    a = randn(70, 449, dtype=torch.bfloat16)
+    before = product(a, a, a, torch.float32, b_transposed=True)
+    rates = native.product_rates(rows=40, side=70)
+    assert torch.equal(product(a, a, a, torch.float32, b_transposed=True), before)
+    assert set(rates) == ways and all(rate > 0 for rate in rates.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from deepseek.convert import quantize
 from deepseek.errors import CheckpointError, ConfigError, RequestError
 from deepseek.model import CausalLM
 from deepseek.model.adapter import LoRAExperts, LoRALinear, lora_modules
-from deepseek.ops import native
 from tests.helpers.adapters import trained
+from tests.helpers.bf16 import WAYS, computed_by
 from tests.helpers.records import records
 
 IDS = torch.arange(5, 45).view(2, 20)
@@ -285,11 +285,14 @@ def test_impossible_fields(fields: dict[str, Any], message: str) -> None:
         LoRAAdapter(**fields)
 
 
-@pytest.mark.parametrize("bf16", ["native", "torch"])
-def test_merging_says_when_it_would_do_nothing_or_lose_too_much(
-    base: Callable[..., Path], tmp_path: Path, bf16: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "BF16", bf16)
+@pytest.fixture(params=WAYS)
+def bf16(request: pytest.FixtureRequest) -> Iterator[None]:
+    with computed_by(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("bf16")
+def test_merging_says_when_it_would_do_nothing_or_lose_too_much(base: Callable[..., Path], tmp_path: Path) -> None:
     folder = base(torch.bfloat16)
     model = load_model(folder)
     with pytest.raises(ConfigError, match="no LoRA adapter to merge"):

@@ -44,7 +44,7 @@ from ..ops.loss import IGNORE
 from ..ops.saved import Saver
 from ..progress import ProgressBar
 from ..tokenizer import Tokenizer
-from .device import compute_dtype, random_state, set_random_state
+from .device import arithmetic, compute_dtype, keep_arithmetic, random_state, set_random_state
 from .evaluation import HeldOutBatches, held_out_loss
 from .gradients import gradient_sum
 from .optimizers import make_optimizer, narrow, trained
@@ -270,8 +270,8 @@ class TrainingLoop:
         def add(folder: Path) -> None:
             write_tensors(folder / "optimizer.safetensors", self._moments() | random_state(self.model.device),
                           self._elsewhere)
-            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)} | (
-                self._division() if self.ranks.size > 1 else {}))
+            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)}
+                       | arithmetic(self.model) | (self._division() if self.ranks.size > 1 else {}))
 
         path = self.out / CHECKPOINT.format(self.step)
         with held(f"checkpoint {self.step} is written"):
@@ -374,6 +374,7 @@ class TrainingLoop:
         moments = {name.replace(".entrance.", ".input."): tensor for name, tensor in stored.items()}  # its name in 0.1
         about = json.loads((folder / "trainer.json").read_text())
         self.step, self.seconds_before = about["step"], about.get("seconds", 0.0)
+        keep_arithmetic(about, self.config, self.model)
         self._divide(about)
         self._saved = self.step
         set_random_state(moments, self.model.device)

@@ -8,9 +8,10 @@
 Two forms of the grouped product. torch's `grouped_mm` runs all experts in one call and is what GPUs want. On a CPU it
 is a loop over experts inside torch, as fast forward but not backward (docs/log.md); writing that loop here costs
 microseconds and keeps each expert's rows in the cache through gate, up, SiLU and down, forward and backward, so that is
-the CPU form. Both are tested against `expert_mlp_reference`. Where a model is trained in BF16 on BF16 units and a third
-or more of its narrow experts are chosen, as in a carved one, all experts are one wide FFN with weight 0 for those not
-chosen: more products, in half of the time (docs/log.md).
+the CPU form; its native one (csrc/training.cpp) runs wherever it can. All are tested against `expert_mlp_reference`.
+Where a model is trained through torch's BF16 products and a third or more of its narrow experts are chosen, as in a
+carved one, all experts are one wide FFN with weight 0 for those not chosen: more products, in half of the time
+(docs/log.md).
 
 Shape letters: T tokens, K experts a token, P = T*K pairs, E experts, H hidden, I intermediate.
 """
@@ -239,8 +240,8 @@ def expert_mlp(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: 
     """
     experts = gate_up_E2IH.shape[0]
     if (x_TH.device.type == "cpu" and x_TH.dtype == torch.bfloat16 and fast_bf16("cpu") and torch.is_grad_enabled()
-            and gate_up_E2IH.requires_grad and down_EHI.shape[2] < NARROW and 3 * index_TK.shape[1] >= experts
-            and bool((index_TK >= 0).all())):
+            and not trains_native(x_TH, gate_up_E2IH) and gate_up_E2IH.requires_grad and down_EHI.shape[2] < NARROW
+            and 3 * index_TK.shape[1] >= experts and bool((index_TK >= 0).all())):
         return all_experts(x_TH, index_TK, weight_TK, gate_up_E2IH, down_EHI)
     pairs = sort_pairs(index_TK, experts)
     weight_P = pair_weights(weight_TK, pairs)

@@ -7,7 +7,8 @@ BF16 on a CPU without BF16 instructions: torch sends a BF16 product to a oneDNN 
 instructions, at about a quarter of the speed of the same product in FP32 (docs/log.md). A BF16 product is *defined* as
 "operands rounded to BF16, products summed in FP32, result rounded to BF16", and FP32 units can do exactly that:
 products of two BF16 numbers are exact in FP32. So `mm` widens the operands there and rounds the result. With BF16
-instructions (AVX512-BF16, AMX) or on a GPU the product goes to them directly.
+instructions (AVX512-BF16, AMX) or on a GPU the product goes to them directly: through torch, or in training through
+the native kernels (csrc/training_pairs.h), as `bf16_way` has chosen.
 
 Shape letters: M rows, K inner, O outputs.
 """
@@ -88,11 +89,12 @@ class Linear(torch.autograd.Function):
 def linear(x: Tensor, w_OK: Tensor, b_O: Tensor | None = None) -> Tensor:
     """x[..., K] -> [..., O] in the dtype of x: `torch.nn.functional.linear(x, w.to(x.dtype), b.to(x.dtype))`."""
     rows = x.numel() // x.shape[-1]
-    if (x.dtype == w_OK.dtype == torch.bfloat16 and 0 < rows <= FEW and CHOSEN and runs_native(w_OK)
-            and not (torch.is_grad_enabled() and (x.requires_grad or w_OK.requires_grad))):
+    trained = torch.is_grad_enabled() and (x.requires_grad or w_OK.requires_grad)
+    if x.dtype == w_OK.dtype == torch.bfloat16 and 0 < rows <= FEW and CHOSEN and runs_native(w_OK) and not trained:
         y = plain_linear(x.reshape(rows, -1).float(), w_OK).view(*x.shape[:-1], len(w_OK))
         return (y if b_O is None else y + b_O).to(x.dtype)
-    if x.dtype == w_OK.dtype and (x.dtype == torch.float32 or fast_bf16(x.device.type)):
+    ours = trained and b_O is None and trains_native(x, w_OK)
+    if x.dtype == w_OK.dtype and (x.dtype == torch.float32 or (fast_bf16(x.device.type) and not ours)):
         return torch.nn.functional.linear(x, w_OK, b_O)
     y = Linear.apply(x.reshape(-1, x.shape[-1]), w_OK, b_O)
     return y.view(*x.shape[:-1], w_OK.shape[0])
