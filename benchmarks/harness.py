@@ -23,6 +23,11 @@ from typing import Any, TypeVar
 
 import torch
 
+# As `make bench` and every command of `deepseek` have it, for all contenders: a worker's threads spin for a short time
+# while they wait. Read when a worker imports torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 RESULTS = Path(__file__).parent / "results"
 Round = TypeVar("Round")
 
@@ -145,6 +150,7 @@ def machine(threads: int) -> dict[str, Any]:
     units = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f in flags]
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {"cpu": cpu, "units": units, "threads": threads, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+            "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
             "gpu": gpu, "python": platform.python_version()}
 
 

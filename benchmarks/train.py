@@ -8,7 +8,8 @@ transformers runs with each of its experts implementations; the faster one count
     fp32   everything FP32
 
 On a CPU without BF16 instructions BF16 buys nothing: fp32 is then the fastest form of both, and the line
-"best against best" is the fair summary.
+"best against best" is the fair summary. What computes MoE-DR's BF16 products (docs/training.md, "Which units compute")
+stands in the result.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from deepseek.deepopt.optimizers import make_optimizer
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.info import describe
 from deepseek.model import CausalLM
+from deepseek.ops.native import bf16_units, bf16_way
 from harness import alternate, arguments, gemm_gflops, machine, ratio, table, versions, write_result
 
 BATCH, LENGTH = 16, 256
@@ -88,15 +90,17 @@ def main() -> None:
         ratios[f"{wanted or 'best against best'}: {own} against {peer}"] = ratio(seconds[peer], seconds[own])
 
     where = machine(args.threads)
+    way = f"units ({bf16_units()})" if bf16_way() == "units" else bf16_way()
     packages = ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
     lines = ["# Training throughput", "", f"{where['cpu']} ({', '.join(where['units'])}), {args.threads} threads; "
-             f"{packages}; {args.rounds} rounds in turn, of whose time the host took {max(taken):.1%} at most; FP32 "
-             f"matrix product in the same run: {ceiling:.0f} GFLOP/s.", "", table(rows), "",
+             f"{packages}; {args.rounds} rounds in turn, of whose time the host took {max(taken):.1%} at most; BF16 "
+             f"products of MoE-DR: {way}; FP32 matrix product in the same run: {ceiling:.0f} GFLOP/s.", "",
+             table(rows), "",
              table([["comparison", "times as fast (median of the rounds' ratios)"],
                     *([k, f"{v:.2f}"] for k, v in ratios.items())])]
     write_result("train", "\n".join(lines), {
         "machine": where, "versions": versions("torch", "transformers"), "seconds": seconds, "stolen": taken,
-        "ratios": ratios, "gemm_gflops": ceiling})
+        "ratios": ratios, "gemm_gflops": ceiling, "bf16": way})
 
 
 if __name__ == "__main__":

@@ -266,6 +266,7 @@ NB_MODULE(_native, m) {
 
   define(m, "norm_forward", norm_forward);
   define(m, "norm_backward", norm_backward);
+  define(m, "rotate", rotate);
   define(m, "swiglu_forward", swiglu_forward);
   define(m, "swiglu_backward", swiglu_backward);
 

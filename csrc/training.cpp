@@ -392,6 +392,18 @@ void norm_backward(const void* x, const void* dy, Kind kind, const float* w, con
   table().sum_rows(each.data(), count, width, dw, kFloat);
 }
 
+void rotate(const Heads& x, const Heads& out, Kind kind, const float* cos, const float* sin, int64_t batch_step,
+            int64_t row_step, int64_t batch, int64_t heads, int64_t length, bool interleaved, bool back, int threads) {
+  in_pieces(batch * length, 16, threads, [&](int64_t i) {
+    const int64_t b = i / length, r = i % length, from = b * batch_step + r * row_step;
+    auto row = [&](const Heads& h, int64_t n) {
+      return at(h.data, b * h.batch_step + n * h.head_step + r * h.row_step, kind);
+    };
+    for (int64_t n = 0; n < heads; ++n)
+      table().rotate(row(x, n), kind, cos + from, sin + from, x.width / 2, interleaved, back, row(out, n));
+  });
+}
+
 namespace {
 constexpr int64_t kPiece = 16384;  // numbers a task of an element-wise pass
 }

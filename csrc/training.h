@@ -81,6 +81,11 @@ struct TrainingKernels {
   void (*norm_back)(const void* x, const void* dy, Kind kind, const float* w, float r, int64_t width, void* dx,
                     float* dw);
 
+  // Rotary embedding of one row of pairs, (0, 1), (2, 3), … or, not interleaved, (0, P), (1, P + 1), …; the result as two
+  // halves. back: from the gradient of the result to that of x.
+  void (*rotate)(const void* x, Kind kind, const float* cos, const float* sin, int64_t pairs, bool interleaved, bool back,
+                 void* out);
+
   // One whole block of moments.h; place: of its first number in the tensor.
   void (*adamw8_block)(float* weight, const float* gradient, uint32_t place, uint8_t* first, float* first_scale,
                        uint8_t* second, float* second_scale, const AdamwStep& step);
@@ -149,6 +154,10 @@ void norm_forward(const void* x, Kind kind, const float* w, int64_t rows, int64_
 // parts: [(rows + 63) / 64][width], scratch; dw [width]
 void norm_backward(const void* x, const void* dy, Kind kind, const float* w, const float* r, int64_t rows,
                    int64_t width, void* dx, float* parts, float* dw, int threads);
+
+// Row r of sequence b takes cosines and sines [x.width / 2] from b * batch_step + r * row_step on.
+void rotate(const Heads& x, const Heads& out, Kind kind, const float* cos, const float* sin, int64_t batch_step,
+            int64_t row_step, int64_t batch, int64_t heads, int64_t length, bool interleaved, bool back, int threads);
 
 void swiglu_forward(const void* gate, const void* up, Kind kind, int64_t count, void* h, int threads);
 void swiglu_backward(const void* dh, const void* gate, const void* up, Kind kind, int64_t count, void* d_gate,

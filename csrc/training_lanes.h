@@ -300,9 +300,37 @@ void norm_back(const void* x, const void* dy, Kind kind, const float* w, float r
   });
 }
 
+void rotate(const void* x, Kind kind, const float* cos, const float* sin, int64_t pairs, bool interleaved, bool back,
+            void* out) {
+  static const i16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
+  static const i16 low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
+  with_kind(kind, [&](auto k) {
+    constexpr Kind K = decltype(k)::value;
+    sweep(pairs, [&](int64_t i, int64_t n) {
+      const f16 c = get<kFloat>(cos, i, n), s = get<kFloat>(sin, i, n);
+      const int64_t first = n < 8 ? 2 * n : 16, second = 2 * n - first;  // numbers of n interleaved pairs
+      f16 a, b;
+      if (interleaved && !back) {
+        const f16 v = get<K>(x, 2 * i, first), w = second ? get<K>(x, 2 * i + 16, second) : f16{};
+        a = __builtin_shuffle(v, w, even), b = __builtin_shuffle(v, w, odd);
+      } else {
+        a = get<K>(x, i, n), b = get<K>(x, pairs + i, n);
+      }
+      const f16 to_a = back ? a * c + b * s : a * c - b * s, to_b = back ? b * c - a * s : b * c + a * s;
+      if (interleaved && back) {
+        put<K>(out, 2 * i, __builtin_shuffle(to_a, to_b, low), first);
+        if (second) put<K>(out, 2 * i + 16, __builtin_shuffle(to_a, to_b, high), second);
+      } else {
+        put<K>(out, i, to_a, n);
+        put<K>(out, pairs + i, to_b, n);
+      }
+    });
+  });
+}
+
 const TrainingKernels training = {
     {"fp32", kTileRows, kTileColumns, kDepth, 4 * kStripFloats, 4, 1, pack_left, pack_right, multiply},
-    scaled, sum_rows, gated, gated_back, cross_entropy, softmax, softmax_back, norm, norm_back,
+    scaled, sum_rows, gated, gated_back, cross_entropy, softmax, softmax_back, norm, norm_back, rotate,
     adamw8_block<float>, adamw8_block<uint16_t>, moved_block, momentum8_block};
 
 }  // namespace

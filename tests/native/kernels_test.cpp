@@ -523,6 +523,15 @@ void test_training(bool units) {
       norm_backward(x.get(), dy.get(), kind, by.get(), r.get(), rows, hidden, out, parts.get(), out + rows * hidden,
                     threads);
     });
+    Numbers turned(rows * 2 * 22, kind);
+    Exact<float> angles(rows * 11);
+    angles.fill(normal);
+    const Heads in{turned.get(), 0, 22, 44, 22};
+    for (bool interleaved : {false, true})
+      for (bool back : {false, true})
+        on_threads("rotate", rows * 44, [&](float* out, int threads) {
+          rotate(in, {out, 0, 22, 44, 22}, kind, angles.get(), angles.get(), 0, 11, 1, 2, rows, interleaved, back, threads);
+        });
     const int64_t count = 40001;
     Numbers gate(count, kind), up(count, kind), dh(count, kind);
     on_threads("swiglu_forward", count,

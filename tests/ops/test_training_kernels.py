@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepseek import ops
-from deepseek.ops import native
+from deepseek.ops import native, rotary
 from deepseek.ops.linear import product
 from tests.helpers.bf16 import UNITS, WAYS, computed_by
 
@@ -143,6 +143,25 @@ def test_norm(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.Mo
 def test_swiglu(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, up = randn(*shape, dtype=dtype) * 4, randn(*shape, seed=1, dtype=dtype)
     compare(ops.swiglu, gate, up, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleave", [False, True])
+@pytest.mark.parametrize("pairs", [1, 4, 11, 16, 37])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotation_to_the_bit(
+    rows: int, pairs: int, interleave: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are a part of longer ones, cosines of every sequence and of all."""
+    whole, angle = randn(2, 21, 3, 2 * pairs + 5, dtype=dtype), randn(rows, 21, pairs, seed=1)
+
+    def run(x: Tensor) -> Tensor:
+        return ops.rotate(x[..., 5:], angle.cos(), angle.sin(), interleave)
+
+    ours = with_grads(run, whole)
+    assert "NativeRotate" in type(run(whole.clone().requires_grad_()).grad_fn).__name__
+    monkeypatch.setattr(rotary, "trains_native", lambda *_: False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, with_grads(run, whole), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
