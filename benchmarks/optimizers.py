@@ -11,7 +11,8 @@ bytes   in a process of its own for each: two training steps of 8 x 256 random t
         gradients, moments: the memory of these tensors. Peak: by how much the process had grown at its largest.
         The allocator gives freed memory back at once (HELD).
         Activations are FP32 in the first row, BF16 in the others, kept in FP8 where the row says so, or recomputed.
-loss    the preset `small` on the domains of domains.py, a run for each in WORK; the same command continues them.
+loss    the preset `small` on the domains of domains.py, a run for each form with AdamW in WORK; the same command
+        continues them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from deepseek.deepopt.optimizers import make_optimizer, narrow
 from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import TrainConfig
 from deepseek.model import CausalLM
+from deepseek.ops.native import bf16_units, bf16_way
 from deepseek.ops.saved import Saver
 from domains import TRAIN, add_data, data_folder, places
 from harness import Worker, alternate, arguments, machine, ratio, table, versions, write_result
@@ -48,6 +50,8 @@ TRAINED = {f"{PEER}, all FP32": TrainConfig(precision="fp32"),
               for name in (PEER, "AdamW, 8 bits, BF16 weights", "Muon, 8 bits, BF16 weights")},
            **{f"{name}, recomputed": replace(CONTENDERS[name], precision="bf16", gradient_checkpointing=True)
               for name in (PEER, "AdamW, 8 bits, BF16 weights")}}
+LEARNT = [name for name in TRAINED if "Muon" not in name and "recomputed" not in name
+          and name != f"{PEER}, FP8 activations"]
 ROUNDS = 15
 MIB = 2**20
 # glibc gives large tensors back at once; else the peak is that of what it keeps for later
@@ -128,10 +132,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/optimizers"), help="folder of these runs")
     args = parser.parse_args()
     if args.learn:
-        data, _ = data_folder(args.data)
-        losses = {name: learnt(name, args.work, data, args.learn) for name in TRAINED if "recomputed" not in name}
-        print(table([["training", f"held-out loss after {args.learn} steps"],
-                     *([name, f"{loss:.4f}"] for name, loss in losses.items())]))
+        torch.set_num_threads(args.threads)
+        data, sample = data_folder(args.data)
+        losses = {name: learnt(name, args.work, data, args.learn) for name in LEARNT}
+        of = losses[LEARNT[0]]
+        rows = [["training", f"held-out loss after {args.learn} steps", "against FP32"],
+                *([name, f"{loss:.4f}", f"{loss / of - 1:+.2%}"] for name, loss in losses.items())]
+        where, packages = machine(args.threads), versions("torch")
+        text = "\n".join([
+            "# Losses of training in fewer bytes", "", f"{where['cpu']} ({', '.join(where['units'])}), {args.threads} "
+            f"threads, torch {packages['torch']}; `small`, 8 x 256 tokens a step, BF16 products: {bf16_way()} "
+            f"{bf16_units()}.", "", table(rows)])
+        write_result("optimizers-loss", text, {"machine": where, "versions": packages, "losses": losses,
+                                               "steps": args.learn}, keep=not sample and args.learn >= 300)
         return
     count = sum(p.numel() for p in CausalLM.on_meta(CONFIG).parameters())
     held = {name: memory(name, args.threads) for name in TRAINED}
