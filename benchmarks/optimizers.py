@@ -143,7 +143,7 @@ def main() -> None:
             "# Losses of training in fewer bytes", "", f"{where['cpu']} ({', '.join(where['units'])}), {args.threads} "
             f"threads, torch {packages['torch']}; `small`, 8 x 256 tokens a step, BF16 products: {bf16_way()} "
             f"{bf16_units()}.", "", table(rows)])
-        write_result("optimizers-loss", text, {"machine": where, "versions": packages, "losses": losses,
+        write_result("optimizers_loss", text, {"machine": where, "versions": packages, "losses": losses,
                                                "steps": args.learn}, keep=not sample and args.learn >= 300)
         return
     count = sum(p.numel() for p in CausalLM.on_meta(CONFIG).parameters())
