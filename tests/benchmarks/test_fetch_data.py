@@ -24,11 +24,11 @@ COMMIT = "0" * 40
 
 
 @pytest.fixture
-def fetch_data() -> ModuleType:
+def fetch_data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("fetch_data", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["fetch_data"] = module  # where dataclasses look for the types of their fields
+    monkeypatch.setitem(sys.modules, "fetch_data", module)  # where dataclasses look for the types of their fields
     spec.loader.exec_module(module)
     return module
 
