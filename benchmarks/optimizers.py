@@ -115,14 +115,26 @@ def memory(name: str, threads: int) -> dict[str, int]:
     return found
 
 
-def learnt(name: str, work: Path, data: Path, steps: int) -> float:
-    """Held-out loss of `small` after `steps` steps as one of TRAINED; continues a run that is there."""
+def learning(name: str, work: Path, data: Path, steps: int, threads: int) -> Callable[[], float]:
+    """A call that trains `small` as one of TRAINED, or continues a run that is there: its held-out loss."""
     out = work / "".join(c if c.isalnum() else "-" for c in name)
     config, files = TRAINED[name], [path for each in TRAIN.values() for path in places(data, each)]
     given = {key: getattr(config, key) for key in (
         "optimizer", "moments", "weights", "precision", "activations", "gradient_checkpointing")}
-    Trainer("small", out=out, steps=steps, batch_size=8, eval_every=100, save_every=25, **given).fit(files)
-    return [record["eval_loss"] for record, _ in read_log(out / "log.jsonl") if "eval_loss" in record][-1]
+
+    def train() -> float:
+        torch.set_num_threads(threads)
+        Trainer("small", out=out, steps=steps, batch_size=8, eval_every=100, save_every=25, **given).fit(files)
+        return [record["eval_loss"] for record, _ in read_log(out / "log.jsonl") if "eval_loss" in record][-1]
+
+    return train
+
+
+def learnt(*args: Any) -> float:
+    worker = Worker(learning, *args)
+    found: float = worker()
+    worker.stop()
+    return found
 
 
 def main() -> None:
@@ -132,9 +144,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/optimizers"), help="folder of these runs")
     args = parser.parse_args()
     if args.learn:
-        torch.set_num_threads(args.threads)
         data, sample = data_folder(args.data)
-        losses = {name: learnt(name, args.work, data, args.learn) for name in LEARNT}
+        losses = {name: learnt(name, args.work, data, args.learn, args.threads) for name in LEARNT}
         of = losses[LEARNT[0]]
         rows = [["training", f"held-out loss after {args.learn} steps", "against FP32"],
                 *([name, f"{loss:.4f}", f"{loss / of - 1:+.2%}"] for name, loss in losses.items())]
