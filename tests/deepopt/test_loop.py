@@ -20,6 +20,7 @@ from deepseek.data import Document, TokenShards, pack
 from deepseek.deepopt import device
 from deepseek.deepopt.device import random_state, set_random_state
 from deepseek.deepopt.loop import TrainingLoop
+from deepseek.deepopt.ranks import Ranks
 from deepseek.deepopt.run_folder import checkpoints, read_log
 from deepseek.deepopt.settings import Leg, Precision, TrainConfig, learning_rate
 from deepseek.errors import CheckpointError, ConfigError
@@ -114,6 +115,17 @@ def test_losses_are_the_recorded_ones(
     golden = json.loads(GOLDEN.read_text())
     for key, values in golden.items():
         assert [r[key] for r in seen][: len(values)] == pytest.approx(values, rel=tolerance), key
+
+
+def test_ranks_compute_as_the_first_one(data: TokenShards, tmp_path: Path) -> None:
+    class Second(Ranks):
+        def from_first(self, value: Any) -> Any:
+            assert value == {"activations": "float32"}
+            return {"activations": "bfloat16", "bf16_products": "torch"}
+
+    with computed_by("fp32"):
+        loop = TrainingLoop(new_model(), data, replace(SETTINGS, precision="auto"), tmp_path, ranks=Second())
+        assert loop.model.compute_dtype == torch.bfloat16 and native.bf16_way() == "torch"
 
 
 def test_a_run_goes_on_with_the_precision_that_auto_has_chosen(

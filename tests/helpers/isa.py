@@ -2,7 +2,7 @@
 
 One entry is one setting of DEEPSEEK_ISA, DEEPSEEK_BF16 or ONEDNN_MAX_CPU_ISA. `amx_emulated` is a build of the native
 kernels whose AMX tiles and AVX512-BF16 are emulated (csrc/amx_emulated.h); emulated/sitecustomize.py puts it in place
-of the installed one; `avx512_bf16_emulated` is the same build without its tiles. An entry that this machine cannot run
+of the installed one; `bf16_emulated` is the same build without its tiles. An entry that this machine cannot run
 is reported with what it needs, and counts neither as passed nor as failed. Exit code 1 where an entry failed.
 """
 
@@ -27,7 +27,7 @@ EMULATED = "amx_emulated"
 PATH = os.pathsep.join(filter(None, (str(ROOT / "tests/emulated"), os.environ.get("PYTHONPATH"))))
 SETTINGS = {**{isa: {"DEEPSEEK_ISA": isa} for isa in ("scalar", *NEEDS)},
             EMULATED: {"DEEPSEEK_ISA": EMULATED, "PYTHONPATH": PATH},
-            "avx512_bf16_emulated": {"DEEPSEEK_ISA": "avx512_vnni", "PYTHONPATH": PATH},
+            "bf16_emulated": {"DEEPSEEK_ISA": "avx512_vnni", "PYTHONPATH": PATH},
             "bf16_fp32": {"DEEPSEEK_BF16": "fp32"}, "bf16_torch": {"DEEPSEEK_BF16": "torch"},
             "onednn_avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
 OF_BUILD = {name for name, setting in SETTINGS.items() if "PYTHONPATH" in setting}  # of the build with emulated units
@@ -77,7 +77,7 @@ def entry(name: str, short: bool, known: list[str]) -> tuple[str, str]:
             built, output = build_emulated()
         if not built:
             return "FAILED", output
-    tests = SHORT if short else FULL if name != "avx512_bf16_emulated" else ["tests/ops/test_training_kernels.py"]
+    tests = SHORT if short else FULL if name != "bf16_emulated" else ["tests/ops/test_training_kernels.py"]
     passed, output = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *tests,
                          **SETTINGS[name])
     return "passed" if passed else "FAILED", output if not passed else output.rstrip().rpartition("\n")[2]

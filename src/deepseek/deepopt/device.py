@@ -34,8 +34,8 @@ def arithmetic(model: CausalLM) -> dict[str, str]:
 
 
 def keep_arithmetic(about: Mapping[str, str], config: TrainConfig, model: CausalLM) -> None:
-    """Go on as the run began: another measurement might choose otherwise. DEEPSEEK_BF16 counts first, and what this
-    machine has not is chosen anew."""
+    """Compute as the run began, or as the first rank does: another measurement might choose otherwise. DEEPSEEK_BF16
+    counts first, and what this machine has not is chosen anew."""
     if config.precision == "auto" and "activations" in about:
         model.compute_dtype = getattr(torch, about["activations"])
     if (way := about.get("bf16_products")) and not ASKED_BF16 and (way != "units" or bf16_units()):

@@ -94,6 +94,7 @@ class TrainingLoop:
         self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
         self.model.compute_dtype = compute_dtype(config, model)
+        keep_arithmetic(self.ranks.from_first(arithmetic(model)), config, model)  # each rank has measured for itself
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.model.saver = Saver() if config.activations == "fp8" else None
         if config.weights == "bf16":
