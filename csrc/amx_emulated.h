@@ -67,8 +67,8 @@ inline void emulated_dpbf16ps(int c, int a, int b) {
       memcpy(&old, emulated_tile(c)[m] + 4 * n, 4);
       for (int k = 0; k < 16; ++k)
         for (int j = 0; j < 2; ++j)
-          sum[j] = __builtin_fmaf(number(emulated_tile(a)[m] + 4 * k + 2 * j), number(emulated_tile(b)[k] + 4 * n + 2 * j),
-                                  sum[j]);
+          sum[j] = __builtin_fmaf(number(emulated_tile(a)[m] + 4 * k + 2 * j),
+                                  number(emulated_tile(b)[k] + 4 * n + 2 * j), sum[j]);
       old += sum[0] + sum[1];
       memcpy(emulated_tile(c)[m] + 4 * n, &old, 4);
     }

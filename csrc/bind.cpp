@@ -226,9 +226,10 @@ NB_MODULE(_native, m) {
         },
         release());
 
-  m.def("bf16_units", [] { return bf16_units() ? bf16_units()->name : ""; }, "Name of the BF16 units of the training kernels, or nothing.");
-  define(m, "use_bf16_units", use_bf16_units);
   // ---- training -----------------------------------------------------------------------------------------------------
+  m.def("bf16_units", [] { return bf16_units() ? bf16_units()->name : ""; },
+        "Name of the BF16 units of the training kernels, or nothing.");
+  define(m, "use_bf16_units", use_bf16_units);
   m.def("product",
         [](uintptr_t a, int64_t a_stride, int a_kind, bool a_transposed, uintptr_t b, int64_t b_stride, int b_kind,
            bool b_transposed, int64_t rows, int64_t columns, int64_t inner, uintptr_t out, int out_kind, int threads) {

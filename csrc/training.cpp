@@ -10,7 +10,8 @@
 namespace deepseek {
 namespace {
 
-constexpr int64_t kBlockStrips = 8, kBlockRows = 112;  // of the left factor: they meet a block of the right in the cache
+constexpr int64_t kBlockStrips = 8,
+                  kBlockRows = 112;  // of the left factor: they meet a block of the right in the cache
 
 const TrainingKernels& table() { return training_kernels(); }
 
@@ -58,7 +59,7 @@ struct Factor {
 };
 
 // out [rows][ld] FP32 (+)= rows first_row … of a, inner columns from_k to to_k, times columns n … of b. One thread.
-// from_k is a multiple of `together`, and so is to_k where it is not the end.
+// from_k is even, and so is to_k where it is not the end; on tiles both are multiples of `together`.
 void block(const Matrix& a, bool transposed, int64_t first_row, int64_t rows, int64_t from_k, int64_t to_k,
            const Factor& b, int64_t n, int64_t columns, float* out, int64_t ld, bool add) {
   static thread_local Scratch buffer;
@@ -114,7 +115,8 @@ void product_of(const Matrix& a, bool transposed, const Factor& b, int64_t rows,
   int64_t strips = divide_up(rows, b.by.rows), pieces = divide_up(rows, unit_of(b.by));
   pieces = std::min(strips, divide_up(pieces, threads) * threads);
   // columns in as few parts as there are tasks enough: every part packs the left factor again
-  int64_t across = divide_up(b.columns, kColumns), parts = std::min(across, divide_up(8 * threads, std::max<int64_t>(pieces, 1)));
+  int64_t across = divide_up(b.columns, kColumns);
+  int64_t parts = std::min(across, divide_up(8 * threads, std::max<int64_t>(pieces, 1)));
   parallel(pieces * parts, threads, [&](int64_t i) {
     int64_t piece = i % pieces, n = across * (i / pieces) / parts * kColumns;
     int64_t end = std::min(b.columns, across * (i / pieces + 1) / parts * kColumns);
@@ -231,9 +233,10 @@ void experts_backward(const Experts& e, const void* both, const void* dout, void
       block({dout, e.hidden, e.kind, e.token + first}, false, 0, some, 0, e.hidden, up, 0, e.inner, dh, e.inner, false);
       for (int64_t r = 0; r < some; ++r) {
         int64_t pair = first + r;
-        float dot = t.gated_back(dh + r * e.inner, at(both, pair * wide, e.kind), at(both, pair * wide + e.inner, e.kind),
-                                 e.kind, kFloat, e.weight[pair], e.inner, at(d_both, pair * wide, mid),
-                                 at(d_both, pair * wide + e.inner, mid), mid, at(hw, pair * e.inner, mid));
+        float dot =
+            t.gated_back(dh + r * e.inner, at(both, pair * wide, e.kind), at(both, pair * wide + e.inner, e.kind),
+                         e.kind, kFloat, e.weight[pair], e.inner, at(d_both, pair * wide, mid),
+                         at(d_both, pair * wide + e.inner, mid), mid, at(hw, pair * e.inner, mid));
         if (d_weight) d_weight[pair] = dot;
       }
     }
@@ -358,8 +361,8 @@ void head_loss(const void* x, Kind kind, const void* w, Kind w_kind, const int64
     product_of(part, false, up, some, logits, vocab, kFloat, false, threads);
     parallel(some, threads, [&](int64_t r) {
       int64_t to = label[done + r];
-      float each =
-          table().cross_entropy(logits + r * vocab, vocab, std::max<int64_t>(to, 0), to < 0 ? 0.0f : scale, dx || dw, mid);
+      float each = table().cross_entropy(logits + r * vocab, vocab, std::max<int64_t>(to, 0), to < 0 ? 0.0f : scale,
+                                         dx || dw, mid);
       loss[done + r] = to < 0 ? 0.0f : each;
     });
     if (dx) product_of(gradient, false, down, some, dx + done * hidden, hidden, kFloat, false, threads);

@@ -14,7 +14,7 @@
 
 namespace deepseek {
 
-constexpr int64_t kDepth = 192;    // of a block on FP32 units: part of the arithmetic
+constexpr int64_t kDepth = 192;  // of a block on FP32 units: part of the arithmetic
 constexpr int64_t kColumns = 384;  // result columns at a time: a block of so many stays in the second cache
 
 enum Kind : int { kFloat = 0, kBf16 = 1, kRounded = 2 };  // kRounded: FP32 in memory, rounded to BF16 on the way in
@@ -33,10 +33,10 @@ struct Matrix {
 struct Products {
   const char* name;
   int64_t rows, columns;  // of the tile that is summed in registers
-  int64_t depth;          // inner columns of a block
-  int64_t strip;          // bytes of a packed strip of the left factor: tile rows x depth
-  int64_t bytes;          // of a packed number
-  int64_t together;       // inner columns that an instruction takes: a block is filled up to them with zeros
+  int64_t depth;  // inner columns of a block
+  int64_t strip;  // bytes of a packed strip of the left factor: tile rows x depth
+  int64_t bytes;  // of a packed number
+  int64_t together;  // inner columns that an instruction takes: a block is filled up to them with zeros
 
   // rows first_row … of the left factor as strips [rows / tile rows][strip]. Element (row, k) of the factor is element
   // (row, k) of the matrix, (k, row) where transposed.
@@ -83,8 +83,8 @@ struct TrainingKernels {
 
   // Rotary embedding of one row of pairs, (0, 1), (2, 3), … or, not interleaved, (0, P), (1, P + 1), …; the result as two
   // halves. back: from the gradient of the result to that of x.
-  void (*rotate)(const void* x, Kind kind, const float* cos, const float* sin, int64_t pairs, bool interleaved, bool back,
-                 void* out);
+  void (*rotate)(const void* x, Kind kind, const float* cos, const float* sin, int64_t pairs, bool interleaved,
+                 bool back, void* out);
 
   // One whole block of moments.h; place: of its first number in the tensor.
   void (*adamw8_block)(float* weight, const float* gradient, uint32_t place, uint8_t* first, float* first_scale,
@@ -92,8 +92,7 @@ struct TrainingKernels {
   void (*adamw8_bf16_block)(uint16_t* weight, const uint16_t* gradient, uint32_t place, uint8_t* first,
                             float* first_scale, uint8_t* second, float* second_scale, const AdamwStep& step);
   void (*moved_block)(uint16_t* weight, const float* by, uint32_t place, float decay, float size, uint32_t seed);
-  void (*momentum8_block)(const float* gradient, int8_t* momentum, float* scale, float beta, float rest,
-                          float* ahead);
+  void (*momentum8_block)(const float* gradient, int8_t* momentum, float* scale, float beta, float rest, float* ahead);
 };
 
 extern const TrainingKernels* const scalar_training;

@@ -88,7 +88,8 @@ inline const void* row_of(const Matrix& m, int64_t r) {
 }
 
 // A tile of sums, `tile_ld` numbers a row, to where they belong.
-inline void put_tile(const float* tile, int64_t tile_ld, int64_t rows, int64_t columns, float* out, int64_t ld, bool add) {
+inline void put_tile(const float* tile, int64_t tile_ld, int64_t rows, int64_t columns, float* out, int64_t ld,
+                     bool add) {
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out + r * ld;
     const float* from = tile + r * tile_ld;

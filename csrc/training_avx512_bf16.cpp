@@ -13,8 +13,10 @@ constexpr int kAheadRows = 16;
 INLINE void add_pairs(__m512& sum, __m512i a, __m512i b) {
 #if defined(DEEPSEEK_EMULATE_AMX)  // unlike the instruction, they keep numbers below the least normal one
   const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
-  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, odd)), _mm512_castsi512_ps(_mm512_and_si512(b, odd)), sum);
-  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, odd)), _mm512_castsi512_ps(_mm512_and_si512(b, odd)),
+                        sum);
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)),
+                        sum);
 #else
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // spelled out: GCC 12 copies sums around its builtin
 #endif
@@ -44,8 +46,8 @@ __attribute__((noinline)) void tile_product(const uint32_t* a, const uint32_t* b
   }
 }
 
-void multiply(const void* a, bool, int64_t rows, const void* b, int64_t panel, int64_t depth, int64_t columns, float* out,
-              int64_t ld, bool add) {
+void multiply(const void* a, bool, int64_t rows, const void* b, int64_t panel, int64_t depth, int64_t columns,
+              float* out, int64_t ld, bool add) {
   alignas(64) float tile[kTileRows * kTileColumns];
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     const uint32_t* right = (const uint32_t*)((const char*)b + n / kTileColumns * panel);

@@ -330,8 +330,20 @@ void rotate(const void* x, Kind kind, const float* cos, const float* sin, int64_
 
 const TrainingKernels training = {
     {"fp32", kTileRows, kTileColumns, kDepth, 4 * kStripFloats, 4, 1, pack_left, pack_right, multiply},
-    scaled, sum_rows, gated, gated_back, cross_entropy, softmax, softmax_back, norm, norm_back, rotate,
-    adamw8_block<float>, adamw8_block<uint16_t>, moved_block, momentum8_block};
+    scaled,
+    sum_rows,
+    gated,
+    gated_back,
+    cross_entropy,
+    softmax,
+    softmax_back,
+    norm,
+    norm_back,
+    rotate,
+    adamw8_block<float>,
+    adamw8_block<uint16_t>,
+    moved_block,
+    momentum8_block};
 
 }  // namespace
 }  // namespace deepseek

@@ -12,9 +12,9 @@
 namespace deepseek {
 namespace {
 
-constexpr int64_t kTogether = 32;                  // inner columns of a row of tiles
+constexpr int64_t kTogether = 32;  // inner columns of a row of tiles
 constexpr int64_t kTileColumns = 32;
-constexpr int64_t kPairDepth = 384;                // inner columns of a block
+constexpr int64_t kPairDepth = 384;  // inner columns of a block
 constexpr int64_t kRowStride = kPairDepth / 2 + 16;  // pairs: an odd number of cache lines
 
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(64)));
@@ -44,12 +44,13 @@ INLINE i16 across(const void* even, const void* odd, int64_t n, int64_t count) {
 
 // Pairs k, k + 2, … k + 30 of sixteen columns: v[i] of pair i; zeros past `depth`.
 template <Kind K>
-INLINE void sixteen_pairs(const Matrix& m, int64_t first_k, int64_t k, int64_t depth, int64_t n, int64_t count, f16* v) {
+INLINE void sixteen_pairs(const Matrix& m, int64_t first_k, int64_t k, int64_t depth, int64_t n, int64_t count,
+                          f16* v) {
   for (int64_t i = 0; i < 16; ++i) {
     const int64_t even = k + 2 * i;
     if (even < depth)
-      v[i] = (f16)across<K>(row_of<K>(m, first_k + even), even + 1 < depth ? row_of<K>(m, first_k + even + 1) : nullptr, n,
-                            count);
+      v[i] = (f16)across<K>(row_of<K>(m, first_k + even), even + 1 < depth ? row_of<K>(m, first_k + even + 1) : nullptr,
+                            n, count);
     else
       v[i] = f16{};
   }
@@ -114,7 +115,8 @@ void pack_right(const Matrix& b, bool transposed, int64_t first_k, int64_t depth
 
 template <int64_t ROWS>
 constexpr Products products(const char* name, decltype(Products::multiply) multiply) {
-  return {name, ROWS, kTileColumns, kPairDepth, 4 * ROWS * kRowStride, 2, kTogether, pack_left<ROWS>, pack_right, multiply};
+  return {name, ROWS,      kTileColumns,    kPairDepth, 4 * ROWS * kRowStride,
+          2,    kTogether, pack_left<ROWS>, pack_right, multiply};
 }
 
 }  // namespace

@@ -183,8 +183,8 @@ void test_plain_rows(const Kernels& table) {
             auto run = [&](const Kernels& k, int bits, float* to) {
               const int32_t* which = chosen ? row.get() : nullptr;
               if (bits == 16)
-                k.bf16_rows((uint16_t*)w16.get(), gated ? (uint16_t*)up16.get() : nullptr, rows, rows_of_x, which, tokens,
-                            to, ld);
+                k.bf16_rows((uint16_t*)w16.get(), gated ? (uint16_t*)up16.get() : nullptr, rows, rows_of_x, which,
+                            tokens, to, ld);
               else
                 k.fp32_rows((float*)w32.get(), gated ? (float*)up32.get() : nullptr, rows, rows_of_x, which, tokens, to,
                             ld);
@@ -530,7 +530,8 @@ void test_training(bool units) {
     for (bool interleaved : {false, true})
       for (bool back : {false, true})
         on_threads("rotate", rows * 44, [&](float* out, int threads) {
-          rotate(in, {out, 0, 22, 44, 22}, kind, angles.get(), angles.get(), 0, 11, 1, 2, rows, interleaved, back, threads);
+          rotate(in, {out, 0, 22, 44, 22}, kind, angles.get(), angles.get(), 0, 11, 1, 2, rows, interleaved, back,
+                 threads);
         });
     const int64_t count = 40001;
     Numbers gate(count, kind), up(count, kind), dh(count, kind);
