@@ -9,6 +9,7 @@
 #include "low_rank.h"
 #include "quantized.h"
 #include "training.h"
+#include "two_bits.h"
 
 NB_MAKE_OPAQUE(std::vector<deepseek::Layer>)
 NB_MAKE_OPAQUE(std::vector<deepseek::LayerAdapters>)
@@ -56,10 +57,10 @@ std::vector<LowRank> low_ranks(const Matrices& given) {
 }
 
 // Defines a function whose arguments need nothing else.
-template <typename... Arguments>
-void define(nb::module_& m, const char* name, void (*function)(Arguments...)) {
+template <typename Result, typename... Arguments>
+void define(nb::module_& m, const char* name, Result (*function)(Arguments...)) {
   auto call = [function](typename Argument<Arguments>::Given... given) {
-    function(Argument<Arguments>::from(given)...);
+    return function(Argument<Arguments>::from(given)...);
   };
   m.def(name, call, release());
 }
@@ -283,4 +284,6 @@ NB_MODULE(_native, m) {
         release());
   define(m, "momentum8", momentum8);
   define(m, "moved", moved);
+  define(m, "encode_two_bits", encode_two_bits);
+  define(m, "decode_two_bits", decode_two_bits);
 }

@@ -93,6 +93,13 @@ struct TrainingKernels {
                             float* first_scale, uint8_t* second, float* second_scale, const AdamwStep& step);
   void (*moved_block)(uint16_t* weight, const float* by, uint32_t place, float decay, float size, uint32_t seed);
   void (*momentum8_block)(const float* gradient, int8_t* momentum, float* scale, float beta, float rest, float* ahead);
+
+  // One row of two_bits.h, its codes a byte each; `count` bytes of four codes; and back, from code `first` on.
+  bool (*two_bits_row)(const float* value, const float* less, const float* error, float decay, int64_t row,
+                       float* wanted, uint8_t* payload, uint8_t* code, float* left);
+  void (*pack_two_bits)(const uint8_t* code, int64_t count, uint8_t* packed);
+  void (*of_two_bits_row)(const uint8_t* payload, float weight, const uint8_t* packed, int64_t first, int64_t row,
+                          bool add, float* out);
 };
 
 extern const TrainingKernels* const scalar_training;

@@ -3,6 +3,7 @@
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "moments_lanes.h"
 #include "training_access.h"
+#include "two_bits_lanes.h"
 
 namespace deepseek {
 namespace {
@@ -343,7 +344,10 @@ const TrainingKernels training = {
     adamw8_block<float>,
     adamw8_block<uint16_t>,
     moved_block,
-    momentum8_block};
+    momentum8_block,
+    two_bits_row,
+    pack_two_bits,
+    of_two_bits_row};
 
 }  // namespace
 }  // namespace deepseek

@@ -40,7 +40,7 @@ class Agreed:
 
     def encode(self, weights: Mapping[str, Tensor], own: Collection[str]) -> bytes:
         """What is sent of weights that began with theta."""
-        return b"".join(self.feedback.encode(name, theta - weights[name]).cpu().numpy().tobytes()
+        return b"".join(self.feedback.encode(name, theta, weights[name]).cpu().numpy().tobytes()
                         for name, theta in self.sent(own).items())
 
     @torch.no_grad()
@@ -58,9 +58,8 @@ class Agreed:
             sizes = [codec.nbytes(tuple(theta.shape)) for theta in sent.values()]
             *coded, rests[rank] = pieces(payload, [*sizes, len(payload) - sum(sizes)])
             for (name, theta), part in zip(sent.items(), coded, strict=True):
-                found = codec.decode(tensor_of(part, np.uint8), theta.shape).to(theta.device)
-                found *= tokens[rank] / total[self.owner.get(name)]
-                change[name] = change[name] + found if name in change else found
+                change[name] = codec.add(tensor_of(part, np.uint8).to(theta.device), theta.shape,
+                                         tokens[rank] / total[self.owner.get(name)], change.get(name))
         self.outer.step(self.theta, {name: d for name, d in change.items() if name not in self.owner})
         for name in self.owner.keys() & change.keys():
             self.theta[name] -= change[name]

@@ -3,9 +3,8 @@
     none     float32
     bf16     the upper half of it
     int8     blocks of 256: a float32 scale, absmax / 127, and a signed byte a value
-    2bit     rows: each value as one of four bins, with the bins' means, BF16, before all rows. The edges are
-             the row's mean and 0.98 standard deviations to either side of it, which of all edges lose least of normally
-             distributed values (Max, 1960); two bits of this kind as in MuLoCo (arXiv 2505.23725)
+    2bit     rows: each value as one of four bins, with the bins' means, BF16, before all rows (ops/two_bits.py); two
+             bits of this kind as in MuLoCo (arXiv 2505.23725)
     sparse   chunks of 4,096: the 64 largest values, each as a 12-bit place and one of four bins, positive or negative
              and above or below the mean magnitude, with the bins' means (SparseLoCo, 2508.15706)
 
@@ -19,35 +18,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..ops import two_bits
+from ..ops.two_bits import bin_means, pack2, unpack2
 
 BLOCK = 256  # values that share a scale
 ROW = 512  # values of short rows taken together, at most
-EDGE = 0.98  # of a bin, in standard deviations
 CHUNK, BEST = 4096, 64
 
 Shape = Sequence[int]
 
 
-class Codec(Protocol):
+class Codec:
     """A tensor's wire form."""
 
     def encode(self, tensor: Tensor) -> Tensor:
-        """A float32 tensor -> its payload, uint8."""
+        """A finite float32 tensor -> its payload, uint8."""
+        raise NotImplementedError
 
     def decode(self, payload: Tensor, shape: Shape) -> Tensor:
         """A payload -> float32."""
+        raise NotImplementedError
 
     def nbytes(self, shape: Shape) -> int:
         """Of a payload."""
+        raise NotImplementedError
+
+    def encode_rest(self, tensor: Tensor, less: Tensor | None = None, error: Tensor | None = None, decay: float = 1.0
+                    ) -> tuple[Tensor, Tensor] | None:
+        """The payload of tensor - less + decay * error, float32, and what it leaves out. None where a value is not
+        finite."""
+        wanted = tensor if less is None else tensor - less
+        if error is not None:
+            wanted = wanted + decay * error
+        if not bool(wanted.isfinite().all()):
+            return None
+        payload = self.encode(wanted)
+        return payload, wanted - self.decode(payload, wanted.shape)
+
+    def add(self, payload: Tensor, shape: Shape, weight: float, onto: Tensor | None = None) -> Tensor:
+        """What the payload stands for, times `weight`: float32, new, or added to `onto`."""
+        found = self.decode(payload, shape).mul_(weight)
+        return found if onto is None else onto.add_(found)
 
 
-class Plain:
+class Plain(Codec):
     """Values as they are, in a dtype."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -63,7 +82,10 @@ class Plain:
         return self.dtype.itemsize * math.prod(shape)
 
 
-class Int8:
+PLAIN = Plain()
+
+
+class Int8(Codec):
     def encode(self, tensor: Tensor) -> Tensor:
         x_NB = padded(tensor.flatten(), BLOCK)
         scale_N1 = x_NB.abs().amax(1, keepdim=True) / 127
@@ -80,33 +102,42 @@ class Int8:
         return count + 4 * -(-count // BLOCK)
 
 
-class TwoBit:
+class TwoBit(Codec):
     def encode(self, tensor: Tensor) -> Tensor:
-        if tensor.ndim < 2:
-            return Plain().encode(tensor)
-        x_NR = tensor.reshape(-1, row_of(tensor.shape))
-        mean_N1, edge_N1 = x_NR.mean(1, keepdim=True), EDGE * x_NR.std(1, keepdim=True, correction=0)
-        code_NR = (x_NR > mean_N1 - edge_N1).byte() + (x_NR > mean_N1).byte() + (x_NR > mean_N1 + edge_N1).byte()
-        return torch.cat([to_bytes(bin_means(x_NR, code_NR)), pack2(padded(code_NR.flatten(), 4))])
+        coded = self.encode_rest(tensor)
+        assert coded is not None
+        return coded[0]
+
+    def encode_rest(self, tensor: Tensor, less: Tensor | None = None, error: Tensor | None = None, decay: float = 1.0
+                    ) -> tuple[Tensor, Tensor] | None:
+        shape = tensor.shape
+        if len(shape) < 2:
+            return PLAIN.encode_rest(tensor, less, error, decay)
+        less_NR, error_NR = (None if x is None else x.reshape(-1, row_of(shape)) for x in (less, error))
+        coded = two_bits.encode(tensor.reshape(-1, row_of(shape)), less_NR, error_NR, decay)
+        return coded and (coded[0], coded[1].view(shape))
 
     def decode(self, payload: Tensor, shape: Shape) -> Tensor:
+        return self.add(payload, shape, 1.0)
+
+    def add(self, payload: Tensor, shape: Shape, weight: float, onto: Tensor | None = None) -> Tensor:
         if len(shape) < 2:
-            return Plain().decode(payload, shape)
-        row, count = row_of(shape), math.prod(shape)
-        rows = count // row
-        level_N4 = of_bytes(payload[: 8 * rows], torch.bfloat16).float().view(rows, 4)
-        code_NR = unpack2(payload[8 * rows :])[:count].view(rows, row)
-        return level_N4.gather(1, code_NR.long()).view(*shape)
+            return PLAIN.add(payload, shape, weight, onto)
+        row = row_of(shape)
+        rows = math.prod(shape) // row
+        return two_bits.decode(payload, rows, row, weight, None if onto is None else onto.view(rows, row)).view(*shape)
 
     def nbytes(self, shape: Shape) -> int:
-        count = math.prod(shape)
-        return 4 * count if len(shape) < 2 else 8 * (count // row_of(shape)) + -(-count // 4)
+        if len(shape) < 2:
+            return PLAIN.nbytes(shape)
+        row = row_of(shape)
+        return two_bits.nbytes(math.prod(shape) // row, row)
 
 
-class Sparse:
+class Sparse(Codec):
     def encode(self, tensor: Tensor) -> Tensor:
         if tensor.ndim < 2:
-            return Plain().encode(tensor)
+            return PLAIN.encode(tensor)
         x_NC = padded(tensor.flatten(), CHUNK)
         size_NC = x_NC.abs()
         least_N1 = size_NC.topk(BEST, 1).values[:, -1:]
@@ -121,7 +152,7 @@ class Sparse:
 
     def decode(self, payload: Tensor, shape: Shape) -> Tensor:
         if len(shape) < 2:
-            return Plain().decode(payload, shape)
+            return PLAIN.decode(payload, shape)
         count = math.prod(shape)
         chunks = -(-count // CHUNK)
         levels, places, codes = payload.split([8 * chunks, chunks * BEST * 3 // 2, chunks * BEST // 4])
@@ -135,7 +166,7 @@ class Sparse:
         return 4 * count if len(shape) < 2 else -(-count // CHUNK) * (8 + BEST * 3 // 2 + BEST // 4)
 
 
-CODECS: Mapping[str, Codec] = {"none": Plain(), "bf16": Plain(torch.bfloat16), "int8": Int8(), "2bit": TwoBit(),
+CODECS: Mapping[str, Codec] = {"none": PLAIN, "bf16": Plain(torch.bfloat16), "int8": Int8(), "2bit": TwoBit(),
                                "sparse": Sparse()}
 
 
@@ -147,16 +178,13 @@ class ErrorFeedback:
         self.error: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def encode(self, name: str, tensor: Tensor) -> Tensor:
-        """The payload of a tensor and of what earlier ones under this name have lost. Raises ConfigError where a value
-        is not finite."""
-        wanted = tensor.float()
-        if name in self.error:
-            wanted = wanted + self.decay * self.error[name]
-        if not bool(torch.isfinite(wanted).all()):
+    def encode(self, name: str, tensor: Tensor, less: Tensor | None = None) -> Tensor:
+        """The payload of a tensor, minus `less`, and of what earlier ones under this name have lost. Raises ConfigError
+        where a value is not finite."""
+        coded = self.codec.encode_rest(tensor.float(), less, self.error.get(name), self.decay)
+        if coded is None:
             raise ConfigError(f"{name}: has values that are not finite, which cannot be sent; a lower lr may help")
-        payload = self.codec.encode(wanted)
-        self.error[name] = wanted - self.codec.decode(payload, wanted.shape)
+        payload, self.error[name] = coded
         return payload
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -210,21 +238,6 @@ def row_of(shape: Shape) -> int:
     """Values that share bins: the last dimension, or as many of them as go into ROW and into the tensor."""
     last, rows = shape[-1], math.prod(shape[:-1])
     return last * max((n for n in range(1, max(1, ROW // last) + 1) if rows % n == 0), default=1)
-
-
-def bin_means(x_NR: Tensor, code_NR: Tensor) -> Tensor:
-    """Mean of each row's values in each of four bins, [N, 4] in BF16; 0 for an empty one."""
-    parts = [code_NR == code for code in range(4)]
-    return torch.stack([(x_NR * part).sum(1) / part.sum(1).clamp(min=1) for part in parts], 1).bfloat16()
-
-
-def pack2(code_N4: Tensor) -> Tensor:
-    """Four codes a byte, the first in the lowest bits."""
-    return code_N4[:, 0] | code_N4[:, 1] << 2 | code_N4[:, 2] << 4 | code_N4[:, 3] << 6
-
-
-def unpack2(packed_N: Tensor) -> Tensor:
-    return torch.stack([packed_N >> shift & 3 for shift in (0, 2, 4, 6)], 1).flatten()
 
 
 def pack12(place_M: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def _in_rounds(model: CausalLM, config: TrainConfig, size: int, line: Line, foun
 
     def decode() -> None:
         for name, payload in payloads.items():
-            merged[name].add_(codec.decode(payload, merged[name].shape))
+            codec.add(payload, merged[name].shape, 1 / size, merged[name])
         next(iter(merged.values())).sum().item()
 
     def merge() -> None:
