@@ -44,7 +44,7 @@ def build(name: str, threads: int) -> Callable[[], None]:
     if system == "MoE-DR":
         own = model = CausalLM(CONFIG).init_weights(torch.Generator().manual_seed(0)).train()
         own.compute_dtype = torch.bfloat16 if bf16 else torch.float32
-        optimizer = make_optimizer(own, TrainConfig())
+        optimizer: torch.optim.Optimizer = make_optimizer(own, TrainConfig())
 
         def loss() -> torch.Tensor:
             return own.loss(ids, labels).total

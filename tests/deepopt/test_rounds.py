@@ -220,10 +220,21 @@ def test_a_merge_under_way_is_taken_in_as_the_equations_say(data: TokenShards, t
     error = [{name: torch.zeros_like(p) for name, p in theta.items()} for _ in loops]
     bias = [gate.e_score_correction_bias.clone() for gate in loops[0].gates]
     sent: list[dict[str, torch.Tensor]] = [{}, {}]
+    rows: list[dict[str, torch.Tensor]] = [{}, {}]
 
     def take_in(rank: int) -> None:
         for name, p in named[rank].items():
             p.data = theta[name] + (p.data - sent[rank][name])
+            own, mean, v = rows[rank][name], (rows[0][name] + rows[1][name]) / 2, second(rank, name)
+            v.copy_(torch.where(mean < own, v * mean / own, v + mean - own))
+
+    def second(rank: int, name: str) -> torch.Tensor:
+        return loops[rank].optimizer.state[named[rank][name]]["exp_avg_sq"]
+
+    for rank in range(2):
+        loops[rank].optimizer.summed = dict.fromkeys(named[rank].values(), 2.0)
+
+    def balance(rank: int) -> None:
         for gate, agreed, number in zip(loops[rank].gates, bias, range(99), strict=False):
             gate.e_score_correction_bias.copy_(agreed)
             for load_LE in loads[rank][-1]:
@@ -235,9 +246,11 @@ def test_a_merge_under_way_is_taken_in_as_the_equations_say(data: TokenShards, t
             for step in range(3):
                 if turn and step == overlap:
                     take_in(rank)
+                    balance(rank)
                 loop.train_step()
             if turn and overlap == 3:
                 take_in(rank)
+                balance(rank)
         change = {name: torch.zeros_like(p) for name, p in theta.items()}
         for rank in range(2):
             for name, p in named[rank].items():
@@ -246,6 +259,7 @@ def test_a_merge_under_way_is_taken_in_as_the_equations_say(data: TokenShards, t
                 error[rank][name] = wanted - coded
                 change[name] += 0.5 * coded
                 sent[rank][name] = p.data.clone()
+                rows[rank][name] = second(rank, name).mean(-1, keepdim=True)
         for name, d in change.items():
             velocity[name] = momentum * velocity[name] + d
             theta[name] = theta[name] - lr * (d + momentum * velocity[name])

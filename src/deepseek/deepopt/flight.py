@@ -72,7 +72,12 @@ class Flight:
         return Verdict(list(present), every, joining, steps, end_of(self.latest, config.accumulation))
 
 
+def batches_of(plan: Verdict, accumulation: int) -> list[int]:
+    """Those of each member in a round, which each step divides among them."""
+    return [plan.steps[rank] * part for rank, part in zip(
+        plan.members, even(accumulation, len(plan.members)), strict=True)]
+
+
 def end_of(plan: Verdict, accumulation: int) -> int:
-    """The first batch after those of a round, which each step divides among its ranks."""
-    return plan.begin + sum(plan.steps[rank] * part for rank, part in zip(
-        plan.members, even(accumulation, len(plan.members)), strict=True))
+    """The first batch after those of a round."""
+    return plan.begin + sum(batches_of(plan, accumulation))

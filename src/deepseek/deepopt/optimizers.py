@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ..ops.moments import Moment, adamw8_, hashed, momentum8, moved_
+from ..ops.moments import Moment, adamw8_, hashed, momentum8, moved_, second_of, set_second_
 from ..ops.native import fast_bf16
 from .settings import TrainConfig
 from .sites import parts_on
@@ -43,7 +43,7 @@ def narrow(model: nn.Module) -> None:
             p.data = p.data.bfloat16()
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> MuonAdamW:
     """Make the optimizer of `config`. Matrices decay, norms and biases do not."""
     parameters = trained(model)
     muon = [] if config.optimizer == "adamw" else [
@@ -78,6 +78,7 @@ class MuonAdamW(torch.optim.Optimizer):
                  small: int | None = None, weight_decay: float = 0.0, eps: float = 1e-8, seed: int = 0) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "momentum": momentum, "small": small,
                                   "weight_decay": weight_decay, "eps": eps, "parts": 0})
+        self.summed: dict[Tensor, float] = {}  # ranks that p.grad is one of (second_moments.py)
         self.seeds = {p: hashed(hashed(seed) + i)
                       for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
@@ -94,8 +95,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 continue
             for p in itertools.compress(parameters, short):
                 self._by_adamw8(p, group)
-            if whole := [p for p, eight_bits in zip(parameters, short, strict=True) if not eight_bits]:
-                self._by_adamw(whole, group)
+            whole = [p for p, eight_bits in zip(parameters, short, strict=True) if not eight_bits]
+            for ranks in sorted({self.summed.get(p, 1.0) for p in whole}):
+                self._by_adamw([p for p in whole if self.summed.get(p, 1.0) == ranks], group, ranks)
 
     def _by_muon(self, p: Tensor, group: dict[str, Any], eight_bits: bool) -> None:
         assert p.grad is not None
@@ -122,10 +124,10 @@ class MuonAdamW(torch.optim.Optimizer):
             state |= {"step": torch.zeros((), device=p.device), **_moment("exp_avg", p), **_moment("exp_avg_sq", p)}
         state["step"] += 1
         adamw8_(p, p.grad.contiguous(), _of("exp_avg", state), _of("exp_avg_sq", state), int(state["step"]),
-                lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-                seed=hashed(self.seeds[p] + int(state["step"])))
+                betas=group["betas"], seed=hashed(self.seeds[p] + int(state["step"])),
+                **_among(self.summed.get(p, 1.0), group))
 
-    def _by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _by_adamw(self, parameters: list[Tensor], group: dict[str, Any], ranks: float) -> None:
         for p in parameters:
             if not self.state[p]:
                 self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
@@ -134,8 +136,29 @@ class MuonAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         adamw(parameters, [p.grad for p in parameters if p.grad is not None], [s["exp_avg"] for s in states],
               [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states], fused=True, amsgrad=False,
-              beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-              maximize=False)
+              beta1=beta1, beta2=beta2, maximize=False, **_among(ranks, group))  # type: ignore[arg-type]
+
+    def second(self, p: Tensor) -> Tensor | None:
+        """AdamW's second moment of a parameter, float32; None before its first step."""
+        if "exp_avg_sq" not in (state := self.state[p]):
+            return None
+        if "exp_avg_sq_scale" not in state:
+            return state["exp_avg_sq"]
+        return second_of(_of("exp_avg_sq", state)).flatten()[: p.numel()].view_as(p)
+
+    def set_second(self, p: Tensor, second: Tensor) -> None:
+        """Put another in its place."""
+        state = self.state[p]
+        if "exp_avg_sq_scale" in state:
+            set_second_(_of("exp_avg_sq", state), second, hashed(self.seeds[p] + int(state["step"])))
+        else:
+            state["exp_avg_sq"].copy_(second)
+
+
+def _among(ranks: float, group: dict[str, Any]) -> dict[str, float]:
+    """AdamW's settings that make a second moment of v count as v / ranks."""
+    root = ranks**0.5
+    return {"lr": group["lr"] * root, "weight_decay": group["weight_decay"] / root, "eps": group["eps"] * root}
 
 
 def _moment(name: str, p: Tensor, dtype: torch.dtype = torch.uint8) -> dict[str, Tensor]:

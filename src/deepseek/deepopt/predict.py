@@ -32,6 +32,7 @@ from .gradients import gradient_sum
 from .members import PIECE, POLL
 from .optimizers import make_optimizer, narrow, trained
 from .ranks import Group, Ranks, buckets, even, fused, ring_bytes
+from .second_moments import SecondMoments
 from .settings import IN_ROUNDS, ONLY_WITH, Compress, Line, TrainConfig
 
 RUNS = 3  # timed of everything, after one that is not
@@ -224,6 +225,7 @@ def _in_rounds(model: CausalLM, config: TrainConfig, size: int, line: Line, foun
         work()
     coding = timed(encode) + size * timed(decode) + timed(merge)
     part = sum(codec.nbytes(tuple(p.shape)) for p in change.values()) + 4 * found.loads * length
+    part += SecondMoments(make_optimizer(model, config), trained(model).values()).nbytes
     # looks whether the others are there, the verdict, what each says, its part; every answer takes two hops
     answers = 1 + size + 1 + 3 * size + (size - 1) * (2 + -(-part // PIECE))
     wire = line.seconds(2 * answers, size * (size - 1) * part) + POLL / 2

@@ -5,8 +5,9 @@
     theta <- theta - outer(sum_i w_i sent_i)      w_i: its share of the round's tokens; outer: SGD, Nesterov momentum
 
 (DiLoCo, arXiv 2311.08105; two bits a value as in MuLoCo, 2505.23725; the largest values alone as in SparseLoCo,
-2508.15706.) Moments of the inner optimizer stay where they are. The gates' biases are no gradients: each step's loads
-are sent along, and the biases go as they would have gone on the sum.
+2508.15706.) Moments of the inner optimizer stay where they are, but for the scale of AdamW's second ones
+(second_moments.py). The gates' biases are no gradients: each step's loads are sent along, and the biases go as they
+would have gone on the sum.
 
 A rank goes on from the merged weights, and from what it has changed since it sent its part:
 
@@ -47,13 +48,14 @@ from ..interrupts import came, held
 from ..model import CausalLM
 from ..progress import ProgressBar
 from .agreed import Agreed, tensor_of
-from .flight import PATIENCE, Flight, end_of
+from .flight import PATIENCE, Flight, batches_of, end_of
 from .loop import TrainingLoop, Windows
 from .members import Members, Solo, Verdict
 from .optimizers import trained
 from .own_state import parts_of, read_own, write_own
 from .ranks import even
 from .run_folder import NoLog, RunLog
+from .second_moments import SecondMoments
 from .settings import TrainConfig
 from .sites import check_owners, divide, parts_on
 
@@ -83,6 +85,8 @@ class RoundLoop(TrainingLoop):
         self.agreed = Agreed(config)
         self.agreed.begin(self._weights(), {
             name: group for name, group, _ in parts_on(model) if group in self.data.experts})
+        self.second = SecondMoments(self.optimizer, [
+            p for name, p in trained(model).items() if name not in self.agreed.owner])
         self.biases = self._biases()  # that all agree on
         self.round, self.begin = self.step // self.length, self.step * config.accumulation
         self.plans: list[Verdict] = []  # of this round, and of the next where it is decided on
@@ -128,6 +132,7 @@ class RoundLoop(TrainingLoop):
         mine = max(1, min(self.plans[0].steps[self.members.rank], length))
         when = -(-self.overlap * mine // self.length)  # own steps before the merge of the last round is taken in
         losses, tokens, seconds, self.aside = [], 0, 0.0, 0.0
+        self.second.divide(batches_of(self.plans[0], config.accumulation))
         for self.done in range(mine):
             if self.done == when and not self._arrive(bar):
                 return
@@ -162,7 +167,8 @@ class RoundLoop(TrainingLoop):
 
     def _send(self, about: dict[str, Any], start: int, began: float) -> bool:
         """Say what this rank has done, and give what it has changed. Returns whether it leaves then."""
-        part = self.agreed.encode(self._weights(), self.names) + torch.stack(self.loads).int().cpu().numpy().tobytes()
+        part = b"".join([self.agreed.encode(self._weights(), self.names), *(
+            tensor.cpu().numpy().tobytes() for tensor in (self.second.rows(), torch.stack(self.loads).int()))])
         plan, self.loads = self.plans.pop(0), []
         if self.overlap and not self.plans:  # the first round, before which nothing was decided
             self.plans.append(Verdict([], plan.members, [], plan.steps, end_of(plan, self.config.accumulation)))
@@ -233,8 +239,10 @@ class RoundLoop(TrainingLoop):
         for name, weight in self._weights().items():
             weight.copy_(self.agreed.theta[name] + (weight - flight.sent[name]))
         self._set_biases(self.biases)
-        experts = self.model.config.n_routed_experts
-        loads = [tensor_of(rest, np.int32).view(steps[rank], -1, experts).to(self.model.device)
+        experts, begin = self.model.config.n_routed_experts, self.second.nbytes
+        rows = {rank: tensor_of(rest[:begin], np.float32).to(self.model.device) for rank, rest in rests.items()}
+        self.second.merge(rows, tokens, rows.get(self.members.rank, self.second.rows()))
+        loads = [tensor_of(rest[begin:], np.int32).view(steps[rank], -1, experts).to(self.model.device)
                  for rank, rest in rests.items()]
         for step in range(max(steps.values(), default=0)):
             super()._balance(torch.stack([load[step] for load in loads if step < len(load)]).sum(0))

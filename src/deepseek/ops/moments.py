@@ -71,12 +71,18 @@ def adamw8_(weight: Tensor, gradient: Tensor, first: Moment, second: Moment, ste
     moved = _blocks(weight.float()) * decay - m * over_root(v + least, size)
     moved = moved.flatten()[: weight.numel()].view_as(weight)
     weight.copy_(moved if weight.dtype == torch.float32 else rounded(moved, seed))
-    for scale_B, t in ((first.scale_B, m), (second.scale_B, v)):
-        scale_B.copy_(t.abs().amax(1))
+    first.scale_B.copy_(m.abs().amax(1))
     near = (m.abs() * _inverse(first, _FIRST_TOP) + _FIRST_BASE).view(torch.int32)
     first.code_BS.copy_((near + (1 << _CUT - 1) >> _CUT & 127) + 128 * m.signbit())
-    low = (v * _inverse(second, _SECOND_TOP) + _SECOND_BASE).clamp_min(2.0**-15).view(torch.int32)
-    second.code_BS.copy_(low + (draws(v.numel(), low_seed, v.device).view_as(low) >> 32 - _CUT) >> _CUT & 255)
+    set_second_(second, v, low_seed)
+
+
+def set_second_(moment: Moment, second: Tensor, seed: int) -> None:
+    """Keep second moments, FP32, in codes: rounded up with the probability that keeps their mean."""
+    v_BS = _blocks(second)
+    moment.scale_B.copy_(v_BS.amax(1))
+    low = (v_BS * _inverse(moment, _SECOND_TOP) + _SECOND_BASE).clamp_min(2.0**-15).view(torch.int32)
+    moment.code_BS.copy_(low + (draws(low.numel(), seed, low.device).view_as(low) >> 32 - _CUT) >> _CUT & 255)
 
 
 def first_of(moment: Moment, factor: float = 1.0) -> Tensor:
