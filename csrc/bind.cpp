@@ -8,6 +8,7 @@
 #include "layer.h"
 #include "low_rank.h"
 #include "quantized.h"
+#include "sparse.h"
 #include "training.h"
 #include "two_bits.h"
 
@@ -286,4 +287,6 @@ NB_MODULE(_native, m) {
   define(m, "moved", moved);
   define(m, "encode_two_bits", encode_two_bits);
   define(m, "decode_two_bits", decode_two_bits);
+  define(m, "encode_sparse", encode_sparse);
+  define(m, "add_sparse", add_sparse);
 }

@@ -1,6 +1,7 @@
 // One row of two_bits.h: included once for each instruction set. Sums are in FP64, number i in lane i % 16, lanes added in
 // a tree: the same bits everywhere.
 #pragma once
+#include "bf16.h"
 #include "moments_lanes.h"
 #include "two_bits.h"
 
@@ -45,18 +46,6 @@ INLINE double sum_of(const float* x, int64_t count, const Term& term) {
   for (int n = 0; n < N; ++n) std::memcpy(sums.lane + n * kWide, &sum[n], sizeof(wide));
   for (; i < count; ++i) sums.lane[i % 16] += term((double)x[i]);
   return sums.total();
-}
-
-inline uint16_t to_bf16(float x) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-inline float of_bf16(uint16_t x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
 }
 
 // Means of the bins between three limits; 0 for an empty one.
@@ -116,9 +105,8 @@ bool two_bits_row(const float* value, const float* less, const float* error, flo
   float level[4];
   bin_means(wanted, row, limit, level);
   for (int bin = 0; bin < 4; ++bin) {
-    const uint16_t half = to_bf16(level[bin]);
-    std::memcpy(payload + 2 * bin, &half, 2);
-    level[bin] = of_bf16(half);
+    put_bf16(payload + 2 * bin, level[bin]);
+    level[bin] = get_bf16(payload + 2 * bin);
   }
 
   for (int64_t i = 0; i < row; i += kLanes) {
@@ -154,11 +142,7 @@ void pack_two_bits(const uint8_t* code, int64_t count, uint8_t* packed) {
 void of_two_bits_row(const uint8_t* payload, float weight, const uint8_t* packed, int64_t first, int64_t row, bool add,
                      float* out) {
   float level[4];
-  for (int bin = 0; bin < 4; ++bin) {
-    uint16_t half;
-    std::memcpy(&half, payload + 2 * bin, 2);
-    level[bin] = of_bf16(half) * weight;
-  }
+  for (int bin = 0; bin < 4; ++bin) level[bin] = get_bf16(payload + 2 * bin) * weight;
   int64_t i = 0;
   ipart shift;
   for (int n = 0; n < kLanes; ++n) shift[n] = 2 * n;

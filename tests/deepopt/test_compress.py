@@ -9,18 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.deepopt.compress import (
-    BEST,
-    BLOCK,
-    CHUNK,
-    CODECS,
-    ErrorFeedback,
-    OuterNesterov,
-    pack12,
-    row_of,
-    unpack12,
-)
+from deepseek.deepopt.compress import BLOCK, CODECS, ErrorFeedback, OuterNesterov, row_of
 from deepseek.errors import ConfigError
+from deepseek.ops.sparse import BEST, CHUNK, pack12, unpack12
 from deepseek.ops.two_bits import EDGE
 
 SHAPES = [(7,), (1,), (300,), (3, 5), (4, 256), (2, 6, 48), (1, 9001), (3, 700)]

@@ -16,6 +16,7 @@
 #include "../../csrc/kernels.h"
 #include "../../csrc/low_rank.h"
 #include "../../csrc/quantized.h"
+#include "../../csrc/sparse.h"
 #include "../../csrc/training.h"
 #include "../../csrc/two_bits.h"
 
@@ -585,7 +586,16 @@ void test_training(bool units) {
     on_threads("decode_two_bits", lines * line, [&](float* out, int threads) {
       decode_two_bits(payload.get(), lines, line, 0.5f, false, out, threads);
     });
-    const int64_t count = 40001;
+    const int64_t count = 40001, places = 120 * ((count + kChunk - 1) / kChunk);
+    Exact<float> some(count, 1), lost(count);
+    some.fill(normal), lost.fill([] { return (float)below(5); });
+    Exact<uint8_t> best(places, 1);
+    on_threads("encode_sparse", count + places / 4, [&](float* out, int threads) {
+      encode_sparse(some.get(), lost.get(), lost.get(), 0.5f, count, best.get(), out, threads);
+      std::memcpy(out + count, best.get(), places);
+    });
+    on_threads("add_sparse", count,
+               [&](float* out, int threads) { add_sparse(best.get(), count, 0.5f, out, threads); });
     Numbers gate(count, kind), up(count, kind), dh(count, kind);
     on_threads("swiglu_forward", count,
                [&](float* out, int threads) { swiglu_forward(gate.get(), up.get(), kind, count, out, threads); });

@@ -34,8 +34,8 @@ def test_native_bytes_are_torchs(shape: tuple[int, int], kind: str, monkeypatch:
         assert all(coded)
         payload = coded[-1][0]
         odd = torch.cat([payload.new_zeros(1), payload])[1:]  # at an odd address
-        return [*(part for one in coded if one for part in one), decode(odd, *shape), decode(payload, *shape, 0.3),
-                decode(payload, *shape, 0.7, onto.clone())]
+        return [*(part for one in coded if one for part in one), decode(odd, shape), decode(payload, shape, 0.3),
+                decode(payload, shape, 0.7, onto.clone())]
 
     ours = results()
     monkeypatch.setattr(two_bits, "threads", lambda: 3)
@@ -48,9 +48,9 @@ def test_native_bytes_are_torchs(shape: tuple[int, int], kind: str, monkeypatch:
 def test_payload_and_rest_make_the_whole() -> None:
     value, less, error = (rows("normal", (9, 100), seed) for seed in range(3))
     coded = encode(value, less, error, 0.9)
-    assert coded is not None and len(coded[0]) == nbytes(9, 100)
+    assert coded is not None and len(coded[0]) == nbytes((9, 100))
     wanted = value - less + 0.9 * error
-    assert torch.equal(coded[1], wanted - decode(coded[0], 9, 100)) and float(coded[1].norm() / wanted.norm()) < 0.38
+    assert torch.equal(coded[1], wanted - decode(coded[0], (9, 100))) and float(coded[1].norm() / wanted.norm()) < 0.38
 
 
 @pytest.mark.parametrize("force_torch", [False, True])
@@ -71,13 +71,13 @@ def test_numbers_that_are_not_finite_are_found(
 def test_what_does_not_fit_is_refused() -> None:
     x = torch.zeros(4, 64)
     for given in ((x.double(),), (x, x[:3]), (x, None, x.bfloat16()), (x.view(-1),)):
-        with pytest.raises(ValueError, match="rows to be coded must be float32"):
+        with pytest.raises(ValueError, match="numbers to be coded must be float32"):
             encode(*given)
-    payload = torch.zeros(nbytes(4, 64), dtype=torch.uint8)
+    payload = torch.zeros(nbytes((4, 64)), dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"must be 96 bytes, got torch\.uint8 \[95\]"):
-        decode(payload[1:], 4, 64)
+        decode(payload[1:], (4, 64))
     with pytest.raises(ValueError, match="must be added to float32"):
-        decode(payload, 4, 64, 1.0, x[:3])
+        decode(payload, (4, 64), 1.0, x[:3])
 
 
 def test_codes_are_packed_as_plain_python_would() -> None:

@@ -5,8 +5,8 @@
     int8     blocks of 256: a float32 scale, absmax / 127, and a signed byte a value
     2bit     rows: each value as one of four bins, with the bins' means, BF16, before all rows (ops/two_bits.py); two
              bits of this kind as in MuLoCo (arXiv 2505.23725)
-    sparse   chunks of 4,096: the 64 largest values, each as a 12-bit place and one of four bins, positive or negative
-             and above or below the mean magnitude, with the bins' means (SparseLoCo, 2508.15706)
+    sparse   chunks of 4,096: the 64 largest values, each as a 12-bit place and one of four bins, with the bins' means
+             (ops/sparse.py; SparseLoCo, 2508.15706)
 
 What two sides must know besides the payload is the shape alone. A row is a tensor's last dimension, or several rows
 together where these are short. Vectors, norms above all, always go as float32.
@@ -17,20 +17,33 @@ Error feedback (arXiv 1901.09847): what a payload leaves out is added to what is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops import two_bits
-from ..ops.two_bits import bin_means, pack2, unpack2
+from ..ops import sparse, two_bits
 
 BLOCK = 256  # values that share a scale
 ROW = 512  # values of short rows taken together, at most
-CHUNK, BEST = 4096, 64
 
 Shape = Sequence[int]
+
+
+class Coding(Protocol):
+    """A coding of ops/ for float32 tensors of a form of its own."""
+
+    def encode(self, value: Tensor, less: Tensor | None, error: Tensor | None, decay: float, /
+               ) -> tuple[Tensor, Tensor] | None:
+        """As Codec.encode_rest."""
+
+    def decode(self, payload: Tensor, shape: Shape, weight: float, onto: Tensor | None, /) -> Tensor:
+        """As Codec.add."""
+
+    def nbytes(self, shape: Shape, /) -> int:
+        """Of a payload."""
 
 
 class Codec:
@@ -102,7 +115,13 @@ class Int8(Codec):
         return count + 4 * -(-count // BLOCK)
 
 
-class TwoBit(Codec):
+class Coded(Codec):
+    """A coding of ops/ for matrices; vectors as they are."""
+
+    def __init__(self, coding: Coding, form: Callable[[Shape], Shape]) -> None:
+        """form: the shape that the coding takes a tensor in."""
+        self.coding, self.form = coding, form
+
     def encode(self, tensor: Tensor) -> Tensor:
         coded = self.encode_rest(tensor)
         assert coded is not None
@@ -113,8 +132,9 @@ class TwoBit(Codec):
         shape = tensor.shape
         if len(shape) < 2:
             return PLAIN.encode_rest(tensor, less, error, decay)
-        less_NR, error_NR = (None if x is None else x.reshape(-1, row_of(shape)) for x in (less, error))
-        coded = two_bits.encode(tensor.reshape(-1, row_of(shape)), less_NR, error_NR, decay)
+        form = self.form(shape)
+        less, error = (None if x is None else x.reshape(form) for x in (less, error))
+        coded = self.coding.encode(tensor.reshape(form), less, error, decay)
         return coded and (coded[0], coded[1].view(shape))
 
     def decode(self, payload: Tensor, shape: Shape) -> Tensor:
@@ -123,51 +143,26 @@ class TwoBit(Codec):
     def add(self, payload: Tensor, shape: Shape, weight: float, onto: Tensor | None = None) -> Tensor:
         if len(shape) < 2:
             return PLAIN.add(payload, shape, weight, onto)
-        row = row_of(shape)
-        rows = math.prod(shape) // row
-        return two_bits.decode(payload, rows, row, weight, None if onto is None else onto.view(rows, row)).view(*shape)
+        form = self.form(shape)
+        return self.coding.decode(payload, form, weight, None if onto is None else onto.view(*form)).view(*shape)
 
     def nbytes(self, shape: Shape) -> int:
-        if len(shape) < 2:
-            return PLAIN.nbytes(shape)
-        row = row_of(shape)
-        return two_bits.nbytes(math.prod(shape) // row, row)
+        return PLAIN.nbytes(shape) if len(shape) < 2 else self.coding.nbytes(self.form(shape))
 
 
-class Sparse(Codec):
-    def encode(self, tensor: Tensor) -> Tensor:
-        if tensor.ndim < 2:
-            return PLAIN.encode(tensor)
-        x_NC = padded(tensor.flatten(), CHUNK)
-        size_NC = x_NC.abs()
-        least_N1 = size_NC.topk(BEST, 1).values[:, -1:]
-        above_NC, equal_NC = size_NC > least_N1, size_NC == least_N1
-        missing_N1 = BEST - above_NC.sum(1, keepdim=True)
-        chosen_NC = above_NC | equal_NC & (equal_NC.cumsum(1) <= missing_N1)  # of equal ones the first
-        place_NK = chosen_NC.nonzero()[:, 1].view(-1, BEST)
-        x_NK = x_NC.gather(1, place_NK)
-        size_NK = x_NK.abs()
-        code_NK = 2 * (x_NK > 0).byte() + (size_NK > size_NK.mean(1, keepdim=True)).byte()
-        return torch.cat([to_bytes(bin_means(x_NK, code_NK)), pack12(place_NK.flatten()), pack2(code_NK.view(-1, 4))])
-
-    def decode(self, payload: Tensor, shape: Shape) -> Tensor:
-        if len(shape) < 2:
-            return PLAIN.decode(payload, shape)
-        count = math.prod(shape)
-        chunks = -(-count // CHUNK)
-        levels, places, codes = payload.split([8 * chunks, chunks * BEST * 3 // 2, chunks * BEST // 4])
-        level_N4 = of_bytes(levels, torch.bfloat16).float().view(chunks, 4)
-        x_NK = level_N4.gather(1, unpack2(codes).view(chunks, BEST).long())
-        x_NC = torch.zeros(chunks, CHUNK, device=payload.device).scatter_(1, unpack12(places).view(chunks, BEST), x_NK)
-        return x_NC.flatten()[:count].view(*shape)
-
-    def nbytes(self, shape: Shape) -> int:
-        count = math.prod(shape)
-        return 4 * count if len(shape) < 2 else -(-count // CHUNK) * (8 + BEST * 3 // 2 + BEST // 4)
+def row_of(shape: Shape) -> int:
+    """Values that share bins: the last dimension, or as many of them as go into ROW and into the tensor."""
+    last, rows = shape[-1], math.prod(shape[:-1])
+    return last * max((n for n in range(1, max(1, ROW // last) + 1) if rows % n == 0), default=1)
 
 
-CODECS: Mapping[str, Codec] = {"none": PLAIN, "bf16": Plain(torch.bfloat16), "int8": Int8(), "2bit": TwoBit(),
-                               "sparse": Sparse()}
+def as_rows(shape: Shape) -> Shape:
+    return math.prod(shape) // row_of(shape), row_of(shape)
+
+
+CODECS: Mapping[str, Codec] = {
+    "none": PLAIN, "bf16": Plain(torch.bfloat16), "int8": Int8(), "2bit": Coded(two_bits, as_rows),
+    "sparse": Coded(sparse, lambda shape: (math.prod(shape),))}
 
 
 class ErrorFeedback:
@@ -207,8 +202,8 @@ class OuterNesterov:
         for name, d in change.items():
             if self.momentum:
                 old = self.velocity.get(name)
-                v = self.velocity[name] = d.clone() if old is None else self.momentum * old + d
-                d = d + self.momentum * v
+                v = self.velocity[name] = d.clone() if old is None else (self.momentum * old).add_(d)
+                d = (self.momentum * v).add_(d)
             theta[name].sub_(d, alpha=self.lr)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -232,20 +227,3 @@ def of_bytes(payload: Tensor, dtype: torch.dtype) -> Tensor:
 def padded(x_M: Tensor, width: int) -> Tensor:
     """[M] -> [N, width], the end filled with zeros."""
     return torch.nn.functional.pad(x_M, (0, -len(x_M) % width)).view(-1, width)
-
-
-def row_of(shape: Shape) -> int:
-    """Values that share bins: the last dimension, or as many of them as go into ROW and into the tensor."""
-    last, rows = shape[-1], math.prod(shape[:-1])
-    return last * max((n for n in range(1, max(1, ROW // last) + 1) if rows % n == 0), default=1)
-
-
-def pack12(place_M: Tensor) -> Tensor:
-    """Two numbers below 4,096 in three bytes; M is even."""
-    a, b = place_M.view(-1, 2).unbind(1)
-    return torch.stack([a & 255, a >> 8 | (b & 15) << 4, b >> 4], 1).to(torch.uint8).flatten()
-
-
-def unpack12(packed_M: Tensor) -> Tensor:
-    x, y, z = packed_M.view(-1, 3).long().unbind(1)
-    return torch.stack([x | (y & 15) << 8, y >> 4 | z << 4], 1).flatten()

@@ -11,6 +11,8 @@ same everywhere. Shape letters: N rows of R numbers, M bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,20 +25,15 @@ def encode(value_NR: Tensor, less_NR: Tensor | None = None, error_NR: Tensor | N
            ) -> tuple[Tensor, Tensor] | None:
     """The payload [M] of value - less + decay * error, and what it leaves out, [N, R]. All FP32. None where a number to
     be coded is not finite."""
-    given = [x_NR for x_NR in (value_NR, less_NR, error_NR) if x_NR is not None]
-    if any(x_NR.shape != value_NR.shape or x_NR.dtype != torch.float32 or x_NR.ndim != 2 for x_NR in given):
-        raise ValueError("rows to be coded must be float32 and of one shape [N, R], got "
-                         + ", ".join(f"{x_NR.dtype} {list(x_NR.shape)}" for x_NR in given))
+    given = check_coded(2, value_NR, less_NR, error_NR)
     if runs_native(*given):
-        payload, left_NR = value_NR.new_empty(nbytes(*value_NR.shape), dtype=torch.uint8), torch.empty_like(value_NR)
+        payload, left_NR = value_NR.new_empty(nbytes(value_NR.shape), dtype=torch.uint8), torch.empty_like(value_NR)
         less, error = (0 if x_NR is None else x_NR.data_ptr() for x_NR in (less_NR, error_NR))
         finite = native.encode_two_bits(value_NR.data_ptr(), less, error, decay, *value_NR.shape, payload.data_ptr(),
                                         left_NR.data_ptr(), threads())
         return (payload, left_NR) if finite else None
-    wanted_NR = value_NR if less_NR is None else value_NR - less_NR
-    if error_NR is not None:
-        wanted_NR = wanted_NR + decay * error_NR
-    if not bool(wanted_NR.isfinite().all()):
+    wanted_NR = wanted_of(value_NR, less_NR, error_NR, decay)
+    if wanted_NR is None:
         return None
     wide_NR = wanted_NR.double()
     mean_N1, edge_N1 = wide_NR.mean(1, keepdim=True), EDGE * wide_NR.std(1, keepdim=True, correction=0)
@@ -44,17 +41,13 @@ def encode(value_NR: Tensor, less_NR: Tensor | None = None, error_NR: Tensor | N
     assert isinstance(code_NR, Tensor)
     code = torch.nn.functional.pad(code_NR.flatten(), (0, -code_NR.numel() % 4))
     payload = torch.cat([bin_means(wide_NR, code_NR).view(torch.uint8).flatten(), pack2(code.view(-1, 4))])
-    return payload, wanted_NR - decode(payload, *wanted_NR.shape)
+    return payload, wanted_NR - decode(payload, wanted_NR.shape)
 
 
-def decode(payload: Tensor, rows: int, row: int, weight: float = 1.0, onto_NR: Tensor | None = None) -> Tensor:
-    """What the payload of so many rows stands for, times `weight`: FP32 [N, R], new, or added to `onto`."""
-    if payload.shape != (nbytes(rows, row),) or payload.dtype != torch.uint8:
-        raise ValueError(f"the payload of {rows} rows of {row} must be {nbytes(rows, row)} bytes, got {payload.dtype} "
-                         f"{list(payload.shape)}")
-    if onto_NR is not None and (onto_NR.shape != (rows, row) or onto_NR.dtype != torch.float32):
-        raise ValueError(f"{rows} rows of {row} must be added to float32 [{rows}, {row}], got {onto_NR.dtype} "
-                         f"{list(onto_NR.shape)}")
+def decode(payload: Tensor, shape: Sequence[int], weight: float = 1.0, onto_NR: Tensor | None = None) -> Tensor:
+    """What the payload of rows stands for, times `weight`: FP32 [N, R], new, or added to `onto`."""
+    check_payload(payload, nbytes(shape), shape, onto_NR)
+    rows, row = shape
     if runs_native(payload, *([] if onto_NR is None else [onto_NR])):
         out_NR = payload.new_empty(rows, row, dtype=torch.float32) if onto_NR is None else onto_NR
         native.decode_two_bits(payload.data_ptr(), rows, row, weight, onto_NR is not None, out_NR.data_ptr(), threads())
@@ -64,9 +57,36 @@ def decode(payload: Tensor, rows: int, row: int, weight: float = 1.0, onto_NR: T
     return found_NR if onto_NR is None else onto_NR.add_(found_NR)
 
 
-def nbytes(rows: int, row: int) -> int:
+def nbytes(shape: Sequence[int]) -> int:
     """Of a payload."""
+    rows, row = shape
     return 8 * rows + -(-rows * row // 4)
+
+
+def check_coded(ndim: int, value: Tensor, less: Tensor | None, error: Tensor | None) -> list[Tensor]:
+    """Those of them that there are. Raises ValueError where they do not fit together."""
+    given = [x for x in (value, less, error) if x is not None]
+    if any(x.shape != value.shape or x.dtype != torch.float32 or x.ndim != ndim for x in given):
+        raise ValueError(f"numbers to be coded must be float32 and of one shape, of {ndim} dimensions, got "
+                         + ", ".join(f"{x.dtype} {list(x.shape)}" for x in given))
+    return given
+
+
+def check_payload(payload: Tensor, size: int, shape: Sequence[int], onto: Tensor | None) -> None:
+    """Raise ValueError where they do not fit together."""
+    if payload.shape != (size,) or payload.dtype != torch.uint8:
+        raise ValueError(f"a payload of {list(shape)} must be {size} bytes, got {payload.dtype} {list(payload.shape)}")
+    if onto is not None and (onto.shape != tuple(shape) or onto.dtype != torch.float32):
+        raise ValueError(f"a payload of {list(shape)} must be added to float32 of that shape, got {onto.dtype} "
+                         f"{list(onto.shape)}")
+
+
+def wanted_of(value: Tensor, less: Tensor | None, error: Tensor | None, decay: float) -> Tensor | None:
+    """value - less + decay * error, or None where that is not finite."""
+    wanted = value if less is None else value - less
+    if error is not None:
+        wanted = wanted + decay * error
+    return wanted if bool(wanted.isfinite().all()) else None
 
 
 def bin_means(x_NR: Tensor, code_NR: Tensor) -> Tensor:
