@@ -106,7 +106,7 @@ def command(mode: str, out: Path, data: Path, args: argparse.Namespace, steps: i
             "--accumulation", str(batches), "--lr", str(args.lr),
             "--warmup_steps", str(min(100, steps // 2)), "--eval_every", str(min(args.eval_every, steps)),
             "--save_every", str(min(args.eval_every, steps)), "--eval_batches", "24" if steps >= 300 else "1",
-            "--optimizer", args.optimizer, "--precision", "fp32", "--valid_fraction", "0.03", "--seed", "0",
+            "--optimizer", args.optimizer, "--precision", args.precision, "--valid_fraction", "0.03", "--seed", "0",
             *([] if mode == "alone" else ["--compress", compress]), *(["--ranks", ranks] if ranks else []),
             *(["--inner_steps", str(args.inner_steps)] if compress in IN_ROUNDS else []),
             *([] if args.balance else ["--no_balance"]), *args.train]
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--eval_every", type=int, default=150)
     parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"))
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="further flags of `deepseek train`")
     parser.set_defaults(accumulation=MICRO, balance=False, slowed=False)
     args = parser.parse_args()
@@ -261,8 +262,8 @@ def main() -> None:
         raise SystemExit("network namespaces need root")
     data, sample = data_folder(args.data)
     prepare(data, args)
-    parts = [f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, {args.optimizer}, FP32, {args.inner_steps} steps a "
-             "round in local modes."]
+    parts = [f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, {args.optimizer}, precision {args.precision}, "
+             f"{args.inner_steps} steps a round in local modes."]
     found: dict[str, Any] = {}
     if args.only != "speed":
         found["loss"] = {mode: run(mode, args.work / "loss" / mode, data, args, "1gbit", args.steps)

@@ -50,7 +50,7 @@ def train(out: Path, data: Path, names: tuple[str, ...], args: argparse.Namespac
         [sys.executable, "-m", "deepseek", "train", "small", "--experts", *words, "--out", str(out), "--steps",
          str(args.steps), "--batch_size", str(BATCH), "--seq_len", str(SEQ), "--accumulation", str(ACCUMULATION),
          "--lr", "3e-3", "--warmup_steps", str(min(100, args.steps // 3)), "--eval_every", "410", "--save_every", "205",
-         "--eval_batches", "24", "--precision", "fp32", "--valid_fraction", "0.03", *more],
+         "--eval_batches", "24", "--valid_fraction", "0.03", *more],
         env=os.environ | (environment or {}))
 
 
