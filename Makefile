@@ -88,7 +88,7 @@ test-isa: $(VENV)/.test  ## the tests that depend on the instruction set, as on 
 check-arm:  ## the native kernels and their test for 64-bit Arm (needs Debian's g++-aarch64-linux-gnu; to run them, qemu-user-static)
 	mkdir -p build/arm
 	aarch64-linux-gnu-g++ -std=c++17 -O1 -static -pthread -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-unused-function \
-	  tests/native/kernels_test.cpp $(filter-out csrc/bind.cpp,$(wildcard csrc/*.cpp)) -o build/arm/kernels_test
+	  $(addprefix tests/native/,kernels_test.cpp coding_test.cpp training_test.cpp) $(filter-out csrc/bind.cpp,$(wildcard csrc/*.cpp)) -o build/arm/kernels_test
 	if command -v qemu-aarch64-static; then qemu-aarch64-static build/arm/kernels_test; else echo 'compiled, not run: needs qemu-user-static'; fi
 
 sanitize:  ## the native kernels under the address, undefined-behaviour and thread sanitizers (needs cmake)

@@ -1,72 +1,19 @@
 // Every table of kernels against the scalar one, and the operations against themselves on other numbers of threads. Built
-// with sanitizers (`make sanitize`); every buffer ends where its data ends, so that a read too far is seen.
+// with sanitizers (`make sanitize`).
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <initializer_list>
 #include <memory>
-#include <random>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "../../csrc/attention.h"
-#include "../../csrc/kernels.h"
 #include "../../csrc/low_rank.h"
 #include "../../csrc/quantized.h"
-#include "../../csrc/sparse.h"
 #include "../../csrc/training.h"
-#include "../../csrc/two_bits.h"
+#include "check.h"
 
 using namespace deepseek;
 
 namespace {
-
-std::mt19937 generator(1);
-int64_t compared = 0;
-
-int64_t below(int64_t n) { return (int64_t)(generator() % n); }
-float normal() { return std::normal_distribution<float>()(generator); }
-
-// Exactly `count` numbers, beginning `offset` numbers after a multiple of 64 bytes.
-template <typename T>
-class Exact {
- public:
-  explicit Exact(int64_t count, int64_t offset = 0) : count_(count), offset_(offset) {
-    if (posix_memalign(&memory_, 64, sizeof(T) * (count + offset))) std::abort();
-    std::memset(memory_, 0, sizeof(T) * (count + offset));
-  }
-  Exact(const Exact&) = delete;
-  ~Exact() { std::free(memory_); }
-  T* get() { return static_cast<T*>(memory_) + offset_; }
-  T& operator[](int64_t i) { return get()[i]; }
-  int64_t size() const { return count_; }
-  template <typename Make>
-  Exact& fill(Make make) {
-    for (int64_t i = 0; i < count_; ++i) get()[i] = make();
-    return *this;
-  }
-
- private:
-  void* memory_ = nullptr;
-  int64_t count_, offset_;
-};
-
-template <typename T>
-void same(Exact<T>& a, Exact<T>& b, const char* what, const std::string& where) {
-  ++compared;
-  if (a.size() == b.size() && !std::memcmp(a.get(), b.get(), sizeof(T) * a.size())) return;
-  std::printf("%s: %s differs\n", where.c_str(), what);
-  std::exit(1);
-}
-
-std::string at(const Kernels& table, std::initializer_list<int64_t> numbers) {
-  std::string text = table.name;
-  for (int64_t n : numbers) text += " " + std::to_string(n);
-  return text;
-}
 
 // A matrix of panels with any codes and scales, and steps of ordinary size.
 void random_panels(uint8_t* w, int64_t count, const Panel& shape, int bits) {
@@ -79,14 +26,6 @@ void random_panels(uint8_t* w, int64_t count, const Panel& shape, int bits) {
       float step = (float)(1 + below(100)) / 1e5f;
       std::memcpy(w + p * shape.bytes + 4 * r, &step, 4);
     }
-}
-
-// An activation row of one of the kinds that exist.
-void random_row(float* x, int64_t columns) {
-  const float sizes[] = {1.0f, 1e-42f, 1e37f, 1e-37f, 0.0f, 300.0f};
-  const float size = sizes[below(6)];
-  for (int64_t k = 0; k < columns; ++k) x[k] = normal() * size;
-  if (!below(8)) x[below(columns)] = below(2) ? NAN : -INFINITY;
 }
 
 // ---- tables --------------------------------------------------------------------------------------------------------
@@ -256,62 +195,11 @@ int64_t matrix_bytes(int64_t rows, int64_t columns, int bits) {
   return bits > 8 ? rows * columns * bits / 8 : panels_of(rows) * Panel(columns, bits).bytes;
 }
 
-void test_two_bits(const Kernels& table) {
-  const TrainingKernels& run = &table == scalar_kernels ? *scalar_training
-                               : &table == avx2_kernels ? *avx2_training
-                                                        : *avx512_training;
-  for (int64_t row : {1, 3, 15, 16, 17, 44, 100, 512})
-    for (int repeat = 0; repeat < 10; ++repeat) {
-      const std::string where = at(table, {row});
-      Exact<float> value(row, 1), less(row, 3), error(row, 2), wanted(row + 16), left(row, 1), left_want(row);
-      random_row(value.get(), row), random_row(less.get(), row), random_row(error.get(), row);
-      const float* minus = repeat % 2 ? less.get() : nullptr;
-      const float* lost = repeat % 3 ? error.get() : nullptr;
-      Exact<uint8_t> code(row + 16, 1), level(8, 3), level_want(8);
-      const int64_t bytes = (row + 3) / 4;
-      Exact<uint8_t> packed(bytes, 1), packed_want(bytes);
-      auto encode = [&](const TrainingKernels& by, Exact<uint8_t>& levels, Exact<float>& rest, Exact<uint8_t>& out) {
-        const bool finite =
-            by.two_bits_row(value.get(), minus, lost, 0.9f, row, wanted.get(), levels.get(), code.get(), rest.get());
-        for (int64_t i = row; i < 4 * bytes; ++i) code[i] = 0;
-        by.pack_two_bits(code.get(), bytes, out.get());
-        return finite;
-      };
-      Exact<bool> finite(1), finite_want(1);
-      finite[0] = encode(run, level, left, packed);
-      finite_want[0] = encode(*scalar_training, level_want, left_want, packed_want);
-      same(finite, finite_want, "verdict", where);
-      if (!finite[0]) continue;
-      same(level, level_want, "means", where), same(left, left_want, "rest", where);
-      same(packed, packed_want, "codes", where);
-      for (int64_t first : {0, 1, 3})
-        for (bool add : {false, true}) {
-          Exact<float> out(row - std::min(row, first), 1), want(out.size());
-          out.fill([] { return 1.5f; }), want.fill([] { return 1.5f; });
-          run.of_two_bits_row(level.get(), 0.3f, packed.get(), first, out.size(), add, out.get());
-          scalar_training->of_two_bits_row(level.get(), 0.3f, packed.get(), first, out.size(), add, want.get());
-          same(out, want, "numbers", where);
-        }
-    }
-}
-
 void random_matrix(uint8_t* w, int64_t rows, int64_t columns, int bits) {
   if (bits > 8)
     random_plain(w, rows * columns, bits);
   else
     random_panels(w, panels_of(rows), Panel(columns, bits), bits);
-}
-
-// run(out, threads) on one, two and five threads.
-template <typename Run>
-void on_threads(const char* what, int64_t size, const Run& run) {
-  Exact<float> one(size, 1);
-  run(one.get(), 1);
-  for (int threads : {2, 5}) {
-    Exact<float> out(size, 1);
-    run(out.get(), threads);
-    same(out, one, what, at(kernels(), {size, threads}));
-  }
 }
 
 // Sequences of `tokens` new tokens each, after `past` positions; their blocks lie apart in a cache of `size` numbers, in no
@@ -473,138 +361,6 @@ void test_operations() {
   }
 }
 
-// Numbers of one kind, in memory as the kernels read them.
-struct Numbers {
-  Exact<uint8_t> bytes;
-  Kind kind;
-  Numbers(int64_t count, Kind kind) : bytes(count * bytes_of(kind), bytes_of(kind)), kind(kind) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float x = normal();
-      uint32_t bits;
-      std::memcpy(&bits, &x, 4);
-      if (kind == kBf16) bits >>= 16;
-      std::memcpy(bytes.get() + i * bytes_of(kind), &bits, bytes_of(kind));
-    }
-  }
-  void* get() { return bytes.get(); }
-};
-
-// Results of the training operations, of either kind, one after the other in one array of floats.
-void test_training(bool units) {
-  use_bf16_units(units);
-  for (Kind kind : {kFloat, kBf16}) {
-    if (units && kind == kFloat) continue;
-    for (bool a_transposed : {false, true})
-      for (bool b_transposed : {false, true})
-        for (int64_t inner : {0, 1, 70, 200}) {
-          const int64_t rows = 1 + below(130), columns = 1 + below(420);
-          Numbers a(rows * inner, kind), b(inner * columns, kind);
-          on_threads("product", rows * columns, [&](float* out, int threads) {
-            product({a.get(), a_transposed ? rows : inner, kind}, a_transposed,
-                    {b.get(), b_transposed ? inner : columns, kind}, b_transposed, rows, columns, inner, out, columns,
-                    kind, false, threads);
-          });
-        }
-    for (int64_t tokens : {1, 9, 150}) {
-      const int64_t hidden = 40, inner = 24, top = 2, experts = 5, pairs = tokens * top, wide = 2 * inner;
-      Exact<int64_t> token(pairs), ends(experts), slot(pairs);
-      std::vector<std::vector<int64_t>> visits(experts);  // the last expert stays empty
-      for (int64_t i = 0; i < pairs; ++i) visits[(i % top + 2 * below(2)) % (experts - 1)].push_back(i);
-      int64_t at_pair = 0;
-      for (int64_t e = 0; e < experts; ++e) {
-        for (int64_t i : visits[e]) token[at_pair] = i / top, slot[i] = at_pair++;
-        ends[e] = at_pair;
-      }
-      Exact<float> weight(pairs);
-      weight.fill(normal);
-      Numbers x(tokens * hidden, kind), w_in(experts * wide * hidden, kFloat), w_out(experts * hidden * inner, kFloat);
-      Numbers dout(tokens * hidden, kind);
-      const Experts layer{tokens,  hidden,      top,         pairs,      experts,
-                          inner,   token.get(), ends.get(),  slot.get(), weight.get(),
-                          x.get(), w_in.get(),  w_out.get(), kind,       kind == kBf16 ? kRounded : kFloat};
-      Numbers both(pairs * wide, kind);
-      on_threads("experts_forward", tokens * hidden + pairs * wide,
-                 [&](float* out, int threads) { experts_forward(layer, out + tokens * hidden, out, threads); });
-      const int64_t sizes[] = {tokens * hidden, pairs, experts * wide * hidden, experts * hidden * inner};
-      on_threads("experts_backward", sizes[0] + sizes[1] + sizes[2] + sizes[3], [&](float* out, int threads) {
-        float *d_weight = out + sizes[0], *d_in = d_weight + sizes[1], *d_out = d_in + sizes[2];
-        experts_backward(layer, both.get(), dout.get(), out, d_weight, d_in, d_out, threads);
-      });
-    }
-    for (int64_t length : {1, 17, 130}) {
-      const int64_t batch = 2, heads = 3, width = 20, value = 12, n = batch * heads * length;
-      Numbers q(n * width, kind), k(n * width, kind), v(n * value, kind), dout(n * value, kind);
-      auto lies = [&](void* data, int64_t w) { return Heads{data, length * heads * w, w, heads * w, w}; };
-      Numbers probs(n * length, kind);
-      on_threads("attention_forward", n * value, [&](float* out, int threads) {
-        attention_forward(lies(q.get(), width), lies(k.get(), width), lies(v.get(), value), lies(out, value), kind,
-                          batch, heads, length, 0.3f, probs.get(), threads);
-      });
-      on_threads("attention_backward", 2 * n * width + n * value, [&](float* out, int threads) {
-        attention_backward(lies(q.get(), width), lies(k.get(), width), lies(v.get(), value), lies(dout.get(), value),
-                           lies(out, width), lies(out + n * width, width), lies(out + 2 * n * width, value), kind,
-                           batch, heads, length, 0.3f, probs.get(), threads);
-      });
-    }
-    const int64_t rows = 70, hidden = 40, vocab = 90;
-    Numbers x(rows * hidden, kind), w(vocab * hidden, kFloat);
-    Exact<int64_t> label(rows);
-    label.fill([&] { return below(vocab + 9) - 9; });
-    on_threads("head_loss", rows + rows * hidden + vocab * hidden, [&](float* out, int threads) {
-      head_loss(x.get(), kind, w.get(), kind == kBf16 ? kRounded : kFloat, label.get(), rows, hidden, vocab, 0.1f, 32,
-                out, out + rows, out + rows + rows * hidden, threads);
-    });
-    Exact<float> by(hidden), r(rows), parts((rows + 63) / 64 * hidden);
-    by.fill(normal);
-    Numbers dy(rows * hidden, kind);
-    on_threads("norm_forward", rows * hidden, [&](float* out, int threads) {
-      norm_forward(x.get(), kind, by.get(), rows, hidden, 1e-6f, out, r.get(), threads);
-    });
-    on_threads("norm_backward", rows * hidden + hidden, [&](float* out, int threads) {
-      norm_backward(x.get(), dy.get(), kind, by.get(), r.get(), rows, hidden, out, parts.get(), out + rows * hidden,
-                    threads);
-    });
-    Numbers turned(rows * 2 * 22, kind);
-    Exact<float> angles(rows * 11);
-    angles.fill(normal);
-    const Heads in{turned.get(), 0, 22, 44, 22};
-    for (bool interleaved : {false, true})
-      for (bool back : {false, true})
-        on_threads("rotate", rows * 44, [&](float* out, int threads) {
-          rotate(in, {out, 0, 22, 44, 22}, kind, angles.get(), angles.get(), 0, 11, 1, 2, rows, interleaved, back,
-                 threads);
-        });
-    const int64_t lines = 600, line = 77, sent = 8 * lines + (lines * line + 3) / 4;
-    Exact<float> change(lines * line), rest(lines * line);
-    change.fill(normal), rest.fill(normal);
-    on_threads("encode_two_bits", lines * line + (sent + 3) / 4, [&](float* out, int threads) {
-      encode_two_bits(change.get(), nullptr, rest.get(), 0.9f, lines, line, (uint8_t*)(out + lines * line), out,
-                      threads);
-    });
-    Exact<uint8_t> payload(sent, 1);
-    encode_two_bits(change.get(), nullptr, nullptr, 1.0f, lines, line, payload.get(), rest.get(), 1);
-    on_threads("decode_two_bits", lines * line, [&](float* out, int threads) {
-      decode_two_bits(payload.get(), lines, line, 0.5f, false, out, threads);
-    });
-    const int64_t count = 40001, places = 120 * ((count + kChunk - 1) / kChunk);
-    Exact<float> some(count, 1), lost(count);
-    some.fill(normal), lost.fill([] { return (float)below(5); });
-    Exact<uint8_t> best(places, 1);
-    on_threads("encode_sparse", count + places / 4, [&](float* out, int threads) {
-      encode_sparse(some.get(), lost.get(), lost.get(), 0.5f, count, best.get(), out, threads);
-      std::memcpy(out + count, best.get(), places);
-    });
-    on_threads("add_sparse", count,
-               [&](float* out, int threads) { add_sparse(best.get(), count, 0.5f, out, threads); });
-    Numbers gate(count, kind), up(count, kind), dh(count, kind);
-    on_threads("swiglu_forward", count,
-               [&](float* out, int threads) { swiglu_forward(gate.get(), up.get(), kind, count, out, threads); });
-    on_threads("swiglu_backward", 2 * count, [&](float* out, int threads) {
-      swiglu_backward(dh.get(), gate.get(), up.get(), kind, count, out, out + count, threads);
-    });
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -616,6 +372,7 @@ int main() {
     std::printf("%s: %lld results as the scalar kernels have them\n", table->name, (long long)(compared - before));
   }
   test_operations();
+  test_coding();
   test_training(false);
   if (bf16_units()) test_training(true);
   std::printf("operations (%s): the same on every number of threads, training too%s%s\n", kernels().name,
