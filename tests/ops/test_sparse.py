@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepseek.ops import native, sparse
 from deepseek.ops.sparse import CHUNK, decode, encode, nbytes
+from tests.helpers.coding import assert_native_is_torch, by_torch
 
 
 def numbers(kind: str, count: int, seed: int) -> Tensor:
@@ -21,22 +22,7 @@ def numbers(kind: str, count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["normal", "sizes", "few", "equal", "zeros"])
 @pytest.mark.parametrize("count", [1, 63, 64, 1000, CHUNK, CHUNK + 1, 70_001])
 def test_native_bytes_are_torchs(count: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    value, less, error, onto = (numbers(kind, count, seed) for seed in range(4))
-
-    def results() -> list[Tensor]:
-        coded = [encode(value), encode(value, less), encode(value, None, error, 0.5), encode(value, less, error, 0.9)]
-        assert all(coded)
-        payload = coded[-1][0]
-        odd = torch.cat([payload.new_zeros(1), payload])[1:]  # at an odd address
-        return [*(part for one in coded if one for part in one), decode(odd, (count,)), decode(payload, (count,), 0.3),
-                decode(payload, (count,), 0.7, onto.clone())]
-
-    ours = results()
-    monkeypatch.setattr(sparse, "threads", lambda: 3)
-    threaded = results()
-    monkeypatch.setattr(sparse, "runs_native", lambda *_: False)
-    for ours_, *others in zip(ours, threaded, results(), strict=True):
-        assert all(torch.equal(ours_, other) for other in others)
+    assert_native_is_torch(sparse, (count,), [numbers(kind, count, seed) for seed in range(4)], monkeypatch)
 
 
 @pytest.mark.parametrize("force_torch", [False, True])
@@ -45,7 +31,7 @@ def test_numbers_that_are_not_finite_are_found(
     wrong: float, force_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if force_torch:
-        monkeypatch.setattr(sparse, "runs_native", lambda *_: False)
+        by_torch(sparse, monkeypatch)
     for count, place in ((3 * CHUNK, CHUNK + 7), (CHUNK + 5, CHUNK + 4)):
         x, zeros = torch.zeros(count), torch.zeros(count)
         x[place] = wrong

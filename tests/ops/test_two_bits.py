@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepseek.ops import native, two_bits
 from deepseek.ops.two_bits import decode, encode, nbytes, pack2, unpack2
+from tests.helpers.coding import assert_native_is_torch, by_torch
 
 # whole vectors and parts of them, rows that end within a byte, more than a task
 SHAPES = [(1, 1), (3, 5), (5, 17), (4, 256), (7, 48), (1, 9001), (3, 700), (2000, 15), (150, 512)]
@@ -27,22 +28,7 @@ def rows(kind: str, shape: tuple[int, int], seed: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["normal", "sizes", "outlier", "equal", "near"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_bytes_are_torchs(shape: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    value, less, error, onto = (rows(kind, shape, seed) for seed in range(4))
-
-    def results() -> list[Tensor]:
-        coded = [encode(value), encode(value, less), encode(value, None, error, 0.5), encode(value, less, error, 0.9)]
-        assert all(coded)
-        payload = coded[-1][0]
-        odd = torch.cat([payload.new_zeros(1), payload])[1:]  # at an odd address
-        return [*(part for one in coded if one for part in one), decode(odd, shape), decode(payload, shape, 0.3),
-                decode(payload, shape, 0.7, onto.clone())]
-
-    ours = results()
-    monkeypatch.setattr(two_bits, "threads", lambda: 3)
-    threaded = results()
-    monkeypatch.setattr(two_bits, "runs_native", lambda *_: False)
-    for ours_, *others in zip(ours, threaded, results(), strict=True):
-        assert all(torch.equal(ours_, other) for other in others)
+    assert_native_is_torch(two_bits, shape, [rows(kind, shape, seed) for seed in range(4)], monkeypatch)
 
 
 def test_payload_and_rest_make_the_whole() -> None:
@@ -60,7 +46,7 @@ def test_numbers_that_are_not_finite_are_found(
     wrong: float, place: int, force_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if force_torch:
-        monkeypatch.setattr(two_bits, "runs_native", lambda *_: False)
+        by_torch(two_bits, monkeypatch)
     x, zeros = torch.zeros(300, 77), torch.zeros(300, 77)
     x[250, place] = wrong
     x[250, 5] = -wrong

@@ -65,10 +65,8 @@ class Codec:
                     ) -> tuple[Tensor, Tensor] | None:
         """The payload of tensor - less + decay * error, float32, and what it leaves out. None where a value is not
         finite."""
-        wanted = tensor if less is None else tensor - less
-        if error is not None:
-            wanted = wanted + decay * error
-        if not bool(wanted.isfinite().all()):
+        wanted = two_bits.wanted_of(tensor, less, error, decay)
+        if wanted is None:
             return None
         payload = self.encode(wanted)
         return payload, wanted - self.decode(payload, wanted.shape)
