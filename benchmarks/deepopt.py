@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--eval_every", type=int, default=150)
     parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"))
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="further flags of `deepseek train`")
     parser.set_defaults(accumulation=MICRO, balance=False, slowed=False)
     args = parser.parse_args()

@@ -50,7 +50,7 @@ def train(out: Path, data: Path, names: tuple[str, ...], args: argparse.Namespac
         [sys.executable, "-m", "deepseek", "train", "small", "--experts", *words, "--out", str(out), "--steps",
          str(args.steps), "--batch_size", str(BATCH), "--seq_len", str(SEQ), "--accumulation", str(ACCUMULATION),
          "--lr", "3e-3", "--warmup_steps", str(min(100, args.steps // 3)), "--eval_every", "410", "--save_every", "205",
-         "--eval_batches", "24", "--valid_fraction", "0.03", *more],
+         "--eval_batches", "24", "--precision", "bf16", "--valid_fraction", "0.03", *more],
         env=os.environ | (environment or {}))
 
 
@@ -106,7 +106,8 @@ def main() -> None:
     text = ["# Sites with names of their own", "",
             f"Preset small ({size:.1f} M parameters), {args.steps} steps of {BATCH * ACCUMULATION} x {SEQ} "
             f"tokens = {args.steps * BATCH * ACCUMULATION * SEQ / 1e6:.1f} M, "
-            f"compress = {args.compress}, {args.inner_steps} steps a round; {where['cpu']}, {args.threads} threads, "
+            f"BF16, compress = {args.compress}, {args.inner_steps} steps a round; {where['cpu']}, "
+            f"{args.threads} threads, "
             f"torch {versions('torch')['torch']}.", "",
             table([["run", "held-out perplexity", "routing accuracy (macro)"],
                    *([name, f"{math.exp(loss[name]):.3f}", f"{accuracy[name].macro():.1%}"] for name in loss)]), "",
