@@ -259,7 +259,7 @@ def test_a_merge_under_way_is_taken_in_as_the_equations_say(data: TokenShards, t
                 error[rank][name] = wanted - coded
                 change[name] += 0.5 * coded
                 sent[rank][name] = p.data.clone()
-                rows[rank][name] = second(rank, name).mean(-1, keepdim=True)
+                rows[rank][name] = second(rank, name).mean(-1, keepdim=True).bfloat16().float()
         for name, d in change.items():
             velocity[name] = momentum * velocity[name] + d
             theta[name] = theta[name] - lr * (d + momentum * velocity[name])

@@ -46,11 +46,11 @@ def test_rows_of_one_rank_and_rows_of_noise_count_as_in_step(small: int | None) 
         take(whole, together, [(a + b) / 2 for a, b in zip(*gradients, strict=True)])
         if step % 5 == 4:
             merge([one, two], [100, 100])
-    wanted = whole.rows()
+    wanted = whole.rows().float()
     for moments in (one, two):
         assert list(moments.optimizer.summed.values()) == [2.0, 2.0]
-        assert torch.allclose(moments.rows() / 2, wanted, rtol=0.3)
-    assert torch.allclose(one.rows(), two.rows(), rtol=0.02 if small else 1e-5)
+        assert torch.allclose(moments.rows().float() / 2, wanted, rtol=0.3)
+    assert torch.allclose(one.rows(), two.rows(), rtol=0.02 if small else 2**-7)  # of BF16
 
 
 def test_rows_rise_by_a_number_and_fall_by_a_factor() -> None:
@@ -58,7 +58,7 @@ def test_rows_rise_by_a_number_and_fall_by_a_factor() -> None:
     for number, (moments, parameters) in enumerate(ranks):
         take(moments, parameters, [torch.randn(p.shape, generator=draw) * (1 + number) for p in parameters])
     before = [moments.optimizer.state[parameters[0]]["exp_avg_sq"].clone() for moments, parameters in ranks]
-    means = [v.mean(1, keepdim=True) for v in before]
+    means = [moments.rows()[:V, None].float() for moments, _ in ranks]  # as they are sent
     merge([moments for moments, _ in ranks], [300, 100])
     wanted = 0.75 * means[0] + 0.25 * means[1]
     assert (means[0] < means[1]).all()
@@ -78,12 +78,12 @@ def test_ranks_count_by_their_shares_and_a_step_by_the_ranks() -> None:
         assert torch.allclose(p, old - 2 * LR * torch.ones_like(old), atol=1e-6)  # 1 / sqrt(1 / 4) of a step
     moments.divide([6, 2])
     assert set(moments.optimizer.summed.values()) == {64 / 40}
-    assert moments.nbytes == 4 * (V + 1)
+    assert moments.nbytes == 2 * (V + 1)
 
 
 def test_what_was_not_trained_yet_sends_zeros_and_stays() -> None:
     (one, its), (two, _) = rank(), rank()
     take(one, its, [torch.ones_like(p) for p in its])
     merge([one, two], [1, 1])
-    assert torch.allclose(one.rows(), torch.full((V + 1,), (1 - BETA2) / 2))
+    assert torch.allclose(one.rows().float(), torch.full((V + 1,), (1 - BETA2) / 2), rtol=2**-7)
     assert not two.rows().any()

@@ -48,6 +48,7 @@ from ..interrupts import came, held
 from ..model import CausalLM
 from ..progress import ProgressBar
 from .agreed import Agreed, tensor_of
+from .compress import of_bytes, to_bytes
 from .flight import PATIENCE, Flight, batches_of, end_of
 from .loop import TrainingLoop, Windows
 from .members import Members, Solo, Verdict
@@ -167,8 +168,8 @@ class RoundLoop(TrainingLoop):
 
     def _send(self, about: dict[str, Any], start: int, began: float) -> bool:
         """Say what this rank has done, and give what it has changed. Returns whether it leaves then."""
-        part = b"".join([self.agreed.encode(self._weights(), self.names), *(
-            tensor.cpu().numpy().tobytes() for tensor in (self.second.rows(), torch.stack(self.loads).int()))])
+        besides = torch.cat([to_bytes(self.second.rows()), to_bytes(torch.stack(self.loads).int())])
+        part = self.agreed.encode(self._weights(), self.names) + besides.cpu().numpy().tobytes()
         plan, self.loads = self.plans.pop(0), []
         if self.overlap and not self.plans:  # the first round, before which nothing was decided
             self.plans.append(Verdict([], plan.members, [], plan.steps, end_of(plan, self.config.accumulation)))
@@ -240,8 +241,10 @@ class RoundLoop(TrainingLoop):
             weight.copy_(self.agreed.theta[name] + (weight - flight.sent[name]))
         self._set_biases(self.biases)
         experts, begin = self.model.config.n_routed_experts, self.second.nbytes
-        rows = {rank: tensor_of(rest[:begin], np.float32).to(self.model.device) for rank, rest in rests.items()}
-        self.second.merge(rows, tokens, rows.get(self.members.rank, self.second.rows()))
+        rows = {rank: of_bytes(tensor_of(rest[:begin], np.uint8), torch.bfloat16).to(self.model.device)
+                for rank, rest in rests.items()}
+        joined = self.members.rank not in rows
+        self.second.merge(rows, tokens, self.second.rows() if joined else rows[self.members.rank])
         loads = [tensor_of(rest[begin:], np.int32).view(steps[rank], -1, experts).to(self.model.device)
                  for rank, rest in rests.items()]
         for step in range(max(steps.values(), default=0)):
