@@ -29,7 +29,17 @@ from .adapters import attach_adapter, check_targets, save_adapter, save_delta
 from .files import EXPERT_USE, MANIFEST, TORCH_DTYPES, Span, TensorFiles, check_manifest, write_manifest, write_tensors
 from .identity import base_tensors, fingerprint, stored_fingerprint, tensor_hashes
 from .loads import Verdict, verdict
-from .models import Dtype, check_tensors, expert_spans, load_model, open_checkpoint, save_model, stored_dtype, to_dtype
+from .models import (
+    Dtype,
+    check_tensors,
+    expert_spans,
+    load_model,
+    open_checkpoint,
+    save_model,
+    stored_dtype,
+    to_dtype,
+    with_state,
+)
 from .names import INDEX, PAGE, find_config, hf_names, outside_index, quantized_targets, resolve, units
 from .packages import ExpertPackage, PackageInfo, read_package, write_package
 from .several import UNNAMED, put_beside, read_several, sort_out
@@ -40,8 +50,7 @@ __all__ = [
     "check_targets", "check_tensors", "expert_spans", "find_config", "fingerprint", "hf_names", "load_model",
     "open_checkpoint", "outside_index", "put_beside", "quantized_targets", "read_package", "read_several", "resolve",
     "save_adapter", "save_delta", "save_model", "sort_out", "stored_dtype", "stored_fingerprint", "tensor_hashes",
-    "to_dtype", "units", "verdict", "write_manifest", "write_package",
-    "write_tensors",
+    "to_dtype", "units", "verdict", "with_state", "write_manifest", "write_package", "write_tensors",
 ]
 
 if not TYPE_CHECKING:

@@ -325,6 +325,13 @@ def save_model(
     return Path(path)
 
 
+def with_state(model: CausalLM, state: Mapping[str, Tensor]) -> CausalLM:
+    """A model of the same shape that has these tensors, and the others on the meta device."""
+    other = CausalLM.on_meta(model.config).to(model.lm_head.weight.dtype)
+    other.load_state_dict(state, strict=False, assign=True)
+    return other
+
+
 def plain_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Keys of a plain checkpoint's config.json."""
     keys = {k: v for k, v in config.to_dict().items() if k != "dtype"}  # transformers 5's name, of the old file

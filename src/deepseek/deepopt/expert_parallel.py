@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ..checkpoint import check_tensors, hf_names, open_checkpoint, save_model
+from ..checkpoint import check_tensors, hf_names, open_checkpoint, save_model, with_state
 from ..checkpoint.models import stored_parts
 from ..config import ModelConfig
 from ..errors import ConfigError
@@ -284,12 +284,11 @@ class ExpertParallelLoop(TrainingLoop):
 
     def _whole(self) -> CausalLM:
         """The model with its routed experts on the meta device."""
-        whole = CausalLM.on_meta(self.model.config).to(self.model.lm_head.weight.dtype)
-        whole.load_state_dict({name: tensor for name, tensor in self.model.state_dict().items()
-                               if name not in self.own}, strict=False, assign=True)
-        return whole
+        return with_state(self.model, {name: tensor for name, tensor in self.model.state_dict().items()
+                                       if name not in self.own})
 
-    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
+    def _write(self, path: Path, add: Callable[[Path], None], state: Mapping[str, Tensor] | None = None) -> Path:
+        assert state is None  # the first rank has not all of it
         return save_model(self._whole(), path, tokenizer=self.tokenizer, add=add, elsewhere=self._elsewhere)
 
     def _read(self, folder: Path) -> None:

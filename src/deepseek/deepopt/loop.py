@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atlas import Atlas, RoutingAccuracy
-from ..checkpoint import load_model, save_model, to_dtype, write_tensors
+from ..checkpoint import load_model, save_model, to_dtype, with_state, write_tensors
 from ..data.shards import Batch
 from ..errors import ConfigError
 from ..files import take_lock, write_json
@@ -52,6 +52,7 @@ from .own_state import read_own, write_own
 from .plot import plot_run
 from .ranks import Ranks
 from .run_folder import CHECKPOINT, SETTINGS, NoLog, RunLog, checkpoints, kept_in, refuse_other_run, run_in
+from .saving import Saving, copies
 from .settings import Leg, TrainConfig, learning_rate
 from .shares import Shares
 
@@ -104,6 +105,7 @@ class TrainingLoop:
         self.guided = bool(data.experts) and config.guide_weight > 0
         # what names built in by training rest on: no group gains against another
         self.within_groups = self.guided or (atlas is not None and any(g.kind == "built-in" for g in atlas.groups))
+        self.saving = Saving()
         self._saved = 0  # the step of the newest checkpoint
         self._stopping = False  # a rank was asked to
         self._busy = False  # inside a step, where weights and step number do not belong together
@@ -125,7 +127,7 @@ class TrainingLoop:
         what is kept. A second one leaves at once.
         """
         # unlocked afterwards, even where a traceback keeps this object
-        with self._lock, handled(), kept(self.kept), self._together():
+        with self._lock, handled(), kept(self.kept), self.saving, self._together():
             self._take_steps(on_step)
             self.model.eval()
             self._finish()
@@ -168,6 +170,7 @@ class TrainingLoop:
                 bar.set_postfix_str(f"loss {record['loss']:.3f}  MaxVio {record['max_vio']:.2f}  "
                                     f"{record['tokens_per_second']:,} tokens/s")
                 bar.update()
+                self.saving.check()
                 if on_step is not None:
                     on_step(record)
                 last = self.step == config.steps
@@ -266,28 +269,43 @@ class TrainingLoop:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Write checkpoint-STEP, where it is not there, and drop all but the newest `keep`."""
-        def add(folder: Path) -> None:
-            write_tensors(folder / "optimizer.safetensors", self._moments() | random_state(self.model.device),
-                          self._elsewhere)
-            write_json(folder / "trainer.json", {"step": self.step, "seconds": round(self.worked(), 3)}
-                       | arithmetic(self.model) | (self._division() if self.ranks.size > 1 else {}))
+    def save(self) -> None:
+        """Begin to write checkpoint-STEP, where it is not there, and drop all but the newest `keep`; where memory has
+        room for a copy, training continues meanwhile (saving.py)."""
+        if self.step == self._saved:
+            return
+        self.saving.wait()
+        with held(f"checkpoint {self.step} is begun"):
+            self._write_own()
+            with self._served():
+                if self.ranks.first:
+                    self._save_shared()
+            self._saved = self.step
 
-        path = self.out / CHECKPOINT.format(self.step)
-        with held(f"checkpoint {self.step} is written"):
-            if self.step != self._saved:
-                if own := self.gradients.state_dict():
-                    write_own(self.out, self.ranks.number, self.step, own, {"ranks": self.ranks.size})
-                self.ranks.gather(None)  # a checkpoint that is there has the states of all ranks
-                with self._served():
-                    if self.ranks.first:
-                        self._write(path, add)
-                self._saved = self.step
-        if self.ranks.first:
+    def _save_shared(self) -> None:
+        """Begin to write what is the same on all ranks."""
+        path, moments = self.out / CHECKPOINT.format(self.step), self._moments() | random_state(self.model.device)
+        about = {"step": self.step, "seconds": round(self.worked(), 3)} | arithmetic(self.model) | (
+            self._division() if self.ranks.size > 1 else {})
+        state, copied = (None, None) if self.own else (copies(self._state()), copies(moments))
+        behind = state is not None and copied is not None
+
+        def add(folder: Path) -> None:
+            write_tensors(folder / "optimizer.safetensors", copied or moments, self._elsewhere)
+            write_json(folder / "trainer.json", about)
+
+        def write() -> None:
+            self._write(path, add, state)
             for old in checkpoints(self.out)[: -self.config.keep]:
                 shutil.rmtree(old)
-        return path
+
+        self.saving.start(write, behind=behind)
+
+    def _write_own(self) -> None:
+        """Write what only this rank has; a checkpoint that is there has it of all ranks."""
+        if own := self.gradients.state_dict():
+            write_own(self.out, self.ranks.number, self.step, own, {"ranks": self.ranks.size})
+        self.ranks.gather(None)
 
     def _optimizer_state(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, parameter in trained(self.model).items():
@@ -337,9 +355,14 @@ class TrainingLoop:
                                balance_weight=config.balance_weight, guide_weight=config.guide_weight,
                                group_BT=batch.expert_BT if self.guided else None)
 
-    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
-        """Write the state of the model, and what `add` puts beside it, as one folder."""
-        return save_model(self.model, path, tokenizer=self.tokenizer, add=add)
+    def _state(self) -> dict[str, Tensor]:
+        """What a checkpoint has of the model."""
+        return self.model.state_dict()
+
+    def _write(self, path: Path, add: Callable[[Path], None], state: Mapping[str, Tensor] | None = None) -> Path:
+        """Write the model, or a state that it had, and what `add` puts beside it, as one folder."""
+        model = self.model if state is None else with_state(self.model, state)
+        return save_model(model, path, tokenizer=self.tokenizer, add=add)
 
     def _read(self, folder: Path) -> None:
         """Restore the state of the model."""

@@ -34,6 +34,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -56,6 +57,7 @@ from .optimizers import trained
 from .own_state import parts_of, read_own, write_own
 from .ranks import even
 from .run_folder import NoLog, RunLog
+from .saving import copies
 from .second_moments import SecondMoments
 from .settings import TrainConfig
 from .sites import check_owners, divide, parts_on
@@ -159,9 +161,7 @@ class RoundLoop(TrainingLoop):
             return
         due = start // config.save_every != self.step // config.save_every
         if due or leaves or self.ends or self.step >= config.steps:
-            self._write_own()
-            if self.ranks.first:
-                self.save()
+            self.save()
         if leaves:
             self._arrive(bar)
             raise KeyboardInterrupt("a signal came to this rank")
@@ -404,7 +404,9 @@ class RoundLoop(TrainingLoop):
                          **{f"own.{name}": weight for name, weight in self._weights().items()},
                          **{f"own_bias.{layer}": bias for layer, bias in self._biases().items()}}
         kept = {key: tensor for key, tensor in self.agreed.state_dict().items() if not key.startswith("theta.")}
-        write_own(self.out, self.members.rank, self.step, moments | kept | under_way, about)
+        copied = copies(tensors := moments | kept | under_way)
+        self.saving.start(partial(write_own, self.out, self.members.rank, self.step, copied or tensors, about),
+                          behind=copied is not None)
 
     def _read_own(self) -> None:
         """Of the checkpoint that the run goes on from; a rank without one begins with moments and errors of zero."""

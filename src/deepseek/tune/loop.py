@@ -30,9 +30,10 @@ class PartialTrainer(TrainingLoop):
                   if name.endswith("e_score_correction_bias")} if self.config.bias_speed else {}
         return {**{name: p.detach() for name, p in trained(self.model).items()}, **biases}
 
-    def _write(self, path: Path, add: Callable[[Path], None]) -> Path:
+    def _write(self, path: Path, add: Callable[[Path], None], state: Mapping[str, Tensor] | None = None) -> Path:
+        state = self._state() if state is None else state
         with replace_folder(path) as folder:
-            save_file({name: t.cpu().contiguous() for name, t in self._state().items()}, folder / "trained.safetensors")
+            save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / "trained.safetensors")
             add(folder)
             write_manifest(folder)
         return path
