@@ -8,12 +8,14 @@ Ranks with a core each, in network namespaces joined by a veth pair that `tc tbf
 loss   each mode trains for --steps steps in WORK, and the same command goes on with what is left. What it learns and
        what it sends depend neither on the line's rate nor on other work on the machine, so the line has 1 Gbit/s here.
        Wire bytes are the interface's own counters, both directions, with all headers. `local-4` and `sparse-4` are
-       four ranks on the two cores, without a line.
+       four ranks on the two cores, without a line. --add: beside the modes of the newest result with these settings;
+       the table says which machine trained what.
 speed  the modes in turn, --rounds times, a few steps of each at each --rate; "alone" are two ranks that do not talk,
        half of the tokens each. Efficiency is tokens a second over theirs of the same round, the median of the rounds.
+       Losses at equal minutes are those of the newest result of `loss` with these settings, where a step of a mode
+       takes as long as its tokens a second say.
 
-Losses at equal minutes put both together: a step of a mode takes as long as its tokens a second say. Needs root, `ip`
-and `tc` (iproute2).
+Needs root, `ip` and `tc` (iproute2).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from typing import Any
 from deepseek.deepopt.run_folder import read_log
 from deepseek.deepopt.settings import IN_ROUNDS, STORE
 from domains import TRAIN, add_data, data_folder, places
-from harness import machine, quiet_rounds, table, versions, write_result
+from harness import RESULTS, machine, quiet_rounds, table, versions, write_result
 
 MODES = ("none", "bf16", "int8", "powersgd", "local", "sparse")
 MORE = ("local-4", "sparse-4")  # ranks that share cores: no figure of theirs is a speed
@@ -108,7 +110,8 @@ def command(mode: str, out: Path, data: Path, args: argparse.Namespace, steps: i
             "--save_every", str(min(args.eval_every, steps)), "--eval_batches", "24" if steps >= 300 else "1",
             "--optimizer", args.optimizer, "--precision", args.precision, "--valid_fraction", "0.03", "--seed", "0",
             *([] if mode == "alone" else ["--compress", compress]), *(["--ranks", ranks] if ranks else []),
-            *(["--inner_steps", str(args.inner_steps)] if compress in IN_ROUNDS else []),
+            *(["--inner_steps", str(args.inner_steps), "--overlap_steps", str(args.overlap_steps)]
+              if compress in IN_ROUNDS else []),
             *([] if args.balance else ["--no_balance"]), *args.train]
 
 
@@ -204,10 +207,29 @@ def speeds(data: Path, args: argparse.Namespace, rate: str) -> dict[str, dict[st
                    "stolen": max(stolen)} for mode in modes}
 
 
-def losses(mode: str, args: argparse.Namespace) -> list[tuple[int, float, float]]:
-    """(step, held-out loss, routing accuracy) at each evaluation."""
-    return [(record["step"], record["eval_loss"], record["routing_accuracy"])
-            for record in records(args.work / "loss" / mode) if "eval_loss" in record]
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What results that stand in one table have in common."""
+    return {key: getattr(args, key) for key in (
+        "steps", "optimizer", "lr", "precision", "inner_steps", "overlap_steps", "train")}
+
+
+def earlier(args: argparse.Namespace) -> dict[str, Any]:
+    """What the newest result of `loss` has of each mode; nothing where its settings were others."""
+    files = sorted(RESULTS.glob("deepopt-loss-*.json"))
+    found: dict[str, Any] = json.loads(files[-1].read_text()) if files else {"settings": None, "modes": {}}
+    modes: dict[str, Any] = found["modes"] if found["settings"] == settings(args) else {}
+    return modes
+
+
+def losses(data: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """By mode: its cost, (step, held-out loss, routing accuracy) at each evaluation, and the machine."""
+    found = earlier(args) if args.add else {}
+    for mode in args.modes:
+        cost = run(mode, args.work / "loss" / mode, data, args, "1gbit", args.steps)
+        curve = [(record["step"], record["eval_loss"], record["routing_accuracy"])
+                 for record in records(args.work / "loss" / mode) if "eval_loss" in record]
+        found[mode] = cost | {"curve": curve, "machine": machine(1)}
+    return {mode: found[mode] for mode in (*MODES, *MORE) if mode in found}
 
 
 def at_equal_minutes(curve: list[tuple[int, float, float]], rate: float, minutes: float) -> str:
@@ -219,26 +241,28 @@ def at_equal_minutes(curve: list[tuple[int, float, float]], rate: float, minutes
     return f"{curve[-1][1]:.3f}" if steps >= curve[-1][0] else f"above {curve[0][1]:.3f}"
 
 
-def loss_table(costs: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
-    base, rows = losses("none", args)[-1][1] if "none" in costs else None, []
-    for mode, cost in costs.items():
-        _, loss, accuracy = losses(mode, args)[-1]
-        plain = costs.get("none", {}).get("bytes")
-        rows.append([mode, f"{cost['bytes'] / args.steps / 1e6:.3f}" if cost["bytes"] else "",
-                     f"{1 - cost['bytes'] / plain:.2%}" if cost["bytes"] and plain and mode != "none" else "",
-                     f"{loss:.4f}", f"{loss / base - 1:+.2%}" if base and mode != "none" else "", f"{accuracy:.1%}"])
-    return table([["mode", "MB on the wire a step", "fewer than none", "held-out loss", "than none",
-                   "routing accuracy"], *rows])
+def loss_table(found: dict[str, Any], args: argparse.Namespace) -> str:
+    base, plain = (found["none"]["curve"][-1][1], found["none"]["bytes"]) if "none" in found else (None, None)
+    rows = [["mode", "MB on the wire a step", "fewer than none", "held-out loss", "than none", "routing accuracy",
+             "trained on"]]
+    for mode, one in found.items():
+        _, loss, accuracy = one["curve"][-1]
+        rows.append([mode, f"{one['bytes'] / args.steps / 1e6:.3f}" if one["bytes"] else "",
+                     f"{1 - one['bytes'] / plain:.2%}" if one["bytes"] and plain and mode != "none" else "",
+                     f"{loss:.4f}", f"{loss / base - 1:+.2%}" if base and mode != "none" else "", f"{accuracy:.1%}",
+                     f"{one['machine']['cpu']} ({', '.join(one['machine']['units'])})"])
+    return table(rows)
 
 
 def speed_table(found: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
-    done = [mode for mode in found if mode != "alone" and (args.work / "loss" / f"{mode}.json").is_file()]
-    fastest = max((found[mode]["tokens_per_second"] for mode in done), default=1.0)
-    minutes = args.steps * BATCH * SEQ * MICRO / fastest / 60
-    rows = [[mode, f"{one['tokens_per_second']:,.0f}", f"{one['efficiency']:.3f}",
-             at_equal_minutes(losses(mode, args), one["tokens_per_second"], minutes) if mode in done else ""]
-            for mode, one in found.items()]
-    return table([["mode", "tokens/s", "efficiency", f"held-out loss after {minutes:.1f} minutes"], *rows])
+    learnt = {mode: one["curve"] for mode, one in earlier(args).items() if mode in found}
+    fastest = max((found[mode]["tokens_per_second"] for mode in learnt), default=0.0)
+    minutes = args.steps * BATCH * SEQ * MICRO / fastest / 60 if fastest else 0.0
+    rows = [["mode", "tokens/s", "efficiency", *([f"held-out loss after {minutes:.1f} minutes"] if learnt else [])]]
+    for mode, one in found.items():
+        loss = at_equal_minutes(learnt[mode], one["tokens_per_second"], minutes) if mode in learnt else ""
+        rows.append([mode, f"{one['tokens_per_second']:,.0f}", f"{one['efficiency']:.3f}", *([loss] if learnt else [])])
+    return table(rows)
 
 
 def main() -> None:
@@ -250,7 +274,9 @@ def main() -> None:
     parser.add_argument("--rate", nargs="+", default=["100mbit", "10mbit"], help="of the line, as tc writes it")
     parser.add_argument("--rounds", type=int, default=3, help="of the measurement of speed")
     parser.add_argument("--modes", nargs="+", default=(*MODES, *MORE), choices=(*MODES, *MORE))
-    parser.add_argument("--inner_steps", type=int, default=30)
+    parser.add_argument("--add", action="store_true", help="to the modes of the newest result")
+    parser.add_argument("--inner_steps", type=int, default=5)
+    parser.add_argument("--overlap_steps", type=int, default=1)
     parser.add_argument("--eval_every", type=int, default=150)
     parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"))
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -262,21 +288,23 @@ def main() -> None:
         raise SystemExit("network namespaces need root")
     data, sample = data_folder(args.data)
     prepare(data, args)
-    parts = [f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, {args.optimizer}, precision {args.precision}, "
-             f"{args.inner_steps} steps a round in local modes."]
-    found: dict[str, Any] = {}
+    where = machine(1)
+    about = (f"`small`, {BATCH * SEQ * MICRO:,} tokens a step, {args.optimizer}, precision {args.precision}; local "
+             f"modes: {args.inner_steps} steps a round, of which {args.overlap_steps} overlap with the merge before"
+             f"{'; ' + ' '.join(args.train) if args.train else ''}.")
     if args.only != "speed":
-        found["loss"] = {mode: run(mode, args.work / "loss" / mode, data, args, "1gbit", args.steps)
-                         for mode in args.modes}
-        parts += [f"## What {args.steps:,} steps learn and send", loss_table(found["loss"], args)]
-        found["curves"] = {mode: losses(mode, args) for mode in args.modes}
-    if args.only != "loss":
-        for rate in args.rate:
-            found[rate] = speeds(data, args, rate)
-            parts += [f"## A line of {rate}", speed_table(found[rate], args)]
-    write_result("deepopt" + sample, "\n\n".join(["# Two ranks on a slow line", *parts]),
-                 {"figures": found, "machine": machine(1), "versions": versions("torch")},
-                 args.steps >= 1500 and args.only is None and args.modes == (*MODES, *MORE))
+        found = losses(data, args)
+        write_result("deepopt-loss" + sample, "\n\n".join([
+            f"# Two ranks on a slow line: what {args.steps:,} steps learn and send", about, loss_table(found, args)]),
+            {"settings": settings(args), "modes": found, "versions": versions("torch")},
+            args.steps >= 1500 and "none" in found)
+    for rate in args.rate if args.only != "loss" else ():
+        rates = speeds(data, args, rate)
+        write_result(f"deepopt-{rate}" + sample, "\n\n".join([
+            f"# Two ranks on a line of {rate}", f"{about} {where['cpu']} ({', '.join(where['units'])}), a core a rank; "
+            f"medians of {args.rounds} rounds.", speed_table(rates, args)]),
+            {"settings": settings(args), "figures": rates, "machine": where, "versions": versions("torch")},
+            set(args.modes) >= {*MODES} and args.rounds >= (3 if rate == "100mbit" else 1))
 
 
 if __name__ == "__main__":

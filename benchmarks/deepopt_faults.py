@@ -209,8 +209,8 @@ def main() -> None:
     parser.add_argument("--fault_steps", type=int, default=600)
     parser.add_argument("--kills", type=int, default=11)
     parser.add_argument("--draw", type=int, default=0, help="seed of the instants and ranks")
-    parser.set_defaults(inner_steps=30, eval_every=60, lr=3e-3, optimizer="muon", precision="fp32", steps=0, train=[],
-                        slowed=False, balance=False, accumulation=deepopt.MICRO)
+    parser.set_defaults(inner_steps=10, overlap_steps=0, eval_every=60, lr=3e-3, optimizer="muon", precision="fp32",
+                        steps=0, train=[], slowed=False, balance=False, accumulation=deepopt.MICRO)
     args = parser.parse_args()
     if os.geteuid() and "slow" in args.only:
         raise SystemExit("network namespaces need root")

@@ -74,7 +74,7 @@ def main() -> None:
     add_data(parser)
     parser.add_argument("--work", type=Path, help="folder of the runs (default: runs/sites)")
     parser.add_argument("--steps", type=int, help=f"of 4,096 tokens (default: {STEPS:,}; 30 on a generated sample)")
-    parser.add_argument("--inner_steps", type=int, default=30)
+    parser.add_argument("--inner_steps", type=int, default=10)
     parser.add_argument("--compress", choices=("local", "sparse"), default="local")
     args = parser.parse_args()
     args.data, sample = data_folder(args.data)

@@ -25,6 +25,7 @@ from deepseek.deepopt.expert_parallel import ExpertParallelLoop
 from deepseek.deepopt.loop import TrainingLoop
 from deepseek.deepopt.ranks import Ranks
 from deepseek.deepopt.settings import TrainConfig
+from deepseek.deepopt.trainer import loop_in_step
 from deepseek.errors import ConfigError, RankError
 from deepseek.model import CausalLM, TrainingLoss
 from deepseek.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ from tests.helpers.killed_runs import TINY
 T = TypeVar("T")
 TIMEOUT = 120.0
 LONG: dict[str, Any] = dict(steps=15, save_every=5, eval_every=5, balance=True)  # long enough to see who is slow
-SHORT: dict[str, Any] = {"steps": 3, "accumulation": 2, "eval_batches": 1, "save_every": 1}  # of expert parallelism
+SHORT: dict[str, Any] = {"steps": 3, "accumulation": 2, "eval_batches": 1, "save_every": 1}  # of divided models
 WIDE = TINY.with_(moe_intermediate_size=128)  # whose experts have moments of 8 bits
 FOUR = SHORT | {"accumulation": 4}  # of four ranks
 
@@ -102,12 +103,14 @@ def train(data: TokenShards, out: Path, ranks: Ranks | None, stop: int | None = 
         forward = model.loss
 
         def sleepy(*args: Any, **options: Any) -> TrainingLoss:
-            time.sleep(0.1)
-            return forward(*args, **options)
+            began = time.perf_counter()
+            found = forward(*args, **options)
+            time.sleep(max(0.1, 5 * (time.perf_counter() - began)))  # the other is faster however busy the machine is
+            return found
 
         model.loss = sleepy  # type: ignore[method-assign]
     chosen = config(**settings)
-    loop = (ExpertParallelLoop if chosen.expert_parallel > 1 else TrainingLoop)(model, data, chosen, out, ranks=ranks)
+    loop = loop_in_step(chosen)(model, data, chosen, out, ranks=ranks)
 
     def on_step(record: dict) -> None:
         if record["step"] == stop:
@@ -165,6 +168,26 @@ def experts(folder: Path, data: TokenShards, ranks: Ranks) -> None:
                       moments="8bit", shape=WIDE, **SHORT | {"steps": 1}))
 
 
+def fsdp(folder: Path, data: TokenShards, ranks: Ranks) -> None:
+    """Runs of test_fsdp.py."""
+    from deepseek.deepopt.fsdp import FSDPLoop
+
+    loop = train(data, folder / "adamw", ranks, fsdp=True, **SHORT)
+    assert isinstance(loop, FSDPLoop)
+    kept = {f"{name}.{key}": [*value.shape] for name, p in loop.parts.items()
+            for key, value in {"weight": p, **loop.optimizer.state[p]}.items() if value.ndim}
+    (folder / f"kept-{ranks.rank}.json").write_text(json.dumps(kept))
+    train(data, folder / "muon", ranks, fsdp=True, optimizer="muon", gradient_checkpointing=True, **SHORT)
+    train(data, folder / "divided", ranks, fsdp=True, **SHORT)  # where one process has begun
+    for stop in (1, 2, None):
+        train(data, folder / "again", ranks, stop, fsdp=True, optimizer="muon", **SHORT)
+    train(data, folder / "joined", ranks, 2, fsdp=True, **SHORT)
+
+
+def fsdp3(folder: Path, data: TokenShards, ranks: Ranks) -> None:
+    train(data, folder / "uneven", ranks, fsdp=True, optimizer="muon", **SHORT | {"accumulation": 3})
+
+
 def shuffle(loop: TrainingLoop) -> None:
     """Let all experts go somewhere, and write once more what is there."""
     assert isinstance(loop, ExpertParallelLoop)
@@ -181,7 +204,8 @@ def groups(folder: Path, data: TokenShards, ranks: Ranks) -> None:
     train(data, folder / "groups", ranks, expert_parallel=4, **FOUR)
 
 
-WHAT: dict[str, Callable[[Path, TokenShards, Ranks], None]] = {"in_step": in_step, "experts": experts, "groups": groups}
+WHAT: dict[str, Callable[[Path, TokenShards, Ranks], None]] = {
+    "in_step": in_step, "experts": experts, "groups": groups, "fsdp": fsdp, "fsdp3": fsdp3}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -329,6 +329,7 @@ def with_state(model: CausalLM, state: Mapping[str, Tensor]) -> CausalLM:
     """A model of the same shape that has these tensors, and the others on the meta device."""
     other = CausalLM.on_meta(model.config).to(model.lm_head.weight.dtype)
     other.load_state_dict(state, strict=False, assign=True)
+    other.model.rotary.inv_P = model.model.rotary.inv_P
     return other
 
 

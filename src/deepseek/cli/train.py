@@ -46,8 +46,8 @@ def add_flags(parser: Parser) -> None:
         "optimizer": "optimizer moments weights momentum beta1 beta2 weight_decay clip",
         "losses": "mtp_weight balance_weight bias_speed guide_weight",
         "evaluation and checkpoints": "eval_every eval_batches save_every keep tensorboard",
-        "ranks": "expert_parallel place_every compress powersgd_rank inner_steps overlap_steps outer_lr outer_momentum "
-                 "error_decay sites balance rank_timeout",
+        "ranks": "expert_parallel place_every fsdp compress powersgd_rank inner_steps overlap_steps outer_lr "
+                 "outer_momentum error_decay sites balance rank_timeout",
         "machine": "precision activations gradient_checkpointing device"})
     add_settings(parser, MachineOptions, {"machine": "threads"})
     add_settings(parser, RanksOptions, {"ranks": "ranks"})

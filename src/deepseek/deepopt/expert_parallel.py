@@ -42,6 +42,7 @@ from .optimizers import SMALL, trained
 from .placement import imbalance, move
 from .ranks import Group, Ranks
 from .settings import TrainConfig
+from .shares import check_even
 
 
 class Swap(torch.autograd.Function):
@@ -138,6 +139,8 @@ class Piece(NamedTuple):
 class ExpertParallelLoop(TrainingLoop):
     """The loop of one rank. Arguments as of TrainingLoop; of the model's routed experts only its part stays there.
     Raises ConfigError naming setting, rule and value."""
+
+    together = True
 
     def __init__(self, model: CausalLM, data: Windows, config: TrainConfig, *args: Any, ranks: Ranks, **more: Any
                  ) -> None:
@@ -319,9 +322,7 @@ def check_layout(model: ModelConfig, config: TrainConfig, ranks: int) -> None:
     for what, count in (("the number of ranks", ranks), ("n_routed_experts", experts)):
         if count % size:
             raise ConfigError(f"expert_parallel = {size}: must divide {what} ({count})")
-    if config.accumulation % ranks:
-        raise ConfigError(f"accumulation = {config.accumulation}: must be a multiple of the number of ranks ({ranks}) "
-                          "with expert_parallel: in each batch all ranks need the experts of all")
+    check_even(config, ranks)
     narrow = model.moe_intermediate_size * model.hidden_size
     if config.moments == "8bit" and (narrow % BLOCK or narrow * experts // size < SMALL):
         raise ConfigError(f"expert_parallel = {size}: with moments = 8bit an expert's matrix must be a multiple of "

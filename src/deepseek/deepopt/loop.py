@@ -77,7 +77,8 @@ class TrainingLoop:
     ranks: the processes that take the steps together (ranks.py); the first one writes.
     """
 
-    own: frozenset[str] = frozenset()  # parameters of which this rank has what no other has (expert_parallel.py)
+    own: frozenset[str] = frozenset()  # parameters of which a rank has what no other has (expert_parallel.py, fsdp.py)
+    together = False  # a forward pass of one rank needs all others in it
 
     def __init__(self, model: CausalLM, data: Windows, config: TrainConfig, out: str | Path,
                  tokenizer: Tokenizer | None = None, *, settings: Mapping[str, Any] | None = None,
@@ -90,7 +91,7 @@ class TrainingLoop:
         if config.accumulation < self.ranks.size:
             raise ConfigError(f"accumulation = {config.accumulation}: must be at least the number of ranks "
                               f"({self.ranks.size}): the batches of a step are divided among them")
-        self.shares = Shares(config.accumulation, self.ranks.size, moves=config.balance and not self.own)
+        self.shares = Shares(config.accumulation, self.ranks.size, moves=config.balance and not self.together)
         self.step = 0
         self.began, self.seconds_before = time.perf_counter(), 0.0  # of this process; that earlier ones worked on it
         self.accuracy: RoutingAccuracy | None = None  # of the last evaluation
@@ -263,7 +264,7 @@ class TrainingLoop:
         self.model.eval()
         self.accuracy = RoutingAccuracy(self.model.config, self.data.experts)
         loss = held_out_loss(self.model, self.data, self.config, self.accuracy if self.data.experts else None,
-                             ranks=self.ranks, together=bool(self.own)).mean
+                             ranks=self.ranks, together=self.together).mean
         return {"step": self.step} | ({} if loss is None else {"eval_loss": loss}) | (
             self.accuracy.record() if self.data.experts else {})
 
@@ -277,21 +278,29 @@ class TrainingLoop:
         self.saving.wait()
         with held(f"checkpoint {self.step} is begun"):
             self._write_own()
+            copied = self._copied()
             with self._served():
                 if self.ranks.first:
-                    self._save_shared()
+                    self._save_shared(copied)
             self._saved = self.step
 
-    def _save_shared(self) -> None:
+    def _copied(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None:
+        """Copies of the model's state and of the moments, on the first rank; None where there is no room for them, or
+        the first rank has not all of it."""
+        if self.own or not self.ranks.first:
+            return None
+        state, moments = copies(self._state()), copies(self._moments())
+        return None if state is None or moments is None else (state, moments)
+
+    def _save_shared(self, copied: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None) -> None:
         """Begin to write what is the same on all ranks."""
-        path, moments = self.out / CHECKPOINT.format(self.step), self._moments() | random_state(self.model.device)
+        path, random = self.out / CHECKPOINT.format(self.step), random_state(self.model.device)
+        state, moments = copied or (None, self._moments())
         about = {"step": self.step, "seconds": round(self.worked(), 3)} | arithmetic(self.model) | (
             self._division() if self.ranks.size > 1 else {})
-        state, copied = (None, None) if self.own else (copies(self._state()), copies(moments))
-        behind = state is not None and copied is not None
 
         def add(folder: Path) -> None:
-            write_tensors(folder / "optimizer.safetensors", copied or moments, self._elsewhere)
+            write_tensors(folder / "optimizer.safetensors", {**moments, **random}, self._elsewhere)
             write_json(folder / "trainer.json", about)
 
         def write() -> None:
@@ -299,7 +308,7 @@ class TrainingLoop:
             for old in checkpoints(self.out)[: -self.config.keep]:
                 shutil.rmtree(old)
 
-        self.saving.start(write, behind=behind)
+        self.saving.start(write, behind=copied is not None)
 
     def _write_own(self) -> None:
         """Write what only this rank has; a checkpoint that is there has it of all ranks."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,10 @@ def narrow(model: nn.Module) -> None:
             p.data = p.data.bfloat16()
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> MuonAdamW:
-    """Make the optimizer of `config`. Matrices decay, norms and biases do not."""
-    parameters = trained(model)
+def make_optimizer(model: nn.Module | Mapping[str, nn.Parameter], config: TrainConfig) -> MuonAdamW:
+    """Make the optimizer of `config`, of a model or of parameters by their names. Matrices decay, norms and biases do
+    not."""
+    parameters = trained(model) if isinstance(model, nn.Module) else model
     muon = [] if config.optimizer == "adamw" else [
         name for name, p in parameters.items() if p.ndim > 1 and not name.endswith(BY_ADAMW)]
     rest = [p for name, p in parameters.items() if name not in muon]
@@ -64,6 +66,16 @@ def parts_of(name: str) -> int:
     return 2 if name.endswith(".gate_up_proj") else 1
 
 
+class Gathers(Protocol):
+    """How a tensor is divided over ranks (fsdp.py)."""
+
+    def gathered(self, part: Tensor, /) -> Tensor:
+        """This rank's part -> whole matrices."""
+
+    def part(self, whole: Tensor, /) -> Tensor:
+        """This rank's part of all of it."""
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for groups with `parts`, the matrices that lie one above the other in each parameter; AdamW for others.
 
@@ -79,6 +91,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "momentum": momentum, "small": small,
                                   "weight_decay": weight_decay, "eps": eps, "parts": 0})
         self.summed: dict[Tensor, float] = {}  # ranks that p.grad is one of (second_moments.py)
+        self.gathers: dict[Tensor, Gathers] = {}  # of parameters that are parts of others
         self.seeds = {p: hashed(hashed(seed) + i)
                       for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
@@ -108,14 +121,20 @@ class MuonAdamW(torch.optim.Optimizer):
             ahead = momentum8(p.grad.float().contiguous(), _of("momentum", state), beta)
         else:
             ahead = p.grad.lerp(state["momentum"].lerp_(p.grad, 1 - beta), beta)  # Nesterov's
-        turned_NRC = orthogonalise(ahead.view(-1, p.shape[-2] // group["parts"], p.shape[-1]))
+        whole = ahead if (gathers := self.gathers.get(p)) is None else gathers.gathered(ahead)
+        if not whole.numel():
+            return
+        turned_NRC = orthogonalise(whole.view(-1, whole.shape[-2] // group["parts"], whole.shape[-1]))
         size = 0.2 * max(turned_NRC.shape[1:]) ** 0.5
+        turned = turned_NRC.view(whole.shape)
+        if gathers is not None and whole is not ahead:
+            turned = gathers.part(turned)
         decay, size = 1 - group["lr"] * group["weight_decay"], group["lr"] * size
         if p.dtype == torch.bfloat16:
             step = state.setdefault("step", torch.zeros((), device=p.device)).add_(1)
-            moved_(p, turned_NRC.reshape(p.shape), hashed(self.seeds[p] + int(step)), decay=decay, size=size)
+            moved_(p, turned, hashed(self.seeds[p] + int(step)), decay=decay, size=size)
         else:
-            p.mul_(decay).add_(turned_NRC.reshape(p.shape), alpha=-size)
+            p.mul_(decay).add_(turned, alpha=-size)
 
     def _by_adamw8(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None

@@ -76,13 +76,13 @@ class Ranks:
         """Say what this rank does now; the error of another that waits for it repeats it."""
         self.doing = what
         if self.size > 1:
-            with self._named():
+            with self.named():
                 _store().set(f"at/{self.rank}", what)
 
     def groups(self, size: int) -> tuple[Group, Group]:
         """The `size` consecutive ranks of which this is one, and those that have its place in theirs."""
         wait = timedelta(seconds=self.timeout)
-        with self._named():
+        with self.named():
             rows = [dist.new_group(range(first, first + size), wait) for first in range(0, self.size, size)]
             columns = [dist.new_group(range(first, self.size, size), wait) for first in range(size)]
         return rows[self.rank // size], columns[self.rank % size]
@@ -91,7 +91,7 @@ class Ranks:
         """Replace each tensor by its sum over the ranks, or those of a group, in fused buckets; BF16 sums in FP32."""
         if self.size == 1:
             return
-        with self._named():
+        with self.named():
             pending = []
             for bucket in buckets(tensors):
                 flat = fused(bucket)
@@ -109,7 +109,7 @@ class Ranks:
         sizes = [len(payload) for payload in payloads]
         own = sizes[self.rank]
         out = torch.empty(own * self.size, dtype=torch.uint8, device=payloads[0].device)
-        with self._named():
+        with self.named():
             dist.all_to_all_single(out, torch.cat(list(payloads)), [own] * self.size, sizes)
         self.sent += sum(sizes) - own
         return list(out.split(own))
@@ -119,7 +119,7 @@ class Ranks:
         if self.size == 1:
             return [payload]
         out = [torch.empty(max(sizes), dtype=torch.uint8, device=payload.device) for _ in sizes]
-        with self._named():
+        with self.named():
             dist.all_gather(out, torch.nn.functional.pad(payload, (0, max(sizes) - len(payload))))
         self.sent += max(sizes) * (self.size - 1)
         return [part[:size] for part, size in zip(out, sizes, strict=True)]
@@ -129,7 +129,7 @@ class Ranks:
         the rows that came, came[r] from rank r."""
         coded = torch.cat([part.contiguous().view(torch.uint8) for part in rows], 1)
         out = coded.new_empty(sum(came), coded.shape[1])
-        with self._named():
+        with self.named():
             dist.all_to_all_single(out, coded, [*came], [*sent], group)
         self.sent += (sum(sent) - sent[dist.get_rank(group)]) * coded.shape[1]
         return [part.contiguous().view(like.dtype) for part, like in zip(
@@ -137,12 +137,12 @@ class Ranks:
 
     def send(self, value: Any, rank: int) -> None:
         """Send a rank what it receives with `receive`: a value in the memory of the CPU."""
-        with self._named():
+        with self.named():
             dist.send_object_list([value], rank, device=torch.device("cpu"))
 
     def receive(self, rank: int) -> Any:
         found = [None]
-        with self._named():
+        with self.named():
             dist.recv_object_list(found, rank, device=torch.device("cpu"))
         return found[0]
 
@@ -150,7 +150,7 @@ class Ranks:
         """Give every rank, or those of a group, the values of the first of them."""
         if self.size == 1:
             return
-        with self._named():
+        with self.named():
             for bucket in buckets(tensors):
                 flat = torch.cat([tensor.flatten() for tensor in bucket])
                 dist.broadcast(flat, group=group, group_src=0)
@@ -162,7 +162,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._named():
+        with self.named():
             dist.all_gather_object(found, value)
         return found
 
@@ -191,11 +191,14 @@ class Ranks:
             yield False
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let errors of torch.distributed name the rank that is missing."""
+    def named(self, words: Sequence[str] = ("",)) -> Iterator[None]:
+        """Let errors of torch.distributed name the rank that is missing. words: one of them stands in such an error,
+        where others may come too."""
         try:
             yield
         except RuntimeError as error:
+            if isinstance(error, RankError) or not any(word in str(error).lower() for word in words):
+                raise
             raise RankError(f"rank {self.rank}, {self.doing or 'at the start'}: {self._who()} "
                             f"(time-out {self.timeout:g} s; {str(error).splitlines()[0]:.150})") from error
 

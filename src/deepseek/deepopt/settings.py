@@ -22,14 +22,13 @@ Activations = Literal["plain", "fp8"]
 Weights = Literal["fp32", "bf16"]
 
 # settings that have a meaning only with certain values of another, and their defaults then
-_ROUNDS = {"inner_steps": 30, "overlap_steps": 0, "error_decay": 0.95, "sites": False}
+_ROUNDS = {"inner_steps": 10, "overlap_steps": 0, "outer_lr": 1.0, "outer_momentum": 0.0, "error_decay": 0.95,
+           "sites": False}
 ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
     "optimizer": {"muon": {"momentum": 0.95}},
-    "compress": {"powersgd": {"powersgd_rank": 4},
-                 "local": _ROUNDS | {"outer_lr": 0.8, "outer_momentum": 0.5},  # MuLoCo has 0.9, for far longer runs
-                 "sparse": _ROUNDS | {"outer_lr": 1.0, "outer_momentum": 0.0}}}  # of SparseLoCo
+    "compress": {"powersgd": {"powersgd_rank": 4}, "local": _ROUNDS, "sparse": _ROUNDS}}
 IN_ROUNDS = ("local", "sparse")
-LAYOUT = frozenset(("expert_parallel", "place_every"))  # which rank has what: a run may continue with another
+LAYOUT = frozenset(("expert_parallel", "fsdp", "place_every"))  # which rank has what: a run may continue with another
 
 # settings of a leg of the learning rate's schedule; `warmup` is tuning's
 SCHEDULE = frozenset(("steps", "lr", "min_lr_ratio", "warmup_steps", "warmup"))
@@ -81,18 +80,19 @@ class TrainConfig(Settings):
         "(sparse)")] = "none"
     expert_parallel: Annotated[int, Option(
         "ranks that share one set of routed experts, each with its own part (compress = none)", COUNT)] = 1
+    fsdp: Annotated[bool, Option(
+        "divide weights, gradients and moments over the ranks, and gather a layer's weights while it computes (FSDP2; "
+        "compress = none; FP32 weights and moments)")] = False
     place_every: Annotated[int, Option(
         "steps after which experts go to other ranks by their loads, with their moments (expert_parallel); 0: never",
         NATURAL)] = 0
     powersgd_rank: Annotated[int | None, Option("columns of PowerSGD's factors; 4", COUNT)] = None
-    inner_steps: Annotated[int | None, Option("steps between two merges (local, sparse); 30", COUNT)] = None
+    inner_steps: Annotated[int | None, Option("steps between two merges (local, sparse); 10", COUNT)] = None
     overlap_steps: Annotated[int | None, Option(
         "steps of a round that ranks take while the merge of the one before is under way, before they wait for it "
         "(local, sparse); 0, which is none", NATURAL)] = None
-    outer_lr: Annotated[float | None, Option(
-        "learning rate of a merge; 0.8 (local) or 1 (sparse, sites)", POSITIVE)] = None
-    outer_momentum: Annotated[float | None, Option(
-        "Nesterov momentum of a merge; 0.5 (local) or 0 (sparse, sites)", SHARE)] = None
+    outer_lr: Annotated[float | None, Option("learning rate of a merge (local, sparse); 1", POSITIVE)] = None
+    outer_momentum: Annotated[float | None, Option("Nesterov momentum of a merge (local, sparse); 0", SHARE)] = None
     error_decay: Annotated[float | None, Option(
         "share of what coding has lost that is made up for in the next merge (local, sparse); 0.95",
         UP_TO_ONE)] = None
@@ -101,7 +101,7 @@ class TrainConfig(Settings):
         "what is no routed expert; --experts NAME, without a path, for those of others (local, sparse)")] = None
     balance: Annotated[bool, Option(
         "give slow ranks fewer of a step's batches, or fewer steps in a round (local, sparse), by measured speeds, "
-        "but not with expert_parallel; without it the bits of a run do not depend on clocks")] = True
+        "but not with expert_parallel or fsdp; without it the bits of a run do not depend on clocks")] = True
     rank_timeout: Annotated[float, Option("seconds that ranks wait for another", POSITIVE)] = 600.0
     keep: Annotated[int, Option("checkpoints kept", COUNT)] = 2
     seed: Annotated[int, Option("seed of weights and data order", NATURAL)] = 0
@@ -119,9 +119,6 @@ class TrainConfig(Settings):
             raise ConfigError("weights = 'bf16': does not go with expert_parallel, whose experts stay FP32")
         if self.activations == "fp8" and self.gradient_checkpointing:
             raise ConfigError("activations = 'fp8': has no meaning with gradient_checkpointing, which keeps none")
-        for name, default in (("outer_lr", 1.0), ("outer_momentum", 0.0)):  # momentum upsets gates that sites share
-            if self.sites and self.compress in IN_ROUNDS and getattr(self, name) is None:
-                object.__setattr__(self, name, default)
         for setting, values in ONLY_WITH.items():
             for name, default in only_with(setting, getattr(self, setting)).items():
                 if (value := getattr(self, name)) is None:
@@ -132,6 +129,10 @@ class TrainConfig(Settings):
         if self.expert_parallel > 1 and self.compress != "none":
             raise ConfigError(f"expert_parallel = {self.expert_parallel}: goes only with compress = none, this is "
                               f"{self.compress}")
+        for name, usual in (("compress", "none"), ("expert_parallel", 1), ("weights", "fp32"), ("moments", "fp32"),
+                            ("activations", "plain")):
+            if self.fsdp and (value := getattr(self, name)) != usual:
+                raise ConfigError(f"fsdp = True: goes only with {name} = {usual}, this is {value}")
         if self.place_every and self.expert_parallel == 1:
             raise ConfigError(f"place_every = {self.place_every}: has a meaning only with expert_parallel")
         if (self.overlap_steps or 0) > (self.inner_steps or 0):

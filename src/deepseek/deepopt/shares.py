@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+from ..errors import ConfigError
 from .ranks import even
+from .settings import TrainConfig
 
 EVERY = 5  # steps between two looks
 NEWEST = 0.2  # weight of the newest measurement in a speed
@@ -61,3 +63,11 @@ def by_speed(count: int, speeds: Sequence[float]) -> list[int]:
 
 def longest(shares: Sequence[int], speeds: Sequence[float]) -> float:
     return max(share / speed for share, speed in zip(shares, speeds, strict=True))
+
+
+def check_even(config: TrainConfig, ranks: int) -> None:
+    """Raises ConfigError where ranks that need each other in each batch would not take equally many."""
+    if config.accumulation % ranks:
+        with_, of_all = ("fsdp", "weights") if config.fsdp else ("expert_parallel", "experts")
+        raise ConfigError(f"accumulation = {config.accumulation}: must be a multiple of the number of ranks ({ranks}) "
+                          f"with {with_}: in each batch all ranks need the {of_all} of all")

@@ -43,6 +43,7 @@ from .ranks import Ranks
 from .rounds import RoundLoop
 from .run_folder import checkpoints, kept_in, run_in, step_of
 from .settings import IN_ROUNDS, STORE, Line, RunConfig, TrainConfig
+from .shares import check_even
 
 Paths = str | Path | Sequence[str | Path]
 CONTINUED_LR = 1e-4  # where training starts from a checkpoint
@@ -132,6 +133,8 @@ class Trainer(RunConfig):
         way of sending. Times a few batches of random tokens; trains nothing, reads no data and writes nothing."""
         if self.expert_parallel > 1:
             raise ConfigError(f"expert_parallel = {self.expert_parallel}: what is predicted is data parallel (1)")
+        if self.fsdp:
+            raise ConfigError("fsdp = True: what is predicted is data parallel; leave it out")
         if self.sites:
             raise ConfigError("sites = True: what is predicted are ranks that train all experts; leave it out")
         line, run = Line(bandwidth, latency), run_in(Path(self.out))
@@ -163,6 +166,8 @@ class Trainer(RunConfig):
                           "(max_position_embeddings): what it learns beyond them is used nowhere", stacklevel=4)
         if self.expert_parallel > 1:
             check_layout(config, self, ranks.size)
+        if self.fsdp:
+            check_even(self, ranks.size)
         self._check_memory(config)
         with ranks.first_here():
             tokenizer = self._tokenizer(start, places)
@@ -178,8 +183,8 @@ class Trainer(RunConfig):
         size = sum(p.numel() for p in model.parameters())
         if start.atlas is not None and run is None and ranks.local_first:
             start.atlas.save(out / FILE)  # a run continues without its base
-        in_step = ExpertParallelLoop if self.expert_parallel > 1 else TrainingLoop
-        loop = (partial(RoundLoop, ranks=ranks) if isinstance(ranks, Solo) else partial(in_step, ranks=ranks))(
+        loop = (partial(RoundLoop, ranks=ranks) if isinstance(ranks, Solo) else partial(
+            loop_in_step(self), ranks=ranks))(
             model, shards, TrainConfig(**self._settings()), out, tokenizer, settings=settings, atlas=start.atlas,
             dtype=start.dtype, about=run["about"] if run else {
                 "config": None if self.config is None else str(self.config), "valid_fraction": self.valid_fraction,
@@ -193,6 +198,7 @@ class Trainer(RunConfig):
               f"{str(model.compute_dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, lr {self.lr:g}"
               + (f", {ranks.size} ranks, compress = {self.compress}" if ranks.size > 1 else "")
               + (f", expert_parallel = {self.expert_parallel}" if self.expert_parallel > 1 else "")
+              + (", fsdp" if self.fsdp else "")
               + (f", own names: {', '.join(shards.present) or 'none'}" if self.sites else "")
               + (f"; continuing after step {loop.step}" if loop.step else ""), flush=True)
         if len(loop.legs) > 1 and loop.step < self.steps:
@@ -213,6 +219,8 @@ class Trainer(RunConfig):
             numbers = sum(p.numel() for p in whole.parameters())
             routed = sum(p.numel() for block in whole.moe_blocks().values() for p in block.experts.parameters())
             here = numbers - routed + routed // self.expert_parallel
+            if self.fsdp:
+                here //= int(os.environ.get("WORLD_SIZE", "1"))
             each = {"fp32": 8, "bf16": 4}[self.weights] + {"fp32": 8, "8bit": 2}[self.moments]
             check_memory(each * here, f"training {numbers / 1e9:,.1f} B parameters (weights, gradients, two moments)")
 
@@ -336,6 +344,15 @@ class _Start(NamedTuple):
             raise ConfigError(f"{self.folder}: the names built in ({', '.join(names)}) are not those of its first "
                               "routing groups, so that text cannot be bound to them; train it without names")
         return names
+
+
+def loop_in_step(config: TrainConfig) -> type[TrainingLoop]:
+    """The loop of ranks that take each step together."""
+    if config.fsdp:
+        from .fsdp import FSDPLoop  # torch's part of it takes seconds to import
+
+        return FSDPLoop
+    return ExpertParallelLoop if config.expert_parallel > 1 else TrainingLoop
 
 
 def _by_name(data: Paths | Mapping[str, Paths] | None, sites: bool) -> dict[str, list[str | Path]] | None:
