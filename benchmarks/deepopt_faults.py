@@ -92,7 +92,7 @@ def start(mode: str, folder: Path, data: Path, args: argparse.Namespace, *more: 
 
 
 def ranks_of(process: subprocess.Popen[bytes]) -> dict[int, int]:
-    """{rank: process id} of the ranks that a launcher has started, through torchrun or by itself."""
+    """{rank: process id} of the ranks that a launcher has started."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

@@ -21,6 +21,8 @@ from collections.abc import Iterable
 class MoEDRError(Exception):
     """Base of every error that is meant for the user."""
 
+    status = 2  # of a command that it ends
+
 
 class ConfigError(MoEDRError, ValueError):
     """An impossible configuration value or an unknown key."""
@@ -40,6 +42,8 @@ class NotFoundError(MoEDRError, FileNotFoundError):
 
 class RankError(MoEDRError, RuntimeError):
     """A process of a distributed run has ended or does not answer: the message names it."""
+
+    status = 75  # the same command may go on (EX_TEMPFAIL of sysexits.h)
 
 
 class RequestError(MoEDRError, ValueError):

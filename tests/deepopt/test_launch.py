@@ -38,15 +38,9 @@ def command(folder: Path, name: str, *more: str) -> list[str]:
 
 
 def children(process: subprocess.Popen[bytes]) -> list[int]:
-    """The ranks of a launcher, torchrun between them or not."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
-    own = {str(process.pid)}
-    for _ in range(3):
-        own |= {pid for pid, parent, _ in rows if parent in own}
-    return sorted(int(pid) for pid, _, words in rows
-                  if pid in own and "-m deepseek train" in words and "torch.distributed" not in words
-                  and int(pid) != process.pid)
+    """The ranks of a launcher."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    return sorted(int(pid) for pid in found.split())
 
 
 def reached(out: Path, step: int) -> bool:
@@ -62,8 +56,26 @@ def until(holds: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("what was waited for did not come")
 
 
+@pytest.mark.parametrize("more", [pytest.param(LOCAL, marks=pytest.mark.slow), []])
+def test_a_rank_that_says_what_is_wrong_is_not_started_again(tmp_path: Path, more: list[str]) -> None:
+    words = command(tmp_path, "run", *more, "--seq_len", "9999999")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "seq_len = 9999999" in done.stderr, done.stderr
+    assert "start again" not in done.stderr and "starts again" not in done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [LOCAL, [], ["--expert_parallel", "2"]])
+def test_a_rank_that_hangs_does_not_end_a_run_in_step(tmp_path: Path) -> None:
+    process = subprocess.Popen(command(tmp_path, "run", "--rank_timeout", "5"), cwd=ROOT, stderr=subprocess.PIPE)
+    until(lambda: reached(tmp_path / "run", 12), process)
+    os.kill(children(process)[1], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and b"a rank does not answer; all start again" in errors, errors.decode()
+    assert load_model(tmp_path / "run" / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [LOCAL, [], ["--expert_parallel", "2"], ["--fsdp"]])
 def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, more: list[str]) -> None:
     process = subprocess.Popen(command(tmp_path, "run", *more), cwd=ROOT, stderr=subprocess.PIPE)
     until(lambda: reached(tmp_path / "run", 12), process)
@@ -79,7 +91,7 @@ def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, more: list[str]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [LOCAL, [], ["--expert_parallel", "2"]])
+@pytest.mark.parametrize("more", [LOCAL, [], ["--expert_parallel", "2"], ["--fsdp"]])
 def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(tmp_path: Path, more: list[str]) -> None:
     process = subprocess.Popen(command(tmp_path, "run", *more), cwd=ROOT, stderr=subprocess.PIPE)
     until(lambda: reached(tmp_path / "run", 6), process)

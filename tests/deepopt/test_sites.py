@@ -244,6 +244,12 @@ def test_what_ranks_must_share_is_said_by_name(data: list[TokenShards], tmp_path
         check_owners(("law", "code"), {1: ["law"]}, begun=True)
 
 
+def test_sites_merge_without_outer_momentum_unless_it_is_asked_for() -> None:
+    assert (config().outer_lr, config().outer_momentum) == (1.0, 0.0)
+    assert (config(sites=False).outer_lr, config(sites=False).outer_momentum) == (0.8, 0.5)
+    assert config(outer_momentum=0.5).outer_momentum == 0.5
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("a word " * 500)
     text, rounds = str(tmp_path / "text.txt"), dict[str, Any](compress="local", sites=True)

@@ -44,8 +44,8 @@ COMMANDS = {  # in the order of the help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user can mend, 1 for what failed below (disk, memory,
-    a library), 130 for Ctrl-C, 143 for SIGTERM. A failure is one line; DEEPSEEK_DEBUG=1 shows its traceback
-    instead."""
+    a library), 75 for another process of the run that does not answer, 130 for Ctrl-C, 143 for SIGTERM. A failure is
+    one line; DEEPSEEK_DEBUG=1 shows its traceback instead."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout = None
         with contextlib.suppress(OSError):
             print(f"deepseek: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, MoEDRError) else 1
+        return error.status if isinstance(error, MoEDRError) else 1
     finally:
         warnings.showwarning = usual
 

@@ -6,7 +6,8 @@ A global batch is `accumulation` micro-batches, whatever the number of ranks; th
 two or four ranks take the same step, to rounding: a sum over ranks adds in another order.
 
 A rank that dies or hangs ends the others' step: every wait has a time-out, and the error names the rank, by what each
-last said of itself in the store (`at`). torchrun then starts all of them again, from the last checkpoint.
+last said of itself in the store (`at`). The launcher, or torchrun, then starts all of them again, from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Ranks:
 
     @classmethod
     def of_environment(cls, device: str, timeout: float) -> Ranks:
-        """The ranks that torchrun started, or this process alone. timeout: seconds of any wait."""
+        """The ranks that the launcher or torchrun started, or this process alone. timeout: seconds of any wait."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()

@@ -22,11 +22,12 @@ Activations = Literal["plain", "fp8"]
 Weights = Literal["fp32", "bf16"]
 
 # settings that have a meaning only with certain values of another, and their defaults then
-_ROUNDS = {"inner_steps": 10, "overlap_steps": 0, "outer_lr": 1.0, "outer_momentum": 0.0, "error_decay": 0.95,
-           "sites": False}
+_ROUNDS = {"inner_steps": 10, "overlap_steps": 0, "error_decay": 0.95, "sites": False}
 ONLY_WITH: dict[str, dict[str, dict[str, Any]]] = {
     "optimizer": {"muon": {"momentum": 0.95}},
-    "compress": {"powersgd": {"powersgd_rank": 4}, "local": _ROUNDS, "sparse": _ROUNDS}}
+    "compress": {"powersgd": {"powersgd_rank": 4},
+                 "local": _ROUNDS | {"outer_lr": 0.8, "outer_momentum": 0.5},  # MuLoCo has 0.9, for far longer runs
+                 "sparse": _ROUNDS | {"outer_lr": 1.0, "outer_momentum": 0.0}}}  # of SparseLoCo
 IN_ROUNDS = ("local", "sparse")
 LAYOUT = frozenset(("expert_parallel", "fsdp", "place_every"))  # which rank has what: a run may continue with another
 
@@ -91,8 +92,10 @@ class TrainConfig(Settings):
     overlap_steps: Annotated[int | None, Option(
         "steps of a round that ranks take while the merge of the one before is under way, before they wait for it "
         "(local, sparse); 0, which is none", NATURAL)] = None
-    outer_lr: Annotated[float | None, Option("learning rate of a merge (local, sparse); 1", POSITIVE)] = None
-    outer_momentum: Annotated[float | None, Option("Nesterov momentum of a merge (local, sparse); 0", SHARE)] = None
+    outer_lr: Annotated[float | None, Option(
+        "learning rate of a merge; 0.8 (local) or 1 (sparse, sites)", POSITIVE)] = None
+    outer_momentum: Annotated[float | None, Option(
+        "Nesterov momentum of a merge; 0.5 (local) or 0 (sparse, sites)", SHARE)] = None
     error_decay: Annotated[float | None, Option(
         "share of what coding has lost that is made up for in the next merge (local, sparse); 0.95",
         UP_TO_ONE)] = None
@@ -119,6 +122,9 @@ class TrainConfig(Settings):
             raise ConfigError("weights = 'bf16': does not go with expert_parallel, whose experts stay FP32")
         if self.activations == "fp8" and self.gradient_checkpointing:
             raise ConfigError("activations = 'fp8': has no meaning with gradient_checkpointing, which keeps none")
+        for name, default in (("outer_lr", 1.0), ("outer_momentum", 0.0)):  # momentum upsets gates that sites share
+            if self.sites and self.compress in IN_ROUNDS and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         for setting, values in ONLY_WITH.items():
             for name, default in only_with(setting, getattr(self, setting)).items():
                 if (value := getattr(self, name)) is None:
