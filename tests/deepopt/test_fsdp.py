@@ -83,3 +83,8 @@ def test_three_ranks_have_parts_of_other_sizes(tmp_path: Path) -> None:
 def test_what_cannot_be_divided_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_even(ranks.config(fsdp=True, **settings), 2)
+
+
+def test_one_process_has_nothing_to_divide() -> None:
+    with pytest.raises(ConfigError, match="fsdp = True: has a meaning only with several ranks"):
+        check_even(ranks.config(fsdp=True), 1)

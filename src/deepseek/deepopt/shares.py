@@ -66,7 +66,11 @@ def longest(shares: Sequence[int], speeds: Sequence[float]) -> float:
 
 
 def check_even(config: TrainConfig, ranks: int) -> None:
-    """Raises ConfigError where ranks that need each other in each batch would not take equally many."""
+    """Raises ConfigError where ranks that need each other in each batch would not take equally many, or where there is
+    but one."""
+    if config.fsdp and ranks == 1:
+        raise ConfigError("fsdp = True: has a meaning only with several ranks: start them with --ranks N, or by "
+                          "torchrun")
     if config.accumulation % ranks:
         with_, of_all = ("fsdp", "weights") if config.fsdp else ("expert_parallel", "experts")
         raise ConfigError(f"accumulation = {config.accumulation}: must be a multiple of the number of ranks ({ranks}) "
