@@ -126,7 +126,7 @@ class MuonAdamW(torch.optim.Optimizer):
             return
         turned_NRC = orthogonalise(whole.view(-1, whole.shape[-2] // group["parts"], whole.shape[-1]))
         size = 0.2 * max(turned_NRC.shape[1:]) ** 0.5
-        turned = turned_NRC.view(whole.shape)
+        turned = turned_NRC.reshape(whole.shape)
         if gathers is not None and whole is not ahead:
             turned = gathers.part(turned)
         decay, size = 1 - group["lr"] * group["weight_decay"], group["lr"] * size
