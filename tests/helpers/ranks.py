@@ -178,6 +178,7 @@ def fsdp(folder: Path, data: TokenShards, ranks: Ranks) -> None:
             for key, value in {"weight": p, **loop.optimizer.state[p]}.items() if value.ndim}
     (folder / f"kept-{ranks.rank}.json").write_text(json.dumps(kept))
     train(data, folder / "muon", ranks, fsdp=True, optimizer="muon", gradient_checkpointing=True, **SHORT)
+    train(data, folder / "bf16", ranks, fsdp=True, precision="bf16", **SHORT)
     train(data, folder / "divided", ranks, fsdp=True, **SHORT)  # where one process has begun
     for stop in (1, 2, None):
         train(data, folder / "again", ranks, stop, fsdp=True, optimizer="muon", **SHORT)

@@ -43,16 +43,15 @@ class FSDPLoop(TrainingLoop):
         check_even(config, ranks.size)
         self.parts: dict[str, nn.Parameter] = {}  # none as long as the model is whole
         super().__init__(model, data, config, *args, ranks=ranks, **more)  # all of the model, as any rank begins
-        self.mesh = init_device_mesh(model.device.type, (ranks.size,))
         whole, states = trained(model), self.optimizer.state
-        shard(model, self.mesh)
-        self.divided = trained(model)
-        self.parts = {name: nn.Parameter(_dtensor(p).to_local()) for name, p in self.divided.items()}
+        shard(model, init_device_mesh(model.device.type, (ranks.size,)))
+        self.rows = {name: Rows(_dtensor(p)) for name, p in trained(model).items()}
+        self.parts = {name: nn.Parameter(rows.like.to_local()) for name, rows in self.rows.items()}
         self.own = frozenset(self.parts)
         self.optimizer = make_optimizer(self.parts, config)
         for name, part in self.parts.items():
-            self.optimizer.gathers[part] = Rows(_dtensor(self.divided[name]))
-            self.optimizer.state[part] = {key: Rows(_dtensor(self.divided[name])).part(value) if value.ndim else value
+            self.optimizer.gathers[part] = self.rows[name]
+            self.optimizer.state[part] = {key: self.rows[name].part(value) if value.ndim else value
                                           for key, value in states[whole[name]].items()}
 
     def train_step(self) -> dict[str, Any]:
@@ -64,9 +63,9 @@ class FSDPLoop(TrainingLoop):
             return super().evaluate()
 
     def _clip(self) -> Tensor:
-        for name, p in self.divided.items():
-            if p.grad is not None:
-                self.parts[name].grad, p.grad = _dtensor(p.grad).to_local(), None
+        for name, rows in self.rows.items():
+            if (gradient := rows.like.grad) is not None:
+                self.parts[name].grad, rows.like.grad = _dtensor(gradient).to_local(), None
         square = get_total_norm([part.grad for part in self.parts.values() if part.grad is not None]).square()
         self.ranks.sum_([square])
         clip_grads_with_norm_(self.parts.values(), self.config.clip, norm := square.sqrt())
@@ -89,7 +88,7 @@ class FSDPLoop(TrainingLoop):
         return found
 
     def _copied(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        moments = {place: Rows(_dtensor(self.divided[place.rpartition(".")[0]])).divided(value) if value.ndim else value
+        moments = {place: self.rows[place.rpartition(".")[0]].divided(value) if value.ndim else value
                    for place, value in self._moments().items()}
         found = self._gathered(self.model.state_dict()), self._gathered(moments)
         return found if self.ranks.first else None

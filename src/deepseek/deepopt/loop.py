@@ -171,7 +171,6 @@ class TrainingLoop:
                 bar.set_postfix_str(f"loss {record['loss']:.3f}  MaxVio {record['max_vio']:.2f}  "
                                     f"{record['tokens_per_second']:,} tokens/s")
                 bar.update()
-                self.saving.check()
                 if on_step is not None:
                     on_step(record)
                 last = self.step == config.steps
@@ -202,6 +201,7 @@ class TrainingLoop:
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its log record."""
         config, model = self.config, self.model
+        self.saving.check()
         model.train()
         rate = learning_rate(self.legs, self.step)
         for group in self.optimizer.param_groups:
